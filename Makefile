@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but make: tools/bootstrap finds or installs the rest.
+.DELETE_ON_ERROR:
+.PHONY: demo test lint pytest dist clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# A virtual environment knows where it was made. The stamp's name carries the place, so that a copied or moved checkout
+# gets one of its own instead of quietly running the original's code.
+STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
+BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.c native/*.h native/*.py)
+
+demo: $(STAMP)
+	$(PY) tools/demo.py $(DEMOARGS)
+
+test: lint pytest
+
+pytest: $(STAMP)
+	$(PY) -m pytest $(TESTARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check
+	$(PY) -m mypy
+
+dist: $(STAMP)
+	$(PY) -m build --outdir dist
+
+$(STAMP): $(BUILT_FROM) tools/bootstrap
+	test -e $@ || rm -rf $(VENV)
+	test -x $(PY) || sh tools/bootstrap $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pagenet/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find pagenet native tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Builds pagenet._pagenet, the C core, as a cffi API-mode extension. Run by setup.py."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
+SOURCES = ["uffd.c", "place.c", "residency.c", "memory.c", "pattern.c", "workload.c"]
+
+
+def declarations() -> str:
+    """The header as cffi wants it: without its preprocessor lines."""
+    lines = (Path(__file__).parent / "pagenet.h").read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#"))
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations())
+ffibuilder.set_source(
+    "pagenet._pagenet",
+    '#include "pagenet.h"',
+    sources=[str(HERE / name) for name in SOURCES],
+    include_dirs=[str(HERE)],
+    depends=[str(HERE / "pagenet.h")],
+    extra_compile_args=[
+        "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
+        *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
+    ],
+    extra_link_args=["-pthread", *shlex.split(os.environ.get("PAGENET_LDFLAGS", ""))],
+)  # fmt: skip

@@ -1,0 +1,64 @@
+/* Looking at page bytes, and fetching them out of another process. */
+#define _GNU_SOURCE
+#include "pagenet.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+
+/* The first 8 bytes are zero, and each byte equals the one 8 before it: memcmp runs at memory speed, and a page that is
+ * not zero is nearly always known by its first word. */
+static bool is_zero(const char *page, uint64_t size) {
+    uint64_t word;
+    memcpy(&word, page, sizeof word);
+    return !word && !memcmp(page, page + sizeof word, size - sizeof word);
+}
+
+uint64_t pn_zero_run(const void *buffer, uint64_t pages, uint64_t page_size, int *zero) {
+    const char *page = buffer;
+    *zero = is_zero(page, page_size);
+    uint64_t alike = 1;
+    while (alike < pages && is_zero(page + alike * page_size, page_size) == *zero)
+        alike++;
+    return alike;
+}
+
+int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length) {
+    while (length) {
+        struct iovec local = {.iov_base = buffer, .iov_len = length};
+        struct iovec remote = {.iov_base = (void *)(uintptr_t)address, .iov_len = length};
+        ssize_t got = process_vm_readv(pid, &local, 1, &remote, 1, 0);
+        if (got <= 0)
+            return got < 0 ? -errno : -EFAULT;
+        buffer = (char *)buffer + got;
+        address += (uint64_t)got;
+        length -= (uint64_t)got;
+    }
+    return 0;
+}
+
+void pn_copy(void *to, const void *from, uint64_t length) { memcpy(to, from, length); }
+
+uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment) {
+    int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    /* Room to find an aligned start in, then the mapping on top of it, then the rest given back. */
+    char *room = mmap(NULL, length + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return (uint64_t)(int64_t)-errno;
+    char *start = (char *)(((uintptr_t)room + alignment - 1) & ~(alignment - 1));
+    void *mapped = mmap(start, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+    if (mapped == MAP_FAILED) {
+        int error = -errno;
+        munmap(room, length + alignment);
+        return (uint64_t)(int64_t)error;
+    }
+    if (start > room)
+        munmap(room, (size_t)(start - room));
+    if (start < room + alignment)
+        munmap(start + length, (size_t)(room + alignment - start));
+    return (uint64_t)(uintptr_t)mapped;
+}
+
+void pn_unmap_memory(uint64_t address, uint64_t length) { munmap((void *)(uintptr_t)address, length); }

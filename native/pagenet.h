@@ -1,0 +1,164 @@
+/* The C core of pagenet. One header for C and for the cffi build, which reads it with its preprocessor lines cut out.
+ *
+ * Conventions: a function returns a value >= 0, or -errno. Nothing is global, nothing allocates unless its name says so.
+ * Byte counts and addresses are uint64_t, page numbers too.
+ */
+#ifndef PAGENET_H
+#define PAGENET_H
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- uffd.c: the ioctls of userfaultfd(2), one function each -------------------------------------------------- */
+
+/* Opens O_CLOEXEC|O_NONBLOCK (a blocking uffd polls POLLERR for ever): the system call first, then the device node.
+ * user_mode_only leaves out faults taken inside the kernel (enough for an unprivileged process's own touches). */
+int pn_uffd_open(const char *device, int user_mode_only);
+/* One UFFDIO_API per descriptor. wanted 0 asks for nothing; *features then holds all that the kernel has. */
+int pn_uffd_api(int uffd, uint64_t wanted, uint64_t *features);
+int pn_uffd_register(int uffd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *ioctls);
+int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length);
+int pn_uffd_wake(int uffd, uint64_t start, uint64_t length);
+/* The state of the memory behind the uffd: 0, -EAGAIN while it is changing and events are queued, -ESRCH if it is gone.
+ * Changes nothing at `address`, a page of it. */
+int pn_uffd_probe(int uffd, uint64_t address);
+/* Whether descriptor `theirs` of process pid is the same open file as `ours` of this process: 1, 0, or -errno. */
+int pn_same_file(int ours, int pid, int theirs);
+
+/* done: bytes of progress, whole pages. error: 0, or why it stopped, as -errno. Both may be set. */
+struct pn_progress {
+    uint64_t done;
+    int error;
+};
+struct pn_progress pn_uffd_copy(int uffd, uint64_t to, const void *from, uint64_t length);
+struct pn_progress pn_uffd_zeropage(int uffd, uint64_t start, uint64_t length);
+struct pn_progress pn_uffd_continue(int uffd, uint64_t start, uint64_t length);
+/* Source pages must be private, anonymous, present and of the process that owns the uffd. */
+struct pn_progress pn_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t length);
+struct pn_progress pn_uffd_poison(int uffd, uint64_t start, uint64_t length);
+
+enum pn_event_kind {
+    PN_EVENT_PAGEFAULT = 0x12,
+    PN_EVENT_FORK = 0x13,
+    PN_EVENT_REMAP = 0x14,
+    PN_EVENT_REMOVE = 0x15,
+    PN_EVENT_UNMAP = 0x16,
+};
+
+/* PAGEFAULT: start, flags, thread. REMAP: start (from), end (to), length. REMOVE, UNMAP: start, end. FORK: fd. */
+struct pn_event {
+    uint64_t start;
+    uint64_t end;
+    uint64_t length;
+    uint64_t flags;
+    uint32_t thread;
+    int32_t fd;
+    int kind;
+};
+/* Up to 64 events without waiting: how many, or -EAGAIN if there are none. */
+int pn_uffd_read(int uffd, struct pn_event *events, int room);
+
+/* ---- place.c: the one place that knows what EEXIST, EAGAIN, ENOENT and partial results mean ------------------- */
+
+enum pn_how { PN_COPY, PN_ZERO, PN_CONTINUE, PN_MOVE, PN_POISON };
+
+/* placed, existed, absent: bytes. error -EAGAIN: events are queued; drain all of them and call again for the rest. -ESRCH:
+ * the owner is gone. placed + existed + absent bytes are dealt with, in order, whatever the error. */
+struct pn_placed {
+    uint64_t placed;
+    uint64_t existed;
+    uint64_t absent;
+    int error;
+};
+/* Put length bytes at address `to` of the uffd's owner and wake whoever waits there. from: the bytes (COPY, MOVE), one
+ * page of zeros (ZERO), unused (CONTINUE, POISON). */
+struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length, uint64_t page_size);
+
+/* ---- residency.c: the destination's map of pages, in memory that threads and processes share ------------------- */
+
+enum pn_state {
+    PN_MISSING = 0,   /* not here, not asked for */
+    PN_REQUESTED = 1, /* asked for */
+    PN_PLACING = 2,   /* bytes are on their way into the page: whoever set this, and nobody else, may write it */
+    PN_RESIDENT = 3,  /* placed */
+    PN_REMOVED = 4,   /* the owner gave it up (balloon, MADV_DONTNEED): reads as zero, never as what the source had */
+    PN_OUTSIDE = 5,   /* the owner does not map it */
+    PN_POISONED = 6,  /* can never come: touching it is a SIGBUS */
+};
+
+enum pn_class { PN_DEMAND = 0, PN_PREFETCH = 1, PN_BACKGROUND = 2 };
+
+enum pn_counter {
+    PN_PAGES,      /* pages that came and were placed */
+    PN_RUNS,       /* replies */
+    PN_ZERO_PAGES, /* of PAGES, those that came as a flag */
+    PN_WIRE_BYTES, /* received, headers included */
+    PN_EXISTED,    /* pages found already there when placed */
+    PN_DROPPED,    /* pages that came and were no longer wanted */
+    PN_REQUESTS,   /* requests sent */
+    PN_FAULTS,     /* fault events of this class answered */
+    PN_COUNTERS,
+};
+
+/* Latency in ns, log2 with 8 linear steps an octave: bucket of v is v below 16, else 8*(log2(v)-2) + the next 3 bits. */
+struct pn_class_stats {
+    uint64_t counters[8];
+    uint64_t latency[320];
+};
+
+struct pn_map {
+    char magic[8];
+    uint64_t pages;
+    uint64_t scope; /* pages that are to become resident: all but those OUTSIDE */
+    uint64_t done;  /* of those, RESIDENT, REMOVED or POISONED */
+    struct pn_class_stats classes[3];
+};
+
+uint64_t pn_map_bytes(uint64_t pages);
+void pn_map_init(struct pn_map *map, uint64_t pages);
+int pn_map_state(const struct pn_map *map, uint64_t page);
+/* Moves pages from state `from` to state `to`, each atomically, and stops at the first that is in another: how many. */
+uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int from, int to);
+/* Moves all count pages to state `to`, whatever they were in. */
+void pn_map_set(struct pn_map *map, uint64_t first, uint64_t count, int to);
+/* The same for those in state `from` alone: how many. */
+uint64_t pn_map_replace(struct pn_map *map, uint64_t first, uint64_t count, int from, int to);
+/* First page of [first, end) that is in that state, or end. */
+uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int state);
+/* How many pages from first on, below end, are in that state without a gap. */
+uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state);
+uint64_t pn_map_done(const struct pn_map *map);
+void pn_stats_add(struct pn_map *map, int class_, int counter, uint64_t amount);
+void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
+
+/* ---- memory.c: looking at page bytes where Python must not ------------------------------------------------------ */
+
+/* How many pages from buffer on are alike in being zero throughout (*zero 1) or not (*zero 0). */
+uint64_t pn_zero_run(const void *buffer, uint64_t pages, uint64_t page_size, int *zero);
+/* process_vm_readv, all of it: 0, or -errno (-EFAULT where part of the range is not mapped). */
+int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length);
+/* memcpy, for callers that must not touch memory themselves because it may fault while they hold a lock. */
+void pn_copy(void *to, const void *from, uint64_t length);
+/* mmap of read-write memory: private anonymous (fd -1) or shared with the file. The address, or -errno cast to unsigned.
+ * Allocates address space; pn_unmap_memory gives it back. */
+uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment);
+void pn_unmap_memory(uint64_t address, uint64_t length);
+
+/* ---- pattern.c: memory that knows what it should hold ----------------------------------------------------------- */
+
+/* Page number `page` of pattern `seed`: every 8-byte word depends on seed, page and place. One page in zero_every is all
+ * zeros (0: none). */
+void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size, uint64_t seed, uint64_t zero_every);
+/* How many of the pages differ; *bad gets the first such page's number. */
+uint64_t pn_pattern_check(const void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size, uint64_t seed,
+                          uint64_t zero_every, uint64_t *bad);
+/* The first 8-byte word of a page: the workload adds one to it at each write. */
+uint64_t pn_pattern_word(uint64_t page, uint64_t page_size, uint64_t seed, uint64_t zero_every);
+/* The 8-byte word at that place (0, 1, 2...) of a page. */
+uint64_t pn_pattern_word_at(uint64_t page, uint64_t place, uint64_t seed, uint64_t zero_every);
+
+/* ---- workload.c: an owner that touches its memory from C threads and checks every byte -------------------------- */
+
+/* The whole program: argv as documented by `python -m pagenet.testing.workload --help`; returns its exit status. */
+int pn_workload(int argc, char **argv);
+
+#endif

@@ -1,0 +1,73 @@
+/* Putting pages in place, and the rules that each of these ioctls shares:
+ *
+ *   partial   the kernel stops where it must and says how far it came: go on from there.
+ *   EEXIST    somebody was faster with that page. It does not wake: wake by hand, skip the page, go on.
+ *   EAGAIN    the owner's memory map is changing and events are queued; nothing can be placed until they are read. Only the
+ *             reader of events can do that: hand back.
+ *   ENOENT    the range is not one registered mapping. A mapping may have been split or partly unmapped since: go on page by
+ *             page, and a page that fails alone is absent.
+ *   ESRCH     the owner's memory is gone.
+ */
+#define _GNU_SOURCE
+#include "pagenet.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_t length, uint64_t page_size) {
+    if (page_size == (uint64_t)sysconf(_SC_PAGESIZE))
+        return pn_uffd_zeropage(uffd, to, length);
+    return pn_uffd_copy(uffd, to, zeros, page_size); /* hugetlbfs has no ZEROPAGE: page by page, from the one page given */
+}
+
+/* A source page that cannot be moved (pinned, shared since a fork, not present, another process's) can still be copied. */
+static struct pn_progress move(int uffd, uint64_t to, const void *from, uint64_t length) {
+    struct pn_progress step = pn_uffd_move(uffd, to, (uintptr_t)from, length);
+    if (step.done || (step.error != -EBUSY && step.error != -EINVAL && step.error != -ENOENT && step.error != -ENOTTY))
+        return step;
+    return pn_uffd_copy(uffd, to, from, length);
+}
+
+static struct pn_progress place_some(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length,
+                                     uint64_t page_size) {
+    switch (how) {
+    case PN_COPY:
+        return pn_uffd_copy(uffd, to, from, length);
+    case PN_ZERO:
+        return zero(uffd, to, from, length, page_size);
+    case PN_CONTINUE:
+        return pn_uffd_continue(uffd, to, length);
+    case PN_MOVE:
+        return move(uffd, to, from, length);
+    default:
+        return pn_uffd_poison(uffd, to, length);
+    }
+}
+
+struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length, uint64_t page_size) {
+    struct pn_placed sum = {0};
+    uint64_t at = 0, stride = length;
+    while (at < length) {
+        const char *bytes = how == PN_COPY || how == PN_MOVE ? (const char *)from + at : from;
+        uint64_t want = length - at < stride ? length - at : stride;
+        struct pn_progress step = place_some(uffd, how, to + at, bytes, want, page_size);
+        sum.placed += step.done;
+        at += step.done;
+        if (step.done || !step.error)
+            continue;
+        if (step.error == -EEXIST) {
+            pn_uffd_wake(uffd, to + at, page_size);
+            sum.existed += page_size;
+        } else if (step.error == -ENOENT && stride > page_size) {
+            stride = page_size;
+            continue;
+        } else if (step.error == -ENOENT) {
+            sum.absent += page_size;
+        } else {
+            sum.error = step.error;
+            return sum;
+        }
+        at += page_size;
+    }
+    return sum;
+}

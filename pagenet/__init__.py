@@ -1,0 +1,65 @@
+"""Move the live memory of a running machine after the machine has moved: touched pages at once, the rest behind them."""
+
+from .errors import (
+    ConnectionBroken,
+    ConnectionBusy,
+    ConnectionClosed,
+    HandshakeError,
+    LocalProtocolError,
+    OwnerGone,
+    PagenetError,
+    ProtocolError,
+    RemoteProtocolError,
+    SourceLost,
+    SourceUnreachable,
+    Unsupported,
+    UsageError,
+)
+from .events import EventHandler
+from .into_file import IntoFile
+from .pulling import Transfer, pull
+from .region import Block, Region, Run
+from .serving import Server, serve
+from .source import Source, open_source
+from .statistics import ClassStatistics, Histogram, TransferStatistics
+from .tcp import TcpTransport, UnixTransport
+from .transport import register
+from .uffd import OwnMemory, UffdSocket
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "ClassStatistics",
+    "ConnectionBroken",
+    "ConnectionBusy",
+    "ConnectionClosed",
+    "EventHandler",
+    "HandshakeError",
+    "Histogram",
+    "IntoFile",
+    "LocalProtocolError",
+    "OwnMemory",
+    "OwnerGone",
+    "PagenetError",
+    "ProtocolError",
+    "Region",
+    "RemoteProtocolError",
+    "Run",
+    "Server",
+    "Source",
+    "SourceLost",
+    "SourceUnreachable",
+    "Transfer",
+    "TransferStatistics",
+    "UffdSocket",
+    "Unsupported",
+    "UsageError",
+    "open_source",
+    "pull",
+    "register",
+    "serve",
+]
+
+register("tcp", TcpTransport())
+register("unix", UnixTransport())

@@ -1,0 +1,1 @@
+"""The daemons: arguments, words on a screen, exit codes. All work is the library's."""

@@ -1,0 +1,97 @@
+"""What the commands share: reporting, signals, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+
+import trio
+
+from .. import __version__
+from ..errors import PagenetError
+from ..nurseries import open_failing_nursery
+
+__all__ = ["EXIT_CODES", "Parser", "Report", "run_command"]
+
+EXIT_CODES = """\
+exit codes:
+  0    done: every page is in place
+  1    failed in a way that has no code of its own
+  2    bad usage: arguments, source or address cannot be used
+  3    unreachable: nothing answers at that address
+  4    source or connection lost: pages are missing
+  5    owner gone: the process whose memory was being filled has ended
+  6    protocol error: the peer's bytes make no sense, or are of another version
+  7    not possible here: a permission or a kernel feature is missing
+  130  stopped by Ctrl-C (SIGINT)
+  143  stopped by SIGTERM
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are one line and exit code 2, as any other bad usage."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+        self.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+
+
+class Report:
+    """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone."""
+
+    def __init__(self, prog: str, as_json: bool, words: Mapping[str, str]) -> None:
+        self.prog = prog
+        self.as_json = as_json
+        self._words = words
+
+    def __call__(self, event: str, /, **fields: object) -> None:
+        if self.as_json:
+            print(json.dumps({"event": event, **fields}), flush=True)
+        elif event in self._words:
+            print(self._words[event].format_map(fields), flush=True)
+
+    def error(self, error: PagenetError) -> None:
+        if self.as_json:
+            self("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
+        print(f"{self.prog}: {error}", file=sys.stderr, flush=True)
+
+
+def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
+    """Run ``work`` to its end, to an error or to a signal: the exit code."""
+    try:
+        return trio.run(_until_signal, work)
+    except PagenetError as error:
+        report.error(error)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output is gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
+    caught: list[int] = []
+    async with open_failing_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+
+            async def stop_at_signal() -> None:
+                async for number in signals:
+                    caught.append(number)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop_at_signal)
+            await work()
+            nursery.cancel_scope.cancel()
+    return 128 + caught[0] if caught else 0
+
+

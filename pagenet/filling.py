@@ -1,0 +1,184 @@
+"""The destination's state, and what may be done to it: faults come in, pages come in, the owner gives pages up.
+
+No method waits. Each leaves residency, target and the list of waiting faults agreeing with each other, so lanes written as
+Trio tasks may call them in any order.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from .errors import HandshakeError
+from .protocol import Class
+from .region import Run
+from .residency import Residency, State
+from .statistics import TransferStatistics
+from .target import Target
+from .uffd import Fault, Forked, Remapped, Removed, Unmapped
+
+__all__ = ["Filling"]
+
+
+class Filling:
+    """``target`` on its way from empty to complete. Owns ``target`` and its residency map."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.region = target.region
+        self.residency = Residency(self.region.pages)
+        self.residency.set(Run(0, self.region.pages), State.OUTSIDE)
+        for run in target.scope():
+            self.residency.set(run, State.MISSING)
+        self.completed = trio.Event()
+        #: asks for a page that somebody waits for; set by whoever drives the demand lane
+        self.demand: Callable[[int], None] = lambda page: None
+        self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
+        self._faults: deque[tuple[Fault, int]] = deque()
+        self._last_words: TransferStatistics | None = None
+        self._started = time.monotonic()
+        self._seconds: float | None = None
+        self._check_complete()
+
+    def finish(self) -> None:
+        """Every page is in place: let the owner go."""
+        self.target.close(())
+
+    def close(self) -> None:
+        """Let go of everything, complete or not. Idempotent."""
+        if self._last_words is None:
+            self._last_words = self.statistics()
+            self.target.close(self.residency.missing())
+            self.residency.close()
+
+    # ---- the owner ----
+
+    def read_events(self) -> None:
+        """Take what the owner's userfaultfd has to say, and act on it."""
+        self._drain()
+        while self._faults:
+            self._answer(*self._faults.popleft())
+        self._check_complete()
+
+    def _drain(self) -> None:
+        """Read all events. Removals take effect at once, and faults wait: answering one may need another drain."""
+        while events := self.target.read_events():
+            now = time.monotonic_ns()
+            for event in events:
+                match event:
+                    case Fault():
+                        self._faults.append((event, now))
+                    case Removed(start, end) | Unmapped(start, end):
+                        self._remove(start, end)
+                    case Remapped():
+                        raise HandshakeError("the owner moved memory while it was being filled")
+                    case Forked(uffd):
+                        os.close(uffd)
+                        raise HandshakeError("the owner forked while its memory was being filled")
+
+    def _remove(self, start: int, end: int) -> None:
+        for run in self.target.pages_between(start, end):
+            self.residency.set(run, State.REMOVED)
+            for page in [page for page in self._faulted_at if run.first <= page < run.end]:
+                del self._faulted_at[page]
+                self.target.wake(Run(page, 1))  # it will fault again, and get zeros
+
+    def _answer(self, fault: Fault, now: int) -> None:
+        page = self.target.page_of(fault)
+        self.residency.add(Class.DEMAND, "faults")
+        match self.residency.state(page):
+            case State.MISSING:
+                self.residency.set(Run(page, 1), State.REQUESTED)
+                self._faulted_at[page] = now
+                self.demand(page)
+            case State.REQUESTED | State.PLACING:
+                self._faulted_at.setdefault(page, now)
+            case _:
+                while self.target.settle(Run(page, 1), fault).again:
+                    self._drain_or_yield()
+
+    def _drain_or_yield(self) -> None:
+        """The owner's memory is changing: read why, or let it get on with it."""
+        self._drain()
+        os.sched_yield()
+
+    # ---- pages ----
+
+    def claim(self, run: Run) -> Run:
+        """The part of ``run``, from its start, that was missing and that the caller is now to ask for. May be empty."""
+        return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))
+
+    def arrived(self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int) -> None:
+        """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
+        residency = self.residency
+        page_size = self.region.page_size_at(run.first)
+        wanted = residency.replace(run, State.REQUESTED, State.PLACING)
+        first = run.first
+        while first < run.end:
+            part = Run(first, residency.span(Run(first, run.end - first), State.PLACING))
+            if not part.count:
+                first += self._skip(Run(first, run.end - first))
+                continue
+            skip, size = (first - run.first) * page_size, part.count * page_size
+            outcome = self.target.place(part, None if pages is None else pages[skip : skip + size])
+            first += outcome.done
+            residency.replace(Run(part.first, outcome.done), State.PLACING, State.RESIDENT)
+            residency.add(class_, "existed", outcome.existed)
+            self._note_latency(Run(part.first, outcome.done))
+            if outcome.again:
+                self._drain_or_yield()
+        self._count(class_, run, wanted, pages is None, wire_bytes)
+        if self._faults:
+            self.read_events()
+        self._check_complete()
+
+    def _skip(self, run: Run) -> int:
+        """Pages that nobody wants any more. If their owner gave them up while they were on their way, nothing may be left."""
+        if self.residency.state(run.first) is State.REMOVED:
+            self.target.discard(Run(run.first, 1))
+        return 1
+
+    def _note_latency(self, run: Run) -> None:
+        now = time.monotonic_ns()
+        pages = range(run.first, run.end)
+        for page in [p for p in self._faulted_at if p in pages] if len(self._faulted_at) < run.count else pages:
+            since = self._faulted_at.pop(page, None)
+            if since is not None:
+                self.residency.add_latency(Class.DEMAND, now - since)
+
+    def _count(self, class_: Class, run: Run, wanted: int, zero: bool, wire_bytes: int) -> None:
+        add = self.residency.add
+        add(class_, "runs")
+        add(class_, "pages", wanted)
+        add(class_, "dropped", run.count - wanted)
+        add(class_, "wire_bytes", wire_bytes)
+        if zero:
+            add(class_, "zero_pages", wanted)
+
+    def _check_complete(self) -> None:
+        if self._seconds is None and self.residency.complete:
+            self._seconds = time.monotonic() - self._started
+            self.completed.set()
+
+    @property
+    def waiting_faults(self) -> int:
+        return len(self._faulted_at)
+
+    def statistics(self) -> TransferStatistics:
+        if self._last_words is not None:
+            return self._last_words
+        residency = self.residency
+        return TransferStatistics(
+            pages=residency.scope,
+            done=residency.done,
+            size=sum(self.region.size_of(run) for run in self.target.scope()),
+            seconds=time.monotonic() - self._started if self._seconds is None else self._seconds,
+            placement=self.target.placement,
+            demand=residency.statistics(Class.DEMAND),
+            prefetch=residency.statistics(Class.PREFETCH),
+            background=residency.statistics(Class.BACKGROUND),
+        )

@@ -1,0 +1,100 @@
+"""The destination's lane, in Trio: ask, receive, place. Slow, and obviously right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from . import _native
+from .errors import ConnectionBroken, SourceLost
+from .filling import Filling
+from .nurseries import open_failing_nursery
+from .protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, printable
+from .region import Region, Run
+from .session import receive_exactly
+from .transport import Connection
+
+__all__ = ["TrioLane"]
+
+
+class TrioLane:
+    """One connection, and the loop that drives it.
+
+    Runs are of the filling's pages, which may be larger than those on the wire (``wire``): a huge page is asked for, and
+    comes, as a unit.
+    """
+
+    def __init__(
+        self, connection: Connection, filling: Filling, wire: Region, on_bytes_done: Callable[[int], None] = lambda size: None
+    ) -> None:
+        self._connection = connection
+        self._filling = filling
+        self._wire = wire
+        self._requests = OutstandingRequests(wire)
+        self._on_bytes_done = on_bytes_done
+        self._outbox = bytearray()
+        self._asked = trio.Event()
+        self._staging = _native.Mapped(1 << 20)
+
+    def request_nowait(self, class_: Class, run: Run) -> None:
+        """Ask for ``run``, which the caller has claimed."""
+        index = self._filling.region.block_index(run.first)
+        shift = self._unit_shift(index)
+        first = self._wire.first_pages[index] + (run.first - self._filling.region.first_pages[index] << shift)
+        self._outbox += self._requests.open(class_, Run(first, run.count << shift), shift).encode()
+        self._filling.residency.add(class_, "requests")
+        self._asked.set()
+
+    def _unit_shift(self, block: int) -> int:
+        ours, wires = self._filling.region.blocks[block].page_size, self._wire.blocks[block].page_size
+        return (ours // wires).bit_length() - 1
+
+    async def run(self) -> None:
+        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is gone."""
+        try:
+            async with open_failing_nursery() as nursery:
+                nursery.start_soon(self._send_forever)
+                await self._receive_forever()
+        except ConnectionBroken as error:
+            raise SourceLost(f"the source is gone: {error}") from None
+        finally:
+            self._staging.close()
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            requests, self._outbox = self._outbox, bytearray()
+            await self._connection.send(requests)
+
+    async def _receive_forever(self) -> None:
+        header = memoryview(bytearray(LANE_HEADER_SIZE))
+        while True:
+            await receive_exactly(self._connection, header)
+            reply = self._requests.reply(header)
+            pages = self._room(reply.length)
+            await receive_exactly(self._connection, pages)
+            if reply.encoding is Encoding.FAILED:
+                raise SourceLost(f"the source cannot go on: {_text(pages)}")
+            self._arrived(reply, pages)
+
+    def _room(self, length: int) -> memoryview:
+        """Staging for a payload. Page-aligned, private and anonymous: MOVE takes pages out of it."""
+        if length > self._staging.size:
+            self._staging.close()
+            self._staging = _native.Mapped(length)
+        return self._staging.buffer(0, length)
+
+    def _arrived(self, reply: Reply, pages: memoryview) -> None:
+        index = self._wire.block_index(reply.run.first)
+        shift = self._unit_shift(index)
+        first = self._filling.region.first_pages[index] + (reply.run.first - self._wire.first_pages[index] >> shift)
+        run = Run(first, reply.run.count >> shift)
+        data = None if reply.encoding is Encoding.ZERO else pages
+        self._filling.arrived(reply.class_, run, data, LANE_HEADER_SIZE + reply.length)
+        self._on_bytes_done(self._filling.region.size_of(run))
+
+
+def _text(reason: memoryview) -> str:
+    return printable(bytes(reason).decode(errors="replace"))

@@ -1,0 +1,46 @@
+"""A nursery that fails with the error itself.
+
+Trio wraps whatever leaves a nursery in exception groups, since several tasks may fail at once. Of pagenet's own errors one
+is the cause and the rest are its echoes (the lanes of a lost source all break), so callers get that one, to catch by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from .errors import ConnectionBroken, ConnectionClosed, PagenetError
+
+__all__ = ["open_failing_nursery"]
+
+
+@asynccontextmanager
+async def open_failing_nursery() -> AsyncIterator[trio.Nursery]:
+    """Like :func:`trio.open_nursery`, but a single error, or the cause among several of pagenet's own, leaves it bare."""
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        error = _cause(group)
+        if error is None:
+            raise
+        raise error from error.__cause__
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    errors = [error for error in _leaves(group) if not isinstance(error, trio.Cancelled)]
+    if len(errors) == 1:
+        return errors[0]
+    if errors and all(isinstance(error, PagenetError) for error in errors):
+        return min(errors, key=lambda error: isinstance(error, ConnectionBroken | ConnectionClosed))
+    return None
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

@@ -1,0 +1,491 @@
+"""What travels between source and destination, with no I/O in it. ``docs/protocol.md`` is the specification.
+
+Two languages share a connection, one after the other. First **messages**: a 12-byte frame header and a msgpack map; a hello
+from whoever dialled, a hello in answer. The control connection speaks messages to its end. A lane connection then changes to
+**lane headers**: fixed, little-endian, 24 bytes; requests from destination to source, replies from source to destination,
+a reply's header followed by its payload. Payload never passes through this module.
+
+Everything decoded here comes from a stranger: each field is checked before it is believed, ranges by subtraction.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum, StrEnum
+from typing import Any, ClassVar, TypeVar
+
+import msgpack
+
+from .errors import LocalProtocolError, RemoteProtocolError, UsageError
+from .region import MAX_BLOCKS, MAX_PAGE_SIZE, Block, Region, Run
+
+__all__ = [
+    "Bye",
+    "Channel",
+    "Class",
+    "Encoding",
+    "Failure",
+    "Hello",
+    "Message",
+    "MessageDecoder",
+    "OutstandingRequests",
+    "Reply",
+    "Request",
+    "RequestDecoder",
+    "Role",
+    "encode_message",
+    "negotiate",
+    "printable",
+]
+
+E = TypeVar("E", bound=Enum)
+
+# ---- fixed on the wire ----
+
+VERSION = 1
+OLDEST_VERSION = 1
+MAGIC = b"PGNT"
+FRAME_HEADER = struct.Struct("<4sHHI")  # magic, version of the framing, reserved (0), body length
+# 4096 blocks with names of 255 four-byte characters would be 4.2 MB; real tables are a few kilobytes.
+MAX_MESSAGE = 2 << 20
+REQUEST_HEADER = struct.Struct("<IBBBBQII")  # id, class, encodings, unit shift, reserved, first, count, reserved
+REPLY_HEADER = struct.Struct("<IBBHQII")  # id, class, encoding, reserved, first, count, length
+LANE_HEADER_SIZE = 24
+#: Most that one request may ask for, in bytes, unless a single page is larger.
+MAX_REQUEST_BYTES = 4 << 20
+#: Longest text that a FAILED reply carries.
+MAX_REASON_BYTES = 1024
+
+assert REQUEST_HEADER.size == REPLY_HEADER.size == LANE_HEADER_SIZE
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Channel(StrEnum):
+    """What a connection is for."""
+
+    CONTROL = "control"
+    DEMAND = "demand"
+    BACKGROUND = "background"
+
+
+class Class(IntEnum):
+    """Why a run travels. Counters, limits and latencies are kept per class."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    BACKGROUND = 2
+
+
+class Encoding(IntEnum):
+    RAW = 0
+    ZERO = 1
+    LZ4 = 2
+    FAILED = 255
+
+
+# ---- messages ----
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message in each direction of every connection.
+
+    A source's hello on the control channel carries the region; a destination's carries the lanes it wants dialled. Lane
+    hellos name the session that the source's control hello gave out (16 bytes).
+    """
+
+    TYPE: ClassVar[str] = "hello"
+    role: Role
+    channel: Channel
+    session: bytes = b""
+    identity: bytes = b""
+    region: Region | None = None
+    lanes: tuple[Channel, ...] = ()
+    features: frozenset[str] = frozenset()
+    version: int = VERSION
+    oldest: int = OLDEST_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The sender gives up on this connection, and why: a code for machines, a line for people."""
+
+    TYPE: ClassVar[str] = "failure"
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The sender is done. From a destination: whether every page is in place."""
+
+    TYPE: ClassVar[str] = "bye"
+    complete: bool
+
+
+Message = Hello | Failure | Bye
+
+
+def encode_message(message: Message) -> bytes:
+    body = msgpack.packb({"type": message.TYPE, **_fields_of(message)})
+    if len(body) > MAX_MESSAGE:
+        raise LocalProtocolError(f"a message of {len(body)} bytes (limit {MAX_MESSAGE})")
+    return FRAME_HEADER.pack(MAGIC, 1, 0, len(body)) + body
+
+
+def _fields_of(message: Message) -> dict[str, Any]:
+    match message:
+        case Hello():
+            fields: dict[str, Any] = {
+                "version": message.version,
+                "oldest": message.oldest,
+                "role": message.role.value,
+                "channel": message.channel.value,
+                "session": message.session,
+                "features": sorted(message.features),
+            }
+            if message.region is not None:
+                fields["identity"] = message.identity
+                fields["blocks"] = [[b.name, b.size, b.page_size] for b in message.region.blocks]
+            if message.lanes:
+                fields["lanes"] = [lane.value for lane in message.lanes]
+            return fields
+        case Failure():
+            return {"code": message.code, "text": message.text}
+        case Bye():
+            return {"complete": message.complete}
+
+
+class MessageDecoder:
+    """Bytes in, messages out.
+
+    :meth:`feed` bytes as they come, then iterate over :meth:`messages`. What follows the last message wanted is in
+    :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything that is not a message; nothing comes after it.
+    """
+
+    def __init__(self) -> None:
+        self.unread = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        self.unread += data
+
+    def next(self) -> Message | None:
+        """The next whole message, or None until more bytes are fed."""
+        _check_magic(self.unread)
+        if len(self.unread) < FRAME_HEADER.size:
+            return None
+        _, framing, _, length = FRAME_HEADER.unpack_from(self.unread)
+        if framing != 1:
+            raise RemoteProtocolError(f"the peer frames its messages in version {framing}; this pagenet knows version 1")
+        if length > MAX_MESSAGE:
+            raise RemoteProtocolError(f"the peer announces a message of {length} bytes (limit {MAX_MESSAGE})")
+        end = FRAME_HEADER.size + length
+        if len(self.unread) < end:
+            return None
+        body = bytes(self.unread[FRAME_HEADER.size : end])
+        del self.unread[:end]
+        return _decode_body(body)
+
+    def check_eof(self) -> None:
+        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle of a message."""
+        if self.unread:
+            raise RemoteProtocolError(f"the peer closed in the middle of a message ({len(self.unread)} bytes of it came)")
+
+
+def _check_magic(data: bytearray) -> None:
+    if data[:4] != MAGIC[: len(data)]:
+        raise RemoteProtocolError(f"the peer does not speak pagenet: it begins with {bytes(data[:16])!r}")
+
+
+def _decode_body(body: bytes) -> Message:
+    try:
+        fields = msgpack.unpackb(body, strict_map_key=True)
+    except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        raise RemoteProtocolError(f"the peer's message is not msgpack: {str(error) or type(error).__name__}") from None
+    if not isinstance(fields, dict):
+        raise RemoteProtocolError("the peer's message is not a map")
+    match fields.get("type"):
+        case "hello":
+            return _decode_hello(fields)
+        case "failure":
+            return Failure(printable(_field(fields, "code", str)[:64]), printable(_field(fields, "text", str)))
+        case "bye":
+            return Bye(_field(fields, "complete", bool))
+        case other:
+            raise RemoteProtocolError(f"the peer's message is of type {_shown(other)}, which is unknown")
+
+
+def _decode_hello(fields: dict[str, Any]) -> Hello:
+    version, oldest = _field(fields, "version", int), _field(fields, "oldest", int)
+    if not 0 < oldest <= version:
+        raise RemoteProtocolError(f"the peer claims to speak versions {oldest} to {version}")
+    if oldest > VERSION or version < OLDEST_VERSION:
+        # Of a version that we do not know, the other fields mean nothing.
+        raise RemoteProtocolError(_no_common_version(oldest, version))
+    session = _field(fields, "session", bytes)
+    if len(session) not in (0, 16):
+        raise RemoteProtocolError(f"the peer's session is {len(session)} bytes long, not 16")
+    return Hello(
+        role=_choice(Role, fields, "role"),
+        channel=_choice(Channel, fields, "channel"),
+        session=session,
+        identity=_field(fields, "identity", bytes)[:64] if "identity" in fields else b"",
+        region=_decode_region(_list(fields, "blocks", limit=MAX_BLOCKS)) if "blocks" in fields else None,
+        lanes=tuple(_decode_lane(lane) for lane in _list(fields, "lanes", limit=64)),
+        features=frozenset(_strings(fields, "features")),
+        version=version,
+        oldest=oldest,
+    )
+
+
+def _decode_lane(lane: object) -> Channel:
+    channel = _choice(Channel, {"lanes": lane}, "lanes")
+    if channel is Channel.CONTROL:
+        raise RemoteProtocolError("the peer asks for its control channel as a lane")
+    return channel
+
+
+def _decode_region(blocks: list[Any]) -> Region:
+    try:
+        return Region(Block(*_block_fields(block)) for block in blocks)
+    except UsageError as error:
+        raise RemoteProtocolError(f"the peer's block table makes no sense: {error}") from None
+
+
+def _block_fields(block: object) -> tuple[str, int, int]:
+    match block:
+        case [str() as name, int() as size, int() as page_size]:
+            return name, size, page_size
+    raise RemoteProtocolError("the peer's block table has an entry that is not [name, size, page size]")
+
+
+def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RemoteProtocolError(f"the peer's {fields.get('type', 'message')} has no proper {name!r}")
+    return value
+
+
+def _list(fields: dict[str, Any], name: str, limit: int) -> list[Any]:
+    value: list[Any] = _field(fields, name, list) if name in fields else []
+    if len(value) > limit:
+        raise RemoteProtocolError(f"the peer's hello has {len(value)} {name} (limit {limit})")
+    return value
+
+
+def _strings(fields: dict[str, Any], name: str) -> Iterator[str]:
+    for value in _list(fields, name, limit=64):
+        if not isinstance(value, str):
+            raise RemoteProtocolError(f"the peer's hello has {name} that are not text")
+        yield value
+
+
+def _choice(kind: type[E], fields: dict[str, Any], name: str) -> E:
+    value = fields.get(name)
+    if not isinstance(value, str) or value not in {choice.value for choice in kind}:
+        raise RemoteProtocolError(f"the peer's hello has no proper {name!r}: {_shown(value)}")
+    return kind(value)
+
+
+def _shown(value: object) -> str:
+    """A stranger's value, for the line of an error. Text alone is shown: the repr of a deep structure recurses too far."""
+    return repr(value[:40]) if isinstance(value, str) else type(value).__name__
+
+
+def printable(text: str) -> str:
+    """A stranger's text, made fit for one line of a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_REASON_BYTES])
+
+
+def negotiate(hello: Hello) -> int:
+    """The version that both sides speak from here on: the newest that both know."""
+    common = min(VERSION, hello.version)
+    if common < max(OLDEST_VERSION, hello.oldest):
+        raise RemoteProtocolError(_no_common_version(hello.oldest, hello.version))
+    return common
+
+
+def _no_common_version(oldest: int, version: int) -> str:
+    return (
+        f"the peer speaks protocol versions {oldest} to {version}, this pagenet {OLDEST_VERSION} to {VERSION}: "
+        "bring both to releases that overlap"
+    )
+
+
+# ---- lane headers ----
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Destination to source: send me these pages.
+
+    ``unit_shift``: pages belong together in aligned groups of ``2**unit_shift`` (a huge page of the destination's); replies
+    do not split a group. ``encodings``: which ones the destination takes besides RAW, a bit each.
+    """
+
+    request_id: int
+    class_: Class
+    run: Run
+    unit_shift: int = 0
+    encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO
+
+    def encode(self) -> bytes:
+        return REQUEST_HEADER.pack(
+            self.request_id, self.class_, self.encodings, self.unit_shift, 0, self.run.first, self.run.count, 0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Source to destination: the header of these pages. ``length`` bytes of payload follow it.
+
+    The replies to a request cover its run from first page to last, in order. FAILED carries a reason as UTF-8 and ends the
+    request.
+    """
+
+    request_id: int
+    class_: Class
+    encoding: Encoding
+    run: Run
+    length: int
+
+    def encode(self) -> bytes:
+        return REPLY_HEADER.pack(
+            self.request_id, self.class_, self.encoding, 0, self.run.first, self.run.count, self.length
+        )
+
+
+class RequestDecoder:
+    """The source's side of a lane: bytes in, requests out, each checked against the region."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._unread = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        self._unread += data
+
+    def requests(self) -> Iterator[Request]:
+        """All whole requests fed so far. :exc:`~pagenet.errors.RemoteProtocolError` at the first that makes no sense."""
+        whole = len(self._unread) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
+        headers, self._unread = bytes(self._unread[:whole]), self._unread[whole:]
+        for fields in REQUEST_HEADER.iter_unpack(headers):
+            yield self._checked(fields)
+
+    def check_eof(self) -> None:
+        if self._unread:
+            raise RemoteProtocolError("the peer closed in the middle of a request")
+
+    def _checked(self, fields: Sequence[int]) -> Request:
+        request_id, class_, encodings, unit_shift, reserved, first, count, reserved2 = fields
+        if reserved or reserved2:
+            raise RemoteProtocolError("the peer's request has reserved bits set")
+        run = Run(first, count)
+        if not self._region.contains(run):
+            raise RemoteProtocolError(
+                f"the peer asks for {count} pages from page {first} on: not within one block of the {self._region.pages} pages"
+            )
+        if not self._aligned(run, unit_shift):
+            raise RemoteProtocolError(f"the peer's request is not made of whole units of 2**{unit_shift} pages")
+        size = self._region.size_of(run)
+        if size > MAX_REQUEST_BYTES and count > 1 << unit_shift:
+            raise RemoteProtocolError(f"the peer asks for {size} bytes at once (limit {MAX_REQUEST_BYTES})")
+        return Request(request_id, _class_of(class_), run, unit_shift, encodings | 1 << Encoding.RAW)
+
+    def _aligned(self, run: Run, unit_shift: int) -> bool:
+        unit = 1 << unit_shift  # counted from the block's first page, not the region's
+        index = self._region.block_index(run.first)
+        first = run.first - self._region.first_pages[index]
+        fits = self._region.blocks[index].page_size << unit_shift <= MAX_PAGE_SIZE
+        return fits and first % unit == 0 and run.count % unit == 0
+
+
+def _class_of(value: int) -> Class:
+    try:
+        return Class(value)
+    except ValueError:
+        raise RemoteProtocolError(f"the peer names transfer class {value}, which is unknown") from None
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    class_: Class
+    run: Run
+    unit: int
+    next: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.next = self.run.first
+
+
+class OutstandingRequests:
+    """The destination's side of a lane: which requests are open, and whether a reply fits one.
+
+    Request ids are given out here; an id is used again only 2**32 requests later.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._open: dict[int, _Outstanding] = {}
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, class_: Class, run: Run, unit_shift: int = 0) -> Request:
+        if not self._region.contains(run):
+            raise LocalProtocolError(f"{run} is not a run of the region")
+        request = Request(self._next_id, class_, run, unit_shift)
+        self._next_id = (self._next_id + 1) % 2**32
+        self._open[request.request_id] = _Outstanding(class_, run, 1 << unit_shift)
+        return request
+
+    def reply(self, header: bytes | bytearray | memoryview) -> Reply:
+        """Decode a reply's header and check it against the open requests; the request closes with its last page."""
+        request_id, class_, encoding, reserved, first, count, length = REPLY_HEADER.unpack(header)
+        outstanding = self._open.get(request_id)
+        if outstanding is None:
+            raise RemoteProtocolError(f"the peer answers request {request_id}, which is not open")
+        if class_ != outstanding.class_ or reserved:
+            raise RemoteProtocolError("the peer's reply is of another class than its request")
+        reply = Reply(request_id, outstanding.class_, _encoding_of(encoding), Run(first, count), length)
+        if reply.encoding is Encoding.FAILED:
+            self._check_failure(reply)
+        else:
+            self._check_pages(reply, outstanding)
+            outstanding.next = reply.run.end
+        if reply.encoding is Encoding.FAILED or outstanding.next == outstanding.run.end:
+            del self._open[request_id]
+        return reply
+
+    def is_open(self, request_id: int) -> bool:
+        return request_id in self._open
+
+    @staticmethod
+    def _check_failure(reply: Reply) -> None:
+        if reply.length > MAX_REASON_BYTES:
+            raise RemoteProtocolError(f"the peer announces a reason of {reply.length} bytes (limit {MAX_REASON_BYTES})")
+
+    def _check_pages(self, reply: Reply, outstanding: _Outstanding) -> None:
+        first, count, unit = reply.run.first, reply.run.count, outstanding.unit
+        if first != outstanding.next or not 0 < count <= outstanding.run.end - first or count % unit:
+            raise RemoteProtocolError(f"the peer answers {outstanding.run} out of turn, with {reply.run}")
+        size = self._region.size_of(reply.run) if reply.encoding is Encoding.RAW else 0
+        if reply.length != size:
+            raise RemoteProtocolError(f"the peer announces {reply.length} bytes for {count} pages of {size} bytes in all")
+
+
+def _encoding_of(value: int) -> Encoding:
+    try:
+        encoding = Encoding(value)
+    except ValueError:
+        raise RemoteProtocolError(f"the peer names encoding {value}, which is unknown") from None
+    if encoding is Encoding.LZ4:
+        raise RemoteProtocolError("the peer compresses with lz4, which was not asked for")
+    return encoding

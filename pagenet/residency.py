@@ -1,0 +1,106 @@
+"""The destination's map of pages: what is missing, asked for, in place. The only truth about progress.
+
+One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that lanes in C threads and in
+other processes share it with Python. A page goes from MISSING to REQUESTED to PLACING to RESIDENT; whoever moved it to
+PLACING, and nobody else, may write it. Never backwards: a page that its owner gave up is REMOVED for good.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Self
+
+from . import _native
+from .region import Run
+from .statistics import ClassStatistics, Histogram
+
+__all__ = ["Residency", "State"]
+
+
+class State(IntEnum):
+    MISSING = _native.STATES["missing"]
+    REQUESTED = _native.STATES["requested"]
+    PLACING = _native.STATES["placing"]
+    RESIDENT = _native.STATES["resident"]
+    #: its owner gave it up: reads as zero, never again as what the source has
+    REMOVED = _native.STATES["removed"]
+    #: the owner does not map it
+    OUTSIDE = _native.STATES["outside"]
+    POISONED = _native.STATES["poisoned"]
+
+
+class Residency:
+    """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte a page."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._map = _native.SharedMap(pages)
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def scope(self) -> int:
+        """Pages that are to become resident: all but those OUTSIDE."""
+        return self._map.scope
+
+    @property
+    def done(self) -> int:
+        """Pages of the scope that are RESIDENT, REMOVED or POISONED."""
+        return self._map.done
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.scope
+
+    def state(self, page: int) -> State:
+        return State(self._map.state(page))
+
+    def claim(self, run: Run, from_: State, to: State) -> int:
+        """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
+        return self._map.claim(run.first, run.count, from_, to)
+
+    def replace(self, run: Run, from_: State, to: State) -> int:
+        """Move those pages of ``run`` that are in state ``from_``: how many."""
+        return self._map.replace(run.first, run.count, from_, to)
+
+    def set(self, run: Run, to: State) -> None:
+        self._map.set(run.first, run.count, to)
+
+    def find(self, state: State, first: int) -> int | None:
+        """The first page from ``first`` on that is in ``state``."""
+        found = self._map.find(first, self.pages, state)
+        return found if found < self.pages else None
+
+    def span(self, run: Run, state: State) -> int:
+        """How many pages from the start of ``run`` are in ``state``."""
+        return self._map.span(run.first, run.end, state)
+
+    def missing(self) -> list[Run]:
+        """The pages that are neither in place nor given up, as runs."""
+        runs = []
+        first = 0
+        while first < self.pages:
+            state = self.state(first)
+            count = self._map.span(first, self.pages, state)
+            if state in (State.MISSING, State.REQUESTED, State.PLACING):
+                runs.append(Run(first, count))
+            first += count
+        return runs
+
+    def add(self, class_: int, counter: str, amount: int = 1) -> None:
+        self._map.add(class_, _native.COUNTERS[counter], amount)
+
+    def add_latency(self, class_: int, nanoseconds: int) -> None:
+        self._map.add_latency(class_, nanoseconds)
+
+    def statistics(self, class_: int) -> ClassStatistics:
+        counters = self._map.counters(class_)
+        values = {name: counters[index] for name, index in _native.COUNTERS.items()}
+        return ClassStatistics(**values, latency=Histogram(tuple(self._map.latencies(class_))))

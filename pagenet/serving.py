@@ -1,0 +1,267 @@
+"""The source's side: answer whoever asks for pages.
+
+The source keeps no state about who has what. Each connection gets its hello answered and is then served on its own: a peer
+that breaks the rules loses its connection, and the others do not notice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import trio
+
+from . import _native, transport
+from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost, UsageError
+from .events import EventHandler, ignore_events
+from .nurseries import open_failing_nursery
+from .protocol import MAX_REASON_BYTES, Bye, Channel, Encoding, Failure, Hello, Reply, Request, RequestDecoder, Role
+from .region import Run
+from .session import MessageStream, accept_forever, greet, telling
+from .source import Source, open_source
+
+__all__ = ["Server", "serve"]
+
+_RECEIVE_SIZE = 16 << 10
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    """One destination: a control connection, and lanes that end with it."""
+
+    session_id: bytes
+    lanes: set[transport.Connection] = field(default_factory=set)
+
+
+class Server:
+    """A source that is being served. Made by :func:`serve`."""
+
+    def __init__(self, source: Source, on_event: EventHandler) -> None:
+        self._source = source
+        self._on_event = on_event
+        self._sessions: dict[bytes, _Session] = {}
+        self._completed = trio.Event()
+        #: where peers may dial; empty if this side dials
+        self.uri = ""
+
+    async def wait_complete(self) -> None:
+        """Return once a destination has said that it has every page."""
+        await self._completed.wait()
+
+    @property
+    def sessions(self) -> int:
+        """Destinations that are connected now."""
+        return len(self._sessions)
+
+    def _hello(self, channel: Channel, session: _Session) -> Hello:
+        if channel is not Channel.CONTROL:
+            return Hello(Role.SOURCE, channel, session.session_id)
+        source = self._source
+        return Hello(Role.SOURCE, channel, session.session_id, identity=source.identity, region=source.region)
+
+    @contextmanager
+    def _new_session(self) -> Iterator[_Session]:
+        session = _Session(os.urandom(16))
+        self._sessions[session.session_id] = session
+        try:
+            yield session
+        finally:
+            del self._sessions[session.session_id]
+            for connection in session.lanes:
+                connection.close()
+
+    # ---- destinations that dial us ----
+
+    async def meet(self, connection: transport.Connection) -> None:
+        """One connection, from its hello to its end. What a peer does wrong ends with it, in one line."""
+        try:
+            await self._serve_peer(MessageStream(connection))
+        except ProtocolError as error:
+            self._on_event("refused", peer=connection.peer, reason=str(error))
+        except ConnectionBroken as error:
+            self._on_event("lost", peer=connection.peer, reason=str(error))
+        except ConnectionClosed:
+            pass  # by the end of its session
+        finally:
+            connection.close()
+
+    async def _serve_peer(self, stream: MessageStream) -> None:
+        async with telling(stream):
+            hello = await stream.receive_hello(Role.DESTINATION)
+            if hello.channel is not Channel.CONTROL:
+                session = self._session_of(hello)
+                await stream.send(self._hello(hello.channel, session))
+        if hello.channel is not Channel.CONTROL:
+            return await self._serve_lane(stream, session)
+        with self._new_session() as session:
+            await stream.send(self._hello(Channel.CONTROL, session))
+            self._on_event("connected", peer=stream.connection.peer)
+            await self._serve_control(stream)
+
+    def _session_of(self, hello: Hello) -> _Session:
+        if hello.session not in self._sessions:
+            raise RemoteProtocolError("the peer opens a lane for a session that does not exist (any more)")
+        return self._sessions[hello.session]
+
+    # ---- destinations that we dial ----
+
+    async def dial_once(self, uri: str) -> None:
+        """Serve the one destination that listens on ``uri``, until it is done or lost."""
+        connection = await transport.dial(uri)
+        stream = MessageStream(connection)
+        with self._new_session() as session:
+            try:
+                hello = await greet(stream, self._hello(Channel.CONTROL, session))
+                self._on_event("connected", peer=connection.peer)
+                async with open_failing_nursery() as nursery:
+                    for channel in hello.lanes:
+                        nursery.start_soon(self._dial_lane, uri, channel, session)
+                    await self._serve_control(stream)
+                    nursery.cancel_scope.cancel()
+            finally:
+                connection.close()
+
+    async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
+        connection = await transport.dial(uri)
+        try:
+            stream = MessageStream(connection)
+            await greet(stream, self._hello(channel, session))
+            await self._serve_lane(stream, session)
+        finally:
+            connection.close()
+
+    # ---- one connection ----
+
+    async def _serve_control(self, stream: MessageStream) -> None:
+        peer = stream.connection.peer
+        while True:
+            match await stream.receive():
+                case Bye(complete):
+                    self._on_event("complete" if complete else "left", peer=peer)
+                    if complete:
+                        self._completed.set()
+                    return
+                case Failure(_, text):
+                    raise RemoteProtocolError(f"the peer gave up: {text}")
+                case None:
+                    raise ConnectionBroken("the destination closed its connection before it was done")
+                case Hello():
+                    raise RemoteProtocolError("the peer says hello twice")
+
+    async def _serve_lane(self, stream: MessageStream, session: _Session) -> None:
+        connection = stream.connection
+        if session.session_id not in self._sessions:
+            return  # it ended while our hello was on its way
+        session.lanes.add(connection)
+        try:
+            await TrioSourceLane(connection, self._source).run(stream.unread())
+        finally:
+            session.lanes.discard(connection)
+
+
+class TrioSourceLane:
+    """Requests in, pages out, one after the other: slow, and obviously right."""
+
+    def __init__(self, connection: transport.Connection, source: Source) -> None:
+        self._connection = connection
+        self._source = source
+        self._pages = memoryview(bytearray())
+
+    async def run(self, unread: bytes) -> None:
+        """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything."""
+        decoder = RequestDecoder(self._source.region)
+        decoder.feed(unread)
+        buffer = memoryview(bytearray(_RECEIVE_SIZE))
+        while True:
+            for request in decoder.requests():
+                await self._answer(request)
+            count = await self._connection.receive_into(buffer)
+            if not count:
+                return decoder.check_eof()
+            decoder.feed(buffer[:count])
+
+    async def _answer(self, request: Request) -> None:
+        try:
+            pages = await self._read(request.run)
+        except SourceLost as error:
+            reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
+            await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
+            raise
+        if pages is None:
+            await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
+        else:
+            await self._connection.send(*self._replies(request, pages))
+
+    async def _read(self, run: Run) -> memoryview | None:
+        """The pages, until the next read; None if they are known to be zero."""
+        size = self._source.region.size_of(run)
+        if len(self._pages) < size:
+            self._pages = memoryview(bytearray(size))
+        pages = self._pages[:size]
+        return pages if await self._source.read_into(run, pages) else None
+
+    def _replies(self, request: Request, pages: memoryview) -> Iterator[transport.Buffer]:
+        """Headers and payloads that cover the request: units that are zero as a flag, the others as they are."""
+        unit_pages = 1 << request.unit_shift
+        page_size = len(pages) // request.run.count
+        done = 0
+        while done < request.run.count:
+            rest = pages[done * page_size :]
+            units, zero = _native.leading_alike(rest, len(rest) // (unit_pages * page_size), unit_pages * page_size)
+            run = Run(request.run.first + done, units * unit_pages)
+            size = 0 if zero else run.count * page_size
+            yield _reply(request, Encoding.ZERO if zero else Encoding.RAW, run, size)
+            if not zero:
+                yield rest[:size]
+            done += run.count
+
+
+def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:
+    return Reply(request.request_id, request.class_, encoding, run, length).encode()
+
+
+@asynccontextmanager
+async def serve(
+    source: Source | str | Sequence[str],
+    *,
+    listen: str | None = None,
+    connect: str | None = None,
+    plaintext: bool = False,
+    on_event: EventHandler = ignore_events,
+) -> AsyncIterator[Server]:
+    """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the block runs.
+
+    Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
+    ``plaintext`` allows a listener that other hosts can reach.
+
+    Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
+    the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
+    :exc:`~pagenet.errors.ConnectionBroken`.
+    Events: ``listening``, ``connected``, ``complete``, ``left``, ``lost``, ``refused``.
+    """
+    if (listen is None) == (connect is None):
+        raise UsageError("a source either listens or connects")
+    with _opened(source) as opened:
+        server = Server(opened, on_event)
+        async with open_failing_nursery() as nursery:
+            if listen is not None:
+                listener = await transport.listen(listen, plaintext=plaintext)
+                with listener:
+                    server.uri = listener.uri
+                    on_event("listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size)
+                    nursery.start_soon(accept_forever, listener, server.meet)
+                    yield server
+                    nursery.cancel_scope.cancel()
+            else:
+                assert connect is not None
+                nursery.start_soon(server.dial_once, connect)
+                yield server
+                nursery.cancel_scope.cancel()
+
+
+def _opened(source: Source | str | Sequence[str]) -> nullcontext[Source] | Source:
+    if isinstance(source, Source):
+        return nullcontext(source)
+    return open_source(source) if isinstance(source, str) else open_source(*source)

@@ -1,0 +1,105 @@
+"""The opening of a conversation: messages over a connection, and the hellos that both sides exchange."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError
+from .protocol import Failure, Hello, Message, MessageDecoder, Role, encode_message, negotiate, printable
+from .transport import Connection, Listener
+
+__all__ = ["MessageStream", "accept_forever", "greet", "receive_exactly", "telling"]
+
+# A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a round trip.
+HELLO_TIMEOUT = 10.0
+_RECEIVE_SIZE = 16 << 10
+
+
+class MessageStream:
+    """Whole messages over a connection, which it borrows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._decoder = MessageDecoder()
+
+    async def send(self, message: Message) -> None:
+        await self.connection.send(encode_message(message))
+
+    async def receive(self) -> Message | None:
+        """The next message; None when the peer has closed."""
+        buffer = memoryview(bytearray(_RECEIVE_SIZE))
+        while (message := self._decoder.next()) is None:
+            count = await self.connection.receive_into(buffer)
+            if not count:
+                self._decoder.check_eof()
+                return None
+            self._decoder.feed(buffer[:count])
+        return message
+
+    def unread(self) -> bytes:
+        """What came after the last message: it belongs to whoever speaks on this connection next."""
+        data = bytes(self._decoder.unread)
+        self._decoder.unread.clear()
+        return data
+
+    async def receive_hello(self, role: Role) -> Hello:
+        """The peer's hello, in time, in that role, and in a version that we speak."""
+        try:
+            with trio.fail_after(HELLO_TIMEOUT):
+                message = await self.receive()
+        except trio.TooSlowError:
+            raise RemoteProtocolError(f"the peer sent no hello for {HELLO_TIMEOUT:g} s") from None
+        match message:
+            case Hello():
+                negotiate(message)
+                if message.role is not role:
+                    raise RemoteProtocolError(f"the peer is a {message.role.value} too: one side serves, the other pulls")
+                return message
+            case Failure():
+                raise RemoteProtocolError(f"the peer refused: {message.text}")
+            case None:
+                raise ConnectionBroken("the peer closed the connection instead of a hello")
+        raise RemoteProtocolError("the peer's first message is not a hello")
+
+
+def _opposite(role: Role) -> Role:
+    return Role.DESTINATION if role is Role.SOURCE else Role.SOURCE
+
+
+async def receive_exactly(connection: Connection, into: memoryview) -> None:
+    """Fill ``into``. :exc:`ConnectionBroken` if the peer closes before."""
+    while into:
+        count = await connection.receive_into(into)
+        if not count:
+            raise ConnectionBroken(f"{connection.peer} closed the connection")
+        into = into[count:]
+
+
+async def greet(stream: MessageStream, ours: Hello) -> Hello:
+    """What whoever dialled begins with: say hello, and have it answered."""
+    await stream.send(ours)
+    theirs = await stream.receive_hello(_opposite(ours.role))
+    if theirs.channel is not ours.channel:
+        raise RemoteProtocolError(f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}")
+    return theirs
+
+
+@asynccontextmanager
+async def telling(stream: MessageStream) -> AsyncIterator[None]:
+    """While messages are spoken: tell the peer, if it can still hear, what it did wrong, before the error goes on up."""
+    try:
+        yield
+    except RemoteProtocolError as error:
+        with trio.move_on_after(1), suppress(ConnectionBroken, ConnectionClosed):
+            await stream.send(Failure("protocol", printable(str(error))))
+        raise
+
+
+async def accept_forever(listener: Listener, meet: Callable[[Connection], Awaitable[None]]) -> None:
+    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's mistakes out."""
+    async with trio.open_nursery() as nursery:
+        while True:
+            nursery.start_soon(meet, await listener.accept())

@@ -1,0 +1,256 @@
+"""Where the pages are: files, memfds, other processes' memory.
+
+A :class:`Source` is a region and a way to read it. It is checked when it is opened: readable, whole pages, known size.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import re
+import select
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol, Self
+
+import trio
+
+from . import _native
+from .errors import SourceLost, UsageError
+from .region import Block, Region, Run
+
+__all__ = ["Source", "open_source"]
+
+
+class _Piece(Protocol):
+    """One block's memory."""
+
+    size: int
+    #: what tells this memory from any other, for as long as it lives
+    identity: str
+
+    def read_nowait(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` if it can be done without waiting for a disk. :exc:`SourceLost` if those bytes are gone."""
+        ...
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into``, however long it takes."""
+        ...
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether these bytes are known to be zero without reading them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Source:
+    """A region and a way to read it. Open one with :func:`open_source`; close it, or use it as a context manager."""
+
+    def __init__(self, pieces: Sequence[tuple[str, _Piece]]) -> None:
+        self._pieces = [piece for _, piece in pieces]
+        self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
+        identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
+        #: 16 bytes that are the same for the same memory, however often it is opened, and differ for any other
+        self.identity = hashlib.sha256(identity.encode()).digest()[:16]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        for piece in self._pieces:
+            piece.close()
+
+    async def read_into(self, run: Run, into: memoryview) -> bool:
+        """Fill ``into`` with the pages of ``run``, or leave it alone and return False if they are known to be zero.
+
+        :exc:`SourceLost` if the memory is gone or has become shorter.
+        """
+        index = self.region.block_index(run.first)
+        piece = self._pieces[index]
+        offset = self.region.offset_of_page(run.first) - self.region.offsets[index]
+        if piece.is_hole(offset, len(into)):
+            return False
+        if not piece.read_nowait(offset, into):
+            await trio.to_thread.run_sync(piece.read, offset, into)
+        return True
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class _FilePiece:
+    """A regular or tmpfs file, or a memfd by way of /proc/PID/fd/N."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(f"cannot open source {path}: {error.strerror}") from None
+        self._path = path
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        self.identity = f"file {status.st_dev} {status.st_ino}"
+        try:
+            self._check(status)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"source {self._path} is not a regular file, nor a memfd")
+        if status.st_size == 0 or status.st_size % mmap.PAGESIZE:
+            raise UsageError(
+                f"source {self._path} is {status.st_size} bytes long: not a whole number of {mmap.PAGESIZE}-byte pages, or none"
+            )
+        try:
+            os.pread(self._fd, 1, 0)
+        except OSError as error:
+            raise UsageError(f"cannot read source {self._path}: {error.strerror}") from None
+
+    def read_nowait(self, offset: int, into: memoryview) -> bool:
+        try:
+            return self._read(offset, into, os.RWF_NOWAIT) == len(into)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # which hugetlbfs and old tmpfs say: memory, never a disk
+                raise self._lost(error.strerror) from None
+        self.read(offset, into)
+        return True
+
+    def read(self, offset: int, into: memoryview) -> None:
+        while into:
+            try:
+                count = self._read(offset, into, 0)
+            except OSError as error:
+                raise self._lost(error.strerror) from None
+            if not count:
+                raise self._lost(f"it ends at byte {offset} of {self.size}")
+            into, offset = into[count:], offset + count
+
+    def _read(self, offset: int, into: memoryview, flags: int) -> int:
+        return os.preadv(self._fd, [into], offset, flags)
+
+    def _lost(self, why: str | None) -> SourceLost:
+        return SourceLost(f"source {self._path} cannot be read any more: {why}")
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            # ENXIO: no data from there on. But a file that has become shorter says so too, and its pages are not zero.
+            return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= offset + length
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _ProcessPiece:
+    """An address range of another process, which is expected to stand still."""
+
+    def __init__(self, pid: int, start: int, size: int) -> None:
+        if size <= 0 or start % mmap.PAGESIZE or size % mmap.PAGESIZE:
+            raise UsageError(f"source pid:{pid}: {start:#x}+{size:#x} is not a range of whole {mmap.PAGESIZE}-byte pages")
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"source pid:{pid}: {getattr(error, 'strerror', error)}") from None
+        self._pid, self._start, self.size = pid, start, size
+        try:
+            self.identity = f"process {pid} {_start_time(pid)} {start:#x}"
+            for offset in (0, size - mmap.PAGESIZE):
+                self.read(offset, memoryview(bytearray(mmap.PAGESIZE)))
+        except (SourceLost, OSError) as error:
+            self.close()
+            raise UsageError(str(error)) from None
+
+    def read_nowait(self, offset: int, into: memoryview) -> bool:
+        self.read(offset, into)
+        return True
+
+    def read(self, offset: int, into: memoryview) -> None:
+        try:
+            _native.read_process(self._pid, self._start + offset, into)
+        except OSError as error:
+            refused = error.errno == errno.EPERM
+            hint = " (it takes the same user and ptrace access, or CAP_SYS_PTRACE)" if refused else ""
+            raise SourceLost(
+                f"cannot read process {self._pid} at {self._start + offset:#x}: {error.strerror}{hint}"
+            ) from None
+        # The number may have gone to another process meanwhile; not while ours was still there after the read.
+        if select.select([self._pidfd], [], [], 0)[0]:
+            raise SourceLost(f"process {self._pid} has ended")
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _start_time(pid: int) -> str:
+    # field 22, counted behind the command, which may contain spaces and brackets
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+_PROCESS = re.compile(r"pid:(\d+):(0[xX][0-9a-fA-F]+|\d+)([-+])(0[xX][0-9a-fA-F]+|\d+)")
+_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
+
+
+def open_source(*specs: str | os.PathLike[str]) -> Source:
+    """The memory that ``specs`` name, one block each, in that order.
+
+    ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or ``pid:PID:START+SIZE`` (addresses of another
+    process), each of them also as ``NAME=...``. :exc:`UsageError` says what is wrong with one.
+    """
+    if not specs:
+        raise UsageError("no source given")
+    with ExitStack() as undo:
+        pieces: list[tuple[str, _Piece]] = []
+        for spec in specs:
+            name, what = _split_name(os.fspath(spec))
+            piece = _open_piece(what)
+            undo.callback(piece.close)
+            pieces.append((name, piece))
+        source = Source(list(_distinct(pieces)))
+        undo.pop_all()
+        return source
+
+
+def _split_name(spec: str) -> tuple[str, str]:
+    if (match := _NAMED.fullmatch(spec)) and not Path(spec).exists():
+        return match[1], match[2]
+    return os.fsencode(Path(spec).name).decode(errors="replace")[:200] or "block", spec
+
+
+def _open_piece(what: str) -> _Piece:
+    if not what.startswith("pid:"):
+        return _FilePiece(what)
+    match = _PROCESS.fullmatch(what)
+    if match is None:
+        raise UsageError(f"source {what!r} is not pid:PID:START-END or pid:PID:START+SIZE (pid:42:0x7f0000000000+0x40000000)")
+    start, last = int(match[2], 0), int(match[4], 0)
+    return _ProcessPiece(int(match[1]), start, last if match[3] == "+" else last - start)
+
+
+def _distinct(pieces: Sequence[tuple[str, _Piece]]) -> Iterator[tuple[str, _Piece]]:
+    """Two files of the same name are two blocks."""
+    seen: dict[str, int] = {}
+    for name, piece in pieces:
+        seen[name] = seen.get(name, 0) + 1
+        yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), piece

@@ -1,0 +1,150 @@
+"""A destination's session with a source: the control connection, and lanes as they are wanted, whoever dials."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import trio
+
+from . import transport
+from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost
+from .events import EventHandler
+from .nurseries import open_failing_nursery
+from .protocol import Bye, Channel, Failure, Hello, Role
+from .session import MessageStream, accept_forever, greet, telling
+from .transport import Connection
+
+__all__ = ["SourceSession", "accept_source", "dial_source"]
+
+#: What a source that dials us is asked to dial besides the control connection.
+LANES = (Channel.DEMAND, Channel.BACKGROUND)
+
+
+class SourceSession:
+    """A source that has said hello. Made by :func:`dial_source` and :func:`accept_source`, which close its connections."""
+
+    def __init__(self, stream: MessageStream, hello: Hello, open_lane: Callable[[Channel], Awaitable[Connection]]) -> None:
+        if hello.region is None:
+            raise RemoteProtocolError("the source's hello has no block table")
+        self._stream = stream
+        self.region = hello.region
+        self.identity = hello.identity
+        self.peer = stream.connection.peer
+        #: a connection for that channel, greeted; its lane may begin
+        self.open_lane = open_lane
+
+    async def watch(self) -> None:
+        """Raise what ends the session: it only ever ends badly, since the destination is the one who says goodbye."""
+        try:
+            async with telling(self._stream):
+                match await self._stream.receive():
+                    case None | Bye():
+                        raise SourceLost(f"the source {self.peer} has closed the session")
+                    case Failure(_, text):
+                        raise SourceLost(f"the source {self.peer} gave up: {text}")
+                    case Hello():
+                        raise RemoteProtocolError("the source says hello twice")
+        except ConnectionBroken as error:
+            raise SourceLost(f"the source is gone: {error}") from None
+
+    async def say_bye(self, complete: bool) -> None:
+        """Tell the source, if it still listens, that we are done."""
+        with trio.move_on_after(1, shield=True), suppress(ConnectionBroken, ConnectionClosed):
+            await self._stream.send(Bye(complete))
+
+
+def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
+    if stream.unread():
+        raise RemoteProtocolError(f"the source sent pages on lane {hello.channel.value} before it was asked")
+    return stream.connection
+
+
+@asynccontextmanager
+async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
+    """A session with the source that listens on ``uri``. :exc:`~pagenet.errors.SourceUnreachable` if there is none."""
+    connections: list[Connection] = []
+
+    async def dial(ours: Hello) -> tuple[Hello, MessageStream]:
+        connections.append(await transport.dial(uri))
+        stream = MessageStream(connections[-1])
+        try:
+            return await greet(stream, ours), stream
+        except ConnectionBroken as error:
+            raise SourceLost(f"the source is gone: {error}") from None
+
+    async def open_lane(channel: Channel) -> Connection:
+        return _lane_stream(*await dial(Hello(Role.DESTINATION, channel, hello.session)))
+
+    try:
+        hello, stream = await dial(Hello(Role.DESTINATION, Channel.CONTROL))
+        yield SourceSession(stream, hello, open_lane)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+class _Reception:
+    """A destination that listens: the first source to come gets the session, and its lanes are matched to who waits."""
+
+    def __init__(self, on_event: EventHandler) -> None:
+        self._on_event = on_event
+        self._sources_in, self.sources = trio.open_memory_channel[tuple[Hello, MessageStream]](1)
+        self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in LANES}
+        self._session: bytes | None = None
+        self._connections: list[Connection] = []
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    async def open_lane(self, channel: Channel) -> Connection:
+        return await self._lanes[channel][1].receive()
+
+    async def meet(self, connection: Connection) -> None:
+        self._connections.append(connection)
+        stream = MessageStream(connection)
+        try:
+            async with telling(stream):
+                hello = await stream.receive_hello(Role.SOURCE)
+                await self._welcome(hello, stream)
+        except (ProtocolError, ConnectionBroken) as error:
+            self._on_event("refused", peer=connection.peer, reason=str(error))
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+
+    async def _welcome(self, hello: Hello, stream: MessageStream) -> None:
+        if hello.channel is Channel.CONTROL:
+            if self._session is not None:
+                raise RemoteProtocolError("another source is being pulled from here already")
+            if hello.region is None or not hello.session:
+                raise RemoteProtocolError("the source's hello has no block table or no session")
+            self._session = hello.session
+            try:
+                await stream.send(Hello(Role.DESTINATION, Channel.CONTROL, hello.session, lanes=LANES))
+            except BaseException:
+                self._session = None  # whoever it was is gone: the next one may try
+                raise
+            await self._sources_in.send((hello, stream))
+        else:
+            if hello.session != self._session:
+                raise RemoteProtocolError("the source opens a lane for a session that does not exist")
+            await stream.send(Hello(Role.DESTINATION, hello.channel, hello.session))
+            await self._lanes[hello.channel][0].send(_lane_stream(hello, stream))
+
+
+@asynccontextmanager
+async def accept_source(uri: str, plaintext: bool, on_event: EventHandler) -> AsyncIterator[SourceSession]:
+    """A session with the first source that dials ``uri``."""
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext))
+        on_event("listening", uri=listener.uri)
+        reception = _Reception(on_event)
+        stack.callback(reception.close)
+        nursery = await stack.enter_async_context(open_failing_nursery())
+        nursery.start_soon(accept_forever, listener, reception.meet)
+        hello, stream = await reception.sources.receive()
+        yield SourceSession(stream, hello, reception.open_lane)
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,92 @@
+"""What a transfer has done so far, as frozen snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ClassStatistics", "Histogram", "TransferStatistics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Latencies in nanoseconds, counted in buckets: exact below 16, then eight to the octave (12.5 % wide)."""
+
+    buckets: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
+
+    def percentile(self, share: float) -> float | None:
+        """The latency, in ns, that ``share`` (0 to 1) of them do not exceed; None if there are none. Off by up to 6 %."""
+        rank = share * self.count
+        seen = 0
+        for index, count in enumerate(self.buckets):
+            seen += count
+            if count and seen >= rank:
+                return (_lower_bound(index) + _lower_bound(index + 1)) / 2
+        return None
+
+    def microseconds(self, share: float) -> float | None:
+        value = self.percentile(share)
+        return None if value is None else round(value / 1000, 1)
+
+
+def _lower_bound(bucket: int) -> int:
+    if bucket < 16:
+        return bucket
+    octave, step = divmod(bucket, 8)
+    return (8 + step) << (octave - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassStatistics:
+    """One class of transfer (demand, prefetch or background).
+
+    ``pages`` placed, in ``runs`` replies, ``zero_pages`` of them as a flag; ``wire_bytes`` received for them; ``existed``:
+    found in place already; ``dropped``: came but were no longer wanted; ``requests`` sent; ``faults`` that this class was
+    asked to answer; ``latency``: from the fault's event to the page in place (demand alone).
+    """
+
+    pages: int
+    runs: int
+    zero_pages: int
+    wire_bytes: int
+    existed: int
+    dropped: int
+    requests: int
+    faults: int
+    latency: Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStatistics:
+    """A whole transfer.
+
+    ``pages``: in its scope; ``size``: the same in bytes; ``done``: of those pages, in place or given up by their owner.
+    """
+
+    pages: int
+    done: int
+    size: int
+    seconds: float
+    placement: str
+    demand: ClassStatistics
+    prefetch: ClassStatistics
+    background: ClassStatistics
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.pages
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.demand.wire_bytes + self.prefetch.wire_bytes + self.background.wire_bytes
+
+    @property
+    def zero_pages(self) -> int:
+        return self.demand.zero_pages + self.prefetch.zero_pages + self.background.zero_pages
+
+    @property
+    def fault_latency(self) -> Histogram:
+        return self.demand.latency

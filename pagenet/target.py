@@ -1,0 +1,99 @@
+"""Where pages go: what the destination's lanes ask of the memory, or the file, that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .region import Region, Run
+
+if TYPE_CHECKING:  # the targets in uffd/ need this module
+    from .uffd import Event, Fault
+
+__all__ = ["Outcome", "Owner", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Pages of a run that were dealt with, in order.
+
+    ``again``: the owner's memory is changing. Read its events, all of them, then place what is left of the run.
+    """
+
+    placed: int
+    existed: int = 0
+    absent: int = 0
+    again: bool = False
+
+    @property
+    def done(self) -> int:
+        return self.placed + self.existed + self.absent
+
+
+class Target(Protocol):
+    """Memory, or a file, that a region moves into. Numbers pages as :attr:`region` does."""
+
+    @property
+    def region(self) -> Region:
+        """The source's blocks, in the page sizes of this target."""
+        ...
+
+    @property
+    def placement(self) -> str:
+        """How pages get into place: ``copy``, ``move``, ``continue`` or ``file``."""
+        ...
+
+    @property
+    def event_fd(self) -> int | None:
+        """Readable when :meth:`read_events` has something to say; None for a target that nobody touches yet."""
+        ...
+
+    def scope(self) -> Sequence[Run]:
+        """The pages that are to become resident, each run within a block."""
+        ...
+
+    def read_events(self) -> list[Event]: ...
+
+    def pages_between(self, start: int, end: int) -> Sequence[Run]:
+        """The pages that lie at the owner's addresses [start, end)."""
+        ...
+
+    def page_of(self, fault: Fault) -> int:
+        """The page that a fault waits for."""
+        ...
+
+    def place(self, run: Run, data: memoryview | None) -> Outcome:
+        """Put ``data`` (or zeros, for None) into the pages of ``run`` and wake whoever waits for them.
+
+        :exc:`~pagenet.errors.OwnerGone` if the memory no longer exists.
+        """
+        ...
+
+    def settle(self, run: Run, fault: Fault) -> Outcome:
+        """Answer ``fault`` on a page that has been placed, or given up by its owner, before."""
+        ...
+
+    def wake(self, run: Run) -> None:
+        """Let whoever waits for pages of ``run`` try again."""
+        ...
+
+    def discard(self, run: Run) -> None:
+        """``run`` was given up by the owner while its bytes were on their way: leave none of them behind."""
+        ...
+
+    async def wait_gone(self) -> None:
+        """Return when the owner is gone."""
+        ...
+
+    def close(self, missing: Sequence[Run]) -> None:
+        """Let go. ``missing`` pages never came: whoever touches them must wait or be told, and never read zeros."""
+        ...
+
+
+class Owner(Protocol):
+    """Somebody whose memory is to be filled, before it is known how large it must be."""
+
+    async def attach(self, region: Region) -> Target:
+        """The owner's memory for ``region``."""
+        ...

@@ -1,0 +1,18 @@
+"""Connections over the host's sockets: ``tcp://HOST:PORT`` and ``unix:PATH``.
+
+::
+
+    _constants.py    what was chosen, and why
+    _uri.py          URIs in: (host, port) or a path out, or a UsageError
+    _connection.py   SocketConnection: both kinds share it, and the translation of errno with it
+    _listener.py     SocketListener: accept, whatever else happens
+    _tcp.py          TcpTransport: names, addresses, the options of a TCP socket
+    _unix.py         UnixTransport: socket files, their modes and their leftovers
+"""
+
+from __future__ import annotations
+
+from ._tcp import TcpTransport
+from ._unix import UnixTransport
+
+__all__ = ["TcpTransport", "UnixTransport"]

@@ -1,0 +1,45 @@
+"""The numbers of this backend. None is visible on the wire: change them freely, on one side only if you like."""
+
+from __future__ import annotations
+
+import os
+
+# The kernel refuses a sendmsg() of more buffers than this with EMSGSIZE. 1024 on every Linux, but it is the kernel's
+# to say.
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+# A dial that takes longer is of no use: the owner's threads stand still meanwhile. SYNs go out at 0, 1, 3 and 7 s, so
+# that 10 s forgives three lost ones. The resolver gets as much again. Not measured.
+CONNECT_TIMEOUT = 10.0
+
+# A dead peer must be noticed within PEER_TIMEOUT seconds, since until then every fault waits and nothing reconnects.
+# Left alone, Linux takes about 15 minutes while bytes are unacknowledged (tcp_retries2), and for ever on an idle
+# connection. Two options are needed, because each covers what the other does not:
+# - TCP_USER_TIMEOUT: bytes are under way and nobody acknowledges them.
+# - keepalive: nothing is under way. KEEPALIVE_IDLE + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL comes to the same 10 s.
+# 10 s is above the pauses that healthy networks have (a bond failing over) and low enough for a person to wait.
+#
+# It is also how long a peer may be stopped: with its receive window shut for as long, TCP_USER_TIMEOUT ends the
+# connection although the peer's kernel still answers (measured on Linux 6.18: after 10.4 s). Reconnecting heals that.
+PEER_TIMEOUT = 10
+KEEPALIVE_IDLE = 4
+KEEPALIVE_INTERVAL = 2
+KEEPALIVE_PROBES = 3
+
+# Connections that wait for accept(). More than one destination's lanes, all reconnecting at once; the kernel caps it at
+# net.core.somaxconn.
+BACKLOG = 128
+
+# When file descriptors or memory run out, accept() fails at once and the connection keeps waiting in the backlog:
+# without a pause the loop would spin. Long enough to cost nothing, short enough that nobody notices.
+ACCEPT_PAUSE = 0.1
+
+# A connect() to a unix listener with a full backlog does not wait but fails with EAGAIN, and nothing says when to come
+# back.
+UNIX_BACKLOG_PAUSE = 0.01
+
+# struct sockaddr_un has 108 bytes for the path; the last one holds the terminating zero.
+UNIX_PATH_MAX = 107
+
+# Only the user that the daemon runs as, and root, may connect: whoever connects may ask for memory.
+UNIX_SOCKET_MODE = 0o600

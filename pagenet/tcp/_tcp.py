@@ -1,0 +1,202 @@
+"""``tcp://HOST:PORT``: names and addresses, dialling them in turn, and the options that every connection gets."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult
+
+import trio
+
+from ..errors import SourceUnreachable, UsageError
+from ._connection import SocketConnection, reason
+from ._constants import (
+    BACKLOG,
+    CONNECT_TIMEOUT,
+    KEEPALIVE_IDLE,
+    KEEPALIVE_INTERVAL,
+    KEEPALIVE_PROBES,
+    PEER_TIMEOUT,
+)
+from ._listener import SocketListener
+from ._uri import HostPort, parse_tcp, tcp_uri
+
+_ADVICE = "start the other side there, or check host, port and firewall"
+
+
+class _Address(NamedTuple):
+    family: int
+    sockaddr: Any  # what the kernel takes: (host, port) or (host, port, flow, scope)
+
+    @property
+    def uri(self) -> str:
+        return tcp_uri(HostPort(self.sockaddr[0], self.sockaddr[1]))
+
+
+class TcpTransport:
+    """A :class:`~pagenet.transport.Transport` over TCP, IPv4 and IPv6.
+
+    A host is a name, an address, or ``[an IPv6 address]``. To a listener, no host means every address of this one, and
+    port 0 a free port. ``localhost`` is 127.0.0.1, then ::1, whatever the resolver thinks of it.
+    """
+
+    async def dial(self, uri: SplitResult) -> SocketConnection:
+        """Try the host's addresses in turn, for :data:`CONNECT_TIMEOUT` seconds in all."""
+        where = parse_tcp(uri)
+        if not where.host or not where.port:
+            raise UsageError(f"{uri.geturl()}: dialling needs a host and a port other than 0: say tcp://HOST:PORT")
+        try:
+            addresses = await _resolve(where)
+        except OSError as error:
+            why = f"{where.host!r} has no address: {reason(error)}"
+            raise SourceUnreachable(f"{uri.geturl()}: {why}; {_ADVICE}") from error
+        return await _dial_in_turn(uri, addresses)
+
+    async def listen(self, uri: SplitResult) -> SocketListener:
+        """Listen on the first of the host's addresses that can be had."""
+        where = parse_tcp(uri)
+        try:
+            addresses = await _resolve(where)
+        except OSError as error:
+            raise _no_address(uri, where, error) from error
+        return _listen_in_turn(uri, addresses)
+
+    def is_private(self, uri: SplitResult) -> bool:
+        """Whether every address of the host is a loopback address. A name may ask the resolver, and block meanwhile."""
+        where = parse_tcp(uri)
+        hosts = _known_hosts(where)
+        if hosts is None:
+            try:
+                found = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                raise _no_address(uri, where, error) from error
+            hosts = [str(sockaddr[0]) for *_, sockaddr in found]
+        return all(_is_loopback(host) for host in hosts)
+
+
+def _no_address(uri: SplitResult, where: HostPort, error: OSError | UnicodeError) -> UsageError:
+    why = reason(error) if isinstance(error, OSError) else str(error)
+    return UsageError(f"{uri.geturl()}: {where.host!r} has no address to listen on: {why}; name one of this host's")
+
+
+# Names to addresses
+
+
+def _known_hosts(where: HostPort) -> Sequence[str] | None:
+    """The addresses that need no resolver; None if only the resolver knows."""
+    if not where.host:
+        return ["::", "0.0.0.0"]
+    # A listener on localhost passes for private, so that no entry in some hosts file may make another address of it.
+    if where.host == "localhost":
+        return ["127.0.0.1", "::1"]
+    try:
+        ipaddress.ip_address(where.host)
+    except ValueError:
+        return None
+    return [where.host]
+
+
+def _is_loopback(host: str) -> bool:
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+async def _resolve(where: HostPort) -> list[_Address]:
+    """OSError for a name without address, or one that takes the resolver longer than CONNECT_TIMEOUT."""
+    addresses: list[_Address] = []
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT):
+            for host in _known_hosts(where) or [where.host]:
+                found = await trio.socket.getaddrinfo(host, where.port, type=socket.SOCK_STREAM)
+                addresses += [_Address(family, sockaddr) for family, _, _, _, sockaddr in found]
+    except trio.TooSlowError:
+        raise OSError(None, f"the resolver did not answer within {CONNECT_TIMEOUT:g} s") from None
+    except UnicodeError as error:
+        raise OSError(None, f"no valid host name: {error}") from error
+    return addresses
+
+
+# Dialling
+
+
+async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketConnection:
+    deadline = trio.current_time() + CONNECT_TIMEOUT
+    failures = []
+    for tried, address in enumerate(addresses):
+        # An equal share of what is left: a first address that swallows packets must not use up the time of the second.
+        share = (deadline - trio.current_time()) / (len(addresses) - tried)
+        try:
+            with trio.fail_after(max(share, 0)):
+                return await _connect(address)
+        except trio.TooSlowError:
+            failures.append(f"{address.uri}: no answer within {share:.1f} s")
+        except OSError as error:
+            failures.append(f"{address.uri}: {reason(error)}")
+    raise SourceUnreachable(f"{uri.geturl()}: nothing answers ({', '.join(failures)}); {_ADVICE}")
+
+
+async def _connect(address: _Address) -> SocketConnection:
+    sock = trio.socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        await sock.connect(address.sockaddr)
+        # Dialling a port that nobody listens on may hit on that same port for this side's own end, and TCP then
+        # connects the socket to itself. Whoever dials a dead source over and over will see it.
+        if sock.getsockname() == sock.getpeername():
+            raise OSError(errno.ECONNREFUSED, "connected to itself")
+        return _tuned(sock, address.uri)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _tuned(sock: trio.socket.SocketType, peer: str) -> SocketConnection:
+    # The request for a faulted page is small, and a thread stands still until it is answered: it waits for no company.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT * 1000)
+    return SocketConnection(sock, peer)
+
+
+# Listening
+
+
+def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketListener:
+    failures = []
+    for address in addresses:
+        try:
+            sock = _bind(address)
+        except OSError as error:
+            failures.append(f"{address.uri}: {reason(error)}")
+        else:
+            bound = _Address(address.family, sock.getsockname())
+            return SocketListener(sock, bound.uri, _welcome)
+    raise UsageError(f"{uri.geturl()}: cannot listen ({', '.join(failures)}); choose another address or port")
+
+
+def _bind(address: _Address) -> trio.socket.SocketType:
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        # Without it, a daemon that is started again waits a minute for its predecessor's connections to leave
+        # TIME_WAIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.family == socket.AF_INET6:
+            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we promise every address.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address.sockaddr)
+        sock.listen(BACKLOG)
+        return trio.socket.from_stdlib_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _welcome(sock: trio.socket.SocketType, sockaddr: Any) -> SocketConnection:
+    return _tuned(sock, _Address(sock.family, sockaddr).uri)

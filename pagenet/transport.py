@@ -1,0 +1,136 @@
+"""The seam: what pagenet asks of anything that carries bytes between two hosts.
+
+A backend is a :class:`Transport`: it dials a URI and listens on one. What comes out is a :class:`Connection`, an ordered,
+reliable stream of bytes in both directions. Both fill the caller's buffers and send the caller's buffers, so that page
+bytes pass by reference. What only some backends can do is an interface of its own: :class:`Detachable` gives away the
+file descriptor underneath, for loops in C that want to drive it themselves.
+
+Backends register under their URI scheme; :func:`dial` and :func:`listen` pick one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+from urllib.parse import SplitResult, urlsplit
+
+from .errors import UsageError
+
+__all__ = ["Buffer", "Connection", "Detachable", "Listener", "Transport", "dial", "listen", "register", "schemes"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Connection(Protocol):
+    """A reliable, ordered stream of bytes in both directions.
+
+    One task may send while another receives; two tasks in the same direction at once raise
+    :exc:`~pagenet.errors.ConnectionBusy`. After :meth:`close` everything raises
+    :exc:`~pagenet.errors.ConnectionClosed`; when the peer or the network broke it,
+    :exc:`~pagenet.errors.ConnectionBroken`.
+    """
+
+    @property
+    def peer(self) -> str:
+        """The other end, for people to read."""
+        ...
+
+    async def send(self, *buffers: Buffer) -> None:
+        """Send all bytes of all ``buffers``, in order.
+
+        If it is cancelled, an unknown part has been sent: the connection is of no further use but to be closed.
+        """
+        ...
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """Receive at least one byte into ``buffer`` (not empty) and return how many; 0 once the peer has closed."""
+        ...
+
+    def close(self) -> None:
+        """Close both directions at once. Idempotent; wakes tasks that wait in :meth:`send` or :meth:`receive_into`."""
+        ...
+
+
+@runtime_checkable
+class Detachable(Protocol):
+    """A connection whose bytes travel over a socket that a loop in C may drive."""
+
+    def detach(self) -> int:
+        """Give the non-blocking socket's file descriptor to the caller, who closes it. The connection is then closed."""
+        ...
+
+
+class Listener(Protocol):
+    @property
+    def uri(self) -> str:
+        """Where it really listens: what a peer would dial."""
+        ...
+
+    async def accept(self) -> Connection:
+        """The next connection."""
+        ...
+
+    def close(self) -> None:
+        """Stop listening and leave nothing behind. Idempotent; connections already accepted live on."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class Transport(Protocol):
+    async def dial(self, uri: SplitResult) -> Connection:
+        """Connect. :exc:`~pagenet.errors.SourceUnreachable` if nothing answers, :exc:`~pagenet.errors.UsageError` for a URI
+        that makes no sense."""
+        ...
+
+    async def listen(self, uri: SplitResult) -> Listener:
+        """Listen. :exc:`~pagenet.errors.UsageError` if the address cannot be had."""
+        ...
+
+    def is_private(self, uri: SplitResult) -> bool:
+        """Whether a listener on ``uri`` can be reached from this host alone."""
+        ...
+
+
+_transports: dict[str, Transport] = {}
+
+
+def register(scheme: str, transport: Transport) -> None:
+    """Make ``scheme://...`` mean ``transport`` from now on."""
+    _transports[scheme] = transport
+
+
+def schemes() -> Sequence[str]:
+    return sorted(_transports)
+
+
+def _transport_for(uri: str) -> tuple[Transport, SplitResult]:
+    try:
+        split = urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"{uri!r} is not a URI: {error}") from None
+    if split.scheme not in _transports:
+        known = ", ".join(f"{scheme}:" for scheme in schemes())
+        raise UsageError(f"{uri!r}: no transport of that name (there are {known}; for example tcp://127.0.0.1:7000)")
+    return _transports[split.scheme], split
+
+
+async def dial(uri: str) -> Connection:
+    transport, split = _transport_for(uri)
+    return await transport.dial(split)
+
+
+async def listen(uri: str, *, plaintext: bool = False) -> Listener:
+    """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect and ``plaintext`` is not set."""
+    transport, split = _transport_for(uri)
+    if not plaintext and not transport.is_private(split):
+        raise UsageError(
+            f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and to anyone who "
+            "asks: listen on loopback or a unix socket, or say --plaintext if the network is yours alone"
+        )
+    return await transport.listen(split)

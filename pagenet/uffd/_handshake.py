@@ -1,0 +1,128 @@
+"""Firecracker's UFFD handshake: how an owner hands over its memory.
+
+The owner connects to a unix socket and sends one message: a JSON array with an object for each mapping, and the
+userfaultfd as SCM_RIGHTS. Pagenet's extension: a second descriptor is the memfd or tmpfs file that is mapped (shared), in
+which flat byte ``offset`` of the region stands at file offset ``offset``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..errors import HandshakeError, UsageError
+from ..region import Region, Run
+
+__all__ = ["MAX_HANDSHAKE_BYTES", "Mapping", "check_mappings", "mapping_pieces", "parse_mappings"]
+
+# Firecracker sends one or two mappings of about 100 bytes each; QEMU tens.
+MAX_HANDSHAKE_BYTES = 64 << 10
+_MAX_ADDRESS = 1 << 57  # user half of a five-level page table
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """``size`` bytes at ``address`` in the owner are flat bytes ``offset``... of the region, in pages of ``page_size``."""
+
+    address: int
+    size: int
+    offset: int
+    page_size: int
+
+
+def parse_mappings(message: bytes) -> list[Mapping]:
+    """The handshake's text. :exc:`HandshakeError` says in one line what is wrong with it."""
+    try:
+        entries = json.loads(message)
+    except (ValueError, RecursionError) as error:
+        raise HandshakeError(f"the owner's handshake is not JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise HandshakeError("the owner's handshake is not a JSON array of mappings")
+    return [_mapping(entry, index) for index, entry in enumerate(entries)]
+
+
+def _mapping(entry: Any, index: int) -> Mapping:
+    if not isinstance(entry, dict):
+        raise HandshakeError(f"mapping {index} of the owner's handshake is not a JSON object")
+    # Both names have always meant bytes; the older one is misnamed.
+    page_size_key = "page_size" if "page_size" in entry else "page_size_kib"
+    if page_size_key not in entry:
+        entry = {**entry, "page_size_kib": 4096}  # handshakes of before Firecracker 1.7 have neither
+    numbers = [_number(entry, key, index) for key in ("base_host_virt_addr", "size", "offset", page_size_key)]
+    return _checked(Mapping(*numbers), index)
+
+
+def _number(entry: dict[str, Any], key: str, index: int) -> int:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise HandshakeError(f"mapping {index} of the owner's handshake has no proper {key!r}")
+    return value
+
+
+def _checked(mapping: Mapping, index: int) -> Mapping:
+    page = mapping.page_size
+    if page < 4096 or page & (page - 1) or page > 1 << 30:
+        raise HandshakeError(f"mapping {index}: page size {page} is not a power of two from 4 KiB to 1 GiB")
+    if mapping.size == 0 or any(n % page for n in (mapping.address, mapping.size, mapping.offset)):
+        raise HandshakeError(f"mapping {index}: address, size and offset are not whole pages of {page} bytes")
+    if mapping.address >= _MAX_ADDRESS or mapping.size > _MAX_ADDRESS - mapping.address:
+        raise HandshakeError(f"mapping {index}: {mapping.size:#x} bytes at {mapping.address:#x} is no address range")
+    return mapping
+
+
+def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:
+    """Hold ``mappings`` against the region and return the region in the owner's page sizes.
+
+    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two page sizes, or one that does not
+    divide it.
+    """
+    for mapping in mappings:
+        if mapping.offset >= region.size or mapping.size > region.size - mapping.offset:
+            raise HandshakeError(
+                f"the owner maps {mapping.size:#x} bytes at offset {mapping.offset:#x}: past the end of the region "
+                f"({region.size:#x} bytes); does it have the source's memory size?"
+            )
+    _check_apart(sorted((m.address, m.size) for m in mappings), "in the owner's address space")
+    _check_apart(sorted((m.offset, m.size) for m in mappings), "in the region")
+    page_sizes = [_page_size_of_block(mappings, region, i) for i in range(len(region.blocks))]
+    try:
+        return region.with_page_sizes(page_sizes)
+    except UsageError as error:
+        raise HandshakeError(f"the owner's page size does not fit the source's memory: {error}") from None
+
+
+def _check_apart(ranges: Sequence[tuple[int, int]], where: str) -> None:
+    for (start, size), (next_start, _) in pairwise(ranges):
+        if next_start - start < size:
+            raise HandshakeError(f"the owner's mappings overlap {where}, at {next_start:#x}")
+
+
+def _page_size_of_block(mappings: Sequence[Mapping], region: Region, index: int) -> int:
+    start, end = region.offsets[index], region.offsets[index + 1]
+    sizes = {m.page_size for m in mappings if m.offset < end and start < m.offset + m.size}
+    block = region.blocks[index]
+    if len(sizes) > 1:
+        raise HandshakeError(f"the owner maps block {block.name!r} in pages of {sorted(sizes)} bytes: one size a block")
+    return sizes.pop() if sizes else block.page_size
+
+
+def mapping_pieces(mapping: Mapping, region: Region) -> list[tuple[Run, int]]:
+    """``mapping`` cut at block ends: runs, and the address of each run's first page.
+
+    :exc:`HandshakeError` if it is not made of whole pages of the blocks it covers.
+    """
+    pieces = []
+    at = 0
+    while at < mapping.size:
+        offset = mapping.offset + at
+        index = region.block_index(region.page_at_offset(offset))
+        page_size = region.blocks[index].page_size
+        size = min(mapping.size - at, region.offsets[index + 1] - offset)
+        if (offset - region.offsets[index]) % page_size or size % page_size:
+            raise HandshakeError(f"block {region.blocks[index].name!r} is not mapped in whole pages of {page_size} bytes")
+        pieces.append((Run(region.page_at_offset(offset), size // page_size), mapping.address + at))
+        at += size
+    return pieces

@@ -1,0 +1,328 @@
+"""Owners: whose memory is filled, and how pagenet comes to hold its userfaultfd."""
+
+from __future__ import annotations
+
+import array
+import mmap
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from .. import _native
+from ..errors import HandshakeError, Unsupported, UsageError
+from ..region import Region
+from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
+from ._target import UffdTarget
+from ._userfaultfd import Feature, Mode, Userfaultfd, probe
+
+__all__ = ["OwnMemory", "UffdSocket"]
+
+HUGE_PAGE = 2 << 20
+# An owner sends its handshake in one go, right after it has connected. A stranger may never send anything.
+HANDSHAKE_TIMEOUT = 5.0
+# How often to ask whether the memory still exists once its owner's process, or its socket, gave no way to be told.
+_ALIVE_PERIOD = 0.5
+
+
+class OwnMemory:
+    """Memory of this very process, for library users: attach once, then touch :attr:`address` ... from C.
+
+    **Never touch it from Python before the transfer is complete**: a thread that faults holds the GIL, and the process is
+    stuck for good. :meth:`read` copies from C without the GIL.
+
+    ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB pages). The memory lives
+    until :meth:`close`; what was missing when a transfer failed raises SIGBUS.
+    """
+
+    def __init__(self, kind: Literal["anonymous", "memfd", "hugetlb"] = "anonymous") -> None:
+        self._kind = kind
+        self._mapped: _native.Mapped | None = None
+        self._fd = -1
+
+    async def attach(self, region: Region) -> UffdTarget:
+        if self._mapped is not None:
+            raise UsageError("this memory was attached before: each transfer fills memory of its own")
+        page_size = HUGE_PAGE if self._kind == "hugetlb" else mmap.PAGESIZE
+        if region.size % page_size:
+            raise UsageError(f"{region.size} bytes is not a whole number of {page_size}-byte huge pages")
+        uffd = Userfaultfd.open(self._features())
+        shared_fd = None
+        try:
+            self._map(region.size, page_size)
+            uffd.register(self.address, region.size, Mode.MISSING)
+            shared_fd = None if self._fd < 0 else os.dup(self._fd)
+            return UffdTarget(
+                uffd,
+                [Mapping(self.address, region.size, 0, page_size)],
+                region,
+                shared_fd=shared_fd,
+                own=True,
+                keeps_uffd=lambda: False,
+                wait_gone=trio.sleep_forever,
+            )
+        except BaseException:
+            _close_all([fd for fd in (uffd.fd, shared_fd) if fd is not None])
+            self.close()
+            raise
+
+    def _features(self) -> Feature:
+        wanted = Feature.MOVE | Feature.EVENT_REMOVE if self._kind == "anonymous" else Feature.EVENT_REMOVE
+        return wanted & probe()
+
+    def _map(self, size: int, page_size: int) -> None:
+        if self._kind != "anonymous":
+            flags = os.MFD_HUGETLB if self._kind == "hugetlb" else 0
+            self._fd = os.memfd_create("pagenet-own", os.MFD_CLOEXEC | flags)
+            os.ftruncate(self._fd, size)
+        try:
+            self._mapped = _native.Mapped(size, self._fd, alignment=page_size)
+        except OSError as error:
+            raise Unsupported(
+                f"cannot map {size} bytes of {self._kind} memory: {error.strerror}"
+                + (" (reserve huge pages: sysctl vm.nr_hugepages)" if self._kind == "hugetlb" else "")
+            ) from None
+
+    @property
+    def address(self) -> int:
+        """Where the memory begins in this process; flat byte offsets of the region count from here."""
+        assert self._mapped is not None, "not attached yet"
+        return self._mapped.address
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from flat offset ``offset`` on; waits for those that are missing.
+
+        Cannot be cancelled while it waits for a page: close the transfer instead, which lets it go on or ends in SIGBUS.
+        """
+        into = bytearray(length)
+        await trio.to_thread.run_sync(_native.copy_out, self.address + offset, memoryview(into))
+        return bytes(into)
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent. Not while a transfer into it runs."""
+        if self._mapped is not None:
+            self._mapped.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """The process at the other end of the owner's socket; pid 0 if it lives in a pid namespace that we do not see."""
+
+    pid: int
+    pidfd: int
+
+    @classmethod
+    def of(cls, sock: trio.socket.SocketType) -> _Peer:
+        pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        try:
+            return cls(pid, os.pidfd_open(pid) if pid > 0 else -1)
+        except ProcessLookupError:
+            raise HandshakeError(f"the owner (pid {pid}) ended right after it had connected") from None
+
+    def keeps(self, uffd_fd: int) -> bool:
+        """Whether that process has a descriptor of its own for the userfaultfd. False where we may not look."""
+        try:
+            for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+                with suppress(OSError):
+                    if "userfaultfd" in entry.readlink().name and _native.same_file(uffd_fd, self.pid, int(entry.name)):
+                        return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+
+class UffdSocket:
+    """A unix socket on which an owner hands over its memory by Firecracker's UFFD handshake.
+
+    ``on_waiting`` is called once owners may connect. An owner whose handshake makes no sense is turned away with a line to
+    ``on_refused``, and the next one may try.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        on_waiting: Callable[[], None] = lambda: None,
+        on_refused: Callable[[HandshakeError], None] = lambda error: None,
+    ) -> None:
+        self.path = Path(path)
+        self._on_waiting = on_waiting
+        self._on_refused = on_refused
+        self._listener: trio.socket.SocketType | None = None
+        self._inode: tuple[int, int] | None = None
+
+    async def listen(self) -> None:
+        """Open the socket, so that owners may connect. :meth:`attach` does it if it was not done."""
+        if self._listener is not None:
+            return
+        await _remove_stale(self.path)
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.fchmod(sock.fileno(), 0o600)  # taken over by the file that bind makes
+            await sock.bind(str(self.path))
+            sock.listen(8)
+        except OSError as error:
+            sock.close()
+            raise UsageError(f"cannot listen for an owner on {self.path}: {error.strerror or error}") from None
+        self._listener = sock
+        self._inode = _inode(self.path)
+
+    async def attach(self, region: Region) -> UffdTarget:
+        await self.listen()
+        assert self._listener is not None
+        self._on_waiting()
+        while True:
+            sock, _ = await self._listener.accept()
+            try:
+                with trio.fail_after(HANDSHAKE_TIMEOUT):
+                    return await _handshake(sock, region)
+            except trio.TooSlowError:
+                sock.close()
+                self._on_refused(HandshakeError(f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"))
+            except HandshakeError as error:
+                sock.close()
+                self._on_refused(error)
+            except BaseException:
+                sock.close()
+                raise
+
+    def close(self) -> None:
+        """Idempotent. An owner that is attached stays so."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            if _inode(self.path) == self._inode:
+                self.path.unlink(missing_ok=True)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+async def _remove_stale(path: Path) -> None:
+    """Remove a socket file that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise UsageError(f"{path} exists and is not a socket")
+    except OSError:
+        return
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe_socket:
+        try:
+            await probe_socket.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        except OSError:
+            return  # bind will say what is wrong
+        else:
+            raise UsageError(f"another process listens on {path}")
+
+
+async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:
+    message, fds = await _receive_handshake(sock)
+    try:
+        mappings = parse_mappings(message)
+        uffd = _uffd_of(fds)
+        shared_fd = fds[1] if len(fds) > 1 else None
+        peer = _Peer.of(sock)
+    except BaseException:
+        _close_all(fds)
+        raise
+
+    def let_go() -> None:
+        peer.close()
+        sock.close()
+
+    try:
+        target = UffdTarget(
+            uffd,
+            mappings,
+            region,
+            shared_fd=shared_fd,
+            keeps_uffd=lambda: peer.keeps(uffd.fd),
+            wait_gone=lambda: _wait_gone(target, peer),
+            on_close=let_go,
+        )
+    except BaseException:
+        _close_all(fds)
+        peer.close()
+        raise
+    return target
+
+
+def _uffd_of(fds: list[int]) -> Userfaultfd:
+    if not fds:
+        raise HandshakeError("the owner's handshake came without a userfaultfd")
+    try:
+        return Userfaultfd.received(fds[0])
+    except ValueError as error:
+        raise HandshakeError(f"the owner's handshake: {error}") from None
+
+
+async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    """The one message. A stream socket may deliver it in pieces, of which the first carries the descriptors."""
+    message = bytearray()
+    fds: list[int] = []
+    try:
+        while not _is_whole(message):
+            room = MAX_HANDSHAKE_BYTES + 1 - len(message)
+            data, control, flags, _ = await sock.recvmsg(room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+            fds += _descriptors(control)
+            message += data
+            if flags & socket.MSG_CTRUNC or len(fds) > 2:
+                raise HandshakeError("the owner's handshake carries more than two descriptors")
+            if not data:
+                raise HandshakeError(f"the owner closed its socket after {len(message)} bytes of its handshake")
+            if len(message) > MAX_HANDSHAKE_BYTES:
+                raise HandshakeError(f"the owner's handshake is longer than {MAX_HANDSHAKE_BYTES} bytes")
+    except BaseException as error:
+        _close_all(fds)
+        if isinstance(error, OSError):
+            raise HandshakeError(f"the owner's socket: {error.strerror}") from None
+        raise
+    return bytes(message), fds
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _is_whole(message: bytearray) -> bool:
+    """Whether the array is whole; text that is no array is for the parser to refuse."""
+    text = message.strip()
+    return bool(text) and (text[:1] != b"[" or text[-1:] == b"]")
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+async def _wait_gone(target: UffdTarget, peer: _Peer) -> None:
+    """The process that connected has ended, and the memory with it. A wrapper may hand over another process's memory and end:
+    so what counts is the memory."""
+    if peer.pidfd >= 0:
+        await trio.lowlevel.wait_readable(peer.pidfd)
+    while target.is_alive():  # noqa: ASYNC110 - there is nothing to wait on
+        await trio.sleep(_ALIVE_PERIOD)

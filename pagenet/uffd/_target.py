@@ -1,0 +1,244 @@
+"""Filling memory that faults: a userfaultfd, the mappings it watches, and the file behind them if there is one.
+
+How pages get into place is decided here, once, by what the memory is:
+
+- shared, and the file behind it came along: write the page through a second mapping, then CONTINUE. The owner's ranges are
+  registered again for MISSING and MINOR, because a range that is registered for MINOR alone hands out fresh zero pages
+  where the file has a hole;
+- private anonymous memory of this very process, on a kernel that has it: MOVE. (It refuses other processes' memory.)
+- everything else: COPY.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from .. import _native
+from ..errors import HandshakeError, OwnerGone, PagenetError
+from ..region import Region, Run
+from ..target import Outcome
+from ._handshake import Mapping, check_mappings, mapping_pieces
+from ._userfaultfd import Event, Fault, Feature, Mode, Userfaultfd
+
+__all__ = ["UffdTarget"]
+
+_HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A run of pages that lies in one block and at consecutive addresses."""
+
+    run: Run
+    address: int
+    page_size: int
+
+    @property
+    def size(self) -> int:
+        return self.run.count * self.page_size
+
+
+class UffdTarget:
+    """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
+
+    ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves its threads
+    waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory is this
+    process's.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        mappings: Sequence[Mapping],
+        region: Region,
+        *,
+        shared_fd: int | None = None,
+        own: bool = False,
+        keeps_uffd: Callable[[], bool],
+        wait_gone: Callable[[], Awaitable[None]],
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._uffd = uffd
+        self._shared_fd = shared_fd
+        self._keeps_uffd = keeps_uffd
+        self._wait_gone = wait_gone
+        self._on_close = on_close
+        self.region = check_mappings(mappings, region)
+        if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
+            raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
+        self._pieces = sorted(self._cut(mappings), key=lambda piece: piece.run.first)
+        self._firsts = [piece.run.first for piece in self._pieces]
+        self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
+        self._addresses = [piece.address for piece in self._by_address]
+        self._second: _native.Mapped | None = None
+        self.placement = self._choose_placement(own)
+        self._zeros = _native.Mapped(self.region.max_page_size)
+
+    def _cut(self, mappings: Sequence[Mapping]) -> Iterator[_Piece]:
+        for mapping in mappings:
+            for run, address in mapping_pieces(mapping, self.region):
+                yield _Piece(run, address, mapping.page_size)
+
+    def _choose_placement(self, own: bool) -> str:
+        if self._shared_fd is not None:
+            return "continue" if self._map_shared(self._shared_fd) else "copy"
+        return "move" if own and Feature.MOVE in self._uffd.features else "copy"
+
+    def _map_shared(self, fd: int) -> bool:
+        """Map the owner's file a second time and watch its ranges for MINOR too; False where the kernel cannot."""
+        if os.fstat(fd).st_size < self.region.size:
+            raise HandshakeError(
+                f"the owner's memory file is {os.fstat(fd).st_size:#x} bytes long, the region {self.region.size:#x}"
+            )
+        try:
+            for piece in self._pieces:
+                self._uffd.register(piece.address, piece.size, Mode.MISSING | Mode.MINOR)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            raise HandshakeError(f"cannot watch the owner's memory: {error.strerror}") from None
+        try:
+            self._second = _native.Mapped(self.region.size, fd, alignment=self.region.max_page_size)
+        except OSError as error:
+            raise HandshakeError(f"cannot map the owner's memory file: {error.strerror}") from None
+        return True
+
+    @property
+    def event_fd(self) -> int | None:
+        return self._uffd.fd
+
+    def scope(self) -> Sequence[Run]:
+        return [piece.run for piece in self._pieces]
+
+    def read_events(self) -> list[Event]:
+        return self._uffd.read()
+
+    def page_of(self, fault: Fault) -> int:
+        at = bisect_right(self._addresses, fault.address) - 1
+        if at >= 0:
+            piece = self._by_address[at]
+            if fault.address - piece.address < piece.size:
+                return piece.run.first + (fault.address - piece.address) // piece.page_size
+        raise HandshakeError(f"the owner faults at {fault.address:#x}, outside the mappings it announced")
+
+    def pages_between(self, start: int, end: int) -> Sequence[Run]:
+        runs = []
+        for piece in self._by_address[max(0, bisect_right(self._addresses, start) - 1) :]:
+            if piece.address >= end:
+                break
+            first = max(0, start - piece.address) // piece.page_size
+            past = min(piece.run.count, -(-(end - piece.address) // piece.page_size))
+            if first < past:
+                runs.append(Run(piece.run.first + first, past - first))
+        return runs
+
+    def place(self, run: Run, data: memoryview | None) -> Outcome:
+        if self._second is not None:
+            self._write_shared(run, data)
+            return self._place(run, _native.CONTINUE, None)
+        if data is None:
+            return self._place(run, _native.ZERO, self._zeros.buffer(0, self._zeros.size))
+        return self._place(run, _HOW[self.placement], data)
+
+    def settle(self, run: Run, fault: Fault) -> Outcome:
+        if fault.minor:  # the page cache has the page, and what it has is what the owner's memory holds
+            return self._place(run, _native.CONTINUE, None)
+        return self._place(run, _native.ZERO, self._zeros.buffer(0, self._zeros.size))
+
+    def wake(self, run: Run) -> None:
+        for piece, part in self._parts(run):
+            address = piece.address + (part.first - piece.run.first) * piece.page_size
+            self._uffd.wake(address, part.count * piece.page_size)
+
+    def discard(self, run: Run) -> None:
+        if self._second is not None:
+            self._write_shared(run, None)
+
+    def _write_shared(self, run: Run, data: memoryview | None) -> None:
+        assert self._second is not None
+        size = self.region.size_of(run)
+        view = self._second.buffer(self.region.offset_of_page(run.first), size)
+        view[:] = bytes(size) if data is None else data
+
+    def _place(self, run: Run, how: int, data: memoryview | None) -> Outcome:
+        """Place ``run``, piece by piece, up to the first error."""
+        placed = existed = absent = 0
+        again = False
+        for piece, part in self._parts(run):
+            size, page_size = part.count * piece.page_size, piece.page_size
+            skip = (part.first - run.first) * page_size
+            source = data[skip : skip + size] if data is not None and how != _native.ZERO else data
+            address = piece.address + (part.first - piece.run.first) * page_size
+            result = self._uffd.place(how, address, source, size, page_size)
+            placed += result.placed // page_size
+            existed += result.existed // page_size
+            absent += result.absent // page_size
+            again = self._retry(result.error, address + result.done)
+            if again:
+                break
+        return Outcome(placed, existed, absent, again)
+
+    def _parts(self, run: Run) -> Iterator[tuple[_Piece, Run]]:
+        first = run.first
+        at = bisect_right(self._firsts, first) - 1
+        while first < run.end:
+            piece = self._pieces[at]
+            end = min(run.end, piece.run.end)
+            yield piece, Run(first, end - first)
+            first, at = end, at + 1
+
+    def _retry(self, error: int, address: int) -> bool:
+        match error:
+            case 0:
+                return False
+            case errno.EAGAIN:
+                return True
+            case errno.ESRCH:
+                raise OwnerGone("the owner of the memory is gone")
+        raise PagenetError(f"cannot place a page at {address:#x} of the owner: {os.strerror(error)}")
+
+    async def wait_gone(self) -> None:
+        await self._wait_gone()
+
+    def is_alive(self) -> bool:
+        return _native.uffd_probe(self._uffd.fd, self._pieces[0].address) != errno.ESRCH
+
+    def close(self, missing: Sequence[Run]) -> None:
+        """Everything in place: stop watching, so that the owner never again waits for us. Otherwise keep the ranges watched;
+        an owner that has no descriptor of its own would read zeros from then on, so its missing pages become SIGBUS."""
+        if self._uffd.fd < 0:
+            return
+        if not missing:
+            self._unregister()
+        elif not self._keeps_uffd():
+            self._poison(missing)
+        self._uffd.close()
+        for mapped in (self._second, self._zeros):
+            if mapped is not None:
+                mapped.close()
+        if self._shared_fd is not None:
+            os.close(self._shared_fd)
+        self._on_close()
+
+    def _unregister(self) -> None:
+        for piece in self._pieces:
+            with suppress(OSError):  # unmapped meanwhile, or the owner is gone: nothing is watched there
+                self._uffd.unregister(piece.address, piece.size)
+        # An owner that was giving up memory just now waits until its event is read, watched or not.
+        while _native.uffd_probe(self._uffd.fd, self._pieces[0].address) == errno.EAGAIN:
+            self._uffd.read()
+            os.sched_yield()
+
+    def _poison(self, missing: Sequence[Run]) -> None:
+        with suppress(PagenetError):  # the owner is gone, or the kernel is older than 6.6
+            for run in missing:
+                while run.count:
+                    outcome = self._place(run, _native.POISON, None)
+                    run = Run(run.first + outcome.done, run.count - outcome.done)
+                    if outcome.again:
+                        self._uffd.read()

@@ -1,0 +1,211 @@
+"""userfaultfd(2), typed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from enum import IntFlag
+from pathlib import Path
+
+from .. import _native
+from ..errors import Unsupported
+
+__all__ = ["Event", "Fault", "Feature", "Forked", "Mode", "Remapped", "Removed", "Unmapped", "Userfaultfd", "probe"]
+
+DEVICE = "/dev/userfaultfd"
+
+
+class Feature(IntFlag):
+    """UFFD_FEATURE_*, as linux/userfaultfd.h numbers them."""
+
+    PAGEFAULT_FLAG_WP = 1 << 0
+    EVENT_FORK = 1 << 1
+    EVENT_REMAP = 1 << 2
+    EVENT_REMOVE = 1 << 3
+    MISSING_HUGETLBFS = 1 << 4
+    MISSING_SHMEM = 1 << 5
+    EVENT_UNMAP = 1 << 6
+    SIGBUS = 1 << 7
+    THREAD_ID = 1 << 8
+    MINOR_HUGETLBFS = 1 << 9
+    MINOR_SHMEM = 1 << 10
+    EXACT_ADDRESS = 1 << 11
+    WP_HUGETLBFS_SHMEM = 1 << 12
+    WP_UNPOPULATED = 1 << 13
+    POISON = 1 << 14
+    WP_ASYNC = 1 << 15
+    MOVE = 1 << 16
+
+
+NO_FEATURES = Feature(0)
+
+
+class Mode(IntFlag):
+    """UFFDIO_REGISTER_MODE_*."""
+
+    MISSING = 1 << 0
+    WP = 1 << 1
+    MINOR = 1 << 2
+
+
+_FLAG_WRITE, _FLAG_WP, _FLAG_MINOR = 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A thread waits for the page at ``address``. ``minor``: the page cache has it, the page table does not."""
+
+    address: int
+    write: bool
+    minor: bool
+    thread: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The owner gave up [start, end): it reads as zero from now on."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """The owner unmapped [start, end)."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remapped:
+    """The owner moved ``length`` bytes from ``start`` to ``to``."""
+
+    start: int
+    to: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """The owner forked; ``uffd`` watches the child, and is the reader's to close."""
+
+    uffd: int
+
+
+Event = Fault | Removed | Unmapped | Remapped | Forked
+
+
+class Userfaultfd:
+    """One userfaultfd: opened here, or received from the process that owns the memory.
+
+    Owns its descriptor. ``features`` are those that were switched on for it.
+    """
+
+    def __init__(self, fd: int, features: Feature) -> None:
+        self.fd = fd
+        self.features = features
+
+    @classmethod
+    def open(cls, wanted: Feature = NO_FEATURES, *, user_mode_only: bool = False) -> Userfaultfd:
+        """A new one, for memory of this process.
+
+        Raises :exc:`Unsupported` where the kernel lacks userfaultfd or one of the features, or does not let us.
+        """
+        fd = _open(user_mode_only)
+        try:
+            return cls(fd, Feature(_native.uffd_api(fd, wanted)) & wanted)
+        except OSError as error:
+            os.close(fd)
+            raise Unsupported(_missing_features(wanted, error)) from None
+
+    @classmethod
+    def received(cls, fd: int) -> Userfaultfd:
+        """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it is something else."""
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+            raise ValueError("the file descriptor is not a userfaultfd")
+        os.set_blocking(fd, False)  # a blocking one polls POLLERR for ever
+        return cls(fd, _enabled_features(fd))
+
+    def close(self) -> None:
+        """Idempotent. Closing the last descriptor unregisters: from then on missing pages silently read as zeros."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def register(self, start: int, length: int, mode: Mode) -> None:
+        """Watch [start, start + length). :exc:`OSError` if the memory cannot be watched so."""
+        _native.uffd_register(self.fd, start, length, mode)
+
+    def unregister(self, start: int, length: int) -> None:
+        _native.uffd_unregister(self.fd, start, length)
+
+    def wake(self, start: int, length: int) -> None:
+        """Let whoever waits in [start, start + length) try again."""
+        _native.uffd_wake(self.fd, start, length)
+
+    def read(self) -> list[Event]:
+        """The events that are queued; empty if there are none."""
+        try:
+            return [_typed(event) for event in _native.uffd_read(self.fd)]
+        except BlockingIOError:
+            return []
+
+    def place(self, how: int, address: int, data: _native.Buffer | None, length: int, page_size: int) -> _native.Placed:
+        """Fill [address, address + length) and wake its waiters. The rules are in ``native/place.c``.
+
+        ``error`` of the result: ``EAGAIN`` means that events must be read first, ``ESRCH`` that the owner is gone.
+        """
+        return _native.place(self.fd, how, address, data, length, page_size)
+
+
+def _typed(event: _native.NativeEvent) -> Event:
+    match event.kind:
+        case 0x12:
+            return Fault(event.start, bool(event.flags & _FLAG_WRITE), bool(event.flags & _FLAG_MINOR), event.thread)
+        case 0x13:
+            return Forked(event.fd)
+        case 0x14:
+            return Remapped(event.start, event.end, event.length)
+        case 0x15:
+            return Removed(event.start, event.end)
+        case 0x16:
+            return Unmapped(event.start, event.end)
+    raise Unsupported(f"userfaultfd event {event.kind:#x} is unknown to this pagenet")
+
+
+def _open(user_mode_only: bool) -> int:
+    try:
+        return _native.uffd_open(DEVICE, user_mode_only)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise Unsupported(
+                f"userfaultfd is not permitted to this user: make {DEVICE} readable and writable for it (setfacl -m "
+                f"u:{os.getuid()}:rw {DEVICE}), or set sysctl vm.unprivileged_userfaultfd=1, or give CAP_SYS_PTRACE"
+            ) from None
+        if error.errno == errno.ENOSYS:
+            raise Unsupported("this kernel is built without CONFIG_USERFAULTFD") from None
+        raise
+
+
+def probe() -> Feature:
+    """Every feature this kernel has. :exc:`Unsupported` if there is no userfaultfd to be had."""
+    fd = _open(user_mode_only=False)
+    try:
+        return Feature(_native.uffd_api(fd, 0))
+    finally:
+        os.close(fd)
+
+
+def _missing_features(wanted: Feature, error: OSError) -> str:
+    missing = wanted & ~probe()
+    names = ", ".join(str(feature.name) for feature in Feature if feature & missing)
+    return f"this kernel's userfaultfd lacks {names}" if names else f"userfaultfd: {error.strerror}"
+
+
+def _enabled_features(fd: int) -> Feature:
+    # "API:	aa:<enabled>:<ioctls>", in hexadecimal. There is no ioctl that tells after UFFDIO_API.
+    match = re.search(r"^API:\s*[0-9a-f]+:([0-9a-f]+):", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    return Feature(int(match[1], 16) & 0x7FFFFFFF) if match else Feature(0)

@@ -1,0 +1,74 @@
+"""What every test gets without asking: nothing may be left behind, and soak tests wait for ``--soak``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from leaks import GRACE, left_behind, orphans, snapshot
+
+# On a loaded machine or under a sanitizer, an example that is slow is not one that is wrong.
+hypothesis.settings.register_profile("pagenet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("pagenet")
+
+_call_failed = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the tests marked soak too")
+
+
+def pytest_report_header() -> str:
+    """Names the build of the C core under test: installed, in place, or a sanitizer's."""
+    try:
+        return f"C core: {importlib.import_module('pagenet._pagenet').__file__}"
+    except ImportError as error:
+        return f"C core: none ({error})"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak"):
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "call":
+        item.stash[_call_failed] = report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set up before and torn down after the test's own fixtures; what wider fixtures hold is none of the test's doing.
+
+    A failed test is not examined: its traceback keeps its variables, and so its files, alive.
+    """
+    before = snapshot()
+    yield
+    if not request.node.stash.get(_call_failed, False) and (leaks := left_behind(before)):
+        pytest.fail("\n  ".join(["the test left behind:", *leaks]), pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_orphans() -> Iterator[None]:
+    """A grandchild whose parent has died is no child of this process. The environment it inherited gives it away."""
+    token = f"PAGENET_TEST_SESSION={os.getpid()}.{time.monotonic_ns()}"
+    name, _, value = token.partition("=")
+    os.environ[name] = value
+    yield
+    deadline = time.monotonic() + GRACE
+    while (left := list(orphans(token))) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    del os.environ[name]
+    if left:
+        pytest.fail("\n  ".join(["processes have outlived the tests:", *left]), pytrace=False)

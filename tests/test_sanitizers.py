@@ -1,0 +1,75 @@
+"""The tests of the C core once more, on a build with AddressSanitizer and UndefinedBehaviorSanitizer, and on one with
+ThreadSanitizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sanitizers import ADDRESS, THREAD, Build, Sanitizer, build, unavailable
+
+pytestmark = pytest.mark.timeout(600)
+
+OVERFLOW = """
+from pagenet._pagenet import ffi, lib
+page = ffi.new("char[4096]")
+lib.pn_zero_run(page, 2, 4096, ffi.new("int *"))
+"""
+
+MISALIGNED = """
+from pagenet._pagenet import ffi, lib
+memory = ffi.new("char[]", lib.pn_map_bytes(1) + 1)
+lib.pn_map_init(ffi.cast("struct pn_map *", memory + 1), 1)
+"""
+
+# pn_map_init writes without atomics: it is for whoever has the map to himself.
+RACE = """
+import threading
+from pagenet._pagenet import ffi, lib
+memory = ffi.new("char[]", lib.pn_map_bytes(1))
+start = threading.Barrier(2)
+def init():
+    start.wait()
+    for _ in range(1000):
+        lib.pn_map_init(ffi.cast("struct pn_map *", memory), 1)
+threads = [threading.Thread(target=init) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+MISUSES = {
+    ADDRESS.name: [(OVERFLOW, "heap-buffer-overflow"), (MISALIGNED, "misaligned address")],
+    THREAD.name: [(RACE, "data race")],
+}
+
+
+@pytest.fixture(scope="module", params=[ADDRESS, THREAD], ids=lambda sanitizer: sanitizer.name)
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    sanitizer: Sanitizer = request.param
+    if reason := unavailable(sanitizer, tmp_path_factory.mktemp("probe")):
+        pytest.skip(reason)
+    return build(sanitizer, tmp_path_factory.mktemp(sanitizer.name))
+
+
+def test_sees_misuse(sanitized: Build) -> None:
+    """Without this, a build that is not instrumented would pass everything below."""
+    for program, finding in MISUSES[sanitized.sanitizer.name]:
+        result = sanitized.run("-c", program)
+        assert result.returncode != 0, result.stdout
+        assert finding in sanitized.reports() + result.stdout
+
+
+def test_native_tests_pass(sanitized: Build) -> None:
+    # capture=sys: a process that a sanitizer ends has no time left to show what pytest had captured of its stderr.
+    result = sanitized.run("-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", "-m", "native", "tests")
+    reports = sanitized.reports()
+    assert not reports, reports
+    assert result.returncode == 0, result.stdout
+    assert f"C core: {sanitized.core}" in result.stdout
+
+
+def test_reports_are_taken_once(tmp_path: Path) -> None:
+    (tmp_path / "report.1").write_text("a finding")
+    nothing = Build(ADDRESS, tmp_path)
+    assert nothing.reports() == "a finding"
+    assert nothing.reports() == ""
