@@ -42,13 +42,14 @@ int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length) {
 void pn_copy(void *to, const void *from, uint64_t length) { memcpy(to, from, length); }
 
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment) {
-    int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    /* A file's pages are reserved if that can be done (hugetlbfs): what is not there must be said now, not by SIGBUS. */
+    int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
     /* Room to find an aligned start in, then the mapping on top of it, then the rest given back. */
     char *room = mmap(NULL, length + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED)
         return (uint64_t)(int64_t)-errno;
     char *start = (char *)(((uintptr_t)room + alignment - 1) & ~(alignment - 1));
-    void *mapped = mmap(start, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+    void *mapped = mmap(start, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, (off_t)offset);
     if (mapped == MAP_FAILED) {
         int error = -errno;
         munmap(room, length + alignment);

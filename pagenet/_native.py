@@ -20,6 +20,7 @@ __all__ = [
     "SharedMap",
     "copy_out",
     "leading_alike",
+    "pattern_fill",
     "place",
     "read_process",
     "run_workload",
@@ -246,6 +247,13 @@ class SharedMap:
 
 
 # ---- the test workload ----
+
+
+def pattern_fill(into: memoryview, first_page: int, pages: int, page_size: int, seed: int, zero_every: int) -> None:
+    """Pages of the pattern (``native/pattern.c``) that the workload expects to find."""
+    if len(into) < pages * page_size:
+        raise ValueError(f"{len(into)} bytes have no room for {pages} pages of {page_size}")
+    lib.pn_pattern_fill(ffi.from_buffer(into, require_writable=True), first_page, pages, page_size, seed, zero_every)
 
 
 def run_workload(argv: list[str]) -> int:

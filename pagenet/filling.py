@@ -116,8 +116,8 @@ class Filling:
         """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
         residency = self.residency
         page_size = self.region.page_size_at(run.first)
-        wanted = residency.replace(run, State.REQUESTED, State.PLACING)
-        first = run.first
+        residency.replace(run, State.REQUESTED, State.PLACING)
+        first, done = run.first, 0
         while first < run.end:
             part = Run(first, residency.span(Run(first, run.end - first), State.PLACING))
             if not part.count:
@@ -126,12 +126,13 @@ class Filling:
             skip, size = (first - run.first) * page_size, part.count * page_size
             outcome = self.target.place(part, None if pages is None else pages[skip : skip + size])
             first += outcome.done
+            done += outcome.done
             residency.replace(Run(part.first, outcome.done), State.PLACING, State.RESIDENT)
             residency.add(class_, "existed", outcome.existed)
             self._note_latency(Run(part.first, outcome.done))
             if outcome.again:
                 self._drain_or_yield()
-        self._count(class_, run, wanted, pages is None, wire_bytes)
+        self._count(class_, run, done, pages is None, wire_bytes)
         if self._faults:
             self.read_events()
         self._check_complete()
@@ -150,14 +151,14 @@ class Filling:
             if since is not None:
                 self.residency.add_latency(Class.DEMAND, now - since)
 
-    def _count(self, class_: Class, run: Run, wanted: int, zero: bool, wire_bytes: int) -> None:
+    def _count(self, class_: Class, run: Run, done: int, zero: bool, wire_bytes: int) -> None:
         add = self.residency.add
         add(class_, "runs")
-        add(class_, "pages", wanted)
-        add(class_, "dropped", run.count - wanted)
+        add(class_, "pages", done)
+        add(class_, "dropped", run.count - done)
         add(class_, "wire_bytes", wire_bytes)
         if zero:
-            add(class_, "zero_pages", wanted)
+            add(class_, "zero_pages", done)
 
     def _check_complete(self) -> None:
         if self._seconds is None and self.residency.complete:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -25,6 +26,8 @@ from .source import Source, open_source
 __all__ = ["Server", "serve"]
 
 _RECEIVE_SIZE = 16 << 10
+# How long a source that has lost its memory waits for a destination that has been told so to leave. A round trip will do.
+LAST_WORDS_TIMEOUT = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -187,12 +190,21 @@ class TrioSourceLane:
             pages = await self._read(request.run)
         except SourceLost as error:
             reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
-            await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
+            with suppress(ConnectionBroken, ConnectionClosed):  # told or not: the source is at its end
+                await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
+                await self._wait_closed()
             raise
         if pages is None:
             await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
         else:
             await self._connection.send(*self._replies(request, pages))
+
+    async def _wait_closed(self) -> None:
+        """Let the peer hear why, and leave: the end of its control connection, at once, would overtake the reason."""
+        buffer = memoryview(bytearray(_RECEIVE_SIZE))
+        with trio.move_on_after(LAST_WORDS_TIMEOUT):
+            while await self._connection.receive_into(buffer):
+                pass
 
     async def _read(self, run: Run) -> memoryview | None:
         """The pages, until the next read; None if they are known to be zero."""
@@ -243,22 +255,20 @@ async def serve(
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
-    with _opened(source) as opened:
+    with _opened(source) as opened, ExitStack() as cleanup:  # after the nursery: its tasks use what is closed here
         server = Server(opened, on_event)
+        if listen is not None:
+            listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
+            server.uri = listener.uri
+            on_event("listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size)
+            meet_peers = partial(accept_forever, listener, server.meet)
+        else:
+            assert connect is not None
+            meet_peers = partial(server.dial_once, connect)
         async with open_failing_nursery() as nursery:
-            if listen is not None:
-                listener = await transport.listen(listen, plaintext=plaintext)
-                with listener:
-                    server.uri = listener.uri
-                    on_event("listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size)
-                    nursery.start_soon(accept_forever, listener, server.meet)
-                    yield server
-                    nursery.cancel_scope.cancel()
-            else:
-                assert connect is not None
-                nursery.start_soon(server.dial_once, connect)
-                yield server
-                nursery.cancel_scope.cancel()
+            nursery.start_soon(meet_peers)
+            yield server
+            nursery.cancel_scope.cancel()
 
 
 def _opened(source: Source | str | Sequence[str]) -> nullcontext[Source] | Source:

@@ -25,6 +25,8 @@ from .region import Block, Region, Run
 
 __all__ = ["Source", "open_source"]
 
+_MAX_ADDRESS = 1 << 57  # user half of a five-level page table
+
 
 class _Piece(Protocol):
     """One block's memory."""
@@ -93,7 +95,8 @@ class _FilePiece:
 
     def __init__(self, path: str) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Non-blocking: a FIFO would wait for its writer, instead of being turned away below.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise UsageError(f"cannot open source {path}: {error.strerror}") from None
         self._path = path
@@ -164,6 +167,8 @@ class _ProcessPiece:
     def __init__(self, pid: int, start: int, size: int) -> None:
         if size <= 0 or start % mmap.PAGESIZE or size % mmap.PAGESIZE:
             raise UsageError(f"source pid:{pid}: {start:#x}+{size:#x} is not a range of whole {mmap.PAGESIZE}-byte pages")
+        if start >= _MAX_ADDRESS or size > _MAX_ADDRESS - start:
+            raise UsageError(f"source pid:{pid}: no process has {size:#x} bytes at {start:#x}")
         try:
             self._pidfd = os.pidfd_open(pid)
         except (OSError, OverflowError) as error:

@@ -27,6 +27,7 @@ class Sanitizer:
     runtime: str
     #: per runtime; each also gets a log_path (which gcc 12's UndefinedBehaviorSanitizer does not heed)
     options: Mapping[str, str]
+    environment: Mapping[str, str]
 
 
 ADDRESS = Sanitizer(
@@ -35,10 +36,12 @@ ADDRESS = Sanitizer(
     "libasan.so",
     # Python frees little of what it has when it exits.
     {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    # Python's own allocator would hide the ends of small blocks, such as ffi.new() makes.
+    {"PYTHONMALLOC": "malloc"},
 )
 # Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime sees: what one thread did
 # before it gave up the GIL happened before what another does under it.
-THREAD = Sanitizer("thread", ("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"})
+THREAD = Sanitizer("thread", ("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"}, {})
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,10 @@ class Build:
 
     def _environment(self) -> list[str]:
         variables = {name: f"{value}:log_path={self.path}/report" for name, value in self.sanitizer.options.items()}
+        variables |= self.sanitizer.environment
         variables["LD_PRELOAD"] = _runtime(self.sanitizer)
-        variables["PYTHONMALLOC"] = "malloc"  # Python's own allocator would hide the ends of its blocks
         variables["PYTHONPATH"] = str(self.path)
         variables["PYTHONSAFEPATH"] = "1"
-        variables["PYTHONDONTWRITEBYTECODE"] = "1"
         return [f"{name}={value}" for name, value in variables.items()]
 
 
@@ -103,9 +105,10 @@ def unavailable(sanitizer: Sanitizer, scratch: Path) -> str | None:
     probe = subprocess.run(command, input="int main(void) { return 0; }", capture_output=True, text=True)
     if probe.returncode:
         return f"gcc has no runtime for {sanitizer.flags[0]} ({sanitizer.runtime})"
-    trial = Build(sanitizer, scratch).run("-c", "")
+    nothing = Build(sanitizer, scratch)
+    trial = nothing.run("-c", "")
     if trial.returncode:
-        return f"Python does not start under {sanitizer.runtime}: {trial.stdout.strip()}"
+        return f"Python does not start under {sanitizer.runtime}: {(trial.stdout + nothing.reports()).strip()}"
     return None
 
 

@@ -55,7 +55,7 @@ def test_page_size_has_had_three_spellings(page_size: dict[str, int], expected: 
         b'{"a":' * (MAX_HANDSHAKE_BYTES // 5),
         b"[" + b"1" * 5000 + b"]",  # more digits than Python turns into a number
     ],
-    ids=lambda message: repr(message[:12]),
+    ids=lambda message: message[:12].hex(),
 )
 def test_no_json(message: bytes) -> None:
     with pytest.raises(HandshakeError, match=r"is not JSON: .+\Z") as caught:
@@ -131,16 +131,15 @@ def test_up_to_the_last_user_address() -> None:
         lambda inner: (
             st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*GOOD, "page_size_kib", "x"]), inner, max_size=5)
         ),
-        max_leaves=10,
+        max_leaves=6,
     ).map(lambda value: json.dumps([value]).encode())
 )
 def test_whatever_comes_is_mappings_or_a_handshake_error(message: bytes) -> None:
     try:
         mappings = parse_mappings(message)
-    except HandshakeError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(isinstance(mapping, Mapping) for mapping in mappings)
+    except HandshakeError:
+        return
+    assert all(isinstance(mapping, Mapping) for mapping in mappings)
 
 
 # ---- against a region ----
@@ -209,7 +208,7 @@ def test_pieces(mapping: Mapping, page_sizes: list[int], pieces: list[tuple[Run,
     assert mapping_pieces(mapping, REGION.with_page_sizes(page_sizes)) == pieces
 
 
-@pytest.mark.parametrize("mapping", [at(4096, 2 * MIB), at(0, 4096), at(2 * MIB, 2 * MIB + 4096)])
+@pytest.mark.parametrize("mapping", [at(4096, 2 * MIB), at(0, 4096), at(2 * MIB, MIB)])
 def test_pieces_are_whole_pages_of_their_block(mapping: Mapping) -> None:
     with pytest.raises(HandshakeError, match="block 'a' is not mapped in whole pages of 2097152 bytes"):
         mapping_pieces(mapping, REGION.with_page_sizes([2 * MIB, 4096, 4096]))

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from leaks import Snapshot, left_behind, orphans, snapshot
 
 LEAKY = """
@@ -153,7 +155,7 @@ async def test_idle_worker_thread_of_trio_does_not_count(before: Snapshot) -> No
 async def test_busy_worker_thread_of_trio_counts(before: Snapshot) -> None:
     done = threading.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.to_thread.run_sync, done.wait)
+        nursery.start_soon(partial(trio.to_thread.run_sync, done.wait))
         await trio.testing.wait_all_tasks_blocked()
         leaks = left_behind(before, grace=0)
         done.set()

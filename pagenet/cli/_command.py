@@ -81,8 +81,8 @@ def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
 
 async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
     caught: list[int] = []
-    async with open_failing_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with open_failing_nursery() as nursery:  # inside: its task must not outlive the receiver
 
             async def stop_at_signal() -> None:
                 async for number in signals:

@@ -37,9 +37,3 @@ ACCEPT_PAUSE = 0.1
 # A connect() to a unix listener with a full backlog does not wait but fails with EAGAIN, and nothing says when to come
 # back.
 UNIX_BACKLOG_PAUSE = 0.01
-
-# struct sockaddr_un has 108 bytes for the path; the last one holds the terminating zero.
-UNIX_PATH_MAX = 107
-
-# Only the user that the daemon runs as, and root, may connect: whoever connects may ask for memory.
-UNIX_SOCKET_MODE = 0o600

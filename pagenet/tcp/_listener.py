@@ -37,15 +37,15 @@ Welcome = Callable[[trio.socket.SocketType, Any], SocketConnection]
 
 
 class SocketListener:
-    """A :class:`~pagenet.transport.Listener`. It owns the socket; ``leave`` is called once, when it closes."""
+    """A :class:`~pagenet.transport.Listener`. It owns the socket; ``close``, if given, is called once and closes it."""
 
     def __init__(
-        self, sock: trio.socket.SocketType, uri: str, welcome: Welcome, leave: Callable[[], None] = lambda: None
+        self, sock: trio.socket.SocketType, uri: str, welcome: Welcome, close: Callable[[], None] | None = None
     ) -> None:
         self._socket = sock
         self._uri = uri
         self._welcome = welcome
-        self._leave = leave
+        self._close = close or sock.close
         self._closed = False
         self._accepting = OneTask(f"accepting on {uri}")
 
@@ -91,11 +91,7 @@ class SocketListener:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            # In this order. An open socket keeps its file's inode, so that nobody else's file can have the same
-            # number, and still answers, so that nobody takes the file for a leftover: what leave() finds to be ours,
-            # is ours.
-            self._leave()
-            self._socket.close()
+            self._close()
 
     def __enter__(self) -> Self:
         return self

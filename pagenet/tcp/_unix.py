@@ -1,22 +1,20 @@
-"""``unix:PATH``: a socket file, who may use it, and what to do with one that is there already."""
+"""``unix:PATH``: dialling a socket file, and listening on one."""
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import stat
 import struct
-from typing import NamedTuple
 from urllib.parse import SplitResult
 
 import trio
 
-from ..errors import SourceUnreachable, UsageError
+from ..errors import SourceUnreachable
+from ..unix_socket import UnixSocketFile
 from ._connection import SocketConnection, reason
-from ._constants import BACKLOG, CONNECT_TIMEOUT, UNIX_BACKLOG_PAUSE, UNIX_SOCKET_MODE
+from ._constants import BACKLOG, CONNECT_TIMEOUT, UNIX_BACKLOG_PAUSE
 from ._listener import SocketListener
-from ._uri import check_unix_path_length, parse_unix, unix_uri
+from ._uri import parse_unix, unix_uri
 
 _ADVICE = {
     errno.ENOENT: "start the other side, or check the path",
@@ -26,11 +24,6 @@ _ADVICE = {
 
 # struct ucred, as SO_PEERCRED fills it: pid, uid, gid.
 _UCRED = struct.Struct("iII")
-
-
-class _Inode(NamedTuple):
-    device: int
-    number: int
 
 
 class UnixTransport:
@@ -51,21 +44,15 @@ class UnixTransport:
 
     async def listen(self, uri: SplitResult) -> SocketListener:
         """Replaces the socket file of a listener that is gone; refuses if one answers, or if it is another file."""
-        # Absolute, so that the file is found again at close, wherever the daemon has changed to by then.
-        path = os.path.join(os.getcwd(), parse_unix(uri))
-        check_unix_path_length(os.fsencode(path), uri)
+        path = parse_unix(uri)
         await trio.lowlevel.checkpoint()
-        try:
-            _clear(path, uri)
-            sock, inode = _bind(path)
-        except OSError as error:
-            raise UsageError(f"{uri.geturl()}: cannot listen: {reason(error)}; choose another path") from error
-        here = unix_uri(path)
+        file = UnixSocketFile(path, uri.geturl(), BACKLOG)
+        here = unix_uri(file.path)
         return SocketListener(
-            trio.socket.from_stdlib_socket(sock),
+            file.socket,
             here,
             lambda accepted, _: SocketConnection(accepted, f"{here} ({_who(accepted)})"),
-            lambda: _remove_own(path, inode),
+            file.close,
         )
 
     def is_private(self, uri: SplitResult) -> bool:
@@ -103,59 +90,6 @@ def _connect_nowait(sock: socket.socket, path: str) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# Listening
-
-
-def _clear(path: str, uri: SplitResult) -> None:
-    """Make room at ``path`` if what is there is a socket that nobody listens on."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise UsageError(f"{uri.geturl()}: the file there is no socket; remove it or choose another path")
-    if _answers(path):
-        raise UsageError(f"{uri.geturl()}: somebody listens there already; stop it or choose another path")
-    # Two daemons that start on one leftover within these few microseconds can still remove each other's file; the
-    # looser learns of it when nobody comes. A lock file would prevent that and be the next leftover.
-    _remove_own(path, _Inode(found.st_dev, found.st_ino))
-
-
-def _answers(path: str) -> bool:
-    with _stream() as probe:
-        try:
-            _connect_nowait(probe, path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        return True
-
-
-def _bind(path: str) -> tuple[socket.socket, _Inode]:
-    sock = _stream()
-    try:
-        # bind() gives the file the mode of the socket, less the umask. So the mode comes first, and there is no moment
-        # in which the file exists and is open to others.
-        os.fchmod(sock.fileno(), UNIX_SOCKET_MODE)
-        sock.bind(path)
-        made = os.lstat(path)
-        sock.listen(BACKLOG)
-        return sock, _Inode(made.st_dev, made.st_ino)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _remove_own(path: str, inode: _Inode) -> None:
-    """Remove the file at ``path`` if it is still that one: another daemon may have put its own there."""
-    try:
-        found = os.lstat(path)
-        if _Inode(found.st_dev, found.st_ino) == inode:
-            os.unlink(path)
-    except OSError:
-        # Gone already, or in a directory that is: nothing is left behind that could be removed.
-        return
 
 
 def _who(sock: trio.socket.SocketType) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote_to_bytes
 
 from ..errors import UsageError
-from ._constants import UNIX_PATH_MAX
+from ..unix_socket import check_path_length
 
 # Path characters that a URI may show as they are. What is missing here would end the path ('?', '#') or be taken for an
 # escape ('%').
@@ -47,13 +47,8 @@ def parse_unix(uri: SplitResult) -> str:
         raise _senseless(uri, "the path is missing: say unix:PATH")
     if b"\0" in path:
         raise _senseless(uri, "a path has no zero bytes, and abstract sockets no owner: say unix:PATH")
-    check_unix_path_length(path, uri)
+    check_path_length(path, uri.geturl())
     return os.fsdecode(path)
-
-
-def check_unix_path_length(path: bytes, uri: SplitResult) -> None:
-    if len(path) > UNIX_PATH_MAX:
-        raise _senseless(uri, f"the path has {len(path)} bytes, and the kernel takes {UNIX_PATH_MAX} at most")
 
 
 def unix_uri(path: str) -> str:

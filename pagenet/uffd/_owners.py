@@ -6,7 +6,6 @@ import array
 import mmap
 import os
 import socket
-import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ import trio
 from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region
+from ..unix_socket import UnixSocketFile
 from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
@@ -28,6 +28,8 @@ __all__ = ["OwnMemory", "UffdSocket"]
 HUGE_PAGE = 2 << 20
 # An owner sends its handshake in one go, right after it has connected. A stranger may never send anything.
 HANDSHAKE_TIMEOUT = 5.0
+# Owners that wait for accept(): there is one, and perhaps a few that are turned away.
+_BACKLOG = 8
 # How often to ask whether the memory still exists once its owner's process, or its socket, gave no way to be told.
 _ALIVE_PERIOD = 0.5
 
@@ -162,31 +164,19 @@ class UffdSocket:
         self.path = Path(path)
         self._on_waiting = on_waiting
         self._on_refused = on_refused
-        self._listener: trio.socket.SocketType | None = None
-        self._inode: tuple[int, int] | None = None
+        self._file: UnixSocketFile | None = None
 
     async def listen(self) -> None:
         """Open the socket, so that owners may connect. :meth:`attach` does it if it was not done."""
-        if self._listener is not None:
-            return
-        await _remove_stale(self.path)
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            os.fchmod(sock.fileno(), 0o600)  # taken over by the file that bind makes
-            await sock.bind(str(self.path))
-            sock.listen(8)
-        except OSError as error:
-            sock.close()
-            raise UsageError(f"cannot listen for an owner on {self.path}: {error.strerror or error}") from None
-        self._listener = sock
-        self._inode = _inode(self.path)
+        await trio.lowlevel.checkpoint()
+        self._file = self._file or UnixSocketFile(str(self.path), f"owner's socket {self.path}", _BACKLOG)
 
     async def attach(self, region: Region) -> UffdTarget:
         await self.listen()
-        assert self._listener is not None
+        assert self._file is not None
         self._on_waiting()
         while True:
-            sock, _ = await self._listener.accept()
+            sock, _ = await self._file.socket.accept()
             try:
                 with trio.fail_after(HANDSHAKE_TIMEOUT):
                     return await _handshake(sock, region)
@@ -202,37 +192,9 @@ class UffdSocket:
 
     def close(self) -> None:
         """Idempotent. An owner that is attached stays so."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-            if _inode(self.path) == self._inode:
-                self.path.unlink(missing_ok=True)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-async def _remove_stale(path: Path) -> None:
-    """Remove a socket file that nobody listens on any more."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise UsageError(f"{path} exists and is not a socket")
-    except OSError:
-        return
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe_socket:
-        try:
-            await probe_socket.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-        except OSError:
-            return  # bind will say what is wrong
-        else:
-            raise UsageError(f"another process listens on {path}")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:

@@ -1,0 +1,665 @@
+"""pagenet/filling.py: what becomes of faults, pages and removals, in any order, on a memory that is not the kernel's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagenet import Block, HandshakeError, Region, Run
+from pagenet.filling import Filling
+from pagenet.protocol import Class
+from pagenet.residency import State
+from pagenet.target import Outcome
+from pagenet.uffd import Event, Fault, Forked, Remapped, Removed, Unmapped
+
+PAGE = 4096
+BASE = 0x7000_0000
+DEMAND, BACKGROUND = Class.DEMAND, Class.BACKGROUND
+
+
+def content(page: int) -> bytes:
+    """What the source has in a page."""
+    return bytes([1 + page % 255]) * PAGE
+
+
+def contents(run: Run) -> memoryview:
+    return memoryview(b"".join(content(page) for page in range(run.first, run.end)))
+
+
+class FakeMemory:
+    """An owner's memory that behaves as the kernel's: threads wait for pages, and a removal waits for its reader, during
+    which nothing can be placed. A :class:`~pagenet.target.Target`."""
+
+    placement = "fake"
+    event_fd = None
+
+    def __init__(self, pages: int = 8, scope: Sequence[Run] | None = None) -> None:
+        self.region = Region([Block("ram", pages * PAGE)])
+        self._scope = [Run(0, pages)] if scope is None else scope
+        self.there: dict[int, bytes] = {}
+        self.unread: list[Event] = []
+        #: pages that a thread waits for
+        self.waiting: set[int] = set()
+        self.removed: set[int] = set()
+        #: called when a page is about to be placed
+        self.before_placing: Callable[[int], None] = lambda page: None
+        #: what was asked of it, in order
+        self.placed: list[Run] = []
+        self.settled: list[int] = []
+        self.discarded: list[int] = []
+        self.closed_with: list[list[Run]] = []
+
+    # ---- what the owner does ----
+
+    def touch(self, page: int) -> None:
+        if page not in self.there:
+            self.waiting.add(page)
+            self.unread.append(fault(page))
+
+    def give_up(self, run: Run) -> None:
+        self.unread.append(Removed(BASE + run.first * PAGE, BASE + run.end * PAGE))
+
+    # ---- what a target does ----
+
+    def scope(self) -> Sequence[Run]:
+        return self._scope
+
+    def read_events(self) -> list[Event]:
+        events, self.unread = self.unread[:3], self.unread[3:]
+        for event in events:
+            if isinstance(event, Removed):
+                gone = {run.first for run in self.pages_between(event.start, event.end)}
+                self.there = {page: data for page, data in self.there.items() if page not in gone}
+                self.removed |= gone
+        return events
+
+    def pages_between(self, start: int, end: int) -> Sequence[Run]:
+        first, past = (start - BASE) // PAGE, (end - BASE) // PAGE
+        wanted = [page for run in self._scope for page in range(run.first, run.end) if first <= page < past]
+        return [Run(page, 1) for page in wanted]
+
+    def page_of(self, fault: Fault) -> int:
+        return (fault.address - BASE) // PAGE
+
+    def place(self, run: Run, data: memoryview | None) -> Outcome:
+        self.placed.append(run)
+        return self._put(run, bytes(run.count * PAGE) if data is None else data)
+
+    def _put(self, run: Run, data: bytes | memoryview) -> Outcome:
+        assert len(data) == run.count * PAGE
+        placed = existed = 0
+        for index, page in enumerate(range(run.first, run.end)):
+            self.before_placing(page)
+            if any(isinstance(event, Removed) for event in self.unread):
+                return Outcome(placed, existed, again=True)
+            existed += page in self.there
+            placed += page not in self.there
+            self.there.setdefault(page, bytes(data[index * PAGE : (index + 1) * PAGE]))
+            self.waiting.discard(page)
+        return Outcome(placed, existed)
+
+    def settle(self, run: Run, fault: Fault) -> Outcome:
+        assert (run, fault.address) == (Run(self.page_of(fault), 1), fault.address)
+        self.settled.append(run.first)
+        return self._put(run, bytes(PAGE))
+
+    def wake(self, run: Run) -> None:
+        for page in set(range(run.first, run.end)) & self.waiting:
+            self.waiting.discard(page)
+            self.touch(page)
+
+    def discard(self, run: Run) -> None:
+        assert run.count == 1
+        self.discarded.append(run.first)
+
+    async def wait_gone(self) -> None:
+        raise NotImplementedError
+
+    def close(self, missing: Sequence[Run]) -> None:
+        self.closed_with.append(list(missing))
+
+
+def fault(page: int, minor: bool = False) -> Fault:
+    return Fault(BASE + page * PAGE, write=False, minor=minor, thread=0)
+
+
+class Filled:
+    """A filling of fake memory, and the pages that it has asked for."""
+
+    def __init__(self, memory: FakeMemory) -> None:
+        self.memory = memory
+        self.filling = Filling(memory)
+        self.demanded: list[int] = []
+        self.filling.demand = self.demanded.append
+
+    def touch(self, *pages: int) -> None:
+        for page in pages:
+            self.memory.touch(page)
+        self.filling.read_events()
+
+    def ask(self, first: int, count: int) -> Run:
+        """As the background does."""
+        return self.filling.claim(Run(first, count))
+
+    def arrive(self, run: Run, class_: Class = BACKGROUND) -> None:
+        self.filling.arrived(class_, run, contents(run), wire_bytes=100)
+
+    def states(self) -> list[State]:
+        return [self.filling.residency.state(page) for page in range(self.filling.region.pages)]
+
+
+@pytest.fixture
+def filled() -> Filled:
+    return make_filled()
+
+
+def make_filled(pages: int = 8, scope: Sequence[Run] | None = None) -> Filled:
+    return Filled(FakeMemory(pages, scope))
+
+
+@pytest.fixture(autouse=True)
+def close_what_was_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made: list[Filling] = []
+    original = Filling.__init__
+
+    def init(self: Filling, target: FakeMemory) -> None:
+        made.append(self)
+        original(self, target)
+
+    monkeypatch.setattr(Filling, "__init__", init)
+    yield
+    for filling in made:
+        filling.close()
+
+
+# ---- beginning and end ----
+
+
+def test_begins_with_everything_missing(filled: Filled) -> None:
+    assert filled.states() == [State.MISSING] * 8
+    assert not filled.filling.completed.is_set()
+    statistics = filled.filling.statistics()
+    assert (statistics.pages, statistics.done, statistics.size, statistics.placement) == (8, 0, 8 * PAGE, "fake")
+
+
+def test_what_the_owner_does_not_map_is_outside() -> None:
+    filled = make_filled(8, [Run(1, 2), Run(5, 1)])
+    outside, missing = State.OUTSIDE, State.MISSING
+    assert filled.states() == [outside, missing, missing, outside, outside, missing, outside, outside]
+    for run in (Run(1, 2), Run(5, 1)):
+        assert not filled.filling.completed.is_set()
+        filled.arrive(filled.ask(run.first, run.count))
+    assert filled.filling.completed.is_set()
+    assert filled.filling.statistics().size == 3 * PAGE
+
+
+def test_nothing_mapped_is_complete_at_once() -> None:
+    assert make_filled(8, []).filling.completed.is_set()
+
+
+def test_complete_with_the_last_page_and_not_before(filled: Filled) -> None:
+    for page in (3, 0, 7, 1, 2, 6, 5):
+        filled.arrive(filled.ask(page, 1))
+        assert not filled.filling.completed.is_set()
+    filled.touch(4)
+    assert not filled.filling.completed.is_set()
+    filled.arrive(Run(4, 1), DEMAND)
+    assert filled.filling.completed.is_set()
+    assert filled.filling.statistics().complete
+
+
+def test_seconds_stop_when_it_is_complete(filled: Filled) -> None:
+    filled.arrive(filled.ask(0, 8))
+    assert filled.filling.statistics().seconds == filled.filling.statistics().seconds
+
+
+def test_finish_lets_the_owner_go(filled: Filled) -> None:
+    filled.arrive(filled.ask(0, 8))
+    filled.filling.finish()
+    assert filled.memory.closed_with == [[]]
+
+
+def test_close_names_what_never_came(filled: Filled) -> None:
+    filled.arrive(filled.ask(2, 2))
+    filled.ask(6, 1)
+    filled.memory.give_up(Run(7, 1))
+    filled.filling.read_events()
+    filled.filling.close()
+    filled.filling.close()
+    assert filled.memory.closed_with == [[Run(0, 2), Run(4, 2), Run(6, 1)]]
+    assert filled.filling.statistics().done == 3
+
+
+# ---- faults, by the state of their page ----
+
+
+def test_missing_page_is_demanded(filled: Filled) -> None:
+    filled.touch(5)
+    assert filled.demanded == [5]
+    assert filled.states()[5] is State.REQUESTED
+    assert filled.filling.waiting_faults == 1
+    filled.arrive(Run(5, 1), DEMAND)
+    assert filled.memory.there == {5: content(5)}
+    assert filled.states()[5] is State.RESIDENT
+    assert not filled.memory.waiting
+    assert filled.filling.waiting_faults == 0
+
+
+def test_many_faults_on_one_page_are_one_demand(filled: Filled) -> None:
+    filled.touch(5, 5)
+    filled.touch(5)
+    assert filled.demanded == [5]
+    statistics = filled.filling.statistics().demand
+    assert (statistics.faults, filled.filling.waiting_faults) == (3, 1)
+    filled.arrive(Run(5, 1), DEMAND)
+    assert filled.filling.statistics().fault_latency.count == 1
+
+
+def test_page_that_is_on_its_way_is_not_demanded(filled: Filled) -> None:
+    run = filled.ask(4, 4)
+    filled.touch(5)
+    assert filled.demanded == []
+    filled.arrive(run)
+    assert not filled.memory.waiting
+    statistics = filled.filling.statistics()
+    assert (statistics.demand.faults, statistics.fault_latency.count) == (1, 1)
+    assert (statistics.background.pages, statistics.demand.pages) == (4, 0)
+
+
+@pytest.mark.parametrize("state", [State.RESIDENT, State.REMOVED, State.POISONED])
+def test_page_that_is_done_with_is_settled(filled: Filled, state: State) -> None:
+    """Resident: the fault is older than the page, and has missed its wake."""
+    filled.filling.residency.set(Run(5, 1), state)
+    filled.touch(5)
+    assert (filled.demanded, filled.memory.settled) == ([], [5])
+    assert not filled.memory.waiting
+    assert filled.filling.waiting_faults == 0
+    assert filled.states()[5] is state
+
+
+def test_settling_reads_events_until_it_can(filled: Filled) -> None:
+    filled.arrive(filled.ask(0, 8))
+    filled.memory.unread += [fault(0), fault(1), fault(2), fault(3)]
+    filled.memory.give_up(Run(6, 2))  # in the second batch
+    filled.filling.read_events()
+    assert set(filled.memory.settled) == {0, 1, 2, 3}
+    assert filled.states()[6:] == [State.REMOVED] * 2
+    assert not filled.memory.unread
+
+
+def test_fault_while_its_page_is_being_placed(filled: Filled) -> None:
+    """It is read because a removal elsewhere has to be, and it is answered after all."""
+
+    def interrupt(page: int) -> None:
+        if page == 2 and not filled.memory.removed:
+            filled.memory.give_up(Run(7, 1))
+            filled.memory.touch(3)
+            filled.memory.unread.append(fault(0))  # placed already
+
+    run = filled.ask(0, 5)
+    filled.memory.before_placing = interrupt
+    filled.arrive(run)
+    assert filled.memory.placed == [Run(0, 5), Run(2, 3)]
+    assert filled.memory.there == {page: content(page) for page in range(5)}
+    assert sorted(filled.memory.settled) == [0, 3]
+    assert not filled.memory.waiting
+    assert filled.filling.waiting_faults == 0
+    assert filled.demanded == []
+
+
+def test_fault_on_another_missing_page_that_is_read_while_placing(filled: Filled) -> None:
+    def interrupt(page: int) -> None:
+        if page == 2 and not filled.memory.removed:
+            filled.memory.give_up(Run(7, 1))
+            filled.memory.touch(6)
+
+    run = filled.ask(0, 5)
+    filled.memory.before_placing = interrupt
+    filled.arrive(run)
+    assert filled.demanded == [6]
+    assert filled.memory.waiting == {6}
+
+
+def test_fault_outside_the_mappings(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    def page_of(fault: Fault) -> int:
+        raise HandshakeError("outside")
+
+    monkeypatch.setattr(filled.memory, "page_of", page_of)
+    with pytest.raises(HandshakeError, match="outside"):
+        filled.touch(5)
+
+
+# ---- pages that nobody wants (any more) ----
+
+
+def test_page_that_comes_twice_is_placed_once(filled: Filled) -> None:
+    run = filled.ask(0, 2)
+    filled.arrive(run)
+    filled.arrive(run, DEMAND)
+    assert filled.memory.placed == [Run(0, 2)]
+    statistics = filled.filling.statistics()
+    assert (statistics.background.pages, statistics.background.dropped) == (2, 0)
+    assert (statistics.demand.pages, statistics.demand.dropped) == (0, 2)
+    assert statistics.done == 2
+
+
+def test_page_that_nobody_asked_for_is_not_placed(filled: Filled) -> None:
+    filled.arrive(Run(0, 2))
+    assert filled.memory.placed == []
+    assert filled.states()[:2] == [State.MISSING] * 2
+    assert filled.filling.statistics().background.dropped == 2
+
+
+def test_only_what_is_wanted_is_placed(filled: Filled) -> None:
+    filled.arrive(filled.ask(1, 1))
+    filled.arrive(filled.ask(4, 1))
+    for page in (0, 2, 3, 5, 7):
+        filled.ask(page, 1)
+    filled.memory.placed.clear()
+    filled.arrive(Run(0, 8))
+    assert filled.memory.placed == [Run(0, 1), Run(2, 2), Run(5, 1), Run(7, 1)]
+    assert filled.memory.there == {page: content(page) for page in (0, 1, 2, 3, 4, 5, 7)}
+    assert filled.states()[6] is State.MISSING
+    background = filled.filling.statistics().background
+    assert (background.pages, background.dropped, background.runs) == (7, 3, 3)
+
+
+def test_claim_ends_where_a_page_is_somebody_elses(filled: Filled) -> None:
+    filled.touch(3)
+    assert filled.ask(0, 8) == Run(0, 3)
+    assert filled.ask(0, 8) == Run(0, 0)
+    assert filled.ask(3, 5) == Run(3, 0)
+    assert filled.ask(4, 2) == Run(4, 2)
+
+
+def test_page_that_was_there_already_is_counted(filled: Filled) -> None:
+    filled.memory.there[1] = b"older"
+    filled.arrive(filled.ask(0, 3))
+    background = filled.filling.statistics().background
+    assert (background.pages, background.existed) == (3, 1)
+    assert filled.memory.there[1] == b"older"
+
+
+def test_page_without_a_mapping_is_done_with(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filled.memory, "place", lambda run, data: Outcome(placed=run.count - 1, absent=1))
+    filled.arrive(filled.ask(0, 8))
+    assert filled.filling.completed.is_set()
+
+
+def test_zeros_come_without_bytes(filled: Filled) -> None:
+    run = filled.ask(0, 8)
+    filled.filling.arrived(BACKGROUND, run, None, wire_bytes=32)
+    assert filled.memory.there == {page: bytes(PAGE) for page in range(8)}
+    statistics = filled.filling.statistics()
+    assert (statistics.zero_pages, statistics.background.pages, statistics.wire_bytes) == (8, 8, 32)
+    assert statistics.complete
+
+
+def test_pages_of_two_sizes() -> None:
+    memory = FakeMemory()
+    memory.region = Region([Block("rom", 2 * PAGE), Block("ram", 4 << 20, 2 << 20)])
+    memory._scope = [Run(0, 2), Run(2, 2)]
+    filling = Filling(memory)
+    taken: list[tuple[Run, int]] = []
+
+    def place(run: Run, data: memoryview | None) -> Outcome:
+        assert data is not None
+        taken.append((run, len(data)))
+        return Outcome(placed=1)
+
+    memory.place = place  # type: ignore[method-assign]
+    for run in (Run(0, 2), Run(2, 2)):
+        size = filling.region.size_of(filling.claim(run))
+        filling.arrived(BACKGROUND, run, memoryview(bytes(size)), wire_bytes=size)
+    assert taken == [(Run(0, 2), 2 * PAGE), (Run(1, 1), PAGE), (Run(2, 2), 4 << 20), (Run(3, 1), 2 << 20)]
+    assert filling.completed.is_set()
+    assert filling.statistics().size == 2 * PAGE + (4 << 20)
+
+
+# ---- removals ----
+
+
+@pytest.mark.parametrize("event", [Removed, Unmapped])
+def test_removed_before_it_was_asked_for(filled: Filled, event: type[Removed] | type[Unmapped]) -> None:
+    filled.memory.unread.append(event(BASE + 2 * PAGE, BASE + 5 * PAGE))
+    filled.filling.read_events()
+    assert filled.states()[2:5] == [State.REMOVED] * 3
+    assert filled.ask(0, 8) == Run(0, 2)
+    assert filled.filling.statistics().done == 3
+
+
+def test_removed_while_it_is_on_its_way(filled: Filled) -> None:
+    run = filled.ask(0, 4)
+    filled.memory.give_up(Run(1, 2))
+    filled.filling.read_events()
+    filled.arrive(run)
+    assert filled.memory.there == {0: content(0), 3: content(3)}
+    assert filled.memory.discarded == [1, 2]
+    background = filled.filling.statistics().background
+    assert (background.pages, background.dropped) == (2, 2)
+
+
+def test_removed_while_somebody_waits_for_it(filled: Filled) -> None:
+    filled.touch(1)
+    filled.memory.give_up(Run(1, 1))
+    filled.filling.read_events()  # wakes the thread, which faults again, and finds its page removed
+    assert filled.memory.there == {1: bytes(PAGE)}
+    assert filled.memory.settled == [1]
+    assert filled.filling.waiting_faults == 0
+    filled.arrive(Run(1, 1), DEMAND)
+    assert filled.memory.there == {1: bytes(PAGE)}
+
+
+def test_removed_while_it_is_being_placed(filled: Filled) -> None:
+    def interrupt(page: int) -> None:
+        if page == 2 and not filled.memory.removed:
+            filled.memory.give_up(Run(0, 1))
+            filled.memory.give_up(Run(3, 2))
+
+    run = filled.ask(0, 6)
+    filled.memory.before_placing = interrupt
+    filled.arrive(run)
+    assert filled.memory.placed == [Run(0, 6), Run(2, 1), Run(5, 1)]
+    assert filled.memory.there == {page: content(page) for page in (1, 2, 5)}
+    assert filled.memory.discarded == [3, 4]
+    background = filled.filling.statistics().background
+    assert (background.pages, background.dropped) == (4, 2), "two pages came and were never placed"
+    assert filled.filling.statistics().done == 6
+
+
+def test_removed_after_it_was_placed(filled: Filled) -> None:
+    filled.arrive(filled.ask(0, 8))
+    filled.memory.give_up(Run(3, 1))
+    filled.filling.read_events()
+    assert filled.states()[3] is State.REMOVED
+    assert filled.filling.statistics().done == 8
+    filled.touch(3)
+    assert filled.memory.there[3] == bytes(PAGE)
+    filled.arrive(Run(3, 1))
+    assert filled.memory.there[3] == bytes(PAGE)
+
+
+def test_removal_of_the_last_missing_page_completes(filled: Filled) -> None:
+    filled.arrive(filled.ask(0, 7))
+    filled.memory.give_up(Run(7, 1))
+    filled.filling.read_events()
+    assert filled.filling.completed.is_set()
+
+
+def test_removal_of_all_the_rest_while_placing_completes(filled: Filled) -> None:
+    run = filled.ask(0, 1)
+    filled.memory.before_placing = lambda page: None if filled.memory.removed else filled.memory.give_up(Run(1, 7))
+    filled.arrive(run)
+    assert filled.filling.completed.is_set()
+
+
+def test_removal_reaches_no_further_than_the_mappings() -> None:
+    filled = make_filled(8, [Run(2, 4)])
+    filled.memory.give_up(Run(0, 8))
+    filled.filling.read_events()
+    assert filled.states() == [State.OUTSIDE] * 2 + [State.REMOVED] * 4 + [State.OUTSIDE] * 2
+
+
+def test_again_without_an_event_is_asked_again(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event was read, but the owner is not yet through with what it does."""
+    outcomes = [Outcome(1, again=True), Outcome(0, again=True), Outcome(0, again=True), Outcome(2)]
+    asked: list[Run] = []
+
+    def place(run: Run, data: memoryview | None) -> Outcome:
+        asked.append(run)
+        assert data == contents(run)
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(filled.memory, "place", place)
+    filled.arrive(filled.ask(1, 3))
+    assert asked == [Run(1, 3), Run(2, 2), Run(2, 2), Run(2, 2)]
+    assert filled.states()[1:4] == [State.RESIDENT] * 3
+
+
+def test_remap_is_refused(filled: Filled) -> None:
+    filled.memory.unread.append(Remapped(BASE, BASE + PAGE, PAGE))
+    with pytest.raises(HandshakeError, match="moved memory"):
+        filled.filling.read_events()
+
+
+def test_fork_is_refused_and_its_descriptor_closed(filled: Filled) -> None:
+    read_end, write_end = os.pipe()
+    filled.memory.unread.append(Forked(write_end))
+    with pytest.raises(HandshakeError, match="forked"):
+        filled.filling.read_events()
+    assert os.read(read_end, 1) == b""
+    os.close(read_end)
+
+
+# ---- latency ----
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1_000_000)
+    time = SimpleNamespace(monotonic_ns=lambda: clock.now, monotonic=lambda: clock.now / 1e9)
+    monkeypatch.setattr("pagenet.filling.time", time)
+    return clock
+
+
+def test_latency_is_from_the_first_fault_to_the_placing(clock: SimpleNamespace) -> None:
+    filled = make_filled()
+    filled.touch(1)
+    clock.now += 100_000
+    filled.touch(1)
+    clock.now += 100_000
+    filled.arrive(Run(1, 1), DEMAND)
+    latency = filled.filling.statistics().fault_latency
+    assert latency.count == 1
+    assert latency.microseconds(0.5) == pytest.approx(200, rel=0.07)
+    filled.arrive(filled.ask(2, 6))
+    assert filled.filling.statistics().fault_latency.count == 1, "nobody waited for those"
+
+
+def test_latency_of_each_page_of_a_run(clock: SimpleNamespace) -> None:
+    filled = make_filled(64)
+    run = filled.ask(0, 60)
+    filled.touch(*range(10, 50))
+    filled.touch(60)
+    clock.now += 1_000_000
+    filled.arrive(run)
+    assert filled.filling.statistics().fault_latency.count == 40
+    assert filled.filling.waiting_faults == 1
+
+
+def test_removed_page_has_no_latency(clock: SimpleNamespace) -> None:
+    filled = make_filled()
+    filled.touch(1)
+    filled.memory.give_up(Run(1, 1))
+    filled.filling.read_events()
+    filled.arrive(Run(1, 1), DEMAND)
+    assert filled.filling.statistics().fault_latency.count == 0
+
+
+# ---- any order ----
+
+_PAGES = 6
+_runs = st.tuples(st.integers(0, _PAGES - 1), st.integers(1, _PAGES)).map(lambda t: Run(t[0], min(t[1], _PAGES - t[0])))
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("touch"), st.integers(0, _PAGES - 1)),
+        st.tuples(st.just("read"), st.none()),
+        st.tuples(st.just("ask"), _runs),
+        st.tuples(st.just("arrive"), st.integers(0, 9)),
+        st.tuples(st.just("give up"), _runs),
+        st.tuples(st.just("give up while placing"), _runs),
+    ),
+    max_size=40,
+)
+
+
+class Play:
+    """Steps in any order, then all that is outstanding."""
+
+    def __init__(self) -> None:
+        self.filled = make_filled(_PAGES)
+        self.outstanding: list[Run] = []
+        self.asked: list[int] = []
+        self.interruptions: list[Run] = []
+        self.filled.filling.demand = lambda page: self.ask(Run(page, 1))
+        self.filled.memory.before_placing = self.interrupt
+
+    def ask(self, run: Run) -> None:
+        if run.count:
+            self.outstanding.append(run)
+            self.asked += range(run.first, run.end)
+
+    def interrupt(self, page: int) -> None:
+        if self.interruptions:
+            self.filled.memory.give_up(self.interruptions.pop())
+
+    def step(self, what: str, argument: object) -> None:
+        memory, filling = self.filled.memory, self.filled.filling
+        match what, argument:
+            case "touch", int(page):
+                memory.touch(page)
+            case "read", _:
+                filling.read_events()
+            case "ask", Run() as run:
+                self.ask(filling.claim(run))
+            case "arrive", int(index) if self.outstanding:
+                self.filled.arrive(self.outstanding.pop(index % len(self.outstanding)))
+            case "give up", Run() as run:
+                memory.give_up(run)
+            case "give up while placing", Run() as run:
+                self.interruptions.append(run)
+        assert filling.completed.is_set() == filling.residency.complete
+
+    def finish(self) -> None:
+        self.step("read", None)
+        for page in range(_PAGES):
+            self.step("ask", Run(page, 1))
+        while self.outstanding:
+            self.step("arrive", 0)
+        self.step("read", None)
+
+
+@given(_steps)
+def test_any_order(steps: list[tuple[str, object]]) -> None:
+    play = Play()
+    for what, argument in steps:
+        play.step(what, argument)
+    play.finish()
+    memory, filling = play.filled.memory, play.filled.filling
+    assert filling.completed.is_set()
+    assert not memory.waiting, "a thread was forgotten"
+    assert filling.waiting_faults == 0
+    for page in range(_PAGES):
+        if page in memory.removed:
+            assert memory.there.get(page, bytes(PAGE)) == bytes(PAGE)
+        else:
+            assert memory.there[page] == content(page)
+    assert len(play.asked) == len(set(play.asked)), "a page was asked for twice"
+    statistics = filling.statistics()
+    assert sum(class_.pages + class_.dropped for class_ in (statistics.demand, statistics.background)) == len(play.asked)
+    filling.close()

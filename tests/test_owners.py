@@ -1,0 +1,925 @@
+"""pagenet/uffd/_owners.py and _target.py: whose memory is filled, how it is handed over, and what its owner may do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from pagenet._pagenet import ffi, lib
+from processes import (
+    HUGE_PAGE,
+    LANES,
+    PAGE,
+    Process,
+    check_verified,
+    huge_pages,
+    pull,
+    run,
+    run_server,
+    run_workload,
+    stop_process,
+    threads_in_faults,
+    wait_in_faults,
+    write_pattern,
+)
+
+from pagenet import (
+    Block,
+    HandshakeError,
+    OwnerGone,
+    OwnMemory,
+    PagenetError,
+    Region,
+    Run,
+    SourceLost,
+    UffdSocket,
+    Unsupported,
+    UsageError,
+    serve,
+)
+from pagenet._native import Mapped
+from pagenet.target import Outcome
+from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
+from pagenet.uffd._handshake import MAX_HANDSHAKE_BYTES
+
+SIZE = 64 * PAGE
+REGION = Region([Block("ram", SIZE)])
+
+
+@pytest.fixture(autouse=True)
+def uffd_permitted() -> None:
+    try:
+        probe()
+    except Unsupported as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return str(write_pattern(tmp_path / "source", SIZE))
+
+
+def pattern(first: int, pages: int) -> bytes:
+    content = bytearray(pages * PAGE)
+    lib.pn_pattern_fill(ffi.from_buffer(content), first, pages, PAGE, 0, 0)
+    return bytes(content)
+
+
+def huge_if(memory: str, count: int = 4) -> Any:
+    return huge_pages(count) if memory == "hugetlb" else nullcontext()
+
+
+# ---- memory of one's own ----
+
+
+@pytest.mark.parametrize(("kind", "placements"), [
+    ("anonymous", {"move", "copy"}),
+    ("memfd", {"continue", "copy"}),
+    ("hugetlb", {"continue", "copy"}),
+])  # fmt: skip
+async def test_own_memory(kind: Any, placements: set[str], tmp_path: Path, lane: str) -> None:
+    size = 2 * HUGE_PAGE
+    path = write_pattern(tmp_path / "source", size, zero_every=3)
+    memory = OwnMemory(kind)
+    with huge_if(kind):
+        async with serve(str(path), listen="tcp://127.0.0.1:0") as server, pull(server.uri, memory, lane=lane) as transfer:
+            assert transfer.statistics().placement in placements
+            await transfer.wait_complete()
+            assert await memory.read(0, size) == path.read_bytes()
+            assert await memory.read(PAGE - 1, 2) == path.read_bytes()[PAGE - 1 : PAGE + 1]
+        assert await memory.read(0, size) == path.read_bytes()
+        memory.close()
+        memory.close()
+
+
+async def test_own_memory_is_attached_once() -> None:
+    memory = OwnMemory()
+    target = await memory.attach(REGION)
+    with pytest.raises(UsageError, match="attached before"):
+        await memory.attach(REGION)
+    target.close(())
+    memory.close()
+
+
+async def test_own_huge_pages_divide_the_region() -> None:
+    with pytest.raises(UsageError, match="262144 bytes is not a whole number of 2097152-byte huge pages"):
+        await OwnMemory("hugetlb").attach(REGION)
+    with huge_pages(4), pytest.raises(HandshakeError, match="does not fit the source's memory"):
+        await OwnMemory("hugetlb").attach(Region([Block("a", SIZE), Block("b", HUGE_PAGE - SIZE)]))
+
+
+async def test_own_huge_pages_that_are_not_there() -> None:
+    """Said at once: a page that cannot be had later would be SIGBUS in the middle of the transfer."""
+    with pytest.raises(Unsupported, match=r"^cannot map 1099511627776 bytes of hugetlb memory: .*vm\.nr_hugepages\)$"):
+        await OwnMemory("hugetlb").attach(Region([Block("ram", 1 << 40)]))
+
+
+# Touches own memory while it comes. Not in the tests' own process: what goes wrong would end it.
+OWN_MEMORY = """
+import hashlib, json, sys
+import trio
+import pagenet
+sys.path.insert(0, sys.argv[4])
+from processes import pull
+async def read(memory, offset, into):
+    into[offset] = await memory.read(offset, 4096)
+    print(json.dumps({"event": "read", "offset": offset}), flush=True)
+async def main(uri, kind, lane):
+    memory, into = pagenet.OwnMemory(kind), {}
+    async with pull(uri, memory, lane=lane, background="off") as transfer:
+        print(json.dumps({"event": "attached"}), flush=True)
+        async with trio.open_nursery() as nursery:
+            for offset in range(0, transfer.region.size, 4096):
+                nursery.start_soon(read, memory, offset, into)
+        await transfer.wait_complete()
+    digest = hashlib.sha256(b"".join(into[offset] for offset in sorted(into))).hexdigest()
+    print(json.dumps({"event": "done", "digest": digest, "faults": transfer.statistics().demand.faults}), flush=True)
+try:
+    trio.run(main, *sys.argv[1:4])
+except BaseException as error:
+    print(json.dumps({"event": "failed", "error": repr(error)}), flush=True)
+"""
+
+
+def run_own_memory(uri: str, kind: str, lane: str) -> AbstractAsyncContextManager[Process]:
+    return run([sys.executable, "-c", OWN_MEMORY, uri, kind, lane, str(Path(__file__).parent)])
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+async def test_own_memory_is_read_while_it_comes(kind: str, source: str, lane: str) -> None:
+    async with serve(source, listen="tcp://127.0.0.1:0") as server, run_own_memory(server.uri, kind, lane) as process:
+        done = await process.event("done")
+        assert done["digest"] == hashlib_of(Path(source).read_bytes())
+        assert done["faults"] >= SIZE // PAGE / 2  # of those that a thread could touch before the page came
+        assert await process.wait() == 0
+
+
+def hashlib_of(content: bytes) -> str:
+    return subprocess.run(["sha256sum"], input=content, capture_output=True, check=True).stdout.split()[0].decode()
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+async def test_own_memory_is_sigbus_when_the_source_is_lost(kind: str, source: str, lane: str) -> None:
+    async with run_server(source) as (server, uri), run_own_memory(uri, kind, lane) as process:
+        await stop_process(server)  # some pages may have come by now; no matter
+        await server.kill()
+        code = await process.wait()
+        read = [event for event in process.events if event["event"] == "read"]
+        assert "done" not in {event["event"] for event in process.events}
+        if any(event["event"] == "attached" for event in process.events):
+            assert code == -signal.SIGBUS, (process.events, process.stderr)
+            assert len(read) < SIZE // PAGE
+
+
+# ---- the handshake: who is welcome ----
+
+
+class Owner:
+    """An owner within this process that hands over memory and never touches it."""
+
+    def __init__(
+        self, path: Path, size: int = SIZE, fd: int = -1, features: Feature = Feature.EVENT_REMOVE, register: bool = True
+    ) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
+        self.memory = Mapped(size, fd)
+        self.uffd = Userfaultfd.open(features)
+        if register:
+            self.uffd.register(self.memory.address, size, Mode.MISSING)
+
+    def mapping(self, **changes: int) -> dict[str, int]:
+        whole = {"base_host_virt_addr": self.memory.address, "size": self.memory.size, "offset": 0, "page_size": PAGE}
+        return {**whole, **changes}
+
+    def send(self, message: bytes, *fds: int) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has been refused already
+            socket.send_fds(self.socket, [message], list(fds))
+
+    def hand_over(self, *more_fds: int) -> None:
+        self.send(json.dumps([self.mapping()]).encode(), self.uffd.fd, *more_fds)
+
+    async def wait_turned_away(self) -> None:
+        await trio.lowlevel.wait_readable(self.socket)
+        with suppress(ConnectionResetError):  # it was in the middle of its message
+            assert self.socket.recv(1) == b""
+
+    def content(self) -> bytes:
+        """Once every page is there."""
+        return bytes(self.memory.buffer(0, self.memory.size))
+
+    def close(self) -> None:
+        self.socket.close()
+        self.uffd.close()
+        self.memory.close()
+
+
+class Reception:
+    """A socket for owners, and whom it has turned away."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.refused: list[str] = []
+        self.waiting = 0
+        self.owners: list[Owner] = []
+        self.target: UffdTarget | None = None
+        self.attached = trio.Event()
+        self.socket = UffdSocket(path, on_waiting=self._count, on_refused=lambda error: self.refused.append(str(error)))
+
+    def _count(self) -> None:
+        self.waiting += 1
+
+    async def run(self, region: Region) -> None:
+        self.target = await self.socket.attach(region)
+        self.attached.set()
+
+    def connect(self, **options: Any) -> Owner:
+        self.owners.append(Owner(self.path, **options))
+        return self.owners[-1]
+
+    def close(self) -> None:
+        if self.target is not None:
+            self.target.close(())
+        for owner in self.owners:
+            owner.close()
+        self.socket.close()
+
+
+@pytest.fixture
+async def reception(tmp_path: Path) -> AsyncIterator[Reception]:
+    async with receiving(tmp_path / "uffd.sock") as reception:
+        yield reception
+
+
+@asynccontextmanager
+async def receiving(path: Path, region: Region = REGION) -> AsyncIterator[Reception]:
+    reception = Reception(path)
+    await reception.socket.listen()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reception.run, region)
+            yield reception
+            nursery.cancel_scope.cancel()
+    finally:
+        reception.close()
+
+
+async def check_welcome(reception: Reception) -> None:
+    """The next one is served."""
+    reception.connect().hand_over()
+    await reception.attached.wait()
+    assert reception.target is not None
+    assert reception.target.placement == "copy"
+    assert reception.waiting == 1
+
+
+async def check_refused(reception: Reception, owner: Owner, reason: str) -> None:
+    await owner.wait_turned_away()
+    (line,) = reception.refused
+    assert reason in line
+    assert "\n" not in line
+    assert len(line) < 300
+    await check_welcome(reception)
+
+
+async def test_good_owner(reception: Reception) -> None:
+    await check_welcome(reception)
+    assert reception.refused == []
+
+
+async def test_page_size_may_be_called_otherwise(reception: Reception) -> None:
+    owner = reception.connect()
+    mapping = owner.mapping()
+    mapping["page_size_kib"] = mapping.pop("page_size")
+    owner.send(json.dumps([mapping]).encode(), owner.uffd.fd)
+    await reception.attached.wait()
+
+
+async def test_message_in_pieces(reception: Reception) -> None:
+    owner = reception.connect()
+    message = b"\n [" + json.dumps(owner.mapping()).encode() + b" ] \n"
+    owner.send(message[:1], owner.uffd.fd)
+    for byte in message[1 : message.index(b"]") + 1]:
+        await trio.testing.wait_all_tasks_blocked()  # it has read what was sent
+        owner.send(bytes([byte]))
+    await reception.attached.wait()
+    assert reception.refused == []
+
+
+async def test_descriptor_with_a_later_piece(reception: Reception) -> None:
+    owner = reception.connect()
+    message = json.dumps([owner.mapping()]).encode()
+    owner.send(message[:20])
+    await trio.testing.wait_all_tasks_blocked()
+    owner.send(message[20:], owner.uffd.fd)
+    await reception.attached.wait()
+
+
+async def test_several_mappings(tmp_path: Path) -> None:
+    region = Region([Block("rom", 4 * PAGE), Block("ram", 60 * PAGE)])
+    async with receiving(tmp_path / "uffd.sock", region) as reception:
+        owner = reception.connect()
+        address = owner.memory.address
+        mappings = [
+            owner.mapping(size=10 * PAGE, offset=20 * PAGE),
+            owner.mapping(base_host_virt_addr=address + 20 * PAGE, size=10 * PAGE),  # goes over the end of a block
+        ]
+        owner.send(json.dumps(mappings).encode(), owner.uffd.fd)
+        await reception.attached.wait()
+        assert reception.target is not None
+        assert sorted(run.first for run in reception.target.scope()) == [0, 4, 20]
+        assert sum(run.count for run in reception.target.scope()) == 20
+
+
+# ---- the handshake: who is not ----
+
+BAD_MESSAGES: dict[str, tuple[Callable[[Owner], bytes], str]] = {
+    "no json": (lambda owner: b"hello", "is not JSON"),
+    "no utf-8": (lambda owner: b"[\xff\xfe]", "is not JSON"),
+    "half": (lambda owner: json.dumps([owner.mapping()]).encode()[:30] + b"]", "is not JSON"),
+    "no array": (lambda owner: json.dumps(owner.mapping()).encode(), "is not a JSON array of mappings"),
+    "empty array": (lambda owner: b"[]", "is not a JSON array of mappings"),
+    "array of nothing": (lambda owner: b"[null]", "mapping 0 of the owner's handshake is not a JSON object"),
+    "no address": (lambda owner: b'[{"size": 4096, "offset": 0}]', "has no proper 'base_host_virt_addr'"),
+    "text for a number": (
+        lambda owner: json.dumps([{**owner.mapping(), "size": "4096"}]).encode(), "has no proper 'size'"
+    ),
+    "odd size": (lambda owner: json.dumps([owner.mapping(size=SIZE - 1)]).encode(), "not whole pages"),
+    "huge": (lambda owner: json.dumps([owner.mapping(size=1 << 60)]).encode(), "is no address range"),
+    "larger than the region": (lambda owner: json.dumps([owner.mapping(size=SIZE + PAGE)]).encode(), "past the end"),
+    "past the end": (lambda owner: json.dumps([owner.mapping(offset=PAGE)]).encode(), "past the end of the region"),
+    "wrapping": (lambda owner: json.dumps([owner.mapping(offset=2**64 - PAGE)]).encode(), "past the end of the region"),
+    "twice": (lambda owner: json.dumps([owner.mapping()] * 2).encode(), "mappings overlap"),
+    "overlapping": (
+        lambda owner: json.dumps([owner.mapping(size=3 * PAGE), owner.mapping(size=PAGE, offset=8 * PAGE)]).encode(),
+        "overlap in the owner's address space",
+    ),
+    "one page for two": (
+        lambda owner: json.dumps([
+            owner.mapping(size=PAGE), owner.mapping(size=PAGE, base_host_virt_addr=owner.memory.address + PAGE)
+        ]).encode(),
+        "overlap in the region",
+    ),
+    "other page size": (lambda owner: json.dumps([owner.mapping(page_size=12288)]).encode(), "page size 12288"),
+    "endless": (lambda owner: b"[" + b" " * MAX_HANDSHAKE_BYTES, f"longer than {MAX_HANDSHAKE_BYTES} bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_MESSAGES)
+async def test_message_that_makes_no_sense(what: str, reception: Reception) -> None:
+    make, reason = BAD_MESSAGES[what]
+    owner = reception.connect()
+    owner.send(make(owner), owner.uffd.fd)
+    await check_refused(reception, owner, reason)
+
+
+def pipe(stack: ExitStack) -> int:
+    read_end, write_end = os.pipe()
+    stack.callback(os.close, read_end)
+    stack.callback(os.close, write_end)
+    return read_end
+
+
+def own_socket(stack: ExitStack) -> int:
+    return stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
+
+
+def memfd_of(stack: ExitStack, size: int) -> int:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def device(stack: ExitStack) -> int:
+    fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def directory(stack: ExitStack) -> int:
+    fd = os.open("/", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+DESCRIPTORS = [pipe, own_socket, device, directory, lambda stack: memfd_of(stack, SIZE)]
+
+
+@pytest.mark.parametrize("make", DESCRIPTORS, ids=["pipe", "socket", "device", "directory", "memfd"])
+async def test_descriptor_that_is_no_userfaultfd(make: Callable[[ExitStack], int], reception: Reception) -> None:
+    with ExitStack() as stack:
+        owner = reception.connect()
+        owner.send(json.dumps([owner.mapping()]).encode(), make(stack))
+        await check_refused(reception, owner, "the file descriptor is not a userfaultfd")
+
+
+@pytest.mark.parametrize(("count", "reason"), [
+    (0, "came without a userfaultfd"),
+    (3, "more than two descriptors"),
+    (4, "more than two descriptors"),
+    (100, "more than two descriptors"),
+])  # fmt: skip
+async def test_number_of_descriptors(count: int, reason: str, reception: Reception) -> None:
+    owner = reception.connect()
+    owner.send(json.dumps([owner.mapping()]).encode(), *[owner.uffd.fd] * count)
+    await check_refused(reception, owner, reason)
+
+
+async def test_three_descriptors_in_three_pieces(reception: Reception) -> None:
+    owner = reception.connect()
+    for piece in (b"[", b"{", b'"'):
+        owner.send(piece, owner.uffd.fd)
+        await trio.testing.wait_all_tasks_blocked()
+    await check_refused(reception, owner, "more than two descriptors")
+
+
+@pytest.mark.parametrize("features", [Feature.EVENT_FORK, Feature.EVENT_REMAP])
+async def test_events_that_pagenet_does_not_follow(features: Feature, reception: Reception) -> None:
+    try:
+        owner = reception.connect(features=features)
+    except Unsupported as error:
+        pytest.skip(str(error))
+    owner.hand_over()
+    await check_refused(reception, owner, "reports forks and remaps")
+
+
+@pytest.mark.parametrize("sent", [0, 1, 30])
+async def test_closes_early(sent: int, reception: Reception) -> None:
+    owner = reception.connect()
+    if sent:
+        owner.send(json.dumps([owner.mapping()]).encode()[:sent], owner.uffd.fd)
+    owner.socket.shutdown(socket.SHUT_WR)
+    await check_refused(reception, owner, f"closed its socket after {sent} bytes")
+
+
+@pytest.mark.parametrize("sent", [0, 30])
+async def test_says_nothing_more(sent: int, reception: Reception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagenet.uffd._owners.HANDSHAKE_TIMEOUT", 0.1)
+    owner = reception.connect()
+    if sent:
+        owner.send(json.dumps([owner.mapping()]).encode()[:sent], owner.uffd.fd)
+    await owner.wait_turned_away()
+    monkeypatch.undo()
+    await check_refused(reception, owner, "sent no handshake for 0.1 s")
+
+
+async def test_many_bad_ones_in_a_row(reception: Reception) -> None:
+    for count in range(1, 20):
+        owner = reception.connect()
+        owner.send(b"[]", owner.uffd.fd)
+        await owner.wait_turned_away()
+        assert len(reception.refused) == count
+    await check_welcome(reception)
+
+
+# ---- the file behind shared memory ----
+
+
+def read_only(stack: ExitStack) -> int:
+    fd = os.open(f"/proc/self/fd/{memfd_of(stack, SIZE)}", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (lambda stack: memfd_of(stack, SIZE - PAGE), "memory file is 0x3f000 bytes long, the region 0x40000"),
+    (pipe, "memory file is 0x0 bytes long"),
+    (device, "memory file is 0x0 bytes long"),
+    (read_only, "cannot map the owner's memory file: Permission denied"),
+], ids=["short", "pipe", "device", "read-only"])  # fmt: skip
+async def test_file_that_is_of_no_use(make: Callable[[ExitStack], int], reason: str, reception: Reception) -> None:
+    with ExitStack() as stack:
+        owner = reception.connect(fd=memfd_of(stack, SIZE))
+        owner.hand_over(make(stack))
+        await check_refused(reception, owner, reason)
+
+
+async def test_file_is_written_and_mapped(reception: Reception) -> None:
+    if Feature.MINOR_SHMEM not in probe():
+        pytest.skip("the kernel has no MINOR_SHMEM")
+    with ExitStack() as stack:
+        fd = memfd_of(stack, SIZE)
+        reception.connect(fd=fd).hand_over(fd)
+        await reception.attached.wait()
+        assert reception.target is not None
+        assert reception.target.placement == "continue"
+
+
+async def test_file_of_private_memory_is_not_used(reception: Reception) -> None:
+    with ExitStack() as stack:
+        reception.connect().hand_over(memfd_of(stack, SIZE))
+        await reception.attached.wait()
+        assert reception.target is not None
+        assert reception.target.placement == "copy"
+
+
+async def test_address_where_nothing_is_mapped(reception: Reception) -> None:
+    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
+    owner = reception.connect()
+    owner.send(json.dumps([owner.mapping(base_host_virt_addr=1 << 46)]).encode(), owner.uffd.fd)
+    await reception.attached.wait()
+    assert reception.target is not None
+    assert reception.target.place(Run(0, 64), memoryview(bytes(SIZE))) == Outcome(placed=0, absent=64)
+
+
+# ---- the socket ----
+
+
+async def test_socket_is_the_users_alone_and_goes_away(tmp_path: Path) -> None:
+    path = tmp_path / "uffd.sock"
+    before = os.umask(0)
+    try:
+        async with receiving(path):
+            status = path.lstat()
+            assert stat.S_ISSOCK(status.st_mode)
+            assert stat.S_IMODE(status.st_mode) == 0o600
+    finally:
+        os.umask(before)
+    assert os.listdir(tmp_path) == []
+
+
+async def test_socket_of_one_who_died_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "uffd.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with receiving(path) as reception:
+        await check_welcome(reception)
+
+
+async def test_socket_of_another_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "uffd.sock"
+    async with receiving(path):
+        with pytest.raises(UsageError, match="somebody listens there already"):
+            await UffdSocket(path).attach(REGION)
+        path.rename(tmp_path / "moved")
+        path.touch()
+    assert sorted(os.listdir(tmp_path)) == ["moved", "uffd.sock"]
+
+
+@pytest.mark.parametrize("what", ["a file", "a directory", "missing/uffd.sock", "x" * 120, "file/uffd.sock"])
+async def test_path_where_no_socket_can_be(what: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "a directory").mkdir()
+    with pytest.raises(UsageError) as caught:
+        await UffdSocket(tmp_path / what).attach(REGION)
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["a directory", "a file", "file"]
+
+
+async def test_close_is_idempotent_and_may_come_first(tmp_path: Path) -> None:
+    owner = UffdSocket(tmp_path / "uffd.sock")
+    owner.close()
+    await owner.listen()
+    await owner.listen()
+    owner.close()
+    owner.close()
+    assert os.listdir(tmp_path) == []
+
+
+# ---- whole transfers, with owners that are processes ----
+
+MEMORIES = ["anonymous", "memfd", "tmpfs", "hugetlb"]
+
+
+@asynccontextmanager
+async def pulling(
+    uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process], **options: Any
+) -> AsyncIterator[tuple[Process, Any]]:
+    """A workload, started once it may connect, and the transfer into it."""
+    await owner.listen()
+    try:
+        async with workload as process, pull(uri, owner, lane=lane, **options) as transfer:
+            yield process, transfer
+    finally:
+        owner.close()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+async def test_removals(memory: str, tmp_path: Path, lane: str) -> None:
+    """Balloons inflate while the background fills and threads touch."""
+    size = 32 * HUGE_PAGE if memory == "hugetlb" else 4 << 20
+    path = tmp_path / "uffd.sock"
+    arguments: list[str | int] = [
+        "--size",
+        size,
+        "--memory",
+        memory,
+        "--remove-share",
+        40,
+        "--touches",
+        4000,
+        "--order",
+        "random",
+    ]
+    with huge_if(memory, 33):
+        source = str(write_pattern(tmp_path / "source", size, zero_every=10))
+        workload = run_workload(path, *arguments, "--zero-every", 10, "--remove-share", 40, "--write-share", 30)
+        async with (
+            serve(source, listen="tcp://127.0.0.1:0") as server,
+            pulling(server.uri, UffdSocket(path), lane, workload) as (process, transfer),
+        ):
+            verified = await process.event("verified")
+            assert (verified["bad"], verified["first_bad"], verified["poisoned"]) == (0, None, 0)
+            assert verified["removed"] > 0
+            await transfer.wait_complete()
+
+
+@pytest.mark.parametrize("background", ["linear", "off"])
+@pytest.mark.parametrize("waiting", [True, False])
+async def test_owner_is_killed(background: str, waiting: bool, tmp_path: Path, lane: str) -> None:
+    size = 4 << 20
+    path = tmp_path / "uffd.sock"
+    order = "random" if waiting else "none"
+    workload = run_workload(path, "--size", size, "--order", order, "--wait-complete", "--verify", "none")
+    async with run_server(str(write_pattern(tmp_path / "source", size))) as (server, uri):
+        owner = UffdSocket(path)
+        with pytest.raises(OwnerGone, match="the owner of the memory is gone"):
+            await kill_owner(uri, owner, lane, workload, background, server if waiting else None)
+
+
+async def kill_owner(
+    uri: str,
+    owner: UffdSocket,
+    lane: str,
+    workload: AbstractAsyncContextManager[Process],
+    background: str,
+    server: Process | None,
+) -> None:
+    async with pulling(uri, owner, lane, workload, background=background) as (process, transfer):
+        await process.event("touching")
+        if server is not None:
+            await stop_process(server)  # so that pages stay missing
+            await wait_in_faults(process.pid, 2)
+        elif background == "linear":
+            await transfer.wait_complete()
+            raise OwnerGone("the owner of the memory is gone")  # it was too quick for us: nothing to see
+        await process.kill()
+        await trio.sleep_forever()
+
+
+async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str) -> None:
+    path = tmp_path / "uffd.sock"
+    workload = run_workload(path, "--size", SIZE, "--order", "none", "--wait-complete", "--gone-after", 1)
+    async with serve(source, listen="tcp://127.0.0.1:0") as server:
+        with pytest.raises(OwnerGone):
+            await wait_gone(server.uri, UffdSocket(path), lane, workload)
+
+
+async def wait_gone(uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process]) -> None:
+    async with pulling(uri, owner, lane, workload, background="off"):
+        await trio.sleep_forever()
+
+
+BAD_HANDSHAKES = {
+    "json": "is not JSON|closed its socket",
+    "nofd": "came without a userfaultfd",
+    "overlap": "overlap",
+    "past-end": "past the end",
+    "empty": "is not a JSON array",
+    "huge": "is no address range",
+    "long": "longer than",
+}
+
+
+async def test_bad_owners_before_a_good_one(source: str, tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagenet.uffd._owners.HANDSHAKE_TIMEOUT", 1.0)  # half a message, and then nothing
+    path = tmp_path / "uffd.sock"
+    refused: list[str] = []
+    owner = UffdSocket(path, on_refused=lambda error: refused.append(str(error)))
+    await owner.listen()
+
+    async def send_bad_ones() -> None:
+        for how in BAD_HANDSHAKES:
+            async with run_workload(path, "--size", f"{SIZE // 2},{SIZE // 2}", "--bad-handshake", how) as bad:
+                assert await bad.wait() == 0, bad.stderr
+        async with run_workload(path, "--size", SIZE, "--wait-complete") as good:
+            await check_verified(good, pages=64)
+
+    async with serve(source, listen="tcp://127.0.0.1:0") as server, trio.open_nursery() as nursery:
+        nursery.start_soon(send_bad_ones)
+        async with pull(server.uri, owner, lane=lane) as transfer:
+            await transfer.wait_complete()
+    owner.close()
+    assert len(refused) == len(BAD_HANDSHAKES)
+    assert all("\n" not in line for line in refused)
+
+
+# Hands over its memory, and then reads the pages whose numbers come on stdin. Its arguments: the socket, the kind of
+# memory, whether to keep a userfaultfd of its own.
+READER = """
+import json, os, resource, socket, sys
+from pagenet import _native
+from pagenet.uffd import Mode, Userfaultfd
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+path, kind, keep = sys.argv[1:]
+page_size = 2 << 20 if kind == "hugetlb" else 4096
+size = 2 * page_size if kind == "hugetlb" else 64 * page_size
+fds = []
+if kind != "anonymous":
+    fds = [os.memfd_create("reader", os.MFD_HUGETLB if kind == "hugetlb" else 0)]
+    os.ftruncate(fds[0], size)
+memory = _native.Mapped(size, *fds, alignment=page_size)
+uffd = Userfaultfd.open()
+uffd.register(memory.address, size, Mode.MISSING)
+to = socket.socket(socket.AF_UNIX)
+to.connect(path)
+mapping = {"base_host_virt_addr": memory.address, "size": size, "offset": 0, "page_size": page_size}
+socket.send_fds(to, [json.dumps([mapping]).encode()], [uffd.fd, *fds])
+if keep == "lets go":
+    uffd.close()
+print(json.dumps({"event": "ready"}), flush=True)
+for line in sys.stdin:
+    into = bytearray(16)
+    _native.copy_out(memory.address + int(line) * page_size, memoryview(into))
+    print(json.dumps({"event": "read", "bytes": into.hex()}), flush=True)
+"""
+
+
+@asynccontextmanager
+async def run_reader(path: Path, memory: str, keep: str) -> AsyncIterator[tuple[Process, Callable[[int], None]]]:
+    """The process, and how to have it read a page."""
+    read_end, write_end = os.pipe()
+    try:
+        async with run([sys.executable, "-c", READER, str(path), memory, keep], stdin=read_end) as process:
+            yield process, lambda page: (os.write(write_end, b"%d\n" % page), None)[1]
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@asynccontextmanager
+async def reading(
+    uri: str, path: Path, memory: str, keep: str, lane: str
+) -> AsyncIterator[tuple[Process, Callable[[int], None], trio.Event]]:
+    """A reader, a task that pulls into it, and when that task has lost the source."""
+    owner = UffdSocket(path)
+    await owner.listen()
+    lost = trio.Event()
+
+    async def pull_until_lost() -> None:
+        with suppress(SourceLost):
+            async with pull(uri, owner, lane=lane, background="off"):
+                await trio.sleep_forever()
+        owner.close()
+        lost.set()
+
+    async with run_reader(path, memory, keep) as (process, read), trio.open_nursery() as nursery:
+        nursery.start_soon(pull_until_lost)
+        await process.event("ready")
+        yield process, read, lost
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def size_of_source(tmp_path: Path) -> Callable[[str], str]:
+    def write(memory: str) -> str:
+        return str(write_pattern(tmp_path / "source", 2 * HUGE_PAGE if memory == "hugetlb" else SIZE))
+
+    return write
+
+
+@pytest.mark.parametrize("memory", ["anonymous", "memfd", "hugetlb"])
+async def test_owner_that_let_go_is_told_by_sigbus(
+    memory: str, size_of_source: Callable[[str], str], tmp_path: Path, lane: str
+) -> None:
+    """Zeros would be silent corruption, and nobody but pagenet could still answer its faults."""
+    if Feature.POISON not in probe():
+        pytest.skip("the kernel has no UFFDIO_POISON")
+    with huge_if(memory):
+        async with (
+            run_server(size_of_source(memory)) as (server, uri),
+            reading(uri, tmp_path / "uffd.sock", memory, "lets go", lane) as (process, read, _),
+        ):
+            await read_one_and_lose_the_source(server, process, read)
+            assert await process.wait() == -signal.SIGBUS
+            assert [event["event"] for event in process.events] == ["ready", "read"]
+
+
+@pytest.mark.parametrize("memory", ["anonymous", "memfd", "hugetlb"])
+async def test_owner_that_keeps_its_own_waits(
+    memory: str, size_of_source: Callable[[str], str], tmp_path: Path, lane: str
+) -> None:
+    with huge_if(memory):
+        async with (
+            run_server(size_of_source(memory)) as (server, uri),
+            reading(uri, tmp_path / "uffd.sock", memory, "keeps", lane) as (process, read, lost),
+        ):
+            await read_one_and_lose_the_source(server, process, read)
+            await lost.wait()
+            assert not process.has_ended
+            assert threads_in_faults(process.pid) == 1
+            await process.kill()
+            assert await process.rest() == []
+
+
+async def read_one_and_lose_the_source(server: Process, process: Process, read: Callable[[int], None]) -> None:
+    """And have it wait for another one meanwhile."""
+    read(0)
+    assert (await process.event("read"))["bytes"] == pattern(0, 1)[:16].hex()
+    await stop_process(server)
+    read(1)
+    await wait_in_faults(process.pid, 1)
+    await server.kill()
+
+
+async def test_leaving_early_is_no_different(source: str, tmp_path: Path, lane: str) -> None:
+    """The block is left before the transfer is complete: nobody reads zeros."""
+    if Feature.POISON not in probe():
+        pytest.skip("the kernel has no UFFDIO_POISON")
+    path = tmp_path / "uffd.sock"
+    owner = UffdSocket(path)
+    await owner.listen()
+    async with serve(source, listen="tcp://127.0.0.1:0") as server, run_reader(path, "anonymous", "lets go") as (process, read):
+        async with pull(server.uri, owner, lane=lane, background="off"):
+            read(0)
+            await process.event("read")
+        owner.close()
+        read(1)
+        assert await process.wait() == -signal.SIGBUS
+
+
+# Who connects ends at once; the memory is its parent's, which tells what is in it when stdin ends.
+BY_PROXY = """
+import hashlib, json, os, socket, sys
+from pagenet import _native
+from pagenet.uffd import Mode, Userfaultfd
+size = int(sys.argv[2])
+memory, uffd = _native.Mapped(size), Userfaultfd.open()
+uffd.register(memory.address, size, Mode.MISSING)
+if not os.fork():
+    to = socket.socket(socket.AF_UNIX)
+    to.connect(sys.argv[1])
+    mapping = {"base_host_virt_addr": memory.address, "size": size, "offset": 0, "page_size": 4096}
+    socket.send_fds(to, [json.dumps([mapping]).encode()], [uffd.fd])
+    to.recv(1) if sys.argv[3] == "stays" else None
+    os._exit(0)
+if sys.argv[3] == "ends":
+    os.wait()
+print(json.dumps({"event": "ready"}), flush=True)
+sys.stdin.read()
+into = bytearray(size)
+_native.copy_out(memory.address, memoryview(into))
+print(json.dumps({"event": "digest", "sha256": hashlib.sha256(into).hexdigest()}), flush=True)
+"""
+
+
+async def test_owner_by_proxy(source: str, tmp_path: Path, lane: str) -> None:
+    """The memory counts, not the process that handed it over."""
+    path = tmp_path / "uffd.sock"
+    owner = UffdSocket(path)
+    await owner.listen()
+    command = [sys.executable, "-c", BY_PROXY, str(path), str(SIZE), "stays"]
+    async with serve(source, listen="tcp://127.0.0.1:0") as server, run(command, stdin=subprocess.PIPE) as process:
+        async with pull(server.uri, owner, lane=lane) as transfer:
+            await transfer.wait_complete()
+        owner.close()
+        await process.event("ready")
+        await process.close_stdin()
+        assert (await process.event("digest"))["sha256"] == hashlib_of(Path(source).read_bytes())
+
+
+async def test_proxy_that_ends_before_it_is_met_is_refused(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "uffd.sock"
+    refused: list[str] = []
+    owner = UffdSocket(path, on_refused=lambda error: refused.append(str(error)))
+    await owner.listen()
+    command = [sys.executable, "-c", BY_PROXY, str(path), str(SIZE), "ends"]
+    async with run(command, stdin=subprocess.PIPE) as process, trio.open_nursery() as nursery:
+        await process.event("ready")  # who connected has ended, and was waited for
+        nursery.start_soon(owner.attach, REGION)
+        while not refused:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    owner.close()
+    assert "ended right after it had connected" in refused[0]
+
+
+async def test_errors_of_placing_name_the_address(reception: Reception) -> None:
+    """A file that came along, but is not the one that is mapped."""
+    if Feature.MINOR_SHMEM not in probe():
+        pytest.skip("the kernel has no MINOR_SHMEM")
+    with ExitStack() as stack:
+        reception.connect(fd=memfd_of(stack, SIZE)).hand_over(memfd_of(stack, SIZE))
+        await reception.attached.wait()
+        assert reception.target is not None
+        run_of_pages = reception.target.scope()[0]
+        with pytest.raises(PagenetError, match=r"cannot place a page at 0x[0-9a-f]+ of the owner: Bad address"):
+            reception.target.place(run_of_pages, memoryview(bytes(SIZE)))
