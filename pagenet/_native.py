@@ -6,6 +6,7 @@ alone. Buffers are passed by address: the caller keeps them alive and mapped.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from dataclasses import dataclass
@@ -232,6 +233,17 @@ class SharedMap:
 
     def span(self, first: int, end: int, state: int) -> int:
         return int(lib.pn_map_span(self.map, first, end, state))
+
+    def touched(self, first: int) -> tuple[int, int]:
+        """Where from ``first`` on the next pages begin, and end, that are not all "missing" for want of ever being touched."""
+        header, pages = lib.pn_map_bytes(0), int(self.map.pages)
+        try:
+            start = max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing more but holes
+                raise
+            return pages, pages
+        return start, min(pages, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header)
 
     def add(self, class_: int, counter: int, amount: int) -> None:
         lib.pn_stats_add(self.map, class_, counter, amount)

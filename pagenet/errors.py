@@ -12,7 +12,7 @@
     │   └── RemoteProtocolError  the peer sent them: it is broken, hostile, or too new             (exit 6)
     ├── HandshakeError           an owner's handshake makes no sense: that owner is turned away
     ├── Unsupported              this kernel or this process may not do it: the text says what to change (exit 7)
-    ├── ConnectionBroken         the connection died under us
+    ├── ConnectionBroken         the connection died under us, or its peer left early               (exit 4)
     ├── ConnectionClosed         we closed it ourselves
     └── ConnectionBusy           two tasks use one direction of a connection at once: a bug of the caller
 
@@ -79,7 +79,7 @@ class Unsupported(PagenetError):
 
 
 class ConnectionBroken(PagenetError):
-    pass
+    exit_code = 4
 
 
 class ConnectionClosed(PagenetError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -31,9 +31,8 @@ class Filling:
         self.target = target
         self.region = target.region
         self.residency = Residency(self.region.pages)
-        self.residency.set(Run(0, self.region.pages), State.OUTSIDE)
-        for run in target.scope():
-            self.residency.set(run, State.MISSING)
+        for run in _between(target.scope(), self.region.pages):
+            self.residency.set(run, State.OUTSIDE)
         self.completed = trio.Event()
         #: asks for a page that somebody waits for; set by whoever drives the demand lane
         self.demand: Callable[[int], None] = lambda page: None
@@ -117,12 +116,14 @@ class Filling:
         residency = self.residency
         page_size = self.region.page_size_at(run.first)
         residency.replace(run, State.REQUESTED, State.PLACING)
-        first, done = run.first, 0
+        first, written, done = run.first, run.first, 0
         while first < run.end:
             part = Run(first, residency.span(Run(first, run.end - first), State.PLACING))
             if not part.count:
-                first += self._skip(Run(first, run.end - first))
+                self._skip(first, first < written)
+                first += 1
                 continue
+            written = max(written, part.end)
             skip, size = (first - run.first) * page_size, part.count * page_size
             outcome = self.target.place(part, None if pages is None else pages[skip : skip + size])
             first += outcome.done
@@ -137,11 +138,11 @@ class Filling:
             self.read_events()
         self._check_complete()
 
-    def _skip(self, run: Run) -> int:
-        """Pages that nobody wants any more. If their owner gave them up while they were on their way, nothing may be left."""
-        if self.residency.state(run.first) is State.REMOVED:
-            self.target.discard(Run(run.first, 1))
-        return 1
+    def _skip(self, page: int, written: bool) -> None:
+        """Nobody wants that page any more. What we wrote of it may not stay if its owner gave it up while it was being placed.
+        Given up before, it was not written, and may hold what its owner has written since."""
+        if written and self.residency.state(page) is State.REMOVED:
+            self.target.discard(Run(page, 1))
 
     def _note_latency(self, run: Run) -> None:
         now = time.monotonic_ns()
@@ -183,3 +184,14 @@ class Filling:
             prefetch=residency.statistics(Class.PREFETCH),
             background=residency.statistics(Class.BACKGROUND),
         )
+
+
+def _between(scope: Sequence[Run], pages: int) -> Iterator[Run]:
+    """What ``scope`` leaves out. The map is not touched where it need not be: a stranger says how large the region is."""
+    end = 0
+    for run in sorted(scope, key=lambda run: run.first):
+        if end < run.first:
+            yield Run(end, run.first - end)
+        end = max(end, run.end)
+    if end < pages:
+        yield Run(end, pages - end)

@@ -25,6 +25,9 @@ __all__ = ["Transfer", "pull"]
 # four of them keep a loopback connection busy while one is placed.
 CHUNK_BYTES = 256 << 10
 WINDOW_BYTES = 1 << 20
+# Pages of the source's that the owner may leave unmapped: 1 TiB of small ones. Each costs a byte of the map at once, and the
+# source alone says how many there are.
+MAX_OUTSIDE = 1 << 28
 
 
 class Transfer:
@@ -102,6 +105,9 @@ def _filling_of(target: Target, wire: Region, cleanup: ExitStack) -> Filling:
             if ours.page_size < theirs.page_size:
                 sizes = f"{theirs.page_size} bytes, and the owner in smaller ones of {ours.page_size}"
                 raise UsageError(f"the source counts block {ours.name!r} in pages of {sizes}")
+        mapped = sum(run.count for run in target.scope())
+        if target.region.pages - mapped > MAX_OUTSIDE:
+            raise UsageError(f"the owner maps {mapped} of the source's {target.region.pages} pages: that is another machine")
         filling = Filling(target)
     except BaseException:
         target.close(target.scope())

@@ -7,6 +7,7 @@ PLACING, and nobody else, may write it. Never backwards: a page that its owner g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Self
 
@@ -84,15 +85,24 @@ class Residency:
 
     def missing(self) -> list[Run]:
         """The pages that are neither in place nor given up, as runs."""
-        runs = []
+        runs: list[Run] = []
         first = 0
         while first < self.pages:
-            state = self.state(first)
-            count = self._map.span(first, self.pages, state)
-            if state in (State.MISSING, State.REQUESTED, State.PLACING):
-                runs.append(Run(first, count))
-            first += count
+            # Looking at what was never touched would cost memory, and a region may be far larger than what came of it.
+            start, end = self._map.touched(first)
+            if first < start:
+                runs.append(Run(first, start - first))
+            runs += self._missing_between(start, end)
+            first = end
         return runs
+
+    def _missing_between(self, first: int, end: int) -> Iterator[Run]:
+        while first < end:
+            state = self.state(first)
+            count = self._map.span(first, end, state)
+            if state in (State.MISSING, State.REQUESTED, State.PLACING):
+                yield Run(first, count)
+            first += count
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
         self._map.add(class_, _native.COUNTERS[counter], amount)

@@ -18,16 +18,27 @@ from . import _native, transport
 from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost, UsageError
 from .events import EventHandler, ignore_events
 from .nurseries import open_failing_nursery
-from .protocol import MAX_REASON_BYTES, Bye, Channel, Encoding, Failure, Hello, Reply, Request, RequestDecoder, Role
+from .protocol import (
+    MAX_REASON_BYTES,
+    MAX_REQUEST_BYTES,
+    Bye,
+    Channel,
+    Encoding,
+    Failure,
+    Hello,
+    Reply,
+    Request,
+    RequestDecoder,
+    Role,
+    printable,
+)
 from .region import Run
-from .session import MessageStream, accept_forever, greet, telling
+from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
 
 __all__ = ["Server", "serve"]
 
 _RECEIVE_SIZE = 16 << 10
-# How long a source that has lost its memory waits for a destination that has been told so to leave. A round trip will do.
-LAST_WORDS_TIMEOUT = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +46,9 @@ class _Session:
     """One destination: a control connection, and lanes that end with it."""
 
     session_id: bytes
+    control: MessageStream
+    #: the control connection has nothing more to say
+    ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[transport.Connection] = field(default_factory=set)
 
 
@@ -65,8 +79,8 @@ class Server:
         return Hello(Role.SOURCE, channel, session.session_id, identity=source.identity, region=source.region)
 
     @contextmanager
-    def _new_session(self) -> Iterator[_Session]:
-        session = _Session(os.urandom(16))
+    def _new_session(self, control: MessageStream) -> Iterator[_Session]:
+        session = _Session(os.urandom(16), control)
         self._sessions[session.session_id] = session
         try:
             yield session
@@ -98,10 +112,10 @@ class Server:
                 await stream.send(self._hello(hello.channel, session))
         if hello.channel is not Channel.CONTROL:
             return await self._serve_lane(stream, session)
-        with self._new_session() as session:
+        with self._new_session(stream) as session:
             await stream.send(self._hello(Channel.CONTROL, session))
             self._on_event("connected", peer=stream.connection.peer)
-            await self._serve_control(stream)
+            await self._serve_control(session)
 
     def _session_of(self, hello: Hello) -> _Session:
         if hello.session not in self._sessions:
@@ -111,20 +125,22 @@ class Server:
     # ---- destinations that we dial ----
 
     async def dial_once(self, uri: str) -> None:
-        """Serve the one destination that listens on ``uri``, until it is done or lost."""
+        """Serve the one destination that listens on ``uri``, until it is done. :exc:`ConnectionBroken` if it leaves before."""
         connection = await transport.dial(uri)
         stream = MessageStream(connection)
-        with self._new_session() as session:
+        with self._new_session(stream) as session:
             try:
                 hello = await greet(stream, self._hello(Channel.CONTROL, session))
                 self._on_event("connected", peer=connection.peer)
                 async with open_failing_nursery() as nursery:
                     for channel in hello.lanes:
                         nursery.start_soon(self._dial_lane, uri, channel, session)
-                    await self._serve_control(stream)
+                    complete = await self._serve_control(session)
                     nursery.cancel_scope.cancel()
             finally:
                 connection.close()
+        if not complete:
+            raise ConnectionBroken("the destination left before it had every page")
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
         connection = await transport.dial(uri)
@@ -132,26 +148,33 @@ class Server:
             stream = MessageStream(connection)
             await greet(stream, self._hello(channel, session))
             await self._serve_lane(stream, session)
+        except (ConnectionBroken, RemoteProtocolError):
+            # A destination that is done closes its lanes wherever they stand, and its bye may be read after that. What
+            # control says counts, and cancels us.
+            await trio.sleep(LAST_WORDS_TIMEOUT)
+            raise
         finally:
             connection.close()
 
     # ---- one connection ----
 
-    async def _serve_control(self, stream: MessageStream) -> None:
-        peer = stream.connection.peer
-        while True:
-            match await stream.receive():
+    async def _serve_control(self, session: _Session) -> bool:
+        """Until the destination says goodbye: whether it has every page."""
+        try:
+            match await session.control.receive():
                 case Bye(complete):
-                    self._on_event("complete" if complete else "left", peer=peer)
+                    self._on_event("complete" if complete else "left", peer=session.control.connection.peer)
                     if complete:
                         self._completed.set()
-                    return
+                    return complete
                 case Failure(_, text):
                     raise RemoteProtocolError(f"the peer gave up: {text}")
                 case None:
                     raise ConnectionBroken("the destination closed its connection before it was done")
                 case Hello():
                     raise RemoteProtocolError("the peer says hello twice")
+        finally:
+            session.ended.set()
 
     async def _serve_lane(self, stream: MessageStream, session: _Session) -> None:
         connection = stream.connection
@@ -159,9 +182,29 @@ class Server:
             return  # it ended while our hello was on its way
         session.lanes.add(connection)
         try:
-            await TrioSourceLane(connection, self._source).run(stream.unread())
+            async with self._telling_if_lost():
+                await TrioSourceLane(connection, self._source).run(stream.unread())
         finally:
             session.lanes.discard(connection)
+
+    # ---- the end of the source ----
+
+    @asynccontextmanager
+    async def _telling_if_lost(self) -> AsyncIterator[None]:
+        """Around whatever reads the source: when it is lost, every destination hears why, and may leave, before the error
+        goes on up and closes everything. The end of its connections, at once, would overtake the reason."""
+        try:
+            yield
+        except SourceLost as error:
+            with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True):
+                async with trio.open_nursery() as nursery:
+                    for session in self._sessions.values():
+                        nursery.start_soon(self._part, session, Failure("source-lost", printable(str(error))))
+            raise
+
+    async def _part(self, session: _Session, failure: Failure) -> None:
+        await session.control.tell(failure)
+        await session.ended.wait()
 
 
 class TrioSourceLane:
@@ -190,28 +233,21 @@ class TrioSourceLane:
             pages = await self._read(request.run)
         except SourceLost as error:
             reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
-            with suppress(ConnectionBroken, ConnectionClosed):  # told or not: the source is at its end
+            # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
+            with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
                 await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
-                await self._wait_closed()
             raise
         if pages is None:
             await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
         else:
             await self._connection.send(*self._replies(request, pages))
 
-    async def _wait_closed(self) -> None:
-        """Let the peer hear why, and leave: the end of its control connection, at once, would overtake the reason."""
-        buffer = memoryview(bytearray(_RECEIVE_SIZE))
-        with trio.move_on_after(LAST_WORDS_TIMEOUT):
-            while await self._connection.receive_into(buffer):
-                pass
-
     async def _read(self, run: Run) -> memoryview | None:
         """The pages, until the next read; None if they are known to be zero."""
         size = self._source.region.size_of(run)
-        if len(self._pages) < size:
-            self._pages = memoryview(bytearray(size))
-        pages = self._pages[:size]
+        pages = memoryview(bytearray(size)) if len(self._pages) < size else self._pages[:size]
+        if len(self._pages) < size <= MAX_REQUEST_BYTES:  # a single unit may be a gigabyte: that is not kept
+            self._pages = pages
         return pages if await self._source.read_into(run, pages) else None
 
     def _replies(self, request: Request, pages: memoryview) -> Iterator[transport.Buffer]:

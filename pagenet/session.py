@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 import trio
 
 from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError
-from .protocol import Failure, Hello, Message, MessageDecoder, Role, encode_message, negotiate, printable
+from .protocol import Channel, Failure, Hello, Message, MessageDecoder, Role, encode_message, negotiate, printable
 from .transport import Connection, Listener
 
 __all__ = ["MessageStream", "accept_forever", "greet", "receive_exactly", "telling"]
 
 # A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a round trip.
 HELLO_TIMEOUT = 10.0
+# What one side has to say at the end, and waits for the other to heed: a round trip will do, and nobody is held up by a
+# peer that does not listen.
+LAST_WORDS_TIMEOUT = 1.0
 _RECEIVE_SIZE = 16 << 10
 
 
@@ -24,9 +27,17 @@ class MessageStream:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self._decoder = MessageDecoder()
+        # Goodbyes come from whichever task notices the end first, and another may be telling the peer what it did wrong.
+        self._sending = trio.Lock()
 
     async def send(self, message: Message) -> None:
-        await self.connection.send(encode_message(message))
+        async with self._sending:
+            await self.connection.send(encode_message(message))
+
+    async def tell(self, message: Message) -> None:
+        """Send what is of no use to us, if the peer can still hear it."""
+        with trio.move_on_after(LAST_WORDS_TIMEOUT), suppress(ConnectionBroken, ConnectionClosed):
+            await self.send(message)
 
     async def receive(self) -> Message | None:
         """The next message; None when the peer has closed."""
@@ -80,11 +91,13 @@ async def receive_exactly(connection: Connection, into: memoryview) -> None:
 
 async def greet(stream: MessageStream, ours: Hello) -> Hello:
     """What whoever dialled begins with: say hello, and have it answered."""
-    await stream.send(ours)
-    theirs = await stream.receive_hello(_opposite(ours.role))
-    if theirs.channel is not ours.channel:
-        raise RemoteProtocolError(f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}")
-    return theirs
+    # Whoever has answered for a lane takes what comes next for lane headers.
+    async with telling(stream) if ours.channel is Channel.CONTROL else nullcontext():
+        await stream.send(ours)
+        theirs = await stream.receive_hello(_opposite(ours.role))
+        if theirs.channel is not ours.channel:
+            raise RemoteProtocolError(f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}")
+        return theirs
 
 
 @asynccontextmanager
@@ -93,8 +106,7 @@ async def telling(stream: MessageStream) -> AsyncIterator[None]:
     try:
         yield
     except RemoteProtocolError as error:
-        with trio.move_on_after(1), suppress(ConnectionBroken, ConnectionClosed):
-            await stream.send(Failure("protocol", printable(str(error))))
+        await stream.tell(Failure("protocol", printable(str(error))))
         raise
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
 from . import transport
-from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost
+from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost
 from .events import EventHandler
 from .nurseries import open_failing_nursery
 from .protocol import Bye, Channel, Failure, Hello, Role
@@ -19,6 +19,8 @@ __all__ = ["SourceSession", "accept_source", "dial_source"]
 
 #: What a source that dials us is asked to dial besides the control connection.
 LANES = (Channel.DEMAND, Channel.BACKGROUND)
+# It dials them at once: this is as long as a dial may take.
+LANE_TIMEOUT = 10.0
 
 
 class SourceSession:
@@ -41,6 +43,8 @@ class SourceSession:
                 match await self._stream.receive():
                     case None | Bye():
                         raise SourceLost(f"the source {self.peer} has closed the session")
+                    case Failure("source-lost", text):
+                        raise SourceLost(f"the source cannot go on: {text}")
                     case Failure(_, text):
                         raise SourceLost(f"the source {self.peer} gave up: {text}")
                     case Hello():
@@ -50,8 +54,8 @@ class SourceSession:
 
     async def say_bye(self, complete: bool) -> None:
         """Tell the source, if it still listens, that we are done."""
-        with trio.move_on_after(1, shield=True), suppress(ConnectionBroken, ConnectionClosed):
-            await self._stream.send(Bye(complete))
+        with trio.CancelScope(shield=True):
+            await self._stream.tell(Bye(complete))
 
 
 def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
@@ -78,7 +82,9 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
     try:
         hello, stream = await dial(Hello(Role.DESTINATION, Channel.CONTROL))
-        yield SourceSession(stream, hello, open_lane)
+        async with telling(stream):
+            session = SourceSession(stream, hello, open_lane)
+        yield session
     finally:
         for connection in connections:
             connection.close()
@@ -99,7 +105,9 @@ class _Reception:
             connection.close()
 
     async def open_lane(self, channel: Channel) -> Connection:
-        return await self._lanes[channel][1].receive()
+        with trio.move_on_after(LANE_TIMEOUT):
+            return await self._lanes[channel][1].receive()
+        raise RemoteProtocolError(f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s")
 
     async def meet(self, connection: Connection) -> None:
         self._connections.append(connection)

@@ -129,8 +129,17 @@ async def listen(uri: str, *, plaintext: bool = False) -> Listener:
     """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect and ``plaintext`` is not set."""
     transport, split = _transport_for(uri)
     if not plaintext and not transport.is_private(split):
-        raise UsageError(
-            f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and to anyone who "
-            "asks: listen on loopback or a unix socket, or say --plaintext if the network is yours alone"
-        )
-    return await transport.listen(split)
+        raise _exposed(uri)
+    listener = await transport.listen(split)
+    # Not the name that was given, nor what the resolver said of it a moment ago: the address that was bound counts.
+    if not plaintext and not transport.is_private(urlsplit(listener.uri)):
+        listener.close()
+        raise _exposed(listener.uri)
+    return listener
+
+
+def _exposed(uri: str) -> UsageError:
+    return UsageError(
+        f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and to anyone who "
+        "asks: listen on loopback or a unix socket, or say --plaintext if the network is yours alone"
+    )

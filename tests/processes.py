@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import pytest
 import trio
@@ -185,6 +186,73 @@ async def stop_process(process: Process) -> None:
     process.send_signal(signal.SIGSTOP)
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC110
         await trio.sleep(0.001)
+
+
+# ---- a network that stops in the middle ----
+
+
+class Relay:
+    """Passes on what both sides say, until the source has said ``hold_after`` bytes: then its words are held back."""
+
+    def __init__(self, uri: str, hold_after: int) -> None:
+        where = urlsplit(uri)
+        assert where.hostname is not None
+        assert where.port is not None
+        self._source = (where.hostname, where.port)
+        self._left = hold_after
+        self._streams: list[trio.SocketStream] = []
+        self._released = trio.Event()
+        self.uri = ""
+        #: the source has said that much, and no more gets through
+        self.held = trio.Event()
+
+    def release(self) -> None:
+        self._released.set()
+
+    async def cut(self) -> None:
+        """Break all connections, as the end of a machine does; nothing that was held gets through."""
+        for stream in self._streams:
+            await trio.aclose_forcefully(stream)
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.uri = "tcp://{}:{}".format(*listeners[0].socket.getsockname())
+        task_status.started()
+        await trio.serve_listeners(self._meet, listeners)
+
+    async def _meet(self, destination: trio.SocketStream) -> None:
+        try:
+            async with destination, await trio.open_tcp_stream(*self._source) as source, trio.open_nursery() as nursery:
+                self._streams += [destination, source]
+                nursery.start_soon(self._pass_on, destination, source)
+                await self._pass_back(source, destination)
+                nursery.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass  # one side is gone, and the other is told by the end of its connection
+
+    async def _pass_back(self, source: trio.SocketStream, destination: trio.SocketStream) -> None:
+        async for data in source:
+            self._left -= len(data)
+            if self._left < 0 and not self._released.is_set():
+                self.held.set()
+                await self._released.wait()
+            await destination.send_all(data)
+
+    async def _pass_on(self, destination: trio.SocketStream, source: trio.SocketStream) -> None:
+        async for data in destination:
+            await source.send_all(data)
+        await source.send_eof()
+
+
+@asynccontextmanager
+async def run_relay(uri: str, hold_after: int) -> AsyncIterator[Relay]:
+    """Between a destination and the source at ``uri``."""
+    relay = Relay(uri, hold_after)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(relay.run)
+        yield relay
+        await relay.cut()
+        nursery.cancel_scope.cancel()
 
 
 # ---- memory ----

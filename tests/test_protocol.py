@@ -813,6 +813,8 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
             os.truncate("ram", 1 << 20)
             await lane.send(requests.open(Class.DEMAND, Run(0, 512), unit_shift=9).encode())
             assert b"cannot be read any more" in await receive_reply(lane, requests)
+            with pytest.raises(pagenet.SourceLost, match="cannot be read any more"):
+                await session.watch()
 
     with guest_memory(b"c" * (4 << 20)) as source:
         async with trio.open_nursery() as nursery:

@@ -202,7 +202,9 @@ def outcome(story: Story, latencies_file: Path, options: argparse.Namespace) -> 
 
 
 def microseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f} us"
+    if value is None:
+        return "-"
+    return f"{value:.0f} us" if value < 10_000 else f"{value / 1000:.0f} ms"
 
 
 def table(moved: dict[str, Any]) -> Table:

@@ -76,8 +76,8 @@ def _checked(mapping: Mapping, index: int) -> Mapping:
 def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:
     """Hold ``mappings`` against the region and return the region in the owner's page sizes.
 
-    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two page sizes, or one that does not
-    divide it.
+    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two page sizes, or one that does
+    not divide it.
     """
     for mapping in mappings:
         if mapping.offset >= region.size or mapping.size > region.size - mapping.offset:
