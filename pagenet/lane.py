@@ -35,7 +35,6 @@ class TrioLane:
         self._on_bytes_done = on_bytes_done
         self._outbox = bytearray()
         self._asked = trio.Event()
-        self._staging = _native.Mapped(1 << 20)
 
     def request_nowait(self, class_: Class, run: Run) -> None:
         """Ask for ``run``, which the caller has claimed."""
@@ -52,6 +51,7 @@ class TrioLane:
 
     async def run(self) -> None:
         """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is gone."""
+        self._staging = _native.Mapped(1 << 20)  # here, and not before: a lane that never runs has nothing to give back
         try:
             async with open_failing_nursery() as nursery:
                 nursery.start_soon(self._send_forever)

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import trio
 
 from . import transport
-from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost
+from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
 from .events import EventHandler
 from .nurseries import open_failing_nursery
 from .protocol import Bye, Channel, Failure, Hello, Role
@@ -78,7 +78,10 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
             raise SourceLost(f"the source is gone: {error}") from None
 
     async def open_lane(channel: Channel) -> Connection:
-        return _lane_stream(*await dial(Hello(Role.DESTINATION, channel, hello.session)))
+        try:
+            return _lane_stream(*await dial(Hello(Role.DESTINATION, channel, hello.session)))
+        except SourceUnreachable as error:  # it was there a moment ago
+            raise SourceLost(f"the source is gone: {error}") from None
 
     try:
         hello, stream = await dial(Hello(Role.DESTINATION, Channel.CONTROL))

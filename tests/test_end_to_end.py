@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+from pagenet._pagenet import ffi
 from processes import (
     HUGE_PAGE,
     LANES,
@@ -150,7 +151,7 @@ async def test_sixty_four_faults_outstanding(source: str, tmp_path: Path, lane: 
     path = tmp_path / "uffd.sock"
     owner = UffdSocket(path)
     await owner.listen()
-    arguments = ["--size", SIZE, "--order", "random", "--threads", 64, "--zero-every", ZERO_EVERY, "--wait-complete"]
+    arguments = ("--size", SIZE, "--order", "random", "--threads", 64, "--zero-every", ZERO_EVERY, "--wait-complete")
     async with (
         run_server(source) as (_, uri),
         run_relay(uri, 2048) as relay,  # hellos get through, and no page
@@ -250,8 +251,9 @@ def write_pages(path: Path, pages: list[int]) -> None:
 
 def nonzero_pages(address: int, pages: int) -> list[int]:
     """Of memory that is all there."""
-    memory = memoryview(_native.ffi.buffer(_native.ffi.cast("char *", address), pages * PAGE))
-    found, first = [], 0
+    memory = memoryview(ffi.buffer(ffi.cast("char *", address), pages * PAGE))
+    found: list[int] = []
+    first = 0
     while first < pages:
         count, zero = _native.leading_alike(memory[first * PAGE :], pages - first, PAGE)
         found += [] if zero else range(first, first + count)
@@ -334,6 +336,9 @@ async def test_several_destinations_of_one_source(source: str, tmp_path: Path, l
     events: list[str] = []
     memory = OwnMemory()
 
+    def note(event: str, /, **_: object) -> None:
+        events.append(event)
+
     async def move_to(index: int, kind: str) -> None:
         arguments = ("--size", SIZE, "--memory", kind, "--order", "random")
         _, statistics = await move(server.uri, tmp_path / f"uffd-{index}.sock", lane, *arguments)
@@ -343,7 +348,7 @@ async def test_several_destinations_of_one_source(source: str, tmp_path: Path, l
         async with pull(server.uri, owner, lane=lane) as transfer:
             await transfer.wait_complete()
 
-    async with serve(source, listen="tcp://127.0.0.1:0", on_event=lambda event, **_: events.append(event)) as server:
+    async with serve(source, listen="tcp://127.0.0.1:0", on_event=note) as server:
         async with trio.open_nursery() as nursery:
             for index, kind in enumerate(["anonymous", "memfd", "anonymous"]):
                 nursery.start_soon(move_to, index, kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -165,7 +166,9 @@ async def move(source: int, directory: Path, options: argparse.Namespace, story:
     serve = daemon("serve", f"/proc/self/fd/{source}", "--listen", listen, "--once")
     owner = workload_command(
         *("--socket", f"{directory}/owner", "--size", str(options.size), "--memory", options.memory, *PATTERN),
-        *("--order", "zipf", "--threads", str(options.threads), "--latency-out", f"{directory}/latencies", "--wait-complete"),
+        # As many touches as are over before the background is: then all of them were made while the memory moved.
+        *("--order", "zipf", "--threads", str(options.threads), "--touches", str(max(1, options.size // mmap.PAGESIZE // 2))),
+        *("--latency-out", f"{directory}/latencies", "--wait-complete"),
     )
     async with open_failing_nursery() as nursery:
         uri = (await nursery.start(partial(run, "pagenet-serve", serve, story, until="listening", pass_fds=[source])))["uri"]
@@ -186,14 +189,15 @@ def outcome(story: Story, latencies_file: Path, options: argparse.Namespace) -> 
         raise Failed("a process ended without a word on how it went")
     recorded = array("Q", latencies_file.read_bytes())  # of touches that took over 2 us, in the order in which they ended
     outlasted = story.last("owner", "touching")["at"] + verified["seconds"] > complete["at"]
+    # Up to a second old, what the owner had told of; and each fault is a touch.
+    at_least = max(complete["touched"], complete["faults"] - options.threads)
     taken_over = ("placement", "demand", "prefetch", "background", "zero", "bytes_wire", "faults", "fault_us", "seconds")
     return {
         "bytes": options.size,
         "memory": options.memory,
         "first_touch_us": recorded[0] / 1000 if recorded else None,
         "touches": verified["touches"],
-        # If the owner went on touching afterwards, what it had told last: up to a second old.
-        "touches_while_moving": complete["touched"] if outlasted else verified["touches"],
+        "touches_while_moving": at_least if outlasted else verified["touches"],
         **{name: complete[name] for name in taken_over},
         "verified": verified["pages"],
         "wrong": verified["bad"],

@@ -101,10 +101,12 @@ class OwnMemory:
     async def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from flat offset ``offset`` on; waits for those that are missing.
 
-        Cannot be cancelled while it waits for a page: close the transfer instead, which lets it go on or ends in SIGBUS.
+        If it is cancelled, the thread that waits for the page stays behind: until the page comes, or until the transfer
+        fails, which is SIGBUS.
         """
         into = bytearray(length)
-        await trio.to_thread.run_sync(_native.copy_out, self.address + offset, memoryview(into))
+        # Abandoned, because it waits for a transfer that may be waiting for its caller to leave.
+        await trio.to_thread.run_sync(_native.copy_out, self.address + offset, memoryview(into), abandon_on_cancel=True)
         return bytes(into)
 
     def close(self) -> None:
