@@ -79,24 +79,25 @@ async def pull(
     sessions = accept_source(uri, plaintext, on_event) if listen else dial_source(uri)
     async with sessions as session:
         on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
+        filling: Filling | None = None
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
-            async with open_failing_nursery() as nursery:
-                nursery.start_soon(session.watch)
-                filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
-                nursery.cancel_scope.cancel()
-            on_event("owner", placement=filling.target.placement, pages=filling.residency.scope)
-            async with open_failing_nursery() as nursery:
-                if background == "off" and filling.target.event_fd is None:
-                    raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
-                transfer = Transfer(filling, session.peer)
-                run = _Run(transfer, filling, session, make_schedule(background, filling.region, filling.residency))
-                nursery.start_soon(run.run)
-                try:
+            try:
+                async with open_failing_nursery() as nursery:
+                    nursery.start_soon(session.watch)
+                    filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
+                    nursery.cancel_scope.cancel()
+                on_event("owner", placement=filling.target.placement, pages=filling.residency.scope)
+                async with open_failing_nursery() as nursery:
+                    if background == "off" and filling.target.event_fd is None:
+                        raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
+                    transfer = Transfer(filling, session.peer)
+                    run = _Run(transfer, filling, session, make_schedule(background, filling.region, filling.residency))
+                    nursery.start_soon(run.run)
                     yield transfer
-                finally:
-                    if not filling.completed.is_set():
-                        await session.say_bye(complete=False)
-                nursery.cancel_scope.cancel()
+                    nursery.cancel_scope.cancel()
+            finally:
+                if filling is None or not filling.completed.is_set():
+                    await session.say_bye(complete=False)
 
 
 def _filling_of(target: Target, wire: Region, cleanup: ExitStack) -> Filling:

@@ -116,6 +116,10 @@ class Process:
         assert self._process.stdin is not None
         await self._process.stdin.aclose()
 
+    async def close_stdout(self) -> None:
+        assert self._process.stdout is not None
+        await self._process.stdout.aclose()
+
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
 

@@ -68,6 +68,7 @@ class Report:
 
 def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
     """Run ``work`` to its end, to an error or to a signal: the exit code."""
+    _open_missing_streams()
     try:
         return trio.run(_until_signal, work)
     except PagenetError as error:
@@ -77,6 +78,13 @@ def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
         # Whoever read our output is gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _open_missing_streams() -> None:
+    """Of a stream that was closed when we were started, Python makes None, and print() into it goes to the other one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
@@ -93,5 +101,3 @@ async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
             await work()
             nursery.cancel_scope.cancel()
     return 128 + caught[0] if caught else 0
-
-
