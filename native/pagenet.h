@@ -83,6 +83,8 @@ enum pn_state {
     PN_REMOVED = 4,   /* the owner gave it up (balloon, MADV_DONTNEED): reads as zero, never as what the source had */
     PN_OUTSIDE = 5,   /* the owner does not map it */
     PN_POISONED = 6,  /* can never come: touching it is a SIGBUS */
+    PN_COMING = 7,    /* asked for in the background: worth asking again, on the demand lane, if somebody waits for it */
+    PN_REMOVING = 8,  /* given up by the owner while PLACING: whoever places it is to leave it REMOVED */
 };
 
 enum pn_class { PN_DEMAND = 0, PN_PREFETCH = 1, PN_BACKGROUND = 2 };
@@ -130,6 +132,106 @@ uint64_t pn_map_done(const struct pn_map *map);
 void pn_stats_add(struct pn_map *map, int class_, int counter, uint64_t amount);
 void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
 
+/* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
+
+/* Pages that lie in one block and at consecutive addresses. second: this process's own mapping of the same memory, or 0.
+ * wire_first: the first page's number on the wire, where 1 << shift pages make one of these. */
+struct pn_piece {
+    uint64_t first;
+    uint64_t count;
+    uint64_t page_size;
+    uint64_t address;
+    uint64_t second;
+    uint64_t wire_first;
+    uint64_t shift;
+};
+
+struct pn_dest_config {
+    struct pn_map *map;
+    const struct pn_piece *pieces;  /* ascending by first */
+    const uint32_t *by_address;     /* their indices, ascending by address */
+    uint64_t piece_count;
+    uint64_t max_page_size;
+    int uffd;
+    int how;                        /* enum pn_how of pages that are not zero: COPY, MOVE or CONTINUE */
+    int removes;                    /* the uffd reports REMOVE or UNMAP events */
+    int done_fd;                    /* eventfd, written once every page of the scope is in place */
+    uint32_t forward, backward;     /* prefetch window, pages */
+};
+
+struct pn_dest;
+struct pn_dest *pn_dest_new(const struct pn_dest_config *config); /* NULL: no memory. Borrows all that config points to. */
+void pn_dest_free(struct pn_dest *dest);
+void pn_dest_set_window(struct pn_dest *dest, uint32_t forward, uint32_t backward);
+
+/* Runs from the schedule to a background lane: one writer, one reader. */
+struct pn_ring {
+    uint64_t head; /* next to be taken */
+    uint64_t tail; /* next to be written */
+    uint64_t first[64];
+    uint64_t count[64];
+};
+int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count); /* 0, or -EAGAIN: full */
+uint64_t pn_ring_used(const struct pn_ring *ring);
+
+/* ---- lane.c: one connection of the destination, and the loop that drives it ------------------------------------------ */
+
+enum pn_end_kind {
+    PN_END_STOPPED,    /* stop_fd became readable */
+    PN_END_CLOSED,     /* the peer closed */
+    PN_END_BROKEN,     /* error: the socket's */
+    PN_END_PROTOCOL,   /* text: what the peer did wrong */
+    PN_END_FAILED,     /* text: why the source cannot go on, in its own words */
+    PN_END_OWNER_GONE,
+    PN_END_OWNER_WRONG, /* text: the owner did what it may not */
+    PN_END_PLACING,    /* error: of placing pages, other than those with a meaning */
+    PN_END_NO_MEMORY,
+};
+struct pn_end {
+    int kind;
+    int error;
+    char text[1100];
+};
+
+struct pn_lane_config {
+    struct pn_dest *dest;
+    struct pn_ring *ring;  /* background: where runs come from; NULL makes it the demand lane, which reads the uffd */
+    int sock;              /* non-blocking */
+    int stop_fd;           /* eventfd */
+    int work_fd;           /* eventfd: the ring has runs; -1 for demand */
+    int room_fd;           /* eventfd: the ring has room; -1 for demand */
+    uint64_t window_min;   /* bytes of background that may be on their way while there are faults ... */
+    uint64_t window_max;   /* ... and when there have been none for a while */
+};
+/* Runs the lane until it ends, and says why. */
+void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end);
+
+/* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
+
+struct pn_source_block {
+    uint64_t first;   /* page number */
+    uint64_t pages;
+    uint64_t page_size;
+    uint64_t address; /* of the memory in process pid, or of this process's mapping of fd */
+    const char *name; /* for people */
+    int fd;           /* file or memfd, or -1 */
+    int pid;
+    int pidfd;
+};
+struct pn_source;
+/* NULL: no memory, or no descriptors. ended_fd: eventfd, written when pn_source_ended has something to say. */
+struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, int ended_fd);
+void pn_source_free(struct pn_source *source);
+/* Serve the peer at non-blocking socket `sock` from now on, which the source then owns; unread: what was received from it
+ * already. From any thread. */
+int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length);
+int pn_source_remove(struct pn_source *source, uint64_t id);
+/* The loop: until pn_source_stop, or until the memory cannot be read (PN_END_FAILED). */
+void pn_source_run(struct pn_source *source, struct pn_end *end);
+void pn_source_stop(struct pn_source *source);
+/* A connection that has ended: 1 and its id and why, or 0 if there is none. */
+int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
+
 /* ---- memory.c: looking at page bytes where Python must not ------------------------------------------------------ */
 
 /* How many pages from buffer on are alike in being zero throughout (*zero 1) or not (*zero 0). */
@@ -160,5 +262,20 @@ uint64_t pn_pattern_word_at(uint64_t page, uint64_t place, uint64_t seed, uint64
 
 /* The whole program: argv as documented by `python -m pagenet.testing.workload --help`; returns its exit status. */
 int pn_workload(int argc, char **argv);
+
+/* ---- bench.c: what pagenet-bench measures with, and the bare loops it measures against -------------------------------- */
+
+/* Touches pages[i] of memory at `address` from that many threads, each its share of the list in order, and notes how long each
+ * touch took (ns). 0, or -errno. */
+int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
+                   uint64_t think_ns);
+/* Answers each 24-byte request on a blocking socket with a header and a page, until the peer closes. */
+int pn_bench_page_server(int sock, uint64_t page_size);
+/* Answers faults with a COPY, of a page asked for over a blocking socket, or (sock -1) of one at hand, until stop_fd is readable. */
+int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size);
+int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
+/* Receives, and with a uffd copies each chunk into place from `address` on. */
+int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address);
+void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
 
 #endif

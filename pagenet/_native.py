@@ -9,16 +9,23 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from ._pagenet import ffi, lib
 
 __all__ = [
+    "Destination",
+    "End",
     "Mapped",
     "NativeEvent",
+    "Piece",
     "Placed",
+    "Ring",
     "SharedMap",
+    "SourceBlock",
+    "SourceLoop",
     "copy_out",
     "leading_alike",
     "pattern_fill",
@@ -174,6 +181,8 @@ STATES = {
     "requested": lib.PN_REQUESTED,
     "placing": lib.PN_PLACING,
     "resident": lib.PN_RESIDENT,
+    "coming": lib.PN_COMING,
+    "removing": lib.PN_REMOVING,
     "removed": lib.PN_REMOVED,
     "outside": lib.PN_OUTSIDE,
     "poisoned": lib.PN_POISONED,
@@ -256,6 +265,165 @@ class SharedMap:
 
     def latencies(self, class_: int) -> list[int]:
         return list(self.map.classes[class_].latency)
+
+
+# ---- native lanes ----
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping of them, or 0."""
+
+    first: int
+    count: int
+    page_size: int
+    address: int
+    second: int
+    wire_first: int
+    shift: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Why a loop in C ended: one of the ``END_`` constants, an errno, a line of text."""
+
+    kind: int
+    error: int
+    text: str
+
+
+END_STOPPED, END_CLOSED, END_BROKEN = lib.PN_END_STOPPED, lib.PN_END_CLOSED, lib.PN_END_BROKEN
+END_PROTOCOL, END_FAILED, END_NO_MEMORY = lib.PN_END_PROTOCOL, lib.PN_END_FAILED, lib.PN_END_NO_MEMORY
+END_OWNER_GONE, END_OWNER_WRONG, END_PLACING = lib.PN_END_OWNER_GONE, lib.PN_END_OWNER_WRONG, lib.PN_END_PLACING
+
+
+def _end_of(end: Any) -> End:
+    return End(end.kind, end.error, ffi.string(end.text).decode(errors="replace"))
+
+
+class Destination:
+    """``struct pn_dest``: what the native lanes of one transfer share. Borrows the map and the descriptors."""
+
+    def __init__(
+        self,
+        shared: SharedMap,
+        pieces: Sequence[Piece],
+        *,
+        uffd: int,
+        how: int,
+        removes: bool,
+        done_fd: int,
+        prefetch: tuple[int, int],
+    ) -> None:
+        self._pieces = ffi.new("struct pn_piece[]", [astuple(piece) for piece in pieces])
+        order = sorted(range(len(pieces)), key=lambda index: pieces[index].address)
+        self._by_address = ffi.new("uint32_t[]", order)
+        config = ffi.new("struct pn_dest_config *")
+        config.map, config.pieces, config.by_address = shared.map, self._pieces, self._by_address
+        config.piece_count = len(pieces)
+        config.max_page_size = max(piece.page_size for piece in pieces)
+        config.uffd, config.how, config.removes, config.done_fd = uffd, how, removes, done_fd
+        config.forward, config.backward = prefetch
+        self._dest = lib.pn_dest_new(config)
+        if self._dest == ffi.NULL:
+            raise MemoryError("no memory for a transfer's lanes")
+
+    def close(self) -> None:
+        """Not while a lane runs. Idempotent."""
+        if self._dest is not None:
+            lib.pn_dest_free(self._dest)
+            self._dest = None
+
+    def run_lane(self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0)) -> End:
+        """Drive one connection until it ends: the demand lane, or with a ``ring`` a background lane. Call it in a thread."""
+        config = ffi.new("struct pn_lane_config *")
+        config.dest, config.sock, config.stop_fd = self._dest, sock, stop_fd
+        config.ring = ffi.NULL if ring is None else ring.ring
+        config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
+        config.window_min, config.window_max = window
+        end = ffi.new("struct pn_end *")
+        lib.pn_lane_run(config, end)
+        return _end_of(end)
+
+
+class Ring:
+    """Runs on their way from the schedule to a background lane, and the eventfds that say that there are some, or room."""
+
+    def __init__(self) -> None:
+        self.ring = ffi.new("struct pn_ring *")
+        self.work_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.room_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        for fd in (self.work_fd, self.room_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.work_fd = self.room_fd = -1
+
+    def push(self, first: int, count: int) -> None:
+        _check(lib.pn_ring_push(self.ring, first, count))
+        os.eventfd_write(self.work_fd, 1)
+
+    def __len__(self) -> int:
+        return int(lib.pn_ring_used(self.ring))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceBlock:
+    """``struct pn_source_block``: pages of a file (``fd``, ``name``), or of a process (``pid``, ``pidfd``, ``address``)."""
+
+    first: int
+    pages: int
+    page_size: int
+    address: int
+    name: str
+    fd: int
+    pid: int
+    pidfd: int
+
+
+class SourceLoop:
+    """``struct pn_source``: one loop that answers any number of connections."""
+
+    def __init__(self, blocks: Sequence[SourceBlock]) -> None:
+        self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
+        named = zip(blocks, self._names, strict=True)
+        self._blocks = ffi.new("struct pn_source_block[]", [{**asdict(block), "name": name} for block, name in named])
+        self._source = lib.pn_source_new(self._blocks, len(blocks), self.ended_fd)
+        if self._source == ffi.NULL:
+            os.close(self.ended_fd)
+            raise MemoryError("no memory, or no file descriptors, for a source's lanes")
+
+    def close(self) -> None:
+        """Closes its connections too. Not while it runs. Idempotent."""
+        if self._source is not None:
+            lib.pn_source_free(self._source)
+            os.close(self.ended_fd)
+            self._source = None
+
+    def run(self) -> End:
+        """Until :meth:`stop`, or until the memory cannot be read. Call it in a thread."""
+        end = ffi.new("struct pn_end *")
+        lib.pn_source_run(self._source, end)
+        return _end_of(end)
+
+    def stop(self) -> None:
+        lib.pn_source_stop(self._source)
+
+    def add(self, sock: int, number: int, unread: bytes) -> None:
+        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent already."""
+        _check(lib.pn_source_add(self._source, sock, number, unread, len(unread)))
+
+    def remove(self, number: int) -> None:
+        if self._source is not None:
+            _check(lib.pn_source_remove(self._source, number))
+
+    def ended(self) -> Iterator[tuple[int, End]]:
+        """Connections that have ended since the last call, and why."""
+        number, end = ffi.new("uint64_t *"), ffi.new("struct pn_end *")
+        while lib.pn_source_ended(self._source, number, end):
+            yield int(number[0]), _end_of(end)
 
 
 # ---- the test workload ----

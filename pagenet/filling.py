@@ -24,6 +24,10 @@ from .uffd import Fault, Forked, Remapped, Removed, Unmapped
 __all__ = ["Filling"]
 
 
+# Bytes on either side of a fault: a window of huge pages would only be in the next fault's way.
+PREFETCH_LIMIT = 1 << 20
+
+
 class Filling:
     """``target`` on its way from empty to complete. Owns ``target`` and its residency map."""
 
@@ -34,14 +38,16 @@ class Filling:
         for run in _between(target.scope(), self.region.pages):
             self.residency.set(run, State.OUTSIDE)
         self.completed = trio.Event()
-        #: asks for a page that somebody waits for; set by whoever drives the demand lane
-        self.demand: Callable[[int], None] = lambda page: None
+        #: asks for pages on the demand lane; set by whoever drives it
+        self.ask: Callable[[Class, Run], None] = lambda class_, run: None
+        #: pages asked for behind and before a page that somebody waits for
+        self.prefetch = (0, 0)
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
-        self._check_complete()
+        self.check_complete()
 
     def finish(self) -> None:
         """Every page is in place: let the owner go."""
@@ -60,8 +66,11 @@ class Filling:
         """Take what the owner's userfaultfd has to say, and act on it."""
         self._drain()
         while self._faults:
-            self._answer(*self._faults.popleft())
-        self._check_complete()
+            batch = [self._faults.popleft() for _ in range(len(self._faults))]
+            asked = [page for page in [self._answer(*fault) for fault in batch] if page is not None]
+            for page in asked:  # pages that are waited for go first
+                self._prefetch_around(page)
+        self.check_complete()
 
     def _drain(self) -> None:
         """Read all events. Removals take effect at once, and faults wait: answering one may need another drain."""
@@ -86,19 +95,41 @@ class Filling:
                 del self._faulted_at[page]
                 self.target.wake(Run(page, 1))  # it will fault again, and get zeros
 
-    def _answer(self, fault: Fault, now: int) -> None:
+    def _answer(self, fault: Fault, now: int) -> int | None:
+        """Do what the fault needs. The page, if this was the first that anybody heard of it."""
         page = self.target.page_of(fault)
         self.residency.add(Class.DEMAND, "faults")
-        match self.residency.state(page):
-            case State.MISSING:
+        state = self.residency.state(page)
+        match state:
+            case State.MISSING | State.COMING:
+                # COMING: it stands in a queue behind other background pages. Who comes second is dropped.
                 self.residency.set(Run(page, 1), State.REQUESTED)
                 self._faulted_at[page] = now
-                self.demand(page)
+                self.ask(Class.DEMAND, Run(page, 1))
+                return page if state is State.MISSING else None
             case State.REQUESTED | State.PLACING:
                 self._faulted_at.setdefault(page, now)
             case _:
                 while self.target.settle(Run(page, 1), fault).again:
                     self._drain_or_yield()
+        return None
+
+    def _prefetch_around(self, page: int) -> None:
+        """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken."""
+        forward, backward = self.prefetch
+        limit = PREFETCH_LIMIT // self.region.page_size_at(page)
+        forward, backward = min(forward, limit), min(backward, limit)
+        piece = self.target.piece_of(page)
+        behind = Run(page + 1, min(forward, piece.end - page - 1))
+        before = min(backward, page - piece.first)
+        while before and self.residency.span(Run(page - before, before), State.MISSING) < before:
+            before -= 1
+        for run in (self._claim(behind), self._claim(Run(page - before, before))):
+            if run.count:
+                self.ask(Class.PREFETCH, run)
+
+    def _claim(self, run: Run) -> Run:
+        return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))
 
     def _drain_or_yield(self) -> None:
         """The owner's memory is changing: read why, or let it get on with it."""
@@ -107,15 +138,21 @@ class Filling:
 
     # ---- pages ----
 
-    def claim(self, run: Run) -> Run:
-        """The part of ``run``, from its start, that was missing and that the caller is now to ask for. May be empty."""
-        return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))
+    def claim(self, run: Run) -> Iterator[Run]:
+        """The parts of ``run`` that were missing, and that the caller is now to ask for in the background."""
+        first = run.first
+        while first < run.end:
+            count = self.residency.claim(Run(first, run.end - first), State.MISSING, State.COMING)
+            if count:
+                yield Run(first, count)
+            first += count or 1
 
     def arrived(self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int) -> None:
         """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
         residency = self.residency
         page_size = self.region.page_size_at(run.first)
-        residency.replace(run, State.REQUESTED, State.PLACING)
+        for state in (State.REQUESTED, State.COMING):
+            residency.replace(run, state, State.PLACING)
         first, written, done = run.first, run.first, 0
         while first < run.end:
             part = Run(first, residency.span(Run(first, run.end - first), State.PLACING))
@@ -136,7 +173,7 @@ class Filling:
         self._count(class_, run, done, pages is None, wire_bytes)
         if self._faults:
             self.read_events()
-        self._check_complete()
+        self.check_complete()
 
     def _skip(self, page: int, written: bool) -> None:
         """Nobody wants that page any more. What we wrote of it may not stay if its owner gave it up while it was being placed.
@@ -161,7 +198,8 @@ class Filling:
         if zero:
             add(class_, "zero_pages", done)
 
-    def _check_complete(self) -> None:
+    def check_complete(self) -> None:
+        """Set :attr:`completed` if every page is in place."""
         if self._seconds is None and self.residency.complete:
             self._seconds = time.monotonic() - self._started
             self.completed.set()

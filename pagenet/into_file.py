@@ -61,6 +61,10 @@ class FileTarget:
     def page_of(self, fault: Fault) -> int:
         raise NotImplementedError("a file has no faults")
 
+    def piece_of(self, page: int) -> Run:
+        index = self.region.block_index(page)
+        return Run(self.region.first_pages[index], self.region.blocks[index].pages)
+
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         if data is not None:
             offset = self.region.offset_of_page(run.first)

@@ -1,8 +1,12 @@
-"""The destination's lane, in Trio: ask, receive, place. Slow, and obviously right."""
+"""The destination's lanes, in Trio: ask, receive, place. Slow, and obviously right.
+
+They are the oracle for those in C, what runs where those cannot, and what a new transport begins with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import trio
 
@@ -12,10 +16,84 @@ from .filling import Filling
 from .nurseries import open_failing_nursery
 from .protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, printable
 from .region import Region, Run
+from .schedule import Schedule
 from .session import receive_exactly
 from .transport import Connection
 
-__all__ = ["TrioLane"]
+__all__ = ["LaneKind", "Lanes", "TrioLane", "TrioLanes"]
+
+LaneKind = Literal["auto", "native", "trio"]
+
+# Background asked for at a time, and how much of it may be on its way. 256 KiB amortise the cost of a reply, and four of them
+# keep a loopback connection busy while one is placed.
+CHUNK_BYTES = 256 << 10
+WINDOW_BYTES = 1 << 20
+
+
+
+class Lanes(Protocol):
+    """All that brings pages in one transfer."""
+
+    @property
+    def name(self) -> str:
+        """``native`` or ``trio``."""
+        ...
+
+    async def run(self) -> None:
+        """Answer faults and bring what the schedule says, until cancelled.
+
+        :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.ProtocolError`,
+        :exc:`~pagenet.errors.HandshakeError` (the owner did what it may not).
+        """
+        ...
+
+
+class TrioLanes:
+    """Two connections, demand and background, as Trio tasks. Borrows the connections."""
+
+    name = "trio"
+
+    def __init__(
+        self, filling: Filling, wire: Region, connections: Sequence[Connection], schedule: Schedule | None
+    ) -> None:
+        self._filling = filling
+        self._schedule = schedule
+        self._demand = TrioLane(connections[0], filling, wire)
+        self._background = TrioLane(connections[1], filling, wire, self._note_arrival)
+        self._in_flight = 0
+        self._arrived = trio.Event()
+        filling.ask = self._demand.request_nowait
+
+    async def run(self) -> None:
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(self._demand.run)
+            nursery.start_soon(self._background.run)
+            if self._schedule is not None:
+                nursery.start_soon(self._feed, self._schedule)
+            if self._filling.target.event_fd is not None:
+                await self._read_events(self._filling.target.event_fd)
+
+    async def _read_events(self, event_fd: int) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(event_fd)
+            self._filling.read_events()
+
+    async def _feed(self, schedule: Schedule) -> None:
+        """Ask for what the schedule says, as long as there is room in the window."""
+        while (run := await self._next_run(schedule)) is not None:
+            for part in self._filling.claim(run):
+                self._in_flight += self._filling.region.size_of(part)
+                self._background.request_nowait(Class.BACKGROUND, part)
+
+    async def _next_run(self, schedule: Schedule) -> Run | None:
+        while self._in_flight >= WINDOW_BYTES:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return schedule.next_run(CHUNK_BYTES)
+
+    def _note_arrival(self, size: int) -> None:
+        self._in_flight -= size
+        self._arrived.set()
 
 
 class TrioLane:

@@ -475,7 +475,7 @@ class OutstandingRequests:
     def _check_pages(self, reply: Reply, outstanding: _Outstanding) -> None:
         first, count, unit = reply.run.first, reply.run.count, outstanding.unit
         if first != outstanding.next or not 0 < count <= outstanding.run.end - first or count % unit:
-            raise RemoteProtocolError(f"the peer answers {outstanding.run} out of turn, with {reply.run}")
+            raise RemoteProtocolError(f"the peer answers out of turn: with {count} pages from page {first} on")
         size = self._region.size_of(reply.run) if reply.encoding is Encoding.RAW else 0
         if reply.length != size:
             raise RemoteProtocolError(f"the peer announces {reply.length} bytes for {count} pages of {size} bytes in all")

@@ -10,10 +10,11 @@ import trio
 from .errors import OwnerGone, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
-from .lane import TrioLane
+from .lane import LaneKind, Lanes, TrioLanes
+from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
-from .protocol import Channel, Class
-from .region import Region, Run
+from .protocol import Channel
+from .region import Region
 from .schedule import Schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
 from .statistics import TransferStatistics
@@ -21,10 +22,6 @@ from .target import Owner, Target
 
 __all__ = ["Transfer", "pull"]
 
-# Background asked for at a time, and how much of it may be on its way. In Trio, 256 KiB amortise the cost of a reply, and
-# four of them keep a loopback connection busy while one is placed.
-CHUNK_BYTES = 256 << 10
-WINDOW_BYTES = 1 << 20
 # Pages of the source's that the owner may leave unmapped: 1 TiB of small ones. Each costs a byte of the map at once, and the
 # source alone says how many there are.
 MAX_OUTSIDE = 1 << 28
@@ -33,8 +30,10 @@ MAX_OUTSIDE = 1 << 28
 class Transfer:
     """A region on its way here. Made by :func:`pull`."""
 
-    def __init__(self, filling: Filling, peer: str) -> None:
-        self._filling = filling
+    def __init__(self, filling: Filling, peer: str, lane: str) -> None:
+        self.filling = filling
+        #: who drives the lanes: ``native`` or ``trio``
+        self.lane = lane
         self.finished = trio.Event()
         #: the source, for people to read
         self.peer = peer
@@ -42,7 +41,7 @@ class Transfer:
     @property
     def region(self) -> Region:
         """The source's blocks, in the owner's page sizes."""
-        return self._filling.region
+        return self.filling.region
 
     async def wait_complete(self) -> None:
         """Return when every page is in place or was given up by its owner, and the owner has been let go."""
@@ -50,7 +49,7 @@ class Transfer:
 
     def statistics(self) -> TransferStatistics:
         """What has been done so far; the last word on it once the transfer is over."""
-        return self._filling.statistics()
+        return self.filling.statistics()
 
 
 @asynccontextmanager
@@ -61,6 +60,8 @@ async def pull(
     listen: bool = False,
     plaintext: bool = False,
     background: str = "linear",
+    lane: LaneKind = "auto",
+    prefetch: tuple[int, int] = (8, 8),
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -70,7 +71,9 @@ async def pull(
     keeps its userfaultfd, or gets SIGBUS, but never zeros.
 
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
-    ``background``: ``linear``, or ``off`` to bring touched pages only.
+    ``background``: ``linear``, or ``off`` to bring touched pages only. ``lane``: ``native`` (loops in C), ``trio`` (the same in
+    Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
+    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side).
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
     :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`.
@@ -85,17 +88,17 @@ async def pull(
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch)
                     filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
+                    filling.prefetch = prefetch
+                    lanes = await _open_lanes(lane, filling, session, _schedule(background, filling), cleanup)
                     nursery.cancel_scope.cancel()
-                on_event("owner", placement=filling.target.placement, pages=filling.residency.scope)
+                pages, placement = filling.residency.scope, filling.target.placement
+                on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    if background == "off" and filling.target.event_fd is None:
-                        raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
-                    transfer = Transfer(filling, session.peer)
-                    run = _Run(transfer, filling, session, make_schedule(background, filling.region, filling.residency))
-                    nursery.start_soon(run.run)
+                    transfer = Transfer(filling, session.peer, lanes.name)
+                    nursery.start_soon(_Run(transfer, session, lanes).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
-            finally:
+            finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
                     await session.say_bye(complete=False)
 
@@ -117,63 +120,46 @@ def _filling_of(target: Target, wire: Region, cleanup: ExitStack) -> Filling:
     return filling
 
 
+def _schedule(background: str, filling: Filling) -> Schedule | None:
+    if background == "off" and filling.target.event_fd is None:
+        raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
+    return make_schedule(background, filling.region, filling.residency)
+
+
 class _Run:
     """The tasks of one transfer."""
 
-    def __init__(self, transfer: Transfer, filling: Filling, session: SourceSession, schedule: Schedule | None) -> None:
+    def __init__(self, transfer: Transfer, session: SourceSession, lanes: Lanes) -> None:
         self._transfer = transfer
-        self._filling = filling
+        self._filling = transfer.filling
         self._session = session
-        self._schedule = schedule
-        self._in_flight = 0
-        self._arrived = trio.Event()
+        self._lanes = lanes
 
     async def run(self) -> None:
         """Bring the pages; then let the owner go, and say goodbye to the source."""
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._session.watch)
             nursery.start_soon(self._watch_owner)
-            await self._start_lanes(nursery)
-            if self._filling.target.event_fd is not None:
-                nursery.start_soon(self._read_events, self._filling.target.event_fd)
+            nursery.start_soon(self._lanes.run)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         self._filling.finish()
         await self._session.say_bye(complete=True)
         self._transfer.finished.set()
 
-    async def _start_lanes(self, nursery: trio.Nursery) -> None:
-        wire = self._session.region
-        demand = TrioLane(await self._session.open_lane(Channel.DEMAND), self._filling, wire)
-        background = TrioLane(await self._session.open_lane(Channel.BACKGROUND), self._filling, wire, self._note_arrival)
-        self._filling.demand = lambda page: demand.request_nowait(Class.DEMAND, Run(page, 1))
-        nursery.start_soon(demand.run)
-        nursery.start_soon(background.run)
-        if self._schedule is not None:
-            nursery.start_soon(self._feed, self._schedule, background)
-
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()
         raise OwnerGone("the owner of the memory is gone")
 
-    async def _read_events(self, event_fd: int) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(event_fd)
-            self._filling.read_events()
 
-    async def _feed(self, schedule: Schedule, lane: TrioLane) -> None:
-        """Ask for what the schedule says, as long as there is room in the window."""
-        while True:
-            while self._in_flight >= WINDOW_BYTES:
-                self._arrived = trio.Event()
-                await self._arrived.wait()
-            run = schedule.next_run(CHUNK_BYTES)
-            if run is None:
-                return
-            run = self._filling.claim(run)
-            self._in_flight += self._filling.region.size_of(run)
-            lane.request_nowait(Class.BACKGROUND, run)
-
-    def _note_arrival(self, size: int) -> None:
-        self._in_flight -= size
-        self._arrived.set()
+async def _open_lanes(
+    lane: LaneKind, filling: Filling, session: SourceSession, schedule: Schedule | None, cleanup: ExitStack
+) -> Lanes:
+    connections = [await session.open_lane(channel) for channel in (Channel.DEMAND, Channel.BACKGROUND)]
+    if lane != "trio" and can_run_natively(filling.target, connections):
+        native = NativeLanes(filling, session.region, connections, schedule)
+        cleanup.callback(native.close)
+        return native
+    if lane == "native":
+        raise UsageError("lanes in C need memory behind a userfaultfd and a transport over sockets: use lane trio")
+    return TrioLanes(filling, session.region, connections, schedule)

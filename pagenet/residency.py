@@ -1,8 +1,9 @@
 """The destination's map of pages: what is missing, asked for, in place. The only truth about progress.
 
 One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that lanes in C threads and in
-other processes share it with Python. A page goes from MISSING to REQUESTED to PLACING to RESIDENT; whoever moved it to
-PLACING, and nobody else, may write it. Never backwards: a page that its owner gave up is REMOVED for good.
+other processes share it with Python. A page goes from MISSING to COMING (asked for in the background) or REQUESTED (asked for
+because somebody waits), to PLACING, to RESIDENT; whoever moved it to PLACING, and nobody else, may write it. Never backwards:
+a page that its owner gave up is REMOVED for good.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ __all__ = ["Residency", "State"]
 
 class State(IntEnum):
     MISSING = _native.STATES["missing"]
+    #: asked for in the background: asked for again, ahead of it, if somebody waits for it
+    COMING = _native.STATES["coming"]
     REQUESTED = _native.STATES["requested"]
     PLACING = _native.STATES["placing"]
     RESIDENT = _native.STATES["resident"]
+    #: its owner gave it up while it was PLACING: whoever places it is to leave it REMOVED
+    REMOVING = _native.STATES["removing"]
     #: its owner gave it up: reads as zero, never again as what the source has
     REMOVED = _native.STATES["removed"]
     #: the owner does not map it
@@ -30,15 +35,19 @@ class State(IntEnum):
     POISONED = _native.STATES["poisoned"]
 
 
+_UNDER_WAY = (State.MISSING, State.COMING, State.REQUESTED, State.PLACING, State.REMOVING)
+
+
 class Residency:
     """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte a page."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self._map = _native.SharedMap(pages)
+        #: for lanes in C
+        self.shared = _native.SharedMap(pages)
 
     def close(self) -> None:
-        self._map.close()
+        self.shared.close()
 
     def __enter__(self) -> Self:
         return self
@@ -49,39 +58,39 @@ class Residency:
     @property
     def scope(self) -> int:
         """Pages that are to become resident: all but those OUTSIDE."""
-        return self._map.scope
+        return self.shared.scope
 
     @property
     def done(self) -> int:
         """Pages of the scope that are RESIDENT, REMOVED or POISONED."""
-        return self._map.done
+        return self.shared.done
 
     @property
     def complete(self) -> bool:
         return self.done == self.scope
 
     def state(self, page: int) -> State:
-        return State(self._map.state(page))
+        return State(self.shared.state(page))
 
     def claim(self, run: Run, from_: State, to: State) -> int:
         """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
-        return self._map.claim(run.first, run.count, from_, to)
+        return self.shared.claim(run.first, run.count, from_, to)
 
     def replace(self, run: Run, from_: State, to: State) -> int:
         """Move those pages of ``run`` that are in state ``from_``: how many."""
-        return self._map.replace(run.first, run.count, from_, to)
+        return self.shared.replace(run.first, run.count, from_, to)
 
     def set(self, run: Run, to: State) -> None:
-        self._map.set(run.first, run.count, to)
+        self.shared.set(run.first, run.count, to)
 
     def find(self, state: State, first: int) -> int | None:
         """The first page from ``first`` on that is in ``state``."""
-        found = self._map.find(first, self.pages, state)
+        found = self.shared.find(first, self.pages, state)
         return found if found < self.pages else None
 
     def span(self, run: Run, state: State) -> int:
         """How many pages from the start of ``run`` are in ``state``."""
-        return self._map.span(run.first, run.end, state)
+        return self.shared.span(run.first, run.end, state)
 
     def missing(self) -> list[Run]:
         """The pages that are neither in place nor given up, as runs."""
@@ -89,7 +98,7 @@ class Residency:
         first = 0
         while first < self.pages:
             # Looking at what was never touched would cost memory, and a region may be far larger than what came of it.
-            start, end = self._map.touched(first)
+            start, end = self.shared.touched(first)
             if first < start:
                 runs.append(Run(first, start - first))
             runs += self._missing_between(start, end)
@@ -99,18 +108,18 @@ class Residency:
     def _missing_between(self, first: int, end: int) -> Iterator[Run]:
         while first < end:
             state = self.state(first)
-            count = self._map.span(first, end, state)
-            if state in (State.MISSING, State.REQUESTED, State.PLACING):
+            count = self.shared.span(first, end, state)
+            if state in _UNDER_WAY:
                 yield Run(first, count)
             first += count
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
-        self._map.add(class_, _native.COUNTERS[counter], amount)
+        self.shared.add(class_, _native.COUNTERS[counter], amount)
 
     def add_latency(self, class_: int, nanoseconds: int) -> None:
-        self._map.add_latency(class_, nanoseconds)
+        self.shared.add_latency(class_, nanoseconds)
 
     def statistics(self, class_: int) -> ClassStatistics:
-        counters = self._map.counters(class_)
+        counters = self.shared.counters(class_)
         values = {name: counters[index] for name, index in _native.COUNTERS.items()}
-        return ClassStatistics(**values, latency=Histogram(tuple(self._map.latencies(class_))))
+        return ClassStatistics(**values, latency=Histogram(tuple(self.shared.latencies(class_))))

@@ -27,7 +27,7 @@ class Linear:
         self._cursor = 0
 
     def next_run(self, max_bytes: int) -> Run | None:
-        # Pages never become MISSING again: what lies behind the cursor is somebody's already.
+        # Pages never become MISSING again, and what was handed out is asked for: nothing is to be done behind the cursor.
         first = self._residency.find(State.MISSING, self._cursor)
         if first is None:
             return None

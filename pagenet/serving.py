@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from . import _native, transport
+from . import transport
 from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost, UsageError
 from .events import EventHandler, ignore_events
+from .lane import LaneKind
+from .native_source import MAX_UNREAD, NativeSourceLanes
 from .nurseries import open_failing_nursery
 from .protocol import (
-    MAX_REASON_BYTES,
-    MAX_REQUEST_BYTES,
     Bye,
     Channel,
-    Encoding,
     Failure,
     Hello,
-    Reply,
-    Request,
-    RequestDecoder,
     Role,
     printable,
 )
-from .region import Run
 from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
+from .source_lane import TrioSourceLane
 
 __all__ = ["Server", "serve"]
 
@@ -49,14 +45,15 @@ class _Session:
     control: MessageStream
     #: the control connection has nothing more to say
     ended: trio.Event = field(default_factory=trio.Event)
-    lanes: set[transport.Connection] = field(default_factory=set)
+    lanes: set[trio.CancelScope] = field(default_factory=set)
 
 
 class Server:
     """A source that is being served. Made by :func:`serve`."""
 
-    def __init__(self, source: Source, on_event: EventHandler) -> None:
+    def __init__(self, source: Source, native: NativeSourceLanes | None, on_event: EventHandler) -> None:
         self._source = source
+        self._native = native
         self._on_event = on_event
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
@@ -86,8 +83,8 @@ class Server:
             yield session
         finally:
             del self._sessions[session.session_id]
-            for connection in session.lanes:
-                connection.close()
+            for lane in session.lanes:
+                lane.cancel()
 
     # ---- destinations that dial us ----
 
@@ -111,7 +108,7 @@ class Server:
                 session = self._session_of(hello)
                 await stream.send(self._hello(hello.channel, session))
         if hello.channel is not Channel.CONTROL:
-            return await self._serve_lane(stream, session)
+            return await self._serve_lane(hello.channel, stream, session)
         with self._new_session(stream) as session:
             await stream.send(self._hello(Channel.CONTROL, session))
             self._on_event("connected", peer=stream.connection.peer)
@@ -147,7 +144,7 @@ class Server:
         try:
             stream = MessageStream(connection)
             await greet(stream, self._hello(channel, session))
-            await self._serve_lane(stream, session)
+            await self._serve_lane(channel, stream, session)
         except (ConnectionBroken, RemoteProtocolError):
             # A destination that is done closes its lanes wherever they stand, and its bye may be read after that. What
             # control says counts, and cancels us.
@@ -176,16 +173,28 @@ class Server:
         finally:
             session.ended.set()
 
-    async def _serve_lane(self, stream: MessageStream, session: _Session) -> None:
-        connection = stream.connection
+    async def _serve_lane(self, channel: Channel, stream: MessageStream, session: _Session) -> None:
         if session.session_id not in self._sessions:
             return  # it ended while our hello was on its way
-        session.lanes.add(connection)
-        try:
+        with trio.CancelScope() as lane:
+            session.lanes.add(lane)
+            try:
+                await self._run_lane(channel, stream.connection, stream.unread())
+            finally:
+                session.lanes.discard(lane)
+
+    async def _run_lane(self, channel: Channel, connection: transport.Connection, unread: bytes) -> None:
+        if self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
+            await self._native.serve(channel, connection, unread)
+        else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source).run(stream.unread())
-        finally:
-            session.lanes.discard(connection)
+                await TrioSourceLane(connection, self._source).run(unread)
+
+    async def run_native_lanes(self) -> None:
+        """The loops in C, if there are any."""
+        if self._native is not None:
+            async with self._telling_if_lost():
+                await self._native.run()
 
     # ---- the end of the source ----
 
@@ -207,69 +216,6 @@ class Server:
         await session.ended.wait()
 
 
-class TrioSourceLane:
-    """Requests in, pages out, one after the other: slow, and obviously right."""
-
-    def __init__(self, connection: transport.Connection, source: Source) -> None:
-        self._connection = connection
-        self._source = source
-        self._pages = memoryview(bytearray())
-
-    async def run(self, unread: bytes) -> None:
-        """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything."""
-        decoder = RequestDecoder(self._source.region)
-        decoder.feed(unread)
-        buffer = memoryview(bytearray(_RECEIVE_SIZE))
-        while True:
-            for request in decoder.requests():
-                await self._answer(request)
-            count = await self._connection.receive_into(buffer)
-            if not count:
-                return decoder.check_eof()
-            decoder.feed(buffer[:count])
-
-    async def _answer(self, request: Request) -> None:
-        try:
-            pages = await self._read(request.run)
-        except SourceLost as error:
-            reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
-            # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
-            with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
-                await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
-            raise
-        if pages is None:
-            await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
-        else:
-            await self._connection.send(*self._replies(request, pages))
-
-    async def _read(self, run: Run) -> memoryview | None:
-        """The pages, until the next read; None if they are known to be zero."""
-        size = self._source.region.size_of(run)
-        pages = memoryview(bytearray(size)) if len(self._pages) < size else self._pages[:size]
-        if len(self._pages) < size <= MAX_REQUEST_BYTES:  # a single unit may be a gigabyte: that is not kept
-            self._pages = pages
-        return pages if await self._source.read_into(run, pages) else None
-
-    def _replies(self, request: Request, pages: memoryview) -> Iterator[transport.Buffer]:
-        """Headers and payloads that cover the request: units that are zero as a flag, the others as they are."""
-        unit_pages = 1 << request.unit_shift
-        page_size = len(pages) // request.run.count
-        done = 0
-        while done < request.run.count:
-            rest = pages[done * page_size :]
-            units, zero = _native.leading_alike(rest, len(rest) // (unit_pages * page_size), unit_pages * page_size)
-            run = Run(request.run.first + done, units * unit_pages)
-            size = 0 if zero else run.count * page_size
-            yield _reply(request, Encoding.ZERO if zero else Encoding.RAW, run, size)
-            if not zero:
-                yield rest[:size]
-            done += run.count
-
-
-def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:
-    return Reply(request.request_id, request.class_, encoding, run, length).encode()
-
-
 @asynccontextmanager
 async def serve(
     source: Source | str | Sequence[str],
@@ -277,12 +223,14 @@ async def serve(
     listen: str | None = None,
     connect: str | None = None,
     plaintext: bool = False,
+    lane: LaneKind = "auto",
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
     """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the block runs.
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
-    ``plaintext`` allows a listener that other hosts can reach.
+    ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto`` (loops in C, for connections
+    over sockets), or ``trio`` (the same in Trio, slow and obvious).
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
@@ -292,7 +240,10 @@ async def serve(
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
     with _opened(source) as opened, ExitStack() as cleanup:  # after the nursery: its tasks use what is closed here
-        server = Server(opened, on_event)
+        native = None if lane == "trio" else NativeSourceLanes(opened)
+        if native is not None:
+            cleanup.callback(native.close)
+        server = Server(opened, native, on_event)
         if listen is not None:
             listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
             server.uri = listener.uri
@@ -302,6 +253,7 @@ async def serve(
             assert connect is not None
             meet_peers = partial(server.dial_once, connect)
         async with open_failing_nursery() as nursery:
+            nursery.start_soon(server.run_native_lanes)
             nursery.start_soon(meet_peers)
             yield server
             nursery.cancel_scope.cancel()

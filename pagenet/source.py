@@ -21,6 +21,7 @@ import trio
 
 from . import _native
 from .errors import SourceLost, UsageError
+from .protocol import printable
 from .region import Block, Region, Run
 
 __all__ = ["Source", "open_source"]
@@ -47,6 +48,10 @@ class _Piece(Protocol):
         """Whether these bytes are known to be zero without reading them."""
         ...
 
+    def native(self, first: int, page_size: int) -> _native.SourceBlock:
+        """Where lanes in C find it, as pages of that size from number ``first`` on."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -70,6 +75,12 @@ class Source:
         """Idempotent."""
         for piece in self._pieces:
             piece.close()
+
+    def native_blocks(self) -> list[_native.SourceBlock]:
+        """What lanes in C need to know."""
+        firsts = self.region.first_pages[:-1]
+        blocks = zip(firsts, self.region.blocks, self._pieces, strict=True)
+        return [piece.native(first, block.page_size) for first, block, piece in blocks]
 
     async def read_into(self, run: Run, into: memoryview) -> bool:
         """Fill ``into`` with the pages of ``run``, or leave it alone and return False if they are known to be zero.
@@ -155,6 +166,10 @@ class _FilePiece:
             # ENXIO: no data from there on. But a file that has become shorter says so too, and its pages are not zero.
             return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= offset + length
 
+    def native(self, first: int, page_size: int) -> _native.SourceBlock:
+        name = printable(str(self._path))
+        return _native.SourceBlock(first, self.size // page_size, page_size, 0, name, fd=self._fd, pid=0, pidfd=-1)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -201,6 +216,10 @@ class _ProcessPiece:
 
     def is_hole(self, offset: int, length: int) -> bool:
         return False
+
+    def native(self, first: int, page_size: int) -> _native.SourceBlock:
+        pages = self.size // page_size
+        return _native.SourceBlock(first, pages, page_size, self._start, "", fd=-1, pid=self._pid, pidfd=self._pidfd)
 
     def close(self) -> None:
         if self._pidfd >= 0:

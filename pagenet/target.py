@@ -63,6 +63,10 @@ class Target(Protocol):
         """The page that a fault waits for."""
         ...
 
+    def piece_of(self, page: int) -> Run:
+        """The pages around ``page`` that one run may hold: in its block, and at consecutive addresses of the owner."""
+        ...
+
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         """Put ``data`` (or zeros, for None) into the pages of ``run`` and wake whoever waits for them.
 

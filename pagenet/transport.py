@@ -56,6 +56,11 @@ class Connection(Protocol):
 class Detachable(Protocol):
     """A connection whose bytes travel over a socket that a loop in C may drive."""
 
+    @property
+    def peer(self) -> str:
+        """As :attr:`Connection.peer`."""
+        ...
+
     def detach(self) -> int:
         """Give the non-blocking socket's file descriptor to the caller, who closes it. The connection is then closed."""
         ...

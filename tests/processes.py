@@ -29,7 +29,10 @@ PAGE = 4096
 HUGE_PAGE = 2 << 20
 
 #: what brings the pages; a test that pulls takes one of them
-LANES = ("trio",)
+LANES = ("trio", "native")
+
+# Tests that count faults and pages say what they want of prefetch.
+NO_PREFETCH = ("--prefetch", "0,0")
 
 Event = dict[str, Any]
 
@@ -43,14 +46,17 @@ def serve_command(*args: str, as_json: bool = True) -> list[str]:
 
 def pull_command(*args: str, lane: str, as_json: bool = True) -> list[str]:
     assert lane in LANES
-    return [sys.executable, "-m", "pagenet.cli.pull", *args, *(["--json"] if as_json else [])]
+    driver = "auto" if "--into" in args else lane
+    options = ["--lane", driver, *NO_PREFETCH, *(["--json"] if as_json else [])]
+    return [sys.executable, "-m", "pagenet.cli.pull", *args, *options]
 
 
 def pull(
     uri: str, owner: pagenet.UffdSocket | pagenet.OwnMemory | pagenet.IntoFile, *, lane: str, **options: Any
 ) -> AbstractAsyncContextManager[pagenet.Transfer]:
     assert lane in LANES
-    return pagenet.pull(uri, owner, **options)
+    wanted = "auto" if lane == "native" and (uri.startswith("memory:") or isinstance(owner, pagenet.IntoFile)) else lane
+    return pagenet.pull(uri, owner, lane=wanted, **{"prefetch": (0, 0), **options})
 
 
 # ---- a process and what it says ----

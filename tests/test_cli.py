@@ -801,6 +801,19 @@ async def test_reader_of_a_pullers_output_goes_away(
         assert listing() == ["source"]
 
 
+async def test_error_is_told_to_whoever_still_listens(source: str, tmp_path: Path, lane: str) -> None:
+    async with (
+        run_server(source) as (server, uri),
+        run(pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)) as puller,
+    ):
+        await puller.event("waiting")
+        await puller.close_stdout()
+        await server.kill()
+        assert await puller.wait_end() == 1
+        (line,) = puller.stderr.splitlines()
+        assert line.startswith("pagenet-pull: the source ")
+
+
 async def test_reader_of_a_servers_output_goes_away(
     source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str
 ) -> None:

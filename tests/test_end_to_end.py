@@ -48,7 +48,7 @@ from pagenet import (
     register,
     serve,
 )
-from pagenet.pulling import CHUNK_BYTES
+from pagenet.lane import CHUNK_BYTES
 from pagenet.testing import MemoryTransport
 from pagenet.uffd import Mode, Userfaultfd, probe
 

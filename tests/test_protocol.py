@@ -533,7 +533,7 @@ def test_request_ids_begin_again_after_the_last() -> None:
         (reply(class_=Class.DEMAND), "another class"),
         (reply(class_=9), "another class"),
         (reply(pad=1), "another class"),
-        (reply(count=0), r"answers Run\(first=0, count=4\) out of turn, with Run\(first=0, count=0\)"),
+        (reply(count=0), "out of turn: with 0 pages from page 0 on"),
         (reply(1, 1), "out of turn"),
         (reply(1, 4), "out of turn"),
         (reply(0, 5), "out of turn"),

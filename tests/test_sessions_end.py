@@ -308,7 +308,7 @@ async def test_two_tasks_say_goodbye_at_once() -> None:
 
 def touched(residency: Residency) -> int:
     """Bytes of memory that the map has."""
-    return os.fstat(residency._map.fd).st_blocks * 512
+    return os.fstat(residency.shared.fd).st_blocks * 512
 
 
 class Endless:

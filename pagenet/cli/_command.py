@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["EXIT_CODES", "Parser", "Report", "run_command"]
+__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "run_command"]
 
 EXIT_CODES = """\
 exit codes:
@@ -46,6 +46,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
 
 
+def add_lane_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--lane",
+        choices=["auto", "native", "trio"],
+        default="auto",
+        help="who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be (default: %(default)s)",
+    )
+
+
 class Report:
     """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone."""
 
@@ -61,30 +70,35 @@ class Report:
             print(self._words[event].format_map(fields), flush=True)
 
     def error(self, error: PagenetError) -> None:
+        print(f"{self.prog}: {error}", file=sys.stderr, flush=True)
         if self.as_json:
             self("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
-        print(f"{self.prog}: {error}", file=sys.stderr, flush=True)
 
 
 def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
     """Run ``work`` to its end, to an error or to a signal: the exit code."""
     _open_missing_streams()
     try:
-        return trio.run(_until_signal, work)
-    except PagenetError as error:
-        report.error(error)
-        return error.exit_code
+        return _run_reporting(work, report)
     except BrokenPipeError:
         # Whoever read our output is gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
+def _run_reporting(work: Callable[[], Awaitable[None]], report: Report) -> int:
+    try:
+        return trio.run(_until_signal, work)
+    except PagenetError as error:
+        report.error(error)
+        return error.exit_code
+
+
 def _open_missing_streams() -> None:
     """Of a stream that was closed when we were started, Python makes None, and print() into it goes to the other one."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
 
 
 async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:

@@ -15,16 +15,19 @@ from ..pulling import Transfer, pull
 from ..schedule import SCHEDULES
 from ..target import Owner
 from ..uffd import UffdSocket
-from ._command import Parser, Report, run_command
+from ._command import Parser, Report, add_lane_option, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
+
+# A window is clipped to 1 MiB of bytes on either side anyway.
+MAX_WINDOW = 256
 
 _WORDS = {
     "listening": "waiting for a source on {uri}",
     "connected": "{peer}: {pages} pages, {bytes} bytes",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
-    "owner": "filling {pages} pages (placement: {placement})",
+    "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
     "refused": "{peer}: refused: {reason}",
 }
 
@@ -47,7 +50,22 @@ def _parser() -> Parser:
         default="linear",
         help="order in which untouched pages come; off: touched pages only (default: %(default)s)",
     )
+    parser.add_argument(
+        "--prefetch",
+        type=_window,
+        default=(8, 8),
+        metavar="FWD,BACK",
+        help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
+    )
+    add_lane_option(parser)
     return parser
+
+
+def _window(text: str) -> tuple[int, int]:
+    forward, comma, backward = text.partition(",")
+    if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
+    return int(forward), int(backward)
 
 
 async def _pull(options: argparse.Namespace, report: Report) -> None:
@@ -59,6 +77,8 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             listen=options.listen,
             plaintext=options.plaintext,
             background=options.background,
+            lane=options.lane,
+            prefetch=options.prefetch,
             on_event=report,
         ) as transfer:
             await _show_until_complete(transfer, report)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import trio
 
 from ..serving import serve
-from ._command import Parser, Report, run_command
+from ._command import Parser, Report, add_lane_option, run_command
 
 __all__ = ["main"]
 
@@ -37,12 +37,18 @@ def _parser() -> Parser:
     where.add_argument("--connect", metavar="URI", help="dial the destination that waits there (pagenet-pull --listen)")
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
     parser.add_argument("--once", action="store_true", help="end, with exit code 0, when a destination has every page")
+    add_lane_option(parser)
     return parser
 
 
 async def _serve(options: argparse.Namespace, report: Report) -> None:
     async with serve(
-        options.source, listen=options.listen, connect=options.connect, plaintext=options.plaintext, on_event=report
+        options.source,
+        listen=options.listen,
+        connect=options.connect,
+        plaintext=options.plaintext,
+        lane=options.lane,
+        on_event=report,
     ) as server:
         if options.once or options.connect is not None:
             await server.wait_complete()

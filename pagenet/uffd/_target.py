@@ -43,6 +43,16 @@ class _Piece:
         return self.run.count * self.page_size
 
 
+@dataclass(frozen=True, slots=True)
+class NativeMemory:
+    """A target as lanes in C see it."""
+
+    uffd: int
+    how: int
+    removes: bool
+    pieces: list[_native.Piece]
+
+
 class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
 
@@ -137,6 +147,9 @@ class UffdTarget:
                 runs.append(Run(piece.run.first + first, past - first))
         return runs
 
+    def piece_of(self, page: int) -> Run:
+        return self._pieces[bisect_right(self._firsts, page) - 1].run
+
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         if self._second is not None:
             self._write_shared(run, data)
@@ -158,6 +171,28 @@ class UffdTarget:
     def discard(self, run: Run) -> None:
         if self._second is not None:
             self._write_shared(run, None)
+
+    def native(self, wire: Region) -> NativeMemory:
+        """What lanes in C need to know. Page numbers on the wire are ``wire``'s."""
+        return NativeMemory(
+            uffd=self._uffd.fd,
+            how=_HOW[self.placement],
+            removes=bool(self._uffd.features & (Feature.EVENT_REMOVE | Feature.EVENT_UNMAP)),
+            pieces=[self._native_piece(piece, wire) for piece in self._pieces],
+        )
+
+    def _native_piece(self, piece: _Piece, wire: Region) -> _native.Piece:
+        offset = self.region.offset_of_page(piece.run.first)
+        shift = (piece.page_size // wire.page_size_at(wire.page_at_offset(offset))).bit_length() - 1
+        return _native.Piece(
+            first=piece.run.first,
+            count=piece.run.count,
+            page_size=piece.page_size,
+            address=piece.address,
+            second=0 if self._second is None else self._second.address + offset,
+            wire_first=wire.page_at_offset(offset),
+            shift=shift,
+        )
 
     def _write_shared(self, run: Run, data: memoryview | None) -> None:
         assert self._second is not None

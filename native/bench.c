@@ -1,0 +1,155 @@
+/* What pagenet-bench measures with, and the bare loops that it measures against: the least that any page mover must do. */
+#define _GNU_SOURCE
+#include "pagenet.h"
+#include "wire.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+/* ---- touching ---- */
+
+struct toucher {
+    uint64_t address, page_size, think_ns;
+    const uint64_t *pages;
+    uint64_t first, count;
+    uint64_t *latencies;
+};
+
+static void spin(uint64_t nanoseconds) {
+    uint64_t until = now() + nanoseconds;
+    while (now() < until)
+        ;
+}
+
+static void *touch(void *argument) {
+    const struct toucher *toucher = argument;
+    for (uint64_t i = toucher->first; i < toucher->first + toucher->count; i++) {
+        const volatile char *at = (const volatile char *)(uintptr_t)(toucher->address + toucher->pages[i] * toucher->page_size);
+        uint64_t start = now();
+        (void)*at;
+        toucher->latencies[i] = now() - start;
+        if (toucher->think_ns)
+            spin(toucher->think_ns);
+    }
+    return NULL;
+}
+
+int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
+                   uint64_t think_ns) {
+    struct toucher touchers[256];
+    pthread_t ids[256];
+    if (threads < 1 || threads > 256)
+        return -EINVAL;
+    int started = 0, error = 0;
+    for (uint64_t first = 0; started < threads && !error; started += !error) {
+        uint64_t share = (count - first) / (uint64_t)(threads - started);
+        touchers[started] = (struct toucher){address, page_size, think_ns, pages, first, share, latencies};
+        error = -pthread_create(&ids[started], NULL, touch, &touchers[started]);
+        first += share;
+    }
+    for (int i = 0; i < started; i++)
+        pthread_join(ids[i], NULL);
+    return error;
+}
+
+/* ---- blocking, whole ---- */
+
+static bool send_all(int sock, const void *bytes, size_t length) {
+    while (length) {
+        ssize_t sent = send(sock, bytes, length, MSG_NOSIGNAL);
+        if (sent <= 0)
+            return false;
+        bytes = (const char *)bytes + sent;
+        length -= (size_t)sent;
+    }
+    return true;
+}
+
+static bool recv_all(int sock, void *bytes, size_t length) {
+    while (length) {
+        ssize_t got = recv(sock, bytes, length, MSG_WAITALL);
+        if (got <= 0)
+            return false;
+        bytes = (char *)bytes + got;
+        length -= (size_t)got;
+    }
+    return true;
+}
+
+/* ---- floor: one fault, one request, one reply, one COPY ---- */
+
+int pn_bench_page_server(int sock, uint64_t page_size) {
+    char *reply = calloc(1, sizeof(struct pn_reply) + page_size);
+    if (!reply)
+        return -ENOMEM;
+    memset(reply + sizeof(struct pn_reply), 1, page_size);
+    struct pn_request request;
+    while (recv_all(sock, &request, sizeof request) && send_all(sock, reply, sizeof(struct pn_reply) + page_size))
+        ;
+    free(reply);
+    return 0;
+}
+
+/* sock -1: the page is at hand. */
+int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size) {
+    char *page = calloc(1, sizeof(struct pn_reply) + page_size);
+    if (!page)
+        return -ENOMEM;
+    struct pollfd ready[] = {{.fd = uffd, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
+    int error = 0;
+    while (!error && poll(ready, 2, -1) > 0 && !ready[1].revents) {
+        struct pn_event events[64];
+        int count = pn_uffd_read(uffd, events, 64);
+        for (int i = 0; i < count && !error; i++) {
+            struct pn_request request = {.first = events[i].start};
+            if (sock >= 0 && (!send_all(sock, &request, sizeof request) ||
+                              !recv_all(sock, page, sizeof(struct pn_reply) + page_size)))
+                error = -EPIPE;
+            else
+                pn_uffd_copy(uffd, events[i].start & ~(page_size - 1), page + sizeof(struct pn_reply), page_size);
+        }
+    }
+    free(page);
+    return error;
+}
+
+/* ---- floor: bytes through a socket, with or without being put in place ---- */
+
+int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk) {
+    for (uint64_t done = 0; done < length; done += chunk)
+        if (!send_all(sock, (const char *)bytes + done, length - done < chunk ? length - done : chunk))
+            return -EPIPE;
+    return 0;
+}
+
+int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address) {
+    char *buffer = mmap(NULL, chunk, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (buffer == MAP_FAILED)
+        return -errno;
+    int error = 0;
+    for (uint64_t done = 0; done < length && !error; done += chunk) {
+        uint64_t size = length - done < chunk ? length - done : chunk;
+        if (!recv_all(sock, buffer, size))
+            error = -EPIPE;
+        else if (uffd >= 0)
+            error = pn_uffd_copy(uffd, address + done, buffer, size).error;
+    }
+    munmap(buffer, chunk);
+    return error;
+}
+
+void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) { memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length); }

@@ -1,0 +1,210 @@
+/* What the destination's lanes share: which page lies where, who waits for what, and the one way into place. */
+#define _GNU_SOURCE
+#include "dest.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MOVE_WORTHWHILE = 8 };
+
+uint64_t pn_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---- life ---- */
+
+static int init_locks(struct pn_dest *dest) {
+    pthread_rwlockattr_t kind;
+    pthread_rwlockattr_init(&kind);
+    /* The writer is the thread that answers faults: it must not wait behind one background piece after the other. */
+    pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&dest->removal, &kind);
+    pthread_rwlockattr_destroy(&kind);
+    return pthread_mutex_init(&dest->waiting, NULL);
+}
+
+struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
+    struct pn_dest *dest = calloc(1, sizeof *dest);
+    if (!dest)
+        return NULL;
+    void *zeros = mmap(NULL, config->max_page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (zeros == MAP_FAILED || init_locks(dest)) {
+        free(dest);
+        return NULL;
+    }
+    dest->config = *config;
+    dest->zeros = zeros;
+    pn_dest_set_window(dest, config->forward, config->backward);
+    return dest;
+}
+
+void pn_dest_free(struct pn_dest *dest) {
+    munmap(dest->zeros, dest->config.max_page_size);
+    pthread_rwlock_destroy(&dest->removal);
+    pthread_mutex_destroy(&dest->waiting);
+    free(dest);
+}
+
+void pn_dest_set_window(struct pn_dest *dest, uint32_t forward, uint32_t backward) {
+    atomic_store(&dest->forward, forward);
+    atomic_store(&dest->backward, backward);
+}
+
+/* ---- where pages are ---- */
+
+int pn_map_state_of(const struct pn_dest *dest, uint64_t page) { return pn_map_state(dest->config.map, page); }
+
+const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page) {
+    const struct pn_piece *pieces = dest->config.pieces;
+    uint64_t low = 0, high = dest->config.piece_count;
+    while (high - low > 1) {
+        uint64_t middle = (low + high) / 2;
+        *(pieces[middle].first <= page ? &low : &high) = middle;
+    }
+    return page - pieces[low].first < pieces[low].count ? &pieces[low] : NULL;
+}
+
+const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address) {
+    const struct pn_piece *pieces = dest->config.pieces;
+    const uint32_t *order = dest->config.by_address;
+    uint64_t low = 0, high = dest->config.piece_count;
+    while (high - low > 1) {
+        uint64_t middle = (low + high) / 2;
+        *(pieces[order[middle]].address <= address ? &low : &high) = middle;
+    }
+    const struct pn_piece *piece = &pieces[order[low]];
+    return address - piece->address < piece->count * piece->page_size ? piece : NULL;
+}
+
+/* ---- who waits ---- */
+
+void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
+    pthread_mutex_lock(&dest->waiting);
+    unsigned used = atomic_load(&dest->waiter_count), i = 0;
+    while (i < used && dest->waiters[i].page != page)
+        i++;
+    if (i == used && used < PN_WAITERS) { /* the first fault on a page counts: its thread has waited longest */
+        dest->waiters[i] = (struct pn_waiter){.page = page, .since = since};
+        atomic_store(&dest->waiter_count, used + 1);
+    }
+    pthread_mutex_unlock(&dest->waiting);
+}
+
+void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed) {
+    if (!atomic_load(&dest->waiter_count))
+        return;
+    uint64_t now = pn_now();
+    pthread_mutex_lock(&dest->waiting);
+    unsigned used = atomic_load(&dest->waiter_count);
+    for (unsigned i = 0; i < used;) {
+        struct pn_waiter *waiter = &dest->waiters[i];
+        if (waiter->page - first >= count) {
+            i++;
+            continue;
+        }
+        if (placed)
+            pn_stats_latency(dest->config.map, PN_DEMAND, now - waiter->since);
+        *waiter = dest->waiters[--used];
+    }
+    atomic_store(&dest->waiter_count, used);
+    pthread_mutex_unlock(&dest->waiting);
+}
+
+void pn_wake_waiter(struct pn_dest *dest, uint64_t page) {
+    const struct pn_piece *piece = pn_piece_of_page(dest, page);
+    pn_take_waiters(dest, page, 1, false);
+    pn_uffd_wake(dest->config.uffd, piece->address + (page - piece->first) * piece->page_size, piece->page_size);
+}
+
+/* ---- into place ---- */
+
+uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count) {
+    struct pn_map *map = dest->config.map;
+    uint64_t taken = 0;
+    while (taken < count && (pn_map_claim(map, first + taken, 1, PN_COMING, PN_PLACING) ||
+                             pn_map_claim(map, first + taken, 1, PN_REQUESTED, PN_PLACING)))
+        taken++;
+    return taken;
+}
+
+static void lock_removal(struct pn_dest *dest) {
+    if (dest->config.removes)
+        pthread_rwlock_rdlock(&dest->removal);
+}
+
+static void unlock_removal(struct pn_dest *dest) {
+    if (dest->config.removes)
+        pthread_rwlock_unlock(&dest->removal);
+}
+
+/* The owner gave the page up while its bytes were on their way. Nobody touched the owner's page table since: the bytes are in
+ * the file behind it at most. Faults on the page were put off until now. */
+static void leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
+    if (piece->second)
+        memset((void *)(piece->second + (page - piece->first) * piece->page_size), 0, piece->page_size);
+    pn_map_set(dest->config.map, page, 1, PN_REMOVED);
+    pn_wake_waiter(dest, page);
+}
+
+/* bytes NULL: zeros, unless they are in the second mapping already. */
+static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count,
+                                    const void *bytes) {
+    const struct pn_dest_config *config = &dest->config;
+    uint64_t to = piece->address + (first - piece->first) * piece->page_size;
+    if (piece->second)
+        return pn_place(config->uffd, PN_CONTINUE, to, NULL, count * piece->page_size, piece->page_size);
+    enum pn_how how = bytes ? (enum pn_how)config->how : PN_ZERO;
+    /* MOVE takes whole pages, and for a few of them costs as much as copying them does. */
+    if (how == PN_MOVE && (count < MOVE_WORTHWHILE || (uintptr_t)bytes % piece->page_size))
+        how = PN_COPY;
+    return pn_place(config->uffd, how, to, bytes ? bytes : dest->zeros, count * piece->page_size, piece->page_size);
+}
+
+/* One unbroken run of pages that are still PLACING. */
+static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count,
+                    const void *bytes, uint64_t *done) {
+    struct pn_map *map = dest->config.map;
+    struct pn_placed placed = place_bytes(dest, piece, first, count, bytes);
+    *done = (placed.placed + placed.existed + placed.absent) / piece->page_size;
+    pn_map_replace(map, first, *done, PN_PLACING, PN_RESIDENT);
+    pn_stats_add(map, class_, PN_PAGES, *done);
+    if (placed.existed)
+        pn_stats_add(map, class_, PN_EXISTED, placed.existed / piece->page_size);
+    pn_take_waiters(dest, first, *done, true);
+    return placed.error;
+}
+
+int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, uint64_t *done) {
+    const struct pn_piece *piece = pn_piece_of_page(dest, first);
+    int error = 0;
+    *done = 0;
+    lock_removal(dest);
+    while (*done < count && !error) {
+        uint64_t at = first + *done, here = 0;
+        uint64_t placing = pn_map_span(dest->config.map, at, first + count, PN_PLACING);
+        const char *from = bytes ? (const char *)bytes + *done * piece->page_size : NULL;
+        if (placing)
+            error = put_some(dest, class_, piece, at, placing, from, &here);
+        else {
+            leave_removed(dest, piece, at);
+            pn_stats_add(dest->config.map, class_, PN_DROPPED, 1);
+            here = 1;
+        }
+        *done += here;
+    }
+    unlock_removal(dest);
+    return error;
+}
+
+void pn_check_done(struct pn_dest *dest) {
+    if (pn_map_done(dest->config.map) == dest->config.map->scope)
+        eventfd_write(dest->config.done_fd, 1);
+}

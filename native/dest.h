@@ -1,0 +1,51 @@
+/* What the files of the destination's half share, and nobody else sees. */
+#ifndef PAGENET_DEST_H
+#define PAGENET_DEST_H
+#include "pagenet.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+enum { PN_WAITERS = 1024 };
+
+/* A fault that waits for a page which is on its way. */
+struct pn_waiter {
+    uint64_t page;
+    uint64_t since; /* ns */
+};
+
+struct pn_dest {
+    struct pn_dest_config config;
+    /* Held for reading from "is this page still to be placed?" to the end of the ioctl that places it, and for writing from
+     * reading the uffd to the end of marking what it says was removed: the read is what lets the owner go on, and a page
+     * placed after that would bring back what the owner gave up. Unused where the uffd does not report removals. */
+    pthread_rwlock_t removal;
+    pthread_mutex_t waiting;
+    struct pn_waiter waiters[PN_WAITERS];
+    atomic_uint waiter_count;
+    _Atomic uint64_t last_fault; /* ns */
+    _Atomic uint32_t forward, backward;
+    char *zeros; /* one page of the largest size */
+};
+
+uint64_t pn_now(void);
+int pn_map_state_of(const struct pn_dest *dest, uint64_t page);
+const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page);
+const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address);
+
+/* The pages of [first, first + count) that are wanted and follow first without a gap become the caller's to write: how many. */
+uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
+/* Put `count` pages from `first` on, which the caller has taken and which lie in one piece, into place: bytes (COPY, MOVE),
+ * NULL for zeros; where there is a second mapping, they are in it already. Wakes and times whoever waits. 0; or -EAGAIN:
+ * the owner's memory is changing, *done pages are dealt with; let its events be read and call again for the rest; or -errno. */
+int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, uint64_t *done);
+/* A fault waits for `page`, which is on its way. Kept to be timed: if the table is full, it is not. */
+void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
+/* Faults on these pages wait no more; if they were placed, their latency counts. */
+void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed);
+void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
+/* Tell whoever waits for it that everything is in place, if it is. */
+void pn_check_done(struct pn_dest *dest);
+
+#endif

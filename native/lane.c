@@ -1,0 +1,724 @@
+/* One connection of the destination, and the loop that drives it: ask, receive, place, wake.
+ *
+ * The demand lane takes its work from the uffd, a background lane from a ring that the schedule fills. Requests carry an id;
+ * many are open at a time, and each is answered in order of its pages. */
+#define _GNU_SOURCE
+#include "dest.h"
+#include "wire.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
+    OUTBOX = SLOTS * 24,    /* room for each of them */
+    STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
+    EVENTS = 64,
+    PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
+    QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
+};
+
+struct slot {
+    uint32_t id;
+    uint8_t class_;
+    uint8_t open;
+    uint64_t next, end; /* pages on the wire, still to come */
+    const struct pn_piece *piece;
+};
+
+/* The reply whose payload is coming in. */
+struct current {
+    struct slot *slot;
+    uint8_t class_;
+    bool failed; /* what comes is not pages, but the reason why there are none */
+    uint64_t first, count; /* pages of ours, still to come */
+};
+
+struct lane {
+    const struct pn_lane_config *config;
+    struct pn_dest *dest;
+    struct pn_end *end;
+    struct slot *slots;
+    uint32_t *free_slots, free_count;
+    uint8_t *outbox;
+    size_t out_start, out_end;
+    uint64_t in_flight, window;
+    /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
+    struct pn_reply header;
+    struct current current;
+    uint8_t *stage;
+    size_t stage_size, have;
+    uint64_t piece_count; /* pages in the piece under way, 0: none */
+    bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
+    struct pn_event deferred[EVENTS]; /* faults on pages that are in place, not answered yet: the owner's memory is changing */
+    int deferred_count;
+    bool ended;
+};
+
+static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...) {
+    if (lane->ended)
+        return;
+    lane->ended = true;
+    lane->end->kind = kind;
+    lane->end->error = error;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(lane->end->text, sizeof lane->end->text, format, arguments);
+    va_end(arguments);
+}
+
+static bool is_demand(const struct lane *lane) { return !lane->config->ring; }
+
+static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
+    pn_stats_add(lane->dest->config.map, class_, counter, amount);
+}
+
+/* ---- asking ---- */
+
+/* Pages of one piece, claimed by the caller. There is a free slot. */
+static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
+    uint32_t index = lane->free_slots[--lane->free_count];
+    struct slot *slot = &lane->slots[index];
+    uint64_t wire = piece->wire_first + ((first - piece->first) << piece->shift);
+    *slot = (struct slot){.id = slot->id + SLOTS, .class_ = (uint8_t)class_, .open = 1, .piece = piece, .next = wire};
+    slot->end = wire + (pages << piece->shift);
+    struct pn_request request = {
+        .id = slot->id,
+        .class_ = (uint8_t)class_,
+        .encodings = 1 << PN_RAW | 1 << PN_ZEROS,
+        .unit_shift = (uint8_t)piece->shift,
+        .first = wire,
+        .count = (uint32_t)(pages << piece->shift),
+    };
+    memcpy(lane->outbox + lane->out_end, &request, sizeof request);
+    lane->out_end += sizeof request;
+    lane->in_flight += pages * piece->page_size;
+    count(lane, class_, PN_REQUESTS, 1);
+}
+
+static void flush(struct lane *lane) {
+    while (lane->out_start < lane->out_end) {
+        ssize_t sent = send(lane->config->sock, lane->outbox + lane->out_start, lane->out_end - lane->out_start,
+                            MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent < 0 && errno == EINTR)
+            continue;
+        if (sent < 0) {
+            if (errno != EAGAIN)
+                end_lane(lane, PN_END_BROKEN, errno, "");
+            return;
+        }
+        lane->out_start += (size_t)sent;
+    }
+    lane->out_start = lane->out_end = 0;
+}
+
+/* Every open request fits the outbox, if what was sent is moved out of the way. */
+static void make_room(struct lane *lane) {
+    memmove(lane->outbox, lane->outbox + lane->out_start, lane->out_end - lane->out_start);
+    lane->out_end -= lane->out_start;
+    lane->out_start = 0;
+}
+
+static bool can_ask(struct lane *lane, uint32_t requests) {
+    if (lane->out_end + requests * 24 > OUTBOX)
+        make_room(lane);
+    return lane->free_count >= requests && lane->out_end + requests * 24 <= OUTBOX;
+}
+
+/* ---- faults ---- */
+
+static uint64_t most_pages(const struct pn_piece *piece) {
+    uint64_t pages = PN_MAX_REQUEST_BYTES / piece->page_size;
+    return pages ? pages : 1;
+}
+
+static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
+
+/* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
+static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t page) {
+    struct pn_map *map = lane->dest->config.map;
+    uint64_t limit = PREFETCH_LIMIT / piece->page_size;
+    uint64_t forward = at_most(atomic_load(&lane->dest->forward), piece->first + piece->count - page - 1);
+    uint64_t backward = at_most(atomic_load(&lane->dest->backward), page - piece->first);
+    uint64_t taken = pn_map_claim(map, page + 1, at_most(forward, limit), PN_MISSING, PN_REQUESTED);
+    if (taken)
+        ask(lane, PN_PREFETCH, piece, page + 1, taken);
+    uint64_t from = page;
+    backward = at_most(backward, limit);
+    while (page - from < backward && pn_map_claim(map, from - 1, 1, PN_MISSING, PN_REQUESTED))
+        from--;
+    if (from < page)
+        ask(lane, PN_PREFETCH, piece, from, page - from);
+}
+
+static void put_off(struct lane *lane, const struct pn_event *fault) {
+    if (lane->deferred_count < EVENTS)
+        lane->deferred[lane->deferred_count++] = *fault;
+    else /* it will fault again */
+        pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
+}
+
+/* A fault on a page that was placed, or given up, before: what the page cache has is what the memory holds; else zeros. */
+static void settle(struct lane *lane, const struct pn_event *fault, const struct pn_piece *piece, uint64_t page) {
+    enum { FAULT_MINOR = 4 };
+    const struct pn_dest *dest = lane->dest;
+    enum pn_how how = fault->flags & FAULT_MINOR ? PN_CONTINUE : PN_ZERO;
+    uint64_t to = piece->address + (page - piece->first) * piece->page_size;
+    struct pn_placed placed = pn_place(dest->config.uffd, how, to, dest->zeros, piece->page_size, piece->page_size);
+    if (placed.error == -EAGAIN)
+        put_off(lane, fault);
+    else if (placed.error == -ESRCH)
+        end_lane(lane, PN_END_OWNER_GONE, 0, "");
+    else if (placed.error)
+        end_lane(lane, PN_END_PLACING, -placed.error, "");
+}
+
+/* A page that is on its way, and waited for. If it arrived just now, its thread was woken by that. */
+static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
+    pn_wait(lane->dest, page, now);
+    int state = pn_map_state_of(lane->dest, page);
+    if (state == PN_RESIDENT || state == PN_REMOVED)
+        pn_wake_waiter(lane->dest, page);
+}
+
+/* Whether the page was asked for just now, because of this fault. */
+static bool on_missing(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
+    struct pn_map *map = lane->dest->config.map;
+    bool missing = pn_map_claim(map, page, 1, PN_MISSING, PN_REQUESTED);
+    /* In a queue behind other background pages: a thread that waits does not wait for those. Who comes second is dropped. */
+    if (!missing && !pn_map_claim(map, page, 1, PN_COMING, PN_REQUESTED))
+        return false;
+    pn_wait(lane->dest, page, now);
+    ask(lane, PN_DEMAND, piece, page, 1);
+    return missing;
+}
+
+/* Whether to prefetch around the page. */
+static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t now) {
+    const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
+    if (!piece) {
+        end_lane(lane, PN_END_OWNER_WRONG, 0, "the owner faults at %#llx, outside the mappings it announced",
+                 (unsigned long long)fault->start);
+        return false;
+    }
+    uint64_t page = piece->first + (fault->start - piece->address) / piece->page_size;
+    switch (pn_map_state_of(lane->dest, page)) {
+    case PN_MISSING:
+    case PN_COMING:
+        if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
+            pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
+            return false;
+        }
+        if (on_missing(lane, piece, page, now))
+            return true;
+        wait_for(lane, page, now); /* somebody was faster: it is on its way, or asked for by us */
+        return false;
+    case PN_REQUESTED:
+    case PN_PLACING:
+    case PN_REMOVING:
+        wait_for(lane, page, now);
+        return false;
+    default:
+        settle(lane, fault, piece, page);
+        return false;
+    }
+}
+
+/* The owner gave up [start, end). Pages being placed right now are left to whoever places them. */
+static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
+    struct pn_dest *dest = lane->dest;
+    for (uint64_t i = 0; i < dest->config.piece_count; i++) {
+        const struct pn_piece *piece = &dest->config.pieces[i];
+        uint64_t from = start > piece->address ? start - piece->address : 0;
+        uint64_t to = end > piece->address ? at_most(end - piece->address, piece->count * piece->page_size) : 0;
+        for (uint64_t at = from / piece->page_size; at * piece->page_size < to; at++) {
+            uint64_t page = piece->first + at;
+            if (pn_map_claim(dest->config.map, page, 1, PN_PLACING, PN_REMOVING))
+                continue;
+            pn_map_set(dest->config.map, page, 1, PN_REMOVED);
+            pn_wake_waiter(dest, page);
+        }
+    }
+}
+
+static int read_events(struct lane *lane, struct pn_event *events) {
+    struct pn_dest *dest = lane->dest;
+    if (dest->config.removes)
+        pthread_rwlock_wrlock(&dest->removal);
+    int got = pn_uffd_read(dest->config.uffd, events, EVENTS);
+    for (int i = 0; i < got; i++)
+        if (events[i].kind == PN_EVENT_REMOVE || events[i].kind == PN_EVENT_UNMAP)
+            on_removed(lane, events[i].start, events[i].end);
+    if (dest->config.removes)
+        pthread_rwlock_unlock(&dest->removal);
+    return got;
+}
+
+static void answer_faults(struct lane *lane, const struct pn_event *events, int got) {
+    uint64_t missing[EVENTS], now = pn_now();
+    int missing_count = 0, faults = 0;
+    for (int i = 0; i < got; i++)
+        if (events[i].kind == PN_EVENT_PAGEFAULT) {
+            faults++;
+            if (on_fault(lane, &events[i], now))
+                missing[missing_count++] = events[i].start;
+        } else if (events[i].kind == PN_EVENT_FORK || events[i].kind == PN_EVENT_REMAP) {
+            end_lane(lane, PN_END_OWNER_WRONG, 0, "the owner forked, or moved memory, while it was being filled");
+        }
+    if (faults) {
+        atomic_store(&lane->dest->last_fault, now);
+        count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
+    }
+    flush(lane); /* pages that are waited for go first: the window around them is asked for while they travel */
+    for (int i = 0; i < missing_count && can_ask(lane, 2); i++) {
+        const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
+        prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
+    }
+    flush(lane);
+}
+
+static bool take_faults(struct lane *lane) {
+    struct pn_event events[EVENTS];
+    int got = read_events(lane, events);
+    if (got > 0)
+        answer_faults(lane, events, got);
+    return got > 0;
+}
+
+static void settle_deferred(struct lane *lane) {
+    struct pn_event faults[EVENTS];
+    int faults_count = lane->deferred_count;
+    memcpy(faults, lane->deferred, (size_t)faults_count * sizeof faults[0]);
+    lane->deferred_count = 0;
+    for (int i = 0; i < faults_count; i++) {
+        const struct pn_piece *piece = pn_piece_at(lane->dest, faults[i].start);
+        settle(lane, &faults[i], piece, piece->first + (faults[i].start - piece->address) / piece->page_size);
+    }
+}
+
+/* ---- runs from the schedule ---- */
+
+/* The next piece of the run at the ring's head that is missing, as far as the window allows. False: nothing to ask for now. */
+static bool ask_next(struct lane *lane) {
+    struct pn_ring *ring = lane->config->ring;
+    struct pn_map *map = lane->dest->config.map;
+    uint64_t head = ring->head;
+    if (lane->in_flight >= lane->window || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
+        return false;
+    uint64_t *first = &ring->first[head % 64], *left = &ring->count[head % 64];
+    uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
+    *left -= missing - *first;
+    *first = missing;
+    if (*left) {
+        const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
+        uint64_t most = at_most(at_most(*left, most_pages(piece)), piece->first + piece->count - missing);
+        uint64_t taken = pn_map_claim(map, missing, most, PN_MISSING, PN_COMING);
+        if (taken)
+            ask(lane, PN_BACKGROUND, piece, missing, taken);
+        *first += taken;
+        *left -= taken;
+    }
+    if (!*left) {
+        atomic_store_explicit((_Atomic uint64_t *)&ring->head, head + 1, memory_order_release);
+        eventfd_write(lane->config->room_fd, 1);
+    }
+    return true;
+}
+
+static void feed(struct lane *lane) {
+    bool quiet = pn_now() - atomic_load(&lane->dest->last_fault) > QUIET_NS;
+    if (!quiet)
+        lane->window = lane->config->window_min;
+    while (ask_next(lane))
+        ;
+    flush(lane);
+}
+
+int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count_) {
+    uint64_t tail = ring->tail;
+    if (tail - atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire) == 64)
+        return -EAGAIN;
+    ring->first[tail % 64] = first;
+    ring->count[tail % 64] = count_;
+    atomic_store_explicit((_Atomic uint64_t *)&ring->tail, tail + 1, memory_order_release);
+    return 0;
+}
+
+uint64_t pn_ring_used(const struct pn_ring *ring) {
+    return atomic_load_explicit((_Atomic uint64_t *)&ring->tail, memory_order_acquire) -
+           atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire);
+}
+
+/* ---- replies ---- */
+
+static struct slot *slot_of(struct lane *lane, uint32_t id) {
+    struct slot *slot = &lane->slots[id % SLOTS];
+    return slot->open && slot->id == id ? slot : NULL;
+}
+
+static void close_slot(struct lane *lane, struct slot *slot) {
+    slot->open = 0;
+    lane->free_slots[lane->free_count++] = (uint32_t)(slot - lane->slots);
+}
+
+static bool is_wrong(struct lane *lane, const char *format, ...) {
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    end_lane(lane, PN_END_PROTOCOL, 0, "%s", text);
+    return false;
+}
+
+static bool check_pages(struct lane *lane, const struct pn_reply *reply, const struct slot *slot) {
+    unsigned shift = (unsigned)slot->piece->shift;
+    if (reply->first != slot->next || !reply->count || reply->count > slot->end - slot->next || reply->count & ((1u << shift) - 1))
+        return is_wrong(lane, "the peer answers out of turn: with %u pages from page %llu on", reply->count,
+                        (unsigned long long)reply->first);
+    uint64_t size = reply->encoding == PN_RAW ? (reply->count >> shift) * slot->piece->page_size : 0;
+    if (reply->length != size)
+        return is_wrong(lane, "the peer announces %u bytes for %u pages of %llu bytes in all", reply->length, reply->count,
+                        (unsigned long long)size);
+    return true;
+}
+
+/* The same rules, and words, as pagenet/protocol.py's OutstandingRequests. */
+static bool check_reply(struct lane *lane, const struct pn_reply *reply, const struct slot *slot) {
+    if (!slot)
+        return is_wrong(lane, "the peer answers request %u, which is not open", reply->id);
+    if (reply->class_ != slot->class_ || reply->reserved)
+        return is_wrong(lane, "the peer's reply is of another class than its request");
+    if (reply->encoding == PN_LZ4)
+        return is_wrong(lane, "the peer compresses with lz4, which was not asked for");
+    if (reply->encoding > PN_LZ4 && reply->encoding != PN_FAILED)
+        return is_wrong(lane, "the peer names encoding %u, which is unknown", reply->encoding);
+    if (reply->encoding != PN_FAILED)
+        return check_pages(lane, reply, slot);
+    if (reply->length > PN_MAX_REASON_BYTES)
+        return is_wrong(lane, "the peer announces a reason of %u bytes (limit %d)", reply->length, PN_MAX_REASON_BYTES);
+    return true;
+}
+
+static void arrived(struct lane *lane, uint64_t pages) {
+    struct current *current = &lane->current;
+    current->first += pages;
+    current->count -= pages;
+    lane->in_flight -= pages * current->slot->piece->page_size;
+    /* Nobody has faulted for a while, and the peer keeps up: let more be on its way. */
+    if (!is_demand(lane) && pn_now() - atomic_load(&lane->dest->last_fault) > QUIET_NS)
+        lane->window = at_most(lane->window + pages * current->slot->piece->page_size, lane->config->window_max);
+}
+
+/* Places pages that were taken, whatever their owner does meanwhile. */
+static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uint8_t *bytes) {
+    const struct pn_piece *piece = lane->current.slot->piece;
+    while (pages && !lane->ended) {
+        uint64_t done;
+        int error = pn_put(lane->dest, lane->current.class_, first, pages, bytes, &done);
+        first += done;
+        pages -= done;
+        bytes = bytes ? bytes + done * piece->page_size : NULL;
+        if (error == -EAGAIN) {
+            if (!is_demand(lane) || !take_faults(lane))
+                sched_yield();
+            struct pollfd stop = {.fd = lane->config->stop_fd, .events = POLLIN};
+            if (poll(&stop, 1, 0) > 0)
+                end_lane(lane, PN_END_STOPPED, 0, "");
+        } else if (error == -ESRCH) {
+            end_lane(lane, PN_END_OWNER_GONE, 0, "");
+        } else if (error) {
+            end_lane(lane, PN_END_PLACING, -error, "");
+        }
+    }
+    pn_check_done(lane->dest);
+}
+
+static void *second_of(const struct pn_piece *piece, uint64_t page) {
+    return piece->second ? (void *)(piece->second + (page - piece->first) * piece->page_size) : NULL;
+}
+
+/* Pages that came as bytes somewhere else than where they belong, or as zeros (NULL): those that are wanted are placed. */
+static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes) {
+    const struct pn_piece *piece = lane->current.slot->piece;
+    uint64_t first = lane->current.first;
+    for (uint64_t done = 0; done < pages && !lane->ended;) {
+        uint64_t taken = pn_take(lane->dest, first + done, pages - done);
+        const uint8_t *from = bytes ? bytes + done * piece->page_size : NULL;
+        void *second = second_of(piece, first + done);
+        if (taken && second && from)
+            memcpy(second, from, taken * piece->page_size);
+        else if (taken && second)
+            memset(second, 0, taken * piece->page_size);
+        if (taken) {
+            put_all(lane, first + done, taken, second ? NULL : from);
+            if (!from)
+                count(lane, lane->current.class_, PN_ZERO_PAGES, taken);
+        } else {
+            count(lane, lane->current.class_, PN_DROPPED, 1);
+        }
+        done += taken ? taken : 1;
+    }
+    arrived(lane, pages);
+}
+
+/* A header is whole: check it, and get ready for its payload. */
+static void begin_reply(struct lane *lane) {
+    const struct pn_reply *reply = &lane->header;
+    struct slot *slot = slot_of(lane, reply->id);
+    if (!check_reply(lane, reply, slot))
+        return;
+    const struct pn_piece *piece = slot->piece;
+    lane->current = (struct current){
+        .slot = slot,
+        .class_ = slot->class_,
+        .failed = reply->encoding == PN_FAILED,
+        .first = piece->first + ((reply->first - piece->wire_first) >> piece->shift),
+        .count = reply->count >> piece->shift,
+    };
+    count(lane, slot->class_, PN_RUNS, 1);
+    count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
+    if (reply->encoding == PN_FAILED)
+        return;
+    slot->next += reply->count;
+    if (reply->encoding == PN_ZEROS)
+        place_staged(lane, lane->current.count, NULL);
+}
+
+static void finish_reply(struct lane *lane) {
+    struct slot *slot = lane->current.slot;
+    if (slot->next == slot->end)
+        close_slot(lane, slot);
+    lane->current = (struct current){0};
+}
+
+static void fail(struct lane *lane, const uint8_t *reason) {
+    end_lane(lane, PN_END_FAILED, 0, "%.*s", (int)lane->header.length, (const char *)reason);
+}
+
+/* ---- receiving, demand: small replies, several to a read ---- */
+
+/* As much of the stage as makes sense; returns how much was used. */
+static size_t use(struct lane *lane, const uint8_t *bytes, size_t length) {
+    if (!lane->current.slot) {
+        if (length < sizeof lane->header)
+            return 0;
+        memcpy(&lane->header, bytes, sizeof lane->header);
+        begin_reply(lane);
+        if (!lane->ended && lane->header.encoding == PN_ZEROS)
+            finish_reply(lane);
+        return sizeof lane->header;
+    }
+    if (lane->current.failed) {
+        if (length >= lane->header.length)
+            fail(lane, bytes);
+        return 0;
+    }
+    uint64_t page_size = lane->current.slot->piece->page_size;
+    uint64_t pages = at_most(length / page_size, lane->current.count);
+    if (pages)
+        place_staged(lane, pages, bytes);
+    if (!lane->current.count)
+        finish_reply(lane);
+    return pages * page_size;
+}
+
+static void use_all(struct lane *lane) {
+    size_t used = 0, step = 1;
+    while (step && !lane->ended) {
+        step = use(lane, lane->stage + used, lane->have - used);
+        used += step;
+    }
+    lane->have -= used;
+    memmove(lane->stage, lane->stage + used, lane->have);
+}
+
+static void receive_staged(struct lane *lane) {
+    ssize_t got;
+    do {
+        got = recv(lane->config->sock, lane->stage + lane->have, lane->stage_size - lane->have, MSG_DONTWAIT);
+    } while (got < 0 && errno == EINTR);
+    if (got > 0) {
+        lane->have += (size_t)got;
+        use_all(lane);
+    } else if (got == 0) {
+        end_lane(lane, PN_END_CLOSED, 0, "");
+    } else if (errno != EAGAIN) {
+        end_lane(lane, PN_END_BROKEN, errno, "");
+    }
+}
+
+/* ---- receiving, background: straight to where the pages belong, or to an aligned stage that is placed from at once ---- */
+
+static void begin_piece(struct lane *lane) {
+    const struct pn_piece *piece = lane->current.slot->piece;
+    uint64_t most = lane->stage_size / piece->page_size;
+    lane->piece_count = at_most(lane->current.count, most);
+    lane->piece_taken = false;
+    if (!piece->second)
+        return;
+    uint64_t taken = pn_take(lane->dest, lane->current.first, lane->piece_count);
+    lane->piece_taken = taken > 0;
+    lane->piece_count = taken ? taken : 1; /* a page that is no longer wanted goes to the stage, and nowhere from there */
+}
+
+static void finish_piece(struct lane *lane) {
+    uint64_t pages = lane->piece_count;
+    lane->piece_count = 0;
+    lane->have = 0;
+    if (lane->piece_taken) {
+        put_all(lane, lane->current.first, pages, NULL);
+        arrived(lane, pages);
+    } else {
+        place_staged(lane, pages, lane->stage);
+    }
+    if (!lane->current.count)
+        finish_reply(lane);
+}
+
+static uint8_t *piece_target(struct lane *lane) {
+    return lane->piece_taken ? second_of(lane->current.slot->piece, lane->current.first) : lane->stage;
+}
+
+/* What comes next: the rest of a header, or of a piece and (if it is the reply's last) the header behind it. */
+static int next_buffers(struct lane *lane, struct iovec *buffers) {
+    if (!lane->current.slot) {
+        buffers[0] = (struct iovec){(uint8_t *)&lane->header + lane->have, sizeof lane->header - lane->have};
+        return 1;
+    }
+    if (lane->current.failed) {
+        buffers[0] = (struct iovec){lane->stage + lane->have, lane->header.length - lane->have};
+        return 1;
+    }
+    if (!lane->piece_count)
+        begin_piece(lane);
+    size_t size = lane->piece_count * lane->current.slot->piece->page_size;
+    buffers[0] = (struct iovec){piece_target(lane) + lane->have, size - lane->have};
+    buffers[1] = (struct iovec){&lane->header, sizeof lane->header};
+    return lane->piece_count == lane->current.count ? 2 : 1;
+}
+
+static void header_came(struct lane *lane) {
+    if (lane->have < sizeof lane->header)
+        return;
+    lane->have = 0;
+    begin_reply(lane);
+    if (lane->ended)
+        return;
+    if (lane->header.encoding == PN_ZEROS)
+        finish_reply(lane);
+    else if (lane->header.encoding == PN_FAILED && !lane->header.length)
+        fail(lane, lane->stage);
+}
+
+static void came(struct lane *lane, size_t got, size_t wanted) {
+    if (!lane->current.slot) {
+        lane->have += got;
+        header_came(lane);
+    } else if (lane->current.failed) {
+        lane->have += got;
+        if (got == wanted)
+            fail(lane, lane->stage);
+    } else if (got < wanted) {
+        lane->have += got;
+    } else {
+        finish_piece(lane); /* which needs no header: the next one may have come behind the piece */
+        lane->have = got - wanted;
+        if (!lane->current.slot && !lane->ended)
+            header_came(lane);
+    }
+}
+
+static void receive_direct(struct lane *lane) {
+    struct iovec buffers[2];
+    struct msghdr message = {.msg_iov = buffers};
+    message.msg_iovlen = (size_t)next_buffers(lane, buffers);
+    size_t wanted = buffers[0].iov_len;
+    ssize_t got = wanted ? recvmsg(lane->config->sock, &message, MSG_DONTWAIT) : 0;
+    if (got > 0 || !wanted)
+        came(lane, (size_t)got, wanted);
+    else if (got == 0)
+        end_lane(lane, PN_END_CLOSED, 0, "");
+    else if (errno != EAGAIN && errno != EINTR)
+        end_lane(lane, PN_END_BROKEN, errno, "");
+}
+
+/* ---- the loop ---- */
+
+static void drain_eventfd(int fd) {
+    eventfd_t value;
+    (void)!eventfd_read(fd, &value);
+}
+
+static void wait_and_act(struct lane *lane) {
+    struct pollfd ready[] = {
+        {.fd = lane->config->sock, .events = POLLIN | (lane->out_start < lane->out_end ? POLLOUT : 0)},
+        {.fd = lane->config->stop_fd, .events = POLLIN},
+        {.fd = is_demand(lane) ? lane->dest->config.uffd : lane->config->work_fd, .events = POLLIN},
+    };
+    if (is_demand(lane) && !can_ask(lane, 3 * EVENTS))
+        ready[2].fd = -1; /* as many requests are open as there may be: faults wait where they are */
+    if (poll(ready, 3, lane->deferred_count ? 0 : -1) < 0)
+        return;
+    if (ready[1].revents)
+        end_lane(lane, PN_END_STOPPED, 0, "");
+    if (ready[2].revents && is_demand(lane))
+        take_faults(lane);
+    if (ready[2].revents && !is_demand(lane))
+        drain_eventfd(lane->config->work_fd);
+    if (ready[0].revents & POLLOUT)
+        flush(lane);
+    if (ready[0].revents & ~POLLOUT && !lane->ended)
+        (is_demand(lane) ? receive_staged : receive_direct)(lane);
+    if (lane->deferred_count && !lane->ended)
+        settle_deferred(lane);
+    if (!is_demand(lane) && !lane->ended)
+        feed(lane);
+}
+
+static bool prepare(struct lane *lane) {
+    uint64_t page_size = lane->dest->config.max_page_size;
+    lane->stage_size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
+    /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages out of it. */
+    size_t room = lane->stage_size + (is_demand(lane) ? 64 << 10 : 0);
+    lane->stage = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    lane->slots = calloc(SLOTS, sizeof *lane->slots);
+    lane->free_slots = calloc(SLOTS, sizeof *lane->free_slots);
+    lane->outbox = malloc(OUTBOX);
+    if (lane->stage == MAP_FAILED || !lane->slots || !lane->free_slots || !lane->outbox)
+        return false;
+    if (is_demand(lane))
+        lane->stage_size = room;
+    for (uint32_t i = 0; i < SLOTS; i++) {
+        lane->slots[i].id = i;
+        lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
+    }
+    lane->window = lane->config->window_min;
+    return true;
+}
+
+static void clean_up(struct lane *lane) {
+    if (lane->stage != MAP_FAILED)
+        munmap(lane->stage, lane->stage_size);
+    free(lane->slots);
+    free(lane->free_slots);
+    free(lane->outbox);
+}
+
+void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
+    struct lane lane = {.config = config, .dest = config->dest, .end = end, .stage = MAP_FAILED};
+    if (!prepare(&lane))
+        end_lane(&lane, PN_END_NO_MEMORY, ENOMEM, "");
+    while (!lane.ended)
+        wait_and_act(&lane);
+    clean_up(&lane);
+}

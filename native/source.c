@@ -1,0 +1,652 @@
+/* The source's half of the native lanes: requests in, pages out, any number of connections in one loop.
+ *
+ * A connection costs its struct and its sockets' buffers; page bytes go through a buffer of the loop's, or by sendfile
+ * straight from the file. Only what a full socket refuses is kept, in a buffer of its connection's own. */
+#define _GNU_SOURCE
+#include "pagenet.h"
+#include "wire.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum {
+    REQUESTS = 128,          /* taken from a socket at a time */
+    CHUNK = 256 << 10,       /* read, or looked through for zeros, at a time: larger ones leave the cache before they are sent */
+    SENDFILE_MIN = 64 << 10, /* below, one read and one send are cheaper than a send and a sendfile */
+    TURNS = 4,               /* chunks for one connection before the next has its turn */
+    MAX_RUNS = CHUNK / 4096,
+};
+
+struct conn {
+    struct conn *next;
+    uint64_t id;
+    int sock;
+    uint32_t events; /* what epoll watches for */
+    uint8_t in[REQUESTS * sizeof(struct pn_request)];
+    size_t in_start, in_end;
+    struct pn_request request; /* being answered: pages from `first`, `count` of them are left */
+    uint8_t *kept;             /* bytes the socket had no room for */
+    size_t kept_start, kept_end;
+    const struct pn_source_block *file; /* then so much of this one's file */
+    off_t file_at;
+    size_t file_left;
+    bool ended;
+};
+
+struct notice {
+    struct notice *next;
+    uint64_t id;
+    struct pn_end end;
+};
+
+struct command {
+    struct command *next;
+    struct conn *add; /* NULL: remove */
+    uint64_t id;
+};
+
+struct pn_source {
+    const struct pn_source_block *blocks;
+    uint64_t block_count;
+    int epoll, wake_fd, ended_fd;
+    bool stopped;
+    pthread_mutex_t lock; /* commands, ended, stopped */
+    struct command *commands, **last_command;
+    struct notice *ended, **last_ended;
+    struct conn *conns;
+    struct pn_end *end; /* why the loop ends, once it does */
+    bool lost;
+    uint8_t *buffer; /* CHUNK bytes, or one unit if that is larger */
+    size_t buffer_size;
+};
+
+/* One stretch of a chunk: zero or not. */
+struct stretch {
+    uint64_t pages;
+    int zero;
+};
+
+/* ---- life ---- */
+
+struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, int ended_fd) {
+    struct pn_source *source = calloc(1, sizeof *source);
+    if (!source)
+        return NULL;
+    *source = (struct pn_source){
+        .blocks = blocks, .block_count = count, .ended_fd = ended_fd, .buffer_size = CHUNK,
+        .epoll = epoll_create1(EPOLL_CLOEXEC), .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .buffer = malloc(CHUNK),
+    };
+    source->last_command = &source->commands;
+    source->last_ended = &source->ended;
+    pthread_mutex_init(&source->lock, NULL);
+    struct epoll_event wake = {.events = EPOLLIN, .data.ptr = NULL};
+    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer ||
+        epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
+        pn_source_free(source);
+        return NULL;
+    }
+    return source;
+}
+
+static void free_conn(struct conn *conn) {
+    close(conn->sock);
+    free(conn->kept);
+    free(conn);
+}
+
+void pn_source_free(struct pn_source *source) {
+    for (struct conn *conn = source->conns, *next; conn; conn = next) {
+        next = conn->next;
+        free_conn(conn);
+    }
+    for (struct command *command = source->commands, *next; command; command = next) {
+        next = command->next;
+        if (command->add)
+            free_conn(command->add);
+        free(command);
+    }
+    for (struct notice *notice = source->ended, *next; notice; notice = next) {
+        next = notice->next;
+        free(notice);
+    }
+    if (source->epoll >= 0)
+        close(source->epoll);
+    if (source->wake_fd >= 0)
+        close(source->wake_fd);
+    pthread_mutex_destroy(&source->lock);
+    free(source->buffer);
+    free(source);
+}
+
+/* ---- words from other threads ---- */
+
+static int command(struct pn_source *source, struct conn *add, uint64_t id) {
+    struct command *command = malloc(sizeof *command);
+    if (!command)
+        return -ENOMEM;
+    *command = (struct command){.add = add, .id = id};
+    pthread_mutex_lock(&source->lock);
+    *source->last_command = command;
+    source->last_command = &command->next;
+    pthread_mutex_unlock(&source->lock);
+    eventfd_write(source->wake_fd, 1);
+    return 0;
+}
+
+int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length) {
+    struct conn *conn = calloc(1, sizeof *conn);
+    if (!conn)
+        return -ENOMEM;
+    if (length > sizeof conn->in) {
+        free(conn);
+        return -EMSGSIZE;
+    }
+    conn->id = id;
+    conn->sock = sock;
+    memcpy(conn->in, unread, length);
+    conn->in_end = length;
+    int error = command(source, conn, id);
+    if (error)
+        free(conn);
+    return error;
+}
+
+int pn_source_remove(struct pn_source *source, uint64_t id) { return command(source, NULL, id); }
+
+void pn_source_stop(struct pn_source *source) {
+    pthread_mutex_lock(&source->lock);
+    source->stopped = true;
+    pthread_mutex_unlock(&source->lock);
+    eventfd_write(source->wake_fd, 1);
+}
+
+int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end) {
+    pthread_mutex_lock(&source->lock);
+    struct notice *notice = source->ended;
+    if (notice && !(source->ended = notice->next))
+        source->last_ended = &source->ended;
+    pthread_mutex_unlock(&source->lock);
+    if (!notice)
+        return 0;
+    *id = notice->id;
+    *end = notice->end;
+    free(notice);
+    return 1;
+}
+
+/* ---- the end of a connection, or of the memory ---- */
+
+static void end_conn(struct pn_source *source, struct conn *conn, enum pn_end_kind kind, int error, const char *text) {
+    if (conn->ended)
+        return;
+    conn->ended = true;
+    struct notice *notice = calloc(1, sizeof *notice);
+    if (!notice)
+        return;
+    notice->id = conn->id;
+    notice->end.kind = kind;
+    notice->end.error = error;
+    snprintf(notice->end.text, sizeof notice->end.text, "%s", text);
+    pthread_mutex_lock(&source->lock);
+    *source->last_ended = notice;
+    source->last_ended = &notice->next;
+    pthread_mutex_unlock(&source->lock);
+    eventfd_write(source->ended_fd, 1);
+}
+
+static void lose(struct pn_source *source, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    source->lost = true;
+    source->end->kind = PN_END_FAILED;
+    vsnprintf(source->end->text, sizeof source->end->text, format, arguments);
+    va_end(arguments);
+}
+
+/* ---- reading the memory ---- */
+
+static const struct pn_source_block *block_of(const struct pn_source *source, uint64_t page) {
+    uint64_t low = 0, high = source->block_count;
+    while (high - low > 1) {
+        uint64_t middle = (low + high) / 2;
+        *(source->blocks[middle].first <= page ? &low : &high) = middle;
+    }
+    return page - source->blocks[low].first < source->blocks[low].pages ? &source->blocks[low] : NULL;
+}
+
+static bool process_ended(const struct pn_source_block *block) {
+    struct pollfd gone = {.fd = block->pidfd, .events = POLLIN};
+    return poll(&gone, 1, 0) > 0;
+}
+
+static void lose_end(struct pn_source *source, const struct pn_source_block *block, uint64_t at) {
+    lose(source, "source %s cannot be read any more: it ends at byte %llu of %llu", block->name, (unsigned long long)at,
+         (unsigned long long)(block->pages * block->page_size));
+}
+
+static bool read_file(struct pn_source *source, const struct pn_source_block *block, uint64_t at, uint8_t *into, size_t size) {
+    while (size) {
+        ssize_t got = pread(block->fd, into, size, (off_t)at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            lose(source, "source %s cannot be read any more: %s", block->name, strerror(errno));
+        if (got == 0)
+            lose_end(source, block, at);
+        if (got <= 0)
+            return false;
+        into += got;
+        at += (uint64_t)got;
+        size -= (size_t)got;
+    }
+    return true;
+}
+
+static bool read_pages(struct pn_source *source, const struct pn_source_block *block, uint64_t page, uint8_t *into, size_t size) {
+    uint64_t offset = (page - block->first) * block->page_size;
+    if (block->pid <= 0)
+        return read_file(source, block, offset, into, size);
+    int error = pn_read_process(block->pid, block->address + offset, into, size);
+    /* The number may have gone to another process meanwhile; not while ours was still there after the read. */
+    bool ended = process_ended(block);
+    if (ended)
+        lose(source, "process %d has ended", block->pid);
+    else if (error)
+        lose(source, "cannot read process %d at %#llx: %s", block->pid, (unsigned long long)(block->address + offset),
+             strerror(-error));
+    return !ended && !error;
+}
+
+/* Nothing but a hole from this page on, for so many pages. A file that has become shorter says so too: see its size. */
+static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
+    if (block->pid > 0)
+        return false;
+    off_t at = (off_t)((page - block->first) * block->page_size), past = at + (off_t)(pages * block->page_size);
+    off_t data = lseek(block->fd, at, SEEK_DATA);
+    return data >= past || (data < 0 && errno == ENXIO && lseek(block->fd, 0, SEEK_END) >= past);
+}
+
+/* Whether the unit of a file is zero, without reading more of it than that takes. */
+static int unit_is_zero(struct pn_source *source, const struct pn_source_block *block, uint64_t page, size_t size) {
+    uint64_t word, offset = (page - block->first) * block->page_size;
+    if (!read_file(source, block, offset, (uint8_t *)&word, sizeof word))
+        return -1;
+    if (word)
+        return 0;
+    if (!read_file(source, block, offset, source->buffer, size))
+        return -1;
+    int zero;
+    pn_zero_run(source->buffer, 1, size, &zero);
+    return zero;
+}
+
+static void append(struct stretch *stretches, int *count, uint64_t pages, int zero) {
+    if (*count && stretches[*count - 1].zero == zero)
+        stretches[*count - 1].pages += pages;
+    else
+        stretches[(*count)++] = (struct stretch){.pages = pages, .zero = zero};
+}
+
+/* ---- sending ---- */
+
+/* Bytes that the socket refused, to be sent before anything else. */
+static bool keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count, size_t sent) {
+    size_t rest = 0;
+    for (int i = 0; i < count; i++)
+        rest += parts[i].iov_len;
+    conn->kept = malloc(rest); /* which is more than there is to keep, and simple */
+    if (!conn->kept) {
+        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
+        return false;
+    }
+    conn->kept_start = conn->kept_end = 0;
+    for (int i = 0; i < count; i++) {
+        size_t skip = sent < parts[i].iov_len ? sent : parts[i].iov_len;
+        memcpy(conn->kept + conn->kept_end, (uint8_t *)parts[i].iov_base + skip, parts[i].iov_len - skip);
+        conn->kept_end += parts[i].iov_len - skip;
+        sent -= skip;
+    }
+    return true;
+}
+
+static ssize_t try_send(struct pn_source *source, struct conn *conn, struct msghdr *message, int flags) {
+    ssize_t sent;
+    do {
+        sent = sendmsg(conn->sock, message, MSG_DONTWAIT | MSG_NOSIGNAL | flags);
+    } while (sent < 0 && errno == EINTR);
+    if (sent < 0 && errno != EAGAIN) {
+        end_conn(source, conn, PN_END_BROKEN, errno, "");
+        return -1;
+    }
+    return sent < 0 ? 0 : sent;
+}
+
+static bool send_parts(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
+    size_t total = 0;
+    for (int i = 0; i < count; i++)
+        total += parts[i].iov_len;
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
+    ssize_t sent = try_send(source, conn, &message, flags);
+    if (sent < 0)
+        return false;
+    return (size_t)sent == total || keep(source, conn, parts, count, (size_t)sent);
+}
+
+static bool send_kept(struct pn_source *source, struct conn *conn) {
+    struct iovec part = {conn->kept + conn->kept_start, conn->kept_end - conn->kept_start};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    ssize_t sent = try_send(source, conn, &message, conn->file_left ? MSG_MORE : 0);
+    if (sent < 0)
+        return false;
+    conn->kept_start += (size_t)sent;
+    if (conn->kept_start == conn->kept_end) {
+        free(conn->kept);
+        conn->kept = NULL;
+    }
+    return !conn->kept;
+}
+
+static bool send_file(struct pn_source *source, struct conn *conn) {
+    while (conn->file_left) {
+        ssize_t sent = sendfile(conn->sock, conn->file->fd, &conn->file_at, conn->file_left);
+        if (sent < 0 && errno == EINTR)
+            continue;
+        if (sent < 0 && errno == EAGAIN)
+            return false;
+        if (sent < 0)
+            end_conn(source, conn, PN_END_BROKEN, errno, "");
+        else if (sent == 0) /* the header promised more than there is: this connection can only be cut */
+            lose_end(source, conn->file, (uint64_t)conn->file_at);
+        if (sent <= 0)
+            return false;
+        conn->file_left -= (size_t)sent;
+    }
+    return true;
+}
+
+/* Whether nothing waits for the socket any more. */
+static bool flush(struct pn_source *source, struct conn *conn) {
+    if (conn->kept && !send_kept(source, conn))
+        return false;
+    return send_file(source, conn);
+}
+
+static struct pn_reply reply_to(const struct pn_request *request, uint8_t encoding, uint64_t pages, uint64_t length) {
+    return (struct pn_reply){.id = request->id, .class_ = request->class_, .encoding = encoding, .first = request->first,
+                             .count = (uint32_t)pages, .length = (uint32_t)length};
+}
+
+static void advance(struct pn_request *request, uint64_t pages) {
+    request->first += pages;
+    request->count -= (uint32_t)pages;
+}
+
+static void tell_lost(struct pn_source *source, struct conn *conn) {
+    size_t length = strnlen(source->end->text, PN_MAX_REASON_BYTES);
+    struct pn_reply reply = reply_to(&conn->request, PN_FAILED, conn->request.count, length);
+    struct iovec parts[] = {{&reply, sizeof reply}, {source->end->text, length}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    if (!conn->kept && !conn->file_left)
+        try_send(source, conn, &message, 0);
+}
+
+/* ---- answering ---- */
+
+static void answer_zero(struct pn_source *source, struct conn *conn, uint64_t pages) {
+    struct pn_reply reply = reply_to(&conn->request, PN_ZEROS, pages, 0);
+    struct iovec part = {&reply, sizeof reply};
+    advance(&conn->request, pages);
+    send_parts(source, conn, &part, 1, 0);
+}
+
+/* Read the pages, and send headers and payload of all stretches at once. */
+static void answer_by_copy(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
+                           uint64_t unit) {
+    if (!read_pages(source, block, conn->request.first, source->buffer, pages * block->page_size))
+        return;
+    struct pn_reply replies[MAX_RUNS];
+    struct iovec parts[2 * MAX_RUNS];
+    int runs = 0, count = 0;
+    uint8_t *at = source->buffer;
+    for (uint64_t left = pages; left;) {
+        int zero;
+        uint64_t run = pn_zero_run(at, left / unit, unit * block->page_size, &zero) * unit;
+        size_t size = run * block->page_size;
+        replies[runs] = reply_to(&conn->request, zero ? PN_ZEROS : PN_RAW, run, zero ? 0 : size);
+        parts[count++] = (struct iovec){&replies[runs++], sizeof replies[0]};
+        if (!zero)
+            parts[count++] = (struct iovec){at, size};
+        advance(&conn->request, run);
+        at += size;
+        left -= run;
+    }
+    send_parts(source, conn, parts, count, 0);
+}
+
+/* One stretch of the chunk: look where it ends, then let the kernel send it from the file. */
+static void answer_by_sendfile(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
+                               uint64_t unit) {
+    struct stretch stretches[2];
+    int count = 0;
+    uint64_t done = 0;
+    for (; done < pages && count < 2; done += unit) {
+        int zero = unit_is_zero(source, block, conn->request.first + done, unit * block->page_size);
+        if (zero < 0)
+            return;
+        append(stretches, &count, unit, zero);
+    }
+    if (stretches[0].zero) {
+        answer_zero(source, conn, stretches[0].pages);
+        return;
+    }
+    size_t size = stretches[0].pages * block->page_size;
+    if (size < SENDFILE_MIN) { /* splintered by zero pages: not worth a sendfile each */
+        answer_by_copy(source, conn, block, pages, unit);
+        return;
+    }
+    struct pn_reply reply = reply_to(&conn->request, PN_RAW, stretches[0].pages, size);
+    struct iovec part = {&reply, sizeof reply};
+    conn->file = block;
+    conn->file_at = (off_t)((conn->request.first - block->first) * block->page_size);
+    conn->file_left = size;
+    advance(&conn->request, stretches[0].pages);
+    if (send_parts(source, conn, &part, 1, MSG_MORE) && !conn->kept)
+        send_file(source, conn);
+}
+
+static bool make_room(struct pn_source *source, size_t size) {
+    if (size <= source->buffer_size)
+        return true;
+    uint8_t *larger = realloc(source->buffer, size);
+    if (!larger)
+        return false;
+    source->buffer = larger;
+    source->buffer_size = size;
+    return true;
+}
+
+static void answer_chunk(struct pn_source *source, struct conn *conn) {
+    const struct pn_request *request = &conn->request;
+    const struct pn_source_block *block = block_of(source, request->first);
+    uint64_t unit = 1ull << request->unit_shift, most = CHUNK / block->page_size / unit * unit;
+    uint64_t pages = request->count < most ? request->count : most ? most : unit;
+    if (!make_room(source, unit * block->page_size))
+        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
+    else if (block->pid > 0 || pages * block->page_size < SENDFILE_MIN) /* a hole reads as zeros: no need to ask for it */
+        answer_by_copy(source, conn, block, pages, unit);
+    else if (is_hole(block, request->first, request->count))
+        answer_zero(source, conn, request->count);
+    else
+        answer_by_sendfile(source, conn, block, pages, unit);
+    if (source->lost)
+        tell_lost(source, conn);
+}
+
+static bool is_wrong(struct pn_source *source, struct conn *conn, const char *format, ...) {
+    char text[256];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    end_conn(source, conn, PN_END_PROTOCOL, 0, text);
+    return false;
+}
+
+/* The same rules, and words, as pagenet/protocol.py's RequestDecoder. */
+static bool check_request(struct pn_source *source, struct conn *conn, const struct pn_request *request) {
+    const struct pn_source_block *last = &source->blocks[source->block_count - 1], *block = block_of(source, request->first);
+    if (request->reserved || request->reserved2)
+        return is_wrong(source, conn, "the peer's request has reserved bits set");
+    if (!block || !request->count || request->count > block->pages - (request->first - block->first))
+        return is_wrong(source, conn, "the peer asks for %u pages from page %llu on: not within one block of the %llu pages",
+                        request->count, (unsigned long long)request->first, (unsigned long long)(last->first + last->pages));
+    uint64_t unit = 1ull << (request->unit_shift & 63), size = request->count * block->page_size;
+    if (request->unit_shift > PN_MAX_UNIT_SHIFT || unit * block->page_size > PN_MAX_UNIT_BYTES ||
+        (request->first - block->first) % unit || request->count % unit)
+        return is_wrong(source, conn, "the peer's request is not made of whole units of 2**%u pages", request->unit_shift);
+    if (size > PN_MAX_REQUEST_BYTES && request->count > unit)
+        return is_wrong(source, conn, "the peer asks for %llu bytes at once (limit %d)", (unsigned long long)size,
+                        PN_MAX_REQUEST_BYTES);
+    if (request->class_ > PN_BACKGROUND)
+        return is_wrong(source, conn, "the peer names transfer class %u, which is unknown", request->class_);
+    return true;
+}
+
+/* Whether there is a request to answer. */
+static bool next_request(struct pn_source *source, struct conn *conn) {
+    if (conn->request.count)
+        return true;
+    if (conn->in_end - conn->in_start < sizeof conn->request)
+        return false;
+    memcpy(&conn->request, conn->in + conn->in_start, sizeof conn->request);
+    conn->in_start += sizeof conn->request;
+    return check_request(source, conn, &conn->request);
+}
+
+/* True: it could go on at once, but others have their turn. */
+static bool answer(struct pn_source *source, struct conn *conn) {
+    for (int turn = 0; turn < TURNS && !conn->ended && !source->lost; turn++) {
+        if (!flush(source, conn) || !next_request(source, conn))
+            return false;
+        answer_chunk(source, conn);
+    }
+    return true;
+}
+
+/* ---- the loop ---- */
+
+static void receive(struct pn_source *source, struct conn *conn) {
+    memmove(conn->in, conn->in + conn->in_start, conn->in_end - conn->in_start);
+    conn->in_end -= conn->in_start;
+    conn->in_start = 0;
+    if (conn->in_end == sizeof conn->in)
+        return;
+    ssize_t got = recv(conn->sock, conn->in + conn->in_end, sizeof conn->in - conn->in_end, MSG_DONTWAIT);
+    if (got > 0)
+        conn->in_end += (size_t)got;
+    else if (got < 0 && errno != EAGAIN && errno != EINTR)
+        end_conn(source, conn, PN_END_BROKEN, errno, "");
+    else if (got == 0 && conn->in_end % sizeof(struct pn_request))
+        end_conn(source, conn, PN_END_PROTOCOL, 0, "the peer closed in the middle of a request");
+    else if (got == 0)
+        end_conn(source, conn, PN_END_CLOSED, 0, "");
+}
+
+static void forget(struct pn_source *source, struct conn *conn) {
+    struct conn **at = &source->conns;
+    while (*at != conn)
+        at = &(*at)->next;
+    *at = conn->next;
+    /* Closing would do, but not while a child that was forked just now, and has not yet become another program, holds a copy. */
+    epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock, NULL);
+    free_conn(conn);
+}
+
+static void watch(struct pn_source *source, struct conn *conn, bool more) {
+    bool busy = more || conn->kept || conn->file_left;
+    bool full = conn->in_end - conn->in_start == sizeof conn->in;
+    uint32_t events = (full ? 0 : EPOLLIN) | (busy ? EPOLLOUT : 0);
+    struct epoll_event event = {.events = events, .data.ptr = conn};
+    if (events != conn->events)
+        epoll_ctl(source->epoll, EPOLL_CTL_MOD, conn->sock, &event);
+    conn->events = events;
+}
+
+static void serve(struct pn_source *source, struct conn *conn, bool readable) {
+    if (readable)
+        receive(source, conn);
+    bool more = answer(source, conn);
+    if (conn->ended)
+        forget(source, conn);
+    else
+        watch(source, conn, more);
+}
+
+static void add(struct pn_source *source, struct conn *conn) {
+    conn->next = source->conns;
+    source->conns = conn;
+    conn->events = EPOLLIN;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
+    if (epoll_ctl(source->epoll, EPOLL_CTL_ADD, conn->sock, &event))
+        end_conn(source, conn, PN_END_BROKEN, errno, "");
+    serve(source, conn, false);
+}
+
+static void remove_by_id(struct pn_source *source, uint64_t id) {
+    for (struct conn *conn = source->conns; conn; conn = conn->next)
+        if (conn->id == id) {
+            end_conn(source, conn, PN_END_STOPPED, 0, "");
+            forget(source, conn);
+            return;
+        }
+}
+
+static bool obey(struct pn_source *source) {
+    eventfd_t value;
+    (void)!eventfd_read(source->wake_fd, &value);
+    pthread_mutex_lock(&source->lock);
+    struct command *command = source->commands;
+    source->commands = NULL;
+    source->last_command = &source->commands;
+    bool stopped = source->stopped;
+    pthread_mutex_unlock(&source->lock);
+    for (struct command *next; command; command = next) {
+        next = command->next;
+        if (command->add)
+            add(source, command->add);
+        else
+            remove_by_id(source, command->id);
+        free(command);
+    }
+    return !stopped;
+}
+
+void pn_source_run(struct pn_source *source, struct pn_end *end) {
+    struct epoll_event events[64];
+    *end = (struct pn_end){.kind = PN_END_STOPPED};
+    source->end = end;
+    bool go_on = true;
+    while (go_on && !source->lost) {
+        int count = epoll_wait(source->epoll, events, 64, -1);
+        bool commands = false;
+        for (int i = 0; i < count && !source->lost; i++)
+            if (events[i].data.ptr)
+                serve(source, events[i].data.ptr, events[i].events & ~(uint32_t)EPOLLOUT);
+            else
+                commands = true;
+        if (commands) /* last: they may take away a connection that has an event here */
+            go_on = obey(source);
+    }
+}

@@ -1,0 +1,132 @@
+"""The destination's lanes, in C: threads that Trio starts, stops and joins.
+
+Nothing that a faulting thread waits for runs in Python. What does run here: the schedule, which fills a ring; the end; and
+the translation of why a loop ended into an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import trio
+
+from . import _native
+from .errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
+from .filling import Filling
+from .nurseries import open_failing_nursery
+from .protocol import printable
+from .region import Region
+from .schedule import Schedule
+from .target import Target
+from .transport import Connection, Detachable
+from .uffd import UffdTarget
+
+__all__ = ["NativeLanes", "can_run_natively"]
+
+# Background asked for at a time; what may be on its way while there are faults, and when there have been none for a while.
+CHUNK_BYTES = 256 << 10
+WINDOW_BYTES = (256 << 10, 4 << 20)
+# Runs in the ring: enough to keep the lane busy while Python looks elsewhere, few enough for the schedule to change its mind.
+RING_RUNS = 16
+
+
+def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
+    """Whether the memory has a userfaultfd, and every connection a socket."""
+    return isinstance(target, UffdTarget) and all(isinstance(connection, Detachable) for connection in connections)
+
+
+class NativeLanes:
+    """A demand lane and background lanes over detached sockets, the first of which is demand's. Owns the sockets."""
+
+    name = "native"
+
+    def __init__(
+        self, filling: Filling, wire: Region, connections: Sequence[Connection], schedule: Schedule | None
+    ) -> None:
+        assert isinstance(filling.target, UffdTarget)
+        self._filling = filling
+        self._schedule = schedule
+        self._peer = connections[0].peer
+        with ExitStack() as stack:
+            self._stop_fd = _owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._done_fd = _owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._sockets = [_detached(stack, connection) for connection in connections]
+            self._rings = [_native.Ring() for _ in connections[1:]]
+            for ring in self._rings:
+                stack.callback(ring.close)
+            memory = filling.target.native(wire)
+            self._dest = _native.Destination(
+                filling.residency.shared,
+                memory.pieces,
+                uffd=memory.uffd,
+                how=memory.how,
+                removes=memory.removes,
+                done_fd=self._done_fd,
+                prefetch=filling.prefetch,
+            )
+            stack.callback(self._dest.close)
+            self.close: Callable[[], None] = stack.pop_all().close
+
+    async def run(self) -> None:
+        limiter = trio.CapacityLimiter(len(self._sockets))
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(self._stop_when_cancelled)
+            nursery.start_soon(self._run_lane, limiter, self._sockets[0], None)
+            for sock, ring in zip(self._sockets[1:], self._rings, strict=True):
+                nursery.start_soon(self._run_lane, limiter, sock, ring)
+                if self._schedule is not None:
+                    nursery.start_soon(self._feed, self._schedule, ring)
+            await trio.lowlevel.wait_readable(self._done_fd)
+            self._filling.check_complete()
+
+    async def _stop_when_cancelled(self) -> None:
+        """Threads cannot be cancelled; the loops in them end when this descriptor becomes readable."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            os.eventfd_write(self._stop_fd, 1)
+
+    async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
+        end = await trio.to_thread.run_sync(
+            self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, limiter=limiter, abandon_on_cancel=False
+        )
+        if end.kind != _native.END_STOPPED:
+            raise self._error(end)
+
+    def _error(self, end: _native.End) -> PagenetError:
+        match end.kind:
+            case _native.END_CLOSED:
+                return SourceLost(f"the source is gone: {self._peer} closed the connection")
+            case _native.END_BROKEN:
+                return SourceLost(f"the source is gone: {self._peer}: {os.strerror(end.error)}")
+            case _native.END_FAILED:
+                return SourceLost(f"the source cannot go on: {printable(end.text)}")
+            case _native.END_PROTOCOL:
+                return RemoteProtocolError(end.text)
+            case _native.END_OWNER_GONE:
+                return OwnerGone("the owner of the memory is gone")
+            case _native.END_OWNER_WRONG:
+                return HandshakeError(end.text)
+        return PagenetError(f"cannot go on placing pages: {os.strerror(end.error or errno.EIO)}")
+
+    async def _feed(self, schedule: Schedule, ring: _native.Ring) -> None:
+        """Keep the ring filled with what the schedule says."""
+        while (run := schedule.next_run(CHUNK_BYTES)) is not None:
+            ring.push(run.first, run.count)
+            while len(ring) >= RING_RUNS:
+                await trio.lowlevel.wait_readable(ring.room_fd)
+                os.eventfd_read(ring.room_fd)
+            await trio.lowlevel.checkpoint()
+
+
+def _owned(stack: ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _detached(stack: ExitStack, connection: Connection) -> int:
+    assert isinstance(connection, Detachable)
+    return _owned(stack, connection.detach())

@@ -1,0 +1,121 @@
+"""The source's lanes, in C: two loops, one for demand and one for the background, each for any number of connections.
+
+Two, so that a page that somebody waits for is never behind a chunk that nobody does.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from itertools import count
+
+import trio
+
+from . import _native
+from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
+from .nurseries import open_failing_nursery
+from .protocol import LANE_HEADER_SIZE, Channel
+from .source import Source
+from .transport import Detachable
+
+__all__ = ["MAX_UNREAD", "NativeSourceLanes"]
+
+
+#: What a loop takes over of what a peer has sent: as many requests as it reads at a time. More is for a lane in Trio.
+MAX_UNREAD = 128 * LANE_HEADER_SIZE
+
+
+@dataclass(eq=False, slots=True)
+class _Serving:
+    """One connection that a loop drives."""
+
+    ended: trio.Event = field(default_factory=trio.Event)
+    end: _native.End | None = None
+
+
+class _Loop:
+    """One loop, its thread, and the connections in it."""
+
+    def __init__(self, source: Source) -> None:
+        self._loop = _native.SourceLoop(source.native_blocks())
+        self._serving: dict[int, _Serving] = {}
+        self._numbers = count()
+
+    def close(self) -> None:
+        self._loop.close()
+
+    async def run(self, limiter: trio.CapacityLimiter) -> None:
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(self._stop_when_cancelled)
+            nursery.start_soon(self._hear_of_ends)
+            end = await trio.to_thread.run_sync(self._loop.run, limiter=limiter, abandon_on_cancel=False)
+            if end.kind == _native.END_FAILED:
+                raise SourceLost(end.text)
+            nursery.cancel_scope.cancel()
+
+    async def _stop_when_cancelled(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._loop.stop()
+
+    async def _hear_of_ends(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._loop.ended_fd)
+            os.eventfd_read(self._loop.ended_fd)
+            for number, end in self._loop.ended():
+                serving = self._serving.pop(number)
+                serving.end = end
+                serving.ended.set()
+
+    async def serve(self, connection: Detachable, unread: bytes) -> _native.End:
+        """Drive ``connection`` until it ends."""
+        number, serving = next(self._numbers), _Serving()
+        self._serving[number] = serving
+        sock = connection.detach()
+        try:
+            self._loop.add(sock, number, unread)
+        except BaseException:
+            os.close(sock)
+            raise
+        try:
+            await serving.ended.wait()
+        except trio.Cancelled:
+            self._loop.remove(number)
+            raise
+        assert serving.end is not None
+        return serving.end
+
+
+class NativeSourceLanes:
+    """Serves connections whose transport has sockets."""
+
+    def __init__(self, source: Source) -> None:
+        self._demand = _Loop(source)
+        self._background = _Loop(source)
+
+    def close(self) -> None:
+        """Not while :meth:`run` runs."""
+        self._demand.close()
+        self._background.close()
+
+    async def run(self) -> None:
+        """Until cancelled. :exc:`SourceLost` when the memory is gone."""
+        limiter = trio.CapacityLimiter(2)
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(self._demand.run, limiter)
+            await self._background.run(limiter)
+
+    async def serve(self, channel: Channel, connection: Detachable, unread: bytes) -> None:
+        """Until the peer closes. Raises what it did wrong, as a connection of its own would."""
+        peer = connection.peer
+        loop = self._demand if channel is Channel.DEMAND else self._background
+        end = await loop.serve(connection, unread)
+        match end.kind:
+            case _native.END_CLOSED:
+                return
+            case _native.END_PROTOCOL:
+                raise RemoteProtocolError(end.text)
+            case _native.END_STOPPED:
+                raise ConnectionClosed(f"{peer}: closed by us")
+        raise ConnectionBroken(f"{peer}: {os.strerror(end.error)}")
