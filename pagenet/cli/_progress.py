@@ -20,6 +20,7 @@ __all__ = ["complete_fields", "make_progress", "print_summary"]
 
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 1.0
+_EVENT_SECONDS = 0.25
 # Weight of the newest second in the rate shown: steadier than the last moment, quicker than the average since the start.
 _RATE_WEIGHT = 0.3
 _MIB = 1 << 20
@@ -93,7 +94,7 @@ def make_progress(report: Report) -> Callable[[Transfer], Awaitable[None]]:
 async def _tell(transfer: Transfer, report: Report) -> None:
     watch = _Watch(transfer)
     while True:
-        await trio.sleep(_LINE_SECONDS)
+        await trio.sleep(_EVENT_SECONDS)
         moment = watch.look()
         report(
             "progress",
