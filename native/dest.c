@@ -201,6 +201,8 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         *done += here;
     }
     unlock_removal(dest);
+    if (error == -EAGAIN)
+        pn_stats_add(dest->config.map, class_, PN_DEFERRED, 1);
     return error;
 }
 

@@ -98,12 +98,13 @@ enum pn_counter {
     PN_DROPPED,    /* pages that came and were no longer wanted */
     PN_REQUESTS,   /* requests sent */
     PN_FAULTS,     /* fault events of this class answered */
+    PN_DEFERRED,   /* times that placing had to wait for the owner's events to be read */
     PN_COUNTERS,
 };
 
 /* Latency in ns, log2 with 8 linear steps an octave: bucket of v is v below 16, else 8*(log2(v)-2) + the next 3 bits. */
 struct pn_class_stats {
-    uint64_t counters[8];
+    uint64_t counters[9];
     uint64_t latency[320];
 };
 

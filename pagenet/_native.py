@@ -196,6 +196,7 @@ COUNTERS = {
     "dropped": lib.PN_DROPPED,
     "requests": lib.PN_REQUESTS,
     "faults": lib.PN_FAULTS,
+    "deferred": lib.PN_DEFERRED,
 }
 
 

@@ -169,6 +169,7 @@ class Filling:
             residency.add(class_, "existed", outcome.existed)
             self._note_latency(Run(part.first, outcome.done))
             if outcome.again:
+                residency.add(class_, "deferred")
                 self._drain_or_yield()
         self._count(class_, run, done, pages is None, wire_bytes)
         if self._faults:

@@ -45,7 +45,8 @@ class ClassStatistics:
 
     ``pages`` placed, in ``runs`` replies, ``zero_pages`` of them as a flag; ``wire_bytes`` received for them; ``existed``:
     found in place already; ``dropped``: came but were no longer wanted; ``requests`` sent; ``faults`` that this class was
-    asked to answer; ``latency``: from the fault's event to the page in place (demand alone).
+    asked to answer; ``deferred``: times that placing had to wait for the owner's events to be read; ``latency``: from the
+    fault's event to the page in place (demand alone).
     """
 
     pages: int
@@ -56,6 +57,7 @@ class ClassStatistics:
     dropped: int
     requests: int
     faults: int
+    deferred: int
     latency: Histogram
 
 
