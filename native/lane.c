@@ -13,10 +13,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#define UNWATCHED 0xffffffffu /* no event mask of epoll's */
 
 enum {
     SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
@@ -51,6 +54,8 @@ struct lane {
     uint32_t *free_slots, free_count;
     uint8_t *outbox;
     size_t out_start, out_end;
+    int epoll;
+    uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
     uint64_t in_flight, window;
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
@@ -659,26 +664,46 @@ static void drain_eventfd(int fd) {
     (void)!eventfd_read(fd, &value);
 }
 
-static void wait_and_act(struct lane *lane) {
-    struct pollfd ready[] = {
-        {.fd = lane->config->sock, .events = POLLIN | (lane->out_start < lane->out_end ? POLLOUT : 0)},
-        {.fd = lane->config->stop_fd, .events = POLLIN},
-        {.fd = is_demand(lane) ? lane->dest->config.uffd : lane->config->work_fd, .events = POLLIN},
-    };
-    if (is_demand(lane) && !can_ask(lane, 3 * EVENTS))
-        ready[2].fd = -1; /* as many requests are open as there may be: faults wait where they are */
-    if (poll(ready, 3, lane->deferred_count ? 0 : -1) < 0)
-        return;
-    if (ready[1].revents)
+/* Watched by epoll rather than poll: a fault is two waits, and poll pays for each descriptor at each of them. */
+static bool watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched) {
+    struct epoll_event event = {.events = events, .data.fd = fd};
+    bool ok = *watched == events || !epoll_ctl(lane->epoll, *watched == UNWATCHED ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
+    *watched = events;
+    return ok;
+}
+
+static int work_fd(const struct lane *lane) { return is_demand(lane) ? lane->dest->config.uffd : lane->config->work_fd; }
+
+static bool watch_all(struct lane *lane) {
+    /* As many requests are open as there may be: faults wait where they are. */
+    bool full = is_demand(lane) && !can_ask(lane, 3 * EVENTS);
+    return watch(lane, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events) &&
+           watch(lane, work_fd(lane), full ? 0 : EPOLLIN, &lane->work_events) &&
+           watch(lane, lane->config->stop_fd, EPOLLIN, &lane->stop_events);
+}
+
+static void act(struct lane *lane, const struct epoll_event *event) {
+    if (event->data.fd == lane->config->stop_fd)
         end_lane(lane, PN_END_STOPPED, 0, "");
-    if (ready[2].revents && is_demand(lane))
+    else if (event->data.fd != lane->config->sock && is_demand(lane))
         take_faults(lane);
-    if (ready[2].revents && !is_demand(lane))
+    else if (event->data.fd != lane->config->sock)
         drain_eventfd(lane->config->work_fd);
-    if (ready[0].revents & POLLOUT)
-        flush(lane);
-    if (ready[0].revents & ~POLLOUT && !lane->ended)
+    else if (event->events & ~(uint32_t)EPOLLOUT)
         (is_demand(lane) ? receive_staged : receive_direct)(lane);
+}
+
+static void wait_and_act(struct lane *lane) {
+    struct epoll_event ready[3];
+    if (!watch_all(lane)) {
+        end_lane(lane, PN_END_BROKEN, errno, "");
+        return;
+    }
+    int count = epoll_wait(lane->epoll, ready, 3, lane->deferred_count ? 0 : -1);
+    for (int i = 0; i < count && !lane->ended; i++)
+        act(lane, &ready[i]);
+    if (lane->out_start < lane->out_end && !lane->ended)
+        flush(lane);
     if (lane->deferred_count && !lane->ended)
         settle_deferred(lane);
     if (!is_demand(lane) && !lane->ended)
@@ -687,6 +712,8 @@ static void wait_and_act(struct lane *lane) {
 
 static bool prepare(struct lane *lane) {
     uint64_t page_size = lane->dest->config.max_page_size;
+    lane->epoll = epoll_create1(EPOLL_CLOEXEC);
+    lane->sock_events = lane->work_events = lane->stop_events = UNWATCHED;
     lane->stage_size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
     /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages out of it. */
     size_t room = lane->stage_size + (is_demand(lane) ? 64 << 10 : 0);
@@ -694,7 +721,7 @@ static bool prepare(struct lane *lane) {
     lane->slots = calloc(SLOTS, sizeof *lane->slots);
     lane->free_slots = calloc(SLOTS, sizeof *lane->free_slots);
     lane->outbox = malloc(OUTBOX);
-    if (lane->stage == MAP_FAILED || !lane->slots || !lane->free_slots || !lane->outbox)
+    if (lane->epoll < 0 || lane->stage == MAP_FAILED || !lane->slots || !lane->free_slots || !lane->outbox)
         return false;
     if (is_demand(lane))
         lane->stage_size = room;
@@ -707,6 +734,8 @@ static bool prepare(struct lane *lane) {
 }
 
 static void clean_up(struct lane *lane) {
+    if (lane->epoll >= 0)
+        close(lane->epoll);
     if (lane->stage != MAP_FAILED)
         munmap(lane->stage, lane->stage_size);
     free(lane->slots);
