@@ -24,6 +24,7 @@
 enum {
     SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
     OUTBOX = SLOTS * 24,    /* room for each of them */
+    CHUNK_BYTES = 256 << 10, /* of background asked for at a time */
     STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
@@ -141,11 +142,6 @@ static bool can_ask(struct lane *lane, uint32_t requests) {
 
 /* ---- faults ---- */
 
-static uint64_t most_pages(const struct pn_piece *piece) {
-    uint64_t pages = PN_MAX_REQUEST_BYTES / piece->page_size;
-    return pages ? pages : 1;
-}
-
 static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
 
 /* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
@@ -238,7 +234,19 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     }
 }
 
-/* The owner gave up [start, end). Pages being placed right now are left to whoever places them. */
+/* In one step each, so that a lane which takes the page meanwhile has either taken it before or does not get it: PLACING becomes
+ * REMOVING and is left to whoever places it, however often it is given up until then; all else becomes REMOVED. */
+static bool remove_page(struct pn_map *map, uint64_t page) {
+    for (;;) {
+        int state = pn_map_state(map, page);
+        if (state == PN_REMOVING)
+            return false;
+        if (pn_map_claim(map, page, 1, state, state == PN_PLACING ? PN_REMOVING : PN_REMOVED))
+            return state != PN_PLACING;
+    }
+}
+
+/* The owner gave up [start, end). */
 static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
     struct pn_dest *dest = lane->dest;
     for (uint64_t i = 0; i < dest->config.piece_count; i++) {
@@ -247,24 +255,27 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
         uint64_t to = end > piece->address ? at_most(end - piece->address, piece->count * piece->page_size) : 0;
         for (uint64_t at = from / piece->page_size; at * piece->page_size < to; at++) {
             uint64_t page = piece->first + at;
-            if (pn_map_claim(dest->config.map, page, 1, PN_PLACING, PN_REMOVING))
-                continue;
-            pn_map_set(dest->config.map, page, 1, PN_REMOVED);
-            pn_wake_waiter(dest, page);
+            if (remove_page(dest->config.map, page))
+                pn_wake_waiter(dest, page);
         }
     }
 }
 
 static int read_events(struct lane *lane, struct pn_event *events) {
     struct pn_dest *dest = lane->dest;
+    bool removed = false;
     if (dest->config.removes)
         pthread_rwlock_wrlock(&dest->removal);
     int got = pn_uffd_read(dest->config.uffd, events, EVENTS);
     for (int i = 0; i < got; i++)
-        if (events[i].kind == PN_EVENT_REMOVE || events[i].kind == PN_EVENT_UNMAP)
+        if (events[i].kind == PN_EVENT_REMOVE || events[i].kind == PN_EVENT_UNMAP) {
             on_removed(lane, events[i].start, events[i].end);
+            removed = true;
+        }
     if (dest->config.removes)
         pthread_rwlock_unlock(&dest->removal);
+    if (removed)
+        pn_check_done(dest); /* they may have been the last that were missing */
     return got;
 }
 
@@ -325,7 +336,8 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
-        uint64_t most = at_most(at_most(*left, most_pages(piece)), piece->first + piece->count - missing);
+        uint64_t chunk = piece->page_size < CHUNK_BYTES ? CHUNK_BYTES / piece->page_size : 1;
+        uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);
         uint64_t taken = pn_map_claim(map, missing, most, PN_MISSING, PN_COMING);
         if (taken)
             ask(lane, PN_BACKGROUND, piece, missing, taken);

@@ -6,6 +6,7 @@ tests run over each of them.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ import trio
 from pagenet._pagenet import ffi, lib
 
 import pagenet
-from pagenet.testing.workload import workload_command
+from pagenet import _pagenet
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -51,11 +52,29 @@ def pull_command(*args: str, lane: str, as_json: bool = True) -> list[str]:
     return [sys.executable, "-m", "pagenet.cli.pull", *args, *options]
 
 
+# The workload without the rest of pagenet, which takes ten times as long to import: hundreds of them are started.
+WORKLOAD = """
+import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = ExtensionFileLoader("pagenet._pagenet", sys.argv[1])
+core = module_from_spec(spec_from_loader("pagenet._pagenet", loader))
+loader.exec_module(core)
+arguments = [core.ffi.new("char[]", argument.encode()) for argument in ["workload", *sys.argv[2:]]]
+sys.exit(core.lib.pn_workload(len(arguments), core.ffi.new("char *[]", [*arguments, core.ffi.NULL])))
+"""
+
+
+def workload_command(*args: str) -> list[str]:
+    """As :func:`pagenet.testing.workload.workload_command`."""
+    return [sys.executable, "-c", WORKLOAD, str(_pagenet.__file__), *args]
+
+
 def pull(
     uri: str, owner: pagenet.UffdSocket | pagenet.OwnMemory | pagenet.IntoFile, *, lane: str, **options: Any
 ) -> AbstractAsyncContextManager[pagenet.Transfer]:
     assert lane in LANES
-    wanted = "auto" if lane == "native" and (uri.startswith("memory:") or isinstance(owner, pagenet.IntoFile)) else lane
+    wanted: Any = "auto" if lane == "native" and (uri.startswith("memory:") or isinstance(owner, pagenet.IntoFile)) else lane
     return pagenet.pull(uri, owner, lane=wanted, **{"prefetch": (0, 0), **options})
 
 
@@ -291,16 +310,19 @@ _RESERVED = Path("/proc/sys/vm/nr_hugepages")
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Has at least ``count`` huge pages of 2 MiB free, or skips."""
+    """Has ``count`` huge pages of 2 MiB free, and some to spare, or skips."""
     try:
-        before = int(_RESERVED.read_text())
-        _RESERVED.write_text(str(before + count))
+        file = _RESERVED.open("r+")
     except OSError as error:
         pytest.skip(f"huge pages cannot be reserved: {error.strerror}")
-    try:
-        if int(_RESERVED.read_text()) < before + count:
-            pytest.skip(f"there is no room for {count} huge pages")
-        yield
-    finally:
-        # Not what it was: somebody else may have reserved some meanwhile.
-        _RESERVED.write_text(str(max(0, int(_RESERVED.read_text()) - count)))
+    with file:
+        # Held while they are in use: another run of the tests on this host would take what is there for free.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = int(_RESERVED.read_text())
+        _RESERVED.write_text(str(before + count + 4))
+        try:
+            if int(_RESERVED.read_text()) < before + count:
+                pytest.skip(f"there is no room for {count} huge pages")
+            yield
+        finally:
+            _RESERVED.write_text(str(before))

@@ -19,7 +19,7 @@ from pagenet.uffd import Event, Fault, Forked, Remapped, Removed, Unmapped
 
 PAGE = 4096
 BASE = 0x7000_0000
-DEMAND, BACKGROUND = Class.DEMAND, Class.BACKGROUND
+DEMAND, PREFETCH, BACKGROUND = Class.DEMAND, Class.PREFETCH, Class.BACKGROUND
 
 
 def content(page: int) -> bytes:
@@ -86,6 +86,10 @@ class FakeMemory:
     def page_of(self, fault: Fault) -> int:
         return (fault.address - BASE) // PAGE
 
+    def piece_of(self, page: int) -> Run:
+        (piece,) = [run for run in self._scope if run.first <= page < run.end]
+        return piece
+
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         self.placed.append(run)
         return self._put(run, bytes(run.count * PAGE) if data is None else data)
@@ -134,17 +138,34 @@ class Filled:
     def __init__(self, memory: FakeMemory) -> None:
         self.memory = memory
         self.filling = Filling(memory)
-        self.demanded: list[int] = []
-        self.filling.demand = self.demanded.append
+        #: what it asked for on the demand lane
+        self.asked: list[tuple[Class, Run]] = []
+        self.filling.ask = lambda class_, run: self.asked.append((class_, run))
+
+    @property
+    def demanded(self) -> list[int]:
+        """Pages asked for because somebody waits, one at a time."""
+        assert all(run.count == 1 for class_, run in self.asked if class_ is DEMAND)
+        return [run.first for class_, run in self.asked if class_ is DEMAND]
+
+    @property
+    def prefetched(self) -> list[Run]:
+        return [run for class_, run in self.asked if class_ is PREFETCH]
 
     def touch(self, *pages: int) -> None:
         for page in pages:
             self.memory.touch(page)
         self.filling.read_events()
 
-    def ask(self, first: int, count: int) -> Run:
+    def claim(self, first: int, count: int) -> list[Run]:
         """As the background does."""
-        return self.filling.claim(Run(first, count))
+        return list(self.filling.claim(Run(first, count)))
+
+    def ask(self, first: int, count: int) -> Run:
+        """As the background does, for pages that are all missing."""
+        run = Run(first, count)
+        assert self.claim(first, count) == [run]
+        return run
 
     def arrive(self, run: Run, class_: Class = BACKGROUND) -> None:
         self.filling.arrived(class_, run, contents(run), wire_bytes=100)
@@ -260,15 +281,123 @@ def test_many_faults_on_one_page_are_one_demand(filled: Filled) -> None:
     assert filled.filling.statistics().fault_latency.count == 1
 
 
-def test_page_that_is_on_its_way_is_not_demanded(filled: Filled) -> None:
+@pytest.mark.parametrize("background_first", [False, True])
+def test_page_on_its_way_in_the_background_is_asked_for_once_more(filled: Filled, background_first: bool) -> None:
+    """It stands in a queue, and a thread that waits does not wait for that. Whichever comes second is dropped."""
     run = filled.ask(4, 4)
+    assert filled.states()[4:] == [State.COMING] * 4
     filled.touch(5)
-    assert filled.demanded == []
-    filled.arrive(run)
-    assert not filled.memory.waiting
+    filled.touch(5)
+    assert filled.asked == [(DEMAND, Run(5, 1))]
+    assert filled.states()[4:7] == [State.COMING, State.REQUESTED, State.COMING]
+    arrivals = [(run, BACKGROUND), (Run(5, 1), DEMAND)]
+    for arrival in arrivals if background_first else reversed(arrivals):
+        filled.arrive(*arrival)
+        assert not filled.memory.waiting
+    filled.touch(5)
+    assert filled.demanded == [5]
+    assert filled.memory.there == {page: content(page) for page in range(4, 8)}
     statistics = filled.filling.statistics()
-    assert (statistics.demand.faults, statistics.fault_latency.count) == (1, 1)
-    assert (statistics.background.pages, statistics.demand.pages) == (4, 0)
+    assert (statistics.demand.faults, statistics.fault_latency.count) == (2, 1)
+    came = [(of.pages, of.dropped) for of in (statistics.demand, statistics.background)]
+    assert came == ([(0, 1), (4, 0)] if background_first else [(1, 0), (3, 1)])
+
+
+# ---- prefetch ----
+
+
+def prefetching(forward: int, backward: int, pages: int = 32, scope: Sequence[Run] | None = None) -> Filled:
+    filled = make_filled(pages, scope)
+    filled.filling.prefetch = (forward, backward)
+    return filled
+
+
+def test_prefetch_asks_for_the_window_behind_then_before() -> None:
+    filled = prefetching(3, 2)
+    filled.touch(10)
+    assert filled.asked == [(DEMAND, Run(10, 1)), (PREFETCH, Run(11, 3)), (PREFETCH, Run(8, 2))]
+    assert filled.states()[7:15] == [State.MISSING, *[State.REQUESTED] * 6, State.MISSING]
+
+
+def test_prefetch_follows_all_faulted_pages() -> None:
+    filled = prefetching(1, 1)
+    filled.touch(4, 20, 12)
+    assert [class_ for class_, _ in filled.asked] == [DEMAND] * 3 + [PREFETCH] * 6
+    assert filled.demanded == [4, 20, 12]
+    assert filled.prefetched == [Run(5, 1), Run(3, 1), Run(21, 1), Run(19, 1), Run(13, 1), Run(11, 1)]
+
+
+def test_page_that_is_waited_for_is_no_prefetch_of_its_neighbours() -> None:
+    filled = prefetching(4, 4)
+    filled.touch(10, 12)
+    assert filled.demanded == [10, 12]
+    assert filled.prefetched == [Run(11, 1), Run(6, 4), Run(13, 4)]
+
+
+def test_prefetch_ends_where_the_piece_does() -> None:
+    filled = prefetching(8, 8, scope=[Run(4, 6), Run(10, 4), Run(16, 4)])
+    filled.touch(11)
+    assert filled.prefetched == [Run(12, 2), Run(10, 1)]
+    filled.touch(9)
+    assert filled.prefetched[2:] == [Run(4, 5)]
+    filled.touch(16, 19)
+    assert filled.prefetched[3:] == [Run(17, 2)]
+
+
+@pytest.mark.parametrize("page", [0, 31])
+def test_prefetch_ends_where_the_region_does(page: int) -> None:
+    filled = prefetching(40, 40)
+    filled.touch(page)
+    assert filled.prefetched == [Run(1, 31) if page == 0 else Run(0, 31)]
+
+
+@pytest.mark.parametrize(
+    "state", [State.COMING, State.REQUESTED, State.PLACING, State.RESIDENT, State.REMOVED, State.OUTSIDE, State.POISONED]
+)
+def test_prefetch_ends_at_pages_that_are_not_missing(state: State) -> None:
+    filled = prefetching(8, 8)
+    for page in (7, 13):
+        filled.filling.residency.set(Run(page, 1), state)
+    filled.touch(10)
+    assert filled.prefetched == [Run(11, 2), Run(8, 2)]
+
+
+def test_page_that_was_known_already_is_no_reason_to_prefetch() -> None:
+    filled = prefetching(2, 2)
+    filled.ask(9, 3)
+    filled.filling.residency.set(Run(20, 1), State.RESIDENT)
+    filled.touch(10, 20)
+    filled.touch(10)
+    assert (filled.demanded, filled.prefetched) == ([10], [])
+
+
+def test_prefetch_is_bounded_in_bytes() -> None:
+    filled = prefetching(1 << 20, 1 << 20, pages=2048)
+    filled.touch(1000)
+    assert filled.prefetched == [Run(1001, 256), Run(744, 256)]
+
+
+def test_huge_pages_are_not_prefetched() -> None:
+    memory = FakeMemory()
+    memory.region = Region([Block("ram", 16 << 20, 2 << 20)])
+    filled = Filled(memory)
+    filled.filling.prefetch = (8, 8)
+    filled.touch(3)
+    assert (filled.demanded, filled.prefetched) == ([3], [])
+
+
+def test_prefetched_page_that_is_touched_is_not_asked_for_again() -> None:
+    filled = prefetching(2, 0)
+    filled.touch(10)
+    filled.touch(11)
+    assert filled.asked == [(DEMAND, Run(10, 1)), (PREFETCH, Run(11, 2))]
+    filled.arrive(Run(11, 2), PREFETCH)
+    assert filled.memory.waiting == {10}
+    statistics = filled.filling.statistics()
+    assert (statistics.demand.faults, statistics.fault_latency.count, statistics.prefetch.pages) == (2, 1, 2)
+
+
+# ---- faults on pages that are being placed, or done with ----
 
 
 @pytest.mark.parametrize("state", [State.RESIDENT, State.REMOVED, State.POISONED])
@@ -276,7 +405,7 @@ def test_page_that_is_done_with_is_settled(filled: Filled, state: State) -> None
     """Resident: the fault is older than the page, and has missed its wake."""
     filled.filling.residency.set(Run(5, 1), state)
     filled.touch(5)
-    assert (filled.demanded, filled.memory.settled) == ([], [5])
+    assert (filled.asked, filled.memory.settled) == ([], [5])
     assert not filled.memory.waiting
     assert filled.filling.waiting_faults == 0
     assert filled.states()[5] is state
@@ -309,7 +438,7 @@ def test_fault_while_its_page_is_being_placed(filled: Filled) -> None:
     assert sorted(filled.memory.settled) == [0, 3]
     assert not filled.memory.waiting
     assert filled.filling.waiting_faults == 0
-    assert filled.demanded == []
+    assert filled.asked == []
 
 
 def test_fault_on_another_missing_page_that_is_read_while_placing(filled: Filled) -> None:
@@ -369,12 +498,22 @@ def test_only_what_is_wanted_is_placed(filled: Filled) -> None:
     assert (background.pages, background.dropped, background.runs) == (7, 3, 3)
 
 
-def test_claim_ends_where_a_page_is_somebody_elses(filled: Filled) -> None:
+def test_claim_leaves_out_what_is_somebody_elses(filled: Filled) -> None:
     filled.touch(3)
-    assert filled.ask(0, 8) == Run(0, 3)
-    assert filled.ask(0, 8) == Run(0, 0)
-    assert filled.ask(3, 5) == Run(3, 0)
-    assert filled.ask(4, 2) == Run(4, 2)
+    filled.filling.residency.set(Run(6, 1), State.RESIDENT)
+    assert filled.claim(1, 6) == [Run(1, 2), Run(4, 2)]
+    assert filled.claim(1, 6) == []
+    assert filled.claim(0, 8) == [Run(0, 1), Run(7, 1)]
+    assert filled.states() == [*[State.COMING] * 3, State.REQUESTED, *[State.COMING] * 2, State.RESIDENT, State.COMING]
+
+
+def test_claim_takes_one_part_at_a_time(filled: Filled) -> None:
+    """Whoever asks part by part leaves to others what it has not come to."""
+    parts = filled.filling.claim(Run(0, 8))
+    filled.filling.residency.set(Run(2, 1), State.REMOVED)
+    assert next(parts) == Run(0, 2)
+    filled.touch(4)
+    assert list(parts) == [Run(3, 1), Run(5, 3)]
 
 
 def test_page_that_was_there_already_is_counted(filled: Filled) -> None:
@@ -414,7 +553,7 @@ def test_pages_of_two_sizes() -> None:
 
     memory.place = place  # type: ignore[method-assign]
     for run in (Run(0, 2), Run(2, 2)):
-        size = filling.region.size_of(filling.claim(run))
+        size = sum(filling.region.size_of(part) for part in filling.claim(run))
         filling.arrived(BACKGROUND, run, memoryview(bytes(size)), wire_bytes=size)
     assert taken == [(Run(0, 2), 2 * PAGE), (Run(1, 1), PAGE), (Run(2, 2), 4 << 20), (Run(3, 1), 2 << 20)]
     assert filling.completed.is_set()
@@ -429,7 +568,7 @@ def test_removed_before_it_was_asked_for(filled: Filled, event: type[Removed] | 
     filled.memory.unread.append(event(BASE + 2 * PAGE, BASE + 5 * PAGE))
     filled.filling.read_events()
     assert filled.states()[2:5] == [State.REMOVED] * 3
-    assert filled.ask(0, 8) == Run(0, 2)
+    assert filled.claim(0, 8) == [Run(0, 2), Run(5, 3)]
     assert filled.filling.statistics().done == 3
 
 
@@ -593,6 +732,7 @@ _steps = st.lists(
         st.tuples(st.just("arrive"), st.integers(0, 9)),
         st.tuples(st.just("give up"), _runs),
         st.tuples(st.just("give up while placing"), _runs),
+        st.tuples(st.just("prefetch"), st.tuples(st.integers(0, 3), st.integers(0, 3))),
     ),
     max_size=40,
 )
@@ -603,16 +743,16 @@ class Play:
 
     def __init__(self) -> None:
         self.filled = make_filled(_PAGES)
-        self.outstanding: list[Run] = []
-        self.asked: list[int] = []
+        self.outstanding: list[tuple[Class, Run]] = []
+        self.asked: list[tuple[Class, int]] = []
         self.interruptions: list[Run] = []
-        self.filled.filling.demand = lambda page: self.ask(Run(page, 1))
+        self.filled.filling.ask = self.ask
         self.filled.memory.before_placing = self.interrupt
 
-    def ask(self, run: Run) -> None:
-        if run.count:
-            self.outstanding.append(run)
-            self.asked += range(run.first, run.end)
+    def ask(self, class_: Class, run: Run) -> None:
+        assert run.count
+        self.outstanding.append((class_, run))
+        self.asked += [(class_, page) for page in range(run.first, run.end)]
 
     def interrupt(self, page: int) -> None:
         if self.interruptions:
@@ -626,9 +766,13 @@ class Play:
             case "read", _:
                 filling.read_events()
             case "ask", Run() as run:
-                self.ask(filling.claim(run))
+                for part in filling.claim(run):
+                    self.ask(BACKGROUND, part)
             case "arrive", int(index) if self.outstanding:
-                self.filled.arrive(self.outstanding.pop(index % len(self.outstanding)))
+                class_, run = self.outstanding.pop(index % len(self.outstanding))
+                self.filled.arrive(run, class_)
+            case "prefetch", (int(forward), int(backward)):
+                filling.prefetch = (forward, backward)
             case "give up", Run() as run:
                 memory.give_up(run)
             case "give up while placing", Run() as run:
@@ -659,7 +803,10 @@ def test_any_order(steps: list[tuple[str, object]]) -> None:
             assert memory.there.get(page, bytes(PAGE)) == bytes(PAGE)
         else:
             assert memory.there[page] == content(page)
-    assert len(play.asked) == len(set(play.asked)), "a page was asked for twice"
-    statistics = filling.statistics()
-    assert sum(class_.pages + class_.dropped for class_ in (statistics.demand, statistics.background)) == len(play.asked)
+    once = {class_: [page for asked, page in play.asked if asked is class_] for class_ in Class}
+    for pages in (once[DEMAND] + once[PREFETCH], once[BACKGROUND]):
+        assert len(pages) == len(set(pages)), "a page was asked for twice"
+    for class_ in Class:
+        came = filling.residency.statistics(class_)
+        assert came.pages + came.dropped == len(once[class_])
     filling.close()
