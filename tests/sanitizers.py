@@ -34,14 +34,14 @@ ADDRESS = Sanitizer(
     "address",
     ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "libasan.so",
-    # Python frees little of what it has when it exits.
-    {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    # Python frees little of what it has when it exits. A poisoned page is a SIGBUS, and the tests mean it.
+    {"ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     # Python's own allocator would hide the ends of small blocks, such as ffi.new() makes.
     {"PYTHONMALLOC": "malloc"},
 )
 # Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime sees: what one thread did
 # before it gave up the GIL happened before what another does under it.
-THREAD = Sanitizer("thread", ("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66"}, {})
+THREAD = Sanitizer("thread", ("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:handle_sigbus=0"}, {})
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,18 @@ memory = ffi.new("char[]", lib.pn_map_bytes(1) + 1)
 lib.pn_map_init(ffi.cast("struct pn_map *", memory + 1), 1)
 """
 
-# pn_map_init writes without atomics: it is for whoever has the map to himself.
+# pn_pattern_fill writes without atomics: it is for whoever has the memory to himself. Long enough to be interrupted in the
+# middle even where there is one processor for both.
 RACE = """
 import threading
 from pagenet._pagenet import ffi, lib
-memory = ffi.new("char[]", lib.pn_map_bytes(1))
+memory = ffi.new("char[]", 256 * 4096)
 start = threading.Barrier(2)
-def init():
+def fill():
     start.wait()
-    for _ in range(1000):
-        lib.pn_map_init(ffi.cast("struct pn_map *", memory), 1)
-threads = [threading.Thread(target=init) for _ in range(2)]
+    for _ in range(100):
+        lib.pn_pattern_fill(memory, 0, 256, 4096, 1, 0)
+threads = [threading.Thread(target=fill) for _ in range(2)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 """
