@@ -6,6 +6,8 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,46 +25,76 @@ static uint64_t now(void) {
 /* ---- touching ---- */
 
 struct toucher {
-    uint64_t address, page_size, think_ns;
+    uint64_t address, page_size, until;
     const uint64_t *pages;
     uint64_t first, count;
     uint64_t *latencies;
+    const struct pn_map *map;
+    int error;
 };
 
-static void spin(uint64_t nanoseconds) {
-    uint64_t until = now() + nanoseconds;
-    while (now() < until)
-        ;
+/* A page that can never come is a SIGBUS, whenever its transfer fails: the end of the thread that touches it, no more. */
+static _Thread_local volatile bool touching;
+static _Thread_local sigjmp_buf untouched;
+static struct sigaction otherwise;
+
+static void bus_error(int number) {
+    if (touching)
+        siglongjmp(untouched, 1);
+    sigaction(number, &otherwise, NULL); /* not ours: it happens again at once, to whoever was there before us */
 }
 
+static bool is_there(const struct pn_map *map, uint64_t page) { return map && pn_map_state(map, page) == PN_RESIDENT; }
+
 static void *touch(void *argument) {
-    const struct toucher *toucher = argument;
+    struct toucher *toucher = argument;
+    const struct pn_map *map = toucher->map;
+    uint64_t start = now();
+    if (sigsetjmp(untouched, 1)) {
+        touching = false;
+        toucher->error = -EFAULT;
+        return NULL;
+    }
+    touching = true;
     for (uint64_t i = toucher->first; i < toucher->first + toucher->count; i++) {
         const volatile char *at = (const volatile char *)(uintptr_t)(toucher->address + toucher->pages[i] * toucher->page_size);
-        uint64_t start = now();
+        if (is_there(map, toucher->pages[i]))
+            continue;
+        start = now();
+        if (start >= toucher->until || (map && pn_map_done(map) == map->scope))
+            break;
         (void)*at;
         toucher->latencies[i] = now() - start;
-        if (toucher->think_ns)
-            spin(toucher->think_ns);
     }
+    touching = false;
     return NULL;
 }
 
+/* One caller at a time in a process: it takes SIGBUS for itself. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
-                   uint64_t think_ns) {
+                   uint64_t limit_ns, const struct pn_map *map) {
     struct toucher touchers[256];
     pthread_t ids[256];
     if (threads < 1 || threads > 256)
         return -EINVAL;
+    struct sigaction action = {.sa_handler = bus_error};
+    sigemptyset(&action.sa_mask);
+    if (sigaction(SIGBUS, &action, &otherwise))
+        return -errno;
+    memset(latencies, 0xff, count * sizeof *latencies);
+    uint64_t until = limit_ns ? now() + limit_ns : UINT64_MAX;
     int started = 0, error = 0;
     for (uint64_t first = 0; started < threads && !error; started += !error) {
         uint64_t share = (count - first) / (uint64_t)(threads - started);
-        touchers[started] = (struct toucher){address, page_size, think_ns, pages, first, share, latencies};
+        touchers[started] = (struct toucher){address, page_size, until, pages, first, share, latencies, map, 0};
         error = -pthread_create(&ids[started], NULL, touch, &touchers[started]);
         first += share;
     }
-    for (int i = 0; i < started; i++)
+    for (int i = 0; i < started; i++) {
         pthread_join(ids[i], NULL);
+        error = error ? error : touchers[i].error;
+    }
+    sigaction(SIGBUS, &otherwise, NULL);
     return error;
 }
 
@@ -153,3 +185,15 @@ int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64
 }
 
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) { memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length); }
+
+/* ---- what the books cost ---- */
+
+uint64_t pn_bench_claims(struct pn_map *map) {
+    uint64_t claims = 0;
+    for (uint64_t page = 0; page < map->pages; page++) {
+        claims += pn_map_claim(map, page, 1, PN_MISSING, PN_REQUESTED);
+        claims += pn_map_claim(map, page, 1, PN_REQUESTED, PN_PLACING);
+        claims += pn_map_claim(map, page, 1, PN_PLACING, PN_RESIDENT);
+    }
+    return claims;
+}

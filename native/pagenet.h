@@ -267,9 +267,10 @@ int pn_workload(int argc, char **argv);
 /* ---- bench.c: what pagenet-bench measures with, and the bare loops it measures against -------------------------------- */
 
 /* Touches pages[i] of memory at `address` from that many threads, each its share of the list in order, and notes how long each
- * touch took (ns). 0, or -errno. */
+ * touch took (ns). UINT64_MAX: it was not touched, because limit_ns (0: none) were over, or with a map because it was there
+ * already or all pages were. 0, -EFAULT when a page could never come, or -errno. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
-                   uint64_t think_ns);
+                   uint64_t limit_ns, const struct pn_map *map);
 /* Answers each 24-byte request on a blocking socket with a header and a page, until the peer closes. */
 int pn_bench_page_server(int sock, uint64_t page_size);
 /* Answers faults with a COPY, of a page asked for over a blocking socket, or (sock -1) of one at hand, until stop_fd is readable. */
@@ -278,5 +279,7 @@ int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
 /* Receives, and with a uffd copies each chunk into place from `address` on. */
 int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address);
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
+/* Takes each page of the map from MISSING to RESIDENT: how many claims that took. */
+uint64_t pn_bench_claims(struct pn_map *map);
 
 #endif

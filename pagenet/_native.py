@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -26,8 +28,16 @@ __all__ = [
     "SharedMap",
     "SourceBlock",
     "SourceLoop",
+    "bench_claims",
+    "bench_fault_floor",
+    "bench_memcpy",
+    "bench_page_server",
+    "bench_receive",
+    "bench_send",
+    "bench_touch",
     "copy_out",
     "leading_alike",
+    "pattern_differs",
     "pattern_fill",
     "place",
     "read_process",
@@ -441,3 +451,63 @@ def run_workload(argv: list[str]) -> int:
     """The owner of ``pagenet.testing.workload``, in this process; returns its exit status."""
     arguments = [ffi.new("char[]", argument.encode()) for argument in argv]
     return int(lib.pn_workload(len(arguments), ffi.new("char *[]", [*arguments, ffi.NULL])))
+
+
+# ---- bench ----
+
+_UNTOUCHED = 2**64 - 1
+
+
+def bench_touch(
+    address: int, page_size: int, pages: Sequence[int], threads: int, seconds: float, shared_fd: int | None = None
+) -> array[int]:
+    """How long each touch of ``pages`` took, in ns, in the order of the list: from that many threads, for ``seconds`` at most.
+    With the descriptor of a :class:`SharedMap`, pages that are there already are left out.
+
+    Call it in a thread. ``EFAULT``: a page could never come.
+    """
+    with ExitStack() as stack:
+        shared = ffi.NULL
+        if shared_fd is not None:  # a mapping of our own: the transfer may end, and take its own along, while we still look
+            mapped = Mapped(os.fstat(shared_fd).st_size, shared_fd)
+            stack.callback(mapped.close)
+            shared = ffi.cast("struct pn_map *", mapped.address)
+        wanted, latencies = array("Q", pages), array("Q", bytes(8 * len(pages)))
+        limit = max(1, int(seconds * 1e9))
+        to, from_ = ffi.from_buffer("uint64_t[]", latencies), ffi.from_buffer("uint64_t[]", wanted)
+        _check(lib.pn_bench_touch(address, page_size, from_, len(wanted), to, threads, limit, shared))
+    return array("Q", (latency for latency in latencies if latency != _UNTOUCHED))
+
+
+def bench_page_server(sock: int, page_size: int) -> None:
+    """Answer each request on a blocking socket with a page, until the peer closes."""
+    _check(lib.pn_bench_page_server(sock, page_size))
+
+
+def bench_fault_floor(uffd: int, sock: int, stop_fd: int, page_size: int) -> None:
+    """Answer faults from a page server, or with a page at hand (``sock`` -1), until ``stop_fd`` is readable."""
+    _check(lib.pn_bench_fault_floor(uffd, sock, stop_fd, page_size))
+
+
+def bench_send(sock: int, address: int, length: int, chunk: int) -> None:
+    _check(lib.pn_bench_send(sock, ffi.cast("void *", address), length, chunk))
+
+
+def bench_receive(sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0) -> None:
+    """Receive; with a uffd, copy each chunk into place."""
+    _check(lib.pn_bench_receive(sock, length, chunk, uffd, address))
+
+
+def bench_memcpy(to: int, from_: int, length: int) -> None:
+    lib.pn_bench_memcpy(to, from_, length)
+
+
+def bench_claims(shared: SharedMap) -> int:
+    """Take each page from MISSING to RESIDENT: how many claims that took."""
+    return int(lib.pn_bench_claims(shared.map))
+
+
+def pattern_differs(address: int, pages: int, page_size: int, seed: int, zero_every: int) -> int:
+    """How many pages of memory at ``address`` are not as :func:`pattern_fill` makes them."""
+    bad = ffi.new("uint64_t *")
+    return int(lib.pn_pattern_check(ffi.cast("void *", address), 0, pages, page_size, seed, zero_every, bad))

@@ -15,7 +15,10 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "run_command"]
+__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "prefetch_window", "run_command"]
+
+# A window is clipped to 1 MiB of bytes on either side anyway.
+MAX_WINDOW = 256
 
 EXIT_CODES = """\
 exit codes:
@@ -53,6 +56,14 @@ def add_lane_option(parser: Parser) -> None:
         default="auto",
         help="who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be (default: %(default)s)",
     )
+
+
+def prefetch_window(text: str) -> tuple[int, int]:
+    """For argparse: FWD,BACK."""
+    forward, comma, backward = text.partition(",")
+    if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
+    return int(forward), int(backward)
 
 
 class Report:

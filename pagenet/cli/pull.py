@@ -15,13 +15,10 @@ from ..pulling import Transfer, pull
 from ..schedule import SCHEDULES
 from ..target import Owner
 from ..uffd import UffdSocket
-from ._command import Parser, Report, add_lane_option, run_command
+from ._command import Parser, Report, add_lane_option, prefetch_window, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
-
-# A window is clipped to 1 MiB of bytes on either side anyway.
-MAX_WINDOW = 256
 
 _WORDS = {
     "listening": "waiting for a source on {uri}",
@@ -52,20 +49,13 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--prefetch",
-        type=_window,
+        type=prefetch_window,
         default=(8, 8),
         metavar="FWD,BACK",
         help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
     )
     add_lane_option(parser)
     return parser
-
-
-def _window(text: str) -> tuple[int, int]:
-    forward, comma, backward = text.partition(",")
-    if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
-    return int(forward), int(backward)
 
 
 async def _pull(options: argparse.Namespace, report: Report) -> None:

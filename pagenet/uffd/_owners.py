@@ -41,11 +41,20 @@ class OwnMemory:
     stuck for good. :meth:`read` copies from C without the GIL.
 
     ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB pages). The memory lives
-    until :meth:`close`; what was missing when a transfer failed raises SIGBUS.
+    until :meth:`close`; what was missing when a transfer failed raises SIGBUS. ``allocate``: take shared memory from the system
+    before the first page comes. ``move`` False: copy pages into anonymous memory even where the kernel could move them.
     """
 
-    def __init__(self, kind: Literal["anonymous", "memfd", "hugetlb"] = "anonymous") -> None:
+    def __init__(
+        self,
+        kind: Literal["anonymous", "memfd", "hugetlb"] = "anonymous",
+        *,
+        allocate: bool = False,
+        move: bool = True,
+    ) -> None:
         self._kind = kind
+        self._allocate = allocate
+        self._move = move
         self._mapped: _native.Mapped | None = None
         self._fd = -1
 
@@ -61,7 +70,7 @@ class OwnMemory:
             self._map(region.size, page_size)
             uffd.register(self.address, region.size, Mode.MISSING)
             shared_fd = None if self._fd < 0 else os.dup(self._fd)
-            return UffdTarget(
+            target = UffdTarget(
                 uffd,
                 [Mapping(self.address, region.size, 0, page_size)],
                 region,
@@ -74,9 +83,24 @@ class OwnMemory:
             _close_all([fd for fd in (uffd.fd, shared_fd) if fd is not None])
             self.close()
             raise
+        # Pages that exist already can be continued; a copy would find them there, and leave their zeros.
+        if self._allocate and target.placement == "continue":
+            await self._allocate_for(target)
+        return target
+
+    async def _allocate_for(self, target: UffdTarget) -> None:
+        try:
+            await trio.to_thread.run_sync(os.posix_fallocate, self._fd, 0, target.region.size)
+        except BaseException as error:
+            target.close([])
+            self.close()
+            if isinstance(error, OSError):
+                size = f"{target.region.size} bytes of {self._kind} memory"
+                raise Unsupported(f"cannot allocate {size}: {error.strerror}") from None
+            raise
 
     def _features(self) -> Feature:
-        wanted = Feature.MOVE | Feature.EVENT_REMOVE if self._kind == "anonymous" else Feature.EVENT_REMOVE
+        wanted = Feature.MOVE | Feature.EVENT_REMOVE if self._kind == "anonymous" and self._move else Feature.EVENT_REMOVE
         return wanted & probe()
 
     def _map(self, size: int, page_size: int) -> None:

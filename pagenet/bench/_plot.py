@@ -1,0 +1,89 @@
+"""The distribution of fault latencies, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PagenetError, UsageError
+from ._fault import FaultResult
+from ._figures import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["check_plot", "plot_latencies"]
+
+# What is a floor is grey; what is ours has a colour that differs in lightness too (Okabe and Ito).
+_CURVES = [
+    ("floor_local", "bare C, page at hand", "0.7", ":"),
+    ("floor", "bare C request and reply", "0.45", "--"),
+    ("idle", "idle", "#0072b2", "-"),
+    ("busy", "a Trio task busy", "#56b4e9", "-"),
+    ("loaded", "background flat out", "#d55e00", "-"),
+]
+_POINTS = 500
+_SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)
+
+
+def check_plot(path: Path) -> None:
+    """:exc:`UsageError` if no picture could be drawn there, before anything is measured."""
+    if path.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot {path}: the name ends in .svg or .png")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: {path.parent} is not a directory")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'pagenet[plot]'") from None
+
+
+def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> None:
+    """One panel for each number of threads."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    figure = Figure(figsize=(1.2 + 4.2 * len(results), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, result in zip(panels, results, strict=True):
+        _draw(panel, result)
+    panels[0].set_ylabel("share of touches that took no longer")
+    figure.suptitle(title, fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise PagenetError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _ranks(count: int) -> list[int]:
+    """Enough of the ranks for a smooth curve over the nines: a file need not hold every touch."""
+    return sorted({min(count - 1, round(count * (1 - count ** (-step / _POINTS)))) for step in range(_POINTS + 1)})
+
+
+def _draw(panel: Axes, result: FaultResult) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
+    panel.set_title(threads, fontsize=10)
+    for name, label, color, style in _CURVES:
+        sample: Sample = getattr(result, name)
+        if sample.count:
+            latencies = sample.pooled()
+            ranks = _ranks(len(latencies))
+            rest = [1 - rank / len(latencies) for rank in ranks]
+            seconds = [latencies[rank] / 1e9 for rank in ranks]
+            panel.plot(seconds, rest, label=label, color=color, linestyle=style)
+    # As many nines as there are: linear in the share, the tail would be a line along the top.
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_ylim(1.3, 0.8e-4)
+    panel.set_yticks([1 - share for share in _SHARES], [f"{share:.2%}".rstrip("0%").rstrip(".") + " %" for share in _SHARES])
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter(EngFormatter("s"))
+    panel.set_xlabel("touch to resume")
+    panel.grid(color="0.92")
+    panel.spines[["top", "right"]].set_visible(False)

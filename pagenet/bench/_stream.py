@@ -1,0 +1,213 @@
+"""How fast the background brings what nobody touches, by how pages get into place and where they come from.
+
+The clock runs from the moment the lanes start until the last page is in place. Afterwards every page is compared with what it
+should be. The floors are bare loops in C in two processes: the bytes alone (send, and recv into one buffer), and the same with
+each chunk put in place by COPY; and memcpy between two buffers that are in memory already.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import trio
+
+from .. import _native
+from ..errors import PagenetError, UsageError
+from ..events import EventHandler
+from ..lane import LaneKind
+from ..pulling import pull
+from ..uffd import Mode, OwnMemory, Userfaultfd
+from ._environment import available_memory
+from ._figures import median
+from ._peers import Source, connected_peer, memory_holder, served, socket_pair
+from .peer import ORDER, READY
+
+__all__ = ["PLACEMENTS", "SOURCES", "StreamOptions", "StreamResult", "measure_streams"]
+
+#: by name: the memory that makes pagenet place pages that way
+PLACEMENTS = {
+    "copy": lambda: OwnMemory("anonymous", move=False),
+    "move": lambda: OwnMemory("anonymous"),
+    "continue": lambda: OwnMemory("memfd"),
+    "continue-allocated": lambda: OwnMemory("memfd", allocate=True),
+}
+SOURCES = ("file", "process")
+# More than any cache holds.
+_MEMCPY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """``chunk``: bytes that the floors send, and receive, at a time. ``zero_every``: one page in so many is zero in a further
+    run of each placement (0: no such run). ``uri``: a peer to measure instead of one that is started here."""
+
+    lane: LaneKind = "native"
+    size: int = 512 << 20
+    chunk: int = 256 << 10
+    placements: Sequence[str] = tuple(PLACEMENTS)
+    sources: Sequence[str] = SOURCES
+    zero_every: int = 2
+    transport: Literal["tcp", "unix"] = "tcp"
+    rounds: int = 3
+    uri: str | None = None
+
+
+@dataclass(slots=True)
+class StreamResult:
+    """Seconds of each round for ``size`` bytes. Of a floor, ``source`` is empty."""
+
+    name: str
+    source: str = ""
+    zero_share: float = 0.0
+    size: int = 0
+    lane: str = ""
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def gbps(self) -> float:
+        """10^9 bytes a second."""
+        return round(self.size / median(self.seconds) / 1e9, 3)
+
+    @property
+    def is_floor(self) -> bool:
+        return not self.source
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """One row: a source to pull from, and a placement. ``source`` None: nobody here knows what it holds."""
+
+    result: StreamResult
+    uri: str
+    source: Source | None
+
+
+async def measure_streams(options: StreamOptions, on_event: EventHandler) -> list[StreamResult]:
+    """The floors, then every placement from every source. Event: ``skipped``, of a source that cannot be had here."""
+    async with AsyncExitStack() as stack:
+        if options.uri is not None:
+            variants = [_Variant(StreamResult(name, "peer"), options.uri, None) for name in options.placements]
+            floors = _Floors(options, None)
+        else:
+            if (needed := 5 * options.size) > available_memory():
+                raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+            source = stack.enter_context(Source(options.size))
+            variants = [
+                _Variant(StreamResult(name, kind), uri, source)
+                for kind in options.sources
+                if (uri := await _uri_of(kind, source, options, stack, on_event)) is not None
+                for name in options.placements
+            ]
+            if options.zero_every:
+                zeros = stack.enter_context(Source(options.size, options.zero_every))
+                uri = await stack.enter_async_context(served(zeros.spec, options.transport, options.lane))
+                share = 1 / options.zero_every
+                variants += [_Variant(StreamResult(name, "file", share), uri, zeros) for name in options.placements]
+            sender = await stack.enter_async_context(
+                connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd])
+            )
+            if await trio.to_thread.run_sync(sender.recv, len(READY)) != READY:
+                raise PagenetError("the floor's sender ended at once")
+            floors = _Floors(options, sender)
+        for _ in range(options.rounds):
+            await trio.to_thread.run_sync(floors.round)
+            for variant in variants:
+                await _stream(variant, options)
+    return [*floors.results, *(variant.result for variant in variants)]
+
+
+async def _uri_of(
+    kind: str, source: Source, options: StreamOptions, stack: AsyncExitStack, on_event: EventHandler
+) -> str | None:
+    spec = source.spec if kind == "file" else await stack.enter_async_context(memory_holder(source))
+    try:
+        return await stack.enter_async_context(served(spec, options.transport, options.lane))
+    except UsageError as error:
+        if kind == "file":
+            raise
+        on_event("skipped", source=kind, reason=str(error))
+        return None
+
+
+async def _stream(variant: _Variant, options: StreamOptions) -> None:
+    result = variant.result
+    memory = PLACEMENTS[result.name]()
+    try:
+        async with pull(variant.uri, memory, lane=options.lane, prefetch=(0, 0)) as transfer:
+            await transfer.wait_complete()
+        statistics = transfer.statistics()
+        if statistics.placement != result.name.partition("-")[0]:
+            raise PagenetError(f"this kernel places pages by {statistics.placement}, where {result.name} was to be measured")
+        result.size, result.lane = statistics.size, transfer.lane
+        result.seconds.append(statistics.seconds)
+        if variant.source is not None and (bad := await trio.to_thread.run_sync(variant.source.differs, memory.address)):
+            raise PagenetError(f"{bad} pages are not what they should be after {result.name} from {result.source}")
+    finally:
+        memory.close()
+
+
+class _Floors:
+    """What no page mover can beat by much. Without a sender, memcpy alone.
+
+    Every measurement has a connection of its own, as every transfer has: one that is warm is faster.
+    """
+
+    def __init__(self, options: StreamOptions, sender: socket.socket | None) -> None:
+        self._options = options
+        self._sender = sender
+        self._memcpy = StreamResult("memcpy", size=min(options.size, _MEMCPY_BYTES))
+        self._receive = StreamResult("send/recv", size=options.size)
+        self._copy = StreamResult("send/recv+copy", size=options.size)
+
+    @property
+    def results(self) -> list[StreamResult]:
+        return [self._memcpy] if self._sender is None else [self._memcpy, self._receive, self._copy]
+
+    def round(self) -> None:
+        """Each once. Blocks: call it in a thread."""
+        self._memcpy.seconds.append(self._time_memcpy())
+        if self._sender is not None:
+            self._receive.seconds.append(self._time_receive(self._sender))
+            self._copy.seconds.append(self._time_copy(self._sender))
+
+    def _time_memcpy(self) -> float:
+        size = self._memcpy.size
+        from_, to = _native.Mapped(size), _native.Mapped(size)
+        try:
+            # Memory that was never written is one page of zeros, over and over, in the cache.
+            _native.bench_memcpy(from_.address, to.address, size)
+            for _ in range(2):  # the first time brings the pages
+                start = time.perf_counter()
+                _native.bench_memcpy(to.address, from_.address, size)
+                seconds = time.perf_counter() - start
+            return seconds
+        finally:
+            from_.close()
+            to.close()
+
+    def _time_receive(self, sender: socket.socket, uffd: int = -1, address: int = 0) -> float:
+        size, chunk = self._options.size, self._options.chunk
+        with socket_pair(self._options.transport) as (ours, theirs):
+            start = time.perf_counter()
+            try:
+                socket.send_fds(sender, [ORDER.pack(size, chunk)], [theirs.fileno()])
+                theirs.close()
+                _native.bench_receive(ours.fileno(), size, chunk, uffd, address)
+            except OSError as error:
+                raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
+            return time.perf_counter() - start
+
+    def _time_copy(self, sender: socket.socket) -> float:
+        memory = _native.Mapped(self._options.size)
+        uffd = Userfaultfd.open()
+        try:
+            uffd.register(memory.address, memory.size, Mode.MISSING)
+            return self._time_receive(sender, uffd.fd, memory.address)
+        finally:
+            uffd.close()
+            memory.close()

@@ -1,0 +1,73 @@
+"""The other side of a floor, as a process of its own: ``python -m pagenet.bench.peer``, started by pagenet-bench alone.
+
+``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` holds a copy of that memory, and sends it
+over each connection that it gets over its unix socket, together with how much and in which chunks. ``memory MEMFD SIZE`` holds
+a copy in private memory, says where, and waits for the end of its input.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from .. import _native
+
+__all__ = ["ORDER", "READY", "peer_command"]
+
+#: how many bytes to send, in chunks of how many
+ORDER = struct.Struct("<QQ")
+#: that it may be ordered
+READY = b"."
+
+
+def peer_command(role: str, *numbers: int) -> list[str]:
+    return [sys.executable, "-m", "pagenet.bench.peer", role, *map(str, numbers)]
+
+
+def _send_pages(fd: int, page_size: int) -> None:
+    with socket.socket(fileno=fd) as sock:
+        _native.bench_page_server(sock.fileno(), page_size)
+
+
+def _copy_of(memfd: int, size: int) -> _native.Mapped:
+    source, memory = _native.Mapped(size, memfd), _native.Mapped(size)
+    _native.bench_memcpy(memory.address, source.address, size)
+    source.close()
+    return memory
+
+
+def _send_bytes(fd: int, memfd: int, size: int) -> None:
+    memory = _copy_of(memfd, size)
+    with socket.socket(fileno=fd) as orders:
+        orders.send(READY)
+        while True:
+            order, fds, _, _ = socket.recv_fds(orders, ORDER.size, 1)
+            if not fds:
+                break
+            length, chunk = ORDER.unpack(order)
+            with socket.socket(fileno=fds[0]) as sock:
+                _native.bench_send(sock.fileno(), memory.address, length, chunk)
+
+
+def _hold_memory(memfd: int, size: int) -> None:
+    memory = _copy_of(memfd, size)
+    print(memory.address, flush=True)
+    os.read(0, 1)
+
+
+_ROLES: dict[str, Callable[..., None]] = {"pages": _send_pages, "bytes": _send_bytes, "memory": _hold_memory}
+
+
+def main() -> int:
+    role, *numbers = sys.argv[1:]
+    with suppress(BrokenPipeError):  # whoever measures has left
+        _ROLES[role](*map(int, numbers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""pagenet-bench: what a fault and a byte cost here, each figure beside the least that it could be."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..bench import (
+    LIMIT_SECONDS,
+    PLACEMENTS,
+    SOURCES,
+    FaultOptions,
+    FaultResult,
+    NullResult,
+    Sample,
+    StreamOptions,
+    StreamResult,
+    check_plot,
+    environment,
+    measure_faults,
+    measure_null,
+    measure_streams,
+    plot_latencies,
+)
+from ..testing.pattern import parse_size
+from ._command import Parser, Report, add_lane_option, prefetch_window, run_command
+
+__all__ = ["main"]
+
+_PROG = "pagenet-bench"
+_SUITES = {
+    "all": "Faults and streams, quickly: under a minute.",
+    "fault": "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and under load.",
+    "stream": "How fast the background brings pages, by placement and source.",
+    "null": "What the machinery costs with no memory, no bytes and no network behind it.",
+}
+_WORDS = {"skipped": "left out: source {source}: {reason}"}
+
+MAX_THREADS = 256
+# of tables that go somewhere other than a terminal
+_WIDTH = 120
+_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "null": 3}
+_SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
+_SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+#: of the table: what, in words, and what it is beside
+_ROWS = [
+    ("floor_local", "bare C, page at hand", ""),
+    ("floor", "bare C request, reply, copy", ""),
+    ("idle", "idle", "floor"),
+    ("floor_busy", "bare C, a Trio task busy", ""),
+    ("busy", "idle, a Trio task busy", "idle"),
+    ("loaded", "background flat out", "idle"),
+]
+
+Fields = dict[str, Any]
+
+
+def _parser() -> Parser:
+    parser = Parser(_PROG, "Measure pagenet beside what bare loops in C do in the same call. Without a command: all.")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser)
+    for name, words in _SUITES.items():
+        suite = suites.add_parser(name, help=words, description=words)
+        suite.add_argument("--rounds", type=_count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
+        if name == "null":
+            continue
+        add_lane_option(suite)
+        suite.set_defaults(lane="native")
+        suite.add_argument("--transport", choices=["tcp", "unix"], default="tcp", help="between processes here (%(default)s)")
+        suite.add_argument("--uri", help="measure against the pagenet-serve that listens there, without the floors of a socket")
+        suite.add_argument("--size", type=parse_size, default=_SIZES[name], help="of the memory, in bytes or with K, M, G")
+        if name != "stream":
+            _add_fault_options(suite, quick=name == "all")
+        if name == "stream":
+            _add_stream_options(suite)
+    return parser
+
+
+class _SuiteParser(Parser):
+    """A command's own: with the options that all have."""
+
+    def __init__(self, prog: str, description: str, **_: Any) -> None:
+        super().__init__(prog, description)
+
+
+def _add_fault_options(parser: Parser, quick: bool) -> None:
+    parser.add_argument(
+        "--threads", type=_counts, default=(1, 8) if quick else (1, 8, 64), metavar="N,N...", help="how many touch at a time"
+    )
+    parser.add_argument(
+        "--touches", type=_count, default=4000, metavar="N", help="in each round at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--memory", choices=["anonymous", "memfd", "hugetlb"], default="anonymous", help="that is touched (%(default)s)"
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=prefetch_window,
+        default=(0, 0),
+        metavar="FWD,BACK",
+        help="pages asked for around each one touched; what they bring is not waited for, and not counted (0,0: a pure lane)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the distribution of latencies: FILE.svg or FILE.png")
+
+
+def _add_stream_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--chunk", type=parse_size, default=256 << 10, metavar="BYTES", help="sent and received at a time by the floors (256K)"
+    )
+    parser.add_argument(
+        "--placement", type=_names(PLACEMENTS), default=tuple(PLACEMENTS), metavar="NAME,...", help=_one_of(PLACEMENTS)
+    )
+    parser.add_argument("--source", type=_names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES))
+    parser.add_argument(
+        "--zero-every", type=int, default=2, metavar="N", help="measure with one page in N zero, too (%(default)s; 0: do not)"
+    )
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"of {', '.join(names)} (all of them)"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 10_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(_count(part) for part in text.split(","))
+    if max(counts) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{max(counts)} threads are more than {MAX_THREADS}")
+    return counts
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
+        return names
+
+    return parse
+
+
+# ---- what is measured ----
+
+
+async def _bench(options: argparse.Namespace, report: Report) -> None:
+    plot = getattr(options, "plot", None)
+    if plot is not None:
+        check_plot(plot)
+    lane = {} if options.suite == "null" else {"lane": options.lane}
+    where = {**environment(), **lane}
+    report("environment", **where)
+    if not report.as_json:
+        _print_environment(where)
+    summary: Fields = {}
+    if options.suite in ("all", "fault"):
+        summary["fault"] = await _fault(options, report)
+    if options.suite in ("all", "stream"):
+        summary["stream"] = await _stream(options, report)
+    if options.suite == "null":
+        summary["null"] = await _null(options, report)
+    report("complete", **summary, environment=where)
+
+
+async def _fault(options: argparse.Namespace, report: Report) -> Fields:
+    wanted = FaultOptions(
+        lane=options.lane,
+        threads=options.threads,
+        touches=options.touches,
+        size=options.size,
+        memory=options.memory,
+        prefetch=options.prefetch,
+        transport=options.transport,
+        rounds=options.rounds,
+        uri=options.uri,
+    )
+    results = await measure_faults(wanted)
+    summaries = [_fault_summary(result) for result in results]
+    for result, summary in zip(results, summaries, strict=True):
+        report("result", suite="fault", **_about_fault(result, wanted), **summary)
+    if not report.as_json:
+        _print_faults(results, wanted)
+    if options.plot is not None:
+        plot_latencies(options.plot, results, _fault_title(results[0], wanted))
+        report("plotted", file=str(options.plot))
+    return {**_about_fault(results[0], wanted), **summaries[0]}
+
+
+def _about_fault(result: FaultResult, options: FaultOptions) -> Fields:
+    return {
+        "threads": result.threads,
+        "lane": result.lane,
+        "memory": options.memory,
+        "placement": result.placement,
+        "prefetch": options.prefetch,
+        "transport": options.transport if options.uri is None else options.uri,
+    }
+
+
+def _fault_summary(result: FaultResult) -> Fields:
+    return {
+        "idle": {
+            **_quantiles(result.idle),
+            **_quantiles(result.floor, "floor_"),
+            **_quantiles(result.floor_local, "floor_local_"),
+        },
+        "busy": {**_quantiles(result.busy), **_quantiles(result.floor_busy, "floor_")},
+        "loaded": {**_quantiles(result.loaded), "not_counted": result.loaded_not_counted},
+        "ratios": {
+            "idle_p50_to_floor": result.idle.ratio(result.floor, 0.5),
+            "busy_p50_to_idle": result.busy.ratio(result.idle, 0.5),
+            "loaded_p99_to_idle": result.loaded.ratio(result.idle, 0.99),
+        },
+    }
+
+
+def _quantiles(sample: Sample, prefix: str = "") -> Fields:
+    quantiles = {f"{prefix}{name.replace('.', '')}_us": sample.microseconds(share) for name, share in _SHARES.items()}
+    return {**quantiles, f"{prefix}touches": sample.count}
+
+
+async def _stream(options: argparse.Namespace, report: Report) -> Fields:
+    quick = options.suite == "all"
+    wanted = StreamOptions(
+        lane=options.lane, size=options.size, transport=options.transport, rounds=options.rounds, uri=options.uri
+    )
+    if quick:
+        wanted = replace(wanted, sources=("file",), zero_every=0)
+    else:
+        chosen = {"chunk": options.chunk, "placements": options.placement, "sources": options.source}
+        wanted = replace(wanted, **chosen, zero_every=options.zero_every)
+    results = await measure_streams(wanted, report)
+    floors = {result.name: result.gbps for result in results if result.is_floor}
+    for result in results:
+        report("result", suite="stream", **_stream_fields(result, floors.get("send/recv+copy")), chunk=wanted.chunk)
+    if not report.as_json:
+        _print_streams(results, wanted)
+    best = max((result for result in results if not result.is_floor and not result.zero_share), key=lambda result: result.gbps)
+    return {
+        "best_gbps": best.gbps,
+        "best": f"{best.name} from {best.source}",
+        "floor_copy_gbps": floors.get("send/recv+copy"),
+        "floor_receive_gbps": floors.get("send/recv"),
+        "floor_memcpy_gbps": floors["memcpy"],
+        "gbps": {_stream_name(result): result.gbps for result in results if not result.is_floor},
+        "chunk": wanted.chunk,
+    }
+
+
+def _stream_name(result: StreamResult) -> str:
+    zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
+    return f"{result.name} from {result.source}{zeros}"
+
+
+def _stream_fields(result: StreamResult, floor: float | None) -> Fields:
+    fields: Fields = {"name": result.name, "floor": result.is_floor, "gbps": result.gbps, "bytes": result.size}
+    if not result.is_floor:
+        ratio = round(result.gbps / floor, 2) if floor else None
+        fields |= {"source": result.source, "zero_share": result.zero_share, "lane": result.lane, "floor_copy_gbps": floor}
+        fields["ratio"] = ratio
+    return fields
+
+
+async def _null(options: argparse.Namespace, report: Report) -> Fields:
+    results = await measure_null(rounds=options.rounds)
+    for result in results:
+        report("result", suite="null", name=result.name, unit=result.unit, per_second=result.per_second, ns=result.nanoseconds)
+    if not report.as_json:
+        _print_null(results)
+    return {result.name: result.per_second for result in results}
+
+
+# ---- for people ----
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, pad_edge=False, header_style="bold")
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _shown(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:,.1f}{unit}"
+
+
+def _print_environment(where: Fields) -> None:
+    _console().print("  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items()))
+
+
+def _fault_title(result: FaultResult, options: FaultOptions) -> str:
+    peer = options.transport if options.uri is None else options.uri
+    window = "prefetch off" if options.prefetch == (0, 0) else f"prefetch {options.prefetch[0]},{options.prefetch[1]}"
+    memory = f"{options.memory} memory, placement {result.placement}"
+    return f"Touch to resume, {result.lane} lanes, {memory}, {peer}, {window}"
+
+
+def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None:
+    console = _console()
+    console.print(f"\n[bold]{_fault_title(results[0], options)}[/bold]  (µs; medians of {options.rounds} rounds)")
+    table = _table("threads", "", *_SHARES, "touches", "p50 is", "p99 is")
+    table.columns[1].justify = "left"
+    for result in results:
+        threads = str(result.threads)
+        for name, label, beside in _ROWS:
+            sample: Sample = getattr(result, name)
+            if sample.count:
+                figures = [_shown(sample.microseconds(share)) for share in _SHARES.values()]
+                ratios = ["", ""]
+                if beside:
+                    least: Sample = getattr(result, beside)
+                    what = "idle" if beside == "idle" else "floor"
+                    ratios = [f"{_shown(sample.ratio(least, share), 'x')} {what}" for share in (0.5, 0.99)]
+                dim = "dim" if name.startswith("floor") else ""
+                table.add_row(threads, label, *figures, f"{sample.count:,}", *ratios, style=dim)
+                threads = ""
+        table.add_section()
+    console.print(table)
+    skipped = sum(result.loaded_not_counted for result in results)
+    console.print(
+        f"Under load only touches that waited count: {skipped:,} others fell on pages that the background had brought, "
+        f"or came after it was done. No measurement takes more than {LIMIT_SECONDS:g} s.",
+        style="dim",
+    )
+
+
+def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> None:
+    console = _console()
+    title = f"Background, {options.lane} lanes, {options.transport if options.uri is None else options.uri}"
+    sizes = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
+    console.print(f"\n[bold]{title}, {sizes}[/bold]  (medians of {options.rounds} rounds)")
+    table = _table("placement", "source", "GB/s", "floor", "ratio")
+    table.columns[1].justify = "left"
+    floors = {result.name: result.gbps for result in results if result.is_floor}
+    for result in results:
+        if result.is_floor:
+            table.add_row(result.name, "bare C", f"{result.gbps:.2f}", style="dim")
+            continue
+        floor = floors.get("send/recv+copy")
+        zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
+        beside = ("-", "-") if floor is None else (f"{floor:.2f}", f"{result.gbps / floor:.2f}x")
+        table.add_row(result.name, result.source + zeros, f"{result.gbps:.2f}", *beside)
+    console.print(table)
+    console.print("The floor of each is send/recv+copy. Every page was compared after its transfer.", style="dim")
+
+
+def _print_null(results: Sequence[NullResult]) -> None:
+    table = _table("what", "per second", "ns each")
+    for result in results:
+        table.add_row(f"{result.name} ({result.unit})", f"{result.per_second:,}", _shown(result.nanoseconds))
+    _console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in (*_SUITES, "-h", "--help", "--version"):
+        arguments.insert(0, "all")
+    options = _parser().parse_args(arguments)
+    report = Report(_PROG, options.json, _WORDS)
+    return run_command(lambda: _bench(options, report), report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""pagenet-bench: that it measures, beside what, and what it says. Never how fast: that is the machine's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagenet.bench import Sample
+from pagenet.cli.bench import main
+
+SMALL_FAULT = ("--size", "16M", "--touches", "200", "--rounds", "1", "--threads", "1,3")
+
+
+def bench(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pagenet.cli.bench", *args], capture_output=True, text=True, timeout=60)
+
+
+def events(*args: str) -> list[dict[str, Any]]:
+    ended = bench(*args, "--json")
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def results(said: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    return [event for event in said if event["event"] == "result" and event["suite"] == suite]
+
+
+def test_all_ends_with_one_object_of_figures_and_floors() -> None:
+    *_, last = events("--size", "16M", "--touches", "200", "--rounds", "1", "--threads", "1")
+    assert last["event"] == "complete"
+    figures = [
+        last["fault"]["idle"]["p50_us"],
+        last["fault"]["idle"]["floor_p50_us"],
+        last["fault"]["idle"]["floor_local_p50_us"],
+        last["fault"]["loaded"]["p99_us"],
+        last["stream"]["best_gbps"],
+        last["stream"]["floor_copy_gbps"],
+        last["stream"]["floor_receive_gbps"],
+        last["stream"]["floor_memcpy_gbps"],
+    ]
+    assert all(figure > 0 for figure in figures)
+    assert {"kernel", "page_size", "congestion_control", "cpus", "mtu_lo", "lane", "pagenet"} <= last["environment"].keys()
+
+
+@pytest.mark.parametrize(
+    ("lane", "memory", "placement", "threads"),
+    [
+        ("native", "anonymous", {"copy", "move"}, [1, 3]),
+        ("native", "memfd", {"continue"}, [1]),
+        ("trio", "anonymous", {"copy", "move"}, [2]),
+    ],
+)
+def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) -> None:
+    many = ("--threads", ",".join(map(str, threads)))
+    said = events("fault", *SMALL_FAULT, *many, "--lane", lane, "--memory", memory, "--transport", "unix")
+    assert [result["threads"] for result in results(said, "fault")] == threads
+    for result in results(said, "fault"):
+        assert (result["lane"], result["transport"]) == (lane, "unix")
+        assert result["placement"] in placement
+        idle = result["idle"]
+        assert idle["touches"] == idle["floor_touches"] == idle["floor_local_touches"] == 200
+        assert 0 < idle["floor_p50_us"] <= idle["floor_p99_us"] <= idle["floor_p999_us"]
+        assert 0 < idle["p50_us"] <= idle["p99_us"] <= idle["p999_us"]
+        assert result["loaded"]["touches"] + result["loaded"]["not_counted"] == 200
+        assert result["busy"]["touches"] > 0
+
+
+def test_fault_counts_no_page_that_prefetch_brought() -> None:
+    said = events("fault", "--size", "4M", "--touches", "1024", "--rounds", "1", "--threads", "1", "--prefetch", "64,64")
+    (result,) = results(said, "fault")
+    assert 0 < result["idle"]["touches"] < 1024
+
+
+def test_stream_measures_every_placement_and_source() -> None:
+    said = events("stream", "--size", "16M", "--rounds", "1")
+    rows = results(said, "stream")
+    floors = {row["name"]: row["gbps"] for row in rows if row["floor"]}
+    assert floors.keys() == {"memcpy", "send/recv", "send/recv+copy"}
+    assert all(gbps > 0 for gbps in floors.values())
+    others = [row for row in rows if not row["floor"]]
+    assert all(row["gbps"] > 0 and row["ratio"] > 0 and row["bytes"] == 16 << 20 for row in others)
+    assert {row["name"] for row in others} == {"copy", "move", "continue", "continue-allocated"}
+    assert {(row["source"], row["zero_share"]) for row in others} >= {("file", 0.0), ("file", 0.5)}
+
+
+def test_stream_on_trio_lanes() -> None:
+    said = events("stream", "--size", "4M", "--rounds", "1", "--lane", "trio", "--placement", "copy", "--zero-every", "0")
+    assert {row["lane"] for row in results(said, "stream") if not row["floor"]} == {"trio"}
+
+
+def test_null() -> None:
+    said = events("null", "--rounds", "1")
+    assert len(results(said, "null")) == 6
+    assert all(result["per_second"] > 0 for result in results(said, "null"))
+    assert len(said[-1]["null"]) == 6
+
+
+@pytest.mark.parametrize("command", ["fault", "stream"])
+def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * (4 << 20))
+    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
+    with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            uri = json.loads(server.stdout.readline())["uri"]
+            options = ("--threads", "1", "--touches", "50") if command == "fault" else ("--placement", "copy", "--size", "4M")
+            *_, last = events(command, "--uri", uri, "--rounds", "1", *options)
+        finally:
+            server.kill()
+    if command == "fault":
+        assert last["fault"]["idle"]["touches"] == last["fault"]["idle"]["floor_local_touches"] == 50
+        assert last["fault"]["idle"]["floor_p50_us"] is None
+    else:
+        assert last["stream"]["best_gbps"] > 0
+        assert last["stream"]["floor_copy_gbps"] is None
+
+
+def test_tables_put_each_figure_beside_its_floor() -> None:
+    ended = bench("fault", *SMALL_FAULT)
+    assert ended.returncode == 0, ended.stderr
+    rows = ["bare C, page at hand", "bare C request, reply, copy", "idle", "a Trio task busy", "background flat out"]
+    assert all(row in ended.stdout for row in [*rows, "prefetch off", "x floor", "congestion control"])
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_plot(suffix: str, magic: bytes, tmp_path: Path) -> None:
+    picture = tmp_path / f"latency.{suffix}"
+    *_, plotted, _ = events("fault", *SMALL_FAULT, "--threads", "1", "--plot", str(picture))
+    assert plotted == {"event": "plotted", "file": str(picture)}
+    assert picture.read_bytes().startswith(magic)
+
+
+@pytest.mark.parametrize("who", ["source", "bench"])
+def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> None:
+    """Pages that never come are a SIGBUS to the bench's own threads: it must not be the end of the bench."""
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * (64 << 20))
+    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
+    with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        uri = json.loads(server.stdout.readline())["uri"]
+        command = [sys.executable, "-m", "pagenet.cli.bench", "fault", "--uri", uri, "--rounds", "10000", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            try:
+                assert running.stdout is not None
+                assert running.stdout.readline()  # it names the environment, and begins
+                for _ in range(5):  # some sessions later, it is touching
+                    server.stdout.readline()
+                server.send_signal(signal.SIGSTOP)  # from now on touches wait
+                time.sleep(0.3)
+                if who == "source":
+                    server.kill()
+                else:
+                    running.send_signal(signal.SIGINT)
+                _, complaints = running.communicate(timeout=20)
+            finally:
+                running.kill()
+                server.kill()
+    assert (running.returncode, complaints.count("\n")) == ((4, 1) if who == "source" else (130, 0)), complaints
+
+
+NO_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None
+from pagenet.cli.bench import main
+sys.exit(main(["fault", "--plot", "x.svg"]))
+"""
+
+
+def test_plot_without_matplotlib_is_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", NO_MATPLOTLIB], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == "pagenet-bench: --plot needs matplotlib: pip install 'pagenet[plot]'\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "exit_code", "reason"),
+    [
+        (["fault", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
+        (["stream", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
+        (["fault", "--threads", "0"], 2, "'0' is not a number"),
+        (["fault", "--threads", "300"], 2, "more than 256"),
+        (["fault", "--plot", "picture.pdf"], 2, ".svg or .png"),
+        (["fault", "--plot", "nowhere/at/all.svg"], 2, "not a directory"),
+        (["fault", "--size", "4097"], 2, "whole number"),
+        (["fault", "--size", "4M", "--memory", "hugetlb", "--lane", "other"], 2, "--lane"),
+        (["stream", "--placement", "copy,paste"], 2, "paste: there are"),
+        (["stream", "--size", "100000G"], 2, "MiB of memory"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    args: list[str], exit_code: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(args)
+    except SystemExit as leaving:  # as argparse does it
+        code = leaving.code
+    complaints = capsys.readouterr().err
+    assert code == exit_code
+    assert complaints.count("\n") == 1
+    assert reason in complaints
+
+
+def test_a_quantile_is_the_median_of_the_rounds() -> None:
+    sample, floor = Sample(), Sample()
+    for ours, least in ([30, 10, 20], [5, 5, 5]), ([4000, 4000, 4000], [1000, 1000, 1000]), ([2000] * 3, [1000] * 3):
+        sample.add(ours)
+        floor.add(least)
+    assert sample.microseconds(0.5) == 2.0
+    assert sample.ratio(floor, 0.5) == 4.0
+    assert (sample.count, sample.pooled()[0]) == (9, 10)
+    assert Sample().microseconds(0.5) is None
+    assert sample.ratio(Sample(), 0.5) is None
