@@ -149,7 +149,9 @@ class _Run:
 
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()
-        raise OwnerGone("the owner of the memory is gone")
+        self._filling.check_complete()  # an owner may end as soon as it has its last page: then it had them all
+        if not self._filling.completed.is_set():
+            raise OwnerGone("the owner of the memory is gone")
 
 
 async def _open_lanes(

@@ -41,7 +41,13 @@ ADDRESS = Sanitizer(
 )
 # Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime sees: what one thread did
 # before it gave up the GIL happened before what another does under it.
-THREAD = Sanitizer("thread", ("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:handle_sigbus=0"}, {})
+THREAD = Sanitizer(
+    "thread",
+    ("-fsanitize=thread",),
+    "libtsan.so",
+    {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:handle_sigbus=0:suppressions={ROOT / 'tests' / 'tsan.suppressions'}"},
+    {},
+)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from pagenet import (
     Region,
     Run,
     SourceLost,
+    Transfer,
     UffdSocket,
     Unsupported,
     UsageError,
@@ -679,6 +680,23 @@ async def kill_owner(
         await wait_in_faults(process.pid, threads)
         await process.kill()
         await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "memfd"])
+async def test_owner_that_ends_once_it_has_all(kind: Any, source: str, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may end so soon after its last page that both are learnt at once."""
+    transfers: list[Transfer] = []
+
+    async def wait_gone(self: UffdTarget) -> None:
+        while not transfers or transfers[0].statistics().done < SIZE // PAGE:
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(UffdTarget, "wait_gone", wait_gone)
+    memory = OwnMemory(kind)
+    async with serve(source, listen="tcp://127.0.0.1:0") as server, pull(server.uri, memory, lane=lane) as transfer:
+        transfers.append(transfer)
+        await transfer.wait_complete()
+    memory.close()
 
 
 async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str) -> None:

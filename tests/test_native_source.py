@@ -1,0 +1,588 @@
+"""The source's loop in C, against the decoder of a destination and against the source's lane in Trio."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from lanes import PAGE, PATIENCE, Call, wait_until
+
+from pagenet import Run, _native, open_source
+from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, Request
+from pagenet.source import Source
+from pagenet.source_lane import TrioSourceLane
+from pagenet.tcp._connection import SocketConnection
+
+pytestmark = pytest.mark.native
+
+PAGES = 1024
+SENDFILE_PAGES = 16  # what the loop gives to the kernel to send
+
+
+def content(page: int, zeros: frozenset[int]) -> bytes:
+    return bytes(PAGE) if page in zeros else (page + 1).to_bytes(8, "little") * (PAGE // 8)
+
+
+def stretches(seed: int, pages: int = PAGES) -> frozenset[int]:
+    """Zero pages in stretches of all lengths."""
+    order, page, zeros = random.Random(seed), 0, set()
+    while page < pages:
+        length = order.choice([1, 1, 2, 3, 5, 16, 63, 64, 65, 200])
+        if order.random() < 0.5:
+            zeros |= set(range(page, min(pages, page + length)))
+        page += length
+    return frozenset(zeros)
+
+
+# ---- memory ----
+
+
+@dataclass
+class Sparse:
+    """A file of ``pages`` pages, of which those in ``zeros`` were written as such, or (holes) never."""
+
+    path: str
+    zeros: frozenset[int]
+    pages: int = PAGES
+
+
+def write(fd: int, zeros: frozenset[int], pages: int, holes: bool) -> None:
+    os.ftruncate(fd, pages * PAGE)
+    for page in range(pages):
+        if not (holes and page in zeros):
+            os.pwrite(fd, content(page, zeros), page * PAGE)
+
+
+MakeMemory = Callable[..., Sparse]
+
+
+@pytest.fixture
+def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
+    """``make_memory(kind, seed, pages)``; kinds: file, holes, memfd, memfd holes, process."""
+    with ExitStack() as stack:
+
+        def make(kind: str, seed: int = 0, pages: int = PAGES) -> Sparse:
+            zeros = stretches(seed, pages)
+            if kind == "process":  # this one
+                mapped = _native.Mapped(pages * PAGE)
+                stack.callback(mapped.close)
+                mapped.buffer(0, mapped.size)[:] = b"".join(content(page, zeros) for page in range(pages))
+                return Sparse(f"pid:{os.getpid()}:{mapped.address:#x}+{mapped.size:#x}", zeros, pages)
+            if kind.startswith("memfd"):
+                fd = os.memfd_create("test", os.MFD_CLOEXEC)
+                path = f"/proc/self/fd/{fd}"
+            else:
+                path = str(tmp_path / f"memory-{seed}-{kind}")
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            stack.callback(os.close, fd)
+            write(fd, zeros, pages, kind.endswith("holes"))
+            return Sparse(path, zeros, pages)
+
+        yield make
+
+
+KINDS = ("file", "holes", "memfd", "memfd holes", "process")
+
+
+# ---- the loop, and a destination's end of a connection ----
+
+
+class Serving:
+    """A loop in its thread."""
+
+    def __init__(self, *specs: str) -> None:
+        self.source: Source = open_source(*specs)
+        self.loop = _native.SourceLoop(self.source.native_blocks())
+        self._numbers = 0
+        self.thread = Call(self.loop.run)
+        self.ends: dict[int, _native.End] = {}
+        self._peers: list[Peer] = []
+
+    def connect(self, unread: bytes = b"", *, tcp: bool = False, buffer_size: int | None = None) -> Peer:
+        ours, theirs = tcp_pair() if tcp else socket.socketpair()
+        ours.setblocking(False)
+        if buffer_size is not None:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_size)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_size)
+        self._numbers += 1
+        self.loop.add(ours.detach(), self._numbers, unread)
+        self._peers.append(Peer(theirs, self.source, self._numbers))
+        return self._peers[-1]
+
+    def wait_end(self, peer: Peer) -> _native.End:
+        def ended() -> bool:
+            self.ends |= self.loop.ended()
+            return peer.number in self.ends
+
+        wait_until(ended, "the end of a connection")
+        return self.ends[peer.number]
+
+    def end(self) -> _native.End:
+        """Once the loop has ended, cut what connections it still has."""
+        end = self.thread.join()
+        self.loop.close()
+        return end
+
+    def close(self) -> None:
+        if self.thread.is_running:
+            self.loop.stop()
+        try:
+            self.end()
+        finally:
+            self.source.close()
+            for peer in self._peers:
+                peer.sock.close()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    return ours, theirs
+
+
+class Peer:
+    """A destination. Checks every reply against the requests that are open."""
+
+    def __init__(self, sock: socket.socket, source: Source, number: int) -> None:
+        self.sock = sock
+        self.number = number
+        self.requests = OutstandingRequests(source.region)
+        self._region = source.region
+        #: pages that came, and which of them came as a flag
+        self.pages: dict[int, bytes] = {}
+        self.flagged: set[int] = set()
+        self.replies: list[Reply] = []
+        sock.settimeout(PATIENCE)
+
+    def ask(self, first: int, count: int, class_: Class = Class.DEMAND, unit_shift: int = 0) -> Request:
+        request = self.requests.open(class_, Run(first, count), unit_shift)
+        self.sock.sendall(request.encode())
+        return request
+
+    def receive(self, size: int, step: int = 1 << 16) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            got = self.sock.recv(min(step, size - len(data)))
+            if not got:
+                raise EOFError(f"{len(data)} of {size} bytes")
+            data += got
+        return bytes(data)
+
+    def reply(self, step: int = 1 << 16) -> Reply:
+        reply = self.requests.reply(self.receive(LANE_HEADER_SIZE, step))
+        payload = self.receive(reply.length, step)
+        self.replies.append(reply)
+        if reply.encoding is Encoding.FAILED:
+            return reply
+        for index in range(reply.run.count):
+            page = reply.run.first + index
+            self.pages[page] = payload[index * PAGE : (index + 1) * PAGE] if payload else bytes(PAGE)
+            if reply.encoding is Encoding.ZERO:
+                self.flagged.add(page)
+        return reply
+
+    def fetch(self, step: int = 1 << 16) -> None:
+        """All that is open."""
+        while len(self.requests):
+            self.reply(step)
+
+
+MakeServing = Callable[..., Serving]
+
+
+@pytest.fixture
+def serve() -> Iterator[MakeServing]:
+    with ExitStack() as stack:
+
+        def make(*memories: Sparse) -> Serving:
+            serving = Serving(*(memory.path for memory in memories))
+            stack.callback(serving.close)
+            return serving
+
+        yield make
+
+
+def check(peer: Peer, memory: Sparse, pages: Sequence[int], first: int = 0) -> None:
+    for page in pages:
+        assert peer.pages[first + page] == content(page, memory.zeros), f"page {page}"
+
+
+# ---- right bytes ----
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_page_once(kind: str, tcp: bool, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory(kind)
+    peer = serve(memory).connect(tcp=tcp)
+    for first in range(0, PAGES, 128):
+        peer.ask(first, 128, Class.BACKGROUND)
+    peer.fetch()
+    check(peer, memory, range(PAGES))
+    assert peer.flagged == memory.zeros
+
+
+def asked_of_trio(memory: Sparse, requests: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, bool]]:
+    """What the lane in Trio answers: for each page, how often it came and whether as a flag."""
+    ours, theirs = socket.socketpair()
+    with open_source(memory.path) as source, ours:
+        peer = Peer(theirs, source, 0)
+        ours.setblocking(False)
+
+        async def run() -> None:
+            async with trio.open_nursery() as nursery:
+                lane = TrioSourceLane(SocketConnection(trio.socket.from_stdlib_socket(ours), "peer"), source)
+                nursery.start_soon(lane.run, b"")
+                await trio.to_thread.run_sync(ask_and_fetch, peer, requests)
+                nursery.cancel_scope.cancel()
+
+        trio.run(run)
+    theirs.close()
+    return coverage(peer)
+
+
+def ask_and_fetch(peer: Peer, requests: Sequence[tuple[int, int, int]]) -> None:
+    for first, count, shift in requests:
+        peer.ask(first, count, Class.PREFETCH, shift)
+        peer.fetch()
+
+
+def coverage(peer: Peer) -> list[tuple[int, int, bool]]:
+    """Per request (by id) and page. Where replies are cut is nobody's business."""
+    return [
+        (reply.request_id, page, reply.encoding is Encoding.ZERO)
+        for reply in peer.replies
+        for page in range(reply.run.first, reply.run.end)
+    ]
+
+
+def random_requests(order: random.Random, count: int) -> Iterator[tuple[int, int, int]]:
+    for _ in range(count):
+        shift = order.choice([0, 0, 0, 1, 3, 6, 7])
+        unit = 1 << shift
+        first = order.randrange(PAGES // unit)
+        most = min(PAGES // unit - first, 1024 // unit)
+        yield first * unit, unit * order.choice([1, 1, order.randint(1, most), most]), shift
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_answers_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory(kind, seed)
+    requests = list(random_requests(random.Random(seed), 20))
+    peer = serve(memory).connect(tcp=seed % 2 == 1)
+    ask_and_fetch(peer, requests)
+    for first, count, _ in requests:
+        check(peer, memory, range(first, first + count))
+    native, oracle = coverage(peer), asked_of_trio(memory, requests)
+    assert [answer[:2] for answer in native] == [answer[:2] for answer in oracle]
+    # A hole that reaches to a request's end is a flag to both; units that are zero are, too.
+    assert native == oracle
+
+
+@pytest.mark.parametrize("kind", ["holes", "memfd holes"])
+def test_serving_does_not_fill_holes(kind: str, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory(kind, 3)
+    blocks = os.stat(memory.path).st_blocks
+    peer = serve(memory).connect()
+    for size in (1, 7, 16, 100, 1024):
+        for first in range(0, PAGES - size + 1, size):
+            peer.ask(first, size)
+            peer.fetch()
+    check(peer, memory, range(PAGES))
+    assert os.stat(memory.path).st_blocks == blocks
+
+
+def test_hole_between_pages_of_one_request(make_memory: MakeMemory, serve: MakeServing) -> None:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    zeros = frozenset(range(PAGES)) - {0, 500, 1023}
+    write(fd, zeros, PAGES, holes=True)
+    blocks = os.fstat(fd).st_blocks
+    memory = Sparse(f"/proc/self/fd/{fd}", zeros)
+    peer = serve(memory).connect()
+    peer.ask(0, PAGES)
+    peer.fetch()
+    check(peer, memory, range(PAGES))
+    assert peer.flagged == zeros
+    assert os.fstat(fd).st_blocks == blocks
+    os.close(fd)
+
+
+def test_several_blocks(make_memory: MakeMemory, serve: MakeServing) -> None:
+    memories = [make_memory("file", 1, 40), make_memory("process", 2, 77), make_memory("memfd holes", 3, 130)]
+    peer = serve(*memories).connect()
+    first = 0
+    for memory in memories:
+        peer.ask(first, memory.pages)
+        peer.ask(first + memory.pages - 1, 1)
+        first += memory.pages
+    peer.fetch()
+    first = 0
+    for memory in memories:
+        check(peer, memory, range(memory.pages), first)
+        first += memory.pages
+
+
+def test_unit_is_counted_from_its_block_and_never_split(make_memory: MakeMemory, serve: MakeServing) -> None:
+    memories = [make_memory("memfd", 1, 3), make_memory("memfd", 2, 1024)]
+    peer = serve(*memories).connect()
+    for shift in (3, 9, 10):
+        peer.ask(3, 1024, unit_shift=shift)
+        peer.fetch()  # the decoder refuses replies that split a unit
+        check(peer, memories[1], range(1024), 3)
+    assert not peer.flagged & {3 + page for page in range(1024) if page not in memories[1].zeros}
+
+
+# ---- sockets that are slow, full, gone ----
+
+
+@pytest.mark.parametrize("step", [1, 999])
+@pytest.mark.parametrize("kind", KINDS)
+def test_slow_reader(kind: str, step: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    """Each send is cut somewhere: in headers, in pages, in what the kernel sends from the file."""
+    memory = make_memory(kind, 5, 256)
+    serving = serve(memory)
+    peer, other = serving.connect(tcp=True, buffer_size=4096), serving.connect()
+    pages = 8 if step == 1 else 256
+    peer.ask(0, pages)
+    for page in range(pages, 2 * pages):
+        peer.ask(page % 256, 1)
+    other.ask(7, 1)
+    other.fetch()  # and nobody else waits for that
+    peer.fetch(step)
+    check(peer, memory, range(pages))
+
+
+@pytest.mark.parametrize("kind", ["memfd", "process"])
+def test_reader_that_stops_in_the_middle_and_goes_on(kind: str, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory(kind, 6)
+    peer = serve(memory).connect(tcp=True, buffer_size=16384)
+    order = random.Random(6)
+    for _ in range(100):
+        first = order.randrange(PAGES)
+        peer.ask(first, order.randint(1, PAGES - first))
+    for _ in range(20):
+        peer.reply()
+        time.sleep(0.002)
+    peer.fetch()
+    check(peer, memory, sorted(peer.pages))
+
+
+def test_200_connections(make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory("memfd", 7)
+    serving = serve(memory)
+    first_peer = serving.connect()
+    first_peer.ask(0, 1)
+    first_peer.fetch()
+    before = threads_and_memory()
+    peers = [serving.connect() for _ in range(200)]
+    for index, peer in enumerate(peers):
+        peer.ask(index, 64)
+    for peer in peers:
+        peer.fetch()
+    for index, peer in enumerate(peers):
+        check(peer, memory, range(index, index + 64))
+    threads, memory_size = threads_and_memory()
+    assert threads == before[0]
+    assert memory_size - before[1] < 64 << 20, "200 stacks would be 1600 MiB of address space"
+    for peer in peers:
+        peer.sock.close()
+    for peer in peers:
+        assert serving.wait_end(peer).kind == _native.END_CLOSED
+    first_peer.ask(5, 5)
+    first_peer.fetch()
+
+
+def threads_and_memory() -> tuple[int, int]:
+    """Of this process: how many threads, and the address space in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return len(os.listdir("/proc/self/task")), pages * PAGE
+
+
+@pytest.mark.parametrize("split", [0, 1, 23, 24, 25, 48, 24 * 128])
+def test_requests_that_came_before_the_loop_had_the_connection(split: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory("memfd", 8)
+    serving = serve(memory)
+    requests = OutstandingRequests(serving.source.region)
+    data = b"".join(requests.open(Class.DEMAND, Run(page, 1)).encode() for page in range(200))
+    peer = serving.connect(data[:split])
+    peer.requests = requests
+    peer.sock.sendall(data[split:])
+    peer.fetch()
+    check(peer, memory, range(200))
+
+
+def test_more_unread_than_the_loop_takes(make_memory: MakeMemory, serve: MakeServing) -> None:
+    with pytest.raises(OSError, match="too long"):
+        serve(make_memory("memfd")).loop.add(-1, 1, bytes(24 * 128 + 1))
+
+
+@pytest.mark.parametrize("size", [1, 23, 25])
+def test_half_a_request_and_then_the_end(size: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    serving = serve(make_memory("memfd"))
+    peer = serving.connect()
+    request = Request(0, Class.DEMAND, Run(0, 1)).encode() + Request(1, Class.DEMAND, Run(0, 1)).encode()
+    peer.sock.sendall(request[:size])
+    if size > 24:
+        peer.receive(LANE_HEADER_SIZE)
+    peer.sock.shutdown(socket.SHUT_WR)
+    end = serving.wait_end(peer)
+    assert (end.kind, end.text) == (_native.END_PROTOCOL, "the peer closed in the middle of a request")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_connection_removed(busy: bool, make_memory: MakeMemory, serve: MakeServing) -> None:
+    serving = serve(make_memory("memfd"))
+    peer, other = serving.connect(), serving.connect()
+    if busy:
+        for _ in range(50):
+            peer.ask(0, PAGES)
+        peer.reply()
+    serving.loop.remove(peer.number)
+    serving.loop.remove(12345)
+    assert serving.wait_end(peer).kind == _native.END_STOPPED
+    drain(peer.sock)
+    other.ask(3, 4)
+    other.fetch()
+
+
+def test_peer_resets_while_busy(make_memory: MakeMemory, serve: MakeServing) -> None:
+    serving = serve(make_memory("memfd"))
+    peers = [serving.connect(tcp=True) for _ in range(10)]
+    for peer in peers:
+        for _ in range(20):
+            peer.ask(0, PAGES)
+        peer.reply()
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.sock.close()
+    for peer in peers:
+        assert serving.wait_end(peer).kind == _native.END_BROKEN
+
+
+def test_stopped_while_busy(make_memory: MakeMemory, serve: MakeServing) -> None:
+    serving = serve(make_memory("memfd"))
+    peers = [serving.connect(tcp=index % 2 == 0) for index in range(20)]
+    for peer in peers:
+        for _ in range(20):
+            peer.ask(0, PAGES)
+    readers = [Call(drain, peer.sock) for peer in peers[:10]]
+    peers[15].reply()
+    started = time.monotonic()
+    serving.loop.stop()
+    end = serving.end()
+    took = time.monotonic() - started
+    print(f"stopped within {took * 1000:.1f} ms")
+    assert (end.kind, took < 5) == (_native.END_STOPPED, True)
+    for reader in readers:
+        reader.join()
+
+
+def drain(sock: socket.socket) -> None:
+    try:
+        while sock.recv(1 << 20):
+            pass
+    except ConnectionError:
+        pass
+
+
+# ---- memory that is gone ----
+
+
+@pytest.mark.parametrize("buffer_size", [None, 16384])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("length", [0, 100 * PAGE, 100 * PAGE + 100])
+def test_file_that_becomes_shorter(
+    length: int, holes: bool, buffer_size: int | None, make_memory: MakeMemory, serve: MakeServing
+) -> None:
+    """While it is being sent. A reason, or a connection that is cut, and never wrong bytes."""
+    memory = make_memory("memfd holes" if holes else "memfd", 9)
+    serving = serve(memory)
+    peer = serving.connect(buffer_size=buffer_size)
+    for first in range(0, PAGES, 64):
+        peer.ask(first, 64)
+    peer.reply()
+    os.truncate(memory.path, length)
+    ended = Call(serving.end)
+    failed = None
+    try:
+        while failed is None and len(peer.requests):
+            reply = peer.reply()
+            failed = reply if reply.encoding is Encoding.FAILED else None
+        peer.ask(PAGES - 64, 64)  # all had been sent before it became shorter
+        failed = peer.reply()
+    except (EOFError, ConnectionError):
+        pass  # cut
+    assert failed is None or failed.encoding is Encoding.FAILED
+    end = ended.join()
+    assert end.kind == _native.END_FAILED
+    assert re.search(rf"cannot be read any more: it ends at byte \d+ of {PAGES * PAGE}$", end.text)
+    for page, data in peer.pages.items():
+        # The rest of a page that the new end cuts in two is zeros to whoever maps the file, or has it sent.
+        assert data == content(page, memory.zeros) or page == length // PAGE, f"page {page}"
+
+
+def test_process_that_ends(serve: MakeServing) -> None:
+    mapped = _native.Mapped(4 * PAGE)
+    mapped.buffer(0, mapped.size)[:] = b"p" * mapped.size
+    child = os.fork()
+    if not child:
+        while True:
+            signal.pause()
+    serving = serve(Sparse(f"pid:{child}:{mapped.address:#x}+{mapped.size:#x}", frozenset(), 4))
+    peer = serving.connect()
+    peer.ask(0, 4)
+    peer.fetch()
+    assert peer.pages[3] == b"p" * PAGE
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    peer.ask(0, 1)
+    reply = peer.requests.reply(peer.receive(LANE_HEADER_SIZE))
+    assert reply.encoding is Encoding.FAILED
+    assert peer.receive(reply.length).decode() == serving.thread.join().text == f"process {child} has ended"
+    mapped.close()
+
+
+# ---- a child that holds copies of descriptors ----
+
+
+def test_connections_close_while_processes_start(make_memory: MakeMemory, serve: MakeServing) -> None:
+    """Between fork and exec a child has a copy of each socket: one that was closed here would stay in epoll's set, with a
+    connection that is no more."""
+    serving = serve(make_memory("memfd", 10))
+    stopped = threading.Event()
+    started = Call(start_processes, stopped)
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        peers = [serving.connect(tcp=index % 2 == 0) for index in range(20)]
+        for peer in peers:
+            peer.ask(0, 8)
+        for peer in peers[::3]:
+            serving.loop.remove(peer.number)
+        for peer in peers:
+            peer.sock.close()
+        for peer in peers:
+            serving.wait_end(peer)
+    stopped.set()
+    assert started.join() > 0
+
+
+def start_processes(stopped: threading.Event) -> int:
+    count = 0
+    while not stopped.is_set():
+        # preexec_fn: a real fork, and a child that takes its time with its copies.
+        subprocess.run(["/bin/true"], preexec_fn=lambda: time.sleep(0.002), check=True)
+        count += 1
+    return count
