@@ -760,8 +760,10 @@ async def stop_some_time(process: Process, number: signal.Signals, seconds: floa
     process.send_signal(number)
     code = await process.wait()
     words = [event["event"] for event in process.events]
-    assert code in (0, 128 + number) or (code == -number and (not words or words[-1] == "complete")), process.stderr
-    assert process.stderr == ""
+    if words and words[-1] != "complete":
+        assert (code, process.stderr) == (128 + number, "")
+    else:
+        assert code in (0, 128 + number, -number)
 
 
 async def at_once(stop_one: Callable[[int, signal.Signals], Any]) -> None:

@@ -278,7 +278,7 @@ def random_requests(order: random.Random, count: int) -> Iterator[tuple[int, int
         yield first * unit, unit * order.choice([1, 1, order.randint(1, most), most]), shift
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_answers_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing) -> None:
     memory = make_memory(kind, seed)
@@ -350,13 +350,13 @@ def test_unit_is_counted_from_its_block_and_never_split(make_memory: MakeMemory,
 
 
 @pytest.mark.parametrize("step", [1, 999])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["memfd holes", "process"])
 def test_slow_reader(kind: str, step: int, make_memory: MakeMemory, serve: MakeServing) -> None:
     """Each send is cut somewhere: in headers, in pages, in what the kernel sends from the file."""
     memory = make_memory(kind, 5, 256)
     serving = serve(memory)
     peer, other = serving.connect(tcp=True, buffer_size=4096), serving.connect()
-    pages = 8 if step == 1 else 256
+    pages = 8 if step == 1 else 96
     peer.ask(0, pages)
     for page in range(pages, 2 * pages):
         peer.ask(page % 256, 1)
@@ -371,7 +371,7 @@ def test_reader_that_stops_in_the_middle_and_goes_on(kind: str, make_memory: Mak
     memory = make_memory(kind, 6)
     peer = serve(memory).connect(tcp=True, buffer_size=16384)
     order = random.Random(6)
-    for _ in range(100):
+    for _ in range(40):
         first = order.randrange(PAGES)
         peer.ask(first, order.randint(1, PAGES - first))
     for _ in range(20):

@@ -31,7 +31,7 @@ memory = ffi.new("char[]", 256 * 4096)
 start = threading.Barrier(2)
 def fill():
     start.wait()
-    for _ in range(100):
+    for _ in range(10):
         lib.pn_pattern_fill(memory, 0, 256, 4096, 1, 0)
 threads = [threading.Thread(target=fill) for _ in range(2)]
 for thread in threads: thread.start()

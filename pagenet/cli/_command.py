@@ -91,6 +91,8 @@ def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
     _open_missing_streams()
     try:
         return _run_reporting(work, report)
+    except KeyboardInterrupt:  # just before we listened for signals, or just after
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # Whoever read our output is gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

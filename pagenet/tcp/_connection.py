@@ -11,24 +11,9 @@ from contextlib import contextmanager
 import trio
 
 from ..errors import ConnectionBroken, ConnectionBusy, ConnectionClosed
+from ..one_task import OneTask
 from ..transport import Buffer
 from ._constants import IOV_MAX
-
-
-class OneTask:
-    """Held by the task that is in a stretch of code; a second one that wants in gets ConnectionBusy, not a wait."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self.held = False
-
-    def __enter__(self) -> None:
-        if self.held:
-            raise ConnectionBusy(f"another task is {self._where} already")
-        self.held = True
-
-    def __exit__(self, *_: object) -> None:
-        self.held = False
 
 
 class SocketConnection:

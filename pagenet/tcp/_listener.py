@@ -10,7 +10,8 @@ from typing import Any, Self
 import trio
 
 from ..errors import ConnectionBroken, ConnectionClosed
-from ._connection import OneTask, SocketConnection, reason
+from ..one_task import OneTask
+from ._connection import SocketConnection, reason
 from ._constants import ACCEPT_PAUSE
 
 # The next connection in the backlog died before anyone accepted it; accept(2) wants these treated as "try again".

@@ -15,27 +15,12 @@ from urllib.parse import SplitResult
 
 import trio
 
-from ..errors import ConnectionBroken, ConnectionBusy, ConnectionClosed, SourceUnreachable, UsageError
+from ..errors import ConnectionBroken, ConnectionClosed, SourceUnreachable, UsageError
+from ..one_task import OneTask
 from ..transport import Buffer
 
 # Bytes that one direction holds before its sender blocks. Small, so that tests get there soon.
 DEFAULT_CAPACITY = 64 * 1024
-
-
-class _OneTask:
-    """Held by the task that uses one direction; a second one gets ConnectionBusy."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._held = False
-
-    def __enter__(self) -> None:
-        if self._held:
-            raise ConnectionBusy(f"another task is {self._where} already")
-        self._held = True
-
-    def __exit__(self, *_: object) -> None:
-        self._held = False
 
 
 class _Wire:
@@ -114,8 +99,8 @@ class MemoryConnection:
         self._incoming = incoming
         self._peer = peer
         self._closed = False
-        self._sending = _OneTask(f"sending to {peer}")
-        self._receiving = _OneTask(f"receiving from {peer}")
+        self._sending = OneTask(f"sending to {peer}")
+        self._receiving = OneTask(f"receiving from {peer}")
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._wire.broken else "open"
@@ -212,7 +197,7 @@ class MemoryListener:
         self._backlog: deque[MemoryConnection] = deque()
         self._changed = trio.lowlevel.ParkingLot()
         self._closed = False
-        self._accepting = _OneTask(f"accepting on {self.uri}")
+        self._accepting = OneTask(f"accepting on {self.uri}")
 
     @property
     def uri(self) -> str:
