@@ -170,19 +170,21 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
 
 /* One unbroken run of pages that are still PLACING. */
 static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count,
-                    const void *bytes, uint64_t *done) {
+                    const void *bytes, bool zero, uint64_t *done) {
     struct pn_map *map = dest->config.map;
     struct pn_placed placed = place_bytes(dest, piece, first, count, bytes);
     *done = (placed.placed + placed.existed + placed.absent) / piece->page_size;
     pn_map_replace(map, first, *done, PN_PLACING, PN_RESIDENT);
     pn_stats_add(map, class_, PN_PAGES, *done);
+    if (zero)
+        pn_stats_add(map, class_, PN_ZERO_PAGES, *done);
     if (placed.existed)
         pn_stats_add(map, class_, PN_EXISTED, placed.existed / piece->page_size);
     pn_take_waiters(dest, first, *done, true);
     return placed.error;
 }
 
-int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, uint64_t *done) {
+int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done) {
     const struct pn_piece *piece = pn_piece_of_page(dest, first);
     int error = 0;
     *done = 0;
@@ -192,7 +194,7 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         uint64_t placing = pn_map_span(dest->config.map, at, first + count, PN_PLACING);
         const char *from = bytes ? (const char *)bytes + *done * piece->page_size : NULL;
         if (placing)
-            error = put_some(dest, class_, piece, at, placing, from, &here);
+            error = put_some(dest, class_, piece, at, placing, from, zero, &here);
         else {
             leave_removed(dest, piece, at);
             pn_stats_add(dest->config.map, class_, PN_DROPPED, 1);

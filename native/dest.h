@@ -38,8 +38,9 @@ const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address)
 uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
 /* Put `count` pages from `first` on, which the caller has taken and which lie in one piece, into place: bytes (COPY, MOVE),
  * NULL for zeros; where there is a second mapping, they are in it already. Wakes and times whoever waits. 0; or -EAGAIN:
- * the owner's memory is changing, *done pages are dealt with; let its events be read and call again for the rest; or -errno. */
-int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, uint64_t *done);
+ * the owner's memory is changing, *done pages are dealt with; let its events be read and call again for the rest; or -errno.
+ * zero: they came as a flag, which is counted. */
+int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done);
 /* A fault waits for `page`, which is on its way. Kept to be timed: if the table is full, it is not. */
 void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */

@@ -437,11 +437,11 @@ static void arrived(struct lane *lane, uint64_t pages) {
 }
 
 /* Places pages that were taken, whatever their owner does meanwhile. */
-static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uint8_t *bytes) {
+static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uint8_t *bytes, bool zero) {
     const struct pn_piece *piece = lane->current.slot->piece;
     while (pages && !lane->ended) {
         uint64_t done;
-        int error = pn_put(lane->dest, lane->current.class_, first, pages, bytes, &done);
+        int error = pn_put(lane->dest, lane->current.class_, first, pages, bytes, zero, &done);
         first += done;
         pages -= done;
         bytes = bytes ? bytes + done * piece->page_size : NULL;
@@ -476,13 +476,10 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
             memcpy(second, from, taken * piece->page_size);
         else if (taken && second)
             memset(second, 0, taken * piece->page_size);
-        if (taken) {
-            put_all(lane, first + done, taken, second ? NULL : from);
-            if (!from)
-                count(lane, lane->current.class_, PN_ZERO_PAGES, taken);
-        } else {
+        if (taken)
+            put_all(lane, first + done, taken, second ? NULL : from, !from);
+        else
             count(lane, lane->current.class_, PN_DROPPED, 1);
-        }
         done += taken ? taken : 1;
     }
     arrived(lane, pages);
@@ -593,7 +590,7 @@ static void finish_piece(struct lane *lane) {
     lane->piece_count = 0;
     lane->have = 0;
     if (lane->piece_taken) {
-        put_all(lane, lane->current.first, pages, NULL);
+        put_all(lane, lane->current.first, pages, NULL, false);
         arrived(lane, pages);
     } else {
         place_staged(lane, pages, lane->stage);
