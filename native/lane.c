@@ -168,13 +168,12 @@ static void put_off(struct lane *lane, const struct pn_event *fault) {
         pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
 }
 
-/* A fault on a page that was placed, or given up, before: what the page cache has is what the memory holds; else zeros. */
+/* A fault on a page that was placed, or given up, before. */
 static void settle(struct lane *lane, const struct pn_event *fault, const struct pn_piece *piece, uint64_t page) {
     enum { FAULT_MINOR = 4 };
     const struct pn_dest *dest = lane->dest;
-    enum pn_how how = fault->flags & FAULT_MINOR ? PN_CONTINUE : PN_ZERO;
     uint64_t to = piece->address + (page - piece->first) * piece->page_size;
-    struct pn_placed placed = pn_place(dest->config.uffd, how, to, dest->zeros, piece->page_size, piece->page_size);
+    struct pn_placed placed = pn_settle(dest->config.uffd, to, fault->flags & FAULT_MINOR, dest->zeros, piece->page_size);
     if (placed.error == -EAGAIN)
         put_off(lane, fault);
     else if (placed.error == -ESRCH)

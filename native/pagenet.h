@@ -16,6 +16,7 @@ int pn_uffd_open(const char *device, int user_mode_only);
 /* One UFFDIO_API per descriptor. wanted 0 asks for nothing; *features then holds all that the kernel has. */
 int pn_uffd_api(int uffd, uint64_t wanted, uint64_t *features);
 int pn_uffd_register(int uffd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *ioctls);
+/* Stop watching, and let everybody go who waits there. */
 int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length);
 int pn_uffd_wake(int uffd, uint64_t start, uint64_t length);
 /* The state of the memory behind the uffd: 0, -EAGAIN while it is changing and events are queued, -ESRCH if it is gone.
@@ -72,6 +73,8 @@ struct pn_placed {
 /* Put length bytes at address `to` of the uffd's owner and wake whoever waits there. from: the bytes (COPY, MOVE), one
  * page of zeros (ZERO), unused (CONTINUE, POISON). */
 struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length, uint64_t page_size);
+/* Answer a fault on a page that was placed, or given up, before: with what the page cache has (a minor fault), else zeros. */
+struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, uint64_t page_size);
 
 /* ---- residency.c: the destination's map of pages, in memory that threads and processes share ------------------- */
 

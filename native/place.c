@@ -6,6 +6,7 @@
  *             reader of events can do that: hand back.
  *   ENOENT    the range is not one registered mapping. A mapping may have been split or partly unmapped since: go on page by
  *             page, and a page that fails alone is absent.
+ *   EFAULT    of CONTINUE: the page cache does not have the page. See pn_settle().
  *   ESRCH     the owner's memory is gone.
  */
 #define _GNU_SOURCE
@@ -70,4 +71,13 @@ struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *fr
         at += page_size;
     }
     return sum;
+}
+
+/* Punching a hole takes the page out of the page table first and out of the page cache last. A thread that touches it between
+ * the two has a minor fault on a page that is gone when we come to it; woken, it faults again, on a missing page. */
+struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, uint64_t page_size) {
+    struct pn_placed placed = pn_place(uffd, minor ? PN_CONTINUE : PN_ZERO, to, zeros, page_size, page_size);
+    if (minor && placed.error == -EFAULT)
+        placed.error = pn_uffd_wake(uffd, to, page_size);
+    return placed;
 }

@@ -66,14 +66,18 @@ int pn_uffd_register(int uffd, uint64_t start, uint64_t length, uint64_t mode, u
     return error;
 }
 
-int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length) {
-    struct uffdio_range range = {.start = start, .len = length};
-    return failed(ioctl(uffd, UFFDIO_UNREGISTER, &range));
-}
-
 int pn_uffd_wake(int uffd, uint64_t start, uint64_t length) {
     struct uffdio_range range = {.start = start, .len = length};
     return failed(ioctl(uffd, UFFDIO_WAKE, &range));
+}
+
+/* The kernel wakes whoever waits and then stops watching. A thread that faults between the two, under the lock of its mapping
+ * alone (Linux 6.8), is woken by nobody and waits for as long as the uffd is open anywhere: wake once more. */
+int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length) {
+    struct uffdio_range range = {.start = start, .len = length};
+    int error = failed(ioctl(uffd, UFFDIO_UNREGISTER, &range));
+    pn_uffd_wake(uffd, start, length);
+    return error;
 }
 
 /* Taking write protection off a page that has none is the one request that asks for the owner's memory first and then

@@ -133,7 +133,14 @@ class Placed:
 
 def place(uffd: int, how: int, address: int, data: Buffer | None, length: int, page_size: int) -> Placed:
     source = ffi.NULL if data is None else ffi.from_buffer(data)
-    result = lib.pn_place(uffd, how, address, source, length, page_size)
+    return _placed(lib.pn_place(uffd, how, address, source, length, page_size))
+
+
+def settle(uffd: int, address: int, minor: bool, zeros: Buffer, page_size: int) -> Placed:
+    return _placed(lib.pn_settle(uffd, address, minor, ffi.from_buffer(zeros), page_size))
+
+
+def _placed(result: Any) -> Placed:
     return Placed(result.placed, result.existed, result.absent, -result.error)
 
 

@@ -110,7 +110,7 @@ class Filling:
             case State.REQUESTED | State.PLACING:
                 self._faulted_at.setdefault(page, now)
             case _:
-                while self.target.settle(Run(page, 1), fault).again:
+                while not self.target.settle(page, fault):
                     self._drain_or_yield()
         return None
 

@@ -74,8 +74,11 @@ class Target(Protocol):
         """
         ...
 
-    def settle(self, run: Run, fault: Fault) -> Outcome:
-        """Answer ``fault`` on a page that has been placed, or given up by its owner, before."""
+    def settle(self, page: int, fault: Fault) -> bool:
+        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before.
+
+        False: the owner's memory is changing. Read its events, all of them, and call again.
+        """
         ...
 
     def wake(self, run: Run) -> None:

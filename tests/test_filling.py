@@ -107,10 +107,10 @@ class FakeMemory:
             self.waiting.discard(page)
         return Outcome(placed, existed)
 
-    def settle(self, run: Run, fault: Fault) -> Outcome:
-        assert (run, fault.address) == (Run(self.page_of(fault), 1), fault.address)
-        self.settled.append(run.first)
-        return self._put(run, bytes(PAGE))
+    def settle(self, page: int, fault: Fault) -> bool:
+        assert page == self.page_of(fault)
+        self.settled.append(page)
+        return not self._put(Run(page, 1), bytes(PAGE)).again
 
     def wake(self, run: Run) -> None:
         for page in set(range(run.first, run.end)) & self.waiting:

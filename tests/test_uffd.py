@@ -6,12 +6,14 @@ import ctypes
 import errno
 import mmap
 import os
+import random
 import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +31,14 @@ pytestmark = pytest.mark.native
 # What a thread that should go on is given before the test fails. Only failures take that long.
 PATIENCE = 20.0
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate()
 NO_FEATURES = Feature(0)
 
 libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it is in a call, which Python's own mmap does not
 libc.mremap.restype = ctypes.c_void_p
 Address = ctypes.c_void_p
 Size = ctypes.c_size_t
+Offset = ctypes.c_long
 
 
 class Call:
@@ -425,6 +429,24 @@ def test_continue_without_a_page_in_the_file_is_no_page(watch: Watch, memfd: int
     assert watched.place(CONTINUE, 0, None).error == errno.EFAULT
 
 
+@pytest.mark.parametrize("punched", [False, True], ids=["there", "punched"])
+def test_settling_a_minor_fault(watch: Watch, memfd: int, punched: bool) -> None:
+    """Its page may be gone by then: whoever waits has to fault again, as on any hole."""
+    watched = watch(features=Feature.MINOR_SHMEM, mode=Mode.MISSING | Mode.MINOR, fd=memfd)
+    os.pwrite(memfd, page_of(7), PAGE)
+    touch = watched.touch(1)
+    fault = watched.wait_fault()
+    assert fault.minor
+    if punched:
+        assert libc.fallocate(memfd, PUNCH_HOLE | KEEP_SIZE, Offset(PAGE), Offset(PAGE)) == 0
+    assert watched.uffd.settle(fault, watched.at(1), bytes(PAGE), PAGE).error == 0
+    if punched:
+        again = watched.wait_fault()
+        assert not again.minor
+        assert watched.uffd.settle(again, watched.at(1), bytes(PAGE), PAGE) == placed(1)
+    assert touch.join() == page_of(0 if punched else 7)
+
+
 def staging(pages: int, byte: int, page_size: int = PAGE) -> Mapped:
     """Pages that can be moved away: private, anonymous, present and aligned."""
     mapped = Mapped(pages * page_size)
@@ -472,6 +494,21 @@ def test_unregister_lets_everybody_go_with_zeros(watch: Watch) -> None:
     watched.wait_fault()
     watched.uffd.unregister(watched.at(0), 4 * PAGE)
     assert touch.join() == bytes(PAGE)
+
+
+def test_unregister_forgets_nobody_who_faults_just_then(watch: Watch) -> None:
+    delays = random.Random(1)
+    for _ in range(500):
+        watched = watch()
+        touch = watched.touch(0, 2 * PAGE)
+        watched.wait_fault()
+        watched.place(ZERO, 0, bytes(PAGE))
+        until = time.perf_counter_ns() + delays.randrange(20_000)  # about what it needs from one page to the next
+        while time.perf_counter_ns() < until:
+            pass
+        watched.uffd.unregister(watched.at(0), 4 * PAGE)
+        assert touch.join() == bytes(2 * PAGE)
+        watched.close()
 
 
 POISONED = """

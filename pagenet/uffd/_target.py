@@ -42,6 +42,9 @@ class _Piece:
     def size(self) -> int:
         return self.run.count * self.page_size
 
+    def address_of(self, page: int) -> int:
+        return self.address + (page - self.run.first) * self.page_size
+
 
 @dataclass(frozen=True, slots=True)
 class NativeMemory:
@@ -158,15 +161,15 @@ class UffdTarget:
             return self._place(run, _native.ZERO, self._zeros.buffer(0, self._zeros.size))
         return self._place(run, _HOW[self.placement], data)
 
-    def settle(self, run: Run, fault: Fault) -> Outcome:
-        if fault.minor:  # the page cache has the page, and what it has is what the owner's memory holds
-            return self._place(run, _native.CONTINUE, None)
-        return self._place(run, _native.ZERO, self._zeros.buffer(0, self._zeros.size))
+    def settle(self, page: int, fault: Fault) -> bool:
+        piece, _ = next(self._parts(Run(page, 1)))
+        address = piece.address_of(page)
+        settled = self._uffd.settle(fault, address, self._zeros.buffer(0, self._zeros.size), piece.page_size)
+        return not self._retry(settled.error, address)
 
     def wake(self, run: Run) -> None:
         for piece, part in self._parts(run):
-            address = piece.address + (part.first - piece.run.first) * piece.page_size
-            self._uffd.wake(address, part.count * piece.page_size)
+            self._uffd.wake(piece.address_of(part.first), part.count * piece.page_size)
 
     def discard(self, run: Run) -> None:
         if self._second is not None:
@@ -208,7 +211,7 @@ class UffdTarget:
             size, page_size = part.count * piece.page_size, piece.page_size
             skip = (part.first - run.first) * page_size
             source = data[skip : skip + size] if data is not None and how != _native.ZERO else data
-            address = piece.address + (part.first - piece.run.first) * page_size
+            address = piece.address_of(part.first)
             result = self._uffd.place(how, address, source, size, page_size)
             placed += result.placed // page_size
             existed += result.existed // page_size

@@ -140,6 +140,7 @@ class Userfaultfd:
         _native.uffd_register(self.fd, start, length, mode)
 
     def unregister(self, start: int, length: int) -> None:
+        """Stop watching [start, start + length): whoever waits there goes on, and missing pages read as zeros."""
         _native.uffd_unregister(self.fd, start, length)
 
     def wake(self, start: int, length: int) -> None:
@@ -159,6 +160,10 @@ class Userfaultfd:
         ``error`` of the result: ``EAGAIN`` means that events must be read first, ``ESRCH`` that the owner is gone.
         """
         return _native.place(self.fd, how, address, data, length, page_size)
+
+    def settle(self, fault: Fault, address: int, zeros: _native.Buffer, page_size: int) -> _native.Placed:
+        """Answer ``fault`` on the page at ``address``, which was placed, or given up, before. ``error`` as in :meth:`place`."""
+        return _native.settle(self.fd, address, fault.minor, zeros, page_size)
 
 
 def _typed(event: _native.NativeEvent) -> Event:
