@@ -168,7 +168,18 @@ int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk) 
     return 0;
 }
 
-int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address) {
+static int receive_in_place(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address, uint64_t second) {
+    int error = 0;
+    for (uint64_t done = 0; done < length && !error; done += chunk) {
+        uint64_t size = length - done < chunk ? length - done : chunk;
+        error = recv_all(sock, (char *)(uintptr_t)(second + done), size) ? pn_uffd_continue(uffd, address + done, size).error : -EPIPE;
+    }
+    return error;
+}
+
+int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address, uint64_t second) {
+    if (second)
+        return receive_in_place(sock, length, chunk, uffd, address, second);
     char *buffer = mmap(NULL, chunk, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (buffer == MAP_FAILED)
         return -errno;

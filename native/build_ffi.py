@@ -9,7 +9,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
-SOURCES = ["uffd.c", "place.c", "residency.c", "memory.c", "pattern.c", "workload.c", "dest.c", "lane.c", "source.c", "bench.c"]
+SOURCES = [
+    "uffd.c", "place.c", "residency.c", "memory.c", "thread.c", "dest.c", "lane.c", "source.c",
+    "pattern.c", "workload.c", "bench.c",
+]  # fmt: skip
 
 
 def declarations() -> str:

@@ -8,10 +8,11 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MOVE_WORTHWHILE = 8 };
+enum { MOVE_WORTHWHILE = 8, ZEROS = 64 /* pages of them written at once */ };
 
 uint64_t pn_now(void) {
     struct timespec now;
@@ -42,7 +43,6 @@ struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
     }
     dest->config = *config;
     dest->zeros = zeros;
-    pn_dest_set_window(dest, config->forward, config->backward);
     return dest;
 }
 
@@ -53,14 +53,7 @@ void pn_dest_free(struct pn_dest *dest) {
     free(dest);
 }
 
-void pn_dest_set_window(struct pn_dest *dest, uint32_t forward, uint32_t backward) {
-    atomic_store(&dest->forward, forward);
-    atomic_store(&dest->backward, backward);
-}
-
 /* ---- where pages are ---- */
-
-int pn_map_state_of(const struct pn_dest *dest, uint64_t page) { return pn_map_state(dest->config.map, page); }
 
 const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page) {
     const struct pn_piece *pieces = dest->config.pieces;
@@ -129,10 +122,13 @@ void pn_wake_waiter(struct pn_dest *dest, uint64_t page) {
 uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count) {
     struct pn_map *map = dest->config.map;
     uint64_t taken = 0;
-    while (taken < count && (pn_map_claim(map, first + taken, 1, PN_COMING, PN_PLACING) ||
-                             pn_map_claim(map, first + taken, 1, PN_REQUESTED, PN_PLACING)))
-        taken++;
-    return taken;
+    for (;;) {
+        uint64_t here = pn_map_claim(map, first + taken, count - taken, PN_COMING, PN_PLACING);
+        here += pn_map_claim(map, first + taken + here, count - taken - here, PN_REQUESTED, PN_PLACING);
+        taken += here;
+        if (!here)
+            return taken;
+    }
 }
 
 static void lock_removal(struct pn_dest *dest) {
@@ -145,16 +141,64 @@ static void unlock_removal(struct pn_dest *dest) {
         pthread_rwlock_unlock(&dest->removal);
 }
 
-/* The owner gave the page up while its bytes were on their way. Nobody touched the owner's page table since: the bytes are in
- * the file behind it at most. Faults on the page were put off until now. */
-static void leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
-    if (piece->second)
-        memset((void *)(piece->second + (page - piece->first) * piece->page_size), 0, piece->page_size);
-    pn_map_set(dest->config.map, page, 1, PN_REMOVED);
-    pn_wake_waiter(dest, page);
+static int write_file(int file, uint64_t offset, struct iovec *parts, int count) {
+    while (count) {
+        ssize_t written = pwritev(file, parts, count, (off_t)offset);
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written <= 0)
+            return written ? -errno : -EIO;
+        offset += (uint64_t)written;
+        while (count && (size_t)written >= parts->iov_len) {
+            written -= (ssize_t)parts->iov_len;
+            parts++;
+            count--;
+        }
+        if (count) {
+            parts->iov_base = (char *)parts->iov_base + written;
+            parts->iov_len -= (size_t)written;
+        }
+    }
+    return 0;
 }
 
-/* bytes NULL: zeros, unless they are in the second mapping already. */
+static int write_zeros(struct pn_dest *dest, uint64_t offset, uint64_t pages, uint64_t page_size) {
+    int error = 0;
+    for (uint64_t count; pages && !error; pages -= count, offset += count * page_size) {
+        struct iovec parts[ZEROS];
+        count = pages < ZEROS ? pages : ZEROS;
+        for (uint64_t i = 0; i < count; i++)
+            parts[i] = (struct iovec){.iov_base = dest->zeros, .iov_len = page_size};
+        error = write_file(dest->config.file, offset, parts, (int)count);
+    }
+    return error;
+}
+
+int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count, const void *bytes) {
+    uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
+    if (dest->config.file >= 0 && !bytes)
+        return write_zeros(dest, piece->file_offset + at, count, piece->page_size);
+    if (dest->config.file >= 0) {
+        struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
+        return write_file(dest->config.file, piece->file_offset + at, &part, 1);
+    }
+    if (bytes)
+        memcpy((void *)(piece->second + at), bytes, size);
+    else
+        memset((void *)(piece->second + at), 0, size);
+    return 0;
+}
+
+/* The owner gave the page up while its bytes were on their way. Nobody touched the owner's page table since: the bytes are in
+ * the file behind it at most. Faults on the page were put off until now. */
+static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
+    int error = piece->second ? pn_write_shared(dest, piece, page, 1, NULL) : 0;
+    pn_map_set(dest->config.map, page, 1, PN_REMOVED);
+    pn_wake_waiter(dest, page);
+    return error;
+}
+
+/* bytes NULL: zeros, unless they are in the memory behind it already. */
 static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count,
                                     const void *bytes) {
     const struct pn_dest_config *config = &dest->config;
@@ -196,7 +240,7 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         if (placing)
             error = put_some(dest, class_, piece, at, placing, from, zero, &here);
         else {
-            leave_removed(dest, piece, at);
+            error = leave_removed(dest, piece, at);
             pn_stats_add(dest->config.map, class_, PN_DROPPED, 1);
             here = 1;
         }

@@ -25,15 +25,20 @@ struct pn_dest {
     struct pn_waiter waiters[PN_WAITERS];
     atomic_uint waiter_count;
     _Atomic uint64_t last_fault; /* ns */
-    _Atomic uint32_t forward, backward;
     char *zeros; /* one page of the largest size */
 };
 
 uint64_t pn_now(void);
-int pn_map_state_of(const struct pn_dest *dest, uint64_t page);
 const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page);
 const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address);
 
+/* Whether pages are received straight to where they belong: the second mapping's page tables are there, or no file can be written
+ * to instead. A fault for each page costs more than a copy from the cache. */
+static inline bool pn_in_place(const struct pn_dest *dest, const struct pn_piece *piece) {
+    return piece->second && dest->config.file < 0;
+}
+/* Bytes (NULL: zeros) into the memory behind a piece that has a second mapping. 0 or -errno. */
+int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count, const void *bytes);
 /* The pages of [first, first + count) that are wanted and follow first without a gap become the caller's to write: how many. */
 uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
 /* Put `count` pages from `first` on, which the caller has taken and which lie in one piece, into place: bytes (COPY, MOVE),

@@ -4,6 +4,7 @@
  * many are open at a time, and each is answered in order of its pages. */
 #define _GNU_SOURCE
 #include "dest.h"
+#include "thread.h"
 #include "wire.h"
 
 #include <errno.h>
@@ -24,7 +25,6 @@
 enum {
     SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
     OUTBOX = SLOTS * 24,    /* room for each of them */
-    CHUNK_BYTES = 256 << 10, /* of background asked for at a time */
     STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
@@ -148,8 +148,8 @@ static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ?
 static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t page) {
     struct pn_map *map = lane->dest->config.map;
     uint64_t limit = PREFETCH_LIMIT / piece->page_size;
-    uint64_t forward = at_most(atomic_load(&lane->dest->forward), piece->first + piece->count - page - 1);
-    uint64_t backward = at_most(atomic_load(&lane->dest->backward), page - piece->first);
+    uint64_t forward = at_most(lane->dest->config.forward, piece->first + piece->count - page - 1);
+    uint64_t backward = at_most(lane->dest->config.backward, page - piece->first);
     uint64_t taken = pn_map_claim(map, page + 1, at_most(forward, limit), PN_MISSING, PN_REQUESTED);
     if (taken)
         ask(lane, PN_PREFETCH, piece, page + 1, taken);
@@ -185,7 +185,7 @@ static void settle(struct lane *lane, const struct pn_event *fault, const struct
 /* A page that is on its way, and waited for. If it arrived just now, its thread was woken by that. */
 static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
     pn_wait(lane->dest, page, now);
-    int state = pn_map_state_of(lane->dest, page);
+    int state = pn_map_state(lane->dest->config.map, page);
     if (state == PN_RESIDENT || state == PN_REMOVED)
         pn_wake_waiter(lane->dest, page);
 }
@@ -211,7 +211,7 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         return false;
     }
     uint64_t page = piece->first + (fault->start - piece->address) / piece->page_size;
-    switch (pn_map_state_of(lane->dest, page)) {
+    switch (pn_map_state(lane->dest->config.map, page)) {
     case PN_MISSING:
     case PN_COMING:
         if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
@@ -335,7 +335,7 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
-        uint64_t chunk = piece->page_size < CHUNK_BYTES ? CHUNK_BYTES / piece->page_size : 1;
+        uint64_t chunk = piece->page_size < lane->config->chunk ? lane->config->chunk / piece->page_size : 1;
         uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);
         uint64_t taken = pn_map_claim(map, missing, most, PN_MISSING, PN_COMING);
         if (taken)
@@ -459,10 +459,6 @@ static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uin
     pn_check_done(lane->dest);
 }
 
-static void *second_of(const struct pn_piece *piece, uint64_t page) {
-    return piece->second ? (void *)(piece->second + (page - piece->first) * piece->page_size) : NULL;
-}
-
 /* Pages that came as bytes somewhere else than where they belong, or as zeros (NULL): those that are wanted are placed. */
 static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes) {
     const struct pn_piece *piece = lane->current.slot->piece;
@@ -470,13 +466,11 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
     for (uint64_t done = 0; done < pages && !lane->ended;) {
         uint64_t taken = pn_take(lane->dest, first + done, pages - done);
         const uint8_t *from = bytes ? bytes + done * piece->page_size : NULL;
-        void *second = second_of(piece, first + done);
-        if (taken && second && from)
-            memcpy(second, from, taken * piece->page_size);
-        else if (taken && second)
-            memset(second, 0, taken * piece->page_size);
-        if (taken)
-            put_all(lane, first + done, taken, second ? NULL : from, !from);
+        int error = taken && piece->second ? pn_write_shared(lane->dest, piece, first + done, taken, from) : 0;
+        if (error)
+            end_lane(lane, PN_END_PLACING, -error, "");
+        else if (taken)
+            put_all(lane, first + done, taken, piece->second ? NULL : from, !from);
         else
             count(lane, lane->current.class_, PN_DROPPED, 1);
         done += taken ? taken : 1;
@@ -577,7 +571,7 @@ static void begin_piece(struct lane *lane) {
     uint64_t most = lane->stage_size / piece->page_size;
     lane->piece_count = at_most(lane->current.count, most);
     lane->piece_taken = false;
-    if (!piece->second)
+    if (!pn_in_place(lane->dest, piece))
         return;
     uint64_t taken = pn_take(lane->dest, lane->current.first, lane->piece_count);
     lane->piece_taken = taken > 0;
@@ -599,7 +593,8 @@ static void finish_piece(struct lane *lane) {
 }
 
 static uint8_t *piece_target(struct lane *lane) {
-    return lane->piece_taken ? second_of(lane->current.slot->piece, lane->current.first) : lane->stage;
+    const struct pn_piece *piece = lane->current.slot->piece;
+    return lane->piece_taken ? (uint8_t *)(piece->second + (lane->current.first - piece->first) * piece->page_size) : lane->stage;
 }
 
 /* What comes next: the rest of a header, or of a piece and (if it is the reply's last) the header behind it. */
@@ -751,11 +746,15 @@ static void clean_up(struct lane *lane) {
     free(lane->outbox);
 }
 
+static void loop(void *argument) {
+    struct lane *lane = argument;
+    while (!lane->ended)
+        wait_and_act(lane);
+}
+
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
     struct lane lane = {.config = config, .dest = config->dest, .end = end, .stage = MAP_FAILED};
-    if (!prepare(&lane))
+    if (!prepare(&lane) || pn_run_loop(!is_demand(&lane), loop, &lane))
         end_lane(&lane, PN_END_NO_MEMORY, ENOMEM, "");
-    while (!lane.ended)
-        wait_and_act(&lane);
     clean_up(&lane);
 }

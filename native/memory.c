@@ -8,6 +8,10 @@
 #include <sys/mman.h>
 #include <sys/uio.h>
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
 /* The first 8 bytes are zero, and each byte equals the one 8 before it: memcmp runs at memory speed, and a page that is
  * not zero is nearly always known by its first word. */
 static bool is_zero(const char *page, uint64_t size) {
@@ -63,3 +67,7 @@ uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignm
 }
 
 void pn_unmap_memory(uint64_t address, uint64_t length) { munmap((void *)(uintptr_t)address, length); }
+
+int pn_populate(uint64_t address, uint64_t length) {
+    return madvise((void *)(uintptr_t)address, length, MADV_POPULATE_WRITE) ? -errno : 0;
+}

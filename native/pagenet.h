@@ -138,14 +138,15 @@ void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
 
 /* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
 
-/* Pages that lie in one block and at consecutive addresses. second: this process's own mapping of the same memory, or 0.
- * wire_first: the first page's number on the wire, where 1 << shift pages make one of these. */
+/* Pages that lie in one block and at consecutive addresses. second: this process's own mapping of the same memory, or 0;
+ * file_offset: where in the file behind both they begin. wire_first: the first page's number on the wire, where 1 << shift pages make one of these. */
 struct pn_piece {
     uint64_t first;
     uint64_t count;
     uint64_t page_size;
     uint64_t address;
     uint64_t second;
+    uint64_t file_offset;
     uint64_t wire_first;
     uint64_t shift;
 };
@@ -158,6 +159,7 @@ struct pn_dest_config {
     uint64_t max_page_size;
     int uffd;
     int how;                        /* enum pn_how of pages that are not zero: COPY, MOVE or CONTINUE */
+    int file;                       /* behind the second mapping: pages are written to it; -1: through the mapping */
     int removes;                    /* the uffd reports REMOVE or UNMAP events */
     int done_fd;                    /* eventfd, written once every page of the scope is in place */
     uint32_t forward, backward;     /* prefetch window, pages */
@@ -166,7 +168,6 @@ struct pn_dest_config {
 struct pn_dest;
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config); /* NULL: no memory. Borrows all that config points to. */
 void pn_dest_free(struct pn_dest *dest);
-void pn_dest_set_window(struct pn_dest *dest, uint32_t forward, uint32_t backward);
 
 /* Runs from the schedule to a background lane: one writer, one reader. */
 struct pn_ring {
@@ -206,6 +207,7 @@ struct pn_lane_config {
     int room_fd;           /* eventfd: the ring has room; -1 for demand */
     uint64_t window_min;   /* bytes of background that may be on their way while there are faults ... */
     uint64_t window_max;   /* ... and when there have been none for a while */
+    uint64_t chunk;        /* bytes of background asked for at a time */
 };
 /* Runs the lane until it ends, and says why. */
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end);
@@ -230,8 +232,9 @@ void pn_source_free(struct pn_source *source);
  * already. From any thread. */
 int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length);
 int pn_source_remove(struct pn_source *source, uint64_t id);
-/* The loop: until pn_source_stop, or until the memory cannot be read (PN_END_FAILED). */
-void pn_source_run(struct pn_source *source, struct pn_end *end);
+/* The loop: until pn_source_stop, or until the memory cannot be read (PN_END_FAILED). background: nobody waits for what these
+ * connections bring. */
+void pn_source_run(struct pn_source *source, int background, struct pn_end *end);
 void pn_source_stop(struct pn_source *source);
 /* A connection that has ended: 1 and its id and why, or 0 if there is none. */
 int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
@@ -248,6 +251,8 @@ void pn_copy(void *to, const void *from, uint64_t length);
  * Allocates address space; pn_unmap_memory gives it back. */
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment);
 void pn_unmap_memory(uint64_t address, uint64_t length);
+/* Get every page of a mapping now, to write to, rather than at its first touch. -EINVAL: the kernel is older than 5.14. */
+int pn_populate(uint64_t address, uint64_t length);
 
 /* ---- pattern.c: memory that knows what it should hold ----------------------------------------------------------- */
 
@@ -279,8 +284,9 @@ int pn_bench_page_server(int sock, uint64_t page_size);
 /* Answers faults with a COPY, of a page asked for over a blocking socket, or (sock -1) of one at hand, until stop_fd is readable. */
 int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size);
 int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
-/* Receives, and with a uffd copies each chunk into place from `address` on. */
-int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address);
+/* Receives, and with a uffd copies each chunk into place from `address` on; or receives it through a second mapping of that
+ * memory, and continues it. */
+int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address, uint64_t second);
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
 /* Takes each page of the map from MISSING to RESIDENT: how many claims that took. */
 uint64_t pn_bench_claims(struct pn_map *map);

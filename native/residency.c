@@ -16,12 +16,19 @@ static void add(uint64_t *counter, uint64_t amount) {
 static bool is_done(int state) { return state == PN_RESIDENT || state == PN_REMOVED || state == PN_POISONED; }
 
 /* Keeps `scope` and `done` exact: each page's transition is one atomic step, and is counted by whoever made it. */
-static void account(struct pn_map *map, int from, int to) {
-    if (is_done(to) != is_done(from))
-        add(&map->done, is_done(to) ? 1 : (uint64_t)-1);
-    if ((to == PN_OUTSIDE) != (from == PN_OUTSIDE))
-        add(&map->scope, to == PN_OUTSIDE ? (uint64_t)-1 : 1);
+static void account(struct pn_map *map, int from, int to, uint64_t pages) {
+    if (pages && is_done(to) != is_done(from))
+        add(&map->done, is_done(to) ? pages : -pages);
+    if (pages && (to == PN_OUTSIDE) != (from == PN_OUTSIDE))
+        add(&map->scope, to == PN_OUTSIDE ? -pages : pages);
 }
+
+/* Eight pages are one aligned word: runs are longer than that, and a step for each page is a tenth of what placing it costs. */
+static _Atomic uint64_t *eight(const struct pn_map *map, uint64_t page) { return (_Atomic uint64_t *)(states(map) + page); }
+
+static uint64_t eight_times(int state) { return (uint64_t)state * 0x0101010101010101u; }
+
+static bool is_whole(uint64_t page, uint64_t end) { return page % 8 == 0 && page + 8 <= end; }
 
 uint64_t pn_map_bytes(uint64_t pages) { return sizeof(struct pn_map) + pages; }
 
@@ -35,34 +42,41 @@ int pn_map_state(const struct pn_map *map, uint64_t page) {
 }
 
 uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int from, int to) {
-    uint64_t taken = 0;
-    for (; taken < count; taken++) {
-        uint8_t expected = (uint8_t)from;
-        if (!atomic_compare_exchange_strong(&states(map)[first + taken], &expected, (uint8_t)to))
+    uint64_t page = first, end = first + count;
+    while (page < end) {
+        uint64_t all = eight_times(from);
+        uint8_t one = (uint8_t)from;
+        if (is_whole(page, end) && atomic_compare_exchange_strong(eight(map, page), &all, eight_times(to)))
+            page += 8;
+        else if (atomic_compare_exchange_strong(&states(map)[page], &one, (uint8_t)to))
+            page++;
+        else
             break;
-        account(map, from, to);
     }
-    return taken;
+    account(map, from, to, page - first);
+    return page - first;
 }
 
 void pn_map_set(struct pn_map *map, uint64_t first, uint64_t count, int to) {
     for (uint64_t page = first; page < first + count; page++)
-        account(map, atomic_exchange(&states(map)[page], (uint8_t)to), to);
+        account(map, atomic_exchange(&states(map)[page], (uint8_t)to), to, 1);
 }
 
 uint64_t pn_map_replace(struct pn_map *map, uint64_t first, uint64_t count, int from, int to) {
-    uint64_t changed = 0;
-    for (uint64_t page = first; page < first + count; page++)
-        changed += pn_map_claim(map, page, 1, from, to);
+    uint64_t changed = 0, end = first + count;
+    for (uint64_t page = first, here; page < end; page += here ? here : 1) {
+        here = pn_map_claim(map, page, end - page, from, to);
+        changed += here;
+    }
     return changed;
 }
 
-/* Eight pages a step: the map of a large guest is searched for its last missing pages again and again. */
+/* The map of a large guest is searched for its last missing pages again and again. */
 static bool any_of_eight(const struct pn_map *map, uint64_t page, int state) {
-    uint64_t eight = 0;
+    bool any = false;
     for (int i = 0; i < 8; i++)
-        eight |= (uint64_t)(atomic_load_explicit(&states(map)[page + i], memory_order_relaxed) == state) << i;
-    return eight != 0;
+        any |= atomic_load_explicit(&states(map)[page + i], memory_order_relaxed) == state;
+    return any;
 }
 
 uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int state) {
@@ -75,9 +89,14 @@ uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int
 
 uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state) {
     uint64_t page = first;
-    while (page < end && pn_map_state(map, page) == state)
-        page++;
-    return page - first;
+    for (;;) {
+        if (is_whole(page, end) && atomic_load_explicit(eight(map, page), memory_order_acquire) == eight_times(state))
+            page += 8;
+        else if (page < end && pn_map_state(map, page) == state)
+            page++;
+        else
+            return page - first;
+    }
 }
 
 uint64_t pn_map_done(const struct pn_map *map) {

@@ -4,6 +4,7 @@
  * straight from the file. Only what a full socket refuses is kept, in a buffer of its connection's own. */
 #define _GNU_SOURCE
 #include "pagenet.h"
+#include "thread.h"
 #include "wire.h"
 
 #include <errno.h>
@@ -633,10 +634,9 @@ static bool obey(struct pn_source *source) {
     return !stopped;
 }
 
-void pn_source_run(struct pn_source *source, struct pn_end *end) {
+static void loop(void *argument) {
+    struct pn_source *source = argument;
     struct epoll_event events[64];
-    *end = (struct pn_end){.kind = PN_END_STOPPED};
-    source->end = end;
     bool go_on = true;
     while (go_on && !source->lost) {
         int count = epoll_wait(source->epoll, events, 64, -1);
@@ -649,4 +649,12 @@ void pn_source_run(struct pn_source *source, struct pn_end *end) {
         if (commands) /* last: they may take away a connection that has an event here */
             go_on = obey(source);
     }
+}
+
+void pn_source_run(struct pn_source *source, int background, struct pn_end *end) {
+    *end = (struct pn_end){.kind = PN_END_STOPPED};
+    source->end = end;
+    int error = pn_run_loop(background, loop, source);
+    if (error)
+        lose(source, "no thread to serve from: %s", strerror(-error));
 }

@@ -101,6 +101,20 @@ def uffd_wake(uffd: int, start: int, length: int) -> None:
     _check(lib.pn_uffd_wake(uffd, start, length))
 
 
+def populate(memory: Mapped) -> bool:
+    """Get every page of ``memory`` now, rather than at its first touch. False: this kernel cannot (before 5.14).
+
+    :exc:`OSError` if there is not that much. Call it in a thread.
+    """
+    try:
+        _check(lib.pn_populate(memory.address, memory.size))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
 def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
     """Events that are queued, up to ``room``; :exc:`BlockingIOError` if there are none."""
     events = ffi.new("struct pn_event[]", room)
@@ -290,13 +304,15 @@ class SharedMap:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping of them, or 0."""
+    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping of them, or 0, and
+    ``file_offset`` where in the file behind them they begin."""
 
     first: int
     count: int
     page_size: int
     address: int
     second: int
+    file_offset: int
     wire_first: int
     shift: int
 
@@ -311,8 +327,8 @@ class End:
 
 
 END_STOPPED, END_CLOSED, END_BROKEN = lib.PN_END_STOPPED, lib.PN_END_CLOSED, lib.PN_END_BROKEN
-END_PROTOCOL, END_FAILED, END_NO_MEMORY = lib.PN_END_PROTOCOL, lib.PN_END_FAILED, lib.PN_END_NO_MEMORY
-END_OWNER_GONE, END_OWNER_WRONG, END_PLACING = lib.PN_END_OWNER_GONE, lib.PN_END_OWNER_WRONG, lib.PN_END_PLACING
+END_PROTOCOL, END_FAILED = lib.PN_END_PROTOCOL, lib.PN_END_FAILED
+END_OWNER_GONE, END_OWNER_WRONG = lib.PN_END_OWNER_GONE, lib.PN_END_OWNER_WRONG
 
 
 def _end_of(end: Any) -> End:
@@ -329,6 +345,7 @@ class Destination:
         *,
         uffd: int,
         how: int,
+        file: int,
         removes: bool,
         done_fd: int,
         prefetch: tuple[int, int],
@@ -340,7 +357,7 @@ class Destination:
         config.map, config.pieces, config.by_address = shared.map, self._pieces, self._by_address
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
-        config.uffd, config.how, config.removes, config.done_fd = uffd, how, removes, done_fd
+        config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
         config.forward, config.backward = prefetch
         self._dest = lib.pn_dest_new(config)
         if self._dest == ffi.NULL:
@@ -352,13 +369,15 @@ class Destination:
             lib.pn_dest_free(self._dest)
             self._dest = None
 
-    def run_lane(self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0)) -> End:
+    def run_lane(
+        self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0), chunk: int = 0
+    ) -> End:
         """Drive one connection until it ends: the demand lane, or with a ``ring`` a background lane. Call it in a thread."""
         config = ffi.new("struct pn_lane_config *")
         config.dest, config.sock, config.stop_fd = self._dest, sock, stop_fd
         config.ring = ffi.NULL if ring is None else ring.ring
         config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
-        config.window_min, config.window_max = window
+        config.window_min, config.window_max, config.chunk = *window, chunk
         end = ffi.new("struct pn_end *")
         lib.pn_lane_run(config, end)
         return _end_of(end)
@@ -401,9 +420,10 @@ class SourceBlock:
 
 
 class SourceLoop:
-    """``struct pn_source``: one loop that answers any number of connections."""
+    """``struct pn_source``: one loop that answers any number of connections. ``background``: nobody waits for its pages."""
 
-    def __init__(self, blocks: Sequence[SourceBlock]) -> None:
+    def __init__(self, blocks: Sequence[SourceBlock], background: bool) -> None:
+        self._background = background
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
         named = zip(blocks, self._names, strict=True)
@@ -423,7 +443,7 @@ class SourceLoop:
     def run(self) -> End:
         """Until :meth:`stop`, or until the memory cannot be read. Call it in a thread."""
         end = ffi.new("struct pn_end *")
-        lib.pn_source_run(self._source, end)
+        lib.pn_source_run(self._source, self._background, end)
         return _end_of(end)
 
     def stop(self) -> None:
@@ -486,6 +506,16 @@ def bench_touch(
     return array("Q", (latency for latency in latencies if latency != _UNTOUCHED))
 
 
+def bench_claim_memory(size: int) -> None:
+    """Have the system find ``size`` bytes, and give them back: where it is itself a guest, its host takes what is free, and
+    getting it again would be measured along. Call it in a thread."""
+    memory = Mapped(size)
+    try:
+        _check(lib.pn_populate(memory.address, size))
+    finally:
+        memory.close()
+
+
 def bench_page_server(sock: int, page_size: int) -> None:
     """Answer each request on a blocking socket with a page, until the peer closes."""
     _check(lib.pn_bench_page_server(sock, page_size))
@@ -500,9 +530,9 @@ def bench_send(sock: int, address: int, length: int, chunk: int) -> None:
     _check(lib.pn_bench_send(sock, ffi.cast("void *", address), length, chunk))
 
 
-def bench_receive(sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0) -> None:
-    """Receive; with a uffd, copy each chunk into place."""
-    _check(lib.pn_bench_receive(sock, length, chunk, uffd, address))
+def bench_receive(sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0, second: int = 0) -> None:
+    """Receive; with a uffd, copy each chunk into place; with a second mapping too, receive through that, and continue."""
+    _check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second))
 
 
 def bench_memcpy(to: int, from_: int, length: int) -> None:

@@ -6,6 +6,7 @@ They are the oracle for those in C, what runs where those cannot, and what a new
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import trio
@@ -20,15 +21,22 @@ from .schedule import Schedule
 from .session import receive_exactly
 from .transport import Connection
 
-__all__ = ["LaneKind", "Lanes", "TrioLane", "TrioLanes"]
+__all__ = ["CHUNK_BYTES", "Background", "LaneKind", "Lanes", "TrioLane", "TrioLanes"]
 
 LaneKind = Literal["auto", "native", "trio"]
 
-# Background asked for at a time, and how much of it may be on its way. 256 KiB amortise the cost of a reply, and four of them
-# keep a loopback connection busy while one is placed.
+# Background asked for at a time, and how much of it may be on its way on each lane. 256 KiB amortise the cost of a reply, and
+# four of them keep a loopback connection busy while one is placed.
 CHUNK_BYTES = 256 << 10
-WINDOW_BYTES = 1 << 20
+WINDOW_CHUNKS = 4
 
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What to bring that nobody waits for (``schedule`` None: nothing), and how many bytes to ask for at a time."""
+
+    schedule: Schedule | None
+    chunk: int = CHUNK_BYTES
 
 
 class Lanes(Protocol):
@@ -49,27 +57,23 @@ class Lanes(Protocol):
 
 
 class TrioLanes:
-    """Two connections, demand and background, as Trio tasks. Borrows the connections."""
+    """A demand connection and background ones, in that order, as Trio tasks. Borrows the connections."""
 
     name = "trio"
 
     def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], schedule: Schedule | None
+        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
     ) -> None:
         self._filling = filling
-        self._schedule = schedule
         self._demand = TrioLane(connections[0], filling, wire)
-        self._background = TrioLane(connections[1], filling, wire, self._note_arrival)
-        self._in_flight = 0
-        self._arrived = trio.Event()
+        self._pushers = [_Pusher(connection, filling, wire, background) for connection in connections[1:]]
         filling.ask = self._demand.request_nowait
 
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._demand.run)
-            nursery.start_soon(self._background.run)
-            if self._schedule is not None:
-                nursery.start_soon(self._feed, self._schedule)
+            for pusher in self._pushers:
+                nursery.start_soon(pusher.run)
             if self._filling.target.event_fd is not None:
                 await self._read_events(self._filling.target.event_fd)
 
@@ -78,18 +82,35 @@ class TrioLanes:
             await trio.lowlevel.wait_readable(event_fd)
             self._filling.read_events()
 
+
+class _Pusher:
+    """A background lane that takes its work from the schedule."""
+
+    def __init__(self, connection: Connection, filling: Filling, wire: Region, background: Background) -> None:
+        self._filling = filling
+        self._background = background
+        self._lane = TrioLane(connection, filling, wire, self._note_arrival)
+        self._in_flight = 0
+        self._arrived = trio.Event()
+
+    async def run(self) -> None:
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(self._lane.run)
+            if self._background.schedule is not None:
+                await self._feed(self._background.schedule)
+
     async def _feed(self, schedule: Schedule) -> None:
         """Ask for what the schedule says, as long as there is room in the window."""
         while (run := await self._next_run(schedule)) is not None:
             for part in self._filling.claim(run):
                 self._in_flight += self._filling.region.size_of(part)
-                self._background.request_nowait(Class.BACKGROUND, part)
+                self._lane.request_nowait(Class.BACKGROUND, part)
 
     async def _next_run(self, schedule: Schedule) -> Run | None:
-        while self._in_flight >= WINDOW_BYTES:
+        while self._in_flight >= WINDOW_CHUNKS * self._background.chunk:
             self._arrived = trio.Event()
             await self._arrived.wait()
-        return schedule.next_run(CHUNK_BYTES)
+        return schedule.next_run(self._background.chunk)
 
     def _note_arrival(self, size: int) -> None:
         self._in_flight -= size

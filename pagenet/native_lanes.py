@@ -10,12 +10,14 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import trio
 
 from . import _native
 from .errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
 from .filling import Filling
+from .lane import Background
 from .nurseries import open_failing_nursery
 from .protocol import printable
 from .region import Region
@@ -45,11 +47,11 @@ class NativeLanes:
     name = "native"
 
     def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], schedule: Schedule | None
+        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
     ) -> None:
         assert isinstance(filling.target, UffdTarget)
         self._filling = filling
-        self._schedule = schedule
+        self._background = background
         self._peer = connections[0].peer
         with ExitStack() as stack:
             self._stop_fd = _owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -64,6 +66,7 @@ class NativeLanes:
                 memory.pieces,
                 uffd=memory.uffd,
                 how=memory.how,
+                file=memory.file,
                 removes=memory.removes,
                 done_fd=self._done_fd,
                 prefetch=filling.prefetch,
@@ -78,8 +81,8 @@ class NativeLanes:
             nursery.start_soon(self._run_lane, limiter, self._sockets[0], None)
             for sock, ring in zip(self._sockets[1:], self._rings, strict=True):
                 nursery.start_soon(self._run_lane, limiter, sock, ring)
-                if self._schedule is not None:
-                    nursery.start_soon(self._feed, self._schedule, ring)
+                if self._background.schedule is not None:
+                    nursery.start_soon(self._feed, self._background.schedule, ring)
             await trio.lowlevel.wait_readable(self._done_fd)
             self._filling.check_complete()
 
@@ -91,9 +94,8 @@ class NativeLanes:
             os.eventfd_write(self._stop_fd, 1)
 
     async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
-        end = await trio.to_thread.run_sync(
-            self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, limiter=limiter, abandon_on_cancel=False
-        )
+        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, self._background.chunk)
+        end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
         if end.kind != _native.END_STOPPED:
             raise self._error(end)
 

@@ -36,8 +36,8 @@ class _Serving:
 class _Loop:
     """One loop, its thread, and the connections in it."""
 
-    def __init__(self, source: Source) -> None:
-        self._loop = _native.SourceLoop(source.native_blocks())
+    def __init__(self, source: Source, background: bool) -> None:
+        self._loop = _native.SourceLoop(source.native_blocks(), background)
         self._serving: dict[int, _Serving] = {}
         self._numbers = count()
 
@@ -91,8 +91,8 @@ class NativeSourceLanes:
     """Serves connections whose transport has sockets."""
 
     def __init__(self, source: Source) -> None:
-        self._demand = _Loop(source)
-        self._background = _Loop(source)
+        self._demand = _Loop(source, background=False)
+        self._background = _Loop(source, background=True)
 
     def close(self) -> None:
         """Not while :meth:`run` runs."""

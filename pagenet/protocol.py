@@ -55,6 +55,8 @@ REPLY_HEADER = struct.Struct("<IBBHQII")  # id, class, encoding, reserved, first
 LANE_HEADER_SIZE = 24
 #: Most that one request may ask for, in bytes, unless a single page is larger.
 MAX_REQUEST_BYTES = 4 << 20
+#: lanes that a source which dials may be asked for
+MAX_LANES = 64
 #: Longest text that a FAILED reply carries.
 MAX_REASON_BYTES = 1024
 
@@ -237,7 +239,7 @@ def _decode_hello(fields: dict[str, Any]) -> Hello:
         session=session,
         identity=_field(fields, "identity", bytes)[:64] if "identity" in fields else b"",
         region=_decode_region(_list(fields, "blocks", limit=MAX_BLOCKS)) if "blocks" in fields else None,
-        lanes=tuple(_decode_lane(lane) for lane in _list(fields, "lanes", limit=64)),
+        lanes=tuple(_decode_lane(lane) for lane in _list(fields, "lanes", limit=MAX_LANES)),
         features=frozenset(_strings(fields, "features")),
         version=version,
         oldest=oldest,

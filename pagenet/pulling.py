@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import mmap
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
 import trio
@@ -10,21 +11,23 @@ import trio
 from .errors import OwnerGone, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
-from .lane import LaneKind, Lanes, TrioLanes
+from .lane import CHUNK_BYTES, Background, LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
-from .protocol import Channel
+from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel
 from .region import Region
 from .schedule import Schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
 from .statistics import TransferStatistics
 from .target import Owner, Target
+from .transport import Connection
 
 __all__ = ["Transfer", "pull"]
 
 # Pages of the source's that the owner may leave unmapped: 1 TiB of small ones. Each costs a byte of the map at once, and the
 # source alone says how many there are.
 MAX_OUTSIDE = 1 << 28
+MAX_BACKGROUND_LANES = MAX_LANES - 1  # and one for demand
 
 
 class Transfer:
@@ -60,6 +63,8 @@ async def pull(
     listen: bool = False,
     plaintext: bool = False,
     background: str = "linear",
+    background_lanes: int = 1,
+    chunk: int = CHUNK_BYTES,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
     on_event: EventHandler = ignore_events,
@@ -71,7 +76,9 @@ async def pull(
     keeps its userfaultfd, or gets SIGBUS, but never zeros.
 
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
-    ``background``: ``linear``, or ``off`` to bring touched pages only. ``lane``: ``native`` (loops in C), ``trio`` (the same in
+    ``background``: ``linear``, or ``off`` to bring touched pages only. ``background_lanes``: connections for it, 1 to 63, each
+    with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
+    them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
     Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
     and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side).
 
@@ -79,7 +86,12 @@ async def pull(
     :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`.
     Events: ``listening``, ``connected``, ``owner``, ``complete``.
     """
-    sessions = accept_source(uri, plaintext, on_event) if listen else dial_source(uri)
+    if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
+        raise UsageError(f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}")
+    if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
+        raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
+    channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes)
+    sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with sessions as session:
         on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
         filling: Filling | None = None
@@ -89,7 +101,9 @@ async def pull(
                     nursery.start_soon(session.watch)
                     filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
                     filling.prefetch = prefetch
-                    lanes = await _open_lanes(lane, filling, session, _schedule(background, filling), cleanup)
+                    connections = [await session.open_lane(channel) for channel in channels]
+                    plan = Background(_schedule(background, filling), chunk)
+                    lanes = _make_lanes(lane, filling, session.region, connections, plan, cleanup)
                     nursery.cancel_scope.cancel()
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
@@ -154,14 +168,18 @@ class _Run:
             raise OwnerGone("the owner of the memory is gone")
 
 
-async def _open_lanes(
-    lane: LaneKind, filling: Filling, session: SourceSession, schedule: Schedule | None, cleanup: ExitStack
+def _make_lanes(
+    lane: LaneKind,
+    filling: Filling,
+    wire: Region,
+    connections: Sequence[Connection],
+    background: Background,
+    cleanup: ExitStack,
 ) -> Lanes:
-    connections = [await session.open_lane(channel) for channel in (Channel.DEMAND, Channel.BACKGROUND)]
     if lane != "trio" and can_run_natively(filling.target, connections):
-        native = NativeLanes(filling, session.region, connections, schedule)
+        native = NativeLanes(filling, wire, connections, background)
         cleanup.callback(native.close)
         return native
     if lane == "native":
         raise UsageError("lanes in C need memory behind a userfaultfd and a transport over sockets: use lane trio")
-    return TrioLanes(filling, session.region, connections, schedule)
+    return TrioLanes(filling, wire, connections, background)

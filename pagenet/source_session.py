@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
@@ -17,8 +17,6 @@ from .transport import Connection
 
 __all__ = ["SourceSession", "accept_source", "dial_source"]
 
-#: What a source that dials us is asked to dial besides the control connection.
-LANES = (Channel.DEMAND, Channel.BACKGROUND)
 # It dials them at once: this is as long as a dial may take.
 LANE_TIMEOUT = 10.0
 
@@ -96,10 +94,11 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 class _Reception:
     """A destination that listens: the first source to come gets the session, and its lanes are matched to who waits."""
 
-    def __init__(self, on_event: EventHandler) -> None:
+    def __init__(self, lanes: Sequence[Channel], on_event: EventHandler) -> None:
+        self._wanted = lanes
         self._on_event = on_event
         self._sources_in, self.sources = trio.open_memory_channel[tuple[Hello, MessageStream]](1)
-        self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in LANES}
+        self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in lanes}
         self._session: bytes | None = None
         self._connections: list[Connection] = []
 
@@ -134,7 +133,7 @@ class _Reception:
                 raise RemoteProtocolError("the source's hello has no block table or no session")
             self._session = hello.session
             try:
-                await stream.send(Hello(Role.DESTINATION, Channel.CONTROL, hello.session, lanes=LANES))
+                await stream.send(Hello(Role.DESTINATION, Channel.CONTROL, hello.session, lanes=tuple(self._wanted)))
             except BaseException:
                 self._session = None  # whoever it was is gone: the next one may try
                 raise
@@ -147,12 +146,14 @@ class _Reception:
 
 
 @asynccontextmanager
-async def accept_source(uri: str, plaintext: bool, on_event: EventHandler) -> AsyncIterator[SourceSession]:
-    """A session with the first source that dials ``uri``."""
+async def accept_source(
+    uri: str, plaintext: bool, lanes: Sequence[Channel], on_event: EventHandler
+) -> AsyncIterator[SourceSession]:
+    """A session with the first source that dials ``uri``, which is asked to dial ``lanes`` besides."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext))
         on_event("listening", uri=listener.uri)
-        reception = _Reception(on_event)
+        reception = _Reception(lanes, on_event)
         stack.callback(reception.close)
         nursery = await stack.enter_async_context(open_failing_nursery())
         nursery.start_soon(accept_forever, listener, reception.meet)

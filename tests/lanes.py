@@ -22,7 +22,7 @@ import trio
 
 from pagenet import Block, Region, Run, _native
 from pagenet.filling import Filling
-from pagenet.lane import CHUNK_BYTES, TrioLanes
+from pagenet.lane import CHUNK_BYTES, Background, TrioLanes
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, Reply, Request, RequestDecoder
 from pagenet.residency import State
 from pagenet.tcp._connection import SocketConnection
@@ -36,7 +36,7 @@ PATIENCE = 20.0
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 UNBOUNDED = 1 << 40
 
-Kind = Literal["copy", "move", "memfd", "hugetlb"]
+Kind = Literal["copy", "move", "memfd", "allocated", "hugetlb"]
 Driver = Literal["native", "trio"]
 
 libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it is in a call
@@ -124,6 +124,8 @@ class Memory:
             wait_gone=trio.sleep_forever,
         )
         self.region = self.target.region
+        if kind == "allocated":
+            self.target.allocate()
 
     def _open_file(self) -> int:
         if self.kind in ("copy", "move"):
@@ -366,6 +368,7 @@ class NativeDriver:
             memory.pieces,
             uffd=memory.uffd,
             how=memory.how,
+            file=memory.file,
             removes=memory.removes,
             done_fd=self.done_fd,
             prefetch=rig.prefetch,
@@ -375,7 +378,7 @@ class NativeDriver:
     def start(self, lane: str) -> None:
         ring = self.ring if lane == "background" else None
         sock = self._sockets[lane].fileno()
-        self.running[lane] = Call(self._dest.run_lane, sock, self.stop_fd, ring, self._window)
+        self.running[lane] = Call(self._dest.run_lane, sock, self.stop_fd, ring, self._window, CHUNK_BYTES)
 
     def feed(self, run: Run) -> None:
         self.ring.push(run.first, run.count)
@@ -416,7 +419,7 @@ class TrioDriver:
     async def _run(self) -> None:
         connections = [SocketConnection(trio.socket.from_stdlib_socket(sock), "peer") for sock in self._sockets]
         self._token = trio.lowlevel.current_trio_token()
-        self._lanes = TrioLanes(self._rig.filling, self._rig.memory.wire, connections, None)
+        self._lanes = TrioLanes(self._rig.filling, self._rig.memory.wire, connections, Background(None))
         self._scope = trio.CancelScope()
         with self._scope:
             self._started.set()
@@ -428,7 +431,7 @@ class TrioDriver:
     def _feed(self, run: Run) -> None:
         for part in self._rig.filling.claim(run):
             for chunk in self._rig.filling.region.split(part, CHUNK_BYTES):
-                self._lanes._background.request_nowait(Class.BACKGROUND, chunk)
+                self._lanes._pushers[0]._lane.request_nowait(Class.BACKGROUND, chunk)
 
     def wait_complete(self) -> None:
         wait_until(self._rig.filling.completed.is_set, "completion")

@@ -52,9 +52,9 @@ def test_all_ends_with_one_object_of_figures_and_floors() -> None:
 @pytest.mark.parametrize(
     ("lane", "memory", "placement", "threads"),
     [
-        ("native", "anonymous", {"copy", "move"}, [1, 3]),
+        ("native", "anonymous", {"copy"}, [1, 3]),
         ("native", "memfd", {"continue"}, [1]),
-        ("trio", "anonymous", {"copy", "move"}, [2]),
+        ("trio", "anonymous", {"copy"}, [2]),
     ],
 )
 def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) -> None:
@@ -82,7 +82,7 @@ def test_stream_measures_every_placement_and_source() -> None:
     said = events("stream", "--size", "16M", "--rounds", "1")
     rows = results(said, "stream")
     floors = {row["name"]: row["gbps"] for row in rows if row["floor"]}
-    assert floors.keys() == {"memcpy", "send/recv", "send/recv+copy"}
+    assert floors.keys() == {"memcpy", "send/recv", "send/recv+copy", "send/recv+continue"}
     assert all(gbps > 0 for gbps in floors.values())
     others = [row for row in rows if not row["floor"]]
     assert all(row["gbps"] > 0 and row["ratio"] > 0 and row["bytes"] == 16 << 20 for row in others)
@@ -93,6 +93,25 @@ def test_stream_measures_every_placement_and_source() -> None:
 def test_stream_on_trio_lanes() -> None:
     said = events("stream", "--size", "4M", "--rounds", "1", "--lane", "trio", "--placement", "copy", "--zero-every", "0")
     assert {row["lane"] for row in results(said, "stream") if not row["floor"]} == {"trio"}
+
+
+def test_stream_by_lanes_and_chunk() -> None:
+    options = ("--placement", "copy", "--source", "file", "--zero-every", "0", "--lanes", "1,3", "--chunk", "64K")
+    rows = results(events("stream", "--size", "4M", "--rounds", "1", *options), "stream")
+    assert [row["lanes"] for row in rows if not row["floor"]] == [1, 3]
+    assert {row["chunk"] for row in rows} == {64 << 10}
+
+
+def test_scale() -> None:
+    said = events("scale", "--sizes", "4M,64M", "--touches", "300", "--rounds", "1")
+    small, large = results(said, "scale")
+    assert [small["bytes"], large["bytes"]] == [4 << 20, 64 << 20]
+    assert all(row["touches"] == 300 and 0 < row["p50_us"] <= row["p99_us"] for row in (small, large))
+    assert small["p50_to_first"] == 1
+    assert large["p50_to_first"] > 0
+    # One byte of the map for each page at least; of the rest, what a small region cannot hide.
+    assert 1 <= large["destination_bytes_per_page"] < 400
+    assert 0 <= large["source_bytes_per_page"] < 400
 
 
 def test_null() -> None:

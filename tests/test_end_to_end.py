@@ -44,6 +44,7 @@ from pagenet import (
     TransferStatistics,
     UffdSocket,
     Unsupported,
+    UsageError,
     _native,
     register,
     serve,
@@ -327,6 +328,52 @@ async def test_owner_that_writes_and_removes(memory: str, tmp_path: Path, lane: 
             )
     assert verified["removed"] > 0
     assert statistics.complete
+
+
+# ---- more than one background lane ----
+
+
+@pytest.mark.parametrize("listens", ["source", "destination"])
+@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
+async def test_background_lanes(memory: str, listens: str, source: str, tmp_path: Path, lane: str) -> None:
+    owner = UffdSocket(tmp_path / "uffd.sock")
+    await owner.listen()
+    arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--memory", memory, "--order", "random")
+    uri = f"unix:{tmp_path / 'source.sock'}"
+    options = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
+    try:
+        async with run_workload(tmp_path / "uffd.sock", *arguments) as workload:
+            where = {"listen": uri} if listens == "source" else {"connect": uri}
+            if listens == "source":
+                async with serve(source, **where) as server, pull(server.uri, owner, **options) as transfer:
+                    await transfer.wait_complete()
+            else:
+                async with trio.open_nursery() as nursery:
+
+                    async def push() -> None:
+                        async with serve(source, **where) as server:
+                            await server.wait_complete()
+
+                    nursery.start_soon(push)
+                    async with pull(uri, owner, **options) as transfer:
+                        await transfer.wait_complete()
+            await check_verified(workload)
+    finally:
+        owner.close()
+    check_complete(transfer.statistics(), SIZE // PAGE)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"background_lanes": 0}, "0 background lanes: there may be 1 to 63"),
+    ({"background_lanes": 64}, "64 background lanes: there may be 1 to 63"),
+    ({"chunk": 0}, "chunks of 0 bytes: they are whole pages, of 4 MiB at most"),
+    ({"chunk": 4097}, "chunks of 4097 bytes: they are whole pages"),
+    ({"chunk": 8 << 20}, "chunks of 8388608 bytes: they are whole pages, of 4 MiB at most"),
+])  # fmt: skip
+async def test_background_that_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        async with pull("tcp://127.0.0.1:1", OwnMemory(), lane="auto", **options):
+            raise AssertionError("not reached")
 
 
 # ---- several at once ----

@@ -104,7 +104,7 @@ class Serving:
 
     def __init__(self, *specs: str) -> None:
         self.source: Source = open_source(*specs)
-        self.loop = _native.SourceLoop(self.source.native_blocks())
+        self.loop = _native.SourceLoop(self.source.native_blocks(), background=False)
         self._numbers = 0
         self.thread = Call(self.loop.run)
         self.ends: dict[int, _native.End] = {}

@@ -91,16 +91,19 @@ def huge_if(memory: str, count: int = 4) -> Any:
 # ---- memory of one's own ----
 
 
-@pytest.mark.parametrize(("kind", "placements"), [
-    ("anonymous", {"move", "copy"}),
-    ("memfd", {"continue", "copy"}),
-    ("hugetlb", {"continue", "copy"}),
+@pytest.mark.parametrize(("options", "placements"), [
+    ({}, {"copy"}),
+    ({"move": True}, {"move", "copy"}),
+    ({"kind": "memfd"}, {"continue", "copy"}),
+    ({"kind": "memfd", "allocate": True}, {"continue", "copy"}),
+    ({"kind": "hugetlb"}, {"continue", "copy"}),
+    ({"kind": "hugetlb", "allocate": True}, {"continue", "copy"}),
 ])  # fmt: skip
-async def test_own_memory(kind: Any, placements: set[str], tmp_path: Path, lane: str) -> None:
+async def test_own_memory(options: dict[str, Any], placements: set[str], tmp_path: Path, lane: str) -> None:
     size = 2 * HUGE_PAGE
     path = write_pattern(tmp_path / "source", size, zero_every=3)
-    memory = OwnMemory(kind)
-    with huge_if(kind):
+    memory = OwnMemory(**options)
+    with huge_if(options.get("kind", "anonymous")):
         async with serve(str(path), listen="tcp://127.0.0.1:0") as server, pull(server.uri, memory, lane=lane) as transfer:
             assert transfer.statistics().placement in placements
             await transfer.wait_complete()

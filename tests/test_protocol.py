@@ -805,7 +805,8 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
     listening = trio.Event()
 
     async def destination() -> None:
-        async with accept_source("memory://destination", False, lambda *_, **__: listening.set()) as session:
+        lanes = (Channel.DEMAND, Channel.BACKGROUND)
+        async with accept_source("memory://destination", False, lanes, lambda *_, **__: listening.set()) as session:
             lane, requests = await session.open_lane(Channel.DEMAND), OutstandingRequests(session.region)
             await session.open_lane(Channel.BACKGROUND)
             await lane.send(requests.open(Class.DEMAND, Run(512, 512), unit_shift=9).encode())

@@ -19,7 +19,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from pagenet.errors import ConnectionBroken, ConnectionBusy, SourceUnreachable, UsageError
-from pagenet.tcp import TcpTransport, _tcp
+from pagenet.tcp import TcpTransport, _tcp, assume_near, tune
 from pagenet.tcp._connection import SocketConnection
 from pagenet.tcp._listener import SocketListener
 from pagenet.transport import Detachable
@@ -353,11 +353,35 @@ async def test_options() -> None:
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 256 << 10
             idle, interval, probes = (
                 sock.getsockopt(socket.IPPROTO_TCP, option)
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             )
             assert idle + interval * probes == 10
+
+
+async def test_congestion_control_does_not_pace_near_by() -> None:
+    """Of what is set later, the pace stays: the choice must be made before the connection is."""
+    with socket.socket() as plain:
+        host = congestion_control(plain)
+    for connection in await connect():
+        with as_socket(connection) as sock:
+            assert congestion_control(sock) in ({b"cubic", b"reno"} if host.startswith(b"bbr") else {host})
+
+
+def test_far_peers_get_the_congestion_control_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tcp, "NEAR_US", 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as near:
+        host = congestion_control(near)
+        assume_near(near)
+        near.connect(listener.getsockname())
+        tune(near)
+        assert congestion_control(near) == host
+
+
+def congestion_control(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
 
 
 def reset(connection: SocketConnection) -> None:

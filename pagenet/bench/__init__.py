@@ -10,6 +10,7 @@ from ._figures import Sample, median
 from ._null import NullResult, measure_null
 from ._peers import Source
 from ._plot import check_plot, plot_latencies
+from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "FaultResult",
     "NullResult",
     "Sample",
+    "ScaleOptions",
+    "ScaleResult",
     "Source",
     "StreamOptions",
     "StreamResult",
@@ -27,6 +30,7 @@ __all__ = [
     "environment",
     "measure_faults",
     "measure_null",
+    "measure_scale",
     "measure_streams",
     "median",
     "plot_latencies",

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +29,7 @@ from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
 from ._figures import Sample
 from ._peers import Source, connected_peer, served
+from ._toucher import Toucher
 
 __all__ = ["LIMIT_SECONDS", "FaultOptions", "FaultResult", "MemoryKind", "measure_faults"]
 
@@ -82,7 +82,7 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
         if uri is None:
             _check_memory(2 * size)
             source = stack.enter_context(Source(size))
-            uri = await stack.enter_async_context(served(source.spec, options.transport, options.lane))
+            uri = (await stack.enter_async_context(served(source.spec, options.transport, options.lane))).uri
         else:
             size = await _size_of(uri, options)
             _check_memory(size)
@@ -111,36 +111,6 @@ async def _size_of(uri: str, options: FaultOptions) -> int:
 def _check_memory(size: int) -> None:
     if size > available_memory():
         raise UsageError(f"this takes {size >> 20} MiB of memory, and {available_memory() >> 20} are available")
-
-
-class _Toucher:
-    """Touches in a thread of its own: a touch that nobody answers can be left behind, until the failed transfer ends it."""
-
-    def __init__(self, touch: Callable[[], array[int]]) -> None:
-        self._touch = touch
-        self._token = trio.lowlevel.current_trio_token()
-        self._ended = trio.Event()
-        self._thread = threading.Thread(target=self._run, name="pagenet-bench-touch")
-        self._outcome: array[int] | BaseException = array("Q")
-
-    def _run(self) -> None:
-        try:
-            self._outcome = self._touch()
-        except BaseException as error:
-            self._outcome = error
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._ended.set)
-
-    async def latencies(self) -> array[int]:
-        self._thread.start()
-        await self._ended.wait()
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        return self._outcome
-
-    def join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
 
 
 class _Measure:
@@ -174,7 +144,7 @@ class _Measure:
     async def _floor(self, peer: int, pick: random.Random, threads: int) -> array[int]:
         with _bare_memory(self._options.memory, self._size, self._page_size) as (memory, uffd):
             pages = self._pages(pick)
-            toucher = _Toucher(
+            toucher = Toucher(
                 lambda: _native.bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS)
             )
             stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -191,8 +161,9 @@ class _Measure:
 
     async def _pulled(self, background: str, pick: random.Random, result: FaultResult) -> array[int]:
         options = self._options
+        await trio.to_thread.run_sync(_native.bench_claim_memory, self._size)
         memory = OwnMemory(options.memory)
-        toucher: _Toucher | None = None
+        toucher: Toucher | None = None
         try:
             async with pull(
                 self._uri, memory, background=background, lane=options.lane, prefetch=options.prefetch
@@ -201,7 +172,7 @@ class _Measure:
                 # The background goes from the first page to the last. What it reaches last it leaves to us longest.
                 first = 0 if background == "off" else transfer.region.pages // 2
                 pages = self._pages(pick, first)
-                toucher = _Toucher(self._touch(transfer, memory.address, pages, result.threads))
+                toucher = Toucher(self._touch(transfer, memory.address, pages, result.threads))
                 latencies = await toucher.latencies()
                 if background != "off":
                     result.loaded_not_counted += len(pages) - len(latencies)

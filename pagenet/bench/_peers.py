@@ -12,16 +12,18 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
 from .. import _native
 from ..errors import PagenetError, UsageError
 from ..lane import LaneKind
+from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
 from .peer import peer_command
 
-__all__ = ["Source", "connected_peer", "memory_holder", "served", "socket_pair"]
+__all__ = ["Served", "Source", "connected_peer", "memory_holder", "served", "socket_pair"]
 
 
 class Source:
@@ -85,9 +87,14 @@ async def _first_line(process: trio.Process) -> str:
     return line.decode()
 
 
+class Served(NamedTuple):
+    uri: str
+    pid: int
+
+
 @asynccontextmanager
-async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[str]:
-    """``pagenet-serve`` of ``spec``, for as long as the block runs: its URI. :exc:`UsageError` if it refuses."""
+async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Served]:
+    """``pagenet-serve`` of ``spec``, for as long as the block runs. :exc:`UsageError` if it refuses."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory:
         listen = "tcp://127.0.0.1:0" if transport == "tcp" else f"unix:{Path(directory) / 'source'}"
         command = [sys.executable, "-m", "pagenet.cli.serve", spec, "--listen", listen, "--lane", lane, "--json"]
@@ -95,7 +102,7 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[str
             event = json.loads(await _first_line(process))
             if event["event"] != "listening":
                 raise UsageError(event.get("message", "pagenet-serve did not start"))
-            yield event["uri"]
+            yield Served(event["uri"], process.pid)
 
 
 @asynccontextmanager
@@ -113,10 +120,13 @@ def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]
         ours, theirs = socket.socketpair()
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            theirs = socket.create_connection(listener.getsockname())
+            assume_near(listener)
+            theirs = socket.socket()
+            assume_near(theirs)
+            theirs.connect(listener.getsockname())
             ours, _ = listener.accept()
         for sock in (ours, theirs):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune(sock)
     with ours, theirs:
         yield ours, theirs
 

@@ -2,15 +2,17 @@
 
 The clock runs from the moment the lanes start until the last page is in place. Afterwards every page is compared with what it
 should be. The floors are bare loops in C in two processes: the bytes alone (send, and recv into one buffer), and the same with
-each chunk put in place by COPY; and memcpy between two buffers that are in memory already.
+each chunk put in place by COPY, or received in place and put there by CONTINUE; and memcpy between two buffers that are in
+memory already.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,8 +33,8 @@ __all__ = ["PLACEMENTS", "SOURCES", "StreamOptions", "StreamResult", "measure_st
 
 #: by name: the memory that makes pagenet place pages that way
 PLACEMENTS = {
-    "copy": lambda: OwnMemory("anonymous", move=False),
-    "move": lambda: OwnMemory("anonymous"),
+    "copy": lambda: OwnMemory("anonymous"),
+    "move": lambda: OwnMemory("anonymous", move=True),
     "continue": lambda: OwnMemory("memfd"),
     "continue-allocated": lambda: OwnMemory("memfd", allocate=True),
 }
@@ -43,12 +45,14 @@ _MEMCPY_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """``chunk``: bytes that the floors send, and receive, at a time. ``zero_every``: one page in so many is zero in a further
+    """``chunk``: bytes sent at a time by the floors, and asked for by us. ``lanes``: connections for the background, each
+    number in turn. ``zero_every``: one page in so many is zero in a further
     run of each placement (0: no such run). ``uri``: a peer to measure instead of one that is started here."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
     chunk: int = 256 << 10
+    lanes: Sequence[int] = (1,)
     placements: Sequence[str] = tuple(PLACEMENTS)
     sources: Sequence[str] = SOURCES
     zero_every: int = 2
@@ -63,6 +67,7 @@ class StreamResult:
 
     name: str
     source: str = ""
+    lanes: int = 1
     zero_share: float = 0.0
     size: int = 0
     lane: str = ""
@@ -91,23 +96,23 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
     """The floors, then every placement from every source. Event: ``skipped``, of a source that cannot be had here."""
     async with AsyncExitStack() as stack:
         if options.uri is not None:
-            variants = [_Variant(StreamResult(name, "peer"), options.uri, None) for name in options.placements]
+            variants = [_Variant(result, options.uri, None) for result in _results(options, "peer")]
             floors = _Floors(options, None)
         else:
             if (needed := 5 * options.size) > available_memory():
                 raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
             source = stack.enter_context(Source(options.size))
             variants = [
-                _Variant(StreamResult(name, kind), uri, source)
+                _Variant(result, uri, source)
                 for kind in options.sources
                 if (uri := await _uri_of(kind, source, options, stack, on_event)) is not None
-                for name in options.placements
+                for result in _results(options, kind)
             ]
             if options.zero_every:
                 zeros = stack.enter_context(Source(options.size, options.zero_every))
-                uri = await stack.enter_async_context(served(zeros.spec, options.transport, options.lane))
+                uri = (await stack.enter_async_context(served(zeros.spec, options.transport, options.lane))).uri
                 share = 1 / options.zero_every
-                variants += [_Variant(StreamResult(name, "file", share), uri, zeros) for name in options.placements]
+                variants += [_Variant(result, uri, zeros) for result in _results(options, "file", share)]
             sender = await stack.enter_async_context(
                 connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd])
             )
@@ -117,8 +122,13 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
         for _ in range(options.rounds):
             await trio.to_thread.run_sync(floors.round)
             for variant in variants:
+                await trio.to_thread.run_sync(_native.bench_claim_memory, 2 * options.size)
                 await _stream(variant, options)
     return [*floors.results, *(variant.result for variant in variants)]
+
+
+def _results(options: StreamOptions, source: str, zero_share: float = 0.0) -> list[StreamResult]:
+    return [StreamResult(name, source, lanes, zero_share) for lanes in options.lanes for name in options.placements]
 
 
 async def _uri_of(
@@ -126,7 +136,7 @@ async def _uri_of(
 ) -> str | None:
     spec = source.spec if kind == "file" else await stack.enter_async_context(memory_holder(source))
     try:
-        return await stack.enter_async_context(served(spec, options.transport, options.lane))
+        return (await stack.enter_async_context(served(spec, options.transport, options.lane))).uri
     except UsageError as error:
         if kind == "file":
             raise
@@ -138,7 +148,14 @@ async def _stream(variant: _Variant, options: StreamOptions) -> None:
     result = variant.result
     memory = PLACEMENTS[result.name]()
     try:
-        async with pull(variant.uri, memory, lane=options.lane, prefetch=(0, 0)) as transfer:
+        async with pull(
+            variant.uri,
+            memory,
+            background_lanes=result.lanes,
+            chunk=options.chunk,
+            lane=options.lane,
+            prefetch=(0, 0),
+        ) as transfer:
             await transfer.wait_complete()
         statistics = transfer.statistics()
         if statistics.placement != result.name.partition("-")[0]:
@@ -163,10 +180,13 @@ class _Floors:
         self._memcpy = StreamResult("memcpy", size=min(options.size, _MEMCPY_BYTES))
         self._receive = StreamResult("send/recv", size=options.size)
         self._copy = StreamResult("send/recv+copy", size=options.size)
+        self._continue = StreamResult("send/recv+continue", size=options.size)
 
     @property
     def results(self) -> list[StreamResult]:
-        return [self._memcpy] if self._sender is None else [self._memcpy, self._receive, self._copy]
+        return [self._memcpy] if self._sender is None else [
+            self._memcpy, self._receive, self._copy, self._continue
+        ]  # fmt: skip
 
     def round(self) -> None:
         """Each once. Blocks: call it in a thread."""
@@ -174,6 +194,7 @@ class _Floors:
         if self._sender is not None:
             self._receive.seconds.append(self._time_receive(self._sender))
             self._copy.seconds.append(self._time_copy(self._sender))
+            self._continue.seconds.append(self._time_continue(self._sender))
 
     def _time_memcpy(self) -> float:
         size = self._memcpy.size
@@ -190,19 +211,20 @@ class _Floors:
             from_.close()
             to.close()
 
-    def _time_receive(self, sender: socket.socket, uffd: int = -1, address: int = 0) -> float:
+    def _time_receive(self, sender: socket.socket, uffd: int = -1, address: int = 0, second: int = 0) -> float:
         size, chunk = self._options.size, self._options.chunk
         with socket_pair(self._options.transport) as (ours, theirs):
             start = time.perf_counter()
             try:
                 socket.send_fds(sender, [ORDER.pack(size, chunk)], [theirs.fileno()])
                 theirs.close()
-                _native.bench_receive(ours.fileno(), size, chunk, uffd, address)
+                _native.bench_receive(ours.fileno(), size, chunk, uffd, address, second)
             except OSError as error:
                 raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
             return time.perf_counter() - start
 
     def _time_copy(self, sender: socket.socket) -> float:
+        _native.bench_claim_memory(2 * self._options.size)
         memory = _native.Mapped(self._options.size)
         uffd = Userfaultfd.open()
         try:
@@ -211,3 +233,21 @@ class _Floors:
         finally:
             uffd.close()
             memory.close()
+
+    def _time_continue(self, sender: socket.socket) -> float:
+        """Into memory that was allocated, and whose second mapping is at hand, before the clock starts."""
+        size = self._options.size
+        _native.bench_claim_memory(2 * size)
+        with ExitStack() as stack:
+            fd = os.memfd_create("pagenet-floor", os.MFD_CLOEXEC)
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, size)
+            memory, second = _native.Mapped(size, fd), _native.Mapped(size, fd)
+            stack.callback(memory.close)
+            stack.callback(second.close)
+            uffd = Userfaultfd.open()
+            stack.callback(uffd.close)
+            uffd.register(memory.address, size, Mode.MISSING | Mode.MINOR)
+            if not _native.populate(second):
+                os.posix_fallocate(fd, 0, size)
+            return self._time_receive(sender, uffd.fd, memory.address, second.address)

@@ -15,10 +15,11 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "prefetch_window", "run_command"]
+__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "count", "prefetch_window", "run_command"]
 
 # A window is clipped to 1 MiB of bytes on either side anyway.
 MAX_WINDOW = 256
+MAX_COUNT = 10_000_000
 
 EXIT_CODES = """\
 exit codes:
@@ -56,6 +57,13 @@ def add_lane_option(parser: Parser) -> None:
         default="auto",
         help="who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be (default: %(default)s)",
     )
+
+
+def count(text: str) -> int:
+    """For argparse: a number from 1 on."""
+    if not text.isdecimal() or not 0 < int(text) <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def prefetch_window(text: str) -> tuple[int, int]:

@@ -20,17 +20,20 @@ from ..bench import (
     FaultResult,
     NullResult,
     Sample,
+    ScaleOptions,
+    ScaleResult,
     StreamOptions,
     StreamResult,
     check_plot,
     environment,
     measure_faults,
     measure_null,
+    measure_scale,
     measure_streams,
     plot_latencies,
 )
 from ..testing.pattern import parse_size
-from ._command import Parser, Report, add_lane_option, prefetch_window, run_command
+from ._command import Parser, Report, add_lane_option, count, prefetch_window, run_command
 
 __all__ = ["main"]
 
@@ -39,6 +42,7 @@ _SUITES = {
     "all": "Faults and streams, quickly: under a minute.",
     "fault": "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and under load.",
     "stream": "How fast the background brings pages, by placement and source.",
+    "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
 }
 _WORDS = {"skipped": "left out: source {source}: {reason}"}
@@ -46,7 +50,7 @@ _WORDS = {"skipped": "left out: source {source}: {reason}"}
 MAX_THREADS = 256
 # of tables that go somewhere other than a terminal
 _WIDTH = 120
-_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "null": 3}
+_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3}
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 #: of the table: what, in words, and what it is beside
@@ -67,12 +71,15 @@ def _parser() -> Parser:
     suites = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser)
     for name, words in _SUITES.items():
         suite = suites.add_parser(name, help=words, description=words)
-        suite.add_argument("--rounds", type=_count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
+        suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
         if name == "null":
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
         suite.add_argument("--transport", choices=["tcp", "unix"], default="tcp", help="between processes here (%(default)s)")
+        if name == "scale":
+            _add_scale_options(suite)
+            continue
         suite.add_argument("--uri", help="measure against the pagenet-serve that listens there, without the floors of a socket")
         suite.add_argument("--size", type=parse_size, default=_SIZES[name], help="of the memory, in bytes or with K, M, G")
         if name != "stream":
@@ -94,7 +101,7 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         "--threads", type=_counts, default=(1, 8) if quick else (1, 8, 64), metavar="N,N...", help="how many touch at a time"
     )
     parser.add_argument(
-        "--touches", type=_count, default=4000, metavar="N", help="in each round at most (%(default)s)"
+        "--touches", type=count, default=4000, metavar="N", help="in each round at most (%(default)s)"
     )
     parser.add_argument(
         "--memory", choices=["anonymous", "memfd", "hugetlb"], default="anonymous", help="that is touched (%(default)s)"
@@ -111,7 +118,14 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
 
 def _add_stream_options(parser: Parser) -> None:
     parser.add_argument(
-        "--chunk", type=parse_size, default=256 << 10, metavar="BYTES", help="sent and received at a time by the floors (256K)"
+        "--chunk",
+        type=parse_size,
+        default=256 << 10,
+        metavar="BYTES",
+        help="sent at a time by the floors, asked for at a time by us (256K)",
+    )
+    parser.add_argument(
+        "--lanes", type=_counts, default=(1,), metavar="N,N...", help="connections for the background, each number in turn (1)"
     )
     parser.add_argument(
         "--placement", type=_names(PLACEMENTS), default=tuple(PLACEMENTS), metavar="NAME,...", help=_one_of(PLACEMENTS)
@@ -122,18 +136,26 @@ def _add_stream_options(parser: Parser) -> None:
     )
 
 
+def _add_scale_options(parser: Parser) -> None:
+    sizes = (256 << 20, 8 << 30)
+    parser.add_argument(
+        "--sizes", type=_sizes, default=sizes, metavar="SIZE,...", help="of the memory, which is sparse (256M,8G)"
+    )
+    parser.add_argument(
+        "--touches", type=count, default=4000, metavar="N", help="pages that are not zero, and touched (%(default)s)"
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(parse_size(part) for part in text.split(","))
+
+
 def _one_of(names: Iterable[str]) -> str:
     return f"of {', '.join(names)} (all of them)"
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= 10_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(_count(part) for part in text.split(","))
+    counts = tuple(count(part) for part in text.split(","))
     if max(counts) > MAX_THREADS:
         raise argparse.ArgumentTypeError(f"{max(counts)} threads are more than {MAX_THREADS}")
     return counts
@@ -166,6 +188,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> None:
         summary["fault"] = await _fault(options, report)
     if options.suite in ("all", "stream"):
         summary["stream"] = await _stream(options, report)
+    if options.suite == "scale":
+        summary["scale"] = await _scale(options, report)
     if options.suite == "null":
         summary["null"] = await _null(options, report)
     report("complete", **summary, environment=where)
@@ -236,7 +260,7 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
     if quick:
         wanted = replace(wanted, sources=("file",), zero_every=0)
     else:
-        chosen = {"chunk": options.chunk, "placements": options.placement, "sources": options.source}
+        chosen = {"chunk": options.chunk, "lanes": options.lanes, "placements": options.placement, "sources": options.source}
         wanted = replace(wanted, **chosen, zero_every=options.zero_every)
     results = await measure_streams(wanted, report)
     floors = {result.name: result.gbps for result in results if result.is_floor}
@@ -249,6 +273,7 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
         "best_gbps": best.gbps,
         "best": f"{best.name} from {best.source}",
         "floor_copy_gbps": floors.get("send/recv+copy"),
+        "floor_continue_gbps": floors.get("send/recv+continue"),
         "floor_receive_gbps": floors.get("send/recv"),
         "floor_memcpy_gbps": floors["memcpy"],
         "gbps": {_stream_name(result): result.gbps for result in results if not result.is_floor},
@@ -258,16 +283,42 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
 
 def _stream_name(result: StreamResult) -> str:
     zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
-    return f"{result.name} from {result.source}{zeros}"
+    lanes = f", {result.lanes} lanes" if result.lanes > 1 else ""
+    return f"{result.name} from {result.source}{zeros}{lanes}"
 
 
 def _stream_fields(result: StreamResult, floor: float | None) -> Fields:
     fields: Fields = {"name": result.name, "floor": result.is_floor, "gbps": result.gbps, "bytes": result.size}
     if not result.is_floor:
         ratio = round(result.gbps / floor, 2) if floor else None
-        fields |= {"source": result.source, "zero_share": result.zero_share, "lane": result.lane, "floor_copy_gbps": floor}
+        fields |= {"source": result.source, "zero_share": result.zero_share, "lane": result.lane, "lanes": result.lanes}
+        fields["floor_copy_gbps"] = floor
         fields["ratio"] = ratio
     return fields
+
+
+async def _scale(options: argparse.Namespace, report: Report) -> Fields:
+    wanted = ScaleOptions(
+        lane=options.lane, sizes=options.sizes, touches=options.touches, transport=options.transport, rounds=options.rounds
+    )
+    results = await measure_scale(wanted)
+    summaries = [_scale_summary(result, results[0]) for result in results]
+    for summary in summaries:
+        report("result", suite="scale", **summary)
+    if not report.as_json:
+        _print_scale(summaries)
+    return {"sizes": summaries}
+
+
+def _scale_summary(result: ScaleResult, first: ScaleResult) -> Fields:
+    return {
+        "bytes": result.size,
+        **_quantiles(result.latencies),
+        "p50_to_first": result.latencies.ratio(first.latencies, 0.5),
+        "p99_to_first": result.latencies.ratio(first.latencies, 0.99),
+        "source_bytes_per_page": round(result.source_bytes / result.pages, 2),
+        "destination_bytes_per_page": round(result.destination_bytes / result.pages, 2),
+    }
 
 
 async def _null(options: argparse.Namespace, report: Report) -> Fields:
@@ -343,19 +394,28 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
     title = f"Background, {options.lane} lanes, {options.transport if options.uri is None else options.uri}"
     sizes = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
     console.print(f"\n[bold]{title}, {sizes}[/bold]  (medians of {options.rounds} rounds)")
-    table = _table("placement", "source", "GB/s", "floor", "ratio")
+    table = _table("placement", "source", "lanes", "GB/s", "floor", "ratio")
     table.columns[1].justify = "left"
     floors = {result.name: result.gbps for result in results if result.is_floor}
     for result in results:
         if result.is_floor:
-            table.add_row(result.name, "bare C", f"{result.gbps:.2f}", style="dim")
+            table.add_row(result.name, "bare C", "", f"{result.gbps:.2f}", style="dim")
             continue
         floor = floors.get("send/recv+copy")
         zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
         beside = ("-", "-") if floor is None else (f"{floor:.2f}", f"{result.gbps / floor:.2f}x")
-        table.add_row(result.name, result.source + zeros, f"{result.gbps:.2f}", *beside)
+        table.add_row(result.name, result.source + zeros, str(result.lanes), f"{result.gbps:.2f}", *beside)
     console.print(table)
     console.print("The floor of each is send/recv+copy. Every page was compared after its transfer.", style="dim")
+
+
+def _print_scale(rows: Sequence[Fields]) -> None:
+    table = _table("MiB", "p50 µs", "p99 µs", "p50 is", "p99 is", "source, B/page", "destination, B/page")
+    for row in rows:
+        ratios = [_shown(row[name], "x first") for name in ("p50_to_first", "p99_to_first")]
+        weights = [f"{row[name]:.2f}" for name in ("source_bytes_per_page", "destination_bytes_per_page")]
+        table.add_row(str(row["bytes"] >> 20), _shown(row["p50_us"]), _shown(row["p99_us"]), *ratios, *weights)
+    _console().print(table)
 
 
 def _print_null(results: Sequence[NullResult]) -> None:

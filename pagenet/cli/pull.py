@@ -15,7 +15,7 @@ from ..pulling import Transfer, pull
 from ..schedule import SCHEDULES
 from ..target import Owner
 from ..uffd import UffdSocket
-from ._command import Parser, Report, add_lane_option, prefetch_window, run_command
+from ._command import Parser, Report, add_lane_option, count, prefetch_window, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
@@ -48,6 +48,13 @@ def _parser() -> Parser:
         help="order in which untouched pages come; off: touched pages only (default: %(default)s)",
     )
     parser.add_argument(
+        "--background-lanes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="connections for it, where one processor cannot fill the network (default: 1)",
+    )
+    parser.add_argument(
         "--prefetch",
         type=prefetch_window,
         default=(8, 8),
@@ -67,6 +74,7 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             listen=options.listen,
             plaintext=options.plaintext,
             background=options.background,
+            background_lanes=options.background_lanes,
             lane=options.lane,
             prefetch=options.prefetch,
             on_event=report,

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from ._tcp import TcpTransport
+from ._tcp import TcpTransport, assume_near, tune
 from ._unix import UnixTransport
 
-__all__ = ["TcpTransport", "UnixTransport"]
+__all__ = ["TcpTransport", "UnixTransport", "assume_near", "tune"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult
 
@@ -19,12 +21,18 @@ from ._constants import (
     KEEPALIVE_IDLE,
     KEEPALIVE_INTERVAL,
     KEEPALIVE_PROBES,
+    NEAR_CONGESTION_CONTROL,
+    NEAR_US,
+    PACING_CONGESTION_CONTROL,
     PEER_TIMEOUT,
+    UNSENT_BYTES,
 )
 from ._listener import SocketListener
 from ._uri import HostPort, parse_tcp, tcp_uri
 
 _ADVICE = "start the other side there, or check host, port and firewall"
+
+_RTT_AT = 68  # tcpi_rtt in struct tcp_info, us
 
 
 class _Address(NamedTuple):
@@ -143,6 +151,7 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
 async def _connect(address: _Address) -> SocketConnection:
     sock = trio.socket.socket(address.family, socket.SOCK_STREAM)
     try:
+        assume_near(sock)
         await sock.connect(address.sockaddr)
         # Dialling a port that nobody listens on may hit on that same port for this side's own end, and TCP then
         # connects the socket to itself. Whoever dials a dead source over and over will see it.
@@ -155,6 +164,12 @@ async def _connect(address: _Address) -> SocketConnection:
 
 
 def _tuned(sock: trio.socket.SocketType, peer: str) -> SocketConnection:
+    tune(sock)
+    return SocketConnection(sock, peer)
+
+
+def tune(sock: trio.socket.SocketType | socket.socket) -> None:
+    """Set the options of a connection that pages go over."""
     # The request for a faulted page is small, and a thread stands still until it is answered: it waits for no company.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -162,7 +177,38 @@ def _tuned(sock: trio.socket.SocketType, peer: str) -> SocketConnection:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT * 1000)
-    return SocketConnection(sock, peer)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    _leave_far_peers_to_the_host(sock)
+
+
+def assume_near(sock: trio.socket.SocketType | socket.socket) -> None:
+    """Before it connects or listens: if the host's congestion control paces, take one that does not. A connection that has
+    begun to pace goes on, whatever takes over (Linux 6.18), so this cannot wait for the first round trip."""
+    if _is_pacing(_host_congestion_control()):
+        for better in NEAR_CONGESTION_CONTROL:
+            with suppress(OSError):  # not in this kernel, or not for everybody
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, better)
+                return
+
+
+def _leave_far_peers_to_the_host(sock: trio.socket.SocketType | socket.socket) -> None:
+    host = _host_congestion_control()
+    if _is_pacing(host) and _round_trip_us(sock) >= NEAR_US:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, host)
+
+
+def _host_congestion_control() -> bytes:
+    with socket.socket() as sock:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+def _is_pacing(congestion_control: bytes) -> bool:
+    return congestion_control.startswith(PACING_CONGESTION_CONTROL)
+
+
+def _round_trip_us(sock: trio.socket.SocketType | socket.socket) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_AT + 4)
+    return int.from_bytes(info[_RTT_AT:], sys.byteorder)
 
 
 # Listening
@@ -190,6 +236,7 @@ def _bind(address: _Address) -> trio.socket.SocketType:
         if address.family == socket.AF_INET6:
             # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we promise every address.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        assume_near(sock)
         sock.bind(address.sockaddr)
         sock.listen(BACKLOG)
         return trio.socket.from_stdlib_socket(sock)

@@ -42,7 +42,8 @@ class OwnMemory:
 
     ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB pages). The memory lives
     until :meth:`close`; what was missing when a transfer failed raises SIGBUS. ``allocate``: take shared memory from the system
-    before the first page comes. ``move`` False: copy pages into anonymous memory even where the kernel could move them.
+    before the first page comes. ``move``: where the kernel can (6.8), move pages into anonymous memory instead of copying them.
+    It costs more than it saves (``pagenet-bench stream``): every page that is moved away has to be found anew.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class OwnMemory:
         kind: Literal["anonymous", "memfd", "hugetlb"] = "anonymous",
         *,
         allocate: bool = False,
-        move: bool = True,
+        move: bool = False,
     ) -> None:
         self._kind = kind
         self._allocate = allocate
@@ -83,14 +84,13 @@ class OwnMemory:
             _close_all([fd for fd in (uffd.fd, shared_fd) if fd is not None])
             self.close()
             raise
-        # Pages that exist already can be continued; a copy would find them there, and leave their zeros.
-        if self._allocate and target.placement == "continue":
+        if self._allocate:
             await self._allocate_for(target)
         return target
 
     async def _allocate_for(self, target: UffdTarget) -> None:
         try:
-            await trio.to_thread.run_sync(os.posix_fallocate, self._fd, 0, target.region.size)
+            await trio.to_thread.run_sync(target.allocate)
         except BaseException as error:
             target.close([])
             self.close()

@@ -12,6 +12,7 @@ How pages get into place is decided here, once, by what the memory is:
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -52,6 +53,7 @@ class NativeMemory:
 
     uffd: int
     how: int
+    file: int
     removes: bool
     pieces: list[_native.Piece]
 
@@ -89,6 +91,8 @@ class UffdTarget:
         self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
         self._addresses = [piece.address for piece in self._by_address]
         self._second: _native.Mapped | None = None
+        #: whether the second mapping's page tables are there, or must be used all the same: hugetlbfs has no write()
+        self._in_place = self.region.max_page_size > mmap.PAGESIZE
         self.placement = self._choose_placement(own)
         self._zeros = _native.Mapped(self.region.max_page_size)
 
@@ -175,11 +179,24 @@ class UffdTarget:
         if self._second is not None:
             self._write_shared(run, None)
 
+    def allocate(self) -> None:
+        """Get all of the shared memory from the system now, and have it at hand. :exc:`OSError` if there is not that much.
+
+        Call it in a thread, before the first page comes. Memory that is not shared is left alone: a page that exists would be
+        taken for one that has come.
+        """
+        if self._second is not None:
+            assert self._shared_fd is not None
+            self._in_place = _native.populate(self._second)
+            if not self._in_place:
+                os.posix_fallocate(self._shared_fd, 0, self.region.size)
+
     def native(self, wire: Region) -> NativeMemory:
         """What lanes in C need to know. Page numbers on the wire are ``wire``'s."""
         return NativeMemory(
             uffd=self._uffd.fd,
             how=_HOW[self.placement],
+            file=-1 if self._shared_fd is None or self._in_place else self._shared_fd,
             removes=bool(self._uffd.features & (Feature.EVENT_REMOVE | Feature.EVENT_UNMAP)),
             pieces=[self._native_piece(piece, wire) for piece in self._pieces],
         )
@@ -193,6 +210,7 @@ class UffdTarget:
             page_size=piece.page_size,
             address=piece.address,
             second=0 if self._second is None else self._second.address + offset,
+            file_offset=offset,
             wire_first=wire.page_at_offset(offset),
             shift=shift,
         )
