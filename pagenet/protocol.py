@@ -74,6 +74,7 @@ class Channel(StrEnum):
     CONTROL = "control"
     DEMAND = "demand"
     BACKGROUND = "background"
+    STREAM = "stream"  # the application's own bytes, in both directions
 
 
 class Class(IntEnum):

@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from .errors import OwnerGone, UsageError
+from .errors import HandshakeError, OwnerGone, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
 from .lane import CHUNK_BYTES, Background, LaneKind, Lanes, TrioLanes
@@ -33,8 +33,11 @@ MAX_BACKGROUND_LANES = MAX_LANES - 1  # and one for demand
 class Transfer:
     """A region on its way here. Made by :func:`pull`."""
 
-    def __init__(self, filling: Filling, peer: str, lane: str) -> None:
+    def __init__(self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection]) -> None:
         self.filling = filling
+        #: to the source's ``on_stream``, for the application's own bytes
+        self.streams = streams
+        self._released = trio.Event()
         #: who drives the lanes: ``native`` or ``trio``
         self.lane = lane
         self.finished = trio.Event()
@@ -45,6 +48,13 @@ class Transfer:
     def region(self) -> Region:
         """The source's blocks, in the owner's page sizes."""
         return self.filling.region
+
+    def release(self) -> None:
+        """Answer faults, and bring pages, from now on: of a transfer that was begun ``held``."""
+        self._released.set()
+
+    async def wait_released(self) -> None:
+        await self._released.wait()
 
     async def wait_complete(self) -> None:
         """Return when every page is in place or was given up by its owner, and the owner has been let go."""
@@ -67,6 +77,8 @@ async def pull(
     chunk: int = CHUNK_BYTES,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
+    streams: int = 0,
+    held: bool = False,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -80,7 +92,9 @@ async def pull(
     with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
     them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
     Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
-    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side).
+    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side). ``streams``: connections
+    for the application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
+    :meth:`Transfer.release`, because until then the source's memory may change.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
     :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`.
@@ -90,31 +104,38 @@ async def pull(
         raise UsageError(f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}")
     if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
         raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
-    channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes)
+    channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with sessions as session:
-        on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
         filling: Filling | None = None
+        reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
             try:
+                on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch)
                     filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
                     filling.prefetch = prefetch
                     connections = [await session.open_lane(channel) for channel in channels]
                     plan = Background(_schedule(background, filling), chunk)
-                    lanes = _make_lanes(lane, filling, session.region, connections, plan, cleanup)
+                    pages_go_over, others = connections[: 1 + background_lanes], connections[1 + background_lanes :]
+                    lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     nursery.cancel_scope.cancel()
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    transfer = Transfer(filling, session.peer, lanes.name)
+                    transfer = Transfer(filling, session.peer, lanes.name, others)
+                    if not held:
+                        transfer.release()
                     nursery.start_soon(_Run(transfer, session, lanes).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
+            except (UsageError, HandshakeError, OwnerGone) as error:
+                reason = str(error)
+                raise
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
-                    await session.say_bye(complete=False)
+                    await session.say_bye(complete=False, reason=reason)
 
 
 def _filling_of(target: Target, wire: Region, cleanup: ExitStack) -> Filling:
@@ -154,12 +175,16 @@ class _Run:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._session.watch)
             nursery.start_soon(self._watch_owner)
-            nursery.start_soon(self._lanes.run)
+            nursery.start_soon(self._run_lanes)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         self._filling.finish()
         await self._session.say_bye(complete=True)
         self._transfer.finished.set()
+
+    async def _run_lanes(self) -> None:
+        await self._transfer.wait_released()
+        await self._lanes.run()
 
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()

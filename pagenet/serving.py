@@ -7,7 +7,7 @@ that breaks the rules loses its connection, and the others do not notice.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,9 @@ from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, t
 from .source import Source, open_source
 from .source_lane import TrioSourceLane
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "StreamHandler", "serve"]
+
+StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 
 _RECEIVE_SIZE = 16 << 10
 
@@ -51,9 +53,12 @@ class _Session:
 class Server:
     """A source that is being served. Made by :func:`serve`."""
 
-    def __init__(self, source: Source, native: NativeSourceLanes | None, on_event: EventHandler) -> None:
+    def __init__(
+        self, source: Source, native: NativeSourceLanes | None, on_stream: StreamHandler | None, on_event: EventHandler
+    ) -> None:
         self._source = source
         self._native = native
+        self._on_stream = on_stream
         self._on_event = on_event
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
@@ -179,7 +184,12 @@ class Server:
         with trio.CancelScope() as lane:
             session.lanes.add(lane)
             try:
-                await self._run_lane(channel, stream.connection, stream.unread())
+                if channel is not Channel.STREAM:
+                    await self._run_lane(channel, stream.connection, stream.unread())
+                elif self._on_stream is None:
+                    raise RemoteProtocolError("the destination opens a stream, and nobody here talks on one")
+                else:
+                    await self._on_stream(stream.rest())
             finally:
                 session.lanes.discard(lane)
 
@@ -224,13 +234,15 @@ async def serve(
     connect: str | None = None,
     plaintext: bool = False,
     lane: LaneKind = "auto",
+    on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
     """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the block runs.
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
     ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto`` (loops in C, for connections
-    over sockets), or ``trio`` (the same in Trio, slow and obvious).
+    over sockets), or ``trio`` (the same in Trio, slow and obvious). ``on_stream``: called with each stream that a destination
+    opens for the application's own bytes; its connection is closed when the call returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
@@ -243,7 +255,7 @@ async def serve(
         native = None if lane == "trio" else NativeSourceLanes(opened)
         if native is not None:
             cleanup.callback(native.close)
-        server = Server(opened, native, on_event)
+        server = Server(opened, native, on_stream, on_event)
         if listen is not None:
             listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
             server.uri = listener.uri

@@ -56,6 +56,11 @@ class MessageStream:
         self._decoder.unread.clear()
         return data
 
+    def rest(self) -> Connection:
+        """The connection from here on, with what has come of it already."""
+        unread = self.unread()
+        return _Rest(self.connection, unread) if unread else self.connection
+
     async def receive_hello(self, role: Role) -> Hello:
         """The peer's hello, in time, in that role, and in a version that we speak."""
         try:
@@ -74,6 +79,29 @@ class MessageStream:
             case None:
                 raise ConnectionBroken("the peer closed the connection instead of a hello")
         raise RemoteProtocolError("the peer's first message is not a hello")
+
+
+class _Rest:
+    """A connection of which something was received too early."""
+
+    def __init__(self, connection: Connection, unread: bytes) -> None:
+        self._connection = connection
+        self._unread = memoryview(unread)
+        self.send = connection.send
+        self.close = connection.close
+
+    @property
+    def peer(self) -> str:
+        return self._connection.peer
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        if not self._unread:
+            return await self._connection.receive_into(buffer)
+        await trio.lowlevel.checkpoint()
+        count = min(len(buffer), len(self._unread))
+        buffer[:count] = self._unread[:count]
+        self._unread = self._unread[count:]
+        return count
 
 
 def _opposite(role: Role) -> Role:

@@ -11,7 +11,7 @@ from . import transport
 from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
 from .events import EventHandler
 from .nurseries import open_failing_nursery
-from .protocol import Bye, Channel, Failure, Hello, Role
+from .protocol import Bye, Channel, Failure, Hello, Role, printable
 from .session import MessageStream, accept_forever, greet, telling
 from .transport import Connection
 
@@ -50,13 +50,15 @@ class SourceSession:
         except ConnectionBroken as error:
             raise SourceLost(f"the source is gone: {error}") from None
 
-    async def say_bye(self, complete: bool) -> None:
-        """Tell the source, if it still listens, that we are done."""
+    async def say_bye(self, complete: bool, reason: str = "") -> None:
+        """Tell the source, if it still listens, that we are done, or for what reason we give up."""
         with trio.CancelScope(shield=True):
-            await self._stream.tell(Bye(complete))
+            await self._stream.tell(Failure("gave-up", printable(reason)) if reason else Bye(complete))
 
 
 def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
+    if hello.channel is Channel.STREAM:
+        return stream.rest()
     if stream.unread():
         raise RemoteProtocolError(f"the source sent pages on lane {hello.channel.value} before it was asked")
     return stream.connection

@@ -50,7 +50,9 @@ from pagenet import (
     serve,
 )
 from pagenet.lane import CHUNK_BYTES
+from pagenet.session import receive_exactly
 from pagenet.testing import MemoryTransport
+from pagenet.transport import Connection
 from pagenet.uffd import Mode, Userfaultfd, probe
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -372,7 +374,7 @@ async def test_background_lanes(memory: str, listens: str, source: str, tmp_path
 ])  # fmt: skip
 async def test_background_that_makes_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        async with pull("tcp://127.0.0.1:1", OwnMemory(), lane="auto", **options):
+        async with pull("tcp://127.0.0.1:1", OwnMemory(), lane="trio", **options):
             raise AssertionError("not reached")
 
 
@@ -785,3 +787,73 @@ async def test_both_sides_cancelled_anywhere(
 
     before = open_files()
     await cancel_everywhere(work, check)
+
+
+# ---- what an application adds to a session ----
+
+
+@pytest.mark.parametrize("dials", ["source", "destination"])
+async def test_streams(dials: str, source: str, tmp_path: Path, lane: str) -> None:
+    uri = f"unix:{tmp_path / 'source.sock'}"
+
+    async def echo(connection: Connection) -> None:
+        buffer = memoryview(bytearray(100))
+        while count := await connection.receive_into(buffer):
+            await connection.send(b"<", buffer[:count], b">")
+
+    async def talk(where: str, listen: bool) -> None:
+        async with pull(where, OwnMemory(), lane=lane, listen=listen, streams=2) as transfer:
+            for number, connection in enumerate(transfer.streams):
+                await connection.send(f"{number}".encode())
+                answer = bytearray(3)
+                await receive_exactly(connection, memoryview(answer))
+                assert answer == f"<{number}>".encode()
+            await transfer.wait_complete()
+
+    if dials == "destination":
+        async with serve(source, listen=uri, on_stream=echo):
+            await talk(uri, listen=False)
+        return
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(talk, uri, True)
+        while not (tmp_path / "source.sock").exists():  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        async with serve(source, connect=uri, on_stream=echo) as server:
+            await server.wait_complete()
+
+
+async def test_stream_that_nobody_talks_on(source: str, lane: str) -> None:
+    refused: list[str] = []
+
+    def note(event: str, /, **fields: Any) -> None:
+        if event == "refused":
+            refused.append(fields["reason"])
+
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0", on_event=note) as server,
+        pull(server.uri, OwnMemory(), lane=lane, streams=1) as transfer,
+    ):
+        assert await transfer.streams[0].receive_into(memoryview(bytearray(1))) == 0
+        await transfer.wait_complete()
+    assert refused == ["the destination opens a stream, and nobody here talks on one"]
+
+
+async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> None:
+    """Nothing is asked for before: what the source's memory holds until then is not what it will hold."""
+    owner = UffdSocket(tmp_path / "uffd.sock")
+    await owner.listen()
+    arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--threads", 2)
+    try:
+        async with (
+            serve(source, listen="tcp://127.0.0.1:0") as server,
+            run_workload(tmp_path / "uffd.sock", *arguments) as workload,
+            pull(server.uri, owner, lane=lane, held=True) as transfer,
+        ):
+            await wait_in_faults(workload.pid, 2)
+            await trio.sleep(0.05)
+            assert transfer.statistics().demand.requests == transfer.statistics().background.requests == 0
+            transfer.release()
+            await transfer.wait_complete()
+            await check_verified(workload)
+    finally:
+        owner.close()

@@ -32,6 +32,8 @@ zero = ffi.new("int *")
 print(lib.pn_zero_run(bytes(8192), 2, 4096, zero), zero[0], pagenet.__file__)
 """
 
+PRELOAD_LIBRARY = "from pagenet.qemu._preload import preload_library; print(preload_library())"
+
 SCRIPTS = """
 from importlib.metadata import distribution
 for script in distribution("pagenet").entry_points.select(group="console_scripts"):
@@ -101,7 +103,7 @@ def test_sdist_can_be_worked_on(sdist: set[str]) -> None:
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")}
-    assert code == sources("pagenet") | {"pagenet/_pagenet.abi3.so"}
+    assert code == sources("pagenet") | {"pagenet/_pagenet.abi3.so", "pagenet/qemu/pagenet.preload.so"}
     assert f"pagenet-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 
@@ -114,6 +116,11 @@ def test_every_module_imports_with_the_declared_dependencies_alone(installed: Pa
     run_length, zero, path = answer.split()
     assert (run_length, zero) == ("2", "1")
     assert Path(path).is_relative_to(installed.parent.parent)
+
+
+def test_library_for_vmms_is_where_it_is_looked_for(installed: Path) -> None:
+    path = Path(run(installed, "-I", "-c", PRELOAD_LIBRARY, cwd=installed.parent).strip())
+    assert path.is_relative_to(installed.parent.parent.resolve())
 
 
 def test_console_scripts(installed: Path) -> None:

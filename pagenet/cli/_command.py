@@ -94,8 +94,8 @@ class Report:
             self("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
 
 
-def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
-    """Run ``work`` to its end, to an error or to a signal: the exit code."""
+def run_command(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
+    """Run ``work`` to its end (it may return an exit code), to an error or to a signal: the exit code."""
     _open_missing_streams()
     try:
         return _run_reporting(work, report)
@@ -107,7 +107,7 @@ def run_command(work: Callable[[], Awaitable[None]], report: Report) -> int:
         return 1
 
 
-def _run_reporting(work: Callable[[], Awaitable[None]], report: Report) -> int:
+def _run_reporting(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
     try:
         return trio.run(_until_signal, work)
     except PagenetError as error:
@@ -122,8 +122,9 @@ def _open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
 
 
-async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
+async def _until_signal(work: Callable[[], Awaitable[int | None]]) -> int:
     caught: list[int] = []
+    status: int | None = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with open_failing_nursery() as nursery:  # inside: its task must not outlive the receiver
 
@@ -133,6 +134,6 @@ async def _until_signal(work: Callable[[], Awaitable[None]]) -> int:
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(stop_at_signal)
-            await work()
+            status = await work()
             nursery.cancel_scope.cancel()
-    return 128 + caught[0] if caught else 0
+    return 128 + caught[0] if caught else status or 0

@@ -197,6 +197,12 @@ class UffdSocket:
         await trio.lowlevel.checkpoint()
         self._file = self._file or UnixSocketFile(str(self.path), f"owner's socket {self.path}", _BACKLOG)
 
+    async def wait_owner(self) -> None:
+        """Return once an owner has connected. It stays in the queue until :meth:`attach`."""
+        await self.listen()
+        assert self._file is not None
+        await trio.lowlevel.wait_readable(self._file.socket)
+
     async def attach(self, region: Region) -> UffdTarget:
         await self.listen()
         assert self._file is not None

@@ -1,0 +1,98 @@
+"""What the two sides of a migration say to each other, over a stream of their session: msgpack maps with a ``say``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import trio
+
+from ..errors import ConnectionBroken, RemoteProtocolError
+from ..protocol import printable
+from ..session import receive_exactly
+from ..transport import Connection
+
+__all__ = ["DEVICES", "TALK", "MigrationRefused", "Talk", "relay", "which_stream"]
+
+#: the first byte that a destination sends on a stream: what it is for
+TALK, DEVICES = b"T", b"D"
+
+_MAX_MESSAGE = 64 << 10
+_PIECE = 256 << 10
+
+
+class MigrationRefused(RemoteProtocolError):
+    """The other side cannot go on, in its own words."""
+
+
+class Talk:
+    """Messages over ``connection``, which it borrows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._unpacker = msgpack.Unpacker(max_buffer_size=_MAX_MESSAGE, strict_map_key=True)
+        self._sending = trio.Lock()
+
+    async def say(self, what: str, **fields: Any) -> None:
+        async with self._sending:
+            await self._connection.send(msgpack.packb({"say": what, **fields}))
+
+    async def hear(self, what: str) -> dict[str, Any]:
+        """The next message, which has to be that one. :exc:`MigrationRefused` if it is a refusal instead."""
+        message = await self._next()
+        if message["say"] == "refuse":
+            raise MigrationRefused(printable(str(message.get("reason", "no reason given"))))
+        if message["say"] != what:
+            raise RemoteProtocolError(f"the peer says {printable(message['say'][:40])!r} where {what!r} was expected")
+        return message
+
+    async def _next(self) -> dict[str, Any]:
+        buffer = memoryview(bytearray(_MAX_MESSAGE // 2))
+        while True:
+            try:
+                message = next(self._unpacker, None)
+            except Exception as error:  # msgpack's own, ValueError, UnicodeDecodeError: all mean the same here
+                raise RemoteProtocolError(f"the peer's message is not msgpack: {str(error) or type(error).__name__}") from None
+            if message is not None:
+                break
+            count = await self._connection.receive_into(buffer)
+            if not count:
+                raise ConnectionBroken(f"{self._connection.peer} closed the connection in the middle of a migration")
+            try:
+                self._unpacker.feed(buffer[:count])
+            except msgpack.BufferFull:
+                raise RemoteProtocolError(f"the peer's message is longer than {_MAX_MESSAGE} bytes") from None
+        if not isinstance(message, dict) or not isinstance(message.get("say"), str):
+            raise RemoteProtocolError("the peer's message is no map that says something")
+        return message
+
+
+async def which_stream(connection: Connection) -> bytes:
+    """What the destination has opened the stream for."""
+    byte = bytearray(1)
+    await receive_exactly(connection, memoryview(byte))
+    if byte not in (TALK, DEVICES):
+        raise RemoteProtocolError(f"the peer opens a stream for {bytes(byte)!r}, which is unknown")
+    return bytes(byte)
+
+
+async def relay(connection: Connection, local: trio.SocketStream) -> None:
+    """Bytes in both directions between a peer and a socket of QEMU's, until both directions have ended."""
+
+    async def outwards() -> None:
+        while data := await local.receive_some(_PIECE):
+            await connection.send(data)
+
+    async def inwards() -> None:
+        buffer = memoryview(bytearray(_PIECE))
+        while count := await connection.receive_into(buffer):
+            await local.send_all(buffer[:count])
+        await local.send_eof()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inwards)
+            await outwards()
+            nursery.cancel_scope.cancel()
+    except* (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # QEMU has closed its end: what it thinks of the migration, its monitor tells

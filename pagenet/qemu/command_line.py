@@ -1,0 +1,109 @@
+"""The command line of the QEMU that a guest comes to: what it must have, and what is added to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from ..errors import UsageError
+from ._preload import preload_library
+
+__all__ = ["Incoming", "prepare_incoming"]
+
+_UNWANTED = {
+    "-incoming": "pagenet-qemu adds its own",
+    "-daemonize": "pagenet-qemu stays with it until it ends",
+    "mem-lock=on": "it would wait for all of its RAM, which is yet to come",
+}
+_HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
+
+
+@dataclass(slots=True)
+class Incoming:
+    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``ram``: the file
+    behind its RAM."""
+
+    command: list[str]
+    environment: dict[str, str]
+    ram: Path
+    added: list[str] = field(default_factory=list)
+
+
+def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
+    """Let the QEMU of that command line wait for a guest whose pages pagenet brings: with a monitor at ``monitor``, and its RAM
+    handed over at ``uffd_socket``.
+
+    Its RAM's file is made if it is not there, and left alone otherwise. :exc:`~pagenet.errors.UsageError` for a command line
+    that makes no sense as a destination.
+    """
+    for flag, why in _UNWANTED.items():
+        if any(flag in word.split(",") for word in command):
+            raise UsageError(f"leave {flag} out of QEMU's arguments: {why}")
+    options = _ram_options(command)
+    ram, size = Path(options["mem-path"]), _parse_size(options["size"])
+    if options.get("share") not in ("on", "yes", "true"):
+        raise UsageError(f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file")
+    if options.get("prealloc") in ("on", "yes", "true"):
+        raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
+    status = _create(ram, size)
+    added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
+    variables = {
+        "LD_PRELOAD": ":".join(filter(None, [str(preload_library()), os.environ.get("LD_PRELOAD", "")])),
+        "PAGENET_UFFD_SOCKET": str(uffd_socket),
+        "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
+    }
+    return Incoming([*command, *added], {**os.environ, **variables}, ram, added)
+
+
+def _ram_options(command: Sequence[str]) -> dict[str, str]:
+    """Of the memory backend that the machine names."""
+    objects = [_parse_options(value) for flag, value in pairwise(command) if flag in ("-object", "--object")]
+    machines = [_parse_options(value) for flag, value in pairwise(command) if flag in ("-machine", "-M")]
+    names = [machine["memory-backend"] for machine in machines if "memory-backend" in machine]
+    backends = [options for options in objects if names and options.get("id") == names[-1]]
+    if not backends or backends[0].get("") != "memory-backend-file" or not {"mem-path", "size"} <= backends[0].keys():
+        raise UsageError(f"the destination's RAM must be a file: start QEMU with {_HINT}")
+    return backends[0]
+
+
+def _parse_options(value: str) -> dict[str, str]:
+    """``first,name=value,...``: the first, which may lack its name, is under "". QEMU writes a comma in a value twice."""
+    parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
+    options = {}
+    for index, part in enumerate(parts):
+        name, equals, text = part.partition("=")
+        if index == 0 and not equals:
+            options[""] = name
+        else:
+            options[name] = text if equals else "on"
+    return options
+
+
+def _parse_size(text: str) -> int:
+    units = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1].upper()) if text and not text[-1].isdecimal() else (text, "")
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0
+    if unit not in units or size <= 0:
+        raise UsageError(f"{text!r} is not a size that QEMU would take for its RAM")
+    return int(size * (1 << units[unit]))
+
+
+def _create(ram: Path, size: int) -> os.stat_result:
+    try:
+        with open(ram, "ab") as file:
+            status = os.fstat(file.fileno())
+            if status.st_blocks:
+                raise UsageError(f"{ram} holds bytes already: remove it, if no other machine uses it, or name another file")
+            if not status.st_size:
+                file.truncate(size)
+    except OSError as error:
+        raise UsageError(f"cannot make the destination's RAM {ram}: {error.strerror}") from None
+    if status.st_size not in (0, size):
+        raise UsageError(f"{ram} is {status.st_size} bytes long, and the destination's RAM {size}: remove it")
+    return status

@@ -1,0 +1,218 @@
+"""The source's side: a running guest leaves this QEMU.
+
+::
+
+    here                               there
+    check, say what machine this is    compare; "ready"
+    migrate: QEMU stops the guest
+    "stopped"                          answer faults from here on
+    migrate-continue: devices' state   load it, which faults; the destination's QEMU confirms
+    "run"                              "taking"; cont; "running"
+    serve pages                        pull pages
+    all there
+
+"run" is said only once this QEMU has completed its migration and will not go on by itself. Whatever fails before the
+destination has said "taking" has the guest go on here, and ends the QEMU there; from then on it never runs here again. If the
+link breaks between the two words, nobody here can know which it is: the guest then stays as it is on both sides.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from enum import Enum
+from pathlib import Path
+
+import trio
+
+from ..errors import ConnectionBroken, OwnerGone, PagenetError, UsageError
+from ..events import EventHandler, ignore_events
+from ..lane import LaneKind
+from ..nurseries import open_failing_nursery
+from ..serving import Server, serve
+from ..transport import Connection
+from ._guard import Guard, go_on, guarding
+from ._talk import DEVICES, TALK, MigrationRefused, Talk, relay, which_stream
+from .machine import CAPABILITIES, describe, ram_source
+from .qmp import Qmp, QmpEvent, connect_qmp
+
+__all__ = ["MigrationInDoubt", "migrate"]
+
+# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still while it travels.
+_UNLIMITED = 10**12
+# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes long.
+_STEP_TIMEOUT = 60.0
+# For the other side's word that it takes the guest.
+_TAKE_TIMEOUT = 30.0
+
+
+class Given(Enum):
+    """Whether the guest is the destination's."""
+
+    NO = "no"
+    PERHAPS = "perhaps"
+    YES = "yes"
+
+
+class MigrationInDoubt(PagenetError):
+    """The destination was told to run the guest, and has not said that it does."""
+
+
+@asynccontextmanager
+async def migrate(
+    qmp_socket: str | Path, uri: str, *, lane: LaneKind = "auto", on_event: EventHandler = ignore_events
+) -> AsyncIterator[Server]:
+    """Move the guest of the QEMU behind ``qmp_socket`` to the ``pagenet-qemu incoming`` that listens on ``uri``.
+
+    The block begins when the guest runs there, and its pages are served for as long as the block runs: leave it after
+    :meth:`~pagenet.Server.wait_complete`. If the migration fails before the guest was handed over, it goes on here, and the
+    error says why: :exc:`~pagenet.errors.UsageError` (this guest, or that destination, cannot be moved or used),
+    :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there), :exc:`MigrationRefused` (in the destination's words),
+    :exc:`~pagenet.errors.PagenetError`. :exc:`MigrationInDoubt`: it may or may not run there, and does not run here.
+    Events: ``connected``, ``stopped``, ``switchover``, ``resumed``, ``complete``.
+    """
+    async with connect_qmp(qmp_socket) as qmp:
+        machine = await describe(qmp)
+        if machine.status != "running":
+            raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
+        source = ram_source(qmp.pid, machine)
+        streams = _Streams()
+        async with (
+            guarding(qmp_socket, qmp.pid) as guard,
+            serve(source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event) as server,
+        ):
+            leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, on_event)
+            try:
+                await leaving.agree(machine.as_message())
+                await leaving.hand_over(await streams.get(DEVICES))
+            except BaseException as error:
+                with trio.CancelScope(shield=True):
+                    await leaving.give_up(error)
+                raise
+            yield server
+
+
+class _Streams:
+    """Those that the destination asks for, until somebody wants them."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, Connection] = {}
+        self._news = trio.Event()
+
+    async def meet(self, connection: Connection) -> None:
+        self._found[await which_stream(connection)] = connection
+        self._news.set()
+        await trio.sleep_forever()  # it is closed when the session ends
+
+    async def get(self, name: bytes) -> Connection:
+        with trio.move_on_after(_STEP_TIMEOUT):
+            while name not in self._found:
+                self._news = trio.Event()
+                await self._news.wait()
+            return self._found[name]
+        raise PagenetError("the destination is no pagenet-qemu incoming: it asked for pages, and for no machine")
+
+
+class _Leaving:
+    """The steps from a guest that runs here to one that runs there."""
+
+    def __init__(self, qmp: Qmp, talk: Talk, guard: Guard, on_event: EventHandler) -> None:
+        self._qmp = qmp
+        self._talk = talk
+        self._guard = guard
+        self._on_event = on_event
+        self._given = Given.NO
+        self._begun = False
+        self._since = len(qmp.events)  # a migration that failed before is not ours
+
+    async def agree(self, machine: dict[str, object]) -> None:
+        await self._talk.say("machine", **machine)
+        await self._talk.hear("ready")
+
+    async def hand_over(self, devices: Connection) -> None:
+        with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
+            path = Path(directory) / "devices"
+            async with open_failing_nursery() as nursery:
+                await nursery.start(_relay_one, path, devices)
+                stop = await self._stop(path)
+                self._on_event("stopped")
+                await self._talk.say("stopped")
+                await self._talk.hear("serving")
+                await self._qmp.command("migrate-continue", state="pre-switchover")
+                await self._talk.hear("loaded")
+                await self._wait_status("completed")
+                nursery.cancel_scope.cancel()
+        await self._commit()
+        self._on_event("switchover")
+        running = await self._talk.hear("running")
+        self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
+
+    async def _commit(self) -> None:
+        """Give the guest away: it is gone once the destination has said that it takes it."""
+        await self._guard.should_we_die("nothing")
+        self._given = Given.PERHAPS
+        with trio.move_on_after(_TAKE_TIMEOUT, shield=True):
+            try:
+                await self._talk.say("run")
+                await self._talk.hear("taking")
+                self._given = Given.YES
+            except ConnectionBroken as error:
+                # Closed from there, in good order or because the process was killed: had it said that it takes the guest, that
+                # would have come first. If it was the link that broke, it may have.
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (errno.ECONNRESET, errno.EPIPE):
+                    self._given = Given.NO
+                raise
+        if self._given is not Given.YES:
+            raise PagenetError(f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest")
+
+    async def _stop(self, path: Path) -> QmpEvent:
+        """Have QEMU begin, and stop the guest."""
+        on = [{"capability": name, "state": True} for name in CAPABILITIES]
+        await self._qmp.command("migrate-set-capabilities", capabilities=on)
+        await self._qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+        await self._guard.should_we_die("resume")
+        self._begun = True
+        await self._qmp.command("migrate", uri=f"unix:{path}")
+        await self._wait_status("pre-switchover")
+        return await self._qmp.wait_event("STOP", since=self._since, patience=_STEP_TIMEOUT)
+
+    async def _wait_status(self, status: str) -> None:
+        """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
+
+        def is_it(data: dict[str, object]) -> bool:
+            return data["status"] in (status, "failed", "cancelled")
+
+        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=_STEP_TIMEOUT)
+        if event.data["status"] != status:
+            why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
+            raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
+
+    async def give_up(self, error: BaseException) -> None:
+        """The guest goes on here, unless it may run there. Tells the other side, if it can still hear."""
+        if self._given is Given.YES:
+            return
+        if self._given is Given.PERHAPS:
+            raise MigrationInDoubt(
+                "the destination was told to run the guest and did not confirm it. It stays stopped here: look there, and only "
+                "if it does not run, say cont to this QEMU"
+            ) from error
+        if not isinstance(error, MigrationRefused):
+            with trio.move_on_after(1), suppress(PagenetError):
+                reason = str(error) if isinstance(error, PagenetError) else "the source gave up"
+                await self._talk.say("refuse", reason=reason)
+        if self._begun and not isinstance(error, OwnerGone):
+            await go_on(self._qmp)
+
+
+async def _relay_one(path: Path, devices: Connection, *, task_status: trio.TaskStatus[None]) -> None:
+    """Between the destination and the one connection that QEMU makes to the unix socket ``path``."""
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        await listener.bind(str(path))
+        listener.listen(1)
+        task_status.started()
+        sock, _ = await listener.accept()
+    async with trio.SocketStream(sock) as local:
+        await relay(devices, local)

@@ -1,0 +1,166 @@
+"""QMP: QEMU's monitor protocol, in Trio. JSON objects in both directions over a unix socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from ..errors import OwnerGone, PagenetError, UsageError
+from ..nurseries import open_failing_nursery
+
+__all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp"]
+
+T = TypeVar("T")
+
+# A command that QEMU has not answered by then never will be: its main loop, which answers, is stuck.
+COMMAND_TIMEOUT = 30.0
+_CONNECT_TIMEOUT = 10.0
+_MAX_LINE = 4 << 20
+
+
+class QmpError(PagenetError):
+    """QEMU refused a command. ``kind`` is its error class (``GenericError``, ``CommandNotFound``...)."""
+
+    def __init__(self, command: str, kind: str, text: str) -> None:
+        super().__init__(f"QEMU refuses {command}: {text}")
+        self.kind = kind
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True)
+class QmpEvent:
+    """``time``: QEMU's own clock (s since 1970), which is the host's."""
+
+    name: str
+    data: dict[str, Any]
+    time: float
+
+
+class Qmp:
+    """A QEMU's monitor. Made by :func:`connect_qmp`. Every event since the connection began is kept."""
+
+    def __init__(self, stream: trio.SocketStream, path: str) -> None:
+        self._stream = stream
+        self._path = path
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._news = trio.Event()
+        self._next_id = 0
+        self._gone = False
+        self.events: list[QmpEvent] = []
+        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        #: the QEMU process's; 0 if it lives in a pid namespace that we do not see
+        self.pid: int = struct.unpack("3i", credentials)[0]
+
+    async def command(self, name: str, /, **arguments: Any) -> Any:
+        """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone."""
+        number = self._next_id
+        self._next_id += 1
+        words: dict[str, Any] = {"execute": name, "id": number}
+        if arguments:
+            words["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
+        try:
+            await self._stream.send_all(json.dumps(words).encode() + b"\n")
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._hear_of_the_end()
+        answer = await self._until(lambda: self._answers.pop(number, None), f"an answer to {name}", COMMAND_TIMEOUT)
+        if "error" in answer:
+            raise QmpError(name, answer["error"].get("class", ""), answer["error"].get("desc", "no reason given"))
+        return answer["return"]
+
+    async def wait_event(
+        self, name: str, *, since: int = 0, where: Callable[[dict[str, Any]], bool] = lambda data: True, patience: float
+    ) -> QmpEvent:
+        """The first event of that name among ``events[since:]`` and those to come. :exc:`~pagenet.errors.PagenetError` if it
+        has not come after ``patience`` seconds."""
+
+        def find() -> QmpEvent | None:
+            return next((event for event in self.events[since:] if event.name == name and where(event.data)), None)
+
+        return await self._until(find, f"its {name} event", patience)
+
+    async def _until(self, find: Callable[[], T | None], what: str, patience: float) -> T:
+        with trio.move_on_after(patience):
+            while (found := find()) is None:
+                if self._gone:
+                    raise OwnerGone(f"QEMU has closed its monitor {self._path}: it has ended, or is ending")
+                news = self._news
+                await news.wait()
+            return found
+        raise PagenetError(f"QEMU did not send {what} for {patience:g} s on {self._path}")
+
+    async def read_forever(self) -> None:
+        """Take in what QEMU says, until it closes the monitor."""
+        buffer = bytearray()
+        try:
+            while data := await self._stream.receive_some(64 << 10):
+                buffer += data
+                *lines, rest = bytes(buffer).split(b"\n")
+                buffer = bytearray(rest)
+                for line in lines:
+                    if line.strip():
+                        self._take(line)
+                if len(buffer) > _MAX_LINE:
+                    raise PagenetError(f"what answers on {self._path} is no QMP monitor: a line of {len(buffer)} bytes")
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        self._hear_of_the_end()
+
+    def _hear_of_the_end(self) -> None:
+        self._gone = True
+        self._tell()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            words = json.loads(line)
+        except ValueError:
+            raise PagenetError(f"what answers on {self._path} is no QMP monitor: {line[:40]!r}") from None
+        if "event" in words:
+            stamp = words["timestamp"]
+            time = stamp["seconds"] + stamp["microseconds"] / 1e6
+            self.events.append(QmpEvent(words["event"], words.get("data", {}), time))
+        elif "id" in words:
+            self._answers[words["id"]] = words
+        elif "QMP" in words:
+            self._answers[-1] = words
+        self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, trio.Event()
+        news.set()
+
+    async def greet(self) -> None:
+        """Wait for QEMU's greeting, and leave its negotiation mode."""
+        what = "its greeting (does another program hold the monitor?)"
+        await self._until(lambda: self._answers.pop(-1, None), what, COMMAND_TIMEOUT)
+        await self.command("qmp_capabilities")
+
+
+@asynccontextmanager
+async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Qmp]:
+    """The monitor behind the unix socket ``path``, which may take ``wait`` seconds to appear."""
+    deadline = trio.current_time() + wait
+    while True:
+        try:
+            with trio.fail_after(_CONNECT_TIMEOUT):
+                stream = await trio.open_unix_socket(str(path))
+            break
+        except (OSError, RuntimeError, trio.TooSlowError) as error:
+            if trio.current_time() >= deadline:
+                why = error.strerror if isinstance(error, OSError) and error.strerror else "no answer"
+                hint = "start QEMU with -qmp unix:PATH,server=on,wait=off"
+                raise UsageError(f"no QMP monitor at {path}: {why}; {hint}") from None
+            await trio.sleep(0.01)
+    async with stream, open_failing_nursery() as nursery:
+        qmp = Qmp(stream, str(path))
+        nursery.start_soon(qmp.read_forever)
+        await qmp.greet()
+        yield qmp
+        nursery.cancel_scope.cancel()

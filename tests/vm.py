@@ -1,0 +1,325 @@
+"""Virtual machines that tests move: QEMU as it comes, with a guest that checks its own memory and says so all the time.
+
+The guest is tools/guest/init.c; its heartbeats come through the serial port and are read as they come.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import trio
+from processes import run
+
+QEMU = "qemu-system-x86_64"
+BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
+
+MISSING = [tool for tool in (QEMU, "apt-get", "dpkg-deb", "gcc") if not shutil.which(tool)]
+needs_guest = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+# A guest that is emulated on a loaded machine takes its time, and one that hangs should not take the whole test's.
+PATIENCE = 60.0
+
+
+# ---- what is run ----
+
+
+class GuestFiles(NamedTuple):
+    kernel: Path
+    initrd: Path
+
+
+@functools.cache
+def guest_files() -> GuestFiles:
+    """What QEMU boots. The very first time it is downloaded and compiled, which takes seconds and needs the network."""
+    built = subprocess.run([sys.executable, str(BUILDER)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    paths = json.loads(built.stdout)
+    return GuestFiles(Path(paths["kernel"]), Path(paths["initrd"]))
+
+
+def qemu_command(
+    directory: Path,
+    name: str,
+    *,
+    memory: int = 256 << 20,
+    work: int = 96,
+    hot: int = 24,
+    beat_ms: int = 20,
+    smp: int = 1,
+    ram: Path | None = None,
+    incoming: bool = False,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in ``directory``.
+
+    Its RAM is the file ``ram``, or one of its own in /dev/shm. The file is made here, and :func:`run_vm` removes it.
+    """
+    files = guest_files()
+    ram = make_ram(name, memory, ram)
+    # The kernel is silent but for its death: what it said would get into the middle of the guest's lines.
+    kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
+    workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_threads={smp}"
+    options = {
+        "-name": name,
+        "-accel": "tcg",
+        "-cpu": "max",
+        "-smp": str(smp),
+        "-m": f"{memory >> 20}M",
+        "-machine": "pc,memory-backend=ram0",
+        "-object": f"memory-backend-file,id=ram0,size={memory},mem-path={ram},share=on",
+        "-display": "none",
+        # Before the serial port: QEMU makes them in this order, and so whoever has met the one finds the other.
+        "-qmp": f"unix:{directory / name}.qmp,server=on,wait=off",
+        "-serial": f"unix:{directory / name}.serial,server=on,wait=off",
+        "-kernel": str(files.kernel),
+        "-initrd": str(files.initrd),
+        "-append": f"{kernel} {workload}",
+        **({"-incoming": "defer"} if incoming else {}),
+    }
+    return [QEMU, "-nodefaults", "-no-reboot", *itertools.chain(*options.items()), *extra]
+
+
+def make_ram(name: str, size: int, path: Path | None) -> Path:
+    """A file of zeros that takes no memory yet. Guest RAM that there already is under that name stays as it is."""
+    if path is None:
+        number, unique = tempfile.mkstemp(prefix=f"pagenet-{name}-", dir="/dev/shm")
+        os.close(number)
+        path = Path(unique)
+    with path.open("ab") as file:
+        file.truncate(size)
+    return path
+
+
+def ram_of(command: Sequence[str]) -> Path:
+    """The file behind guest RAM."""
+    found = re.search(r"mem-path=([^,\s]+)", " ".join(command))
+    assert found, f"no RAM file: {command}"
+    return Path(found[1])
+
+
+# ---- what the guest says ----
+
+
+class Line(NamedTuple):
+    """``time``: when it was complete, on the clock of time.monotonic()."""
+
+    time: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started."""
+
+    time: float
+    seq: int
+    writes: int
+    bad: int
+    sweeps: int
+
+
+_BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+")
+
+
+def parse_beat(line: Line) -> Beat | None:
+    found = _BEAT.fullmatch(line.text)
+    return Beat(line.time, *map(int, found.groups())) if found else None
+
+
+class Serial:
+    """What a guest says, and those who wait for it. ``lines``, ``beats``: those so far; ``rest``: the line not yet whole.
+
+    ``errors``: what QEMU has complained of, for the message when the guest falls silent.
+    """
+
+    def __init__(self, name: str = "guest", errors: Path | None = None) -> None:
+        self.name = name
+        self._errors = errors
+        self._rest = b""
+        self._has_ended = False
+        self._changed = trio.Event()
+        self.lines: list[Line] = []
+        self.beats: list[Beat] = []
+
+    @property
+    def rest(self) -> str:
+        return self._rest.decode(errors="replace")
+
+    def feed(self, data: bytes | bytearray) -> None:
+        now = time.monotonic()
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for text in whole:
+            line = Line(now, text.decode(errors="replace").removesuffix("\r"))
+            self.lines.append(line)
+            if beat := parse_beat(line):
+                self.beats.append(beat)
+        self._tell()
+
+    def end(self) -> None:
+        """There will be no more."""
+        self._has_ended = True
+        self._tell()
+
+    async def read(self, stream: trio.abc.ReceiveStream) -> None:
+        """All there is, up to the end of the machine."""
+        try:
+            async with stream:
+                async for data in stream:
+                    self.feed(data)
+        except trio.BrokenResourceError:
+            pass  # killed in the middle of a word
+        finally:
+            self.end()
+
+    async def wait(self, what: str, is_there: Callable[[], bool]) -> None:
+        """Until ``is_there`` says so, which is asked whenever something was said; ``what`` names it if it never comes."""
+        with trio.move_on_after(PATIENCE):
+            while not is_there() and not self._has_ended:
+                await self._changed.wait()
+        how = "ended" if self._has_ended else f"took more than {PATIENCE:.0f} s"
+        assert is_there(), f"{self.name} {how} before {what}; {self.describe()}"
+
+    async def wait_ready(self) -> Line:
+        """Its memory is filled."""
+        await self.wait("READY", lambda: any(line.text.startswith("READY ") for line in self.lines))
+        return next(line for line in self.lines if line.text.startswith("READY "))
+
+    async def wait_beats(self, count: int) -> None:
+        """Until so many have come, all in all."""
+        await self.wait(f"{count} heartbeats", lambda: len(self.beats) >= count)
+
+    async def wait_sweeps(self, count: int) -> None:
+        """Until it has verified all its memory so many times, all in all.
+
+        To know that every page is right from now on, wait for two more than in the last beat: one is under way.
+        """
+        await self.wait(f"{count} sweeps", lambda: bool(self.beats) and self.beats[-1].sweeps >= count)
+
+    def describe(self) -> str:
+        """For those who must say why it was not what they wanted."""
+        told = [line.text for line in self.lines[-5:]] + [self.rest]
+        errors = self._errors.read_text(errors="replace") if self._errors else ""
+        return f"its last lines: {told}; QEMU's complaints: {errors!r}"
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+def check_unbroken(*serials: Serial) -> None:
+    """The guest has gone from each of them to the next without missing a heartbeat or finding a wrong page."""
+    for serial in serials:
+        assert serial.lines, f"{serial.name} has said nothing; {serial.describe()}"
+    beats = []
+    for line in joined(serials):
+        beat = parse_beat(line)
+        assert beat or not line.text.startswith("HB"), f"garbled: {line.text!r}"
+        if beat:
+            assert beat.bad == 0, f"wrong pages: {line.text!r}"
+            beats.append(beat)
+    for before, after in itertools.pairwise(beats):
+        assert after.seq == before.seq + 1, f"heartbeat {after.seq} came after {before.seq}"
+
+
+def joined(serials: Sequence[Serial]) -> list[Line]:
+    """The whole lines of all of them. A move may cut one in two: its end then comes out of the next machine."""
+    lines: list[Line] = []
+    cut = ""
+    for serial in serials:
+        for line in serial.lines:
+            lines.append(Line(line.time, (cut + line.text).removesuffix("\r")))
+            cut = ""
+        cut += serial.rest
+    return lines
+
+
+# ---- a machine ----
+
+
+@dataclass(frozen=True)
+class VM:
+    """``qmp``: where its monitor listens; ``ram``: the file behind its memory."""
+
+    name: str
+    process: trio.Process
+    serial: Serial
+    qmp: Path
+    ram: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+
+@asynccontextmanager
+async def run_vm(command: Sequence[str], directory: Path, name: str, env: Mapping[str, str] | None = None) -> AsyncIterator[VM]:
+    """Runs what :func:`qemu_command` has made, with ``env`` on top of this environment, for as long as the block does."""
+    ram = ram_of(command)
+    errors = directory / f"{name}.stderr"
+    serial = Serial(name, errors)
+    try:
+        async with trio.open_nursery() as nursery, _run_qemu(command, errors, env) as process, _guard(process.pid, ram):
+            nursery.start_soon(serial.read, await _connect(directory / f"{name}.serial", process, serial))
+            yield VM(name, process, serial, directory / f"{name}.qmp", ram)
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        raise
+    finally:
+        ram.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def _run_qemu(command: Sequence[str], errors: Path, env: Mapping[str, str] | None) -> AsyncIterator[trio.Process]:
+    errors.touch()
+    number = os.open(errors, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    try:
+        environment = {**os.environ, **(env or {})}
+        process = await trio.lowlevel.open_process(
+            list(command), stdin=subprocess.DEVNULL, stdout=number, stderr=number, env=environment
+        )
+    finally:
+        os.close(number)
+    try:
+        yield process
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+@asynccontextmanager
+async def _guard(pid: int, ram: Path) -> AsyncIterator[None]:
+    """Should this process be killed, QEMU would run for ever, and its RAM stay: the guard sees the end of its input.
+
+    The kernel's own means for that is the end of the thread that started a process, and Trio's threads end early.
+    """
+    command = ["sh", "-c", 'read -r _; kill -KILL "$0"; rm -f "$1"', str(pid), str(ram)]
+    async with run(command, stdin=subprocess.PIPE):
+        yield
+
+
+async def _connect(path: Path, process: trio.Process, serial: Serial) -> trio.SocketStream:
+    """Soon enough to hear the guest's first words: QEMU drops what nobody listens to."""
+    with trio.move_on_after(PATIENCE):
+        while process.poll() is None:
+            try:
+                return await trio.open_unix_socket(path)
+            except OSError:
+                await trio.sleep(0.005)  # QEMU is not that far yet
+    raise AssertionError(f"{serial.name}: QEMU does not answer, exit code {process.poll()}; {serial.describe()}")

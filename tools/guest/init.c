@@ -1,0 +1,203 @@
+/* The /init of the guest that tests move: works on its memory for ever, and can tell what every page of it must hold.
+ *
+ * It takes its options from the kernel's command line, which hands them on as environment variables:
+ *   wl_mb       MiB of pages to work on
+ *   wl_wss      MiB of them that are hot: verified and written again, at random
+ *   wl_hb       milliseconds between two heartbeats
+ *   wl_threads  how many threads share the pages, each a part of its own
+ * Meanwhile it sweeps through all pages, hot or not, and verifies them. What it says, a line each:
+ *   READY pages=.. fill_ms=..
+ *   HB seq=.. t=<us> w=<writes> dw=<since the last> bad=.. sweeps=.. sw=<next page to sweep> gap_us=<longest batch>
+ *   BAD page=.. counter=.. expected=..
+ * The thread that says heartbeats works as the others do: if a page keeps it waiting, its next heartbeat is late.
+ */
+#define _GNU_SOURCE
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, PAGES_PER_MIB = 256, WORDS = PAGE / 8 - 4, MAX_THREADS = 64 };
+enum { BATCH = 16, WRITES_PER_SWEPT = 4, BAD_LINES = 20 };
+
+#define MAGIC UINT64_C(0x706167656e657421)
+#define STEP UINT64_C(0x9e3779b97f4a7c15)
+
+struct page {
+    uint64_t magic, index, counter, sum, words[WORDS];
+};
+
+/* Pages first <= index < end, of which those below hot_end are hot. Only writes, bad and sweeps are for other threads. */
+struct worker {
+    uint64_t first, hot_end, end, swept, random;
+    _Atomic uint64_t writes, bad, sweeps;
+};
+
+static struct page *pages;
+static uint64_t *expected; /* the counter that each page must hold */
+static struct worker workers[MAX_THREADS];
+static unsigned threads;
+
+static void say(const char *format, ...) {
+    char line[256];
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    /* In one piece, so that two threads do not mix their lines. */
+    if (write(STDOUT_FILENO, line, length) != length)
+        _exit(1); /* the end of init is a panic, and so the end of the machine */
+}
+
+static uint64_t option(const char *name, uint64_t otherwise) {
+    const char *value = getenv(name);
+    return value ? strtoull(value, NULL, 10) : otherwise;
+}
+
+static uint64_t now_us(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * UINT64_C(1000000) + now.tv_nsec / 1000;
+}
+
+static uint64_t rotate(uint64_t value) { return value << 1 | value >> 63; }
+
+static uint64_t seed(uint64_t index, uint64_t counter) {
+    uint64_t value = (index * STEP + counter) * UINT64_C(0xbf58476d1ce4e5b9);
+    return value ^ value >> 31;
+}
+
+/* Starts from the page's number and counter: a page that is half old and half new does not add up. */
+static uint64_t checksum(const struct page *page) {
+    uint64_t sum = seed(page->index, page->counter);
+    for (unsigned i = 0; i < WORDS; i++)
+        sum = rotate(sum) ^ page->words[i];
+    return sum;
+}
+
+static void write_page(uint64_t index) {
+    struct page *page = &pages[index];
+    uint64_t word = seed(index, expected[index]);
+    page->magic = MAGIC;
+    page->index = index;
+    page->counter = expected[index];
+    for (unsigned i = 0; i < WORDS; i++, word += STEP)
+        page->words[i] = word ^ word >> 29;
+    page->sum = checksum(page);
+}
+
+static void verify_page(struct worker *worker, uint64_t index) {
+    const struct page *page = &pages[index];
+    bool is_right = page->magic == MAGIC && page->index == index && page->counter == expected[index];
+    if (is_right && page->sum == checksum(page))
+        return;
+    if (worker->bad++ < BAD_LINES)
+        say("BAD page=%" PRIu64 " counter=%" PRIu64 " expected=%" PRIu64 "\n", index, page->counter, expected[index]);
+}
+
+static uint64_t next_random(struct worker *worker) {
+    worker->random ^= worker->random << 13;
+    worker->random ^= worker->random >> 7;
+    return worker->random ^= worker->random << 17;
+}
+
+static void sweep_on(struct worker *worker) {
+    verify_page(worker, worker->swept);
+    if (++worker->swept == worker->end) {
+        worker->swept = worker->first;
+        worker->sweeps++;
+    }
+}
+
+static void work(struct worker *worker) {
+    for (unsigned i = 0; i < BATCH; i++) {
+        uint64_t index = worker->first + next_random(worker) % (worker->hot_end - worker->first);
+        verify_page(worker, index);
+        expected[index]++;
+        write_page(index);
+        worker->writes++;
+        if (i % WRITES_PER_SWEPT == 0)
+            sweep_on(worker);
+    }
+}
+
+static _Noreturn void *work_on(void *worker) {
+    for (;;)
+        work(worker);
+}
+
+/* Works as the first of the workers, and speaks for all of them. */
+static _Noreturn void beat(uint64_t period_us) {
+    uint64_t before = 0, longest = 0, last = now_us(), due = last + period_us;
+    for (uint64_t seq = 0;;) {
+        work(&workers[0]);
+        uint64_t now = now_us();
+        longest = now - last > longest ? now - last : longest;
+        last = now;
+        if (now < due)
+            continue;
+        uint64_t writes = 0, bad = 0, sweeps = UINT64_MAX;
+        for (unsigned i = 0; i < threads; i++) {
+            writes += workers[i].writes;
+            bad += workers[i].bad;
+            sweeps = workers[i].sweeps < sweeps ? workers[i].sweeps : sweeps;
+        }
+        say("HB seq=%" PRIu64 " t=%" PRIu64 " w=%" PRIu64 " dw=%" PRIu64 " bad=%" PRIu64 " sweeps=%" PRIu64 " sw=%" PRIu64
+            " gap_us=%" PRIu64 "\n",
+            seq++, now, writes, writes - before, bad, sweeps, workers[0].swept, longest);
+        before = writes;
+        longest = 0;
+        last = now_us();
+        due = last + period_us;
+    }
+}
+
+static void *memory(size_t size) {
+    void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) {
+        say("FAILED no memory for %zu bytes\n", size);
+        _exit(1);
+    }
+    madvise(start, size, MADV_NOHUGEPAGE); /* so that neighbours need not be neighbours on the host */
+    return start;
+}
+
+int main(void) {
+    uint64_t count = option("wl_mb", 96) * PAGES_PER_MIB, hot = option("wl_wss", 24) * PAGES_PER_MIB;
+    uint64_t period_us = option("wl_hb", 20) * 1000;
+    threads = option("wl_threads", 1);
+    if (hot > count)
+        hot = count;
+    if (threads < 1 || threads > MAX_THREADS || hot < threads) {
+        say("FAILED wl_threads must be 1 to %d, and wl_mb and wl_wss enough for all\n", MAX_THREADS);
+        return 1;
+    }
+    pages = memory(count * PAGE);
+    expected = memory(count * sizeof *expected);
+    uint64_t started = now_us();
+    for (uint64_t index = 0; index < count; index++)
+        write_page(index);
+    say("READY pages=%" PRIu64 " fill_ms=%" PRIu64 "\n", count, (now_us() - started) / 1000);
+    for (unsigned i = 0; i < threads; i++) {
+        uint64_t first = count * i / threads;
+        workers[i].first = workers[i].swept = first;
+        workers[i].hot_end = first + hot / threads;
+        workers[i].end = count * (i + 1) / threads;
+        workers[i].random = STEP * (i + 1);
+    }
+    for (unsigned i = 1; i < threads; i++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work_on, &workers[i])) {
+            say("FAILED no thread\n");
+            return 1;
+        }
+    }
+    beat(period_us);
+}
