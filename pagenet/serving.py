@@ -169,6 +169,8 @@ class Server:
                     if complete:
                         self._completed.set()
                     return complete
+                case Failure("gave-up", text):
+                    raise ConnectionBroken(f"the destination gave up: {text}")
                 case Failure(_, text):
                     raise RemoteProtocolError(f"the peer gave up: {text}")
                 case None:

@@ -54,6 +54,7 @@ class Destination:
 
     serial: Serial
     qmp: Path
+    ram: Path
     uri: str
     events: Events = field(default_factory=Events)
     arrival: Arrival | None = None
@@ -80,7 +81,7 @@ async def destination(
 ) -> AsyncIterator[Destination]:
     """A QEMU that waits for a guest, and keeps it until the block ends."""
     command = command or qemu_command(directory, name)
-    there = Destination(Serial(name), directory / f"{name}.qmp", f"unix:{directory / name}.sock")
+    there = Destination(Serial(name), directory / f"{name}.qmp", ram_of(command), f"unix:{directory / name}.sock")
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.take, command, options)
@@ -194,6 +195,7 @@ async def test_destination_is_another_machine(command: Callable[[Path], list[str
                     raise AssertionError("not reached")
             await b.ended.wait()
             assert await status_of(b.qmp) == "gone"
+            assert b.ram.stat().st_size == 0, "the next try would find bytes in it"
         assert says in str(raised.value)
         assert says in str(b.error)
         assert await status_of(a.qmp) == "running"

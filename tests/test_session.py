@@ -94,6 +94,25 @@ async def test_what_follows_the_messages_is_handed_over() -> None:
     assert stream.unread() == b""
 
 
+async def test_rest_of_a_connection_begins_with_what_came_too_early() -> None:
+    ours, theirs = memory_pair()
+    await theirs.send(encode_message(SOURCE) + b"abc")
+    stream = MessageStream(ours)
+    assert await stream.receive() == SOURCE
+    rest, into = stream.rest(), bytearray(2)
+    assert rest.peer == ours.peer
+    await theirs.send(b"de")
+    got = b""
+    while len(got) < 5:
+        count = await rest.receive_into(memoryview(into))
+        got += into[:count]
+    assert got == b"abcde"
+    await rest.send(b"back")
+    await receive_exactly(theirs, memoryview(bytearray(4)))
+    rest.close()
+    assert await theirs.receive_into(memoryview(into)) == 0
+
+
 async def test_receive_exactly() -> None:
     ours, theirs = memory_pair(max_receive=3)
     await theirs.send(b"0123456789")

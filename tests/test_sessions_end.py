@@ -400,7 +400,10 @@ async def test_owner_of_another_machine(memory: MemoryTransport, monkeypatch: py
         stream = MessageStream(await listener.accept())
         await stream.receive()
         await stream.send(Hello(Role.SOURCE, Channel.CONTROL, SESSION, region=target.region))
-        assert await stream.receive() == Bye(complete=False)
+        farewell = await stream.receive()
+        assert isinstance(farewell, Failure)
+        assert farewell.code == "gave-up"
+        assert "that is another machine" in farewell.text
         stream.connection.close()
 
     with await transport.listen(HERE) as listener:

@@ -35,9 +35,13 @@ class Guard:
         self._process = process
 
     async def should_we_die(self, duty: Duty) -> None:
-        """What to do then, from now on. Known to the guard, whatever happens to us, when this returns."""
+        """What to do then, from now on. Known to the guard, whatever happens to us, when this returns.
+
+        Should the guard have died instead, we go on without one.
+        """
         assert self._process.stdin is not None
-        await self._process.stdin.send_all(f"{duty}\n".encode())
+        with suppress(trio.BrokenResourceError):
+            await self._process.stdin.send_all(f"{duty}\n".encode())
 
 
 @asynccontextmanager
@@ -58,8 +62,7 @@ async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
         yield guard
     finally:
         with trio.CancelScope(shield=True):
-            with suppress(trio.BrokenResourceError):
-                await process.stdin.send_all(b"nothing\n")
+            await Guard(process).should_we_die("nothing")
             await process.stdin.aclose()
             await process.wait()
             await process.stdout.aclose()

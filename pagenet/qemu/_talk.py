@@ -7,7 +7,7 @@ from typing import Any
 import msgpack
 import trio
 
-from ..errors import ConnectionBroken, RemoteProtocolError
+from ..errors import ConnectionBroken, PagenetError, RemoteProtocolError
 from ..protocol import printable
 from ..session import receive_exactly
 from ..transport import Connection
@@ -21,7 +21,7 @@ _MAX_MESSAGE = 64 << 10
 _PIECE = 256 << 10
 
 
-class MigrationRefused(RemoteProtocolError):
+class MigrationRefused(PagenetError):
     """The other side cannot go on, in its own words."""
 
 

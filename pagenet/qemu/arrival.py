@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL
 
 import trio
 
@@ -72,7 +71,11 @@ async def receive(
         owner = UffdSocket(Path(directory) / "uffd")
         await owner.listen()
         prepared = prepare_incoming(command, Path(directory) / "monitor", owner.path)
-        process = await _start(prepared)
+        try:
+            process = await _start(prepared)
+        except BaseException:
+            prepared.undo()
+            raise
         arriving: _Arriving | None = None
         try:
             on_event("qemu", pid=process.pid, ram=str(prepared.ram), added=" ".join(prepared.added))
@@ -106,11 +109,12 @@ async def receive(
                 with trio.CancelScope(shield=True):
                     process.kill()
                     await process.wait()
+                prepared.undo()
 
 
 async def _start(prepared: Incoming) -> trio.Process:
     try:
-        return await trio.lowlevel.open_process(prepared.command, env=prepared.environment, stdin=DEVNULL)
+        return await trio.lowlevel.open_process(prepared.command, env=prepared.environment)
     except OSError as error:
         raise UsageError(f"cannot start {prepared.command[0]}: {error.strerror}") from None
 
@@ -184,8 +188,8 @@ class _Arriving:
                 await talk.hear("run")
                 with trio.CancelScope(shield=True):  # said, and done
                     await talk.say("taking")
-                    await self._guard.should_we_die("run")
                     self.runs_here = True
+                    await self._guard.should_we_die("run")
                 nursery.cancel_scope.cancel()
         except BaseException as error:
             with trio.move_on_after(1, shield=True), suppress(PagenetError):

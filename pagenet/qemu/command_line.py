@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +25,20 @@ _HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -m
 @dataclass(slots=True)
 class Incoming:
     """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``ram``: the file
-    behind its RAM."""
+    behind its RAM, which was made here if ``is_new``."""
 
     command: list[str]
     environment: dict[str, str]
     ram: Path
+    is_new: bool
     added: list[str] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """The guest did not come: leave the RAM's file as it was, which is empty, or not there."""
+        with suppress(FileNotFoundError):
+            os.truncate(self.ram, 0)
+            if self.is_new:
+                self.ram.unlink()
 
 
 def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
@@ -48,6 +57,7 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
         raise UsageError(f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file")
     if options.get("prealloc") in ("on", "yes", "true"):
         raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
+    is_new = not ram.exists()
     status = _create(ram, size)
     added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
     variables = {
@@ -55,7 +65,7 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
         "PAGENET_UFFD_SOCKET": str(uffd_socket),
         "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
     }
-    return Incoming([*command, *added], {**os.environ, **variables}, ram, added)
+    return Incoming([*command, *added], {**os.environ, **variables}, ram, is_new, added)
 
 
 def _ram_options(command: Sequence[str]) -> dict[str, str]:

@@ -36,7 +36,7 @@ from ..serving import Server, serve
 from ..transport import Connection
 from ._guard import Guard, go_on, guarding
 from ._talk import DEVICES, TALK, MigrationRefused, Talk, relay, which_stream
-from .machine import CAPABILITIES, describe, ram_source
+from .machine import CAPABILITIES, Machine, describe, ram_source
 from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["MigrationInDoubt", "migrate"]
@@ -84,28 +84,41 @@ async def migrate(
             guarding(qmp_socket, qmp.pid) as guard,
             serve(source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event) as server,
         ):
-            leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, on_event)
             try:
-                await leaving.agree(machine.as_message())
-                await leaving.hand_over(await streams.get(DEVICES))
-            except BaseException as error:
-                with trio.CancelScope(shield=True):
-                    await leaving.give_up(error)
-                raise
+                await _leave(qmp, machine, streams, guard, on_event)
+            finally:
+                streams.let_go()
             yield server
 
 
+async def _leave(qmp: Qmp, machine: Machine, streams: _Streams, guard: Guard, on_event: EventHandler) -> None:
+    leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, on_event)
+    try:
+        await leaving.agree(machine.as_message())
+        await leaving.hand_over(await streams.get(DEVICES))
+    except BaseException as error:
+        with trio.CancelScope(shield=True):
+            await leaving.give_up(error)
+        raise
+
+
 class _Streams:
-    """Those that the destination asks for, until somebody wants them."""
+    """Those that the destination asks for. They stay open until they are let go, even if the session ends: what the destination
+    has said before its end is yet to be read, and who has the guest depends on it."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, Connection] = {}
         self._news = trio.Event()
+        self._released = trio.Event()
 
     async def meet(self, connection: Connection) -> None:
         self._found[await which_stream(connection)] = connection
         self._news.set()
-        await trio.sleep_forever()  # it is closed when the session ends
+        with trio.CancelScope(shield=True):
+            await self._released.wait()
+
+    def let_go(self) -> None:
+        self._released.set()
 
     async def get(self, name: bytes) -> Connection:
         with trio.move_on_after(_STEP_TIMEOUT):

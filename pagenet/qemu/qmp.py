@@ -24,6 +24,7 @@ T = TypeVar("T")
 COMMAND_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
 _MAX_LINE = 4 << 20
+_GREETING = -1  # among the answers
 
 
 class QmpError(PagenetError):
@@ -119,9 +120,14 @@ class Qmp:
 
     def _take(self, line: bytes) -> None:
         try:
-            words = json.loads(line)
-        except ValueError:
+            self._note(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise PagenetError(f"what answers on {self._path} is no QMP monitor: {line[:40]!r}") from None
+        self._tell()
+
+    def _note(self, words: Any) -> None:
+        if not isinstance(words, dict):
+            raise TypeError
         if "event" in words:
             stamp = words["timestamp"]
             time = stamp["seconds"] + stamp["microseconds"] / 1e6
@@ -129,8 +135,7 @@ class Qmp:
         elif "id" in words:
             self._answers[words["id"]] = words
         elif "QMP" in words:
-            self._answers[-1] = words
-        self._tell()
+            self._answers[_GREETING] = words
 
     def _tell(self) -> None:
         news, self._news = self._news, trio.Event()
@@ -139,7 +144,7 @@ class Qmp:
     async def greet(self) -> None:
         """Wait for QEMU's greeting, and leave its negotiation mode."""
         what = "its greeting (does another program hold the monitor?)"
-        await self._until(lambda: self._answers.pop(-1, None), what, COMMAND_TIMEOUT)
+        await self._until(lambda: self._answers.pop(_GREETING, None), what, COMMAND_TIMEOUT)
         await self.command("qmp_capabilities")
 
 

@@ -1,0 +1,186 @@
+"""What the two sides of a guest's migration say to each other, and to a monitor that is none: no QEMU is needed for that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgpack
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagenet import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError, UsageError
+from pagenet.nurseries import open_failing_nursery
+from pagenet.qemu import MigrationRefused, connect_qmp
+from pagenet.qemu._talk import DEVICES, TALK, Talk, which_stream
+from pagenet.qemu.command_line import _parse_options, _parse_size, prepare_incoming
+from pagenet.testing import memory_pair
+
+# ---- talk ----
+
+
+async def heard(data: bytes, what: str = "ready", piece: int | None = None) -> dict[str, object]:
+    """What the other side makes of ``data``, after which the connection ends."""
+    ours, theirs = memory_pair(max_receive=piece, capacity=1 << 20)
+    await theirs.send(data)
+    theirs.close()
+    return await Talk(ours).hear(what)
+
+
+def said(what: object, **fields: object) -> bytes:
+    return bytes(msgpack.packb({"say": what, **fields}))
+
+
+@pytest.mark.parametrize("piece", [None, 1, 7])
+async def test_messages_in_any_pieces(piece: int | None) -> None:
+    ours, theirs = memory_pair(max_receive=piece, capacity=1 << 20)
+    await theirs.send(said("machine", ram=5) + said("stopped"))
+    talk = Talk(ours)
+    assert (await talk.hear("machine"))["ram"] == 5
+    assert await talk.hear("stopped") == {"say": "stopped"}
+
+
+async def test_both_directions() -> None:
+    ours, theirs = memory_pair()
+    await Talk(ours).say("running", time=1.5)
+    assert (await Talk(theirs).hear("running"))["time"] == 1.5
+
+
+@pytest.mark.parametrize("end", range(len(said("ready"))))
+async def test_cut_off(end: int) -> None:
+    with pytest.raises(ConnectionBroken, match="closed the connection in the middle of a migration"):
+        await heard(said("ready")[:end])
+
+
+@pytest.mark.parametrize(("data", "error", "message"), [
+    (said("stopped"), RemoteProtocolError, "says 'stopped' where 'ready' was expected"),
+    (said("refuse", reason="another\nmachine"), MigrationRefused, r"another\?machine"),
+    (said("refuse"), MigrationRefused, "no reason given"),
+    (said(7), RemoteProtocolError, "no map that says something"),
+    (bytes(msgpack.packb(["ready"])), RemoteProtocolError, "no map that says something"),
+    (bytes(msgpack.packb({1: 2})), RemoteProtocolError, "not msgpack"),
+    (b"\xc1", RemoteProtocolError, "not msgpack"),
+    (b"\xa1\xff", RemoteProtocolError, "not msgpack"),
+    (bytes(msgpack.packb({"say": "x" * 100_000})), RemoteProtocolError, "longer than 65536 bytes|not msgpack"),
+])  # fmt: skip
+async def test_nonsense(data: bytes, error: type[PagenetError], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        await heard(data)
+    assert "\n" not in str(raised.value)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    async def hear() -> None:
+        with pytest.raises((RemoteProtocolError, ConnectionBroken)):
+            await heard(data)
+
+    trio.run(hear)
+
+
+async def test_which_stream() -> None:
+    for name in (TALK, DEVICES):
+        ours, theirs = memory_pair()
+        await theirs.send(name)
+        assert await which_stream(ours) == name
+    ours, theirs = memory_pair()
+    await theirs.send(b"?")
+    with pytest.raises(RemoteProtocolError, match="opens a stream for b'\\?'"):
+        await which_stream(ours)
+
+
+# ---- a monitor that is none ----
+
+
+async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+    """Connect to what listens on ``path`` and does that."""
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+
+        async def serve() -> None:
+            sock, _ = await listener.accept()
+            async with trio.SocketStream(sock) as stream:
+                await answer(stream)
+
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(serve)
+            try:
+                async with connect_qmp(path):
+                    raise AssertionError("not reached")
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("says", "error", "message"), [
+    (b"", OwnerGone, "closed its monitor"),
+    (b"hello\n", PagenetError, "is no QMP monitor: b'hello'"),
+    (b"[1]\n", PagenetError, "is no QMP monitor"),
+    (b"7\n", PagenetError, "is no QMP monitor"),
+    (b'{"event": 1}\n', PagenetError, "is no QMP monitor"),
+    (b'{"QMP": {}}\n{"id": 0, "error": {}}\n', PagenetError, "refuses qmp_capabilities: no reason given"),
+    (b'{"QMP": {}}\n{"id": 0, "ret', OwnerGone, "closed its monitor"),
+    (b"x" * (5 << 20), PagenetError, "is no QMP monitor: a line of"),
+])  # fmt: skip
+async def test_monitor_that_is_none(says: bytes, error: type[PagenetError], message: str, tmp_path: Path) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.send_all(says)
+
+    with pytest.raises(error, match=message) as raised:
+        await meet(tmp_path / "monitor", answer)
+    assert "\n" not in str(raised.value)
+
+
+async def test_monitor_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As QEMU's does to whoever comes second."""
+    monkeypatch.setattr("pagenet.qemu.qmp.COMMAND_TIMEOUT", 0.05)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    with pytest.raises(PagenetError, match="does another program hold the monitor"):
+        await meet(tmp_path / "monitor", answer)
+
+
+# ---- QEMU's command line ----
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("4096", 4096), ("4096B", 4096), ("64K", 64 << 10), ("512M", 512 << 20), ("1.5G", 3 << 29), ("2t", 2 << 40),
+])  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert _parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-1M", "1Q", "many"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        _parse_size(text)
+
+
+def test_options() -> None:
+    assert _parse_options("memory-backend-file,id=a,mem-path=/x,,y,share=on,prealloc") == {
+        "": "memory-backend-file", "id": "a", "mem-path": "/x,y", "share": "on", "prealloc": "on",
+    }  # fmt: skip
+    assert _parse_options("type=pc,memory-backend=a") == {"type": "pc", "memory-backend": "a"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_ram_file(exists: bool, tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    if exists:
+        ram.touch()
+    backend = f"memory-backend-file,id=r,size=1M,mem-path={ram},share=on"
+    incoming = prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "m", tmp_path / "u")
+    assert incoming.ram == ram
+    assert ram.stat().st_size == 1 << 20
+    monitor = f"unix:{tmp_path / 'm'},server=on,wait=off"
+    assert incoming.command[5:] == incoming.added == ["-incoming", "defer", "-S", "-qmp", monitor]
+    status = os.stat(ram)
+    assert incoming.environment["PAGENET_UFFD_FILES"] == f"{status.st_dev}:{status.st_ino}"
+    incoming.undo()
+    assert ram.exists() == exists
+    assert not exists or ram.stat().st_size == 0
