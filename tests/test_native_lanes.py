@@ -116,7 +116,7 @@ class Play:
 
     def counts(self) -> dict[str, list[int]]:
         """Pages are counted, and threads woken, a moment before all that belongs to them is counted too."""
-        for name in ("zero_pages", "existed"):
+        for name in ("wire_bytes", "zero_pages", "existed"):
             wait_until(lambda name=name: sum(self.rig.counts()[name]) >= sum(self.expected[name]), name)
         return self.rig.counts()
 
