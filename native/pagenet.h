@@ -139,7 +139,8 @@ void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
 /* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
 
 /* Pages that lie in one block and at consecutive addresses. second: this process's own mapping of the same memory, or 0;
- * file_offset: where in the file behind both they begin. wire_first: the first page's number on the wire, where 1 << shift pages make one of these. */
+ * file_offset: where in the file behind both they begin. wire_first: the first page's number on the wire, where 1 << shift
+ * pages make one of these. */
 struct pn_piece {
     uint64_t first;
     uint64_t count;
