@@ -31,6 +31,8 @@ _STEP_TIMEOUT = 60.0
 _CANNOT_LOAD = "QEMU cannot load the guest's devices: does the command line name the source's, in the same order?"
 # QEMU maps its RAM, and hands it over, before its monitor answers.
 _HANDSHAKE_TIMEOUT = 5.0
+# From the end of its monitor to its own.
+_END_TIMEOUT = 5.0
 
 
 class Arrival:
@@ -79,11 +81,13 @@ async def receive(
         arriving: _Arriving | None = None
         try:
             on_event("qemu", pid=process.pid, ram=str(prepared.ram), added=" ".join(prepared.added))
-            async with open_failing_nursery() as nursery:
-                nursery.start_soon(_watch, process, lambda: arriving is not None and arriving.is_loading)
-                monitor = Path(directory) / "monitor"
-                async with connect_qmp(monitor, wait=_START_TIMEOUT) as qmp, guarding(monitor, qmp.pid) as guard:
-                    await guard.should_we_die("kill")
+            monitor = Path(directory) / "monitor"
+            async with (
+                _watched(process, lambda: arriving is not None and arriving.is_loading),
+                guarding(monitor, process.pid) as guard,
+            ):
+                await guard.should_we_die("kill")
+                async with connect_qmp(monitor, wait=_START_TIMEOUT) as qmp:
                     machine = await describe(qmp)
                     await _wait_handed_over(owner)
                     async with pull(
@@ -102,7 +106,6 @@ async def receive(
                         arriving = _Arriving(process, qmp, machine, transfer, guard, on_event)
                         await arriving.take_over(Path(directory) / "devices")
                         yield Arrival(process, transfer)
-                nursery.cancel_scope.cancel()
         finally:
             owner.close()
             if arriving is None or not arriving.runs_here:
@@ -135,9 +138,23 @@ def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **field
         raise UsageError(f"the RAM size differs: {fields['bytes']} bytes at the source, {machine.ram} at the destination")
 
 
-async def _watch(process: trio.Process, is_loading: Callable[[], bool]) -> None:
-    await process.wait()
-    raise _end_of(process, is_loading())
+@asynccontextmanager
+async def _watched(process: trio.Process, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
+    """The block ends with QEMU, whose end explains what else fails then: its monitor closes first."""
+
+    async def watch() -> None:
+        await process.wait()
+        raise _end_of(process, is_loading())
+
+    async with open_failing_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            yield
+        except OwnerGone:
+            with trio.move_on_after(_END_TIMEOUT):
+                await watch()
+            raise
+        nursery.cancel_scope.cancel()
 
 
 def _end_of(process: trio.Process, is_loading: bool) -> OwnerGone:
