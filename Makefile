@@ -15,7 +15,7 @@ demo: $(STAMP)
 test: lint pytest
 
 pytest: $(STAMP)
-	command -v qemu-system-x86_64 >/dev/null || sh tools/bootstrap $(VENV) qemu-system-x86
+	sh tools/bootstrap $(VENV) --tests
 	$(PY) -m pytest $(TESTARGS)
 
 lint: $(STAMP)
