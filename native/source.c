@@ -8,6 +8,7 @@
 #include "wire.h"
 
 #include <errno.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -43,6 +44,7 @@ struct conn {
     const struct pn_source_block *file; /* then so much of this one's file */
     off_t file_at;
     size_t file_left;
+    bool is_local; /* the peer is on this host, as far as its address says */
     bool ended;
 };
 
@@ -146,6 +148,23 @@ static int command(struct pn_source *source, struct conn *add, uint64_t id) {
     return 0;
 }
 
+/* Over the loopback device, or not over the network at all. */
+static bool is_local(int sock) {
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+    } here = {0}, there = {0};
+    socklen_t here_size = sizeof here, there_size = sizeof there;
+    if (getsockname(sock, &here.any, &here_size) || getpeername(sock, &there.any, &there_size))
+        return false;
+    if (here.any.sa_family == AF_INET)
+        return here.v4.sin_addr.s_addr == there.v4.sin_addr.s_addr;
+    if (here.any.sa_family == AF_INET6)
+        return !memcmp(&here.v6.sin6_addr, &there.v6.sin6_addr, sizeof here.v6.sin6_addr);
+    return here.any.sa_family == AF_UNIX;
+}
+
 int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length) {
     struct conn *conn = calloc(1, sizeof *conn);
     if (!conn)
@@ -156,6 +175,7 @@ int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *u
     }
     conn->id = id;
     conn->sock = sock;
+    conn->is_local = is_local(sock);
     memcpy(conn->in, unread, length);
     conn->in_end = length;
     int error = command(source, conn, id);
@@ -489,6 +509,8 @@ static void answer_chunk(struct pn_source *source, struct conn *conn) {
         answer_by_copy(source, conn, block, pages, unit);
     else if (is_hole(block, request->first, request->count))
         answer_zero(source, conn, request->count);
+    else if (conn->is_local) /* sendfile would leave the copying, from cold memory, to the destination's busier loop */
+        answer_by_copy(source, conn, block, pages, unit);
     else
         answer_by_sendfile(source, conn, block, pages, unit);
     if (source->lost)

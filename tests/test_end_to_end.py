@@ -58,7 +58,7 @@ from pagenet.uffd import Mode, Userfaultfd, probe
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * MIB
 ZERO_EVERY = 7
-TRANSPORTS = ["tcp", "unix", "memory"]
+TRANSPORTS = ["tcp", "tcp far", "unix", "memory"]
 MEMORIES = ["anonymous", "memfd", "tmpfs", "hugetlb"]
 
 
@@ -79,7 +79,12 @@ def lane(request: pytest.FixtureRequest) -> str:
 def address(tmp_path: Path) -> Callable[[str], str]:
     """Where to listen, by the transport's name."""
     register("memory", MemoryTransport())
-    return {"tcp": "tcp://127.0.0.1:0", "unix": f"unix:{tmp_path}/source.sock", "memory": "memory://"}.__getitem__
+    return {
+        "tcp": "tcp://127.0.0.1:0",
+        "tcp far": "tcp://127.0.0.2:0",  # dialled from 127.0.0.1: as far as addresses say, another host
+        "unix": f"unix:{tmp_path}/source.sock",
+        "memory": "memory://",
+    }.__getitem__
 
 
 @pytest.fixture

@@ -147,8 +147,9 @@ class Serving:
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        theirs = socket.create_connection(listener.getsockname())
+    """Between two addresses, as with a peer on another host: to one on this host nothing is sent by sendfile."""
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname(), source_address=("127.0.0.1", 0))
         ours, _ = listener.accept()
     return ours, theirs
 
