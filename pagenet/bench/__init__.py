@@ -9,29 +9,41 @@ from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
 from ._null import NullResult, measure_null
 from ._peers import Source
-from ._plot import check_plot, plot_latencies
+from ._plot import check_plot, plot_latencies, plot_work
+from ._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
+from ._qemu_guest import find_guest
+from ._qemu_methods import METHODS as QEMU_METHODS
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 
 __all__ = [
     "LIMIT_SECONDS",
     "PLACEMENTS",
+    "QEMU_METHODS",
     "SOURCES",
     "FaultOptions",
     "FaultResult",
+    "Migration",
     "NullResult",
+    "QemuOptions",
+    "QemuResult",
     "Sample",
     "ScaleOptions",
     "ScaleResult",
     "Source",
     "StreamOptions",
     "StreamResult",
+    "Target",
     "check_plot",
     "environment",
+    "find_guest",
     "measure_faults",
     "measure_null",
+    "measure_qemu",
     "measure_scale",
     "measure_streams",
     "median",
     "plot_latencies",
+    "plot_work",
+    "targets_of",
 ]

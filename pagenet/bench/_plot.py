@@ -1,19 +1,22 @@
-"""The distribution of fault latencies, as a picture."""
+"""Pictures: the distribution of fault latencies, and the work of a guest that moves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PagenetError, UsageError
 from ._fault import FaultResult
 from ._figures import Sample
+from ._qemu import Migration, QemuResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "plot_latencies"]
+__all__ = ["check_plot", "plot_latencies", "plot_work"]
 
 # What is a floor is grey; what is ours has a colour that differs in lightness too (Okabe and Ito).
 _CURVES = [
@@ -50,8 +53,13 @@ def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> No
     for panel, result in zip(panels, results, strict=True):
         _draw(panel, result)
     panels[0].set_ylabel("share of touches that took no longer")
+    _save(figure, path, title, panels[0])
+
+
+def _save(figure: Figure, path: Path, title: str, panel: Axes) -> None:
+    """With one legend, that of ``panel``, for all."""
     figure.suptitle(title, fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     try:
         figure.savefig(path, dpi=150)
@@ -87,3 +95,48 @@ def _draw(panel: Axes, result: FaultResult) -> None:
     panel.set_xlabel("touch to resume")
     panel.grid(color="0.92")
     panel.spines[["top", "right"]].set_visible(False)
+
+
+# ---- a guest that moves ----
+
+_METHOD_COLORS = {"precopy": "0.7", "postcopy": "#e69f00", "preempt": "#d55e00", "pagenet": "#0072b2", "attach": "#56b4e9"}
+_BIN_SECONDS = 0.1
+_BEFORE_SECONDS = 1.0
+# What comes later is nothing but a precopy that does not converge.
+_MAX_SECONDS = 60.0
+
+
+def plot_work(path: Path, results: Sequence[QemuResult], names: Mapping[str, str], title: str) -> None:
+    """One panel for each size of RAM, and one curve for each method, called by its name: of the round with the median of the
+    longest gaps. A dot marks where the guest went on at the destination."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    rams = sorted({result.ram for result in results})
+    figure = Figure(figsize=(9.0, 1.2 + 3.2 * len(rams)), layout="constrained")
+    panels = figure.subplots(len(rams), 1, squeeze=False)[:, 0]
+    for panel, ram in zip(panels, rams, strict=True):
+        panel.set_title(f"{ram >> 20} MiB", fontsize=10)
+        for result in results:
+            if result.ram == ram:
+                _draw_work(panel, result.typical(), names[result.method])
+        panel.set_ylabel("pages written in 100 ms")
+        panel.set_ylim(bottom=0)
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("seconds since QEMU was told to migrate; the dot: the guest goes on at the destination")
+    _save(figure, path, title, panels[0])
+
+
+def _draw_work(panel: Axes, migration: Migration, name: str) -> None:
+    story, began = migration.story, migration.began
+    last = min(_MAX_SECONDS, story.beats[-1].time - began)
+    edges = [number * _BIN_SECONDS for number in range(round(-_BEFORE_SECONDS / _BIN_SECONDS), int(last / _BIN_SECONDS) + 1)]
+    written = [story.writes_at(began + edge) for edge in edges]
+    work = [after - before for before, after in pairwise(written)]
+    color = _METHOD_COLORS[migration.method]
+    panel.plot(edges[1:], work, label=name, color=color, linewidth=1.2)
+    if migration.resumed is not None:
+        place = int((migration.resumed - began - edges[0]) / _BIN_SECONDS)
+        panel.plot([edges[place + 1]], [work[place]], marker="o", color=color, markersize=6, linestyle="none")

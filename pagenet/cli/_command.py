@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import trio
 
@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "count", "prefetch_window", "run_command"]
+__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "count", "names", "prefetch_window", "run_command"]
 
 # A window is clipped to 1 MiB of bytes on either side anyway.
 MAX_WINDOW = 256
@@ -72,6 +72,18 @@ def prefetch_window(text: str) -> tuple[int, int]:
     if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
         raise argparse.ArgumentTypeError(f"{text!r} is not FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
     return int(forward), int(backward)
+
+
+def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """For argparse: NAME,... of those that are known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if unknown := set(chosen) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 class Report:

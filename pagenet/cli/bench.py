@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from ..bench import (
     LIMIT_SECONDS,
@@ -33,7 +30,9 @@ from ..bench import (
     plot_latencies,
 )
 from ..testing.pattern import parse_size
-from ._command import Parser, Report, add_lane_option, count, prefetch_window, run_command
+from ._bench_qemu import add_qemu_options, bench_qemu
+from ._command import Parser, Report, add_lane_option, count, names, prefetch_window, run_command
+from ._tables import make_console, make_table, shown
 
 __all__ = ["main"]
 
@@ -44,13 +43,15 @@ _SUITES = {
     "stream": "How fast the background brings pages, by placement and source.",
     "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
+    "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
 }
-_WORDS = {"skipped": "left out: source {source}: {reason}"}
+_WORDS = {
+    "skipped": "left out: source {source}: {reason}",
+    "run": "round {round}: {method}, {ram_mib} MiB: {words}",
+}
 
 MAX_THREADS = 256
-# of tables that go somewhere other than a terminal
-_WIDTH = 120
-_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3}
+_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3, "qemu": 3}
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 #: of the table: what, in words, and what it is beside
@@ -72,7 +73,9 @@ def _parser() -> Parser:
     for name, words in _SUITES.items():
         suite = suites.add_parser(name, help=words, description=words)
         suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
-        if name == "null":
+        if name == "qemu":
+            add_qemu_options(suite)
+        if name in ("null", "qemu"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -128,9 +131,9 @@ def _add_stream_options(parser: Parser) -> None:
         "--lanes", type=_counts, default=(1,), metavar="N,N...", help="connections for the background, each number in turn (1)"
     )
     parser.add_argument(
-        "--placement", type=_names(PLACEMENTS), default=tuple(PLACEMENTS), metavar="NAME,...", help=_one_of(PLACEMENTS)
+        "--placement", type=names(PLACEMENTS), default=tuple(PLACEMENTS), metavar="NAME,...", help=_one_of(PLACEMENTS)
     )
-    parser.add_argument("--source", type=_names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES))
+    parser.add_argument("--source", type=names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES))
     parser.add_argument(
         "--zero-every", type=int, default=2, metavar="N", help="measure with one page in N zero, too (%(default)s; 0: do not)"
     )
@@ -161,24 +164,14 @@ def _counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        if unknown := set(names) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
-        return names
-
-    return parse
-
-
 # ---- what is measured ----
 
 
-async def _bench(options: argparse.Namespace, report: Report) -> None:
+async def _bench(options: argparse.Namespace, report: Report) -> int:
     plot = getattr(options, "plot", None)
     if plot is not None:
         check_plot(plot)
-    lane = {} if options.suite == "null" else {"lane": options.lane}
+    lane = {"lane": options.lane} if "lane" in options else {}
     where = {**environment(), **lane}
     report("environment", **where)
     if not report.as_json:
@@ -192,7 +185,10 @@ async def _bench(options: argparse.Namespace, report: Report) -> None:
         summary["scale"] = await _scale(options, report)
     if options.suite == "null":
         summary["null"] = await _null(options, report)
+    if options.suite == "qemu":
+        summary["qemu"] = await bench_qemu(options, report)
     report("complete", **summary, environment=where)
+    return 1 if summary.get("qemu", {}).get("wrong") else 0
 
 
 async def _fault(options: argparse.Namespace, report: Report) -> Fields:
@@ -333,24 +329,8 @@ async def _null(options: argparse.Namespace, report: Report) -> Fields:
 # ---- for people ----
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=None, pad_edge=False, header_style="bold")
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _shown(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:,.1f}{unit}"
-
-
 def _print_environment(where: Fields) -> None:
-    _console().print("  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items()))
+    make_console().print("  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items()))
 
 
 def _fault_title(result: FaultResult, options: FaultOptions) -> str:
@@ -361,21 +341,21 @@ def _fault_title(result: FaultResult, options: FaultOptions) -> str:
 
 
 def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None:
-    console = _console()
+    console = make_console()
     console.print(f"\n[bold]{_fault_title(results[0], options)}[/bold]  (µs; medians of {options.rounds} rounds)")
-    table = _table("threads", "", *_SHARES, "touches", "p50 is", "p99 is")
+    table = make_table("threads", "", *_SHARES, "touches", "p50 is", "p99 is")
     table.columns[1].justify = "left"
     for result in results:
         threads = str(result.threads)
         for name, label, beside in _ROWS:
             sample: Sample = getattr(result, name)
             if sample.count:
-                figures = [_shown(sample.microseconds(share)) for share in _SHARES.values()]
+                figures = [shown(sample.microseconds(share)) for share in _SHARES.values()]
                 ratios = ["", ""]
                 if beside:
                     least: Sample = getattr(result, beside)
                     what = "idle" if beside == "idle" else "floor"
-                    ratios = [f"{_shown(sample.ratio(least, share), 'x')} {what}" for share in (0.5, 0.99)]
+                    ratios = [f"{shown(sample.ratio(least, share), 'x')} {what}" for share in (0.5, 0.99)]
                 dim = "dim" if name.startswith("floor") else ""
                 table.add_row(threads, label, *figures, f"{sample.count:,}", *ratios, style=dim)
                 threads = ""
@@ -390,11 +370,11 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
 
 
 def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> None:
-    console = _console()
+    console = make_console()
     title = f"Background, {options.lane} lanes, {options.transport if options.uri is None else options.uri}"
     sizes = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
     console.print(f"\n[bold]{title}, {sizes}[/bold]  (medians of {options.rounds} rounds)")
-    table = _table("placement", "source", "lanes", "GB/s", "floor", "ratio")
+    table = make_table("placement", "source", "lanes", "GB/s", "floor", "ratio")
     table.columns[1].justify = "left"
     floors = {result.name: result.gbps for result in results if result.is_floor}
     for result in results:
@@ -410,19 +390,19 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
 
 
 def _print_scale(rows: Sequence[Fields]) -> None:
-    table = _table("MiB", "p50 µs", "p99 µs", "p50 is", "p99 is", "source, B/page", "destination, B/page")
+    table = make_table("MiB", "p50 µs", "p99 µs", "p50 is", "p99 is", "source, B/page", "destination, B/page")
     for row in rows:
-        ratios = [_shown(row[name], "x first") for name in ("p50_to_first", "p99_to_first")]
+        ratios = [shown(row[name], "x first") for name in ("p50_to_first", "p99_to_first")]
         weights = [f"{row[name]:.2f}" for name in ("source_bytes_per_page", "destination_bytes_per_page")]
-        table.add_row(str(row["bytes"] >> 20), _shown(row["p50_us"]), _shown(row["p99_us"]), *ratios, *weights)
-    _console().print(table)
+        table.add_row(str(row["bytes"] >> 20), shown(row["p50_us"]), shown(row["p99_us"]), *ratios, *weights)
+    make_console().print(table)
 
 
 def _print_null(results: Sequence[NullResult]) -> None:
-    table = _table("what", "per second", "ns each")
+    table = make_table("what", "per second", "ns each")
     for result in results:
-        table.add_row(f"{result.name} ({result.unit})", f"{result.per_second:,}", _shown(result.nanoseconds))
-    _console().print(table)
+        table.add_row(f"{result.name} ({result.unit})", f"{result.per_second:,}", shown(result.nanoseconds))
+    make_console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,270 @@
+"""The guest that is moved: the machine it runs in, what it says, and what can be read from that."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import re
+import select
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import trio
+
+from ..errors import PagenetError, UsageError
+from ..qemu import Qmp, connect_qmp
+from ._qemu_site import Line, Site, Words, killing
+
+__all__ = [
+    "BEAT_MS",
+    "QEMU",
+    "Beat",
+    "Guest",
+    "GuestFiles",
+    "Machine",
+    "Serial",
+    "Story",
+    "find_guest",
+    "meet_machine",
+    "qemu_command",
+    "start_machine",
+]
+
+QEMU = "qemu-system-x86_64"
+#: between two heartbeats, if nothing keeps the guest from working
+BEAT_MS = 10
+# An emulated guest on a busy host boots slowly.
+_PATIENCE = 120.0
+
+
+class GuestFiles(NamedTuple):
+    """``initrd``: None for a kernel that needs none."""
+
+    kernel: Path
+    initrd: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """``ram``: bytes. ``work``, ``hot``: percent of it that the guest works on, and that it writes to."""
+
+    files: GuestFiles
+    ram: int
+    work: int
+    hot: int
+    cpus: int
+    accel: Literal["tcg", "kvm"]
+
+
+def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[str]:
+    """A machine for it, whose RAM is a shared file, or private as QEMU has it by default. Its sockets are in the site's
+    directory: two monitors, one of which is ours, and the serial port."""
+    mib = guest.ram >> 20
+    kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"  # silent but for its death, or its words get in between the guest's
+    work = f"wl_mb={mib * guest.work // 100} wl_wss={max(1, mib * guest.hot // 100)} wl_hb={BEAT_MS} wl_threads={guest.cpus}"
+    size = f"id=ram0,size={guest.ram}"
+    options = {
+        "-name": name,
+        "-accel": guest.accel,
+        "-cpu": "host" if guest.accel == "kvm" else "max",
+        "-smp": str(guest.cpus),
+        "-m": f"{mib}M",
+        "-machine": "pc,memory-backend=ram0",
+        "-object": f"memory-backend-file,{size},mem-path={site.directory / name}.ram,share=on"
+        if shared
+        else f"memory-backend-ram,{size}",
+        "-display": "none",
+        "-chardev": f"socket,id=ours,path={site.directory / name}.ours,server=on,wait=off",
+        "-mon": "chardev=ours,mode=control",
+        # Behind the monitors: QEMU makes them in this order, and so whoever has met the last one finds the others.
+        "-qmp": f"unix:{site.directory / name}.qmp,server=on,wait=off",
+        "-serial": f"unix:{site.directory / name}.serial,server=on,wait=off",
+        "-kernel": str(guest.files.kernel),
+        **({"-initrd": str(guest.files.initrd)} if guest.files.initrd else {}),
+        "-append": f"{kernel} {work}",
+    }
+    return [QEMU, "-nodefaults", "-no-reboot", *itertools.chain(*options.items())]
+
+
+def find_guest(kernel: Path | None, initrd: Path | None, accel: str) -> GuestFiles:
+    """What QEMU is to boot: those files, or what the checkout that this is has a builder for. :exc:`UsageError` if there is
+    neither."""
+    if kernel is None:
+        if initrd is not None:
+            raise UsageError("--initrd goes with --kernel")
+        return _built(accel)
+    for path in filter(None, (kernel, initrd)):
+        if not path.is_file():
+            raise UsageError(f"{path} is not there")
+    return GuestFiles(kernel, initrd)
+
+
+def _built(accel: str) -> GuestFiles:
+    builder = Path(__file__).parents[2] / "tools" / "guest" / "build.py"
+    if not builder.is_file():
+        raise UsageError("there is no guest to move: name one by --kernel and --initrd (pagenet's sources have tools/guest)")
+    if accel == "kvm":
+        raise UsageError("there is no guest to move with KVM: name one by --kernel")
+    done = subprocess.run([sys.executable, str(builder)], capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"there is no guest to move: {done.stderr.strip()}; or name one by --kernel and --initrd")
+    made = json.loads(done.stdout)
+    return GuestFiles(Path(made["kernel"]), Path(made["initrd"]))
+
+
+# ---- what it says ----
+
+
+class Beat(NamedTuple):
+    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started."""
+
+    time: float
+    seq: int
+    writes: int
+    bad: int
+    sweeps: int
+
+
+_BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+")
+
+
+def _beat(line: Line) -> Beat | None:
+    found = _BEAT.fullmatch(line.text)
+    return Beat(line.time, *map(int, found.groups())) if found else None
+
+
+class Serial(Words):
+    """What comes out of a machine's serial port."""
+
+    def __init__(self, name: str, errors: Path) -> None:
+        super().__init__(name)
+        self._errors = errors
+        self.beats: list[Beat] = []
+
+    def take(self, line: Line) -> None:
+        super().take(line)
+        if beat := _beat(line):
+            self.beats.append(beat)
+
+    async def wait_beats(self, seconds: float) -> None:
+        """Until it has worked that long since its first heartbeat."""
+
+        def has_worked() -> bool:
+            return bool(self.beats) and self.beats[-1].time - self.beats[0].time >= seconds
+
+        await self.wait(has_worked, "heartbeat", _PATIENCE)
+
+    async def wait_verified(self) -> None:
+        """Until it has gone through all its memory from now on: a round is under way, so the second one counts."""
+        await self.wait(lambda: self.beats, "heartbeat", _PATIENCE)
+        enough = self.beats[-1].sweeps + 2
+        await self.wait(lambda: self.beats[-1].sweeps >= enough, "round through its memory", _PATIENCE)
+
+    def complaint(self) -> str:
+        told = [line.text for line in self.lines[-1:] if not line.text.startswith("HB")]
+        told += self._errors.read_text(errors="replace").splitlines()[-1:] if self._errors.exists() else []
+        return f": {told[-1]}" if told else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A guest's heartbeats through all the machines that it was in. ``unbroken``: none of them is missing or garbled."""
+
+    beats: Sequence[Beat]
+    unbroken: bool
+
+    @classmethod
+    def of(cls, *serials: Serial) -> Story:
+        """A move may cut a line in two: its end then comes out of the next machine."""
+        lines: list[Line] = []
+        cut = ""
+        for serial in serials:
+            for line in serial.lines:
+                lines.append(Line(line.time, cut + line.text))
+                cut = ""
+            cut += serial.rest.decode(errors="replace")
+        said = [(line, _beat(line)) for line in lines]
+        beats = [beat for _, beat in said if beat]
+        whole = all(beat or not line.text.startswith(("HB", "BAD")) for line, beat in said)
+        return cls(beats, whole and all(after.seq == before.seq + 1 for before, after in itertools.pairwise(beats)))
+
+    @property
+    def bad(self) -> int:
+        """Pages that did not hold what they should."""
+        return self.beats[-1].bad
+
+    def longest_gap(self, start: float, end: float) -> float:
+        """Seconds between two heartbeats, of which the later came after ``start`` and the earlier before ``end``."""
+        return max(
+            later.time - earlier.time
+            for earlier, later in itertools.pairwise(self.beats)
+            if later.time > start and earlier.time < end
+        )
+
+    def writes_at(self, time: float) -> float:
+        """Pages written up to then; between two heartbeats as if they had come evenly."""
+        place = bisect.bisect_left(self.beats, time, key=lambda beat: beat.time)
+        if place in (0, len(self.beats)):
+            return self.beats[max(0, place - 1)].writes
+        before, after = self.beats[place - 1], self.beats[place]
+        share = (time - before.time) / (after.time - before.time) if after.time > before.time else 1.0
+        return before.writes + share * (after.writes - before.writes)
+
+    def rate(self, start: float, end: float) -> float:
+        """Pages written per second."""
+        return (self.writes_at(end) - self.writes_at(start)) / (end - start)
+
+
+# ---- the machine ----
+
+
+@dataclass(slots=True)
+class Machine:
+    """``qmp``: our own monitor; ``monitor``: the other one's socket; ``ram``: the file behind its RAM, if that is one."""
+
+    pid: int
+    qmp: Qmp
+    monitor: Path
+    serial: Serial
+    ram: Path
+
+
+@asynccontextmanager
+async def start_machine(site: Site, guest: Guest, name: str, *options: str, at: int, shared: bool) -> AsyncIterator[Machine]:
+    """QEMU with that guest, until the block ends."""
+    command = [*qemu_command(site, guest, name, shared=shared), *options]
+    if shared:
+        with (site.directory / f"{name}.ram").open("wb") as file:
+            file.truncate(guest.ram)
+    async with (
+        site.running(command, name, at, subprocess.DEVNULL, end=9) as process,
+        meet_machine(site, name, process.pid, name) as machine,
+    ):
+        yield machine
+
+
+@asynccontextmanager
+async def meet_machine(site: Site, name: str, pid: int, started_as: str) -> AsyncIterator[Machine]:
+    """A QEMU that was started as ``started_as``, by us or for us; it is killed when the block ends."""
+    serial = Serial(f"the guest ({name})", site.errors(started_as))
+    async with killing(pid) as pidfd:
+        site.listen_to(serial, await _connect(site.directory / f"{name}.serial", pidfd, serial))
+        async with connect_qmp(site.directory / f"{name}.ours", wait=_PATIENCE) as qmp:
+            yield Machine(pid, qmp, site.directory / f"{name}.qmp", serial, site.directory / f"{name}.ram")
+
+
+async def _connect(path: Path, pidfd: int, serial: Serial) -> trio.SocketStream:
+    """Soon enough to hear the guest's first words: QEMU drops what nobody listens to."""
+    while not select.select([pidfd], [], [], 0)[0]:
+        try:
+            return await trio.open_unix_socket(path)
+        except OSError:
+            await trio.sleep(0.005)  # QEMU is not that far yet
+    raise PagenetError(f"QEMU has ended at once{serial.complaint()}")
+

@@ -1,0 +1,169 @@
+"""The ways to move a guest that are compared: QEMU's own, and pagenet's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from ..qemu import Qmp, QmpEvent
+from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machine
+from ._qemu_site import Daemon, Site
+
+__all__ = ["METHODS", "Method", "Outcome"]
+
+# QEMU's word for no limit of its own; the link is the limit, for all alike.
+_UNLIMITED = 10**12
+# A precopy that has not converged by then never will: the guest writes faster than the link carries.
+_PRECOPY_SECONDS = 20.0
+_START_SECONDS = 30.0
+_PORT = 7000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``completed``: when the last page was there (s of time.monotonic()); None: the guest could not be moved.
+
+    ``faults``: that were answered over the network. ``p50_us``, ``p99_us``: how long they took, as pagenet counts it.
+    ``blocked_ms``: how long the guest waited for them in all, as QEMU counts it.
+    """
+
+    completed: float | None
+    faults: int | None = None
+    p50_us: float | None = None
+    p99_us: float | None = None
+    blocked_ms: float | None = None
+
+
+class Method(Protocol):
+    """``shared``: what RAM the source's machine has (see :func:`~._qemu_guest.qemu_command`)."""
+
+    name: str
+    shared: bool
+
+    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
+        """Start a machine that waits for the guest, and whatever else belongs to it."""
+
+    async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
+        """Have the guest move: return when every page is there."""
+
+
+# ---- QEMU's own ----
+
+
+@dataclass(slots=True)
+class _Qemu:
+    name: str
+    postcopy: bool = False
+    preempt: bool = False
+    shared: bool = False
+    _uri: str = ""
+
+    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
+        starting = start_machine(
+            site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=self.shared
+        )
+        machine = await stack.enter_async_context(starting)
+        blocktime = ("postcopy-blocktime",) if self.postcopy else ()
+        await _enable(machine.qmp, *self._capabilities(), *blocktime)
+        self._uri = f"tcp:{site.link.address}:{_PORT}"
+        await machine.qmp.command("migrate-incoming", uri=self._uri)
+        return machine
+
+    def _capabilities(self) -> Sequence[str]:
+        postcopy = ("postcopy-ram",) if self.postcopy else ()
+        preempt = ("postcopy-preempt",) if self.preempt else ()
+        return ("events", *postcopy, *preempt)
+
+    async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
+        await _enable(source.qmp, *self._capabilities())
+        await source.qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0)
+        await source.qmp.command("migrate", uri=self._uri)
+        if not self.postcopy:
+            return await self._precopy(source, destination)
+        await _status(source.qmp, "active", patience)
+        await source.qmp.command("migrate-start-postcopy")
+        completed = await _status(destination.qmp, "completed", patience)
+        await _status(source.qmp, "completed", patience)
+        ram = (await source.qmp.command("query-migrate"))["ram"]
+        there = await destination.qmp.command("query-migrate")
+        return Outcome(monotonic(completed), ram["postcopy-requests"], blocked_ms=there["postcopy-blocktime"])
+
+    async def _precopy(self, source: Machine, destination: Machine) -> Outcome:
+        with trio.move_on_after(_PRECOPY_SECONDS):
+            await _status(source.qmp, "completed", 2 * _PRECOPY_SECONDS)
+            return Outcome(monotonic(await _status(destination.qmp, "completed", _START_SECONDS)))
+        await source.qmp.command("migrate_cancel")
+        await _status(source.qmp, "cancelled", _START_SECONDS)
+        return Outcome(None)
+
+
+async def _enable(qmp: Qmp, *names: str) -> None:
+    on = [{"capability": name, "state": True} for name in names]
+    await qmp.command("migrate-set-capabilities", capabilities=on)
+
+
+async def _status(qmp: Qmp, status: str, patience: float) -> QmpEvent:
+    return await qmp.wait_event("MIGRATION", where=lambda data: data["status"] == status, patience=patience)
+
+
+def monotonic(event: QmpEvent) -> float:
+    """When it was, on the clock of time.monotonic()."""
+    return event.time - time.time() + time.monotonic()
+
+
+# ---- pagenet's ----
+
+
+@dataclass(slots=True)
+class _Pagenet:
+    """With the preload library, in a QEMU that ``pagenet-qemu incoming`` starts."""
+
+    name: str
+    shared: bool = True
+    _site: Site | None = None
+    _incoming: Daemon | None = None
+
+    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
+        command = qemu_command(site, guest, "destination", shared=True)
+        await self._start(site, stack, "--", *command)
+        assert self._incoming is not None
+        _, qemu = await self._incoming.event("qemu", _START_SECONDS)
+        await site.ends_with_us(qemu["pid"])
+        meeting = meet_machine(site, "destination", qemu["pid"], self._incoming.name)
+        machine = await stack.enter_async_context(meeting)
+        await self._incoming.event("listening", _START_SECONDS)
+        return machine
+
+    async def _start(self, site: Site, stack: AsyncExitStack, *arguments: str) -> None:
+        self._site = site
+        listen = ("--listen", f"tcp://{site.link.address}:{_PORT}", "--plaintext")
+        starting = site.daemon("incoming", *listen, *arguments, at=site.link.destination)
+        self._incoming = await stack.enter_async_context(starting)
+
+    async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
+        assert self._site is not None
+        assert self._incoming is not None
+        link = self._site.link
+        leaving = self._site.daemon(
+            "migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source
+        )
+        async with leaving as daemon:
+            await daemon.event("resumed", patience)
+            completed, complete = await self._incoming.event("complete", patience)
+            await daemon.event("complete", patience)
+        latency = complete["fault_us"]
+        return Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
+
+
+#: what can be compared, by name
+METHODS: dict[str, Callable[[], Method]] = {
+    "precopy": lambda: _Qemu("precopy"),
+    "postcopy": lambda: _Qemu("postcopy", postcopy=True),
+    "preempt": lambda: _Qemu("preempt", postcopy=True, preempt=True),
+    "pagenet": lambda: _Pagenet("pagenet"),
+}

@@ -1,0 +1,230 @@
+"""``pagenet-bench qemu``: its options, and its figures for people and for machines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench import (
+    QEMU_METHODS,
+    Migration,
+    QemuOptions,
+    QemuResult,
+    Target,
+    find_guest,
+    measure_qemu,
+    plot_work,
+    targets_of,
+)
+from ._command import Parser, Report, count, names
+from ._tables import make_console, make_table, shown
+
+__all__ = ["add_qemu_options", "bench_qemu"]
+
+_METHODS = {
+    "precopy": "QEMU precopy",
+    "postcopy": "QEMU postcopy",
+    "preempt": "QEMU postcopy-preempt",
+    "pagenet": "pagenet",
+    "attach": "pagenet, attached",
+}
+_FIGURES = {
+    "downtime_ms": Migration.downtime_ms,
+    "longest_gap_ms": Migration.longest_gap_ms,
+    "lost_ms": Migration.lost_ms,
+    "total_s": Migration.total_s,
+    "command_s": Migration.command_s,
+    "wire_bytes": Migration.wire_bytes,
+    "writes_per_s": Migration.writes_per_s,
+}
+_MIN_RAM, _MAX_RAM = 128, 1 << 20
+
+Fields = dict[str, Any]
+
+
+def add_qemu_options(parser: Parser) -> None:
+    parser.add_argument("--ram", type=_rams, default=(512,), metavar="MIB,...", help="of the guest (512)")
+    parser.add_argument(
+        "--rate", type=_rate, default=1000, metavar="MBIT", help="of the link; uncapped: a loopback (%(default)s)"
+    )
+    parser.add_argument(
+        "--methods",
+        type=names(QEMU_METHODS),
+        default=tuple(QEMU_METHODS),
+        metavar="NAME,...",
+        help=f"of {', '.join(QEMU_METHODS)} (all of them)",
+    )
+    parser.add_argument(
+        "--workload",
+        type=_workload,
+        default=(60, 12),
+        metavar="WORK,HOT",
+        help="percent of the RAM that the guest works on, and that it writes to (60,12)",
+    )
+    parser.add_argument("--cpus", type=count, default=1, metavar="N", help="of the guest (%(default)s)")
+    parser.add_argument("--accel", choices=["tcg", "kvm"], default="tcg", help="QEMU's accelerator (%(default)s)")
+    parser.add_argument(
+        "--kernel", type=Path, metavar="FILE", help="of the guest (what the checkout's tools/guest/build.py has made)"
+    )
+    parser.add_argument("--initrd", type=Path, metavar="FILE", help="of the guest, with --kernel, if it needs one")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the guest's work over time: FILE.svg or FILE.png")
+
+
+def _rams(text: str) -> tuple[int, ...]:
+    rams = tuple(count(part) for part in text.split(","))
+    for ram in rams:
+        if not _MIN_RAM <= ram <= _MAX_RAM:
+            raise argparse.ArgumentTypeError(f"a guest of {ram} MiB: from {_MIN_RAM} to {_MAX_RAM}")
+    return rams
+
+
+def _rate(text: str) -> int | None:
+    return None if text == "uncapped" else count(text)
+
+
+def _workload(text: str) -> tuple[int, int]:
+    work, comma, hot = text.partition(",")
+    if not (comma and work.isdecimal() and hot.isdecimal() and 0 < int(hot) <= int(work) <= 70):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WORK,HOT in percent of the RAM, HOT <= WORK <= 70")
+    return int(work), int(hot)
+
+
+async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
+    """What the last object has to say; ``wrong``: the migrations after which the guest was not what it had been."""
+    work, hot = options.workload
+    wanted = QemuOptions(
+        files=find_guest(options.kernel, options.initrd, options.accel),
+        rams=[ram << 20 for ram in options.ram],
+        rate=options.rate,
+        rounds=options.rounds,
+        methods=options.methods,
+        work=work,
+        hot=hot,
+        cpus=options.cpus,
+        accel=options.accel,
+    )
+    results = await measure_qemu(wanted, lambda migration: report("run", words=_words(migration), **_one(migration)))
+    targets = targets_of(results, wanted)
+    summaries = [_summary(result) for result in results]
+    for summary in summaries:
+        report("result", suite="qemu", **summary)
+    if not report.as_json:
+        _print_results(summaries, targets, wanted)
+    if options.plot is not None:
+        plot_work(options.plot, results, _METHODS, _title(wanted))
+        report("plotted", file=str(options.plot))
+    wrong = [_one(migration) for result in results for migration in result.migrations if not migration.is_right]
+    for one in wrong:
+        where = f"round {one['round']}: {one['method']}, {one['ram_mib']} MiB"
+        print(f"pagenet-bench: {where}: the guest is not what it was: {_wrong_words(one)}", file=sys.stderr, flush=True)
+    return {
+        "rate_mbit": wanted.rate,
+        "accel": wanted.accel,
+        "cpus": wanted.cpus,
+        "workload_percent": [work, hot],
+        "rounds": wanted.rounds,
+        "results": summaries,
+        "targets": [
+            {"what": target.words, "figure": round(target.figure, 3), "limit": target.limit, "met": target.is_met}
+            for target in targets
+        ],
+        "wrong": wrong,
+    }
+
+
+def _one(migration: Migration) -> Fields:
+    outcome = migration.outcome
+    return {
+        "round": migration.round + 1,
+        "method": migration.method,
+        "ram_mib": migration.ram >> 20,
+        "converged": migration.converged,
+        **{name: _rounded(figure(migration)) for name, figure in _FIGURES.items()},
+        "faults": outcome.faults,
+        "fault_us": {"p50": outcome.p50_us, "p99": outcome.p99_us},
+        "blocked_ms": outcome.blocked_ms,
+        "bad": migration.story.bad,
+        "unbroken": migration.story.unbroken,
+    }
+
+
+def _summary(result: QemuResult) -> Fields:
+    return {
+        "method": result.method,
+        "ram_mib": result.ram >> 20,
+        "rounds": len(result.migrations),
+        "converged": sum(migration.converged for migration in result.migrations),
+        **{name: _rounded(result.median(figure)) for name, figure in _FIGURES.items()},
+        "faults": result.median(lambda one: one.outcome.faults),
+        "fault_us": {
+            "p50": result.median(lambda one: one.outcome.p50_us),
+            "p99": result.median(lambda one: one.outcome.p99_us),
+        },
+        "blocked_ms": result.median(lambda one: one.outcome.blocked_ms),
+        "bad": max(migration.story.bad for migration in result.migrations),
+        "unbroken": all(migration.story.unbroken for migration in result.migrations),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+# ---- for people ----
+
+
+def _words(migration: Migration) -> str:
+    if not migration.converged:
+        return f"did not converge; {migration.wire_bytes() >> 20} MiB sent"
+    figures = (
+        f"downtime {shown(migration.downtime_ms())} ms, longest gap {shown(migration.longest_gap_ms())} ms, "
+        f"{shown(migration.lost_ms())} ms of work lost, {migration.total_s():.2f} s in all"
+    )
+    return figures if migration.is_right else f"{figures}; WRONG"
+
+
+def _wrong_words(one: Fields) -> str:
+    return f"{one['bad']} pages" if one["bad"] else "heartbeats are missing or garbled"
+
+
+def _title(options: QemuOptions) -> str:
+    link = "a loopback" if options.rate is None else f"{options.rate} Mbit/s"
+    cpus = "1 CPU" if options.cpus == 1 else f"{options.cpus} CPUs"
+    return f"A guest moves ({options.accel}, {cpus}) over {link}"
+
+
+def _print_results(summaries: Sequence[Fields], targets: Sequence[Target], options: QemuOptions) -> None:
+    console = make_console()
+    console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
+    headings = ("MiB", "downtime", "longest", "work", "faults", "p50 µs", "p99 µs", "blocked", "total s", "MiB on", "bad")
+    units = ("", "ms", "gap ms", "lost ms", "", "", "", "ms", "", "the wire", "pages")
+    table = make_table("", *(f"{heading}\n{unit}" for heading, unit in zip(headings, units, strict=True)))
+    for one in summaries:
+        total = "-" if one["total_s"] is None else f"{one['total_s']:.2f}"
+        if one["converged"] < one["rounds"]:
+            total += f" ({one['converged']} of {one['rounds']})"
+        table.add_row(
+            _METHODS[one["method"]],
+            str(one["ram_mib"]),
+            *(shown(one[name]) for name in ("downtime_ms", "longest_gap_ms", "lost_ms")),
+            "-" if one["faults"] is None else f"{one['faults']:,.0f}",
+            *(shown(one["fault_us"][share]) for share in ("p50", "p99")),
+            shown(one["blocked_ms"]),
+            total,
+            shown(one["wire_bytes"] / (1 << 20)),
+            str(one["bad"]) if one["unbroken"] else f"{one['bad']}, and heartbeats missing",
+        )
+    console.print(table)
+    capped = "Nothing is capped" if options.rate is None else "The link alone is capped, in both directions, for all alike"
+    limits = "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so is any limit of ours"
+    console.print(f"{capped}: {limits}.", style="dim")
+    if targets:
+        table = make_table("target", "is", "at most", "")
+        for target in targets:
+            met = "met" if target.is_met else "[bold]not met[/bold]"
+            table.add_row(target.words, f"{target.figure:.2f}", f"{target.limit:.2f}", met)
+        console.print()
+        console.print(table)

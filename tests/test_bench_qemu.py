@@ -1,0 +1,264 @@
+"""pagenet-bench qemu: that it moves guests in all ways, what it makes of their words, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from vm import guest_files, needs_guest
+
+from pagenet.bench._qemu import Migration, QemuOptions, QemuResult, targets_of
+from pagenet.bench._qemu_guest import GuestFiles, Serial, Story
+from pagenet.bench._qemu_methods import Outcome
+from pagenet.cli.bench import main
+
+MISSING = [tool for tool in ("unshare", "nsenter", "ip", "tc") if not shutil.which(tool)]
+
+
+def refusal() -> str:
+    """Why no network namespace can be made here; empty if one can."""
+    if MISSING:
+        return f"not installed: {', '.join(MISSING)}"
+    tried = "ip link set lo up && tc qdisc add dev lo root tbf rate 1gbit burst 256k limit 1m"
+    done = subprocess.run(["unshare", "--net", "sh", "-c", tried], capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+REFUSAL = refusal()
+needs_namespaces = pytest.mark.skipif(bool(REFUSAL), reason=f"no network namespaces with a limited link: {REFUSAL}")
+
+SMALL = ("--ram", "160", "--workload", "30,10", "--rounds", "1")
+
+
+def bench_command(*args: str) -> list[str]:
+    files = guest_files()
+    guest = ("--kernel", str(files.kernel), "--initrd", str(files.initrd))
+    return [sys.executable, "-m", "pagenet.cli.bench", "qemu", *SMALL, *guest, "--json", *args]
+
+
+# ---- measured ----
+
+
+@needs_guest
+@needs_namespaces
+def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
+    picture = tmp_path / "work.svg"
+    command = bench_command("--methods", "preempt,pagenet", "--plot", str(picture))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    said = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [one["method"] for one in said if one["event"] == "run"] == ["preempt", "pagenet"]
+    assert said[-1]["event"] == "complete"
+    figures = said[-1]["qemu"]
+    assert (figures["rate_mbit"], figures["rounds"], figures["wrong"]) == (1000, 1, [])
+    assert {target["met"] for target in figures["targets"]} <= {True, False}
+    assert len(figures["targets"]) == 4  # those beside a postcopy without preempt are left out
+    preempt, pagenet = figures["results"]
+    for one in (preempt, pagenet):
+        assert (one["ram_mib"], one["rounds"], one["converged"], one["bad"], one["unbroken"]) == (160, 1, 1, 0, True)
+        assert 0 < one["downtime_ms"] < one["total_s"] * 1000
+        assert one["longest_gap_ms"] > 0
+        assert one["total_s"] <= one["command_s"]
+        assert one["wire_bytes"] > 160 * 30 // 100 << 20  # what the guest works on is not zero
+        assert one["writes_per_s"] > 0
+    assert preempt["blocked_ms"] > 0
+    assert preempt["fault_us"] == {"p50": None, "p99": None}
+    assert pagenet["faults"] > 0
+    assert 0 < pagenet["fault_us"]["p50"] <= pagenet["fault_us"]["p99"]
+    assert "preempt" in picture.read_text()
+
+
+# ---- what is left ----
+
+
+@contextmanager
+def running_bench(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """Once it has a machine."""
+    with subprocess.Popen(bench_command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and not machines(process.pid):
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
+
+
+def machines(bench: int) -> list[Path]:
+    """The monitors of its QEMUs, which are in a directory of that process's."""
+    found = []
+    for path in Path(f"/proc/{bench}/task").glob("*/children"):
+        with suppress(OSError):  # ended meanwhile
+            for child in path.read_text().split():
+                words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+                found += [Path(word[len("unix:") :].partition(",")[0]) for word in words if ".qmp,server" in word]
+    return [monitor for monitor in found if monitor.exists()]
+
+
+def is_used(directory: Path) -> bool:
+    """Whether there is a process that has it in its command line."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                if os.fsencode(directory) in Path(f"/proc/{entry}/cmdline").read_bytes():
+                    return True
+            except OSError:
+                continue  # ended meanwhile
+    return False
+
+
+@needs_guest
+@needs_namespaces
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_when_it_is_stopped(number: int) -> None:
+    with running_bench("--methods", "pagenet", "--rate", "uncapped") as process:
+        (monitor,) = machines(process.pid)
+        assert is_used(monitor.parent)
+        process.send_signal(number)
+        _, complaints = process.communicate(timeout=20)
+        deadline = time.monotonic() + 10
+        while (monitor.parent.exists() or is_used(monitor.parent)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert not monitor.parent.exists()
+    assert not is_used(monitor.parent)
+    assert (process.returncode, complaints) == ((130, "") if number == signal.SIGINT else (-signal.SIGKILL, ""))
+
+
+# ---- refused ----
+
+NOT_ROOT = """
+import os, sys
+os.geteuid = lambda: 1000
+from pagenet.cli.bench import main
+sys.exit(main(["qemu", "--kernel", sys.executable]))
+"""
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+@needs_guest
+def test_needs_root() -> None:
+    ended = subprocess.run([sys.executable, "-c", NOT_ROOT], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 7
+    assert ended.stderr == "pagenet-bench: network namespaces need root: run pagenet-bench qemu as root\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--ram", "512,64"], "a guest of 64 MiB"),
+        (["--rate", "fast"], "'fast' is not a number"),
+        (["--methods", "pagenet,teleport"], "teleport: there are precopy"),
+        (["--workload", "60"], "is not WORK,HOT"),
+        (["--workload", "10,20"], "is not WORK,HOT"),
+        (["--workload", "90,20"], "is not WORK,HOT"),
+        (["--kernel", "/nowhere"], "/nowhere is not there"),
+        (["--initrd", "/nowhere"], "--initrd goes with --kernel"),
+        (["--ram", "1048576", "--kernel", sys.executable], "MiB need"),
+        (["--plot", "picture.pdf"], ".svg or .png"),
+    ],
+)
+@needs_guest
+def test_bad_usage_is_one_line(args: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main(["qemu", *args])
+    except SystemExit as leaving:  # as argparse does it
+        code = leaving.code
+    complaints = capsys.readouterr().err
+    assert (code, complaints.count("\n")) == (2, 1)
+    assert reason in complaints
+
+
+# ---- what is made of a guest's words ----
+
+
+def said(*beats: tuple[float, int, int], rest: str = "", first: str = "") -> Serial:
+    """A machine whose guest said heartbeats at those times, of those numbers, after so many writes."""
+    serial = Serial("guest", Path("nowhere"))
+    for time_, seq, writes in beats:
+        text = f"HB seq={seq} t=0 w={writes} dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r\n"
+        serial.feed((first + text).encode(), time_)
+        first = ""
+    serial.feed(rest.encode(), beats[-1][0])
+    return serial
+
+
+def test_story_over_two_machines() -> None:
+    story = Story.of(said((1.0, 0, 100), (2.0, 1, 200)), said((5.0, 2, 230), (6.0, 3, 330)))
+    assert (story.unbroken, story.bad) == (True, 0)
+    assert story.longest_gap(1.5, 5.5) == 3.0
+    assert story.longest_gap(5.5, 6.0) == 1.0
+    assert story.writes_at(1.5) == 150
+    assert (story.writes_at(0.0), story.writes_at(9.0)) == (100, 330)
+    assert story.rate(1.0, 2.0) == 100.0
+    assert story.rate(2.0, 5.0) == 10.0
+
+
+def test_line_cut_by_the_switch() -> None:
+    line = "HB seq=2 t=0 w=300 dw=0 bad=0 sweeps=0 sw=0 gap_us=0"
+    before = said((1.0, 0, 100), (2.0, 1, 200), rest=line[:20])
+    after = Serial("guest", Path("nowhere"))
+    after.feed(f"{line[20:]}\r\n".encode(), 3.0)
+    story = Story.of(before, after)
+    assert story.unbroken
+    assert [beat.seq for beat in story.beats] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("next_", [0, 1, 3])
+def test_story_that_is_broken(next_: int) -> None:
+    assert not Story.of(said((1.0, 0, 100), (2.0, 1, 200)), said((5.0, next_, 230))).unbroken
+
+
+def test_garbled_heartbeat() -> None:
+    assert not Story.of(said((1.0, 0, 100), rest="HB seq="), said((2.0, 1, 200))).unbroken
+
+
+def migration(method: str, completed: float | None, end: float) -> Migration:
+    """Asked for at 10 s, of a guest that writes 100 pages a second before, and stands still from 10 s to ``end``."""
+    beats = [(number / 2, number, number * 50) for number in range(21)]
+    after = [(end + number / 2, 21 + number, 1000 + number * 50) for number in range(20)]
+    story = Story.of(said(*beats), said(*after))
+    outcome = Outcome(completed, faults=7)
+    return Migration(method, 512 << 20, 0, 10.0, 10.1, 10.2, 10.25, outcome, 5 << 20, story)
+
+
+def test_figures_of_a_migration() -> None:
+    one = migration("pagenet", 14.1, 12.0)
+    assert one.writes_per_s() == 100.0
+    assert one.total_s() == pytest.approx(4.0)
+    assert one.command_s() == pytest.approx(4.1)
+    assert one.downtime_ms() == pytest.approx(50.0)
+    assert one.longest_gap_ms() == pytest.approx(2000.0)
+    assert one.lost_ms() == pytest.approx(2000.0)
+
+
+def test_precopy_that_does_not_converge_has_no_figures() -> None:
+    one = migration("precopy", None, 12.0)
+    assert (one.converged, one.total_s(), one.longest_gap_ms(), one.lost_ms()) == (False, None, None, None)
+    result = QemuResult("precopy", one.ram, [one, migration("precopy", 14.1, 11.0)])
+    assert result.median(Migration.longest_gap_ms) == pytest.approx(1000.0)
+
+
+def test_targets_are_beside_the_figures_that_they_are_set_for() -> None:
+    options = QemuOptions(GuestFiles(Path("kernel"), None))
+    results = [
+        QemuResult("postcopy", 512 << 20, [migration("postcopy", 14.1, 12.0)]),
+        QemuResult("preempt", 512 << 20, [migration("preempt", 14.1, 14.0)]),
+        QemuResult("pagenet", 512 << 20, [migration("pagenet", 14.1, 10.5)]),
+    ]
+    targets = targets_of(results, options)
+    assert {target.words.rpartition(": ")[2]: (round(target.figure, 3), target.is_met) for target in targets} == {
+        "total, of QEMU postcopy's": (1.0, True),
+        "longest gap, of preempt's": (0.125, True),
+        "guest work lost, of preempt's": (0.125, True),
+        "downtime, of QEMU postcopy's": (1.0, True),
+        "downtime, of preempt's": (1.0, True),
+        "downtime, of 10 ms": (5.0, False),
+    }
