@@ -137,6 +137,10 @@ class Process:
     async def wait_end(self) -> int:
         return await self._process.wait()
 
+    async def send(self, text: str) -> None:
+        assert self._process.stdin is not None
+        await self._process.stdin.send_all(text.encode())
+
     async def close_stdin(self) -> None:
         assert self._process.stdin is not None
         await self._process.stdin.aclose()

@@ -1,6 +1,7 @@
 """Virtual machines that tests move: QEMU as it comes, with a guest that checks its own memory and says so all the time.
 
-The guest is tools/guest/init.c; its heartbeats come through the serial port and are read as they come.
+The guest is tools/guest/init.c on Debian's kernel, or tools/guest/bare.c on none, which is up in no time; the heartbeats of
+either come through the serial port and are read as they come.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ PATIENCE = 60.0
 class GuestFiles(NamedTuple):
     kernel: Path
     initrd: Path
+    bare: Path
 
 
 @functools.cache
@@ -49,7 +51,7 @@ def guest_files() -> GuestFiles:
     built = subprocess.run([sys.executable, str(BUILDER)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     paths = json.loads(built.stdout)
-    return GuestFiles(Path(paths["kernel"]), Path(paths["initrd"]))
+    return GuestFiles(*(Path(paths[name]) for name in GuestFiles._fields))
 
 
 def qemu_command(
@@ -63,20 +65,57 @@ def qemu_command(
     smp: int = 1,
     ram: Path | None = None,
     incoming: bool = False,
+    options: str = "",
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in ``directory``.
+    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in ``directory``. ``options``:
+    further ones of init.c.
 
     Its RAM is the file ``ram``, or one of its own in /dev/shm. The file is made here, and :func:`run_vm` removes it.
     """
     files = guest_files()
-    ram = make_ram(name, memory, ram)
     # The kernel is silent but for its death: what it said would get into the middle of the guest's lines.
     kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
     workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_threads={smp}"
+    boot = {"-kernel": str(files.kernel), "-initrd": str(files.initrd), "-append": f"{kernel} {workload} {options}".rstrip()}
+    return _command(directory, name, memory=memory, smp=smp, ram=ram, incoming=incoming, boot=boot, extra=extra)
+
+
+def bare_command(
+    directory: Path,
+    name: str,
+    *,
+    memory: int = 64 << 20,
+    work: int = 24,
+    hot: int = 6,
+    beat_ms: int = 20,
+    words: int = 16,
+    accel: str = "tcg",
+    smp: int = 1,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """The same for the guest without a kernel, which writes and verifies ``words`` words of every page, and uses one CPU."""
+    workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_words={words}"
+    boot = {"-kernel": str(guest_files().bare), "-append": workload}
+    return _command(directory, name, memory=memory, smp=smp, accel=accel, boot=boot, extra=extra)
+
+
+def _command(
+    directory: Path,
+    name: str,
+    *,
+    memory: int,
+    smp: int,
+    boot: Mapping[str, str],
+    extra: Sequence[str],
+    ram: Path | None = None,
+    incoming: bool = False,
+    accel: str = "tcg",
+) -> list[str]:
+    ram = make_ram(name, memory, ram)
     options = {
         "-name": name,
-        "-accel": "tcg",
+        "-accel": accel,
         "-cpu": "max",
         "-smp": str(smp),
         "-m": f"{memory >> 20}M",
@@ -86,9 +125,7 @@ def qemu_command(
         # Before the serial port: QEMU makes them in this order, and so whoever has met the one finds the other.
         "-qmp": f"unix:{directory / name}.qmp,server=on,wait=off",
         "-serial": f"unix:{directory / name}.serial,server=on,wait=off",
-        "-kernel": str(files.kernel),
-        "-initrd": str(files.initrd),
-        "-append": f"{kernel} {workload}",
+        **boot,
         **({"-incoming": "defer"} if incoming else {}),
     }
     return [QEMU, "-nodefaults", "-no-reboot", *itertools.chain(*options.items()), *extra]

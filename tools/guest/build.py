@@ -1,7 +1,8 @@
-"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, and an initrd with nothing but init.c in it.
+"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing but init.c in it; and bare.c,
+which needs no kernel.
 
-Prints the paths of both as one JSON line. They are kept in a cache, so that only the first run needs the network. Nothing
-is installed; apt-get, dpkg-deb and gcc with a static libc must be there.
+Prints the paths as one JSON line. They are kept in a cache, so that only the first run needs the network. Nothing is
+installed; apt-get, dpkg-deb and gcc with a static libc must be there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INIT = Path(__file__).with_name("init.c")
+BARE = Path(__file__).with_name("bare.c")
 #: depends on the package of the newest kernel, whose name has its version in it
 NEWEST_KERNEL = "linux-image-cloud-amd64"
 
@@ -84,10 +86,14 @@ def kernel_package(cwd: Path) -> str:
 # ---- the initrd ----
 
 
+def named_after(name: str, source: Path) -> str:
+    """What a file is made from is in its name: an edited source is another file."""
+    made_from = hashlib.sha256(source.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    return f"{name}-{made_from[:16]}"
+
+
 def initrd(cache: Path) -> Path:
-    """What it is made from is in its name: an edited init.c is another file."""
-    made_from = hashlib.sha256(INIT.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    target = cache / f"initrd-{made_from[:16]}"
+    target = cache / named_after("initrd", INIT)
     if target.exists():
         return target
     with made_whole(target) as unfinished:
@@ -122,13 +128,32 @@ def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
+# ---- the guest without a kernel ----
+
+# 32-bit code that takes nothing from a C library, and nothing of the processor that a boot loader does not set up. Linked to
+# where a PC has memory, without a segment for the headers, which would lie where it has none.
+BARE_OPTIONS = [
+    *("-m32", "-O2", "-Wall", "-Wextra", "-s", "-static", "-no-pie", "-nostdlib", "-ffreestanding", "-fno-pic"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-mgeneral-regs-only"),
+    "-Wl,-n,-Ttext=0x100000,--build-id=none",
+]
+
+
+def bare(cache: Path) -> Path:
+    target = cache / named_after("bare", BARE)
+    if not target.exists():
+        with made_whole(target) as unfinished:
+            run("gcc", *BARE_OPTIONS, "-o", unfinished, BARE, cwd=unfinished.parent)
+    return target
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="make the kernel and the initrd that the tests boot in QEMU")
+    parser = argparse.ArgumentParser(description="make what the tests boot in QEMU: kernel and initrd, and a guest without")
     parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where they are kept [%(default)s]")
     cache: Path = parser.parse_args().cache.absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        made = {"kernel": str(kernel(cache)), "initrd": str(initrd(cache))}
+        made = {"kernel": str(kernel(cache)), "initrd": str(initrd(cache)), "bare": str(bare(cache))}
     except (Failure, OSError) as error:
         print(f"guest/build.py: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,151 @@
+"""Both ends of a guest's move, for tests: a destination in this process, and the two commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+from processes import Process, run
+from vm import Serial, bare_command, ram_of
+
+from pagenet import PagenetError
+from pagenet.qemu import Arrival, connect_qmp, receive
+
+PATIENCE = 60.0
+
+
+# ---- a destination in this process ----
+
+
+@dataclass
+class Events:
+    said: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    news: trio.Event = field(default_factory=trio.Event)
+
+    def __call__(self, event: str, /, **fields: Any) -> None:
+        self.said.append((event, fields))
+        self.news.set()
+        self.news = trio.Event()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.said]
+
+    async def wait(self, name: str) -> dict[str, Any]:
+        with trio.fail_after(PATIENCE):
+            while name not in self.names:
+                await self.news.wait()
+        return dict(self.said)[name]
+
+
+@dataclass
+class Destination:
+    """``arrival``: once the guest runs there. ``error``: what :func:`receive` raised instead."""
+
+    serial: Serial
+    qmp: Path
+    ram: Path
+    uri: str
+    events: Events = field(default_factory=Events)
+    arrival: Arrival | None = None
+    error: PagenetError | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+    leave: trio.Event = field(default_factory=trio.Event)
+
+    async def take(self, command: Sequence[str], options: dict[str, Any]) -> None:
+        try:
+            async with receive(command, listen=self.uri, on_event=self.events, **options) as self.arrival:
+                await self.arrival.wait_complete()
+        except PagenetError as error:
+            self.error = error
+        self.ended.set()
+        await self.leave.wait()
+        if self.arrival is not None:
+            self.arrival.process.kill()
+            await self.arrival.process.wait()
+
+
+@asynccontextmanager
+async def destination(
+    directory: Path, name: str = "b", *, command: Sequence[str] = (), **options: Any
+) -> AsyncIterator[Destination]:
+    """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a kernel, or ``command``'s."""
+    command = command or bare_command(directory, name)
+    there = Destination(Serial(name), directory / f"{name}.qmp", ram_of(command), f"unix:{directory / name}.sock")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(there.take, command, options)
+            await there.events.wait("listening")
+            nursery.start_soon(there.serial.read, await trio.open_unix_socket(directory / f"{name}.serial"))
+            yield there
+            there.leave.set()
+            if not there.ended.is_set() and there.arrival is None:
+                nursery.cancel_scope.cancel()  # nobody came
+    finally:
+        ram_of(command).unlink(missing_ok=True)
+
+
+async def status_of(monitor: Path) -> str:
+    """Of the machine behind it: "gone" if there is none, "silent" if even its monitor waits for a page."""
+    with trio.move_on_after(2):
+        try:
+            async with connect_qmp(monitor) as qmp:
+                return str((await qmp.command("query-status"))["status"])
+        except PagenetError:
+            return "gone"
+    return "silent"
+
+
+async def check_goes_on(serial: Serial) -> None:
+    """The guest is well: it works, and has verified all of its memory once more."""
+    await serial.wait_beats(len(serial.beats) + 1)
+    await serial.wait_sweeps(serial.beats[-1].sweeps + 2)
+
+
+# ---- the commands ----
+
+
+def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--listen", uri, *options, "--", *command]
+
+
+def migrate_command(monitor: Path, uri: str) -> list[str]:
+    return [sys.executable, "-m", "pagenet.cli.qemu", "migrate", "--json", "--qmp", str(monitor), uri]
+
+
+@asynccontextmanager
+async def run_incoming(
+    directory: Path, name: str = "b", *, command: Sequence[str] = (), listen: Sequence[str] = (), within: Sequence[str] = ()
+) -> AsyncIterator[tuple[Process, Serial, str]]:
+    """``pagenet-qemu incoming``, what its guest says, and where it listens. At the end its QEMU is gone, whoever has it.
+    ``within``: a command that runs it somewhere else."""
+    command = command or bare_command(directory, name)
+    listen = listen or ["tcp://127.0.0.1:0"]
+    serial = Serial(name)
+    pid = 0
+    try:
+        async with run([*within, *incoming_command(*listen, command=command)]) as process, trio.open_nursery() as nursery:
+            pid = (await process.event("qemu"))["pid"]
+            uri = (await process.event("listening"))["uri"]
+            nursery.start_soon(serial.read, await trio.open_unix_socket(directory / f"{name}.serial"))
+            try:
+                yield process, serial, uri
+            finally:
+                await kill_machine(pid)
+    finally:
+        ram_of(command).unlink(missing_ok=True)
+
+
+async def kill_machine(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with trio.CancelScope(shield=True):
+        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # noqa: ASYNC110
+            await trio.sleep(0.01)
