@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 
 import hypothesis
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if soak:
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if item not in soak]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How often each "outcome" that tests have recorded came."""
+    reports = terminalreporter.getreports("passed")
+    outcomes = Counter(value for report in reports for name, value in report.user_properties if name == "outcome")
+    for outcome, count in sorted(outcomes.items()):
+        terminalreporter.write_line(f"{count:6}  {outcome}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -49,6 +49,12 @@ async def test_both_directions() -> None:
     assert (await Talk(theirs).hear("running"))["time"] == 1.5
 
 
+async def test_silence() -> None:
+    ours, _theirs = memory_pair()
+    with pytest.raises(PagenetError, match=r"did not say 'serving' for 0\.01 s"):
+        await Talk(ours).hear("serving", 0.01)
+
+
 @pytest.mark.parametrize("end", range(len(said("ready"))))
 async def test_cut_off(end: int) -> None:
     with pytest.raises(ConnectionBroken, match="closed the connection in the middle of a migration"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgpack
@@ -37,9 +38,13 @@ class Talk:
         async with self._sending:
             await self._connection.send(msgpack.packb({"say": what, **fields}))
 
-    async def hear(self, what: str) -> dict[str, Any]:
-        """The next message, which has to be that one. :exc:`MigrationRefused` if it is a refusal instead."""
-        message = await self._next()
+    async def hear(self, what: str, within: float = math.inf) -> dict[str, Any]:
+        """The next message, which has to be that one, and to come ``within`` so many seconds. :exc:`MigrationRefused` if it is
+        a refusal instead."""
+        with trio.move_on_after(within) as scope:
+            message = await self._next()
+        if scope.cancelled_caught:
+            raise PagenetError(f"{self._connection.peer} did not say {what!r} for {within:g} s")
         if message["say"] == "refuse":
             raise MigrationRefused(printable(str(message.get("reason", "no reason given"))))
         if message["say"] != what:

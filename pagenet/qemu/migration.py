@@ -45,6 +45,10 @@ __all__ = ["MigrationInDoubt", "migrate"]
 _UNLIMITED = 10**12
 # From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes long.
 _STEP_TIMEOUT = 60.0
+# While the guest stands still: for a word that needs no work, and for the devices' state to travel and be loaded. A link that
+# is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py; this is for a destination that has stopped.
+_ANSWER_TIMEOUT = 10.0
+_LOAD_TIMEOUT = 30.0
 # For the other side's word that it takes the guest.
 _TAKE_TIMEOUT = 30.0
 
@@ -143,7 +147,7 @@ class _Leaving:
 
     async def agree(self, machine: dict[str, object]) -> None:
         await self._talk.say("machine", **machine)
-        await self._talk.hear("ready")
+        await self._talk.hear("ready", _STEP_TIMEOUT)
 
     async def hand_over(self, devices: Connection) -> None:
         with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
@@ -153,9 +157,9 @@ class _Leaving:
                 stop = await self._stop(path)
                 self._on_event("stopped")
                 await self._talk.say("stopped")
-                await self._talk.hear("serving")
+                await self._talk.hear("serving", _ANSWER_TIMEOUT)
                 await self._qmp.command("migrate-continue", state="pre-switchover")
-                await self._talk.hear("loaded")
+                await self._talk.hear("loaded", _LOAD_TIMEOUT)
                 await self._wait_status("completed")
                 nursery.cancel_scope.cancel()
         await self._commit()

@@ -1,0 +1,74 @@
+"""Two hosts' networks, as namespaces of this one, and the cable between them, which tests cut. Needs root, and ip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from processes import Process, run
+
+needs_cable = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root, and ip (iproute2)"
+)
+
+Cut = Literal["down at the source", "down at the destination", "swallowed"]
+NOBODY = "02:00:00:00:00:99"
+CUTS: tuple[Cut, ...] = ("down at the source", "down at the destination", "swallowed")
+
+
+@dataclass(frozen=True)
+class Host:
+    """``within``: runs a command on it. ``ip``: takes commands of ip, a line each, and obeys at once."""
+
+    name: str
+    address: str
+    within: list[str]
+    ip: Process
+
+    async def tell(self, *commands: str) -> None:
+        await self.ip.send("".join(f"{command}\n" for command in commands))
+
+
+@dataclass(frozen=True)
+class Cable:
+    source: Host
+    destination: Host
+
+    async def cut(self, how: Cut) -> None:
+        """Nothing gets through any more, and nobody is told, but for the host whose own end goes down."""
+        if how == "swallowed":  # somewhere in the middle: as frames to an address that nobody has
+            for host, other in ((self.source, self.destination), (self.destination, self.source)):
+                await host.tell(f"neigh replace {other.address} lladdr {NOBODY} dev {host.name} nud permanent")
+        else:
+            host = self.source if how == "down at the source" else self.destination
+            await host.tell(f"link set {host.name} down")
+
+
+@asynccontextmanager
+async def plugged_cable() -> AsyncIterator[Cable]:
+    """The namespaces have no names, and end with the processes that hold them."""
+    async with AsyncExitStack() as stack:
+        hosts = []
+        for name, address in (("source", "10.77.0.1"), ("destination", "10.77.0.2")):
+            holder = await stack.enter_async_context(
+                run(["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE)
+            )
+            assert await holder.line() == "", holder.stderr
+            within = ["nsenter", f"--net=/proc/{holder.pid}/ns/net", "--"]
+            ip = await stack.enter_async_context(run([*within, "ip", "-batch", "-"], stdin=subprocess.PIPE))
+            hosts.append(Host(name, address, within, ip))
+            number = holder.pid
+        source, destination = hosts
+        await source.tell(f"link add source type veth peer name destination netns {number}")
+        for host in hosts:
+            await host.tell(f"address add {host.address}/24 dev {host.name}", f"link set {host.name} up", "link set lo up")
+            await host.tell("link show lo")
+            while "LOOPBACK" not in (await host.ip.line() or ""):
+                assert not host.ip.has_ended, host.ip.stderr
+        yield Cable(source, destination)

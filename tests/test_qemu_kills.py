@@ -1,0 +1,223 @@
+"""Whoever is killed, whenever: the guest runs here, or there, or it stands still and somebody says so. Never both, never wrong.
+
+The long run is `pytest --soak tests/test_qemu_kills.py`; PAGENET_KILL_SEED repeats the moments of another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+from cable import CUTS, Cable, Cut, needs_cable, plugged_cable
+from migrations import check_goes_on, migrate_command, run_incoming, status_of
+from processes import Process, run
+from vm import VM, Serial, bare_command, check_unbroken, needs_guest, run_vm
+
+pytestmark = needs_guest
+
+QEMUS = ("source QEMU", "destination QEMU")
+VICTIMS = ("migrate", "incoming", *QEMUS, "guard of migrate", "guard of incoming")
+#: what the source's command says of a migration, in this order; the first of them is that it was started
+STEPS = ("started", "connected", "stopped", "switchover", "resumed")
+
+SEED = os.environ.get("PAGENET_KILL_SEED") or str(time.time_ns())
+SOAK = 120
+
+# Twice what the slowest takes: the end of a connection is noticed after 10 s, and the guard of a dead process tries for 10 s.
+PATIENCE = 45.0
+
+
+@dataclass
+class Move:
+    """A migration under way."""
+
+    a: VM
+    serial: Serial
+    b: Path
+    leaving: Process
+    incoming: Process
+
+    def pid(self, victim: str) -> int:
+        if victim == "destination QEMU":
+            return int(self.incoming.events[0]["pid"])
+        if victim == "source QEMU":
+            return self.a.pid
+        process = self.leaving if victim.endswith("migrate") else self.incoming
+        return guard_of(process.pid) if victim.startswith("guard") else process.pid
+
+    def kill(self, victim: str) -> None:
+        os.kill(self.pid(victim), signal.SIGKILL)
+
+    async def step(self, name: str) -> None:
+        if name != "started":
+            await until(lambda: self.leaving.has_ended or any(event["event"] == name for event in self.leaving.events))
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody has anything left to do: whoever is not dead has said its last."""
+        has_come = any(event["event"] == "complete" for event in self.incoming.events)
+        return self.leaving.has_ended and (self.incoming.has_ended or has_come)
+
+    @property
+    def complaints(self) -> str:
+        return self.leaving.stderr + self.incoming.stderr
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():  # noqa: ASYNC110
+        await trio.sleep(0.001)
+
+
+def guard_of(pid: int) -> int:
+    """The process that stands by for the one of that id."""
+    children = [child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)]
+    return next(child for child in children if b"pagenet.qemu._guard" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def children_of(pid: int, task: str) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+
+
+async def listen(process: Process) -> None:
+    while (line := await process.line()) is not None:
+        process.events.append(json.loads(line))
+
+
+@asynccontextmanager
+async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[Move]:
+    """A guest that has begun to leave, over ``cable`` if there is one."""
+    address, options, here, there = "127.0.0.1", [], [], []
+    if cable:
+        address, options = cable.destination.address, ["--plaintext"]
+        here, there = cable.source.within, cable.destination.within
+    incoming_options = {"listen": [f"tcp://{address}:0", *options], "within": there}
+    async with (
+        run_vm(bare_command(directory, "a"), directory, "a") as a,
+        run_incoming(directory, **incoming_options) as (incoming, serial, uri),
+    ):
+        await a.serial.wait_sweeps(1)
+        async with run([*here, *migrate_command(a.qmp, uri)]) as leaving, trio.open_nursery() as nursery:
+            nursery.start_soon(listen, leaving)
+            nursery.start_soon(listen, incoming)
+            yield Move(a, serial, directory / "b.qmp", leaving, incoming)
+            nursery.cancel_scope.cancel()
+
+
+async def settled(move: Move) -> tuple[str, str]:
+    """What the two machines are, once all is over and that does not change any more. Never both running, not for a moment."""
+    seen: list[tuple[str, str]] = []
+    with trio.move_on_after(PATIENCE):
+        while len(seen) < 4 or len(set(seen[-4:])) > 1:
+            seen.append((await status_of(move.a.qmp), await status_of(move.b)))
+            assert seen[-1] != ("running", "running"), move.complaints
+            if not move.is_over:
+                seen.clear()
+            await trio.sleep(0.1)
+        return seen[-1]
+    raise AssertionError(f"nothing came of it: {seen[-3:]}, {move.leaving.events}, {move.incoming.events}; {move.complaints}")
+
+
+async def outcome(move: Move, victim: str) -> str:
+    """Checks that it is one that may be, and names it."""
+    here, there = await settled(move)
+    assert not any(beat.bad for beat in move.a.serial.beats + move.serial.beats)
+    if here == "running":
+        assert there == "gone", f"the destination's QEMU is left: {there}"
+        await check_goes_on(move.a.serial)
+        check_unbroken(move.a.serial)
+        return "runs at the source"
+    if there in ("running", "silent"):
+        return await outcome_there(move)
+    assert there == "gone", f"the destination's QEMU is left: {there}"
+    if victim in QEMUS:
+        assert here == ("gone" if victim == "source QEMU" else "postmigrate")
+        return "lost with its QEMU"
+    assert "say cont to this QEMU" in move.leaving.stderr, f"the guest was lost: {here}, {there}; {move.complaints}"
+    return "in doubt, stopped, said so"
+
+
+async def outcome_there(move: Move) -> str:
+    if any(event["event"] == "complete" for event in move.incoming.events):
+        await check_goes_on(move.serial)
+        check_unbroken(move.a.serial, move.serial)
+        return "runs at the destination"
+    assert move.complaints, "it stands still, and nobody says so"
+    if move.serial.beats:
+        check_unbroken(move.a.serial, move.serial)
+    return "waits for pages at the destination, said so"
+
+
+async def strike(move: Move, victim: str, cable: Cable | None, cut: Cut) -> None:
+    if cable:
+        await cable.cut(cut)
+    elif not (victim.startswith("guard") and move.is_over):
+        move.kill(victim)
+
+
+async def kill_once(directory: Path, victim: str, step: str, delay: float, cut: Cut = CUTS[0]) -> str:
+    async with AsyncExitStack() as stack:
+        cable = await stack.enter_async_context(plugged_cable()) if victim == "link" else None
+        move = await stack.enter_async_context(moving(directory, cable))
+        await move.step(step)
+        await trio.sleep(delay)
+        # If it has ended, or is not there yet, the migration is one like any other.
+        with suppress(ProcessLookupError, FileNotFoundError, StopIteration):
+            await strike(move, victim, cable, cut)
+        return await outcome(move, victim)
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("step", ["connected", "stopped", "switchover"])
+async def test_killed(victim: str, step: str, tmp_path: Path) -> None:
+    await kill_once(tmp_path, victim, step, 0.0)
+
+
+async def test_destination_stops(tmp_path: Path) -> None:
+    """Its connections stay, for the kernel keeps them, and nothing comes over them: the guest does not wait for ever."""
+    async with moving(tmp_path) as move:
+        await move.step("connected")
+        os.kill(move.incoming.pid, signal.SIGSTOP)
+        await until(lambda: move.leaving.has_ended)
+        os.kill(move.incoming.pid, signal.SIGKILL)
+        assert await outcome(move, "incoming") == "runs at the source"
+        assert " for 10 s\n" in move.leaving.stderr
+
+
+@needs_cable
+async def test_link_cut(tmp_path: Path) -> None:
+    """In each of the ways that a link breaks, before the guest is given away and after. All at once: it is waiting."""
+    found: dict[tuple[str, str], str] = {}
+
+    async def cut(how: Cut, step: str) -> None:
+        directory = tmp_path / f"{step}-{CUTS.index(how)}"
+        directory.mkdir()
+        found[how, step] = await kill_once(directory, "link", step, 0.0, how)
+
+    async with trio.open_nursery() as nursery:
+        for how in CUTS:
+            nursery.start_soon(cut, how, "connected")
+            nursery.start_soon(cut, how, "switchover")
+    assert {found[how, "connected"] for how in CUTS} <= {"runs at the source", "in doubt, stopped, said so"}
+    assert {found[how, "switchover"] for how in CUTS} <= {
+        "runs at the destination", "waits for pages at the destination, said so",
+    }  # fmt: skip
+
+
+@pytest.mark.soak
+@needs_cable
+@pytest.mark.parametrize("number", range(SOAK))
+async def test_killed_at_random(number: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    chance = random.Random(f"{SEED}/{number}")
+    victim = (*VICTIMS, "link")[number % 7]
+    step, delay, cut = chance.choice(STEPS), chance.uniform(0, 0.06), chance.choice(CUTS)
+    print(f"PAGENET_KILL_SEED={SEED}: {victim} ({cut}), {delay * 1000:.1f} ms after {step}")
+    record_property("outcome", f"{victim}: {await kill_once(tmp_path, victim, step, delay, cut)}")
