@@ -252,6 +252,63 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
     return error;
 }
 
+/* ---- how fast the background may be ---- */
+
+/* Half a millisecond's worth at a time: on a link no faster than the limit, a page that somebody waits for waits no longer than
+ * that for the background before it. A lane that wakes late may catch up on a millisecond, so the rate is kept, and no more. */
+enum { GRANT_NS = 500000, CATCH_UP_NS = 1000000 };
+
+void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) { atomic_store(&dest->rate, bytes_per_second); }
+
+static uint64_t duration(uint64_t bytes, uint64_t rate) { return (uint64_t)((double)bytes * 1e9 / (double)rate); }
+
+uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
+    uint64_t rate = atomic_load(&dest->rate), now = pn_now(), paid = atomic_load(&dest->paid_until), granted, from;
+    *wait = UINT64_MAX;
+    if (rate == UINT64_MAX || !rate)
+        return rate ? 0 : wanted;
+    uint64_t pages = (uint64_t)((double)rate * GRANT_NS / 1e9) / page_size;
+    uint64_t most = (pages ? pages : 1) * page_size;
+    granted = wanted < most ? wanted : most;
+    do {
+        if (paid > now) {
+            *wait = paid - now;
+            return 0;
+        }
+        from = paid + CATCH_UP_NS > now ? paid : now - CATCH_UP_NS;
+    } while (!atomic_compare_exchange_weak(&dest->paid_until, &paid, from + duration(granted, rate)));
+    return granted;
+}
+
+/* ---- what was faulted on ---- */
+
+void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) {
+    uint64_t tail = log->tail;
+    if (tail - __atomic_load_n(&log->head, __ATOMIC_ACQUIRE) == 4096) {
+        __atomic_fetch_add(&log->dropped, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    log->pages[tail % 4096] = page;
+    /* Sequentially consistent, as the reader's: either it sees this page, or we see that it sleeps. */
+    __atomic_store_n(&log->tail, tail + 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&log->sleeping, __ATOMIC_SEQ_CST) && __atomic_exchange_n(&log->sleeping, 0, __ATOMIC_SEQ_CST))
+        eventfd_write(reader_fd, 1);
+}
+
+uint64_t pn_fault_log_read(struct pn_fault_log *log, uint64_t *pages, uint64_t room) {
+    uint64_t head = log->head, tail = __atomic_load_n(&log->tail, __ATOMIC_ACQUIRE), count = 0;
+    if (head == tail) {
+        __atomic_store_n(&log->sleeping, 1, __ATOMIC_SEQ_CST);
+        tail = __atomic_load_n(&log->tail, __ATOMIC_SEQ_CST);
+    }
+    while (head != tail && count < room)
+        pages[count++] = log->pages[head++ % 4096];
+    if (count)
+        __atomic_store_n(&log->sleeping, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&log->head, head, __ATOMIC_RELEASE);
+    return count;
+}
+
 void pn_check_done(struct pn_dest *dest) {
     if (pn_map_done(dest->config.map) == dest->config.map->scope)
         eventfd_write(dest->config.done_fd, 1);

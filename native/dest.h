@@ -25,6 +25,8 @@ struct pn_dest {
     struct pn_waiter waiters[PN_WAITERS];
     atomic_uint waiter_count;
     _Atomic uint64_t last_fault; /* ns */
+    _Atomic uint64_t rate;       /* bytes of background a second; 0: no limit, UINT64_MAX: none */
+    _Atomic uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
     char *zeros; /* one page of the largest size */
 };
 
@@ -51,6 +53,9 @@ void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed);
 void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
+/* How much of `wanted` bytes of background, in whole pages, may be asked for now: 0 if none yet, and then *wait is how many ns
+ * from now on to look again (UINT64_MAX: when told to). What is granted counts as asked for. */
+uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait);
 /* Tell whoever waits for it that everything is in place, if it is. */
 void pn_check_done(struct pn_dest *dest);
 

@@ -18,6 +18,8 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define UNWATCHED 0xffffffffu /* no event mask of epoll's */
@@ -58,6 +60,7 @@ struct lane {
     int epoll;
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
     uint64_t in_flight, window;
+    uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
     struct current current;
@@ -211,7 +214,10 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         return false;
     }
     uint64_t page = piece->first + (fault->start - piece->address) / piece->page_size;
-    switch (pn_map_state(lane->dest->config.map, page)) {
+    int state = pn_map_state(lane->dest->config.map, page);
+    if (lane->dest->config.faults && state != PN_RESIDENT && state != PN_REMOVED)
+        pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
+    switch (state) {
     case PN_MISSING:
     case PN_COMING:
         if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
@@ -337,7 +343,11 @@ static bool ask_next(struct lane *lane) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
         uint64_t chunk = piece->page_size < lane->config->chunk ? lane->config->chunk / piece->page_size : 1;
         uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);
-        uint64_t taken = pn_map_claim(map, missing, most, PN_MISSING, PN_COMING);
+        most = pn_map_span(map, missing, missing + most, PN_MISSING);
+        uint64_t granted = pn_grant(lane->dest, most * piece->page_size, piece->page_size, &lane->pause) / piece->page_size;
+        if (most && !granted)
+            return false;
+        uint64_t taken = pn_map_claim(map, missing, granted, PN_MISSING, PN_COMING);
         if (taken)
             ask(lane, PN_BACKGROUND, piece, missing, taken);
         *first += taken;
@@ -351,6 +361,7 @@ static bool ask_next(struct lane *lane) {
 }
 
 static void feed(struct lane *lane) {
+    lane->pause = UINT64_MAX;
     bool quiet = pn_now() - atomic_load(&lane->dest->last_fault) > QUIET_NS;
     if (!quiet)
         lane->window = lane->config->window_min;
@@ -696,13 +707,25 @@ static void act(struct lane *lane, const struct epoll_event *event) {
         (is_demand(lane) ? receive_staged : receive_direct)(lane);
 }
 
+static int wait_for_events(struct lane *lane, struct epoll_event *ready, int room) {
+    uint64_t wait = lane->deferred_count ? 0 : lane->pause;
+    if (wait == UINT64_MAX || !wait)
+        return epoll_wait(lane->epoll, ready, room, wait ? -1 : 0);
+    /* Milliseconds are too coarse to pace by: what is asked for at once stands in the way of what somebody waits for. */
+    struct timespec time = {.tv_sec = (time_t)(wait / 1000000000), .tv_nsec = (long)(wait % 1000000000)};
+    long count = syscall(SYS_epoll_pwait2, lane->epoll, ready, room, &time, NULL, 0);
+    if (count < 0 && errno == ENOSYS) /* before Linux 5.11 */
+        return epoll_wait(lane->epoll, ready, room, (int)(wait / 1000000) + 1);
+    return (int)count;
+}
+
 static void wait_and_act(struct lane *lane) {
     struct epoll_event ready[3];
     if (!watch_all(lane)) {
         end_lane(lane, PN_END_BROKEN, errno, "");
         return;
     }
-    int count = epoll_wait(lane->epoll, ready, 3, lane->deferred_count ? 0 : -1);
+    int count = wait_for_events(lane, ready, 3);
     for (int i = 0; i < count && !lane->ended; i++)
         act(lane, &ready[i]);
     if (lane->out_start < lane->out_end && !lane->ended)
@@ -733,6 +756,7 @@ static bool prepare(struct lane *lane) {
         lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
     }
     lane->window = lane->config->window_min;
+    lane->pause = UINT64_MAX;
     return true;
 }
 

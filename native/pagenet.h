@@ -138,6 +138,19 @@ void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
 
 /* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
 
+/* Pages that threads waited for, in that order, on their way from the demand lane to whoever learns from them. One writer, one
+ * reader, and neither ever waits for the other: what finds no room is lost, and counted. */
+struct pn_fault_log {
+    uint64_t head; /* next to be read */
+    uint64_t tail; /* next to be written */
+    uint64_t dropped;
+    uint64_t sleeping; /* the reader waits for its eventfd */
+    uint64_t pages[4096];
+};
+/* Up to `room` pages, oldest first: how many. If there are none, the next one writes the reader's eventfd. */
+uint64_t pn_fault_log_read(struct pn_fault_log *log, uint64_t *pages, uint64_t room);
+void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd);
+
 /* Pages that lie in one block and at consecutive addresses. second: this process's own mapping of the same memory, or 0;
  * file_offset: where in the file behind both they begin. wire_first: the first page's number on the wire, where 1 << shift
  * pages make one of these. */
@@ -164,11 +177,16 @@ struct pn_dest_config {
     int removes;                    /* the uffd reports REMOVE or UNMAP events */
     int done_fd;                    /* eventfd, written once every page of the scope is in place */
     uint32_t forward, backward;     /* prefetch window, pages */
+    struct pn_fault_log *faults;    /* NULL: nobody wants to know */
+    int faults_fd;                  /* eventfd of its reader */
 };
 
 struct pn_dest;
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config); /* NULL: no memory. Borrows all that config points to. */
 void pn_dest_free(struct pn_dest *dest);
+/* How many bytes of background may be asked for in a second, on all lanes together: 0 for no limit; UINT64_MAX to ask for none.
+ * A lane that waits looks again when its work_fd is written. From any thread. */
+void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second);
 
 /* Runs from the schedule to a background lane: one writer, one reader. */
 struct pn_ring {

@@ -20,6 +20,7 @@ from ._pagenet import ffi, lib
 __all__ = [
     "Destination",
     "End",
+    "FaultLog",
     "Mapped",
     "NativeEvent",
     "Piece",
@@ -349,6 +350,7 @@ class Destination:
         removes: bool,
         done_fd: int,
         prefetch: tuple[int, int],
+        faults: FaultLog | None = None,
     ) -> None:
         self._pieces = ffi.new("struct pn_piece[]", [astuple(piece) for piece in pieces])
         order = sorted(range(len(pieces)), key=lambda index: pieces[index].address)
@@ -359,6 +361,8 @@ class Destination:
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
         config.forward, config.backward = prefetch
+        self._faults = faults
+        config.faults, config.faults_fd = (ffi.NULL, -1) if faults is None else (faults.log, faults.fd)
         self._dest = lib.pn_dest_new(config)
         if self._dest == ffi.NULL:
             raise MemoryError("no memory for a transfer's lanes")
@@ -368,6 +372,11 @@ class Destination:
         if self._dest is not None:
             lib.pn_dest_free(self._dest)
             self._dest = None
+
+    def limit_background(self, bytes_per_second: int | None) -> None:
+        """None: no limit; 0: nothing more. Lanes that wait look again when their ring is woken."""
+        rate = 0 if bytes_per_second is None else bytes_per_second or 2**64 - 1
+        lib.pn_dest_limit(self._dest, rate)
 
     def run_lane(
         self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0), chunk: int = 0
@@ -381,6 +390,36 @@ class Destination:
         end = ffi.new("struct pn_end *")
         lib.pn_lane_run(config, end)
         return _end_of(end)
+
+
+class FaultLog:
+    """``struct pn_fault_log``: the pages that threads waited for, written by the demand lane."""
+
+    ROOM = 4096
+
+    def __init__(self) -> None:
+        self.log = ffi.new("struct pn_fault_log *")
+        self._pages = ffi.new("uint64_t[]", self.ROOM)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def read(self) -> list[int]:
+        """What is there, oldest first. If that is nothing, ``fd`` becomes readable with the next page."""
+        count = int(lib.pn_fault_log_read(self.log, self._pages, self.ROOM))
+        return ffi.unpack(self._pages, count) if count else []
+
+    def write(self, page: int) -> None:
+        """As the lane in C does."""
+        lib.pn_fault_log_write(self.log, page, self.fd)
+
+    @property
+    def dropped(self) -> int:
+        """Pages that found no room."""
+        return int(self.log.dropped)
 
 
 class Ring:
@@ -399,6 +438,10 @@ class Ring:
 
     def push(self, first: int, count: int) -> None:
         _check(lib.pn_ring_push(self.ring, first, count))
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the lane look at its ring, and at the limit of the background, again."""
         os.eventfd_write(self.work_fd, 1)
 
     def __len__(self) -> int:

@@ -40,6 +40,8 @@ class Filling:
         self.completed = trio.Event()
         #: asks for pages on the demand lane; set by whoever drives it
         self.ask: Callable[[Class, Run], None] = lambda class_, run: None
+        #: told of each page that a thread waits for
+        self.on_fault: Callable[[int], None] = lambda page: None
         #: pages asked for behind and before a page that somebody waits for
         self.prefetch = (0, 0)
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
@@ -100,6 +102,8 @@ class Filling:
         page = self.target.page_of(fault)
         self.residency.add(Class.DEMAND, "faults")
         state = self.residency.state(page)
+        if state not in (State.RESIDENT, State.REMOVED):
+            self.on_fault(page)
         match state:
             case State.MISSING | State.COMING:
                 # COMING: it stands in a queue behind other background pages. Who comes second is dropped.

@@ -6,37 +6,27 @@ They are the oracle for those in C, what runs where those cannot, and what a new
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import trio
 
 from . import _native
+from .background import Background
 from .errors import ConnectionBroken, SourceLost
 from .filling import Filling
 from .nurseries import open_failing_nursery
 from .protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, printable
 from .region import Region, Run
-from .schedule import Schedule
 from .session import receive_exactly
 from .transport import Connection
 
-__all__ = ["CHUNK_BYTES", "Background", "LaneKind", "Lanes", "TrioLane", "TrioLanes"]
+__all__ = ["LaneKind", "Lanes", "TrioLane", "TrioLanes"]
 
 LaneKind = Literal["auto", "native", "trio"]
 
-# Background asked for at a time, and how much of it may be on its way on each lane. 256 KiB amortise the cost of a reply, and
-# four of them keep a loopback connection busy while one is placed.
-CHUNK_BYTES = 256 << 10
+# How many chunks of the background may be on their way on each lane: enough to keep a loopback connection busy while one is
+# placed.
 WINDOW_CHUNKS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Background:
-    """What to bring that nobody waits for (``schedule`` None: nothing), and how many bytes to ask for at a time."""
-
-    schedule: Schedule | None
-    chunk: int = CHUNK_BYTES
 
 
 class Lanes(Protocol):
@@ -68,6 +58,7 @@ class TrioLanes:
         self._demand = TrioLane(connections[0], filling, wire)
         self._pushers = [_Pusher(connection, filling, wire, background) for connection in connections[1:]]
         filling.ask = self._demand.request_nowait
+        filling.on_fault = lambda page: background.note_faults([page])
 
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
@@ -96,21 +87,20 @@ class _Pusher:
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._lane.run)
-            if self._background.schedule is not None:
-                await self._feed(self._background.schedule)
+            await self._feed()
 
-    async def _feed(self, schedule: Schedule) -> None:
+    async def _feed(self) -> None:
         """Ask for what the schedule says, as long as there is room in the window."""
-        while (run := await self._next_run(schedule)) is not None:
+        while True:
+            while self._in_flight >= WINDOW_CHUNKS * self._background.chunk:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+            run = await self._background.next_run(self._background.chunk)
             for part in self._filling.claim(run):
-                self._in_flight += self._filling.region.size_of(part)
+                size = self._filling.region.size_of(part)
+                self._in_flight += size
                 self._lane.request_nowait(Class.BACKGROUND, part)
-
-    async def _next_run(self, schedule: Schedule) -> Run | None:
-        while self._in_flight >= WINDOW_CHUNKS * self._background.chunk:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        return schedule.next_run(self._background.chunk)
+                await self._background.wait_turn(size)
 
     def _note_arrival(self, size: int) -> None:
         self._in_flight -= size

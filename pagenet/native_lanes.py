@@ -15,13 +15,12 @@ from functools import partial
 import trio
 
 from . import _native
+from .background import Background
 from .errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
 from .filling import Filling
-from .lane import Background
 from .nurseries import open_failing_nursery
 from .protocol import printable
 from .region import Region
-from .schedule import Schedule
 from .target import Target
 from .transport import Connection, Detachable
 from .uffd import UffdTarget
@@ -30,10 +29,15 @@ __all__ = ["NativeLanes", "can_run_natively"]
 
 # What may be on its way while there are faults, and when there have been none for a while.
 WINDOW_BYTES = (256 << 10, 4 << 20)
-# A run in the ring, which the lane asks for in smaller pieces. Python's part costs about 100 us a run: 3 % at 1 GB/s.
-RUN_BYTES = 4 << 20
 # Runs in the ring: enough to keep the lane busy while Python looks elsewhere, few enough for the schedule to change its mind.
 RING_RUNS = 4
+# A run in the ring, which the lane asks for in smaller pieces. Python's part costs about 100 us a run: 3 % at 1 GB/s with the
+# largest. They grow and shrink, so that each lasts the lane about so many seconds: what is in the ring comes, and only then
+# what the schedule has thought of since.
+RUN_BYTES = (64 << 10, 4 << 20)
+RUN_SECONDS = (0.002, 0.006)
+# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does.
+FAULT_SECONDS = 0.002
 
 
 def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
@@ -60,6 +64,8 @@ class NativeLanes:
             self._rings = [_native.Ring() for _ in connections[1:]]
             for ring in self._rings:
                 stack.callback(ring.close)
+            self._faults = _native.FaultLog()
+            stack.callback(self._faults.close)
             memory = filling.target.native(wire)
             self._dest = _native.Destination(
                 filling.residency.shared,
@@ -70,9 +76,18 @@ class NativeLanes:
                 removes=memory.removes,
                 done_fd=self._done_fd,
                 prefetch=filling.prefetch,
+                faults=self._faults,
             )
             stack.callback(self._dest.close)
+            background.on_limit = self._limit
+            stack.callback(setattr, background, "on_limit", lambda: None)
+            self._limit()
             self.close: Callable[[], None] = stack.pop_all().close
+
+    def _limit(self) -> None:
+        self._dest.limit_background(0 if self._background.paused else self._background.max_bandwidth)
+        for ring in self._rings:
+            ring.wake()
 
     async def run(self) -> None:
         limiter = trio.CapacityLimiter(len(self._sockets))
@@ -81,8 +96,8 @@ class NativeLanes:
             nursery.start_soon(self._run_lane, limiter, self._sockets[0], None)
             for sock, ring in zip(self._sockets[1:], self._rings, strict=True):
                 nursery.start_soon(self._run_lane, limiter, sock, ring)
-                if self._background.schedule is not None:
-                    nursery.start_soon(self._feed, self._background.schedule, ring)
+                nursery.start_soon(self._feed, ring)
+            nursery.start_soon(self._read_faults)
             await trio.lowlevel.wait_readable(self._done_fd)
             self._filling.check_complete()
 
@@ -115,13 +130,31 @@ class NativeLanes:
                 return HandshakeError(end.text)
         return PagenetError(f"cannot go on placing pages: {os.strerror(end.error or errno.EIO)}")
 
-    async def _feed(self, schedule: Schedule, ring: _native.Ring) -> None:
+    async def _read_faults(self) -> None:
+        """Tell the schedule which pages threads waited for."""
+        while True:
+            while pages := self._faults.read():
+                self._background.note_faults(pages)
+                await trio.sleep(FAULT_SECONDS)
+            await trio.lowlevel.wait_readable(self._faults.fd)
+            os.eventfd_read(self._faults.fd)
+
+    async def _feed(self, ring: _native.Ring) -> None:
         """Keep the ring filled with what the schedule says."""
-        while (run := schedule.next_run(RUN_BYTES)) is not None:
+        size, pushed = RUN_BYTES[0], trio.current_time()
+        while True:
+            run = await self._background.next_run(size)
             ring.push(run.first, run.count)
+            if len(ring) < RING_RUNS:  # the lane is faster than we are
+                size = min(2 * size, RUN_BYTES[1])
             while len(ring) >= RING_RUNS:
                 await trio.lowlevel.wait_readable(ring.room_fd)
                 os.eventfd_read(ring.room_fd)
+            took, pushed = trio.current_time() - pushed, trio.current_time()
+            if took > RUN_SECONDS[1]:
+                size = max(size // 2, RUN_BYTES[0])
+            elif took < RUN_SECONDS[0]:
+                size = min(2 * size, RUN_BYTES[1])
             await trio.lowlevel.checkpoint()
 
 

@@ -8,15 +8,16 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
+from .background import CHUNK_BYTES, Background
 from .errors import HandshakeError, OwnerGone, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
-from .lane import CHUNK_BYTES, Background, LaneKind, Lanes, TrioLanes
+from .lane import LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
 from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel
 from .region import Region
-from .schedule import Schedule, make_schedule
+from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
 from .statistics import TransferStatistics
 from .target import Owner, Target
@@ -33,8 +34,11 @@ MAX_BACKGROUND_LANES = MAX_LANES - 1  # and one for demand
 class Transfer:
     """A region on its way here. Made by :func:`pull`."""
 
-    def __init__(self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection]) -> None:
+    def __init__(
+        self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection], background: Background
+    ) -> None:
         self.filling = filling
+        self._background = background
         #: to the source's ``on_stream``, for the application's own bytes
         self.streams = streams
         self._released = trio.Event()
@@ -60,6 +64,43 @@ class Transfer:
         """Return when every page is in place or was given up by its owner, and the owner has been let go."""
         await self.finished.wait()
 
+    @property
+    def background(self) -> str:
+        """The order in which untouched pages come: a name that :meth:`set_background` takes."""
+        schedule = self._background.schedule
+        return "off" if schedule is None else schedule.name
+
+    def set_background(self, name: str) -> None:
+        """Bring untouched pages in that order from now on: ``hot``, ``follow``, ``linear``, or ``off`` to bring none.
+
+        :exc:`~pagenet.errors.UsageError` if there is no such order.
+        """
+        check_schedule(name)
+        self._background.set_schedule(_schedule(name, self.filling))
+
+    @property
+    def background_paused(self) -> bool:
+        return self._background.paused
+
+    def pause_background(self) -> None:
+        """Ask for no more untouched pages until :meth:`resume_background`; those asked for still come."""
+        self._background.pause()
+
+    def resume_background(self) -> None:
+        self._background.resume()
+
+    @property
+    def max_bandwidth(self) -> int | None:
+        """Bytes of untouched pages a second; None: no limit."""
+        return self._background.max_bandwidth
+
+    def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
+        """How fast the background may be, on all its lanes together, from now on. Touched pages are never held up.
+
+        :exc:`~pagenet.errors.UsageError` if that is less than a byte a second.
+        """
+        self._background.set_max_bandwidth(bytes_per_second)
+
     def statistics(self) -> TransferStatistics:
         """What has been done so far; the last word on it once the transfer is over."""
         return self.filling.statistics()
@@ -72,11 +113,12 @@ async def pull(
     *,
     listen: bool = False,
     plaintext: bool = False,
-    background: str = "linear",
+    background: str = "hot",
     background_lanes: int = 1,
     chunk: int = CHUNK_BYTES,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
+    max_bandwidth: int | None = None,
     streams: int = 0,
     held: bool = False,
     on_event: EventHandler = ignore_events,
@@ -88,7 +130,9 @@ async def pull(
     keeps its userfaultfd, or gets SIGBUS, but never zeros.
 
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
-    ``background``: ``linear``, or ``off`` to bring touched pages only. ``background_lanes``: connections for it, 1 to 63, each
+    ``background``: the order in which untouched pages come: ``hot`` (first what is near the faults), ``follow`` (on from the
+    last fault), ``linear``, or ``off`` to bring touched pages only. ``max_bandwidth``: bytes of them a second. These may be
+    changed while it runs (:meth:`Transfer.set_background`). ``background_lanes``: connections for it, 1 to 63, each
     with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
     them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
     Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
@@ -104,6 +148,7 @@ async def pull(
         raise UsageError(f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}")
     if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
         raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
+    check_schedule(background)
     channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with sessions as session:
@@ -118,13 +163,14 @@ async def pull(
                     filling.prefetch = prefetch
                     connections = [await session.open_lane(channel) for channel in channels]
                     plan = Background(_schedule(background, filling), chunk)
+                    plan.set_max_bandwidth(max_bandwidth)
                     pages_go_over, others = connections[: 1 + background_lanes], connections[1 + background_lanes :]
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     nursery.cancel_scope.cancel()
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    transfer = Transfer(filling, session.peer, lanes.name, others)
+                    transfer = Transfer(filling, session.peer, lanes.name, others, plan)
                     if not held:
                         transfer.release()
                     nursery.start_soon(_Run(transfer, session, lanes).run)

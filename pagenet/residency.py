@@ -83,10 +83,11 @@ class Residency:
     def set(self, run: Run, to: State) -> None:
         self.shared.set(run.first, run.count, to)
 
-    def find(self, state: State, first: int) -> int | None:
-        """The first page from ``first`` on that is in ``state``."""
-        found = self.shared.find(first, self.pages, state)
-        return found if found < self.pages else None
+    def find(self, state: State, first: int, end: int | None = None) -> int | None:
+        """The first page from ``first`` on, before ``end``, that is in ``state``."""
+        end = self.pages if end is None else end
+        found = self.shared.find(first, end, state) if first < end else end
+        return found if found < end else None
 
     def span(self, run: Run, state: State) -> int:
         """How many pages from the start of ``run`` are in ``state``."""

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import trio
 
 from pagenet import Block, Region, Run, _native
+from pagenet.background import CHUNK_BYTES, Background
 from pagenet.filling import Filling
-from pagenet.lane import CHUNK_BYTES, Background, TrioLanes
+from pagenet.lane import TrioLanes
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, Reply, Request, RequestDecoder
 from pagenet.residency import State
 from pagenet.tcp._connection import SocketConnection

@@ -49,7 +49,7 @@ from pagenet import (
     register,
     serve,
 )
-from pagenet.lane import CHUNK_BYTES
+from pagenet.background import CHUNK_BYTES
 from pagenet.session import receive_exactly
 from pagenet.testing import MemoryTransport
 from pagenet.transport import Connection

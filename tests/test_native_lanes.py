@@ -23,7 +23,7 @@ from lanes import MADV_DONTNEED, MADV_REMOVE, PAGE, Call, Driver, Kind, Memory, 
 from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
-from pagenet.lane import CHUNK_BYTES
+from pagenet.background import CHUNK_BYTES
 from pagenet.protocol import Class, Encoding, OutstandingRequests, Reply
 from pagenet.residency import State
 from pagenet.uffd import Feature, Userfaultfd, probe

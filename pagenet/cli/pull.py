@@ -43,9 +43,10 @@ def _parser() -> Parser:
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
     parser.add_argument(
         "--background",
-        choices=[*SCHEDULES, "off"],
-        default="linear",
-        help="order in which untouched pages come; off: touched pages only (default: %(default)s)",
+        choices=SCHEDULES,
+        default="hot",
+        help="order in which untouched pages come: near the faults first (hot), on from the last fault, from the first page to "
+        "the last; off: touched pages only (default: %(default)s)",
     )
     parser.add_argument(
         "--background-lanes",

@@ -16,6 +16,7 @@ from ._progress import complete_fields, make_progress, print_summary
 __all__ = ["main"]
 
 _PROG = "pagenet-qemu"
+_ORDERS = [name for name in SCHEDULES if name != "off"]  # a guest is here when all of it is
 _WORDS = {
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
     "listening": "waiting for a guest on {uri}",
@@ -35,7 +36,7 @@ def _parser() -> Parser:
     incoming = commands.add_parser("incoming", help=words, description=words)
     incoming.add_argument("--listen", metavar="URI", required=True, help="where the source dials: tcp://HOST:PORT, unix:PATH")
     incoming.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
-    incoming.add_argument("--background", choices=list(SCHEDULES), default="linear", help="order in which untouched pages come")
+    incoming.add_argument("--background", choices=_ORDERS, default="hot", help="order in which untouched pages come (hot)")
     incoming.add_argument(
         "--background-lanes", type=count, default=1, metavar="N", help="connections for them (default: 1)"
     )

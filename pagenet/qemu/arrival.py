@@ -54,7 +54,7 @@ async def receive(
     *,
     listen: str,
     plaintext: bool = False,
-    background: str = "linear",
+    background: str = "hot",
     background_lanes: int = 1,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),

@@ -1,0 +1,104 @@
+"""What is brought that nobody waits for: in which order, how fast, and whether at all. All of it changes while it goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from math import inf
+
+import trio
+
+from .errors import UsageError
+from .region import Run
+from .schedule import Schedule
+
+__all__ = ["CHUNK_BYTES", "Background"]
+
+# Background asked for at a time. 256 KiB amortise the cost of a reply.
+CHUNK_BYTES = 256 << 10
+# Faults that a schedule is told of when it takes over.
+REMEMBERED = 4096
+# How much a lane in Trio that was late may catch up on, in seconds: Trio's timers are no better.
+CATCH_UP = 0.005
+
+
+class Background:
+    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are asked for at a time."""
+
+    def __init__(self, schedule: Schedule | None, chunk: int = CHUNK_BYTES) -> None:
+        self.chunk = chunk
+        self._schedule = schedule
+        self._paused = False
+        self._max_bandwidth: int | None = None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._paid_until = -inf
+        #: told of each batch of pages that threads waited for, in their order
+        self.observers: list[Callable[[Sequence[int]], None]] = []
+        #: called when the background was paused or resumed, or may be faster or slower: by whoever drives the lanes
+        self.on_limit: Callable[[], None] = lambda: None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self._schedule
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @property
+    def max_bandwidth(self) -> int | None:
+        """Bytes a second, of all its lanes together; None: no limit."""
+        return self._max_bandwidth
+
+    def set_schedule(self, schedule: Schedule | None) -> None:
+        """From now on; what was named before comes all the same. The new schedule hears of the latest faults."""
+        self._schedule = schedule
+        if schedule is not None and self._recent:
+            for page, at in self._recent:
+                schedule.note_faults([page], at)
+        self._waiting.unpark_all()
+
+    def pause(self) -> None:
+        """Ask for nothing more; what was asked for comes."""
+        self._paused = True
+        self.on_limit()
+
+    def resume(self) -> None:
+        self._paused = False
+        self.on_limit()
+        self._waiting.unpark_all()
+
+    def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
+        """:exc:`UsageError` if that is less than a byte."""
+        if bytes_per_second is not None and bytes_per_second < 1:
+            raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second: pausing the background is another matter")
+        self._max_bandwidth = bytes_per_second
+        self.on_limit()
+
+    def note_faults(self, pages: Sequence[int]) -> None:
+        """Threads have waited for these pages, in this order."""
+        now = trio.current_time()
+        self._recent.extend((page, now) for page in pages)
+        if self._schedule is not None:
+            self._schedule.note_faults(pages, now)
+        for observe in self.observers:
+            observe(pages)
+
+    async def next_run(self, max_bytes: int) -> Run:
+        """What to ask for next; waits while there is nothing, or while paused."""
+        while True:
+            if not self._paused and self._schedule is not None:
+                run = self._schedule.next_run(max_bytes)
+                if run is not None:
+                    return run
+            await self._waiting.park()
+
+    async def wait_turn(self, size: int) -> None:
+        """Return when so many bytes may be asked for: for lanes in Trio. Those in C have the same rule of their own."""
+        while self._max_bandwidth is not None:
+            now = trio.current_time()
+            if self._paid_until <= now:
+                self._paid_until = max(self._paid_until, now - CATCH_UP) + size / self._max_bandwidth
+                return
+            await trio.sleep(self._paid_until - now)

@@ -1,0 +1,41 @@
+"""The order in which the background fills what nobody has touched yet: faults in, runs out.
+
+Policy alone: no I/O, no clock, and nothing that a fault waits for. Faults come in batches, a little late, and some may be
+missing; a schedule that hears of none goes from the first page to the last. What it remembers is bounded, whatever the size
+of the region and the number of faults; what one decision costs is bounded too, but for the search through pages that are
+there already, a byte each, in C.
+"""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from ..region import Region
+from ..residency import Residency
+from ._follow import Follow
+from ._hot import Hot
+from ._linear import Linear
+from ._schedule import Schedule
+
+__all__ = ["SCHEDULES", "Follow", "Hot", "Linear", "Schedule", "check_schedule", "make_schedule"]
+
+#: by name, in the order in which people should read of them
+SCHEDULES = ("hot", "follow", "linear", "off")
+
+
+def check_schedule(name: str) -> None:
+    """:exc:`UsageError` if there is no schedule of that name."""
+    if name not in SCHEDULES:
+        raise UsageError(f"no background order {name!r}: there are {', '.join(SCHEDULES)}")
+
+
+def make_schedule(name: str, region: Region, residency: Residency) -> Schedule | None:
+    """The schedule of that name; None for ``off``. :exc:`UsageError` if there is none."""
+    check_schedule(name)
+    match name:
+        case "hot":
+            return Hot(region, residency)
+        case "follow":
+            return Follow(region, residency)
+        case "linear":
+            return Linear(region, residency)
+    return None

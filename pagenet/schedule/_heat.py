@@ -1,0 +1,65 @@
+"""Which areas faults are in, and how lately: a ranking that forgets."""
+
+from __future__ import annotations
+
+import math
+from heapq import heapify, heappop, heappush
+
+__all__ = ["Ranking"]
+
+
+class Ranking:
+    """Keys by heat, of which each loses half in ``half_life`` seconds. At most ``most`` keys: the coldest are forgotten.
+
+    Heat is kept as the logarithm of what it would be now had it not decayed: as all heat decays alike, the order does not
+    depend on when it is looked at, and nothing has to be touched for time to pass.
+    """
+
+    def __init__(self, half_life: float, most: int) -> None:
+        self._half_life = half_life
+        self._most = most
+        self._heat: dict[int, float] = {}
+        self._heap: list[tuple[float, int]] = []  # those ranked; entries that no longer agree with _heat are void
+
+    def __len__(self) -> int:
+        return len(self._heat)
+
+    def warm(self, key: int, now: float, amount: float = 1.0) -> None:
+        """Add heat, and rank it (again)."""
+        heat = now / self._half_life + math.log2(amount)
+        old = self._heat.get(key)
+        if old is not None:
+            high, low = max(heat, old), min(heat, old)
+            heat = high + math.log2(1 + 2.0 ** (low - high))
+        self._heat[key] = heat
+        heappush(self._heap, (-heat, key))
+        if len(self._heat) > self._most:
+            self._forget()
+        elif len(self._heap) > 4 * self._most:
+            self._compact()
+
+    def hottest(self) -> int | None:
+        """The key of the most heat among those ranked."""
+        while self._heap:
+            heat, key = self._heap[0]
+            if self._heat.get(key) == -heat:
+                return key
+            heappop(self._heap)
+        return None
+
+    def unrank(self, key: int) -> None:
+        """Nothing is to be done about the hottest key, until it gets more heat."""
+        if self.hottest() == key:
+            heat, _ = heappop(self._heap)
+            while self._heap and self._heap[0] == (heat, key):
+                heappop(self._heap)
+
+    def _forget(self) -> None:
+        """The colder half. So often only that each key's share of it is small."""
+        kept = sorted(self._heat, key=self._heat.__getitem__)[len(self._heat) // 2 :]
+        self._heat = {key: self._heat[key] for key in kept}
+        self._compact()
+
+    def _compact(self) -> None:
+        self._heap = list({entry for entry in self._heap if self._heat.get(entry[1]) == -entry[0]})
+        heapify(self._heap)
