@@ -10,7 +10,7 @@ from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
-    "uffd.c", "place.c", "residency.c", "memory.c", "thread.c", "dest.c", "lane.c", "source.c",
+    "uffd.c", "place.c", "residency.c", "memory.c", "thread.c", "pack.c", "choice.c", "dest.c", "lane.c", "source.c",
     "pattern.c", "workload.c", "bench.c",
 ]  # fmt: skip
 
@@ -28,6 +28,7 @@ ffibuilder.set_source(
     '#include "pagenet.h"',
     sources=[str(HERE / name) for name in SOURCES],
     include_dirs=[str(HERE)],
+    libraries=["lz4"],
     depends=[str(HERE / "pagenet.h")],
     extra_compile_args=[
         "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",

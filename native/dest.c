@@ -9,16 +9,9 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { MOVE_WORTHWHILE = 8, ZEROS = 64 /* pages of them written at once */ };
-
-uint64_t pn_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- life ---- */
 

@@ -2,6 +2,7 @@
 #ifndef PAGENET_DEST_H
 #define PAGENET_DEST_H
 #include "pagenet.h"
+#include "thread.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -30,7 +31,6 @@ struct pn_dest {
     char *zeros; /* one page of the largest size */
 };
 
-uint64_t pn_now(void);
 const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page);
 const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address);
 

@@ -46,6 +46,7 @@ struct current {
     struct slot *slot;
     uint8_t class_;
     bool failed; /* what comes is not pages, but the reason why there are none */
+    uint32_t packed; /* bytes in which they come compressed, 0: as they are */
     uint64_t first, count; /* pages of ours, still to come */
 };
 
@@ -64,8 +65,8 @@ struct lane {
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
     struct current current;
-    uint8_t *stage;
-    size_t stage_size, have;
+    uint8_t *stage, *unpacked;
+    size_t stage_size, stage_room, have;
     uint64_t piece_count; /* pages in the piece under way, 0: none */
     bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
     struct pn_event deferred[EVENTS]; /* faults on pages that are in place, not answered yet: the owner's memory is changing */
@@ -103,7 +104,7 @@ static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uin
     struct pn_request request = {
         .id = slot->id,
         .class_ = (uint8_t)class_,
-        .encodings = 1 << PN_RAW | 1 << PN_ZEROS,
+        .encodings = (uint8_t)lane->dest->config.encodings,
         .unit_shift = (uint8_t)piece->shift,
         .first = wire,
         .count = (uint32_t)(pages << piece->shift),
@@ -412,10 +413,13 @@ static bool check_pages(struct lane *lane, const struct pn_reply *reply, const s
     if (reply->first != slot->next || !reply->count || reply->count > slot->end - slot->next || reply->count & ((1u << shift) - 1))
         return is_wrong(lane, "the peer answers out of turn: with %u pages from page %llu on", reply->count,
                         (unsigned long long)reply->first);
-    uint64_t size = reply->encoding == PN_RAW ? (reply->count >> shift) * slot->piece->page_size : 0;
-    if (reply->length != size)
+    uint64_t size = (reply->count >> shift) * slot->piece->page_size;
+    bool fits = reply->encoding == PN_LZ4 ? reply->length && reply->length < size : reply->length == (reply->encoding ? 0 : size);
+    if (!fits)
         return is_wrong(lane, "the peer announces %u bytes for %u pages of %llu bytes in all", reply->length, reply->count,
-                        (unsigned long long)size);
+                        (unsigned long long)(reply->encoding == PN_ZEROS ? 0 : size));
+    if (reply->encoding == PN_LZ4 && size > PN_MAX_LZ4_BYTES)
+        return is_wrong(lane, "the peer compresses %llu bytes at once (limit %d)", (unsigned long long)size, PN_MAX_LZ4_BYTES);
     return true;
 }
 
@@ -425,7 +429,7 @@ static bool check_reply(struct lane *lane, const struct pn_reply *reply, const s
         return is_wrong(lane, "the peer answers request %u, which is not open", reply->id);
     if (reply->class_ != slot->class_ || reply->reserved)
         return is_wrong(lane, "the peer's reply is of another class than its request");
-    if (reply->encoding == PN_LZ4)
+    if (reply->encoding == PN_LZ4 && !(lane->dest->config.encodings & 1 << PN_LZ4))
         return is_wrong(lane, "the peer compresses with lz4, which was not asked for");
     if (reply->encoding > PN_LZ4 && reply->encoding != PN_FAILED)
         return is_wrong(lane, "the peer names encoding %u, which is unknown", reply->encoding);
@@ -500,6 +504,7 @@ static void begin_reply(struct lane *lane) {
         .slot = slot,
         .class_ = slot->class_,
         .failed = reply->encoding == PN_FAILED,
+        .packed = reply->encoding == PN_LZ4 ? reply->length : 0,
         .first = piece->first + ((reply->first - piece->wire_first) >> piece->shift),
         .count = reply->count >> piece->shift,
     };
@@ -517,6 +522,21 @@ static void finish_reply(struct lane *lane) {
     if (slot->next == slot->end)
         close_slot(lane, slot);
     lane->current = (struct current){0};
+}
+
+/* All of a compressed reply is here. Nothing is claimed, and nothing written where anybody sees it, before it is known to be right. */
+static void use_packed(struct lane *lane, const uint8_t *bytes) {
+    struct current *current = &lane->current;
+    uint64_t pages = current->count, size = pages * current->slot->piece->page_size;
+    if (pn_unpack(bytes, current->packed, lane->unpacked, size)) {
+        is_wrong(lane, "the peer's %u compressed bytes are not %llu pages", current->packed, (unsigned long long)pages);
+        return;
+    }
+    count(lane, current->class_, PN_LZ4_RUNS, 1);
+    count(lane, current->class_, PN_LZ4_BYTES, size);
+    count(lane, current->class_, PN_LZ4_WIRE_BYTES, sizeof lane->header + current->packed);
+    place_staged(lane, pages, lane->unpacked);
+    finish_reply(lane);
 }
 
 static void fail(struct lane *lane, const uint8_t *reason) {
@@ -541,6 +561,13 @@ static size_t use(struct lane *lane, const uint8_t *bytes, size_t length) {
             fail(lane, bytes);
         return 0;
     }
+    if (lane->current.packed) {
+        size_t packed = lane->current.packed;
+        if (length < packed)
+            return 0;
+        use_packed(lane, bytes);
+        return packed;
+    }
     uint64_t page_size = lane->current.slot->piece->page_size;
     uint64_t pages = at_most(length / page_size, lane->current.count);
     if (pages)
@@ -561,9 +588,10 @@ static void use_all(struct lane *lane) {
 }
 
 static void receive_staged(struct lane *lane) {
+    size_t most = lane->current.packed > lane->stage_size ? lane->current.packed : lane->stage_size;
     ssize_t got;
     do {
-        got = recv(lane->config->sock, lane->stage + lane->have, lane->stage_size - lane->have, MSG_DONTWAIT);
+        got = recv(lane->config->sock, lane->stage + lane->have, most - lane->have, MSG_DONTWAIT);
     } while (got < 0 && errno == EINTR);
     if (got > 0) {
         lane->have += (size_t)got;
@@ -618,6 +646,11 @@ static int next_buffers(struct lane *lane, struct iovec *buffers) {
         buffers[0] = (struct iovec){lane->stage + lane->have, lane->header.length - lane->have};
         return 1;
     }
+    if (lane->current.packed) {
+        buffers[0] = (struct iovec){lane->stage + lane->have, lane->current.packed - lane->have};
+        buffers[1] = (struct iovec){&lane->header, sizeof lane->header};
+        return 2;
+    }
     if (!lane->piece_count)
         begin_piece(lane);
     size_t size = lane->piece_count * lane->current.slot->piece->page_size;
@@ -650,7 +683,10 @@ static void came(struct lane *lane, size_t got, size_t wanted) {
     } else if (got < wanted) {
         lane->have += got;
     } else {
-        finish_piece(lane); /* which needs no header: the next one may have come behind the piece */
+        if (lane->current.packed) /* neither needs the header: the next one may have come behind the piece */
+            use_packed(lane, lane->stage);
+        else
+            finish_piece(lane);
         lane->have = got - wanted;
         if (!lane->current.slot && !lane->ended)
             header_came(lane);
@@ -742,15 +778,16 @@ static bool prepare(struct lane *lane) {
     lane->sock_events = lane->work_events = lane->stop_events = UNWATCHED;
     lane->stage_size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
     /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages out of it. */
-    size_t room = lane->stage_size + (is_demand(lane) ? 64 << 10 : 0);
-    lane->stage = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    lane->stage_size += is_demand(lane) ? 64 << 10 : 0;
+    lane->stage_room = lane->stage_size > PN_MAX_LZ4_BYTES ? lane->stage_size : PN_MAX_LZ4_BYTES;
+    lane->stage = mmap(NULL, lane->stage_room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    lane->unpacked = mmap(NULL, PN_MAX_LZ4_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     lane->slots = calloc(SLOTS, sizeof *lane->slots);
     lane->free_slots = calloc(SLOTS, sizeof *lane->free_slots);
     lane->outbox = malloc(OUTBOX);
-    if (lane->epoll < 0 || lane->stage == MAP_FAILED || !lane->slots || !lane->free_slots || !lane->outbox)
+    if (lane->epoll < 0 || lane->stage == MAP_FAILED || lane->unpacked == MAP_FAILED || !lane->slots || !lane->free_slots ||
+        !lane->outbox)
         return false;
-    if (is_demand(lane))
-        lane->stage_size = room;
     for (uint32_t i = 0; i < SLOTS; i++) {
         lane->slots[i].id = i;
         lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
@@ -764,7 +801,9 @@ static void clean_up(struct lane *lane) {
     if (lane->epoll >= 0)
         close(lane->epoll);
     if (lane->stage != MAP_FAILED)
-        munmap(lane->stage, lane->stage_size);
+        munmap(lane->stage, lane->stage_room);
+    if (lane->unpacked != MAP_FAILED)
+        munmap(lane->unpacked, PN_MAX_LZ4_BYTES);
     free(lane->slots);
     free(lane->free_slots);
     free(lane->outbox);
@@ -777,7 +816,7 @@ static void loop(void *argument) {
 }
 
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
-    struct lane lane = {.config = config, .dest = config->dest, .end = end, .stage = MAP_FAILED};
+    struct lane lane = {.config = config, .dest = config->dest, .end = end, .stage = MAP_FAILED, .unpacked = MAP_FAILED};
     if (!prepare(&lane) || pn_run_loop(!is_demand(&lane), loop, &lane))
         end_lane(&lane, PN_END_NO_MEMORY, ENOMEM, "");
     clean_up(&lane);

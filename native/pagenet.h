@@ -102,12 +102,15 @@ enum pn_counter {
     PN_REQUESTS,   /* requests sent */
     PN_FAULTS,     /* fault events of this class answered */
     PN_DEFERRED,   /* times that placing had to wait for the owner's events to be read */
+    PN_LZ4_RUNS,   /* of RUNS, those that came compressed */
+    PN_LZ4_BYTES,  /* of their pages */
+    PN_LZ4_WIRE_BYTES, /* of WIRE_BYTES, what was received for them */
     PN_COUNTERS,
 };
 
 /* Latency in ns, log2 with 8 linear steps an octave: bucket of v is v below 16, else 8*(log2(v)-2) + the next 3 bits. */
 struct pn_class_stats {
-    uint64_t counters[9];
+    uint64_t counters[12];
     uint64_t latency[320];
 };
 
@@ -179,6 +182,7 @@ struct pn_dest_config {
     uint32_t forward, backward;     /* prefetch window, pages */
     struct pn_fault_log *faults;    /* NULL: nobody wants to know */
     int faults_fd;                  /* eventfd of its reader */
+    int encodings;                  /* that are asked for, a bit each */
 };
 
 struct pn_dest;
@@ -231,6 +235,46 @@ struct pn_lane_config {
 /* Runs the lane until it ends, and says why. */
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end);
 
+/* ---- pack.c: pages as one LZ4 block behind a checksum -------------------------------------------------------------------- */
+
+enum { PN_LZ4_GAIN = 16 /* compressed is worth it if one byte in so many is saved */ };
+uint64_t pn_pack_state(void); /* bytes of memory, 8-byte aligned, that pn_pack works in */
+/* The pages (2 MiB of them at most), packed, into `to`, which has room for as many bytes: how many it took, or 0 if not enough
+ * would be saved. */
+uint64_t pn_pack(void *state, const void *pages, uint64_t size, void *to);
+/* -EBADMSG: these bytes are not what `size` bytes of pages become. `pages` then holds anything. */
+int pn_unpack(const void *from, uint64_t length, void *pages, uint64_t size);
+
+/* ---- choice.c: whether to compress ------------------------------------------------------------------------------------- */
+
+/* Times in ns; rates in ns a byte. All zero is not a beginning: pn_choice_init. */
+struct pn_choice {
+    int mode;
+    int sampled;        /* in this period */
+    int is_probing;     /* not compressing just to see what that is like */
+    double raw_ns;      /* a byte of a page, as it is */
+    double packed_ns;   /* and compressed */
+    double pack_ns;     /* the processor's time to compress it */
+    double left;        /* of a byte when compressed; below 0: not known */
+    uint64_t settle;    /* bytes to let pass before what is seen counts */
+    uint64_t bytes, wire, busy, work; /* in this period: of pages, on the wire; time busy, and of that with work of ours */
+    uint64_t mark;      /* busy time is counted up to here */
+    uint64_t until;     /* no trial before, no probe before */
+    uint64_t pause, probe;
+};
+void pn_choice_init(struct pn_choice *choice);
+int pn_choice_packs(const struct pn_choice *choice);
+/* Whether it pays even for a page that somebody waits for, where compressing, sending and decompressing come one after the other. */
+int pn_choice_prompt(const struct pn_choice *choice);
+/* It would be good to have a sample compressed. */
+int pn_choice_wants_sample(const struct pn_choice *choice, uint64_t now);
+/* Compressing `size` bytes took so long and left `length`, or (0) too many. */
+void pn_choice_tried(struct pn_choice *choice, uint64_t size, uint64_t length, uint64_t ns);
+/* There was nothing to do until now. */
+void pn_choice_resume(struct pn_choice *choice, uint64_t now);
+/* From `began` to `now` so many bytes of pages were given to the socket, as so many on the wire. */
+void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now);
+
 /* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
 
 struct pn_source_block {
@@ -244,12 +288,17 @@ struct pn_source_block {
     int pidfd;
 };
 struct pn_source;
+/* What the loops of a source tell each other of a destination's link: whether compressing pays even for a page that somebody
+ * waits for. Destinations of the same number (modulo 256) share: a wrong guess costs microseconds. */
+struct pn_links {
+    uint8_t prompt[256];
+};
 /* NULL: no memory, or no descriptors. ended_fd: eventfd, written when pn_source_ended has something to say. */
-struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, int ended_fd);
+struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, struct pn_links *links, int ended_fd);
 void pn_source_free(struct pn_source *source);
-/* Serve the peer at non-blocking socket `sock` from now on, which the source then owns; unread: what was received from it
- * already. From any thread. */
-int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length);
+/* Serve the peer at non-blocking socket `sock` from now on, which the source then owns; link: its destination's number; unread:
+ * what was received from it already. From any thread. */
+int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link, const void *unread, uint64_t length);
 int pn_source_remove(struct pn_source *source, uint64_t id);
 /* The loop: until pn_source_stop, or until the memory cannot be read (PN_END_FAILED). background: nobody waits for what these
  * connections bring. */

@@ -8,9 +8,11 @@
 #include "wire.h"
 
 #include <errno.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -18,6 +20,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -29,6 +32,8 @@ enum {
     SENDFILE_MIN = 64 << 10, /* below, one read and one send are cheaper than a send and a sendfile */
     TURNS = 4,               /* chunks for one connection before the next has its turn */
     MAX_RUNS = CHUNK / 4096,
+    LZ4_BLOCK = 128 << 10,   /* compressed at a time: both sides have it in the cache then */
+    SAMPLE = 32 << 10,       /* compressed to see what that would be like */
 };
 
 struct conn {
@@ -45,6 +50,10 @@ struct conn {
     off_t file_at;
     size_t file_left;
     bool is_local; /* the peer is on this host, as far as its address says */
+    uint8_t link;
+    bool idle; /* has answered all that was asked */
+    struct pn_choice choice;
+    uint64_t bytes, wire; /* of the chunk being answered: of pages that are not zero, and what is sent */
     bool ended;
 };
 
@@ -73,6 +82,9 @@ struct pn_source {
     bool lost;
     uint8_t *buffer; /* CHUNK bytes, or one unit if that is larger */
     size_t buffer_size;
+    uint8_t *packed; /* what the buffer becomes when compressed */
+    void *pack_state;
+    struct pn_links *links;
 };
 
 /* One stretch of a chunk: zero or not. */
@@ -83,19 +95,20 @@ struct stretch {
 
 /* ---- life ---- */
 
-struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, int ended_fd) {
+struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, struct pn_links *links, int ended_fd) {
     struct pn_source *source = calloc(1, sizeof *source);
     if (!source)
         return NULL;
     *source = (struct pn_source){
         .blocks = blocks, .block_count = count, .ended_fd = ended_fd, .buffer_size = CHUNK,
         .epoll = epoll_create1(EPOLL_CLOEXEC), .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .buffer = malloc(CHUNK),
+        .packed = malloc(PN_MAX_LZ4_BYTES), .pack_state = malloc(pn_pack_state()), .links = links,
     };
     source->last_command = &source->commands;
     source->last_ended = &source->ended;
     pthread_mutex_init(&source->lock, NULL);
     struct epoll_event wake = {.events = EPOLLIN, .data.ptr = NULL};
-    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer ||
+    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer || !source->packed || !source->pack_state ||
         epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
         pn_source_free(source);
         return NULL;
@@ -130,6 +143,8 @@ void pn_source_free(struct pn_source *source) {
         close(source->wake_fd);
     pthread_mutex_destroy(&source->lock);
     free(source->buffer);
+    free(source->packed);
+    free(source->pack_state);
     free(source);
 }
 
@@ -165,7 +180,7 @@ static bool is_local(int sock) {
     return here.any.sa_family == AF_UNIX;
 }
 
-int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *unread, uint64_t length) {
+int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link, const void *unread, uint64_t length) {
     struct conn *conn = calloc(1, sizeof *conn);
     if (!conn)
         return -ENOMEM;
@@ -176,6 +191,9 @@ int pn_source_add(struct pn_source *source, int sock, uint64_t id, const void *u
     conn->id = id;
     conn->sock = sock;
     conn->is_local = is_local(sock);
+    conn->link = (uint8_t)link;
+    conn->idle = true;
+    pn_choice_init(&conn->choice);
     memcpy(conn->in, unread, length);
     conn->in_end = length;
     int error = command(source, conn, id);
@@ -409,6 +427,8 @@ static struct pn_reply reply_to(const struct pn_request *request, uint8_t encodi
                              .count = (uint32_t)pages, .length = (uint32_t)length};
 }
 
+static size_t at_most(size_t size, size_t limit) { return size < limit ? size : limit; }
+
 static void advance(struct pn_request *request, uint64_t pages) {
     request->first += pages;
     request->count -= (uint32_t)pages;
@@ -428,32 +448,98 @@ static void tell_lost(struct pn_source *source, struct conn *conn) {
 static void answer_zero(struct pn_source *source, struct conn *conn, uint64_t pages) {
     struct pn_reply reply = reply_to(&conn->request, PN_ZEROS, pages, 0);
     struct iovec part = {&reply, sizeof reply};
+    conn->wire += sizeof reply;
     advance(&conn->request, pages);
     send_parts(source, conn, &part, 1, 0);
 }
 
-/* Read the pages, and send headers and payload of all stretches at once. */
-static void answer_by_copy(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
-                           uint64_t unit) {
-    if (!read_pages(source, block, conn->request.first, source->buffer, pages * block->page_size))
-        return;
+/* Whether the request's next pages are to be compressed. */
+static bool packs(const struct pn_source *source, const struct conn *conn) {
+    const struct pn_request *request = &conn->request;
+    if (!(request->encodings & 1 << PN_LZ4))
+        return false;
+    if (!(request->encodings & 1 << PN_RAW)) /* it wants what can be had, whatever that costs */
+        return true;
+    if (request->class_ == PN_BACKGROUND)
+        return pn_choice_packs(&conn->choice);
+    return atomic_load_explicit((_Atomic uint8_t *)&source->links->prompt[conn->link], memory_order_relaxed);
+}
+
+/* Compress pages, if that makes them smaller: into how many bytes, or 0. */
+static size_t pack(struct pn_source *source, struct conn *conn, const uint8_t *pages, size_t size, uint8_t *to) {
+    uint64_t began = pn_now(), length = pn_pack(source->pack_state, pages, size, to);
+    pn_choice_tried(&conn->choice, size, length, pn_now() - began);
+    return length;
+}
+
+static bool is_choosing(const struct conn *conn) {
+    int both = 1 << PN_RAW | 1 << PN_LZ4;
+    return conn->request.class_ == PN_BACKGROUND && (conn->request.encodings & both) == both;
+}
+
+/* Whether to see what compressing the pages at hand would be like. */
+static bool wants_sample(const struct conn *conn) {
+    return is_choosing(conn) && pn_choice_wants_sample(&conn->choice, conn->choice.mark);
+}
+
+/* Headers and payloads of what is sent at once. */
+struct batch {
     struct pn_reply replies[MAX_RUNS];
     struct iovec parts[2 * MAX_RUNS];
-    int runs = 0, count = 0;
-    uint8_t *at = source->buffer;
+    int runs, count;
+};
+
+static void add_reply(struct batch *batch, struct conn *conn, uint8_t encoding, uint64_t pages, uint8_t *payload, size_t length) {
+    batch->replies[batch->runs] = reply_to(&conn->request, encoding, pages, length);
+    batch->parts[batch->count++] = (struct iovec){&batch->replies[batch->runs++], sizeof batch->replies[0]};
+    if (length)
+        batch->parts[batch->count++] = (struct iovec){payload, length};
+    conn->wire += sizeof batch->replies[0] + length;
+    advance(&conn->request, pages);
+}
+
+/* Pages that are not zero, in blocks of whole units, each compressed if that makes it smaller. */
+static void add_packed(struct pn_source *source, struct batch *batch, struct conn *conn, uint8_t *at, uint64_t pages,
+                       uint64_t page_size, uint64_t unit, uint8_t **to) {
+    uint64_t most = LZ4_BLOCK / page_size / unit * unit;
+    for (uint64_t here; pages; pages -= here, at += here * page_size) {
+        here = !most ? unit : pages < most ? pages : most;
+        size_t size = here * page_size, length = size <= PN_MAX_LZ4_BYTES ? pack(source, conn, at, size, *to) : 0;
+        if (length)
+            add_reply(batch, conn, PN_LZ4, here, *to, length);
+        else
+            add_reply(batch, conn, PN_RAW, here, at, size);
+        *to += length;
+    }
+}
+
+/* Read the pages, and send headers and payload of all stretches at once. */
+static void answer_by_copy(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
+                           uint64_t unit, bool packing) {
+    if (!read_pages(source, block, conn->request.first, source->buffer, pages * block->page_size))
+        return;
+    struct batch batch;
+    batch.runs = batch.count = 0;
+    uint8_t *at = source->buffer, *to = source->packed;
     for (uint64_t left = pages; left;) {
         int zero;
         uint64_t run = pn_zero_run(at, left / unit, unit * block->page_size, &zero) * unit;
         size_t size = run * block->page_size;
-        replies[runs] = reply_to(&conn->request, zero ? PN_ZEROS : PN_RAW, run, zero ? 0 : size);
-        parts[count++] = (struct iovec){&replies[runs++], sizeof replies[0]};
         if (!zero)
-            parts[count++] = (struct iovec){at, size};
-        advance(&conn->request, run);
+            conn->bytes += size;
+        if (zero) {
+            add_reply(&batch, conn, PN_ZEROS, run, NULL, 0);
+        } else if (packing) {
+            add_packed(source, &batch, conn, at, run, block->page_size, unit, &to);
+        } else {
+            if (wants_sample(conn))
+                pack(source, conn, at, at_most(size, SAMPLE), source->packed);
+            add_reply(&batch, conn, PN_RAW, run, at, size);
+        }
         at += size;
         left -= run;
     }
-    send_parts(source, conn, parts, count, 0);
+    send_parts(source, conn, batch.parts, batch.count, 0);
 }
 
 /* One stretch of the chunk: look where it ends, then let the kernel send it from the file. */
@@ -474,11 +560,15 @@ static void answer_by_sendfile(struct pn_source *source, struct conn *conn, cons
     }
     size_t size = stretches[0].pages * block->page_size;
     if (size < SENDFILE_MIN) { /* splintered by zero pages: not worth a sendfile each */
-        answer_by_copy(source, conn, block, pages, unit);
+        answer_by_copy(source, conn, block, pages, unit, false);
         return;
     }
     struct pn_reply reply = reply_to(&conn->request, PN_RAW, stretches[0].pages, size);
     struct iovec part = {&reply, sizeof reply};
+    if (wants_sample(conn) && read_pages(source, block, conn->request.first, source->buffer, at_most(size, SAMPLE)))
+        pack(source, conn, source->buffer, at_most(size, SAMPLE), source->packed);
+    conn->bytes += size;
+    conn->wire += sizeof reply + size;
     conn->file = block;
     conn->file_at = (off_t)((conn->request.first - block->first) * block->page_size);
     conn->file_left = size;
@@ -498,23 +588,47 @@ static bool make_room(struct pn_source *source, size_t size) {
     return true;
 }
 
-static void answer_chunk(struct pn_source *source, struct conn *conn) {
+static void answer_pages(struct pn_source *source, struct conn *conn) {
     const struct pn_request *request = &conn->request;
     const struct pn_source_block *block = block_of(source, request->first);
     uint64_t unit = 1ull << request->unit_shift, most = CHUNK / block->page_size / unit * unit;
     uint64_t pages = request->count < most ? request->count : most ? most : unit;
+    bool packing = packs(source, conn);
     if (!make_room(source, unit * block->page_size))
         end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
     else if (block->pid > 0 || pages * block->page_size < SENDFILE_MIN) /* a hole reads as zeros: no need to ask for it */
-        answer_by_copy(source, conn, block, pages, unit);
+        answer_by_copy(source, conn, block, pages, unit, packing);
     else if (is_hole(block, request->first, request->count))
         answer_zero(source, conn, request->count);
-    else if (conn->is_local) /* sendfile would leave the copying, from cold memory, to the destination's busier loop */
-        answer_by_copy(source, conn, block, pages, unit);
+    else if (packing || conn->is_local) /* sendfile would leave the copying, from cold memory, to the destination's busier loop */
+        answer_by_copy(source, conn, block, pages, unit, packing);
     else
         answer_by_sendfile(source, conn, block, pages, unit);
     if (source->lost)
         tell_lost(source, conn);
+}
+
+/* Nothing was asked for and everything had arrived: the time until now says nothing about the link. */
+static bool was_drained(struct conn *conn) {
+    int waiting = 0;
+    bool idle = conn->idle;
+    conn->idle = false;
+    return idle && !ioctl(conn->sock, SIOCOUTQ, &waiting) && !waiting;
+}
+
+static void answer_chunk(struct pn_source *source, struct conn *conn) {
+    if (!is_choosing(conn)) {
+        answer_pages(source, conn);
+        return;
+    }
+    uint64_t began = pn_now();
+    if (was_drained(conn))
+        pn_choice_resume(&conn->choice, began);
+    conn->bytes = conn->wire = 0;
+    answer_pages(source, conn);
+    pn_choice_answered(&conn->choice, conn->bytes, conn->wire, began, pn_now());
+    atomic_store_explicit((_Atomic uint8_t *)&source->links->prompt[conn->link], (uint8_t)pn_choice_prompt(&conn->choice),
+                          memory_order_relaxed);
 }
 
 static bool is_wrong(struct pn_source *source, struct conn *conn, const char *format, ...) {
@@ -561,8 +675,12 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
 /* True: it could go on at once, but others have their turn. */
 static bool answer(struct pn_source *source, struct conn *conn) {
     for (int turn = 0; turn < TURNS && !conn->ended && !source->lost; turn++) {
-        if (!flush(source, conn) || !next_request(source, conn))
+        if (!flush(source, conn))
             return false;
+        if (!next_request(source, conn)) {
+            conn->idle = true;
+            return false;
+        }
         answer_chunk(source, conn);
     }
     return true;

@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A thread that waits for a page, and the loop that answers it, need a CPU for microseconds, at once; the background uses all
@@ -58,4 +59,10 @@ int pn_run_loop(int background, void (*loop)(void *), void *argument) {
     if (!error)
         pthread_join(thread, NULL);
     return -error;
+}
+
+uint64_t pn_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }

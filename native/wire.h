@@ -9,7 +9,7 @@ static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "lane headers are read in place")
 
 enum { PN_RAW = 0, PN_ZEROS = 1, PN_LZ4 = 2, PN_FAILED = 255 };
 enum { PN_MAX_REQUEST_BYTES = 4 << 20, PN_MAX_REASON_BYTES = 1024, PN_MAX_UNIT_SHIFT = 18 };
-enum { PN_MAX_UNIT_BYTES = 1 << 30 };
+enum { PN_MAX_UNIT_BYTES = 1 << 30, PN_MAX_LZ4_BYTES = 2 << 20 };
 
 struct pn_request {
     uint32_t id;

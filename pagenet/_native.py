@@ -18,11 +18,14 @@ from typing import Any
 from ._pagenet import ffi, lib
 
 __all__ = [
+    "Choice",
     "Destination",
     "End",
     "FaultLog",
+    "Links",
     "Mapped",
     "NativeEvent",
+    "Packer",
     "Piece",
     "Placed",
     "Ring",
@@ -51,6 +54,7 @@ __all__ = [
     "uffd_register",
     "uffd_unregister",
     "uffd_wake",
+    "unpack",
 ]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -206,6 +210,62 @@ def _check_address(address: int) -> int:
     return address
 
 
+# ---- compression ----
+
+
+class Packer:
+    """Compresses pages, and knows nothing from one call to the next."""
+
+    def __init__(self) -> None:
+        self._state = ffi.new("uint64_t[]", lib.pn_pack_state() // 8 + 1)
+        self._room = bytearray()
+
+    def pack(self, pages: memoryview) -> memoryview | None:
+        """The pages, 2 MiB at most, as one LZ4 block behind their checksum, valid until the next call; None if that would save
+        too little."""
+        if len(self._room) < len(pages):
+            self._room = bytearray(len(pages))
+        length = lib.pn_pack(self._state, ffi.from_buffer(pages), len(pages), ffi.from_buffer(self._room))
+        return memoryview(self._room)[:length] if length else None
+
+
+def unpack(data: memoryview, into: memoryview) -> bool:
+    """Whether ``data`` is what as many bytes of pages as there is room for ``into`` become; they are there then."""
+    return not lib.pn_unpack(ffi.from_buffer(data), len(data), ffi.from_buffer(into), len(into))
+
+
+class Choice:
+    """``struct pn_choice``: whether one connection of a source's compresses. Times in ns, on one clock."""
+
+    def __init__(self) -> None:
+        self._choice = ffi.new("struct pn_choice *")
+        lib.pn_choice_init(self._choice)
+
+    @property
+    def packs(self) -> bool:
+        return bool(lib.pn_choice_packs(self._choice))
+
+    @property
+    def prompt(self) -> bool:
+        """Whether it pays even for a page that somebody waits for."""
+        return bool(lib.pn_choice_prompt(self._choice))
+
+    def wants_sample(self, now: int) -> bool:
+        return bool(lib.pn_choice_wants_sample(self._choice, now))
+
+    def tried(self, size: int, length: int, nanoseconds: int) -> None:
+        """Compressing ``size`` bytes left ``length``, or (0) too many."""
+        lib.pn_choice_tried(self._choice, size, length, nanoseconds)
+
+    def resume(self, now: int) -> None:
+        """There was nothing to do until now."""
+        lib.pn_choice_resume(self._choice, now)
+
+    def answered(self, size: int, wire: int, began: int, now: int) -> None:
+        """So many bytes of pages were sent as so many on the wire, which took from ``began`` to ``now``."""
+        lib.pn_choice_answered(self._choice, size, wire, began, now)
+
+
 # ---- residency and statistics ----
 
 STATES = {
@@ -229,6 +289,9 @@ COUNTERS = {
     "requests": lib.PN_REQUESTS,
     "faults": lib.PN_FAULTS,
     "deferred": lib.PN_DEFERRED,
+    "lz4_runs": lib.PN_LZ4_RUNS,
+    "lz4_bytes": lib.PN_LZ4_BYTES,
+    "lz4_wire_bytes": lib.PN_LZ4_WIRE_BYTES,
 }
 
 
@@ -351,6 +414,7 @@ class Destination:
         done_fd: int,
         prefetch: tuple[int, int],
         faults: FaultLog | None = None,
+        encodings: int,
     ) -> None:
         self._pieces = ffi.new("struct pn_piece[]", [astuple(piece) for piece in pieces])
         order = sorted(range(len(pieces)), key=lambda index: pieces[index].address)
@@ -363,6 +427,7 @@ class Destination:
         config.forward, config.backward = prefetch
         self._faults = faults
         config.faults, config.faults_fd = (ffi.NULL, -1) if faults is None else (faults.log, faults.fd)
+        config.encodings = encodings
         self._dest = lib.pn_dest_new(config)
         if self._dest == ffi.NULL:
             raise MemoryError("no memory for a transfer's lanes")
@@ -462,16 +527,24 @@ class SourceBlock:
     pidfd: int
 
 
+class Links:
+    """``struct pn_links``: what the loops of one source tell each other about destinations' links."""
+
+    def __init__(self) -> None:
+        self.links = ffi.new("struct pn_links *")
+
+
 class SourceLoop:
     """``struct pn_source``: one loop that answers any number of connections. ``background``: nobody waits for its pages."""
 
-    def __init__(self, blocks: Sequence[SourceBlock], background: bool) -> None:
+    def __init__(self, blocks: Sequence[SourceBlock], background: bool, links: Links | None = None) -> None:
         self._background = background
+        self._links = links or Links()
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
         named = zip(blocks, self._names, strict=True)
         self._blocks = ffi.new("struct pn_source_block[]", [{**asdict(block), "name": name} for block, name in named])
-        self._source = lib.pn_source_new(self._blocks, len(blocks), self.ended_fd)
+        self._source = lib.pn_source_new(self._blocks, len(blocks), self._links.links, self.ended_fd)
         if self._source == ffi.NULL:
             os.close(self.ended_fd)
             raise MemoryError("no memory, or no file descriptors, for a source's lanes")
@@ -492,9 +565,10 @@ class SourceLoop:
     def stop(self) -> None:
         lib.pn_source_stop(self._source)
 
-    def add(self, sock: int, number: int, unread: bytes) -> None:
-        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent already."""
-        _check(lib.pn_source_add(self._source, sock, number, unread, len(unread)))
+    def add(self, sock: int, number: int, unread: bytes, link: int = 0) -> None:
+        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent already; ``link``: a number that
+        its destination's connections have in common."""
+        _check(lib.pn_source_add(self._source, sock, number, link % 256, unread, len(unread)))
 
     def remove(self, number: int) -> None:
         if self._source is not None:

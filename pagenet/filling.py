@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 
 from .errors import HandshakeError
-from .protocol import Class
+from .protocol import Class, Encoding
 from .region import Run
 from .residency import Residency, State
 from .statistics import TransferStatistics
@@ -44,6 +44,8 @@ class Filling:
         self.on_fault: Callable[[int], None] = lambda page: None
         #: pages asked for behind and before a page that somebody waits for
         self.prefetch = (0, 0)
+        #: that pages are asked for in, a bit each
+        self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
         self._last_words: TransferStatistics | None = None
@@ -151,8 +153,12 @@ class Filling:
                 yield Run(first, count)
             first += count or 1
 
-    def arrived(self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int) -> None:
+    def arrived(
+        self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int, was_packed: bool = False
+    ) -> None:
         """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
+        if was_packed:
+            self._count_packed(class_, self.region.size_of(run), wire_bytes)
         residency = self.residency
         page_size = self.region.page_size_at(run.first)
         for state in (State.REQUESTED, State.COMING):
@@ -202,6 +208,11 @@ class Filling:
         add(class_, "wire_bytes", wire_bytes)
         if zero:
             add(class_, "zero_pages", done)
+
+    def _count_packed(self, class_: Class, size: int, wire_bytes: int) -> None:
+        self.residency.add(class_, "lz4_runs")
+        self.residency.add(class_, "lz4_bytes", size)
+        self.residency.add(class_, "lz4_wire_bytes", wire_bytes)
 
     def check_complete(self) -> None:
         """Set :attr:`completed` if every page is in place."""

@@ -12,10 +12,10 @@ import trio
 
 from . import _native
 from .background import Background
-from .errors import ConnectionBroken, SourceLost
+from .errors import ConnectionBroken, RemoteProtocolError, SourceLost
 from .filling import Filling
 from .nurseries import open_failing_nursery
-from .protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, printable
+from .protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply, printable
 from .region import Region, Run
 from .session import receive_exactly
 from .transport import Connection
@@ -120,7 +120,7 @@ class TrioLane:
         self._connection = connection
         self._filling = filling
         self._wire = wire
-        self._requests = OutstandingRequests(wire)
+        self._requests = OutstandingRequests(wire, filling.encodings)
         self._on_bytes_done = on_bytes_done
         self._outbox = bytearray()
         self._asked = trio.Event()
@@ -141,6 +141,7 @@ class TrioLane:
     async def run(self) -> None:
         """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is gone."""
         self._staging = _native.Mapped(1 << 20)  # here, and not before: a lane that never runs has nothing to give back
+        self._unpacked = _native.Mapped(MAX_LZ4_BYTES)
         try:
             async with open_failing_nursery() as nursery:
                 nursery.start_soon(self._send_forever)
@@ -149,6 +150,7 @@ class TrioLane:
             raise SourceLost(f"the source is gone: {error}") from None
         finally:
             self._staging.close()
+            self._unpacked.close()
 
     async def _send_forever(self) -> None:
         while True:
@@ -166,7 +168,15 @@ class TrioLane:
             await receive_exactly(self._connection, pages)
             if reply.encoding is Encoding.FAILED:
                 raise SourceLost(f"the source cannot go on: {_text(pages)}")
+            if reply.encoding is Encoding.LZ4:
+                pages = self._unpack(reply, pages)
             self._arrived(reply, pages)
+
+    def _unpack(self, reply: Reply, packed: memoryview) -> memoryview:
+        pages = self._unpacked.buffer(0, self._wire.size_of(reply.run))
+        if not _native.unpack(packed, pages):
+            raise RemoteProtocolError(f"the peer's {len(packed)} compressed bytes are not {reply.run.count} pages")
+        return pages
 
     def _room(self, length: int) -> memoryview:
         """Staging for a payload. Page-aligned, private and anonymous: MOVE takes pages out of it."""
@@ -181,7 +191,7 @@ class TrioLane:
         first = self._filling.region.first_pages[index] + (reply.run.first - self._wire.first_pages[index] >> shift)
         run = Run(first, reply.run.count >> shift)
         data = None if reply.encoding is Encoding.ZERO else pages
-        self._filling.arrived(reply.class_, run, data, LANE_HEADER_SIZE + reply.length)
+        self._filling.arrived(reply.class_, run, data, LANE_HEADER_SIZE + reply.length, reply.encoding is Encoding.LZ4)
         self._on_bytes_done(self._filling.region.size_of(run))
 
 

@@ -77,6 +77,7 @@ class NativeLanes:
                 done_fd=self._done_fd,
                 prefetch=filling.prefetch,
                 faults=self._faults,
+                encodings=filling.encodings,
             )
             stack.callback(self._dest.close)
             background.on_limit = self._limit

@@ -36,8 +36,8 @@ class _Serving:
 class _Loop:
     """One loop, its thread, and the connections in it."""
 
-    def __init__(self, source: Source, background: bool) -> None:
-        self._loop = _native.SourceLoop(source.native_blocks(), background)
+    def __init__(self, source: Source, background: bool, links: _native.Links) -> None:
+        self._loop = _native.SourceLoop(source.native_blocks(), background, links)
         self._serving: dict[int, _Serving] = {}
         self._numbers = count()
 
@@ -68,13 +68,13 @@ class _Loop:
                 serving.end = end
                 serving.ended.set()
 
-    async def serve(self, connection: Detachable, unread: bytes) -> _native.End:
+    async def serve(self, connection: Detachable, unread: bytes, link: int) -> _native.End:
         """Drive ``connection`` until it ends."""
         number, serving = next(self._numbers), _Serving()
         self._serving[number] = serving
         sock = connection.detach()
         try:
-            self._loop.add(sock, number, unread)
+            self._loop.add(sock, number, unread, link)
         except BaseException:
             os.close(sock)
             raise
@@ -91,8 +91,9 @@ class NativeSourceLanes:
     """Serves connections whose transport has sockets."""
 
     def __init__(self, source: Source) -> None:
-        self._demand = _Loop(source, background=False)
-        self._background = _Loop(source, background=True)
+        links = _native.Links()
+        self._demand = _Loop(source, background=False, links=links)
+        self._background = _Loop(source, background=True, links=links)
 
     def close(self) -> None:
         """Not while :meth:`run` runs."""
@@ -106,11 +107,13 @@ class NativeSourceLanes:
             nursery.start_soon(self._demand.run, limiter)
             await self._background.run(limiter)
 
-    async def serve(self, channel: Channel, connection: Detachable, unread: bytes) -> None:
-        """Until the peer closes. Raises what it did wrong, as a connection of its own would."""
+    async def serve(self, channel: Channel, connection: Detachable, unread: bytes, link: int) -> None:
+        """Until the peer closes. ``link``: a number that one destination's connections have in common, and others hardly ever.
+
+        Raises what it did wrong, as a connection of its own would."""
         peer = connection.peer
         loop = self._demand if channel is Channel.DEMAND else self._background
-        end = await loop.serve(connection, unread)
+        end = await loop.serve(connection, unread, link)
         match end.kind:
             case _native.END_CLOSED:
                 return

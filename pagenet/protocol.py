@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgpack
 
@@ -22,9 +22,11 @@ from .errors import LocalProtocolError, RemoteProtocolError, UsageError
 from .region import MAX_BLOCKS, MAX_PAGE_SIZE, Block, Region, Run
 
 __all__ = [
+    "LZ4",
     "Bye",
     "Channel",
     "Class",
+    "Compress",
     "Encoding",
     "Failure",
     "Hello",
@@ -36,6 +38,7 @@ __all__ = [
     "RequestDecoder",
     "Role",
     "encode_message",
+    "encodings_for",
     "negotiate",
     "printable",
 ]
@@ -59,6 +62,10 @@ MAX_REQUEST_BYTES = 4 << 20
 MAX_LANES = 64
 #: Longest text that a FAILED reply carries.
 MAX_REASON_BYTES = 1024
+#: Most that one compressed reply is when it has been decompressed.
+MAX_LZ4_BYTES = 2 << 20
+#: The feature of a source that compresses where it is asked to.
+LZ4 = "lz4"
 
 assert REQUEST_HEADER.size == REPLY_HEADER.size == LANE_HEADER_SIZE
 
@@ -90,6 +97,17 @@ class Encoding(IntEnum):
     ZERO = 1
     LZ4 = 2
     FAILED = 255
+
+
+#: ``auto``: where the link and the processor make it worth it; ``lz4``: whatever becomes smaller; ``none``
+Compress = Literal["auto", "lz4", "none"]
+
+
+def encodings_for(compress: Compress, features: frozenset[str]) -> int:
+    """What a destination asks for, of a source with these ``features``."""
+    if compress == "none" or LZ4 not in features:
+        return 1 << Encoding.RAW | 1 << Encoding.ZERO
+    return 1 << Encoding.ZERO | 1 << Encoding.LZ4 | (compress == "auto") << Encoding.RAW
 
 
 # ---- messages ----
@@ -329,7 +347,8 @@ class Request:
     """Destination to source: send me these pages.
 
     ``unit_shift``: pages belong together in aligned groups of ``2**unit_shift`` (a huge page of the destination's); replies
-    do not split a group. ``encodings``: which ones the destination takes besides RAW, a bit each.
+    do not split a group. ``encodings``: which ones the destination takes, a bit each; it takes RAW in any case, and with its
+    bit the source need not compress where that is slower.
     """
 
     request_id: int
@@ -337,6 +356,15 @@ class Request:
     run: Run
     unit_shift: int = 0
     encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO
+
+    @property
+    def may_pack(self) -> bool:
+        return bool(self.encodings & 1 << Encoding.LZ4)
+
+    @property
+    def must_pack(self) -> bool:
+        """Whatever becomes smaller is to come compressed."""
+        return self.may_pack and not self.encodings & 1 << Encoding.RAW
 
     def encode(self) -> bytes:
         return REQUEST_HEADER.pack(
@@ -399,7 +427,7 @@ class RequestDecoder:
         size = self._region.size_of(run)
         if size > MAX_REQUEST_BYTES and count > 1 << unit_shift:
             raise RemoteProtocolError(f"the peer asks for {size} bytes at once (limit {MAX_REQUEST_BYTES})")
-        return Request(request_id, _class_of(class_), run, unit_shift, encodings | 1 << Encoding.RAW)
+        return Request(request_id, _class_of(class_), run, unit_shift, encodings)
 
     def _aligned(self, run: Run, unit_shift: int) -> bool:
         unit = 1 << unit_shift  # counted from the block's first page, not the region's
@@ -421,6 +449,7 @@ class _Outstanding:
     class_: Class
     run: Run
     unit: int
+    may_pack: bool
     next: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -433,8 +462,9 @@ class OutstandingRequests:
     Request ids are given out here; an id is used again only 2**32 requests later.
     """
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO) -> None:
         self._region = region
+        self._encodings = encodings
         self._open: dict[int, _Outstanding] = {}
         self._next_id = 0
 
@@ -444,9 +474,9 @@ class OutstandingRequests:
     def open(self, class_: Class, run: Run, unit_shift: int = 0) -> Request:
         if not self._region.contains(run):
             raise LocalProtocolError(f"{run} is not a run of the region")
-        request = Request(self._next_id, class_, run, unit_shift)
+        request = Request(self._next_id, class_, run, unit_shift, self._encodings)
         self._next_id = (self._next_id + 1) % 2**32
-        self._open[request.request_id] = _Outstanding(class_, run, 1 << unit_shift)
+        self._open[request.request_id] = _Outstanding(class_, run, 1 << unit_shift, request.may_pack)
         return request
 
     def reply(self, header: bytes | bytearray | memoryview) -> Reply:
@@ -458,6 +488,8 @@ class OutstandingRequests:
         if class_ != outstanding.class_ or reserved:
             raise RemoteProtocolError("the peer's reply is of another class than its request")
         reply = Reply(request_id, outstanding.class_, _encoding_of(encoding), Run(first, count), length)
+        if reply.encoding is Encoding.LZ4 and not outstanding.may_pack:
+            raise RemoteProtocolError("the peer compresses with lz4, which was not asked for")
         if reply.encoding is Encoding.FAILED:
             self._check_failure(reply)
         else:
@@ -479,16 +511,16 @@ class OutstandingRequests:
         first, count, unit = reply.run.first, reply.run.count, outstanding.unit
         if first != outstanding.next or not 0 < count <= outstanding.run.end - first or count % unit:
             raise RemoteProtocolError(f"the peer answers out of turn: with {count} pages from page {first} on")
-        size = self._region.size_of(reply.run) if reply.encoding is Encoding.RAW else 0
-        if reply.length != size:
+        size = self._region.size_of(reply.run) if reply.encoding is not Encoding.ZERO else 0
+        packed = reply.encoding is Encoding.LZ4
+        if not 0 < reply.length < size if packed else reply.length != size:
             raise RemoteProtocolError(f"the peer announces {reply.length} bytes for {count} pages of {size} bytes in all")
+        if packed and size > MAX_LZ4_BYTES:
+            raise RemoteProtocolError(f"the peer compresses {size} bytes at once (limit {MAX_LZ4_BYTES})")
 
 
 def _encoding_of(value: int) -> Encoding:
     try:
-        encoding = Encoding(value)
+        return Encoding(value)
     except ValueError:
         raise RemoteProtocolError(f"the peer names encoding {value}, which is unknown") from None
-    if encoding is Encoding.LZ4:
-        raise RemoteProtocolError("the peer compresses with lz4, which was not asked for")
-    return encoding

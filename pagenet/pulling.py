@@ -15,7 +15,7 @@ from .filling import Filling
 from .lane import LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
-from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel
+from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
 from .region import Region
 from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
@@ -119,6 +119,7 @@ async def pull(
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
     max_bandwidth: int | None = None,
+    compress: Compress = "auto",
     streams: int = 0,
     held: bool = False,
     on_event: EventHandler = ignore_events,
@@ -136,7 +137,9 @@ async def pull(
     with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
     them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
     Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
-    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side). ``streams``: connections
+    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side). ``compress``: ``auto`` (the
+    source compresses where its link and processor make that faster), ``lz4`` (whatever becomes smaller), ``none``; a source
+    that cannot compress does not. ``streams``: connections
     for the application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
     :meth:`Transfer.release`, because until then the source's memory may change.
 
@@ -161,6 +164,7 @@ async def pull(
                     nursery.start_soon(session.watch)
                     filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
                     filling.prefetch = prefetch
+                    filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
                     plan = Background(_schedule(background, filling), chunk)
                     plan.set_max_bandwidth(max_bandwidth)

@@ -21,6 +21,7 @@ from .lane import LaneKind
 from .native_source import MAX_UNREAD, NativeSourceLanes
 from .nurseries import open_failing_nursery
 from .protocol import (
+    LZ4,
     Bye,
     Channel,
     Failure,
@@ -78,7 +79,8 @@ class Server:
         if channel is not Channel.CONTROL:
             return Hello(Role.SOURCE, channel, session.session_id)
         source = self._source
-        return Hello(Role.SOURCE, channel, session.session_id, identity=source.identity, region=source.region)
+        session_id, identity, region = session.session_id, source.identity, source.region
+        return Hello(Role.SOURCE, channel, session_id, identity, region, features=frozenset({LZ4}))
 
     @contextmanager
     def _new_session(self, control: MessageStream) -> Iterator[_Session]:
@@ -187,7 +189,7 @@ class Server:
             session.lanes.add(lane)
             try:
                 if channel is not Channel.STREAM:
-                    await self._run_lane(channel, stream.connection, stream.unread())
+                    await self._run_lane(channel, stream.connection, stream.unread(), session)
                 elif self._on_stream is None:
                     raise RemoteProtocolError("the destination opens a stream, and nobody here talks on one")
                 else:
@@ -195,9 +197,11 @@ class Server:
             finally:
                 session.lanes.discard(lane)
 
-    async def _run_lane(self, channel: Channel, connection: transport.Connection, unread: bytes) -> None:
+    async def _run_lane(
+        self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
+    ) -> None:
         if self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
-            await self._native.serve(channel, connection, unread)
+            await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
                 await TrioSourceLane(connection, self._source).run(unread)

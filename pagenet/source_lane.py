@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -9,7 +10,16 @@ import trio
 
 from . import _native, transport
 from .errors import ConnectionBroken, ConnectionClosed, SourceLost
-from .protocol import MAX_REASON_BYTES, MAX_REQUEST_BYTES, Encoding, Reply, Request, RequestDecoder
+from .protocol import (
+    MAX_LZ4_BYTES,
+    MAX_REASON_BYTES,
+    MAX_REQUEST_BYTES,
+    Class,
+    Encoding,
+    Reply,
+    Request,
+    RequestDecoder,
+)
 from .region import Run
 from .session import LAST_WORDS_TIMEOUT
 from .source import Source
@@ -17,15 +27,23 @@ from .source import Source
 __all__ = ["TrioSourceLane"]
 
 _RECEIVE_SIZE = 16 << 10
+_LZ4_BLOCK = 128 << 10
+_SAMPLE = 32 << 10  # compressed to see what that would be like
 
 
 class TrioSourceLane:
-    """Requests in, pages out, one after the other: slow, and obviously right."""
+    """Requests in, pages out, one after the other: slow, and obviously right.
+
+    Where the source is to choose, the background's runs are compressed if that is faster, and pages that somebody waits for are
+    not.
+    """
 
     def __init__(self, connection: transport.Connection, source: Source) -> None:
         self._connection = connection
         self._source = source
         self._pages = memoryview(bytearray())
+        self._packer = _native.Packer()
+        self._choice = _native.Choice()
 
     async def run(self, unread: bytes) -> None:
         """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything."""
@@ -33,6 +51,7 @@ class TrioSourceLane:
         decoder.feed(unread)
         buffer = memoryview(bytearray(_RECEIVE_SIZE))
         while True:
+            self._choice.resume(time.monotonic_ns())
             for request in decoder.requests():
                 await self._answer(request)
             count = await self._connection.receive_into(buffer)
@@ -41,6 +60,7 @@ class TrioSourceLane:
             decoder.feed(buffer[:count])
 
     async def _answer(self, request: Request) -> None:
+        began = time.monotonic_ns()
         try:
             pages = await self._read(request.run)
         except SourceLost as error:
@@ -51,8 +71,22 @@ class TrioSourceLane:
             raise
         if pages is None:
             await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
-        else:
-            await self._connection.send(*self._replies(request, pages))
+            return
+        choosing = request.may_pack and not request.must_pack and request.class_ is Class.BACKGROUND
+        buffers = list(self._replies(request, pages, request.must_pack or (choosing and self._choice.packs)))
+        if choosing and self._choice.wants_sample(began):
+            self._pack(pages[:_SAMPLE])
+        working = time.monotonic_ns() - began
+        await self._connection.send(*buffers)
+        if choosing:
+            now = time.monotonic_ns()
+            self._choice.answered(len(pages), sum(map(len, buffers)), now - working, now)
+
+    def _pack(self, pages: memoryview) -> memoryview | None:
+        began = time.monotonic_ns()
+        packed = self._packer.pack(pages)
+        self._choice.tried(len(pages), len(packed) if packed else 0, time.monotonic_ns() - began)
+        return packed
 
     async def _read(self, run: Run) -> memoryview | None:
         """The pages, until the next read; None if they are known to be zero."""
@@ -62,20 +96,28 @@ class TrioSourceLane:
             self._pages = pages
         return pages if await self._source.read_into(run, pages) else None
 
-    def _replies(self, request: Request, pages: memoryview) -> Iterator[transport.Buffer]:
-        """Headers and payloads that cover the request: units that are zero as a flag, the others as they are."""
-        unit_pages = 1 << request.unit_shift
+    def _replies(self, request: Request, pages: memoryview, packing: bool) -> Iterator[transport.Buffer]:
+        """Headers and payloads that cover the request: units that are zero as a flag, the others as they are or compressed."""
         page_size = len(pages) // request.run.count
+        unit = page_size << request.unit_shift
         done = 0
-        while done < request.run.count:
-            rest = pages[done * page_size :]
-            units, zero = _native.leading_alike(rest, len(rest) // (unit_pages * page_size), unit_pages * page_size)
-            run = Run(request.run.first + done, units * unit_pages)
-            size = 0 if zero else run.count * page_size
-            yield _reply(request, Encoding.ZERO if zero else Encoding.RAW, run, size)
-            if not zero:
-                yield rest[:size]
-            done += run.count
+        while done < len(pages):
+            units, zero = _native.leading_alike(pages[done:], (len(pages) - done) // unit, unit)
+            size = units * unit
+            if not zero and packing:
+                size = min(size, max(_LZ4_BLOCK // unit, 1) * unit)
+            part = pages[done : done + size]
+            run = Run(request.run.first + done // page_size, size // page_size)
+            packed = self._pack(part) if packing and not zero and size <= MAX_LZ4_BYTES else None
+            if zero:
+                yield _reply(request, Encoding.ZERO, run, 0)
+            elif packed:
+                yield _reply(request, Encoding.LZ4, run, len(packed))
+                yield bytes(packed)
+            else:
+                yield _reply(request, Encoding.RAW, run, size)
+                yield part
+            done += size
 
 
 def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:

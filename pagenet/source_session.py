@@ -30,6 +30,7 @@ class SourceSession:
         self._stream = stream
         self.region = hello.region
         self.identity = hello.identity
+        self.features = hello.features
         self.peer = stream.connection.peer
         #: a connection for that channel, greeted; its lane may begin
         self.open_lane = open_lane

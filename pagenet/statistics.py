@@ -46,7 +46,8 @@ class ClassStatistics:
     ``pages`` placed, in ``runs`` replies, ``zero_pages`` of them as a flag; ``wire_bytes`` received for them; ``existed``:
     found in place already; ``dropped``: came but were no longer wanted; ``requests`` sent; ``faults`` that this class was
     asked to answer; ``deferred``: times that placing had to wait for the owner's events to be read; ``latency``: from the
-    fault's event to the page in place (demand alone).
+    fault's event to the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed, ``lz4_bytes``
+    of pages in ``lz4_wire_bytes``.
     """
 
     pages: int
@@ -58,6 +59,9 @@ class ClassStatistics:
     requests: int
     faults: int
     deferred: int
+    lz4_runs: int
+    lz4_bytes: int
+    lz4_wire_bytes: int
     latency: Histogram
 
 
@@ -88,6 +92,27 @@ class TransferStatistics:
     @property
     def zero_pages(self) -> int:
         return self.demand.zero_pages + self.prefetch.zero_pages + self.background.zero_pages
+
+    @property
+    def lz4_bytes(self) -> int:
+        """Of pages that came compressed."""
+        return sum(class_.lz4_bytes for class_ in self._classes)
+
+    @property
+    def lz4_ratio(self) -> float | None:
+        """What compressed pages were to what they became; None if there were none."""
+        wire = sum(class_.lz4_wire_bytes for class_ in self._classes)
+        return self.lz4_bytes / wire if wire else None
+
+    @property
+    def lz4_share(self) -> float:
+        """Of all that came as bytes, and not as a flag, the share (0 to 1) that came compressed."""
+        raw = self.wire_bytes - sum(class_.lz4_wire_bytes for class_ in self._classes)
+        return self.lz4_bytes / (self.lz4_bytes + raw) if self.lz4_bytes else 0.0
+
+    @property
+    def _classes(self) -> tuple[ClassStatistics, ...]:
+        return self.demand, self.prefetch, self.background
 
     @property
     def fault_latency(self) -> Histogram:

@@ -36,6 +36,7 @@ PAGE = 4096
 PATIENCE = 20.0
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 UNBOUNDED = 1 << 40
+RAW_OR_ZERO = 1 << Encoding.RAW | 1 << Encoding.ZERO
 
 Kind = Literal["copy", "move", "memfd", "allocated", "hugetlb"]
 Driver = Literal["native", "trio"]
@@ -231,12 +232,14 @@ class Peer:
 
         wait_until(asked, f"{count} requests")
 
-    def answer(self, open_: Open, pages: int, zero: bool) -> tuple[Run, bytes]:
+    def answer(self, open_: Open, pages: int, zero: bool, pack: bool = False) -> tuple[Run, bytes]:
         """The bytes of the next reply to a request, of so many pages."""
         wire = Run(open_.next, pages << self.shift)
         run = self.run_of(wire)
         payload = b"" if zero else contents(run, self._region.max_page_size)
         encoding = Encoding.ZERO if zero else Encoding.RAW
+        if pack and (packed := _native.Packer().pack(memoryview(payload))):
+            payload, encoding = bytes(packed), Encoding.LZ4
         open_.next = wire.end
         if open_.next == open_.end:
             self.open.remove(open_)
@@ -278,11 +281,13 @@ class Rig:
     #: for tests that begin with one lane alone
     start: Sequence[str] = ("demand", "background")
     buffer_size: int | None = None
+    encodings: int = RAW_OR_ZERO
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.filling = Filling(self.memory.target)
         self.filling.prefetch = self.prefetch
+        self.filling.encodings = self.encodings
         self.map = self.filling.residency
         pairs = [socket.socketpair() for _ in range(2)]
         for pair in pairs:
@@ -328,6 +333,7 @@ class Rig:
 
     def counts(self) -> dict[str, list[int]]:
         names = ["pages", "zero_pages", "dropped", "existed", "requests", "runs", "wire_bytes", "faults"]
+        names += ["lz4_runs", "lz4_bytes", "lz4_wire_bytes"]
         return {name: [self.count(name, class_) for class_ in Class] for name in names}
 
     def states(self) -> list[State]:
@@ -373,6 +379,7 @@ class NativeDriver:
             removes=memory.removes,
             done_fd=self.done_fd,
             prefetch=rig.prefetch,
+            encodings=rig.encodings,
         )
         self.running: dict[str, Call] = {}
 

@@ -466,7 +466,10 @@ async def test_events_of_a_transfer(source: str, tmp_path: Path, uffd_permitted:
 
 
 def check_progress(event: dict[str, Any]) -> None:
-    assert set(event) == {"event", "share", "bytes", "bytes_per_s", "faults", "fault_us", "seconds_left"}
+    numbers = {"share", "bytes", "bytes_per_s", "bytes_wire", "compressed", "faults", "fault_us", "seconds_left"}
+    assert set(event) == {"event", *numbers}
+    assert 0 < event["bytes_wire"] < 2 * SIZE
+    assert set(event["compressed"]) == {"bytes", "share", "ratio"}
     assert 0 < event["share"] < 1
     assert event["bytes"] == pytest.approx(event["share"] * SIZE, rel=0.01)
     assert event["faults"] > 0

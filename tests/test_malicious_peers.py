@@ -18,6 +18,7 @@ import trio.testing
 
 import pagenet
 from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, SourceLost, UsageError, transport
+from pagenet._native import Packer
 from pagenet.protocol import (
     FRAME_HEADER,
     MAX_REASON_BYTES,
@@ -515,6 +516,77 @@ async def test_bad_reply(
         transfer = await check_pull_fails(uri, owner, error, reason)
         assert transfer is not None
         assert transfer.statistics().done == 1
+
+
+PACKED = bytes(Packer().pack(memoryview(b"2" * 2 * PAGE)) or b"")
+
+
+def packed(payload: bytes, **changes: int) -> Callable[[Request], Sends]:
+    """The rest of the request, as a compressed reply."""
+
+    def replies(request: Request) -> Sends:
+        assert request.may_pack
+        return [first_page(request), reply(request, payload, **{"encoding": LZ4, "first": 1, "count": 2, **changes})]
+
+    return replies
+
+
+def flipped(place: int) -> bytes:
+    return PACKED[:place] + bytes([PACKED[place] ^ 1]) + PACKED[place + 1 :]
+
+
+LZ4 = Encoding.LZ4
+NOT_PAGES = f"the peer's {len(PACKED)} compressed bytes are not 2 pages"
+# One that becomes 256 MiB for as long as somebody has room for it.
+BOMB = bytes(8) + b"\x1f2\1\0" + b"\xff" * 5000
+COMPRESSED: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
+    "checksum": (packed(flipped(0)), RemoteProtocolError, NOT_PAGES),
+    "literal": (packed(flipped(9)), RemoteProtocolError, NOT_PAGES),
+    "the last byte": (packed(flipped(len(PACKED) - 1)), RemoteProtocolError, NOT_PAGES),
+    "cut": (packed(PACKED[:-1]), RemoteProtocolError, f"the peer's {len(PACKED) - 1} compressed bytes are not 2 pages"),
+    "with a tail": (packed(PACKED + b"\0"), RemoteProtocolError, "compressed bytes are not 2 pages"),
+    "a page more": (packed(PACKED, count=1), RemoteProtocolError, "compressed bytes are not 1 pages"),
+    "a checksum alone": (packed(PACKED[:8]), RemoteProtocolError, "the peer's 8 compressed bytes are not 2 pages"),
+    "a byte": (packed(b"x"), RemoteProtocolError, "the peer's 1 compressed bytes are not 2 pages"),
+    "nothing": (packed(b""), RemoteProtocolError, "0 bytes for 2 pages of 8192 bytes"),
+    "no shorter": (packed(b"2" * 2 * PAGE), RemoteProtocolError, "8192 bytes for 2 pages of 8192 bytes"),
+    "4 GiB": (packed(PACKED, length=2**32 - 1), RemoteProtocolError, "4294967295 bytes for 2 pages of 8192 bytes"),
+    "a bomb": (packed(BOMB), RemoteProtocolError, f"the peer's {len(BOMB)} compressed bytes are not 2 pages"),
+    "the end of half a payload": (
+        lambda request: [*packed(PACKED)(request)[:1], (packed(PACKED)(request)[1] or b"")[:-1], CLOSE],
+        SourceLost,
+        "the source is gone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("replies", "error", "reason"), COMPRESSED.values(), ids=COMPRESSED)
+async def test_bad_compressed_reply(
+    somewhere: str, owner: Any, replies: Callable[[Request], Sends], error: type[Exception], reason: str
+) -> None:
+    greeting = hello(Role.SOURCE, session=SESSION, region=REGION, features=frozenset({"lz4"}))
+    async with Impostor([greeting], replies=replies).listening(somewhere) as uri:
+        transfer = await check_pull_fails(uri, owner, error, reason)
+        assert transfer is not None
+        assert transfer.statistics().done == 1
+        assert transfer.statistics().lz4_bytes == 0
+
+
+@pytest.mark.parametrize("compress", ["auto", "lz4"])
+async def test_source_that_knows_nothing_of_compression(somewhere: str, compress: Any, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def replies(request: Request) -> Sends:
+        asked.append(request.encodings)
+        return [reply(request, b"1" * PAGE * request.run.count, encoding=RAW)]
+
+    async with (
+        Impostor(replies=replies).listening(somewhere) as uri,
+        pagenet.pull(uri, pagenet.IntoFile(tmp_path / "copy"), compress=compress) as transfer,
+    ):
+        await transfer.wait_complete()
+    assert asked == [0b011]
+    assert (tmp_path / "copy").read_bytes() == b"1" * 3 * PAGE
 
 
 def table(*blocks: Any) -> bytes:

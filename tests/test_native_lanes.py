@@ -24,7 +24,7 @@ from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
 from pagenet.background import CHUNK_BYTES
-from pagenet.protocol import Class, Encoding, OutstandingRequests, Reply
+from pagenet.protocol import MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply
 from pagenet.residency import State
 from pagenet.uffd import Feature, Userfaultfd, probe
 from pagenet.uffd._handshake import Mapping
@@ -34,6 +34,7 @@ DEMAND, PREFETCH, BACKGROUND = Class.DEMAND, Class.PREFETCH, Class.BACKGROUND
 KINDS: tuple[Kind, ...] = ("copy", "move", "memfd", "allocated")
 # What the issue asks for is 0.1 s; a loaded machine may take longer to get round to it.
 PROMPT = 5.0
+RAW_ZERO_OR_LZ4 = 0b111
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,8 +209,13 @@ class Play:
         zero = zero_pages[0] and self.random.random() < 0.7
         if zero:
             pages = (*zero_pages, False).index(False)
+        pack = not zero and self.random.random() < 0.5
+        if pack:
+            pages = min(pages, MAX_LZ4_BYTES // size)
         class_ = open_.request.class_
-        run, data = peer.answer(open_, pages, zero)
+        run, data = peer.answer(open_, pages, zero, pack)
+        if pack:
+            self.expect_packed(class_, pages * size, len(data))
         wanted = [page for page in range(run.first, run.end) if self.rig.map.state(page) in (State.COMING, State.REQUESTED)]
         self.send(peer, run, data)
         self.expect_reply(class_, run, wanted, zero, len(data))
@@ -241,6 +247,11 @@ class Play:
                 self.cache[page] = self.there[page] = data
             else:
                 self.there.setdefault(page, data)
+
+    def expect_packed(self, class_: Class, size: int, wire: int) -> None:
+        assert wire < size
+        for name, amount in (("lz4_runs", 1), ("lz4_bytes", size), ("lz4_wire_bytes", wire)):
+            self.expected[name][class_] += amount
 
     def wake(self, pages: list[int]) -> None:
         for page, call in [waiter for waiter in self.waiting if waiter[0] in pages]:
@@ -308,7 +319,7 @@ def runs_of(pages: list[int]) -> Iterator[Run]:
 
 def told(driver: Driver, memory: Memory, seed: int, steps: int) -> Told:
     prefetch = random.Random(seed).choice([(0, 0), (1, 1), (3, 2), (8, 8)])
-    with Rig(memory, driver, prefetch) as rig:
+    with Rig(memory, driver, prefetch, encodings=RAW_ZERO_OR_LZ4) as rig:
         return Play(rig, seed, prefetch).run(steps)
 
 
@@ -332,11 +343,12 @@ def test_same_script_same_outcome_with_huge_pages(seed: int) -> None:
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("lane", ["demand", "background"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_byte_alone(kind: Kind, lane: str, make_rig: MakeRig) -> None:
+def test_every_byte_alone(kind: Kind, lane: str, pack: bool, make_rig: MakeRig) -> None:
     """Header, page, header, zeros, header, two pages: each byte is a receive of its own."""
-    rig = make_rig(kind)
+    rig = make_rig(kind, encodings=RAW_ZERO_OR_LZ4)
     calls = []
     if lane == "demand":
         for index, page in enumerate((4, 5 + 6, 8)):  # the second one is zero
@@ -352,7 +364,7 @@ def test_every_byte_alone(kind: Kind, lane: str, make_rig: MakeRig) -> None:
         open_ = peer.open[0]
         left = peer.left(open_)
         zero = left.first % 6 == 5
-        run, data = peer.answer(open_, 1 if zero or left.first == 10 else left.count, zero)
+        run, data = peer.answer(open_, 1 if zero or left.first == 10 else left.count, zero, pack)
         stream += data
         pages += range(run.first, run.end)
     for index in range(len(stream)):
@@ -476,7 +488,8 @@ def wrong_headers(rig: Rig) -> dict[str, bytes]:
         "an id of the same slot": reply(id_=(id_ + 4096) % 2**32),
         "another class": reply(class_=DEMAND),
         "reserved bits": reply()[:6] + b"\x01\0" + reply()[8:],
-        "lz4": reply(encoding=2),
+        "lz4 that is no shorter": reply(encoding=2),
+        "lz4 of nothing": reply(encoding=2, length=0),
         "an unknown encoding": reply(encoding=77),
         "not the first page": reply(run=Run(run.first + 1, 1)),
         "too many pages": reply(run=Run(run.first, run.count + 1)),
@@ -489,11 +502,12 @@ def wrong_headers(rig: Rig) -> dict[str, bytes]:
 
 
 @pytest.mark.native
-def test_wrong_replies_are_told_in_the_same_words(make_rig: MakeRig) -> None:
-    for name in wrong_headers(asked_rig(make_rig)):
-        rig = asked_rig(make_rig)
+@pytest.mark.parametrize("encodings", [0b011, 0b111])
+def test_wrong_replies_are_told_in_the_same_words(encodings: int, make_rig: MakeRig) -> None:
+    for name in wrong_headers(asked_rig(make_rig, encodings)):
+        rig = asked_rig(make_rig, encodings)
         header = wrong_headers(rig)[name]
-        checker = OutstandingRequests(rig.memory.wire)
+        checker = OutstandingRequests(rig.memory.wire, encodings)
         checker._next_id = rig.background.open[0].request.request_id
         checker.open(BACKGROUND, Run(10, 8))
         with pytest.raises(RemoteProtocolError) as error:
@@ -503,8 +517,8 @@ def test_wrong_replies_are_told_in_the_same_words(make_rig: MakeRig) -> None:
         assert (end.kind, end.text) == (_native.END_PROTOCOL, str(error.value)), name
 
 
-def asked_rig(make_rig: MakeRig) -> Rig:
-    rig = make_rig("copy")
+def asked_rig(make_rig: MakeRig, encodings: int) -> Rig:
+    rig = make_rig("copy", encodings=encodings)
     rig.feed(Run(10, 8))
     rig.background.wait_asked(1)
     return rig

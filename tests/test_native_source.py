@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lanes import PAGE, PATIENCE, Call, wait_until
+from lanes import PAGE, PATIENCE, RAW_OR_ZERO, Call, wait_until
 
 from pagenet import Run, _native, open_source
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, Request
@@ -28,6 +28,7 @@ from pagenet.tcp._connection import SocketConnection
 pytestmark = pytest.mark.native
 
 PAGES = 1024
+LZ4_MAYBE, LZ4_ALWAYS = 0b111, 0b110
 SENDFILE_PAGES = 16  # what the loop gives to the kernel to send
 
 
@@ -110,7 +111,9 @@ class Serving:
         self.ends: dict[int, _native.End] = {}
         self._peers: list[Peer] = []
 
-    def connect(self, unread: bytes = b"", *, tcp: bool = False, buffer_size: int | None = None) -> Peer:
+    def connect(
+        self, unread: bytes = b"", *, tcp: bool = False, buffer_size: int | None = None, encodings: int = RAW_OR_ZERO
+    ) -> Peer:
         ours, theirs = tcp_pair() if tcp else socket.socketpair()
         ours.setblocking(False)
         if buffer_size is not None:
@@ -118,7 +121,7 @@ class Serving:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_size)
         self._numbers += 1
         self.loop.add(ours.detach(), self._numbers, unread)
-        self._peers.append(Peer(theirs, self.source, self._numbers))
+        self._peers.append(Peer(theirs, self.source, self._numbers, encodings))
         return self._peers[-1]
 
     def wait_end(self, peer: Peer) -> _native.End:
@@ -157,10 +160,10 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 class Peer:
     """A destination. Checks every reply against the requests that are open."""
 
-    def __init__(self, sock: socket.socket, source: Source, number: int) -> None:
+    def __init__(self, sock: socket.socket, source: Source, number: int, encodings: int = RAW_OR_ZERO) -> None:
         self.sock = sock
         self.number = number
-        self.requests = OutstandingRequests(source.region)
+        self.requests = OutstandingRequests(source.region, encodings)
         self._region = source.region
         #: pages that came, and which of them came as a flag
         self.pages: dict[int, bytes] = {}
@@ -188,6 +191,10 @@ class Peer:
         self.replies.append(reply)
         if reply.encoding is Encoding.FAILED:
             return reply
+        if reply.encoding is Encoding.LZ4:
+            pages = memoryview(bytearray(reply.run.count * PAGE))
+            assert _native.unpack(memoryview(payload), pages)
+            payload = bytes(pages)
         for index in range(reply.run.count):
             page = reply.run.first + index
             self.pages[page] = payload[index * PAGE : (index + 1) * PAGE] if payload else bytes(PAGE)
@@ -236,11 +243,13 @@ def test_every_page_once(kind: str, tcp: bool, make_memory: MakeMemory, serve: M
     assert peer.flagged == memory.zeros
 
 
-def asked_of_trio(memory: Sparse, requests: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, bool]]:
-    """What the lane in Trio answers: for each page, how often it came and whether as a flag."""
+def asked_of_trio(
+    memory: Sparse, requests: Sequence[tuple[int, int, int]], encodings: int = RAW_OR_ZERO
+) -> list[tuple[int, int, Encoding]]:
+    """What the lane in Trio answers: for each page, how often it came and in what encoding."""
     ours, theirs = socket.socketpair()
     with open_source(memory.path) as source, ours:
-        peer = Peer(theirs, source, 0)
+        peer = Peer(theirs, source, 0, encodings)
         ours.setblocking(False)
 
         async def run() -> None:
@@ -261,10 +270,10 @@ def ask_and_fetch(peer: Peer, requests: Sequence[tuple[int, int, int]]) -> None:
         peer.fetch()
 
 
-def coverage(peer: Peer) -> list[tuple[int, int, bool]]:
+def coverage(peer: Peer) -> list[tuple[int, int, Encoding]]:
     """Per request (by id) and page. Where replies are cut is nobody's business."""
     return [
-        (reply.request_id, page, reply.encoding is Encoding.ZERO)
+        (reply.request_id, page, reply.encoding)
         for reply in peer.replies
         for page in range(reply.run.first, reply.run.end)
     ]
@@ -294,11 +303,114 @@ def test_same_answers_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, 
     assert native == oracle
 
 
+# ---- compressed ----
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    """Whatever becomes smaller, which is all that is not zero here."""
+    memory = make_memory(kind, seed)
+    requests = list(random_requests(random.Random(seed), 20))
+    peer = serve(memory).connect(tcp=seed % 2 == 1, encodings=LZ4_ALWAYS)
+    ask_and_fetch(peer, requests)
+    for first, count, _ in requests:
+        check(peer, memory, range(first, first + count))
+    assert {reply.encoding for reply in peer.replies} == {Encoding.ZERO, Encoding.LZ4}
+    assert coverage(peer) == asked_of_trio(memory, requests, LZ4_ALWAYS)
+
+
+@pytest.fixture
+def random_file(tmp_path: Path) -> Path:
+    """Every second stretch of 16 pages is random, every other one is not."""
+    path, order = tmp_path / "random", random.Random(9)
+    path.write_bytes(b"".join(order.randbytes(16 * PAGE) + b"text" * (4 * PAGE) for _ in range(PAGES // 32)))
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_what_does_not_get_smaller_travels_raw(count: int, random_file: Path, serve: MakeServing) -> None:
+    content = random_file.read_bytes()
+    requests = [(first, count, 0) for first in range(0, PAGES, count)]
+    peer = serve(Sparse(str(random_file), frozenset())).connect(encodings=LZ4_ALWAYS)
+    ask_and_fetch(peer, requests)
+    assert b"".join(peer.pages[page] for page in range(PAGES)) == content
+    for _, page, encoding in coverage(peer):
+        assert encoding is (Encoding.LZ4 if page // 16 % 2 else Encoding.RAW)
+    assert coverage(peer) == asked_of_trio(Sparse(str(random_file), frozenset()), requests, LZ4_ALWAYS)
+
+
+@pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_MAYBE])
+@pytest.mark.parametrize("class_", Class)
+@pytest.mark.parametrize("kind", ["memfd", "process"])
+def test_not_compressed_where_it_was_not_asked_for_or_is_not_worth_it(
+    kind: str, class_: Class, encodings: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
+    memory = make_memory(kind)
+    peer = serve(memory).connect(encodings=encodings)
+    for first in range(0, PAGES, 64):
+        peer.ask(first, 64, class_)
+        peer.fetch()
+    check(peer, memory, range(PAGES))
+    assert {reply.encoding for reply in peer.replies} == {Encoding.ZERO, Encoding.RAW}
+
+
+def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve: MakeServing) -> None:
+    """A reader that takes 20 MB/s: the background is compressed after a while, and then what somebody waits for is, too."""
+    memory = make_memory("memfd", 1)
+    serving = serve(memory)
+    slow = serving.connect(encodings=LZ4_MAYBE, buffer_size=1 << 16)
+
+    def fetch_slowly() -> None:
+        for _ in range(8):
+            slow.ask(0, PAGES, Class.BACKGROUND)
+        while len(slow.requests):
+            header = slow.receive(LANE_HEADER_SIZE)
+            reply = slow.requests.reply(header)
+            slow.replies.append(reply)
+            for start in range(0, reply.length, 1 << 16):
+                slow.receive(min(1 << 16, reply.length - start))
+                time.sleep(0.003)
+
+    for _ in range(20):
+        fetch_slowly()
+        slow.ask(0, PAGES)
+        slow.fetch()
+        if slow.replies[-1].encoding is Encoding.LZ4 or Encoding.LZ4 in {r.encoding for r in slow.replies[-20:]}:
+            break
+    else:
+        raise AssertionError("never compressed")
+    check(slow, memory, range(PAGES))
+
+
+@pytest.mark.parametrize("step", [1, 999])
+@pytest.mark.parametrize("kind", ["memfd holes", "process"])
+def test_slow_reader_of_compressed_pages(kind: str, step: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+    memory = make_memory(kind, 5, 256)
+    peer = serve(memory).connect(tcp=True, buffer_size=4096, encodings=LZ4_ALWAYS)
+    for _ in range(2):
+        peer.ask(0, 256)
+    peer.fetch(step)
+    check(peer, memory, range(256))
+
+
+def test_units_too_large_to_be_compressed(tmp_path: Path, serve: MakeServing) -> None:
+    path = tmp_path / "units"
+    path.write_bytes(b"text" * (2 << 20))
+    peer = serve(Sparse(str(path), frozenset())).connect(encodings=LZ4_ALWAYS)
+    for shift, encoding in ((9, Encoding.LZ4), (10, Encoding.RAW), (11, Encoding.RAW)):
+        peer.ask(0, 2048 if shift == 11 else 1024, unit_shift=shift)
+        peer.fetch()
+        assert peer.replies[-1].encoding is encoding
+        assert peer.pages[1023] == b"text" * (PAGE // 4)
+
+
+@pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_ALWAYS])
 @pytest.mark.parametrize("kind", ["holes", "memfd holes"])
-def test_serving_does_not_fill_holes(kind: str, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_serving_does_not_fill_holes(kind: str, encodings: int, make_memory: MakeMemory, serve: MakeServing) -> None:
     memory = make_memory(kind, 3)
     blocks = os.stat(memory.path).st_blocks
-    peer = serve(memory).connect()
+    peer = serve(memory).connect(encodings=encodings)
     for size in (1, 7, 16, 100, 1024):
         for first in range(0, PAGES - size + 1, size):
             peer.ask(first, size)

@@ -22,6 +22,8 @@ from pagenet import Block, LocalProtocolError, Region, RemoteProtocolError, Run,
 from pagenet.protocol import (
     FRAME_HEADER,
     LANE_HEADER_SIZE,
+    LZ4,
+    MAX_LZ4_BYTES,
     MAX_MESSAGE,
     MAX_REASON_BYTES,
     MAX_REQUEST_BYTES,
@@ -30,6 +32,7 @@ from pagenet.protocol import (
     Bye,
     Channel,
     Class,
+    Compress,
     Encoding,
     Failure,
     Hello,
@@ -41,6 +44,7 @@ from pagenet.protocol import (
     RequestDecoder,
     Role,
     encode_message,
+    encodings_for,
     negotiate,
     printable,
 )
@@ -406,8 +410,21 @@ def test_request_cut_anywhere() -> None:
             decoder.check_eof()
 
 
-def test_raw_is_always_taken() -> None:
-    assert requests(request(encodings=0)) == [Request(7, Class.DEMAND, Run(0, 1), encodings=0b1)]
+@pytest.mark.parametrize(
+    ("encodings", "may_pack", "must_pack"),
+    [(0, False, False), (0b011, False, False), (0b111, True, False), (0b110, True, True), (0b100, True, True)],
+)
+def test_what_a_request_takes(encodings: int, may_pack: bool, must_pack: bool) -> None:
+    (found,) = requests(request(encodings=encodings))
+    assert (found.may_pack, found.must_pack) == (may_pack, must_pack)
+
+
+@pytest.mark.parametrize(
+    ("compress", "features", "encodings"),
+    [("auto", {LZ4}, 0b111), ("lz4", {LZ4, "x"}, 0b110), ("none", {LZ4}, 0b011), ("auto", set(), 0b011), ("lz4", {"x"}, 0b011)],
+)
+def test_what_is_asked_of_a_source(compress: Compress, features: set[str], encodings: int) -> None:
+    assert encodings_for(compress, frozenset(features)) == encodings
 
 
 @pytest.mark.parametrize(
@@ -557,6 +574,25 @@ def test_reply_refused(data: bytes, reason: str) -> None:
     outstanding = asked()
     check_refused(reason, lambda: outstanding.reply(data))
     assert outstanding.reply(reply()).run == Run(0, 4)  # and the refusal has not moved it on
+
+
+@pytest.mark.parametrize("length", [0, 4 * 4096, 4 * 4096 + 1, 2**32 - 1])
+def test_compressed_reply_that_is_not_shorter(length: int) -> None:
+    outstanding = OutstandingRequests(REGION, 0b110)
+    outstanding.open(Class.BACKGROUND, Run(0, 4))
+    check_refused(
+        f"{length} bytes for 4 pages of 16384 bytes", lambda: outstanding.reply(reply(encoding=Encoding.LZ4, length=length))
+    )
+    assert outstanding.reply(reply(encoding=Encoding.LZ4, length=4 * 4096 - 1)).length == 4 * 4096 - 1
+
+
+def test_compressed_reply_of_too_much() -> None:
+    outstanding = OutstandingRequests(REGION, 0b111)
+    outstanding.open(Class.BACKGROUND, Run(0, 1024))
+    most = MAX_LZ4_BYTES // 4096
+    bomb = reply(0, most + 1, encoding=Encoding.LZ4, length=9000)
+    check_refused("compresses 2101248 bytes at once", lambda: outstanding.reply(bomb))
+    assert outstanding.reply(reply(0, most, encoding=Encoding.LZ4, length=9000)).run == Run(0, most)
 
 
 def test_reply_that_comes_twice_or_goes_back() -> None:

@@ -8,14 +8,26 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import get_args
 
 import trio
 
 from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
+from ..protocol import Compress
 
-__all__ = ["EXIT_CODES", "Parser", "Report", "add_lane_option", "count", "names", "prefetch_window", "run_command"]
+__all__ = [
+    "EXIT_CODES",
+    "Parser",
+    "Report",
+    "add_compress_option",
+    "add_lane_option",
+    "count",
+    "names",
+    "prefetch_window",
+    "run_command",
+]
 
 # A window is clipped to 1 MiB of bytes on either side anyway.
 MAX_WINDOW = 256
@@ -56,6 +68,15 @@ def add_lane_option(parser: Parser) -> None:
         choices=["auto", "native", "trio"],
         default="auto",
         help="who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be (default: %(default)s)",
+    )
+
+
+def add_compress_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--compress",
+        choices=get_args(Compress),
+        default="auto",
+        help="lz4: whatever becomes smaller; auto: where link and processors make that faster (default: %(default)s)",
     )
 
 

@@ -38,12 +38,15 @@ class _Moment:
     p50_us: float | None
     p99_us: float | None
     seconds_left: float | None
+    wire_bytes: int
+    compressed: dict[str, object]
 
     def words(self) -> str:
         left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
+        packed = f", {self.compressed['share']:.0%} compressed" if self.compressed["bytes"] else ""
         return (
             f"{self.share:6.1%} resident, {self.mib_done:.0f} of {self.mib:.0f} MiB, {self.mib_per_s:.0f} MiB/s, "
-            f"{self.faults} faults (p50 {_us(self.p50_us)}, p99 {_us(self.p99_us)}){left}"
+            f"{self.faults} faults (p50 {_us(self.p50_us)}, p99 {_us(self.p99_us)}){packed}{left}"
         )
 
 
@@ -81,6 +84,8 @@ class _Watch:
             p50_us=now.fault_latency.microseconds(0.5),
             p99_us=now.fault_latency.microseconds(0.99),
             seconds_left=rest / rate if rate > 0 else None,
+            wire_bytes=now.wire_bytes,
+            compressed=_compressed(now),
         )
 
 
@@ -101,6 +106,8 @@ async def _tell(transfer: Transfer, report: Report) -> None:
             share=round(moment.share, 4),
             bytes=int(moment.mib_done * _MIB),
             bytes_per_s=int(moment.mib_per_s * _MIB),
+            bytes_wire=moment.wire_bytes,
+            compressed=moment.compressed,
             faults=moment.faults,
             fault_us={"p50": moment.p50_us, "p99": moment.p99_us},
             seconds_left=None if moment.seconds_left is None else round(moment.seconds_left, 1),
@@ -126,6 +133,16 @@ async def _redraw(transfer: Transfer) -> None:
             await trio.sleep(_REDRAW_SECONDS)
 
 
+def _compressed(statistics: TransferStatistics) -> dict[str, object]:
+    """Bytes of pages that came compressed, their share of all that came as bytes, and how many times smaller they were."""
+    ratio = statistics.lz4_ratio
+    return {
+        "bytes": statistics.lz4_bytes,
+        "share": round(statistics.lz4_share, 4),
+        "ratio": None if ratio is None else round(ratio, 2),
+    }
+
+
 def complete_fields(statistics: TransferStatistics) -> dict[str, object]:
     """The fields of the ``complete`` event."""
     classes = {"demand": statistics.demand, "prefetch": statistics.prefetch, "background": statistics.background}
@@ -136,6 +153,7 @@ def complete_fields(statistics: TransferStatistics) -> dict[str, object]:
         "removed": statistics.pages - sum(class_.pages for class_ in classes.values()),
         "zero": statistics.zero_pages,
         "bytes_wire": statistics.wire_bytes,
+        "compressed": _compressed(statistics),
         "seconds": round(statistics.seconds, 3),
         "faults": statistics.demand.faults,
         "fault_us": {"p50": latency.microseconds(0.5), "p99": latency.microseconds(0.99)},
@@ -158,6 +176,8 @@ def print_summary(statistics: TransferStatistics) -> None:
         wire = f"{row.wire_bytes / _MIB:.1f}"
         table.add_row(name, *map(str, (row.pages, row.zero_pages, wire, row.requests, row.existed, row.dropped)))
     console.print(table)
+    if statistics.lz4_ratio is not None:
+        console.print(f"compressed: {statistics.lz4_share:.0%} of what came, to 1/{statistics.lz4_ratio:.1f} of its size")
     latency = statistics.fault_latency
     shares = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
     quantiles = ", ".join(f"{name} {_us(latency.microseconds(share))}" for name, share in shares)

@@ -15,7 +15,7 @@ from ..pulling import Transfer, pull
 from ..schedule import SCHEDULES
 from ..target import Owner
 from ..uffd import UffdSocket
-from ._command import Parser, Report, add_lane_option, count, prefetch_window, run_command
+from ._command import Parser, Report, add_compress_option, add_lane_option, count, prefetch_window, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
@@ -62,6 +62,7 @@ def _parser() -> Parser:
         metavar="FWD,BACK",
         help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
     )
+    add_compress_option(parser)
     add_lane_option(parser)
     return parser
 
@@ -78,6 +79,7 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             background_lanes=options.background_lanes,
             lane=options.lane,
             prefetch=options.prefetch,
+            compress=options.compress,
             on_event=report,
         ) as transfer:
             await _show_until_complete(transfer, report)

@@ -10,7 +10,7 @@ import trio
 
 from ..qemu import migrate, receive
 from ..schedule import SCHEDULES
-from ._command import Parser, Report, add_lane_option, count, prefetch_window, run_command
+from ._command import Parser, Report, add_compress_option, add_lane_option, count, prefetch_window, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
@@ -43,6 +43,7 @@ def _parser() -> Parser:
     incoming.add_argument(
         "--prefetch", type=prefetch_window, default=(8, 8), metavar="FWD,BACK", help="pages around each fault (default: 8,8)"
     )
+    add_compress_option(incoming)
     add_lane_option(incoming)
     incoming.add_argument("qemu", nargs="+", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
@@ -67,6 +68,7 @@ async def _incoming(options: argparse.Namespace, report: Report) -> int:
         background_lanes=options.background_lanes,
         lane=options.lane,
         prefetch=options.prefetch,
+        compress=options.compress,
         on_event=report,
     )
     async with arriving as arrival, trio.open_nursery() as nursery:

@@ -14,6 +14,7 @@ from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
+from ..protocol import Compress
 from ..pulling import Transfer, pull
 from ..transport import Connection
 from ..uffd import UffdSocket
@@ -58,6 +59,7 @@ async def receive(
     background_lanes: int = 1,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
+    compress: Compress = "auto",
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Arrival]:
     """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one guest from the
@@ -99,6 +101,7 @@ async def receive(
                         background_lanes=background_lanes,
                         lane=lane,
                         prefetch=prefetch,
+                        compress=compress,
                         streams=2,
                         held=True,
                         on_event=partial(_check_size, machine, on_event),

@@ -1,0 +1,146 @@
+/* Whether to compress: what one connection of a source's decides by what its link and its processor really do.
+ *
+ * A byte of a page takes raw_ns to get away as it is, and packed_ns compressed; the smaller one wins. The one that is not in use
+ * is not known, and finding out costs: over loopback, compressing 16 MiB takes longer than sending 64. So it is foretold first,
+ * from a small sample now and then that is compressed and thrown away (how long that takes, and how much is left), and tried
+ * only where it promises something. What a trial then shows counts, and not what was foretold: where the destination is what
+ * is slow, say, or many connections share the processor.
+ *
+ * Times are of the connection being busy: it has a request to answer, or bytes of ours that have not reached the peer. */
+#include "pagenet.h"
+
+#include <stdbool.h>
+
+#define PERIOD_NS 20000000u      /* of being busy: as short as gives a steady figure */
+#define PERIOD_BYTES (1u << 20)
+#define SETTLE_BYTES (4u << 20)  /* a destination's window: until it has been refilled, what is seen is the former choice's doing */
+#define FIRST_SETTLE_BYTES (1u << 20) /* what fits into the buffers of a new connection */
+#define SAMPLE_RAW_NS 0.7        /* nothing compresses and sends faster: do not even look */
+#define PAUSE_NS 100000000u      /* after a trial that did not pay; doubles each time */
+#define MAX_PAUSE_NS 60000000000u
+#define PROBE_NS 2000000000u     /* compressing is what limits: how soon to see whether the link has become faster */
+#define PROMISE 0.9              /* worth a trial */
+#define WORTHWHILE 0.95          /* worth staying with */
+#define HARMFUL 1.05
+#define LIMITED 0.85             /* of the time spent working: not the link, but the processor is what limits */
+#define SENDING_NS 0.3           /* reading and sending a byte besides compressing it */
+#define PROMPT_MARGIN 1.6        /* decompressing takes a third of what compressing does, and the gain must be worth having */
+
+enum { RAW, TRIAL, PACKED };
+
+void pn_choice_init(struct pn_choice *choice) { *choice = (struct pn_choice){.settle = FIRST_SETTLE_BYTES, .left = -1}; }
+
+int pn_choice_packs(const struct pn_choice *choice) { return choice->mode != RAW; }
+
+int pn_choice_prompt(const struct pn_choice *choice) {
+    return choice->mode == PACKED && (1 - choice->left) * choice->raw_ns > PROMPT_MARGIN * choice->pack_ns;
+}
+
+int pn_choice_wants_sample(const struct pn_choice *choice, uint64_t now) {
+    return choice->mode == RAW && !choice->sampled && choice->raw_ns > SAMPLE_RAW_NS && now >= choice->until;
+}
+
+static void blend(double *average, double value, double weight) { *average += (value - *average) * weight; }
+
+void pn_choice_tried(struct pn_choice *choice, uint64_t size, uint64_t length, uint64_t ns) {
+    double left = length ? (double)length / (double)size : 1, pack_ns = (double)ns / (double)size;
+    if (choice->left < 0) {
+        choice->left = left;
+        choice->pack_ns = pack_ns;
+    }
+    double weight = choice->mode == RAW ? 1.0 / 4 : 1.0 / 16;
+    blend(&choice->left, left, weight);
+    blend(&choice->pack_ns, pack_ns, weight);
+    choice->sampled = 1;
+}
+
+static void begin_period(struct pn_choice *choice) {
+    choice->bytes = choice->wire = choice->busy = choice->work = 0;
+}
+
+static void change(struct pn_choice *choice, int mode) {
+    choice->mode = mode;
+    choice->settle = SETTLE_BYTES;
+}
+
+static uint64_t longer(uint64_t pause, uint64_t least) {
+    return pause < least ? least : pause < MAX_PAUSE_NS / 2 ? 2 * pause : MAX_PAUSE_NS;
+}
+
+/* What a byte would take compressed: the processor's time or the link's, whichever is longer, since they go on side by side. What
+ * was seen a moment ago is better than anything foretold. */
+static double foretold(const struct pn_choice *choice) {
+    double processor = 1.25 * choice->pack_ns + SENDING_NS, link = choice->left * choice->raw_ns;
+    if (choice->is_probing)
+        return choice->packed_ns;
+    return processor > link ? processor : link;
+}
+
+static void judge_raw(struct pn_choice *choice, uint64_t now, double seen) {
+    choice->raw_ns = seen;
+    if (choice->left >= 0 && now >= choice->until && foretold(choice) < PROMISE * seen)
+        change(choice, TRIAL);
+    choice->is_probing = 0;
+}
+
+static void judge_trial(struct pn_choice *choice, uint64_t now, double seen) {
+    bool had_something_to_gain = (double)choice->wire < PROMISE * (double)choice->bytes;
+    if (seen > (had_something_to_gain ? WORTHWHILE : HARMFUL) * choice->raw_ns) {
+        change(choice, RAW);
+        choice->pause = longer(choice->pause, PAUSE_NS);
+        choice->until = now + choice->pause;
+    } else if (had_something_to_gain) {
+        choice->mode = PACKED;
+        choice->until = now + (choice->probe = choice->probe ? choice->probe : PROBE_NS);
+    }
+}
+
+static void judge_packed(struct pn_choice *choice, uint64_t now) {
+    if ((double)choice->work < LIMITED * (double)choice->busy) {
+        choice->raw_ns = (double)choice->busy / (double)choice->wire; /* the link is kept full: so that is its rate */
+        choice->pause = choice->probe = 0;
+        choice->until = now + PROBE_NS;
+    } else if (now >= choice->until) {
+        change(choice, RAW);
+        choice->probe = longer(choice->probe, PROBE_NS);
+        choice->until = now;
+        choice->is_probing = 1;
+    }
+}
+
+static void judge(struct pn_choice *choice, uint64_t now) {
+    double seen = (double)choice->busy / (double)choice->bytes;
+    if (choice->mode == RAW) {
+        judge_raw(choice, now, seen);
+        return;
+    }
+    choice->packed_ns = seen;
+    if (choice->left > WORTHWHILE) { /* samples will show when that changes */
+        change(choice, RAW);
+        choice->until = now;
+    } else if (choice->mode == TRIAL) {
+        judge_trial(choice, now, seen);
+    } else {
+        judge_packed(choice, now);
+    }
+}
+
+void pn_choice_resume(struct pn_choice *choice, uint64_t now) { choice->mark = now; }
+
+void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now) {
+    if (choice->mark > began || !choice->mark)
+        choice->mark = began;
+    choice->bytes += bytes;
+    choice->wire += wire;
+    choice->busy += now - choice->mark;
+    choice->work += now - began;
+    choice->mark = now;
+    if (choice->settle) {
+        choice->settle -= bytes < choice->settle ? bytes : choice->settle;
+        begin_period(choice);
+    } else if (choice->busy >= PERIOD_NS && choice->bytes >= PERIOD_BYTES) {
+        judge(choice, now);
+        begin_period(choice);
+        choice->sampled = 0;
+    }
+}
