@@ -106,13 +106,13 @@ def uffd_wake(uffd: int, start: int, length: int) -> None:
     _check(lib.pn_uffd_wake(uffd, start, length))
 
 
-def populate(memory: Mapped) -> bool:
-    """Get every page of ``memory`` now, rather than at its first touch. False: this kernel cannot (before 5.14).
+def populate(address: int, size: int) -> bool:
+    """Get every page of that memory now, rather than at its first touch. False: this kernel cannot (before 5.14).
 
     :exc:`OSError` if there is not that much. Call it in a thread.
     """
     try:
-        _check(lib.pn_populate(memory.address, memory.size))
+        _check(lib.pn_populate(address, size))
     except OSError as error:
         if error.errno == errno.EINVAL:
             return False

@@ -127,7 +127,7 @@ class Memory:
         )
         self.region = self.target.region
         if kind == "allocated":
-            self.target.allocate()
+            self.target.allocate(0, self.region.size)
 
     def _open_file(self) -> int:
         if self.kind in ("copy", "move"):

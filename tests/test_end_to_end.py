@@ -97,10 +97,16 @@ def huge_if(memory: str, count: int) -> Any:
 
 
 async def move(
-    uri: str, path: Path, lane: str, *arguments: str | int, zero_every: int = ZERO_EVERY, **options: Any
+    uri: str,
+    path: Path,
+    lane: str,
+    *arguments: str | int,
+    zero_every: int = ZERO_EVERY,
+    allocate: bool = False,
+    **options: Any,
 ) -> tuple[Event, TransferStatistics]:
     """Into a workload, which checks every byte after the last page has come."""
-    owner = UffdSocket(path)
+    owner = UffdSocket(path, allocate=allocate)
     await owner.listen()
     try:
         async with run_workload(path, "--wait-complete", "--zero-every", zero_every, *arguments) as workload:
@@ -335,6 +341,34 @@ async def test_owner_that_writes_and_removes(memory: str, tmp_path: Path, lane: 
             )
     assert verified["removed"] > 0
     assert statistics.complete
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+async def test_owner_whose_memory_is_allocated_first(memory: str, tmp_path: Path, lane: str) -> None:
+    size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
+    source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
+    arguments = ("--size", size, "--memory", memory, "--order", "random", "--threads", 8, "--touches", 20_000)
+    with huge_if(memory, 9):
+        async with serve(source, listen="tcp://127.0.0.1:0") as server:
+            await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, "--write-share", 60, allocate=True)
+
+
+async def test_allocated_before_the_first_page(source: str, tmp_path: Path, lane: str) -> None:
+    path = tmp_path / "uffd.sock"
+    owner = UffdSocket(path, allocate=True)
+    await owner.listen()
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        run_workload(path, "--size", SIZE, "--memory", "memfd", "--zero-every", ZERO_EVERY, "--wait-complete") as workload,
+        pull(server.uri, owner, lane=lane, held=True) as transfer,
+    ):
+        (memory,) = (entry for entry in Path(f"/proc/{workload.pid}/fd").iterdir() if "pagenet-workload" in os.readlink(entry))
+        assert memory.stat().st_blocks * 512 == SIZE
+        assert transfer.statistics().done == 0
+        transfer.release()
+        await transfer.wait_complete()
+        await check_verified(workload)
+    owner.close()
 
 
 # ---- more than one background lane ----

@@ -193,7 +193,8 @@ async def test_own_memory_is_sigbus_when_the_source_is_lost(kind: str, source: s
         await server.kill()
         await relay.cut()
         assert await process.wait() == -signal.SIGBUS, (process.events, process.stderr)
-        assert {event["event"] for event in process.events} <= {"attached", "read"}
+        # "failed" if the thread that reads is slower to get its signal than the one that pulls is to say so
+        assert {event["event"] for event in process.events} <= {"attached", "read", "failed"}
         assert len(process.events) < SIZE // PAGE
 
 

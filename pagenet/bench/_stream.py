@@ -248,6 +248,6 @@ class _Floors:
             uffd = Userfaultfd.open()
             stack.callback(uffd.close)
             uffd.register(memory.address, size, Mode.MISSING | Mode.MINOR)
-            if not _native.populate(second):
+            if not _native.populate(second.address, second.size):
                 os.posix_fallocate(fd, 0, size)
             return self._time_receive(sender, uffd.fd, memory.address, second.address)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import trio
 
@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
+from ..schedule import SCHEDULES
 
 __all__ = [
     "EXIT_CODES",
@@ -23,9 +24,11 @@ __all__ = [
     "Report",
     "add_compress_option",
     "add_lane_option",
+    "add_pull_options",
     "count",
     "names",
     "prefetch_window",
+    "pull_options",
     "run_command",
 ]
 
@@ -78,6 +81,45 @@ def add_compress_option(parser: Parser) -> None:
         default="auto",
         help="lz4: whatever becomes smaller; auto: where link and processors make that faster (default: %(default)s)",
     )
+
+
+def add_pull_options(parser: Parser) -> None:
+    """What every command that pulls pages lets its user choose."""
+    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
+    parser.add_argument(
+        "--background",
+        choices=SCHEDULES,
+        default="hot",
+        help="order in which untouched pages come: near the faults first (hot), on from the last fault, from the first page to "
+        "the last; off: touched pages only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--background-lanes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="connections for it, where one processor cannot fill the network (default: 1)",
+    )
+    parser.add_argument(
+        "--prefetch",
+        type=prefetch_window,
+        default=(8, 8),
+        metavar="FWD,BACK",
+        help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
+    )
+    parser.add_argument(
+        "--allocate",
+        action="store_true",
+        help="take shared memory from the system before the first page comes: faster, and as much memory as there may ever be",
+    )
+    add_compress_option(parser)
+    add_lane_option(parser)
+
+
+def pull_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that are arguments of :func:`pagenet.pull`."""
+    names = ("plaintext", "background", "background_lanes", "prefetch", "compress", "lane")
+    return {name: getattr(options, name) for name in names}
 
 
 def count(text: str) -> int:

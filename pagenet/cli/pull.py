@@ -12,10 +12,9 @@ import trio
 from ..errors import HandshakeError
 from ..into_file import IntoFile
 from ..pulling import Transfer, pull
-from ..schedule import SCHEDULES
 from ..target import Owner
 from ..uffd import UffdSocket
-from ._command import Parser, Report, add_compress_option, add_lane_option, count, prefetch_window, run_command
+from ._command import Parser, Report, add_pull_options, pull_options, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
@@ -40,30 +39,7 @@ def _parser() -> Parser:
     )
     into.add_argument("--into", metavar="FILE", help="fill a file; it appears when it is complete, and replaces an older one")
     parser.add_argument("--listen", action="store_true", help="wait at URI for the source to dial (pagenet-serve --connect)")
-    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
-    parser.add_argument(
-        "--background",
-        choices=SCHEDULES,
-        default="hot",
-        help="order in which untouched pages come: near the faults first (hot), on from the last fault, from the first page to "
-        "the last; off: touched pages only (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--background-lanes",
-        type=count,
-        default=1,
-        metavar="N",
-        help="connections for it, where one processor cannot fill the network (default: 1)",
-    )
-    parser.add_argument(
-        "--prefetch",
-        type=prefetch_window,
-        default=(8, 8),
-        metavar="FWD,BACK",
-        help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
-    )
-    add_compress_option(parser)
-    add_lane_option(parser)
+    add_pull_options(parser)
     return parser
 
 
@@ -74,12 +50,7 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             options.uri,
             owner,
             listen=options.listen,
-            plaintext=options.plaintext,
-            background=options.background,
-            background_lanes=options.background_lanes,
-            lane=options.lane,
-            prefetch=options.prefetch,
-            compress=options.compress,
+            **pull_options(options),
             on_event=report,
         ) as transfer:
             await _show_until_complete(transfer, report)
@@ -99,7 +70,7 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
     def waiting() -> None:
         report("waiting", uffd_socket=options.uffd_socket)
 
-    owner = UffdSocket(options.uffd_socket, on_waiting=waiting, on_refused=refused)
+    owner = UffdSocket(options.uffd_socket, allocate=options.allocate, on_waiting=waiting, on_refused=refused)
     stack.callback(owner.close)
     return owner
 

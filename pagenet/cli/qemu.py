@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import trio
 
 from ..qemu import migrate, receive
-from ..schedule import SCHEDULES
-from ._command import Parser, Report, add_compress_option, add_lane_option, count, prefetch_window, run_command
+from ._command import Parser, Report, add_lane_option, add_pull_options, pull_options, run_command
 from ._progress import complete_fields, make_progress, print_summary
 
 __all__ = ["main"]
 
 _PROG = "pagenet-qemu"
-_ORDERS = [name for name in SCHEDULES if name != "off"]  # a guest is here when all of it is
 _WORDS = {
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
     "listening": "waiting for a guest on {uri}",
@@ -35,16 +33,7 @@ def _parser() -> Parser:
     words = "Start the QEMU that a guest comes to, and take one guest. Ends when that QEMU ends, with its exit status."
     incoming = commands.add_parser("incoming", help=words, description=words)
     incoming.add_argument("--listen", metavar="URI", required=True, help="where the source dials: tcp://HOST:PORT, unix:PATH")
-    incoming.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
-    incoming.add_argument("--background", choices=_ORDERS, default="hot", help="order in which untouched pages come (hot)")
-    incoming.add_argument(
-        "--background-lanes", type=count, default=1, metavar="N", help="connections for them (default: 1)"
-    )
-    incoming.add_argument(
-        "--prefetch", type=prefetch_window, default=(8, 8), metavar="FWD,BACK", help="pages around each fault (default: 8,8)"
-    )
-    add_compress_option(incoming)
-    add_lane_option(incoming)
+    add_pull_options(incoming)
     incoming.add_argument("qemu", nargs="+", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
     leaving = commands.add_parser("migrate", help=words, description=words)
@@ -63,12 +52,8 @@ async def _incoming(options: argparse.Namespace, report: Report) -> int:
     arriving = receive(
         options.qemu,
         listen=options.listen,
-        plaintext=options.plaintext,
-        background=options.background,
-        background_lanes=options.background_lanes,
-        lane=options.lane,
-        prefetch=options.prefetch,
-        compress=options.compress,
+        allocate=options.allocate,
+        **pull_options(options),
         on_event=report,
     )
     async with arriving as arrival, trio.open_nursery() as nursery:

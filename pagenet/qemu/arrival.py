@@ -60,10 +60,12 @@ async def receive(
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] = (8, 8),
     compress: Compress = "auto",
+    allocate: bool = False,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Arrival]:
     """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one guest from the
-    ``pagenet-qemu migrate`` that dials ``listen``. The options are those of :func:`pagenet.pull`.
+    ``pagenet-qemu migrate`` that dials ``listen``. The options are those of :func:`pagenet.pull` and
+    :class:`~pagenet.UffdSocket`.
 
     The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`. Whatever fails before the guest
     was handed over ends the QEMU that was started; whatever fails later leaves it alone: a guest whose source is lost stands
@@ -72,7 +74,7 @@ async def receive(
     Events: ``qemu``, ``listening``, ``connected``, ``owner``, ``serving``, ``loaded``, ``resumed``, ``complete``.
     """
     with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
-        owner = UffdSocket(Path(directory) / "uffd")
+        owner = UffdSocket(Path(directory) / "uffd", allocate=allocate)
         await owner.listen()
         prepared = prepare_incoming(command, Path(directory) / "monitor", owner.path)
         try:

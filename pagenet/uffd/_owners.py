@@ -17,7 +17,7 @@ import trio
 
 from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
-from ..region import Region
+from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
 from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
 from ._target import UffdTarget
@@ -32,6 +32,8 @@ HANDSHAKE_TIMEOUT = 5.0
 _BACKLOG = 8
 # How often to ask whether the memory still exists once its owner's process, or its socket, gave no way to be told.
 _ALIVE_PERIOD = 0.5
+# Bytes allocated between two looks at whether anybody still wants it: a fraction of a second.
+_ALLOCATION_STEP = 256 << 20
 
 
 class OwnMemory:
@@ -85,19 +87,13 @@ class OwnMemory:
             self.close()
             raise
         if self._allocate:
-            await self._allocate_for(target)
+            try:
+                await _allocate(target)
+            except BaseException:
+                target.close([])
+                self.close()
+                raise
         return target
-
-    async def _allocate_for(self, target: UffdTarget) -> None:
-        try:
-            await trio.to_thread.run_sync(target.allocate)
-        except BaseException as error:
-            target.close([])
-            self.close()
-            if isinstance(error, OSError):
-                size = f"{target.region.size} bytes of {self._kind} memory"
-                raise Unsupported(f"cannot allocate {size}: {error.strerror}") from None
-            raise
 
     def _features(self) -> Feature:
         wanted = Feature.MOVE | Feature.EVENT_REMOVE if self._kind == "anonymous" and self._move else Feature.EVENT_REMOVE
@@ -177,17 +173,20 @@ class UffdSocket:
     """A unix socket on which an owner hands over its memory by Firecracker's UFFD handshake.
 
     ``on_waiting`` is called once owners may connect. An owner whose handshake makes no sense is turned away with a line to
-    ``on_refused``, and the next one may try.
+    ``on_refused``, and the next one may try. ``allocate``: take shared memory whose file came along from the system before the
+    first page comes, while the owner waits; its pages are then received where they belong.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
+        allocate: bool = False,
         on_waiting: Callable[[], None] = lambda: None,
         on_refused: Callable[[HandshakeError], None] = lambda error: None,
     ) -> None:
         self.path = Path(path)
+        self._allocate = allocate
         self._on_waiting = on_waiting
         self._on_refused = on_refused
         self._file: UnixSocketFile | None = None
@@ -211,7 +210,8 @@ class UffdSocket:
             sock, _ = await self._file.socket.accept()
             try:
                 with trio.fail_after(HANDSHAKE_TIMEOUT):
-                    return await _handshake(sock, region)
+                    target = await _handshake(sock, region)
+                break
             except trio.TooSlowError:
                 sock.close()
                 self._on_refused(HandshakeError(f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"))
@@ -221,12 +221,29 @@ class UffdSocket:
             except BaseException:
                 sock.close()
                 raise
+        if self._allocate:
+            try:
+                await _allocate(target)
+            except BaseException:
+                target.close([Run(0, target.region.pages)])
+                raise
+        return target
 
     def close(self) -> None:
         """Idempotent. An owner that is attached stays so."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+async def _allocate(target: UffdTarget) -> None:
+    """In steps, between which it can be cancelled. :exc:`Unsupported` if there is not that much memory."""
+    size = target.region.size
+    for offset in range(0, size, _ALLOCATION_STEP):
+        try:
+            await trio.to_thread.run_sync(target.allocate, offset, min(_ALLOCATION_STEP, size - offset))
+        except OSError as error:
+            raise Unsupported(f"cannot allocate {size} bytes of shared memory: {error.strerror}") from None
 
 
 async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:

@@ -179,17 +179,18 @@ class UffdTarget:
         if self._second is not None:
             self._write_shared(run, None)
 
-    def allocate(self) -> None:
-        """Get all of the shared memory from the system now, and have it at hand. :exc:`OSError` if there is not that much.
+    def allocate(self, offset: int, size: int) -> None:
+        """Get a part of the shared memory (bytes of the region) from the system now, and have it at hand. :exc:`OSError` if
+        there is not that much.
 
-        Call it in a thread, before the first page comes. Memory that is not shared is left alone: a page that exists would be
-        taken for one that has come.
+        Call it in a thread, for one part after the other to the region's end, before the first page comes. Memory that is not
+        shared is left alone: a page that exists would be taken for one that has come.
         """
         if self._second is not None:
             assert self._shared_fd is not None
-            self._in_place = _native.populate(self._second)
+            self._in_place = _native.populate(self._second.address + offset, size)
             if not self._in_place:
-                os.posix_fallocate(self._shared_fd, 0, self.region.size)
+                os.posix_fallocate(self._shared_fd, offset, size)
 
     def native(self, wire: Region) -> NativeMemory:
         """What lanes in C need to know. Page numbers on the wire are ``wire``'s."""
