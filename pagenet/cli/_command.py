@@ -22,7 +22,6 @@ __all__ = [
     "EXIT_CODES",
     "Parser",
     "Report",
-    "add_compress_option",
     "add_lane_option",
     "add_pull_options",
     "count",
@@ -74,15 +73,6 @@ def add_lane_option(parser: Parser) -> None:
     )
 
 
-def add_compress_option(parser: Parser) -> None:
-    parser.add_argument(
-        "--compress",
-        choices=get_args(Compress),
-        default="auto",
-        help="lz4: whatever becomes smaller; auto: where link and processors make that faster (default: %(default)s)",
-    )
-
-
 def add_pull_options(parser: Parser) -> None:
     """What every command that pulls pages lets its user choose."""
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
@@ -112,7 +102,12 @@ def add_pull_options(parser: Parser) -> None:
         action="store_true",
         help="take shared memory from the system before the first page comes: faster, and as much memory as there may ever be",
     )
-    add_compress_option(parser)
+    parser.add_argument(
+        "--compress",
+        choices=get_args(Compress),
+        default="auto",
+        help="lz4: whatever becomes smaller; auto: where link and processors make that faster (default: %(default)s)",
+    )
     add_lane_option(parser)
 
 
