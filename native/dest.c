@@ -96,8 +96,10 @@ void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool 
             i++;
             continue;
         }
-        if (placed)
+        if (placed) {
             pn_stats_latency(dest->config.map, PN_DEMAND, now - waiter->since);
+            atomic_fetch_add(&dest->waited, now - waiter->since);
+        }
         *waiter = dest->waiters[--used];
     }
     atomic_store(&dest->waiter_count, used);

@@ -26,6 +26,7 @@ struct pn_dest {
     struct pn_waiter waiters[PN_WAITERS];
     atomic_uint waiter_count;
     _Atomic uint64_t last_fault; /* ns */
+    _Atomic uint64_t waited; /* ns that faults have waited for pages which are in place now, all in all */
     _Atomic uint64_t rate;       /* bytes of background a second; 0: no limit, UINT64_MAX: none */
     _Atomic uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
     char *zeros; /* one page of the largest size */

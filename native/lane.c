@@ -31,6 +31,8 @@ enum {
     EVENTS = 64,
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
+    LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
+    STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
 };
 
 struct slot {
@@ -61,6 +63,8 @@ struct lane {
     int epoll;
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
     uint64_t in_flight, window;
+    uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
+    bool starved;
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
@@ -342,7 +346,8 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
-        uint64_t chunk = piece->page_size < lane->config->chunk ? lane->config->chunk / piece->page_size : 1;
+        uint64_t bytes = at_most(lane->config->chunk, lane->window / 2); /* one request is answered while the next one travels */
+        uint64_t chunk = piece->page_size < bytes ? bytes / piece->page_size : 1;
         uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);
         most = pn_map_span(map, missing, missing + most, PN_MISSING);
         uint64_t granted = pn_grant(lane->dest, most * piece->page_size, piece->page_size, &lane->pause) / piece->page_size;
@@ -361,10 +366,24 @@ static bool ask_next(struct lane *lane) {
     return true;
 }
 
+/* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows yet, and it should find the
+ * link free. */
+static bool is_starved(struct lane *lane, uint64_t now) {
+    if (now - lane->looked > LOOK_NS) {
+        uint64_t waited = atomic_load(&lane->dest->waited);
+        lane->starved = waited - lane->waited > (now - lane->looked) / 2;
+        lane->waited = waited;
+        lane->looked = now;
+    }
+    return lane->starved;
+}
+
 static void feed(struct lane *lane) {
     lane->pause = UINT64_MAX;
-    bool quiet = pn_now() - atomic_load(&lane->dest->last_fault) > QUIET_NS;
-    if (!quiet)
+    uint64_t now = pn_now();
+    if (is_starved(lane, now))
+        lane->window = at_most(STARVED_BYTES, lane->config->window_min);
+    else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
         lane->window = lane->config->window_min;
     while (ask_next(lane))
         ;
