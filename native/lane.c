@@ -30,6 +30,7 @@ enum {
     STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
+    PREFETCH_LEAST = 32 << 10, /* may be on its way of a window that adapts, however slow the path: 0.25 ms at 1 Gbit/s */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
     STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
@@ -40,6 +41,7 @@ struct slot {
     uint8_t class_;
     uint8_t open;
     uint64_t next, end; /* pages on the wire, still to come */
+    uint64_t since;     /* ns */
     const struct pn_piece *piece;
 };
 
@@ -62,7 +64,8 @@ struct lane {
     size_t out_start, out_end;
     int epoll;
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
-    uint64_t in_flight, window;
+    uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
+    uint64_t best;              /* ns that a page takes which is waited for, at best; 0: none has come */
     uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
     bool starved;
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
@@ -105,6 +108,7 @@ static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uin
     uint64_t wire = piece->wire_first + ((first - piece->first) << piece->shift);
     *slot = (struct slot){.id = slot->id + SLOTS, .class_ = (uint8_t)class_, .open = 1, .piece = piece, .next = wire};
     slot->end = wire + (pages << piece->shift);
+    slot->since = class_ == PN_DEMAND ? pn_now() : 0;
     struct pn_request request = {
         .id = slot->id,
         .class_ = (uint8_t)class_,
@@ -153,20 +157,53 @@ static bool can_ask(struct lane *lane, uint32_t requests) {
 static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
 
 /* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
-static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t page) {
+static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint32_t forward_, uint32_t backward_) {
     struct pn_map *map = lane->dest->config.map;
     uint64_t limit = PREFETCH_LIMIT / piece->page_size;
-    uint64_t forward = at_most(lane->dest->config.forward, piece->first + piece->count - page - 1);
-    uint64_t backward = at_most(lane->dest->config.backward, page - piece->first);
+    uint64_t forward = at_most(forward_, piece->first + piece->count - page - 1);
+    uint64_t backward = at_most(at_most(backward_, page - piece->first), limit);
     uint64_t taken = pn_map_claim(map, page + 1, at_most(forward, limit), PN_MISSING, PN_REQUESTED);
     if (taken)
         ask(lane, PN_PREFETCH, piece, page + 1, taken);
     uint64_t from = page;
-    backward = at_most(backward, limit);
     while (page - from < backward && pn_map_claim(map, from - 1, 1, PN_MISSING, PN_REQUESTED))
         from--;
     if (from < page)
         ask(lane, PN_PREFETCH, piece, from, page - from);
+}
+
+static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t page) {
+    struct pn_window *window = lane->dest->config.window;
+    uint32_t forward, backward;
+    if (pn_window_fixed(window, &forward, &backward))
+        prefetch_fixed(lane, piece, page, forward, backward);
+    else
+        pn_window_fault(window, lane->dest->config.map, page, piece->first, piece->first + piece->count, piece->page_size);
+}
+
+/* What the window wants, a little at a time: all that is on its way stands before the next page that somebody waits for. */
+static void prefetch_more(struct lane *lane) {
+    uint64_t first, taken;
+    while (lane->in_flight < lane->window && can_ask(lane, 1)) {
+        uint64_t room = lane->window - lane->in_flight;
+        taken = pn_window_next(lane->dest->config.window, lane->dest->config.map, room, &first);
+        if (!taken)
+            break;
+        ask(lane, PN_PREFETCH, pn_piece_of_page(lane->dest, first), first, taken);
+    }
+    flush(lane);
+}
+
+/* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
+static void adapt_window(struct lane *lane, uint64_t latency) {
+    lane->best += lane->best / 256; /* the path may change */
+    if (!lane->best || latency < lane->best)
+        lane->best = latency;
+    if (latency > 2 * lane->best)
+        lane->window -= lane->window / 4;
+    else
+        lane->window += lane->window / 8;
+    lane->window = lane->window < PREFETCH_LEAST ? PREFETCH_LEAST : at_most(lane->window, PREFETCH_LIMIT);
 }
 
 static void put_off(struct lane *lane, const struct pn_event *fault) {
@@ -309,7 +346,7 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
         const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
         prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
     }
-    flush(lane);
+    prefetch_more(lane);
 }
 
 static bool take_faults(struct lane *lane) {
@@ -527,6 +564,8 @@ static void begin_reply(struct lane *lane) {
         .first = piece->first + ((reply->first - piece->wire_first) >> piece->shift),
         .count = reply->count >> piece->shift,
     };
+    if (slot->class_ == PN_DEMAND)
+        adapt_window(lane, pn_now() - slot->since);
     count(lane, slot->class_, PN_RUNS, 1);
     count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)
@@ -615,6 +654,8 @@ static void receive_staged(struct lane *lane) {
     if (got > 0) {
         lane->have += (size_t)got;
         use_all(lane);
+        if (!lane->ended)
+            prefetch_more(lane);
     } else if (got == 0) {
         end_lane(lane, PN_END_CLOSED, 0, "");
     } else if (errno != EAGAIN) {
@@ -811,7 +852,7 @@ static bool prepare(struct lane *lane) {
         lane->slots[i].id = i;
         lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
     }
-    lane->window = lane->config->window_min;
+    lane->window = is_demand(lane) ? PREFETCH_LEAST : lane->config->window_min;
     lane->pause = UINT64_MAX;
     return true;
 }

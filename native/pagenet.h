@@ -139,6 +139,43 @@ uint64_t pn_map_done(const struct pn_map *map);
 void pn_stats_add(struct pn_map *map, int class_, int counter, uint64_t amount);
 void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
 
+/* ---- window.c: what to ask for around a page that somebody waits for ------------------------------------------- */
+
+struct pn_line { /* that faults follow: step 0 while there was but one; steps: how many of them are asked for ahead */
+    uint64_t last;
+    int64_t step;
+    int64_t steps;
+    uint64_t used;
+};
+struct pn_area { /* number + 1, 0: none; level: 2^level pages around its last fault were asked for */
+    uint64_t number;
+    int32_t level;
+};
+struct pn_want { /* [first, end) */
+    uint64_t first;
+    uint64_t end;
+    uint64_t page_size;
+};
+struct pn_window {
+    uint64_t fixed; /* 0: it adapts */
+    uint64_t clock;
+    int32_t level; /* of an area's first fault, in sixteenths */
+    struct pn_line lines[8];
+    struct pn_area areas[4096];
+    struct pn_want wants[256];
+    uint64_t oldest, newest;
+};
+void pn_window_init(struct pn_window *window); /* which adapts */
+/* So many pages on either side, or (fixed 0) as many as seem right. From any thread, at any time. */
+void pn_window_fix(struct pn_window *window, int fixed, uint32_t forward, uint32_t backward);
+int pn_window_fixed(const struct pn_window *window, uint32_t *forward, uint32_t *backward);
+/* A page was MISSING and somebody waits for it: of the pages [first, end) around it, what will be touched next? */
+void pn_window_fault(struct pn_window *window, const struct pn_map *map, uint64_t page, uint64_t first, uint64_t end,
+                     uint64_t page_size);
+/* Up to so many bytes of that, at least a page, which are MISSING and become REQUESTED: how many pages, from *first on. 0: nothing
+ * more is wanted. */
+uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t bytes, uint64_t *first);
+
 /* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
 
 /* Pages that threads waited for, in that order, on their way from the demand lane to whoever learns from them. One writer, one
@@ -179,7 +216,7 @@ struct pn_dest_config {
     int file;                       /* behind the second mapping: pages are written to it; -1: through the mapping */
     int removes;                    /* the uffd reports REMOVE or UNMAP events */
     int done_fd;                    /* eventfd, written once every page of the scope is in place */
-    uint32_t forward, backward;     /* prefetch window, pages */
+    struct pn_window *window;       /* prefetch: the demand lane's */
     struct pn_fault_log *faults;    /* NULL: nobody wants to know */
     int faults_fd;                  /* eventfd of its reader */
     int encodings;                  /* that are asked for, a bit each */

@@ -32,6 +32,7 @@ __all__ = [
     "SharedMap",
     "SourceBlock",
     "SourceLoop",
+    "Window",
     "bench_claims",
     "bench_fault_floor",
     "bench_memcpy",
@@ -412,7 +413,7 @@ class Destination:
         file: int,
         removes: bool,
         done_fd: int,
-        prefetch: tuple[int, int],
+        window: Window,
         faults: FaultLog | None = None,
         encodings: int,
     ) -> None:
@@ -424,7 +425,8 @@ class Destination:
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
-        config.forward, config.backward = prefetch
+        self._window = window
+        config.window = window.window
         self._faults = faults
         config.faults, config.faults_fd = (ffi.NULL, -1) if faults is None else (faults.log, faults.fd)
         config.encodings = encodings
@@ -455,6 +457,40 @@ class Destination:
         end = ffi.new("struct pn_end *")
         lib.pn_lane_run(config, end)
         return _end_of(end)
+
+
+class Window:
+    """``struct pn_window``: what to ask for around a page that somebody waits for. Adapts unless it was fixed."""
+
+    def __init__(self) -> None:
+        self.window = ffi.new("struct pn_window *")
+        lib.pn_window_init(self.window)
+
+    @property
+    def fixed(self) -> tuple[int, int] | None:
+        """Pages forward and backward; None: it adapts."""
+        sides = ffi.new("uint32_t[2]")
+        return (int(sides[0]), int(sides[1])) if lib.pn_window_fixed(self.window, sides, sides + 1) else None
+
+    def fix(self, fixed: tuple[int, int] | None) -> None:
+        """At any time."""
+        forward, backward = fixed or (0, 0)
+        lib.pn_window_fix(self.window, fixed is not None, forward, backward)
+
+    def fault(self, shared: SharedMap, page: int, first: int, end: int, page_size: int) -> None:
+        """``page``, of the pages [first, end) that a request may name, was missing, and is waited for."""
+        lib.pn_window_fault(self.window, shared.map, page, first, end, page_size)
+
+    def next(self, shared: SharedMap, size: int) -> tuple[int, int] | None:
+        """First page, and number, of at most so many bytes to ask for: MISSING, and from now on REQUESTED. None: no more."""
+        first = ffi.new("uint64_t *")
+        count = int(lib.pn_window_next(self.window, shared.map, size, first))
+        return (int(first[0]), count) if count else None
+
+    @property
+    def level(self) -> int:
+        """The window that the next area gets is about 2 to the power of a sixteenth of this."""
+        return int(self.window.level)
 
 
 class FaultLog:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
+from . import _native
 from .errors import HandshakeError
 from .protocol import Class, Encoding
 from .region import Run
@@ -26,6 +27,8 @@ __all__ = ["Filling"]
 
 # Bytes on either side of a fault: a window of huge pages would only be in the next fault's way.
 PREFETCH_LIMIT = 1 << 20
+# Bytes that a window which adapts may have on their way. The lane in C tunes this; in Trio a reply costs more than a page.
+PREFETCHING = 128 << 10
 
 
 class Filling:
@@ -42,16 +45,27 @@ class Filling:
         self.ask: Callable[[Class, Run], None] = lambda class_, run: None
         #: told of each page that a thread waits for
         self.on_fault: Callable[[int], None] = lambda page: None
-        #: pages asked for behind and before a page that somebody waits for
+        #: what is asked for around a page that somebody waits for
+        self.window = _native.Window()
         self.prefetch = (0, 0)
         #: that pages are asked for in, a bit each
         self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
+        self._prefetching = 0  # bytes on their way of a window that adapts
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
         self.check_complete()
+
+    @property
+    def prefetch(self) -> tuple[int, int] | None:
+        """Pages asked for behind and before a page that somebody waits for; None: as many as seem right."""
+        return self.window.fixed
+
+    @prefetch.setter
+    def prefetch(self, prefetch: tuple[int, int] | None) -> None:
+        self.window.fix(prefetch)
 
     def finish(self) -> None:
         """Every page is in place: let the owner go."""
@@ -74,6 +88,7 @@ class Filling:
             asked = [page for page in [self._answer(*fault) for fault in batch] if page is not None]
             for page in asked:  # pages that are waited for go first
                 self._prefetch_around(page)
+            self._prefetch_more()
         self.check_complete()
 
     def _drain(self) -> None:
@@ -121,11 +136,14 @@ class Filling:
         return None
 
     def _prefetch_around(self, page: int) -> None:
-        """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken."""
-        forward, backward = self.prefetch
-        limit = PREFETCH_LIMIT // self.region.page_size_at(page)
-        forward, backward = min(forward, limit), min(backward, limit)
-        piece = self.target.piece_of(page)
+        """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken; or for what the
+        window that adapts says."""
+        piece, page_size = self.target.piece_of(page), self.region.page_size_at(page)
+        if self.prefetch is None:
+            self.window.fault(self.residency.shared, page, piece.first, piece.end, page_size)
+            return
+        limit = PREFETCH_LIMIT // page_size
+        forward, backward = (min(pages, limit) for pages in self.prefetch)
         behind = Run(page + 1, min(forward, piece.end - page - 1))
         before = min(backward, page - piece.first)
         while before and self.residency.span(Run(page - before, before), State.MISSING) < before:
@@ -133,6 +151,15 @@ class Filling:
         for run in (self._claim(behind), self._claim(Run(page - before, before))):
             if run.count:
                 self.ask(Class.PREFETCH, run)
+
+    def _prefetch_more(self) -> None:
+        """What the window wants, a little at a time: all that is on its way stands before the next page that is waited for."""
+        while self._prefetching < PREFETCHING and (
+            found := self.window.next(self.residency.shared, PREFETCHING - self._prefetching)
+        ):
+            run = Run(*found)
+            self._prefetching += self.region.size_of(run)
+            self.ask(Class.PREFETCH, run)
 
     def _claim(self, run: Run) -> Run:
         return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))
@@ -182,6 +209,9 @@ class Filling:
                 residency.add(class_, "deferred")
                 self._drain_or_yield()
         self._count(class_, run, done, pages is None, wire_bytes)
+        if class_ is Class.PREFETCH and self._prefetching:
+            self._prefetching = max(0, self._prefetching - self.region.size_of(run))
+            self._prefetch_more()
         if self._faults:
             self.read_events()
         self.check_complete()

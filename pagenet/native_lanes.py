@@ -75,7 +75,7 @@ class NativeLanes:
                 file=memory.file,
                 removes=memory.removes,
                 done_fd=self._done_fd,
-                prefetch=filling.prefetch,
+                window=filling.window,
                 faults=self._faults,
                 encodings=filling.encodings,
             )

@@ -101,6 +101,15 @@ class Transfer:
         """
         self._background.set_max_bandwidth(bytes_per_second)
 
+    @property
+    def prefetch(self) -> tuple[int, int] | None:
+        """Pages asked for behind and before each page that somebody waits for; None: as many as seem right."""
+        return self.filling.prefetch
+
+    def set_prefetch(self, prefetch: tuple[int, int] | None) -> None:
+        """From now on."""
+        self.filling.prefetch = prefetch
+
     def statistics(self) -> TransferStatistics:
         """What has been done so far; the last word on it once the transfer is over."""
         return self.filling.statistics()
@@ -117,7 +126,7 @@ async def pull(
     background_lanes: int = 1,
     chunk: int = CHUNK_BYTES,
     lane: LaneKind = "auto",
-    prefetch: tuple[int, int] = (8, 8),
+    prefetch: tuple[int, int] | None = None,
     max_bandwidth: int | None = None,
     compress: Compress = "auto",
     streams: int = 0,
@@ -137,9 +146,10 @@ async def pull(
     with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
     them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
     Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
-    and before each page that somebody waits for (as in Yabusame; clipped to 1 MiB on either side). ``compress``: ``auto`` (the
-    source compresses where its link and processor make that faster), ``lz4`` (whatever becomes smaller), ``none``; a source
-    that cannot compress does not. ``streams``: connections
+    and before each page that somebody waits for (clipped to 1 MiB on either side; Yabusame has 8, 8); None: as many as
+    seem right, more where faults are close together or in line, none where they are random.
+    ``compress``: ``auto`` (the source compresses where its link and processor make that faster), ``lz4`` (whatever becomes
+    smaller), ``none``; a source that cannot compress does not. ``streams``: connections
     for the application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
     :meth:`Transfer.release`, because until then the source's memory may change.
 

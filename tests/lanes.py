@@ -378,7 +378,7 @@ class NativeDriver:
             file=memory.file,
             removes=memory.removes,
             done_fd=self.done_fd,
-            prefetch=rig.prefetch,
+            window=rig.filling.window,
             encodings=rig.encodings,
         )
         self.running: dict[str, Call] = {}

@@ -51,7 +51,7 @@ class FaultOptions:
     touches: int = 4000
     size: int = 512 << 20
     memory: MemoryKind = "anonymous"
-    prefetch: tuple[int, int] = (0, 0)
+    prefetch: tuple[int, int] | None = (0, 0)
     transport: Literal["tcp", "unix"] = "tcp"
     rounds: int = 5
     uri: str | None = None

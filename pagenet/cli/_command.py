@@ -93,9 +93,9 @@ def add_pull_options(parser: Parser) -> None:
     parser.add_argument(
         "--prefetch",
         type=prefetch_window,
-        default=(8, 8),
-        metavar="FWD,BACK",
-        help="pages asked for behind and before each page that somebody waits for (default: 8,8)",
+        default=None,
+        metavar="FWD,BACK|auto",
+        help="pages asked for behind and before each page that somebody waits for (default: auto, as many as seem right)",
     )
     parser.add_argument(
         "--allocate",
@@ -124,11 +124,13 @@ def count(text: str) -> int:
     return int(text)
 
 
-def prefetch_window(text: str) -> tuple[int, int]:
-    """For argparse: FWD,BACK."""
+def prefetch_window(text: str) -> tuple[int, int] | None:
+    """For argparse: FWD,BACK, or ``auto`` (None)."""
+    if text == "auto":
+        return None
     forward, comma, backward = text.partition(",")
     if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, or FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
     return int(forward), int(backward)
 
 

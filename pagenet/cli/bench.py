@@ -113,7 +113,7 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         "--prefetch",
         type=prefetch_window,
         default=(0, 0),
-        metavar="FWD,BACK",
+        metavar="FWD,BACK|auto",
         help="pages asked for around each one touched; what they bring is not waited for, and not counted (0,0: a pure lane)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the distribution of latencies: FILE.svg or FILE.png")
@@ -333,9 +333,13 @@ def _print_environment(where: Fields) -> None:
     make_console().print("  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items()))
 
 
+def _window_name(prefetch: tuple[int, int] | None) -> str:
+    return "auto" if prefetch is None else f"{prefetch[0]},{prefetch[1]}"
+
+
 def _fault_title(result: FaultResult, options: FaultOptions) -> str:
     peer = options.transport if options.uri is None else options.uri
-    window = "prefetch off" if options.prefetch == (0, 0) else f"prefetch {options.prefetch[0]},{options.prefetch[1]}"
+    window = "prefetch off" if options.prefetch == (0, 0) else f"prefetch {_window_name(options.prefetch)}"
     memory = f"{options.memory} memory, placement {result.placement}"
     return f"Touch to resume, {result.lane} lanes, {memory}, {peer}, {window}"
 

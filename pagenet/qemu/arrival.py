@@ -58,7 +58,7 @@ async def receive(
     background: str = "hot",
     background_lanes: int = 1,
     lane: LaneKind = "auto",
-    prefetch: tuple[int, int] = (8, 8),
+    prefetch: tuple[int, int] | None = None,
     compress: Compress = "auto",
     allocate: bool = False,
     on_event: EventHandler = ignore_events,
