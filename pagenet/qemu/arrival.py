@@ -201,7 +201,8 @@ class _Arriving:
                 await talk.say("ready")
                 await talk.hear("stopped")
                 self.is_loading = True
-                self._transfer.release()  # loading the devices' state touches memory
+                self._transfer.pause_background()  # the link is the devices' until the guest runs, and that of what they touch
+                self._transfer.release()
                 self._on_event("serving")
                 await talk.say("serving")
                 await self._wait_loaded()
@@ -220,6 +221,7 @@ class _Arriving:
         since = len(self._qmp.events)
         await self._qmp.command("cont")
         resumed = await self._qmp.wait_event("RESUME", since=since, patience=_STEP_TIMEOUT)
+        self._transfer.resume_background()
         await self._guard.should_we_die("nothing")
         await talk.say("running", time=resumed.time)
         self._on_event("resumed")

@@ -155,14 +155,15 @@ class _Leaving:
             async with open_failing_nursery() as nursery:
                 await nursery.start(_relay_one, path, devices)
                 stop = await self._stop(path)
-                self._on_event("stopped")
                 await self._talk.say("stopped")
-                await self._talk.hear("serving", _ANSWER_TIMEOUT)
+                # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
                 await self._qmp.command("migrate-continue", state="pre-switchover")
+                self._on_event("stopped")
+                await self._talk.hear("serving", _ANSWER_TIMEOUT)
                 await self._talk.hear("loaded", _LOAD_TIMEOUT)
                 await self._wait_status("completed")
                 nursery.cancel_scope.cancel()
-        await self._commit()
+            await self._commit()
         self._on_event("switchover")
         running = await self._talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
