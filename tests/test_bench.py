@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pagenet.bench import Sample
+from pagenet.bench._far import order_bytes, order_pages
 from pagenet.cli.bench import main
 
 SMALL_FAULT = ("--size", "16M", "--touches", "200", "--rounds", "1", "--threads", "1,3")
@@ -142,6 +145,48 @@ def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path)
         assert last["stream"]["floor_copy_gbps"] is None
 
 
+@pytest.fixture
+def floors() -> Iterator[str]:
+    """Where a peer for the floors listens."""
+    command = [sys.executable, "-m", "pagenet.cli.bench", "peer", "--listen", "tcp://127.0.0.1:0", "--size", "4M", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
+        assert peer.stdout is not None
+        yield json.loads(peer.stdout.readline())["uri"]
+        peer.send_signal(signal.SIGINT)
+        assert peer.wait(10) == 130
+
+
+@pytest.mark.parametrize("command", ["fault", "stream"])
+def test_far_peer_has_floors_too(command: str, floors: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * (4 << 20))
+    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
+    with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            uri = json.loads(server.stdout.readline())["uri"]
+            options = ("--threads", "1", "--touches", "50") if command == "fault" else ("--placement", "copy", "--size", "4M")
+            *_, last = events(command, "--uri", uri, "--floors", floors, "--rounds", "1", *options)
+        finally:
+            server.kill()
+    figure = last["fault"]["idle"]["floor_p50_us"] if command == "fault" else last["stream"]["floor_copy_gbps"]
+    assert figure > 0
+
+
+@pytest.mark.parametrize(
+    "order", [b"", b"page", b"x" * 24, order_bytes(8 << 20, 4096), order_bytes(4096, 8192), order_pages(0)]
+)
+def test_peer_turns_away_who_makes_no_sense(order: bytes, floors: str) -> None:
+    port = int(floors.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(order)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", port)) as sock:  # the next one is welcome, and leaves early
+        sock.sendall(order_bytes(4 << 20, 4096))
+        assert sock.recv(1, socket.MSG_WAITALL)
+
+
 def test_tables_put_each_figure_beside_its_floor() -> None:
     ended = bench("fault", *SMALL_FAULT)
     assert ended.returncode == 0, ended.stderr
@@ -205,6 +250,9 @@ def test_plot_without_matplotlib_is_one_line() -> None:
     [
         (["fault", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
         (["stream", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
+        (["fault", "--uri", "tcp://127.0.0.1:1", "--floors", "tcp://127.0.0.1:1"], 3, "nothing answers"),
+        (["stream", "--floors", "tcp://127.0.0.1:1"], 2, "name both"),
+        (["peer", "--listen", "tcp://0.0.0.0:0"], 2, "--plaintext"),
         (["fault", "--threads", "0"], 2, "'0' is not a number"),
         (["fault", "--threads", "300"], 2, "more than 256"),
         (["fault", "--plot", "picture.pdf"], 2, ".svg or .png"),

@@ -5,6 +5,7 @@ must do, run in the same call and in turn with what it is compared to.
 from __future__ import annotations
 
 from ._environment import environment
+from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
 from ._null import NullResult, measure_null
@@ -45,5 +46,6 @@ __all__ = [
     "median",
     "plot_latencies",
     "plot_work",
+    "serve_floors",
     "targets_of",
 ]

@@ -27,6 +27,7 @@ from ..nurseries import open_failing_nursery
 from ..pulling import Transfer, pull
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
+from ._far import far_socket, order_pages
 from ._figures import Sample
 from ._peers import Source, connected_peer, served
 from ._toucher import Toucher
@@ -44,7 +45,8 @@ BUSY_SECONDS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class FaultOptions:
-    """``touches``: at most, in each round of each variant. ``uri``: a peer to measure instead of one that is started here."""
+    """``touches``: at most, in each round of each variant. ``uri``: a peer to measure instead of one that is started here;
+    ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a socket."""
 
     lane: LaneKind = "native"
     threads: Sequence[int] = (1, 8, 64)
@@ -55,6 +57,7 @@ class FaultOptions:
     transport: Literal["tcp", "unix"] = "tcp"
     rounds: int = 5
     uri: str | None = None
+    floors: str | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +95,9 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
         peer = None
         if options.uri is None:
             peer = await stack.enter_async_context(connected_peer(options.transport, "pages", page_size))
+        elif options.floors is not None:
+            peer = await stack.enter_async_context(far_socket(options.floors))
+            peer.sendall(order_pages(page_size))
         measure = _Measure(options, uri, size, page_size, -1 if peer is None else peer.fileno())
         for number in range(options.rounds):
             for result in results:

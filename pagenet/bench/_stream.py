@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import trio
@@ -25,6 +26,7 @@ from ..lane import LaneKind
 from ..pulling import pull
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
+from ._far import far_socket, order_bytes
 from ._figures import median
 from ._peers import Source, connected_peer, memory_holder, served, socket_pair
 from .peer import ORDER, READY
@@ -47,7 +49,8 @@ _MEMCPY_BYTES = 256 << 20
 class StreamOptions:
     """``chunk``: bytes sent at a time by the floors, and asked for by us. ``lanes``: connections for the background, each
     number in turn. ``zero_every``: one page in so many is zero in a further
-    run of each placement (0: no such run). ``uri``: a peer to measure instead of one that is started here."""
+    run of each placement (0: no such run). ``uri``: a peer to measure instead of one that is started here; ``floors``: the
+    ``pagenet-bench peer`` beside it, for the floors of a socket."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
@@ -59,6 +62,7 @@ class StreamOptions:
     transport: Literal["tcp", "unix"] = "tcp"
     rounds: int = 3
     uri: str | None = None
+    floors: str | None = None
 
 
 @dataclass(slots=True)
@@ -97,7 +101,7 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
     async with AsyncExitStack() as stack:
         if options.uri is not None:
             variants = [_Variant(result, options.uri, None) for result in _results(options, "peer")]
-            floors = _Floors(options, None)
+            floors = _Floors(options, None if options.floors is None else partial(_far_sender, options.floors))
         else:
             if (needed := 5 * options.size) > available_memory():
                 raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
@@ -118,9 +122,9 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
             )
             if await trio.to_thread.run_sync(sender.recv, len(READY)) != READY:
                 raise PagenetError("the floor's sender ended at once")
-            floors = _Floors(options, sender)
+            floors = _Floors(options, partial(_near_sender, sender, options.transport))
         for _ in range(options.rounds):
-            await trio.to_thread.run_sync(floors.round)
+            await floors.round()
             for variant in variants:
                 await trio.to_thread.run_sync(_native.bench_claim_memory, 2 * options.size)
                 await _stream(variant, options)
@@ -168,13 +172,37 @@ async def _stream(variant: _Variant, options: StreamOptions) -> None:
         memory.close()
 
 
+# A connection over which bytes are about to come: the socket, and how to order so many of them in such chunks.
+_Sender = Callable[[], AbstractAsyncContextManager[tuple[socket.socket, Callable[[int, int], None]]]]
+
+
+@asynccontextmanager
+async def _near_sender(
+    peer: socket.socket, transport: str
+) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
+    with socket_pair(transport) as (ours, theirs):
+
+        def order(length: int, chunk: int) -> None:
+            socket.send_fds(peer, [ORDER.pack(length, chunk)], [theirs.fileno()])
+            theirs.close()
+
+        await trio.lowlevel.checkpoint()
+        yield ours, order
+
+
+@asynccontextmanager
+async def _far_sender(uri: str) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
+    async with far_socket(uri) as sock:
+        yield sock, lambda length, chunk: sock.sendall(order_bytes(length, chunk))
+
+
 class _Floors:
     """What no page mover can beat by much. Without a sender, memcpy alone.
 
     Every measurement has a connection of its own, as every transfer has: one that is warm is faster.
     """
 
-    def __init__(self, options: StreamOptions, sender: socket.socket | None) -> None:
+    def __init__(self, options: StreamOptions, sender: _Sender | None) -> None:
         self._options = options
         self._sender = sender
         self._memcpy = StreamResult("memcpy", size=min(options.size, _MEMCPY_BYTES))
@@ -188,13 +216,17 @@ class _Floors:
             self._memcpy, self._receive, self._copy, self._continue
         ]  # fmt: skip
 
-    def round(self) -> None:
-        """Each once. Blocks: call it in a thread."""
-        self._memcpy.seconds.append(self._time_memcpy())
+    async def round(self) -> None:
+        """Each once."""
+        self._memcpy.seconds.append(await trio.to_thread.run_sync(self._time_memcpy))
         if self._sender is not None:
-            self._receive.seconds.append(self._time_receive(self._sender))
-            self._copy.seconds.append(self._time_copy(self._sender))
-            self._continue.seconds.append(self._time_continue(self._sender))
+            for result, time_it in (
+                (self._receive, self._time_receive),
+                (self._copy, self._time_copy),
+                (self._continue, self._time_continue),
+            ):
+                async with self._sender() as (sock, order):
+                    result.seconds.append(await trio.to_thread.run_sync(time_it, sock, order))
 
     def _time_memcpy(self) -> float:
         size = self._memcpy.size
@@ -211,30 +243,30 @@ class _Floors:
             from_.close()
             to.close()
 
-    def _time_receive(self, sender: socket.socket, uffd: int = -1, address: int = 0, second: int = 0) -> float:
+    def _time_receive(
+        self, sock: socket.socket, order: Callable[[int, int], None], uffd: int = -1, address: int = 0, second: int = 0
+    ) -> float:
         size, chunk = self._options.size, self._options.chunk
-        with socket_pair(self._options.transport) as (ours, theirs):
-            start = time.perf_counter()
-            try:
-                socket.send_fds(sender, [ORDER.pack(size, chunk)], [theirs.fileno()])
-                theirs.close()
-                _native.bench_receive(ours.fileno(), size, chunk, uffd, address, second)
-            except OSError as error:
-                raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
-            return time.perf_counter() - start
+        start = time.perf_counter()
+        try:
+            order(size, chunk)
+            _native.bench_receive(sock.fileno(), size, chunk, uffd, address, second)
+        except OSError as error:
+            raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
+        return time.perf_counter() - start
 
-    def _time_copy(self, sender: socket.socket) -> float:
+    def _time_copy(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
         _native.bench_claim_memory(2 * self._options.size)
         memory = _native.Mapped(self._options.size)
         uffd = Userfaultfd.open()
         try:
             uffd.register(memory.address, memory.size, Mode.MISSING)
-            return self._time_receive(sender, uffd.fd, memory.address)
+            return self._time_receive(sock, order, uffd.fd, memory.address)
         finally:
             uffd.close()
             memory.close()
 
-    def _time_continue(self, sender: socket.socket) -> float:
+    def _time_continue(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
         """Into memory that was allocated, and whose second mapping is at hand, before the clock starts."""
         size = self._options.size
         _native.bench_claim_memory(2 * size)
@@ -250,4 +282,4 @@ class _Floors:
             uffd.register(memory.address, size, Mode.MISSING | Mode.MINOR)
             if not _native.populate(second.address, second.size):
                 os.posix_fallocate(fd, 0, size)
-            return self._time_receive(sender, uffd.fd, memory.address, second.address)
+            return self._time_receive(sock, order, uffd.fd, memory.address, second.address)

@@ -28,7 +28,9 @@ from ..bench import (
     measure_scale,
     measure_streams,
     plot_latencies,
+    serve_floors,
 )
+from ..errors import UsageError
 from ..testing.pattern import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._command import Parser, Report, add_lane_option, count, names, prefetch_window, run_command
@@ -43,9 +45,12 @@ _SUITES = {
     "stream": "How fast the background brings pages, by placement and source.",
     "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
+    "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
 }
 _WORDS = {
+    "listening": "floors on {uri}",
+    "refused": "{peer}: refused: {reason}",
     "skipped": "left out: source {source}: {reason}",
     "run": "round {round}: {method}, {ram_mib} MiB: {words}",
 }
@@ -72,6 +77,9 @@ def _parser() -> Parser:
     suites = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser)
     for name, words in _SUITES.items():
         suite = suites.add_parser(name, help=words, description=words)
+        if name == "peer":
+            _add_peer_options(suite)
+            continue
         suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
         if name == "qemu":
             add_qemu_options(suite)
@@ -83,7 +91,8 @@ def _parser() -> Parser:
         if name == "scale":
             _add_scale_options(suite)
             continue
-        suite.add_argument("--uri", help="measure against the pagenet-serve that listens there, without the floors of a socket")
+        suite.add_argument("--uri", help="measure against the pagenet-serve that listens there, on another host")
+        suite.add_argument("--floors", metavar="URI", help="where pagenet-bench peer listens there, for a socket's floors")
         suite.add_argument("--size", type=parse_size, default=_SIZES[name], help="of the memory, in bytes or with K, M, G")
         if name != "stream":
             _add_fault_options(suite, quick=name == "all")
@@ -97,6 +106,12 @@ class _SuiteParser(Parser):
 
     def __init__(self, prog: str, description: str, **_: Any) -> None:
         super().__init__(prog, description)
+
+
+def _add_peer_options(parser: Parser) -> None:
+    parser.add_argument("--listen", metavar="URI", required=True, help="where --floors dials: tcp://HOST:PORT, unix:PATH")
+    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
+    parser.add_argument("--size", type=parse_size, default=1 << 30, help="bytes that stream may ask for at most (1G)")
 
 
 def _add_fault_options(parser: Parser, quick: bool) -> None:
@@ -168,6 +183,11 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 async def _bench(options: argparse.Namespace, report: Report) -> int:
+    if options.suite == "peer":
+        await serve_floors(options.listen, options.size, plaintext=options.plaintext, on_event=report)
+        return 0
+    if getattr(options, "floors", None) is not None and options.uri is None:
+        raise UsageError("--floors is for the host that --uri is on: name both")
     plot = getattr(options, "plot", None)
     if plot is not None:
         check_plot(plot)
@@ -202,6 +222,7 @@ async def _fault(options: argparse.Namespace, report: Report) -> Fields:
         transport=options.transport,
         rounds=options.rounds,
         uri=options.uri,
+        floors=options.floors,
     )
     results = await measure_faults(wanted)
     summaries = [_fault_summary(result) for result in results]
@@ -251,7 +272,12 @@ def _quantiles(sample: Sample, prefix: str = "") -> Fields:
 async def _stream(options: argparse.Namespace, report: Report) -> Fields:
     quick = options.suite == "all"
     wanted = StreamOptions(
-        lane=options.lane, size=options.size, transport=options.transport, rounds=options.rounds, uri=options.uri
+        lane=options.lane,
+        size=options.size,
+        transport=options.transport,
+        rounds=options.rounds,
+        uri=options.uri,
+        floors=options.floors,
     )
     if quick:
         wanted = replace(wanted, sources=("file",), zero_every=0)

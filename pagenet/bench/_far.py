@@ -1,0 +1,116 @@
+"""The other side of the floors, when that is another host: what ``pagenet-bench peer`` runs there, and how to reach it.
+
+Whoever connects says once what it wants, in 24 bytes: pages for requests, or so many bytes in chunks of so many.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import trio
+
+from .. import _native, transport
+from ..errors import PagenetError, UsageError
+from ..events import EventHandler
+from ..nurseries import open_failing_nursery
+from ..session import receive_exactly
+from ..transport import Connection, Detachable
+from ._peers import Source
+
+__all__ = ["far_socket", "order_bytes", "order_pages", "serve_floors"]
+
+_ORDER = struct.Struct("<4s4xQQ")
+_PAGES, _BYTES = b"page", b"byte"
+# Whoever connects and says nothing is not waited for longer.
+_ORDER_TIMEOUT = 10.0
+_MAX_PAGE = 2 << 20
+_MAX_CONNECTIONS = 16
+
+
+async def serve_floors(uri: str, size: int, *, plaintext: bool, on_event: EventHandler) -> None:
+    """Until cancelled. Sends at most ``size`` bytes over a connection. Events: ``listening``, ``refused``."""
+    with Source(size) as source, await transport.listen(uri, plaintext=plaintext) as listener:
+        memory = _native.Mapped(size, source.fd)
+        limiter = trio.CapacityLimiter(_MAX_CONNECTIONS)
+        try:
+            async with open_failing_nursery() as nursery:
+                on_event("listening", uri=listener.uri)
+                while True:
+                    connection = await listener.accept()
+                    nursery.start_soon(_answer, connection, memory, limiter, on_event)
+        finally:
+            memory.close()
+
+
+async def _answer(
+    connection: Connection, memory: _native.Mapped, limiter: trio.CapacityLimiter, on_event: EventHandler
+) -> None:
+    peer = connection.peer
+    try:
+        work = await _order(connection, memory)
+        async with _blocking(connection) as sock:
+            await trio.to_thread.run_sync(work, sock.fileno(), limiter=limiter)
+    except (PagenetError, trio.TooSlowError) as error:
+        on_event("refused", peer=peer, reason=str(error) or f"it asked for nothing for {_ORDER_TIMEOUT:g} s")
+    except OSError:
+        pass  # whoever measures has left
+    finally:
+        connection.close()
+
+
+async def _order(connection: Connection, memory: _native.Mapped) -> Callable[[int], None]:
+    order = bytearray(_ORDER.size)
+    with trio.fail_after(_ORDER_TIMEOUT):
+        await receive_exactly(connection, memoryview(order))
+    what, length, piece = _ORDER.unpack(order)
+    if what == _PAGES and 0 < piece <= _MAX_PAGE:
+        return partial(_native.bench_page_server, page_size=piece)
+    if what == _BYTES and 0 < piece <= length <= memory.size:
+        return partial(_native.bench_send, address=memory.address, length=length, chunk=piece)
+    there_is = f"at most {memory.size} bytes, in chunks, or pages of at most {_MAX_PAGE}"
+    raise PagenetError(f"it asks for what there is not: there are {there_is}")
+
+
+@asynccontextmanager
+async def _blocking(connection: Connection) -> AsyncIterator[socket.socket]:
+    """The connection's socket, for a loop in C in a thread, which a cancellation has to shut down to end."""
+    if not isinstance(connection, Detachable):
+        raise UsageError(f"{connection.peer}: the floors need a transport over sockets")
+    with socket.socket(fileno=connection.detach()) as sock:
+        sock.setblocking(True)
+
+        async def shut_down_when_cancelled() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(shut_down_when_cancelled)
+            await trio.lowlevel.checkpoint()
+            yield sock
+            nursery.cancel_scope.cancel()
+
+
+def order_pages(page_size: int) -> bytes:
+    return _ORDER.pack(_PAGES, 0, page_size)
+
+
+def order_bytes(length: int, chunk: int) -> bytes:
+    return _ORDER.pack(_BYTES, length, chunk)
+
+
+@asynccontextmanager
+async def far_socket(uri: str) -> AsyncIterator[socket.socket]:
+    """A blocking connection to the ``pagenet-bench peer`` there, of the kind that pagenet would use. It waits for an order."""
+    connection = await transport.dial(uri)
+    try:
+        async with _blocking(connection) as sock:
+            yield sock
+    finally:
+        connection.close()
