@@ -18,15 +18,15 @@
 #define SAMPLE_RAW_NS 0.7        /* nothing compresses and sends faster: do not even look */
 #define PAUSE_NS 100000000u      /* after a trial that did not pay; doubles each time */
 #define MAX_PAUSE_NS 60000000000u
-#define PROBE_NS 2000000000u     /* compressing is what limits: how soon to see whether the link has become faster */
+#define PROBE_NS 250000000u      /* compressing is what limits: how soon to see whether the link is faster; doubles each time */
 #define PROMISE 0.9              /* worth a trial */
 #define WORTHWHILE 0.95          /* worth staying with */
 #define HARMFUL 1.05
 #define LIMITED 0.85             /* of the time spent working: not the link, but the processor is what limits */
-#define SENDING_NS 0.3           /* reading and sending a byte besides compressing it */
 #define PROMPT_MARGIN 1.6        /* decompressing takes a third of what compressing does, and the gain must be worth having */
 
 enum { RAW, TRIAL, PACKED };
+enum { RECENT = sizeof ((struct pn_choice *)0)->recent / sizeof(double), BEFORE_TRIAL = 2 };
 
 void pn_choice_init(struct pn_choice *choice) { *choice = (struct pn_choice){.settle = FIRST_SETTLE_BYTES, .left = -1}; }
 
@@ -61,6 +61,7 @@ static void begin_period(struct pn_choice *choice) {
 static void change(struct pn_choice *choice, int mode) {
     choice->mode = mode;
     choice->settle = SETTLE_BYTES;
+    choice->periods = 0;
 }
 
 static uint64_t longer(uint64_t pause, uint64_t least) {
@@ -70,15 +71,27 @@ static uint64_t longer(uint64_t pause, uint64_t least) {
 /* What a byte would take compressed: the processor's time or the link's, whichever is longer, since they go on side by side. What
  * was seen a moment ago is better than anything foretold. */
 static double foretold(const struct pn_choice *choice) {
-    double processor = 1.25 * choice->pack_ns + SENDING_NS, link = choice->left * choice->raw_ns;
+    double processor = 1.25 * choice->pack_ns + choice->send_ns, link = choice->left * choice->raw_ns;
     if (choice->is_probing)
         return choice->packed_ns;
     return processor > link ? processor : link;
 }
 
-static void judge_raw(struct pn_choice *choice, uint64_t now, double seen) {
+/* The least of the last few periods: where others want the processors too, a period tells as much of them as of the link. */
+static void note_raw(struct pn_choice *choice, double seen) {
+    choice->recent[choice->periods++ % RECENT] = seen;
     choice->raw_ns = seen;
-    if (choice->left >= 0 && now >= choice->until && foretold(choice) < PROMISE * seen)
+    for (uint64_t i = 0; i < choice->periods && i < RECENT; i++)
+        if (choice->recent[i] < choice->raw_ns)
+            choice->raw_ns = choice->recent[i];
+}
+
+static void judge_raw(struct pn_choice *choice, uint64_t now, double seen) {
+    note_raw(choice, seen);
+    choice->send_ns = (double)choice->work / (double)choice->bytes;
+    if (choice->periods < BEFORE_TRIAL)
+        return;
+    if (choice->left >= 0 && now >= choice->until && foretold(choice) < PROMISE * choice->raw_ns)
         change(choice, TRIAL);
     choice->is_probing = 0;
 }

@@ -290,7 +290,10 @@ struct pn_choice {
     int sampled;        /* in this period */
     int is_probing;     /* not compressing just to see what that is like */
     double raw_ns;      /* a byte of a page, as it is */
-    double packed_ns;   /* and compressed */
+    double recent[4];   /* of the last periods, of which raw_ns is the least */
+    uint64_t periods;   /* since it does not compress */
+    double send_ns;     /* the processor's time to read and send it */
+    double packed_ns;   /* a byte compressed */
     double pack_ns;     /* the processor's time to compress it */
     double left;        /* of a byte when compressed; below 0: not known */
     uint64_t settle;    /* bytes to let pass before what is seen counts */

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from namespaces import needs_namespaces
 
 from pagenet.bench import Sample
 from pagenet.bench._far import order_bytes, order_pages
@@ -287,3 +288,48 @@ def test_a_quantile_is_the_median_of_the_rounds() -> None:
     assert (sample.count, sample.pooled()[0]) == (9, 10)
     assert Sample().microseconds(0.5) is None
     assert sample.ratio(Sample(), 0.5) is None
+
+
+# ---- compression ----
+
+
+def test_encodings() -> None:
+    said = events("stream", "--content", "compressible,random,zero", "--size", "8M", "--rounds", "1")
+    found = {(result["content"], result["encoding"]): result for result in results(said, "encodings")}
+    assert list(found) == [(content, name) for content in ("compressible", "random", "zero") for name in ("raw", "lz4", "auto")]
+    packed = found["compressible", "lz4"]
+    assert packed["share"] > 0.99
+    assert packed["ratio"] == pytest.approx(2.5, rel=0.05)
+    assert packed["bytes_wire"] == pytest.approx((8 << 20) / packed["ratio"], rel=0.02)
+    assert found["random", "lz4"]["share"] == found["compressible", "raw"]["share"] == 0
+    assert found["zero", "lz4"]["bytes_wire"] < 1 << 16
+    assert all(result["mbps"] > 0 and result["rate"] is None for result in found.values())
+    held = said[-1]["encodings"]["targets"]
+    assert {(target["content"], target["other"]) for target in held} == {
+        (content, other) for content in ("compressible", "random") for other in ("raw", "the better of the two")
+    }
+    assert all(target["met"] == (target["times"] >= target["at_least"]) for target in held)
+
+
+@needs_namespaces
+def test_encodings_over_a_limited_link() -> None:
+    ended = bench("stream", "--content", "random", "--encoding", "raw,auto", "--rate", "200", "--size", "4M", "--rounds", "1")
+    assert ended.returncode == 0, ended.stderr
+    assert "auto, random, 200 Mbit/s: " in ended.stdout
+    assert "at least 0.97x" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--encoding", "zip"), "zip: there are raw, lz4, auto"),
+        (("--content", "text"), "text: there are compressible, random, zero"),
+        (("--rate", "fast"), "'fast' is not a number from 1 on"),
+        (("--rate", "none", "--transport", "unix"), "compression is measured between processes here, over tcp"),
+    ],
+)
+def test_encodings_that_make_no_sense(options: tuple[str, ...], complaint: str) -> None:
+    ended = bench("stream", *options)
+    assert ended.returncode == 2
+    assert complaint in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,27 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from namespaces import MISSING, needs_namespaces
 from vm import guest_files, needs_guest
 
 from pagenet.bench._qemu import Migration, QemuOptions, QemuResult, targets_of
 from pagenet.bench._qemu_guest import GuestFiles, Serial, Story
 from pagenet.bench._qemu_methods import Outcome
 from pagenet.cli.bench import main
-
-MISSING = [tool for tool in ("unshare", "nsenter", "ip", "tc") if not shutil.which(tool)]
-
-
-def refusal() -> str:
-    """Why no network namespace can be made here; empty if one can."""
-    if MISSING:
-        return f"not installed: {', '.join(MISSING)}"
-    tried = "ip link set lo up && tc qdisc add dev lo root tbf rate 1gbit burst 256k limit 1m"
-    done = subprocess.run(["unshare", "--net", "sh", "-c", tried], capture_output=True, text=True)
-    return done.stderr.strip()
-
-
-REFUSAL = refusal()
-needs_namespaces = pytest.mark.skipif(bool(REFUSAL), reason=f"no network namespaces with a limited link: {REFUSAL}")
 
 SMALL = ("--ram", "160", "--workload", "30,10", "--rounds", "1")
 
@@ -147,7 +132,7 @@ sys.exit(main(["qemu", "--kernel", sys.executable]))
 def test_needs_root() -> None:
     ended = subprocess.run([sys.executable, "-c", NOT_ROOT], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 7
-    assert ended.stderr == "pagenet-bench: network namespaces need root: run pagenet-bench qemu as root\n"
+    assert ended.stderr == "pagenet-bench: network namespaces need root: run pagenet-bench as root\n"
 
 
 @pytest.mark.parametrize(

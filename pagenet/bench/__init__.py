@@ -4,6 +4,15 @@ must do, run in the same call and in turn with what it is compared to.
 
 from __future__ import annotations
 
+from ._content import CONTENTS
+from ._encoding import (
+    ENCODINGS,
+    EncodingOptions,
+    EncodingResult,
+    EncodingTarget,
+    encoding_targets,
+    measure_encodings,
+)
 from ._environment import environment
 from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
@@ -18,10 +27,15 @@ from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 
 __all__ = [
+    "CONTENTS",
+    "ENCODINGS",
     "LIMIT_SECONDS",
     "PLACEMENTS",
     "QEMU_METHODS",
     "SOURCES",
+    "EncodingOptions",
+    "EncodingResult",
+    "EncodingTarget",
     "FaultOptions",
     "FaultResult",
     "Migration",
@@ -36,8 +50,10 @@ __all__ = [
     "StreamResult",
     "Target",
     "check_plot",
+    "encoding_targets",
     "environment",
     "find_guest",
+    "measure_encodings",
     "measure_faults",
     "measure_null",
     "measure_qemu",

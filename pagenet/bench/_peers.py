@@ -23,7 +23,7 @@ from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
 from .peer import peer_command
 
-__all__ = ["Served", "Source", "connected_peer", "memory_holder", "served", "socket_pair"]
+__all__ = ["Served", "Source", "connected_peer", "first_line", "memory_holder", "running", "served", "socket_pair"]
 
 
 class Source:
@@ -62,7 +62,8 @@ class Source:
 
 
 @asynccontextmanager
-async def _running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[trio.Process]:
+async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[trio.Process]:
+    """A process, for as long as the block runs."""
     process = await trio.lowlevel.open_process(
         list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=fds
     )
@@ -77,7 +78,8 @@ async def _running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIter
                 await stream.aclose()
 
 
-async def _first_line(process: trio.Process) -> str:
+async def first_line(process: trio.Process) -> str:
+    """What it says first. :exc:`PagenetError` if it ends instead."""
     assert process.stdout is not None
     line = bytearray()
     while not line.endswith(b"\n"):
@@ -98,8 +100,8 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory:
         listen = "tcp://127.0.0.1:0" if transport == "tcp" else f"unix:{Path(directory) / 'source'}"
         command = [sys.executable, "-m", "pagenet.cli.serve", spec, "--listen", listen, "--lane", lane, "--json"]
-        async with _running(command) as process:
-            event = json.loads(await _first_line(process))
+        async with running(command) as process:
+            event = json.loads(await first_line(process))
             if event["event"] != "listening":
                 raise UsageError(event.get("message", "pagenet-serve did not start"))
             yield Served(event["uri"], process.pid)
@@ -108,8 +110,8 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
 @asynccontextmanager
 async def memory_holder(source: Source) -> AsyncIterator[str]:
     """A process that has the same bytes in private memory: the source's name for it."""
-    async with _running(peer_command("memory", source.fd, source.size), [source.fd]) as process:
-        address = int(await _first_line(process))
+    async with running(peer_command("memory", source.fd, source.size), [source.fd]) as process:
+        address = int(await first_line(process))
         yield f"pid:{process.pid}:{address:#x}+{source.size:#x}"
 
 
@@ -136,6 +138,6 @@ async def connected_peer(transport: str, role: str, *numbers: int, fds: Sequence
     """A peer of a floor (:mod:`.peer`), and the socket to talk to it over."""
     with socket_pair(transport) as (ours, theirs):
         command = peer_command(role, theirs.fileno(), *numbers)
-        async with _running(command, [theirs.fileno(), *fds]):
+        async with running(command, [theirs.fileno(), *fds]):
             theirs.close()
             yield ours

@@ -25,7 +25,7 @@ import trio
 from ..errors import PagenetError, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["Daemon", "Line", "Link", "Site", "Words", "check_tools", "killing", "open_link", "open_site"]
+__all__ = ["Daemon", "Line", "Link", "Site", "Words", "check_tools", "inside", "killing", "open_link", "open_site"]
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ async def open_link(rate: int | None) -> AsyncIterator[Link]:
     """
     check_tools("unshare", "nsenter", "ip", "tc")
     if os.geteuid() != 0:
-        raise Unsupported("network namespaces need root: run pagenet-bench qemu as root")
+        raise Unsupported("network namespaces need root: run pagenet-bench as root")
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(_namespace())
         await _configure(source, "ip link set lo up")
@@ -120,13 +120,13 @@ async def _namespace() -> AsyncIterator[int]:
 
 
 async def _configure(pid: int, words: str) -> None:
-    command = [*_inside(pid), *words.split()]
+    command = [*inside(pid), *words.split()]
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
     if done.returncode:
         raise Unsupported(f"{words}: {' '.join(done.stderr.decode(errors='replace').split())}")
 
 
-def _inside(pid: int) -> list[str]:
+def inside(pid: int) -> list[str]:
     return ["nsenter", f"--net=/proc/{pid}/ns/net"]
 
 
@@ -242,7 +242,7 @@ class Site:
         :meth:`errors`."""
         with self.errors(name).open("ab") as errors:
             process = await trio.lowlevel.open_process(
-                [*_inside(at), *command],
+                [*inside(at), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,

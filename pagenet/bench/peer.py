@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from .. import _native
 
-__all__ = ["ORDER", "READY", "peer_command"]
+__all__ = ["ORDER", "READY", "peer_command", "python_module"]
 
 #: how many bytes to send, in chunks of how many
 ORDER = struct.Struct("<QQ")
@@ -24,8 +24,12 @@ ORDER = struct.Struct("<QQ")
 READY = b"."
 
 
+def python_module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]
+
+
 def peer_command(role: str, *numbers: int) -> list[str]:
-    return [sys.executable, "-m", "pagenet.bench.peer", role, *map(str, numbers)]
+    return [*python_module("pagenet.bench.peer"), role, *map(str, numbers)]
 
 
 def _send_pages(fd: int, page_size: int) -> None:

@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import (
+    CONTENTS,
+    ENCODINGS,
     LIMIT_SECONDS,
     PLACEMENTS,
     SOURCES,
+    EncodingOptions,
+    EncodingResult,
+    EncodingTarget,
     FaultOptions,
     FaultResult,
     NullResult,
@@ -22,7 +27,9 @@ from ..bench import (
     StreamOptions,
     StreamResult,
     check_plot,
+    encoding_targets,
     environment,
+    measure_encodings,
     measure_faults,
     measure_null,
     measure_scale,
@@ -150,6 +157,19 @@ def _add_stream_options(parser: Parser) -> None:
     )
     parser.add_argument("--source", type=names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES))
     parser.add_argument(
+        "--encoding",
+        type=names(ENCODINGS),
+        metavar="NAME,...",
+        help=f"measure compression instead: {_one_of(ENCODINGS)}; so do --content and --rate",
+    )
+    parser.add_argument("--content", type=names(CONTENTS), metavar="NAME,...", help=_one_of(CONTENTS, "compressible,random"))
+    parser.add_argument(
+        "--rate",
+        type=_rates,
+        metavar="MBIT,...",
+        help="of a link between network namespaces, as root; none: loopback (none)",
+    )
+    parser.add_argument(
         "--zero-every", type=int, default=2, metavar="N", help="measure with one page in N zero, too (%(default)s; 0: do not)"
     )
 
@@ -168,8 +188,12 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(parse_size(part) for part in text.split(","))
 
 
-def _one_of(names: Iterable[str]) -> str:
-    return f"of {', '.join(names)} (all of them)"
+def _one_of(names: Iterable[str], default: str = "all of them") -> str:
+    return f"of {', '.join(names)} ({default})"
+
+
+def _rates(text: str) -> tuple[int | None, ...]:
+    return tuple(None if part == "none" else count(part) for part in text.split(","))
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -199,7 +223,9 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
     summary: Fields = {}
     if options.suite in ("all", "fault"):
         summary["fault"] = await _fault(options, report)
-    if options.suite in ("all", "stream"):
+    if options.suite == "stream" and (options.encoding or options.content or options.rate):
+        summary["encodings"] = await _encodings(options, report)
+    elif options.suite in ("all", "stream"):
         summary["stream"] = await _stream(options, report)
     if options.suite == "scale":
         summary["scale"] = await _scale(options, report)
@@ -300,6 +326,35 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
         "floor_memcpy_gbps": floors["memcpy"],
         "gbps": {_stream_name(result): result.gbps for result in results if not result.is_floor},
         "chunk": wanted.chunk,
+    }
+
+
+async def _encodings(options: argparse.Namespace, report: Report) -> Fields:
+    if options.uri is not None or options.transport != "tcp":
+        raise UsageError("compression is measured between processes here, over tcp")
+    wanted = EncodingOptions(lane=options.lane, size=options.size, chunk=options.chunk, rounds=options.rounds)
+    chosen = {"encodings": options.encoding, "contents": options.content, "rates": options.rate}
+    wanted = replace(wanted, **{name: value for name, value in chosen.items() if value})
+    results = await measure_encodings(wanted)
+    rows = [_encoding_fields(result) for result in results]
+    for row in rows:
+        report("result", suite="encodings", **row)
+    held = encoding_targets(results)
+    if not report.as_json:
+        _print_encodings(results, held, wanted)
+    return {"results": rows, "targets": [{**target._asdict(), "met": target.met} for target in held]}
+
+
+def _encoding_fields(result: EncodingResult) -> Fields:
+    return {
+        "encoding": result.encoding,
+        "content": result.content,
+        "rate": result.rate,
+        "bytes": result.size,
+        "mbps": result.mbps,
+        "bytes_wire": result.wire_bytes,
+        "share": result.share,
+        "ratio": result.ratio,
     }
 
 
@@ -417,6 +472,30 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         table.add_row(result.name, result.source + zeros, str(result.lanes), f"{result.gbps:.2f}", *beside)
     console.print(table)
     console.print("The floor of each is send/recv+copy. Every page was compared after its transfer.", style="dim")
+
+
+def _link_name(rate: int | None) -> str:
+    return "loopback" if rate is None else f"{rate} Mbit/s"
+
+
+def _print_encodings(results: Sequence[EncodingResult], held: Sequence[EncodingTarget], options: EncodingOptions) -> None:
+    console = make_console()
+    console.print(
+        f"\n[bold]Compression, {options.lane} lanes, {options.size >> 20} MiB[/bold]  (medians of {options.rounds} rounds)"
+    )
+    table = make_table("content", "link", "encoding", "MB/s", "MiB on the wire", "compressed", "ratio")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    for result in results:
+        ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"
+        wire, share = f"{result.wire_bytes / (1 << 20):.1f}", f"{result.share:.0%}"
+        table.add_row(result.content, _link_name(result.rate), result.encoding, f"{result.mbps:.1f}", wire, share, ratio)
+        if result.encoding == options.encodings[-1]:
+            table.add_section()
+    console.print(table)
+    console.print("MB are of pages, whatever went over the wire. Every page was compared after its transfer.", style="dim")
+    for content, rate, other, times, at_least in held:
+        met = "met" if times >= at_least else "[bold]not met[/bold]"
+        console.print(f"auto, {content}, {_link_name(rate)}: {times:.2f}x {other}, at least {at_least:g}x: {met}")
 
 
 def _print_scale(rows: Sequence[Fields]) -> None:

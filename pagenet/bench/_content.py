@@ -1,0 +1,114 @@
+"""Memory to be moved that compresses as memory does, or does not."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+from .. import _native
+from ..errors import PagenetError, UsageError
+
+__all__ = ["CONTENTS", "RATIO", "Content"]
+
+#: by name: what is in the pages
+CONTENTS = ("compressible", "random", "zero")
+#: of compressible content, as blocks of 128 KiB: what a guest's program text and heap come to
+RATIO = 2.5
+_STRETCH = 128 << 10
+_STEP = 1 << 20
+_PAGE = 4096
+# Of each mapping; and of all that is found, or it would not be much of a mixture. What is chosen repeats itself, at a distance
+# that LZ4 does not look back to.
+_MOST, _LEAST = 16 << 20, 4 << 20
+
+
+class Content:
+    """A memfd of ``size`` bytes. Close it, or use it as a context manager."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self.fd = os.memfd_create("pagenet-bench", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size)
+            pieces = _MAKERS[name]()
+            at = 0
+            while at < size and (piece := next(pieces, None)) is not None:
+                at += os.pwrite(self.fd, piece[: size - at], at)
+        except OSError as error:
+            self.close()
+            raise UsageError(f"cannot make {size} bytes of memory to move: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Content:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    @property
+    def spec(self) -> str:
+        """How pagenet-serve is told of it."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+
+def _random() -> Iterator[bytes]:
+    while True:
+        yield os.urandom(_STEP)
+
+
+def _programs() -> Iterator[bytes]:
+    """Stretches of this very process's programs and heap, without those that compress worst: what is left comes to RATIO."""
+    stretches = sorted(_stretches(), key=lambda stretch: stretch[1])
+    sizes = [length for _, length in stretches]
+    while sizes and sum(sizes) * RATIO > len(sizes) * _STRETCH:
+        sizes.pop()
+    chosen = [stretch for stretch, _ in stretches[: len(sizes)]]
+    if len(chosen) * _STRETCH < _LEAST:
+        raise PagenetError(f"the memory of this process does not come to a ratio of {RATIO}")
+    random.Random(0).shuffle(chosen)
+    return cycle(chosen)
+
+
+def _stretches() -> Iterator[tuple[bytes, int]]:
+    """Stretches without zero pages, each with what it becomes when compressed."""
+    packer = _native.Packer()
+    pages = b""
+    for data in _memory():
+        pages += b"".join(data[i : i + _PAGE] for i in range(0, len(data), _PAGE) if any(data[i : i + _PAGE]))
+        while len(pages) >= _STRETCH:
+            stretch, pages = pages[:_STRETCH], pages[_STRETCH:]
+            packed = packer.pack(memoryview(stretch))
+            yield stretch, len(packed) if packed else _STRETCH
+
+
+def _nothing() -> Iterator[bytes]:
+    """A hole is zeros."""
+    return iter(())
+
+
+_MAKERS = {"compressible": _programs, "random": _random, "zero": _nothing}
+
+
+def _memory() -> Iterator[bytes]:
+    """What this process has mapped, its own or from files."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if match := re.match(r"(\w+)-(\w+) r..p ", line):
+                start, end = int(match[1], 16), int(match[2], 16)
+                for at in range(start, min(end, start + _MOST), _STEP):
+                    try:
+                        yield os.pread(memory.fileno(), min(_STEP, end - at), at)
+                    except OSError:  # the kernel's own, or gone
+                        break

@@ -1,0 +1,162 @@
+"""What compression is worth: the same pages as they are, compressed, and as ``auto`` has it, by content and by link.
+
+Both sides are processes of their own, in network namespaces where the link has a rate. What is compared with each other is
+measured in turn, and every page is compared afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import PagenetError, UsageError
+from ..lane import LaneKind
+from ..protocol import Compress
+from ._content import CONTENTS, Content
+from ._environment import available_memory
+from ._figures import median
+from ._peers import first_line, running
+from ._qemu_site import inside, open_link
+from .peer import python_module
+
+__all__ = ["ENCODINGS", "EncodingOptions", "EncodingResult", "EncodingTarget", "encoding_targets", "measure_encodings"]
+
+#: what is asked for, by the name of how pages then travel
+ENCODINGS: dict[str, Compress] = {"raw": "none", "lz4": "lz4", "auto": "auto"}
+#: auto against raw: (content, Mbit/s or None) -> at least so many times as fast
+_AT_LEAST: dict[tuple[str, int | None], float] = {("compressible", 1000): 2.0, ("random", 1000): 0.97}
+_NEVER_SLOWER = 0.97
+_CLOSE_TO_BEST = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingOptions:
+    """``rates``: of the link, in Mbit/s; None: loopback, unlimited."""
+
+    lane: LaneKind = "native"
+    size: int = 512 << 20
+    chunk: int = 256 << 10
+    encodings: Sequence[str] = tuple(ENCODINGS)
+    contents: Sequence[str] = CONTENTS[:2]
+    rates: Sequence[int | None] = (None,)
+    rounds: int = 3
+
+
+@dataclass(slots=True)
+class EncodingResult:
+    """Of each round: seconds for ``size`` bytes, bytes on the wire, the share that went compressed (0 to 1), and how many times
+    smaller that was, if anything was."""
+
+    encoding: str
+    content: str
+    rate: int | None
+    size: int
+    seconds: list[float] = field(default_factory=list)
+    wires: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def mbps(self) -> float:
+        """10^6 bytes of pages a second."""
+        return round(self.size / median(self.seconds) / 1e6, 1)
+
+    @property
+    def wire_bytes(self) -> int:
+        return int(median(self.wires))
+
+    @property
+    def share(self) -> float:
+        return round(median(self.shares), 3)
+
+    @property
+    def ratio(self) -> float | None:
+        return round(median(self.ratios), 2) if self.ratios else None
+
+
+class EncodingTarget(NamedTuple):
+    """``times``: how many times as fast ``auto`` is as ``other``."""
+
+    content: str
+    rate: int | None
+    other: str
+    times: float
+    at_least: float
+
+    @property
+    def met(self) -> bool:
+        return self.times >= self.at_least
+
+
+async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
+    """:exc:`~pagenet.errors.Unsupported` where a link cannot be limited."""
+    if (needed := 3 * options.size) > available_memory():
+        raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+    results = []
+    for rate in options.rates:
+        async with _link(rate) as (source, destination, address):
+            for name in options.contents:
+                with Content(name, options.size) as content:
+                    results += await _measure(content, rate, source, destination, address, options)
+    return results
+
+
+@asynccontextmanager
+async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], str]]:
+    """What comes before the source's and the destination's commands, and where the source listens."""
+    if rate is None:
+        yield [], [], "127.0.0.1"
+        return
+    async with open_link(rate) as link:
+        yield inside(link.destination), inside(link.source), link.address
+
+
+async def _measure(
+    content: Content, rate: int | None, source: list[str], destination: list[str], address: str, options: EncodingOptions
+) -> list[EncodingResult]:
+    where = ["--listen", f"tcp://{address}:0", "--plaintext", "--lane", options.lane]
+    serve = [*source, *python_module("pagenet.cli.serve"), content.spec, *where, "--json"]
+    results = [EncodingResult(name, content.name, rate, content.size) for name in options.encodings]
+    async with running(serve) as server:
+        event = json.loads(await first_line(server))
+        if event["event"] != "listening":
+            raise UsageError(event.get("message", "pagenet-serve did not start"))
+        for _ in range(options.rounds):
+            for result in results:
+                await _pull(result, event["uri"], destination, content, options)
+    return results
+
+
+async def _pull(result: EncodingResult, uri: str, destination: list[str], content: Content, options: EncodingOptions) -> None:
+    wanted = {"uri": uri, "compress": ENCODINGS[result.encoding], "lane": options.lane, "chunk": options.chunk}
+    command = [*destination, *python_module("pagenet.bench.puller"), json.dumps({**wanted, "fd": content.fd})]
+    async with running(command, [content.fd]) as puller:
+        told = json.loads(await first_line(puller))
+    if "error" in told:
+        raise PagenetError(told["error"])
+    if told["bad"]:
+        raise PagenetError(f"{told['bad']} MiB are not what they should be after {result.encoding} of {result.content} pages")
+    result.seconds.append(told["seconds"])
+    result.wires.append(told["bytes_wire"])
+    result.shares.append(told["share"])
+    if told["ratio"] is not None:
+        result.ratios.append(told["ratio"])
+
+
+def encoding_targets(results: Sequence[EncodingResult]) -> list[EncodingTarget]:
+    """What ``auto`` is held to, as far as it was measured."""
+    found = []
+    for auto in results:
+        if auto.encoding != "auto" or auto.content == "zero":
+            continue
+        others = {r.encoding: r.mbps for r in results if (r.content, r.rate) == (auto.content, auto.rate) and r is not auto}
+        if raw := others.get("raw"):
+            at_least = _AT_LEAST.get((auto.content, auto.rate), _NEVER_SLOWER)
+            found.append(EncodingTarget(auto.content, auto.rate, "raw", round(auto.mbps / raw, 3), at_least))
+        if len(others) == 2:
+            times = round(auto.mbps / max(others.values()), 3)
+            found.append(EncodingTarget(auto.content, auto.rate, "the better of the two", times, _CLOSE_TO_BEST))
+    return found

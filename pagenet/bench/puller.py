@@ -1,0 +1,67 @@
+"""A destination as a process of its own: ``python -m pagenet.bench.puller``, started by pagenet-bench alone.
+
+Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, and ``fd``, a memfd with what the pages should
+be. It pulls them into memory of its own, compares them, and says what became of it as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import trio
+
+from .. import _native
+from ..errors import PagenetError
+from ..pulling import pull
+from ..uffd import OwnMemory
+
+# Compared at a time.
+_STEP = 1 << 20
+
+
+async def _pull(uri: str, compress: Any, lane: Any, chunk: int, fd: int) -> dict[str, object]:
+    memory = OwnMemory("anonymous")
+    try:
+        async with pull(
+            uri, memory, background="linear", chunk=chunk, lane=lane, prefetch=(0, 0), compress=compress
+        ) as transfer:
+            await transfer.wait_complete()
+        statistics = transfer.statistics()
+        return {
+            "seconds": statistics.seconds,
+            "bytes_wire": statistics.wire_bytes,
+            "share": statistics.lz4_share,
+            "ratio": statistics.lz4_ratio,
+            "bad": await trio.to_thread.run_sync(_differs, memory, fd, statistics.size),
+        }
+    finally:
+        memory.close()
+
+
+def _differs(memory: OwnMemory, fd: int, size: int) -> int:
+    """Megabytes that are not what they should be."""
+    wanted = _native.Mapped(size, fd)
+    try:
+        bad = 0
+        for start in range(0, size, _STEP):
+            ours, theirs = bytearray(min(_STEP, size - start)), bytearray(min(_STEP, size - start))
+            _native.copy_out(memory.address + start, memoryview(ours))
+            _native.copy_out(wanted.address + start, memoryview(theirs))
+            bad += ours != theirs
+        return bad
+    finally:
+        wanted.close()
+
+
+def main() -> int:
+    try:
+        print(json.dumps(trio.run(lambda: _pull(**json.loads(sys.argv[1])))), flush=True)
+    except PagenetError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
