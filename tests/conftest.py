@@ -68,6 +68,23 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("\n  ".join(["the test left behind:", *leaks]), pytrace=False)
 
 
+@pytest.fixture
+def uffd_permitted() -> None:
+    """For tests of which userfaultfd is a part."""
+    import pagenet.uffd
+
+    try:
+        pagenet.uffd.probe()
+    except pagenet.Unsupported as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["trio", "native"])
+def lane(request: pytest.FixtureRequest) -> str:
+    """Each of the two kinds of lanes in turn."""
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_orphans() -> Iterator[None]:
     """A grandchild whose parent has died is no child of this process. The environment it inherited gives it away."""

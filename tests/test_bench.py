@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +126,30 @@ def test_null() -> None:
     assert len(said[-1]["null"]) == 6
 
 
-@pytest.mark.parametrize("command", ["fault", "stream"])
-def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path) -> None:
+FAR = {
+    "fault": ("--rounds", "1", "--threads", "1", "--touches", "50"),
+    "stream": ("--rounds", "1", "--placement", "copy", "--size", "4M"),
+}
+
+
+@contextmanager
+def far_source(tmp_path: Path) -> Iterator[str]:
+    """Where a pagenet-serve listens that the bench has not started."""
     source = tmp_path / "source"
     source.write_bytes(b"x" * (4 << 20))
     serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
     with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            uri = json.loads(server.stdout.readline())["uri"]
-            options = ("--threads", "1", "--touches", "50") if command == "fault" else ("--placement", "copy", "--size", "4M")
-            *_, last = events(command, "--uri", uri, "--rounds", "1", *options)
+            yield json.loads(server.stdout.readline())["uri"]
         finally:
             server.kill()
+
+
+@pytest.mark.parametrize("command", ["fault", "stream"])
+def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path) -> None:
+    with far_source(tmp_path) as uri:
+        *_, last = events(command, "--uri", uri, *FAR[command])
     if command == "fault":
         assert last["fault"]["idle"]["touches"] == last["fault"]["idle"]["floor_local_touches"] == 50
         assert last["fault"]["idle"]["floor_p50_us"] is None
@@ -159,17 +171,8 @@ def floors() -> Iterator[str]:
 
 @pytest.mark.parametrize("command", ["fault", "stream"])
 def test_far_peer_has_floors_too(command: str, floors: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(b"x" * (4 << 20))
-    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
-    with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            uri = json.loads(server.stdout.readline())["uri"]
-            options = ("--threads", "1", "--touches", "50") if command == "fault" else ("--placement", "copy", "--size", "4M")
-            *_, last = events(command, "--uri", uri, "--floors", floors, "--rounds", "1", *options)
-        finally:
-            server.kill()
+    with far_source(tmp_path) as uri:
+        *_, last = events(command, "--uri", uri, "--floors", floors, *FAR[command])
     figure = last["fault"]["idle"]["floor_p50_us"] if command == "fault" else last["stream"]["floor_copy_gbps"]
     assert figure > 0
 

@@ -36,9 +36,8 @@ from processes import (
 )
 
 import pagenet
-from pagenet import Unsupported, __version__
+from pagenet import __version__
 from pagenet.cli import pull, serve
-from pagenet.uffd import probe
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -59,14 +58,6 @@ both_lanes = pytest.mark.parametrize("lane", LANES)
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     return str(write_pattern(tmp_path / "source", SIZE, zero_every=4))
-
-
-@pytest.fixture
-def uffd_permitted() -> None:
-    try:
-        probe()
-    except Unsupported as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -14,22 +14,15 @@ from lanes import PAGE
 from processes import huge_pages, pull_command, run, run_server
 
 import pagenet
-from pagenet import IntoFile, OwnMemory, TransferStatistics, Unsupported, register, serve
+from pagenet import IntoFile, OwnMemory, TransferStatistics, register, serve
 from pagenet.testing import MemoryTransport
-from pagenet.uffd import probe
+
+pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 SIZE = 2 << 20
 PAGES = SIZE // PAGE
 COMPRESS = ["auto", "lz4", "none"]
 CONTENTS = [*((kind, "lz4") for kind in ("text", "random", "zero")), *(("mixed", compress) for compress in COMPRESS)]
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    try:
-        probe()
-    except Unsupported as error:
-        pytest.skip(str(error))
 
 
 def text(order: random.Random) -> bytes:

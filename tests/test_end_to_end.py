@@ -17,7 +17,6 @@ import trio
 from pagenet._pagenet import ffi
 from processes import (
     HUGE_PAGE,
-    LANES,
     PAGE,
     Event,
     Process,
@@ -43,7 +42,6 @@ from pagenet import (
     Server,
     TransferStatistics,
     UffdSocket,
-    Unsupported,
     UsageError,
     _native,
     register,
@@ -53,26 +51,15 @@ from pagenet.background import CHUNK_BYTES
 from pagenet.session import receive_exactly
 from pagenet.testing import MemoryTransport
 from pagenet.transport import Connection
-from pagenet.uffd import Mode, Userfaultfd, probe
+from pagenet.uffd import Mode, Userfaultfd
+
+pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * MIB
 ZERO_EVERY = 7
 TRANSPORTS = ["tcp", "tcp far", "unix", "memory"]
 MEMORIES = ["anonymous", "memfd", "tmpfs", "hugetlb"]
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    try:
-        probe()
-    except Unsupported as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import trio
 from pagenet._pagenet import ffi, lib
 from processes import (
     HUGE_PAGE,
-    LANES,
     PAGE,
     Process,
     Relay,
@@ -56,21 +55,10 @@ from pagenet.target import Outcome
 from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
 from pagenet.uffd._handshake import MAX_HANDSHAKE_BYTES
 
+pytestmark = pytest.mark.usefixtures("uffd_permitted")
+
 SIZE = 64 * PAGE
 REGION = Region([Block("ram", SIZE)])
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    try:
-        probe()
-    except Unsupported as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

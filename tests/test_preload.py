@@ -17,7 +17,6 @@ import trio
 from pagenet._pagenet import ffi, lib
 from processes import (
     HUGE_PAGE,
-    LANES,
     PAGE,
     Process,
     huge_pages,
@@ -33,6 +32,8 @@ import pagenet.qemu._preload
 from pagenet import Transfer, UffdSocket, Unsupported, serve
 from pagenet.qemu._preload import preload_library
 from pagenet.uffd import Feature, probe
+
+pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 SIZE = 64 * PAGE
 NOBODY = 65534
@@ -81,19 +82,6 @@ for line in sys.stdin:
 
 MAP_SHARED, MAP_PRIVATE, MAP_POPULATE = 0x01, 0x02, 0x8000
 PROT_READ, PROT_WRITE = 1, 2
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    try:
-        probe()
-    except Unsupported as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

@@ -153,14 +153,6 @@ def popen(*args: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(workload_command(*args), stdout=subprocess.PIPE)
 
 
-@pytest.fixture
-def uffd_permitted() -> None:
-    uffd = lib.pn_uffd_open(b"/dev/userfaultfd", 1)
-    if uffd < 0:
-        pytest.skip(f"userfaultfd is not permitted here: {os.strerror(-uffd)}")
-    os.close(uffd)
-
-
 Start = Callable[..., Owner]
 
 
