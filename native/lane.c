@@ -397,8 +397,10 @@ static bool ask_next(struct lane *lane) {
         *left -= taken;
     }
     if (!*left) {
-        atomic_store_explicit((_Atomic uint64_t *)&ring->head, head + 1, memory_order_release);
-        eventfd_write(lane->config->room_fd, 1);
+        atomic_store((_Atomic uint64_t *)&ring->head, head + 1); /* before the look: either we see wake_at, or its writer this */
+        uint64_t wake_at = __atomic_load_n(&ring->wake_at, __ATOMIC_SEQ_CST);
+        if (!wake_at || pn_ring_used(ring) <= wake_at)
+            eventfd_write(lane->config->room_fd, 1);
     }
     return true;
 }

@@ -233,6 +233,7 @@ void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second);
 struct pn_ring {
     uint64_t head; /* next to be taken */
     uint64_t tail; /* next to be written */
+    uint64_t wake_at; /* the writer's eventfd is written when no more runs than this are left; 0: at each run taken */
     uint64_t first[64];
     uint64_t count[64];
 };

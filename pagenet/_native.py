@@ -548,6 +548,12 @@ class Ring:
     def __len__(self) -> int:
         return int(lib.pn_ring_used(self.ring))
 
+    ROOM = 64
+
+    def wake_me_at(self, runs: int) -> None:
+        """Have ``room_fd`` written when no more runs than this are left, rather than at each that the lane takes."""
+        self.ring.wake_at = runs
+
 
 @dataclass(frozen=True, slots=True)
 class SourceBlock:

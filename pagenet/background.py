@@ -87,12 +87,13 @@ class Background:
 
     async def next_run(self, max_bytes: int) -> Run:
         """What to ask for next; waits while there is nothing, or while paused."""
-        while True:
-            if not self._paused and self._schedule is not None:
-                run = self._schedule.next_run(max_bytes)
-                if run is not None:
-                    return run
+        while (run := self.next_run_nowait(max_bytes)) is None:
             await self._waiting.park()
+        return run
+
+    def next_run_nowait(self, max_bytes: int) -> Run | None:
+        """The same; None if there is nothing to ask for now."""
+        return None if self._paused or self._schedule is None else self._schedule.next_run(max_bytes)
 
     async def wait_turn(self, size: int) -> None:
         """Return when so many bytes may be asked for: for lanes in Trio. Those in C have the same rule of their own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +21,7 @@ from .errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError
 from .filling import Filling
 from .nurseries import open_failing_nursery
 from .protocol import printable
-from .region import Region
+from .region import Region, Run
 from .target import Target
 from .transport import Connection, Detachable
 from .uffd import UffdTarget
@@ -29,13 +30,12 @@ __all__ = ["NativeLanes", "can_run_natively"]
 
 # What may be on its way while there are faults, and when there have been none for a while.
 WINDOW_BYTES = (256 << 10, 4 << 20)
-# Runs in the ring: enough to keep the lane busy while Python looks elsewhere, few enough for the schedule to change its mind.
-RING_RUNS = 4
-# A run in the ring, which the lane asks for in smaller pieces. Python's part costs about 100 us a run: 3 % at 1 GB/s with the
-# largest. They grow and shrink, so that each lasts the lane about so many seconds: what is in the ring comes, and only then
-# what the schedule has thought of since.
-RUN_BYTES = (64 << 10, 4 << 20)
-RUN_SECONDS = (0.002, 0.006)
+# What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
+# it grows when it was used up sooner, and shrinks when later. Python's part costs about 100 us each time that it is filled up.
+RING_BYTES = (256 << 10, 16 << 20)
+RING_SECONDS = (0.004, 0.012)
+# Of that, in one run: the lane asks for it in smaller pieces.
+RUNS_IN_RING = 4
 # Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does.
 FAULT_SECONDS = 0.002
 
@@ -132,31 +132,47 @@ class NativeLanes:
         return PagenetError(f"cannot go on placing pages: {os.strerror(end.error or errno.EIO)}")
 
     async def _read_faults(self) -> None:
-        """Tell the schedule which pages threads waited for."""
-        while True:
-            while pages := self._faults.read():
-                self._background.note_faults(pages)
-                await trio.sleep(FAULT_SECONDS)
-            await trio.lowlevel.wait_readable(self._faults.fd)
-            os.eventfd_read(self._faults.fd)
+        """Tell the schedule, and a recording, which pages threads waited for."""
+        try:
+            while True:
+                while pages := self._faults.read():
+                    self._background.note_faults(pages)
+                    await trio.sleep(FAULT_SECONDS)
+                await trio.lowlevel.wait_readable(self._faults.fd)
+                os.eventfd_read(self._faults.fd)
+        finally:
+            self._background.note_faults(self._faults.read())  # the last of a complete transfer
 
     async def _feed(self, ring: _native.Ring) -> None:
-        """Keep the ring filled with what the schedule says."""
-        size, pushed = RUN_BYTES[0], trio.current_time()
+        """Keep the ring filled with what the schedule says: to the brim when half of it is used up."""
+        room, sizes, filled = RING_BYTES[0], deque[int](), trio.current_time()
         while True:
-            run = await self._background.next_run(size)
-            ring.push(run.first, run.count)
-            if len(ring) < RING_RUNS:  # the lane is faster than we are
-                size = min(2 * size, RUN_BYTES[1])
-            while len(ring) >= RING_RUNS:
-                await trio.lowlevel.wait_readable(ring.room_fd)
-                os.eventfd_read(ring.room_fd)
-            took, pushed = trio.current_time() - pushed, trio.current_time()
-            if took > RUN_SECONDS[1]:
-                size = max(size // 2, RUN_BYTES[0])
-            elif took < RUN_SECONDS[0]:
-                size = min(2 * size, RUN_BYTES[1])
+            run: Run | None = await self._background.next_run(room // RUNS_IN_RING)
+            while run is not None:
+                ring.push(run.first, run.count)
+                sizes.append(self._filling.region.size_of(run))
+                full = sum(sizes) >= room or len(sizes) >= ring.ROOM - 1
+                run = None if full else self._background.next_run_nowait(room // RUNS_IN_RING)
+            await self._half_empty(ring, sizes)
+            took, filled = trio.current_time() - filled, trio.current_time()
+            if took > RING_SECONDS[1]:
+                room = max(room // 2, RING_BYTES[0])
+            elif took < RING_SECONDS[0]:
+                room = min(room * 2, RING_BYTES[1])
             await trio.lowlevel.checkpoint()
+
+    async def _half_empty(self, ring: _native.Ring, sizes: deque[int]) -> None:
+        """Return when half of the bytes in the ring are left; ``sizes`` are those of the runs in it."""
+        whole, left, runs = sum(sizes), 0, 0
+        while runs < len(sizes) and left + sizes[-1 - runs] <= whole // 2:
+            left += sizes[-1 - runs]
+            runs += 1
+        ring.wake_me_at(max(runs, 1))
+        while len(ring) > max(runs, 1):
+            await trio.lowlevel.wait_readable(ring.room_fd)
+            os.eventfd_read(ring.room_fd)
+        while len(sizes) > len(ring):
+            sizes.popleft()
 
 
 def _owned(stack: ExitStack, fd: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 
@@ -16,6 +17,7 @@ from .lane import LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
 from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
+from .recording import Recorder, Recording, load_recording
 from .region import Region
 from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
@@ -128,6 +130,7 @@ async def pull(
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] | None = None,
     max_bandwidth: int | None = None,
+    record: str | os.PathLike[str] | None = None,
     compress: Compress = "auto",
     streams: int = 0,
     held: bool = False,
@@ -141,13 +144,16 @@ async def pull(
 
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
     ``background``: the order in which untouched pages come: ``hot`` (first what is near the faults), ``follow`` (on from the
-    last fault), ``linear``, or ``off`` to bring touched pages only. ``max_bandwidth``: bytes of them a second. These may be
-    changed while it runs (:meth:`Transfer.set_background`). ``background_lanes``: connections for it, 1 to 63, each
-    with a thread of its own; more than one where a processor cannot fill the network. ``chunk``: bytes asked for at a time on
-    them, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in
-    Trio, slow and obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages asked for behind
-    and before each page that somebody waits for (clipped to 1 MiB on either side; Yabusame has 8, 8); None: as many as
-    seem right, more where faults are close together or in line, none where they are random.
+    last fault), ``linear``, ``recorded=FILE`` (as ``record`` wrote it, then ``hot``), or ``off`` to bring touched pages only.
+    ``max_bandwidth``: bytes of them a second. These may be changed while it runs (:meth:`Transfer.set_background`).
+    ``record``: a file that the order in which threads waited for pages is written to at the end, merged with what it has of
+    earlier runs. What came before it was touched is not in it: ``background="off", prefetch=(0, 0)`` records every first
+    touch. ``background_lanes``: connections for it, 1 to 63, each with a thread of its own; more than one where a processor
+    cannot fill the network. ``chunk``: bytes asked for at a time on them, whole pages up to 4 MiB. ``lane``: ``native``
+    (loops in C), ``trio`` (the same in Trio, slow and obvious), or ``auto``: native where memory and transport allow it.
+    ``prefetch``: pages asked for behind and before each page that somebody waits for (clipped to 1 MiB on either side;
+    Yabusame has 8, 8); None: as many as seem right, more where faults are close together or in line, none where they are
+    random.
     ``compress``: ``auto`` (the source compresses where its link and processor make that faster), ``lz4`` (whatever becomes
     smaller), ``none``; a source that cannot compress does not. ``streams``: connections
     for the application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
@@ -162,6 +168,7 @@ async def pull(
     if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
         raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
     check_schedule(background)
+    recorded = _earlier(record)
     channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with sessions as session:
@@ -178,6 +185,10 @@ async def pull(
                     connections = [await session.open_lane(channel) for channel in channels]
                     plan = Background(_schedule(background, filling), chunk)
                     plan.set_max_bandwidth(max_bandwidth)
+                    if record is not None:
+                        recorder = Recorder(filling.region)
+                        plan.observers.append(recorder.note)
+                        cleanup.callback(_save, recorder, recorded, record)
                     pages_go_over, others = connections[: 1 + background_lanes], connections[1 + background_lanes :]
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     nursery.cancel_scope.cancel()
@@ -219,6 +230,15 @@ def _schedule(background: str, filling: Filling) -> Schedule | None:
     if background == "off" and filling.target.event_fd is None:
         raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
     return make_schedule(background, filling.region, filling.residency)
+
+
+def _earlier(path: str | os.PathLike[str] | None) -> Recording | None:
+    return load_recording(path) if path is not None and os.path.exists(path) else None
+
+
+def _save(recorder: Recorder, earlier: Recording | None, path: str | os.PathLike[str]) -> None:
+    now = recorder.recording()
+    (now if earlier is None else earlier.merge(now)).save(path)
 
 
 class _Run:

@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import PagenetError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
-from ..schedule import SCHEDULES
+from ..schedule import RECORDED, SCHEDULES
 
 __all__ = [
     "EXIT_CODES",
@@ -78,10 +78,16 @@ def add_pull_options(parser: Parser) -> None:
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
     parser.add_argument(
         "--background",
-        choices=SCHEDULES,
+        type=background_order,
         default="hot",
-        help="order in which untouched pages come: near the faults first (hot), on from the last fault, from the first page to "
-        "the last; off: touched pages only (default: %(default)s)",
+        metavar="ORDER",
+        help="in which untouched pages come: hot (near the faults first), follow (on from the last fault), linear, "
+        "recorded=FILE (as in an earlier run, then hot), off (touched pages only) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write down in which order pages were waited for, for --background recorded=FILE; merged with what FILE has",
     )
     parser.add_argument(
         "--background-lanes",
@@ -113,7 +119,7 @@ def add_pull_options(parser: Parser) -> None:
 
 def pull_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of them that are arguments of :func:`pagenet.pull`."""
-    names = ("plaintext", "background", "background_lanes", "prefetch", "compress", "lane")
+    names = ("plaintext", "background", "background_lanes", "prefetch", "record", "compress", "lane")
     return {name: getattr(options, name) for name in names}
 
 
@@ -122,6 +128,13 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def background_order(text: str) -> str:
+    """For argparse: the name of a schedule."""
+    if text in SCHEDULES or (text.startswith(RECORDED) and text != RECORDED):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(SCHEDULES)}, {RECORDED}FILE")
 
 
 def prefetch_window(text: str) -> tuple[int, int] | None:

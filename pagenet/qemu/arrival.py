@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -59,6 +60,7 @@ async def receive(
     background_lanes: int = 1,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] | None = None,
+    record: str | os.PathLike[str] | None = None,
     compress: Compress = "auto",
     allocate: bool = False,
     on_event: EventHandler = ignore_events,
@@ -103,6 +105,7 @@ async def receive(
                         background_lanes=background_lanes,
                         lane=lane,
                         prefetch=prefetch,
+                        record=record,
                         compress=compress,
                         streams=2,
                         held=True,

@@ -9,27 +9,35 @@ there already, a byte each, in C.
 from __future__ import annotations
 
 from ..errors import UsageError
+from ..recording import load_recording
 from ..region import Region
 from ..residency import Residency
 from ._follow import Follow
 from ._hot import Hot
 from ._linear import Linear
+from ._recorded import Recorded
 from ._schedule import Schedule
 
-__all__ = ["SCHEDULES", "Follow", "Hot", "Linear", "Schedule", "check_schedule", "make_schedule"]
+__all__ = ["RECORDED", "SCHEDULES", "Follow", "Hot", "Linear", "Recorded", "Schedule", "check_schedule", "make_schedule"]
 
 #: by name, in the order in which people should read of them
 SCHEDULES = ("hot", "follow", "linear", "off")
+#: what the name of a recording's file follows
+RECORDED = "recorded="
 
 
 def check_schedule(name: str) -> None:
-    """:exc:`UsageError` if there is no schedule of that name."""
-    if name not in SCHEDULES:
-        raise UsageError(f"no background order {name!r}: there are {', '.join(SCHEDULES)}")
+    """:exc:`UsageError` if there is no schedule of that name, or its recording cannot be read."""
+    if name.startswith(RECORDED):
+        load_recording(name.removeprefix(RECORDED))
+    elif name not in SCHEDULES:
+        raise UsageError(f"no background order {name!r}: there are {', '.join(SCHEDULES)}, {RECORDED}FILE")
 
 
 def make_schedule(name: str, region: Region, residency: Residency) -> Schedule | None:
-    """The schedule of that name; None for ``off``. :exc:`UsageError` if there is none."""
+    """The schedule of that name; None for ``off``. :exc:`UsageError` as :func:`check_schedule`."""
+    if name.startswith(RECORDED):
+        return Recorded(region, residency, load_recording(name.removeprefix(RECORDED)).pages_in(region))
     check_schedule(name)
     match name:
         case "hot":

@@ -49,10 +49,11 @@ class Hot:
             self._within.warm(area, now)
 
     def next_run(self, max_bytes: int) -> Run | None:
-        run = self._streams.next_run(self._now, max_bytes)
-        if run is None:
-            run = self._hottest(self._within, max_bytes) or self._hottest(self._beside, max_bytes)
-        return run or self._rest.next_run(max_bytes)
+        return self.next_hot_run(max_bytes) or self._hottest(self._beside, max_bytes) or self._rest.next_run(max_bytes)
+
+    def next_hot_run(self, max_bytes: int) -> Run | None:
+        """Ahead of a line, or in an area that faults were in; None: there is nothing left of those."""
+        return self._streams.next_run(self._now, max_bytes) or self._hottest(self._within, max_bytes)
 
     def _hottest(self, ranking: Ranking, max_bytes: int) -> Run | None:
         """What is missing of the hottest area, from where it was left. Areas of which nothing is are dropped on the way."""

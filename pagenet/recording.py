@@ -1,0 +1,192 @@
+"""The order in which pages were waited for, on disk: recorded in one run, replayed in the next.
+
+A file is one msgpack map: ``format`` ("pagenet-touches"), ``version`` (1), ``runs`` (how many were merged into it), ``blocks``
+(names and sizes, in bytes) and ``touches``: numbers, three for each stretch of pages of 4 KiB that follow each other: by how
+many pages its first lies behind the end of the one before, how many pages it has, and in how many of the runs they were seen.
+Pages are numbered through all blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from .errors import UsageError
+from .region import Block, Region, Run
+
+__all__ = ["MOST_PAGES", "Recorder", "Recording", "load_recording"]
+
+FORMAT, VERSION = "pagenet-touches", 1
+_UNIT = 4096
+# Pages that are remembered: 4 GiB of them. A working set that is larger is not worth an order.
+MOST_PAGES = 1 << 20
+# Of a file that is believed at all: nobody has written a larger one.
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Recording:
+    """``order``: flat numbers of pages of 4 KiB, the first touched first; ``seen``: in how many of ``runs`` runs, for each."""
+
+    blocks: tuple[tuple[str, int], ...]
+    order: tuple[int, ...]
+    seen: tuple[int, ...]
+    runs: int = 1
+
+    def merge(self, later: Recording) -> Recording:
+        """With one more run. Pages are in the order of their mean rank; those of fewer than half of the runs come last."""
+        earlier = self._moved_to(later.blocks)
+        ranks: dict[int, tuple[float, int]] = {}
+        for page, seen, rank in zip(earlier.order, earlier.seen, _ranks(earlier.order), strict=True):
+            ranks[page] = (rank, seen)
+        for page, rank in zip(later.order, _ranks(later.order), strict=True):
+            mean, seen = ranks.get(page, (0.0, 0))
+            ranks[page] = ((mean * seen + rank) / (seen + 1), seen + 1)
+        runs = self.runs + later.runs
+        pages = sorted(ranks, key=lambda page: (2 * ranks[page][1] < runs, ranks[page][0]))[:MOST_PAGES]
+        return Recording(later.blocks, tuple(pages), tuple(ranks[page][1] for page in pages), runs)
+
+    def _moved_to(self, blocks: tuple[tuple[str, int], ...]) -> Recording:
+        """The same pages as another region numbers them, by the names of their blocks; those that it has not are left out."""
+        starts = dict(_starts(blocks))
+        sizes = dict(blocks)
+        moves = [
+            (start, start + min(size, sizes[name]) // _UNIT, starts[name] - start)
+            for (name, size), (_, start) in zip(self.blocks, _starts(self.blocks), strict=True)
+            if name in sizes
+        ]
+        kept = [
+            (page + by, seen)
+            for page, seen in zip(self.order, self.seen, strict=True)
+            for first, end, by in moves
+            if first <= page < end
+        ]
+        return replace(self, blocks=blocks, order=tuple(page for page, _ in kept), seen=tuple(seen for _, seen in kept))
+
+    def pages_in(self, region: Region) -> list[int]:
+        """The pages in that order, as ``region`` numbers them: blocks may be of other sizes, and in larger pages."""
+        moved = self._moved_to(_blocks_of(region))
+        return list(dict.fromkeys(region.page_at_offset(page * _UNIT) for page in moved.order))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """In place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
+        body = msgpack.packb(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "runs": self.runs,
+                "blocks": [list(block) for block in self.blocks],
+                "touches": list(_packed(self.order, self.seen)),
+            }
+        )
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            partial.write_bytes(body)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"cannot write the recording {os.fspath(path)}: {error.strerror}") from None
+
+
+class Recorder:
+    """Collects the pages that threads wait for, each once, as far as there is room for them."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._pages: dict[int, None] = {}
+
+    def note(self, pages: Iterable[int]) -> None:
+        if len(self._pages) < MOST_PAGES:
+            self._pages.update(dict.fromkeys(pages))
+
+    def recording(self) -> Recording:
+        units = [unit for page in self._pages for unit in self._units_of(page)][:MOST_PAGES]
+        return Recording(_blocks_of(self._region), tuple(units), (1,) * len(units))
+
+    def _units_of(self, page: int) -> range:
+        first = self._region.offset_of_page(page) // _UNIT
+        return range(first, first + self._region.page_size_at(page) // _UNIT)
+
+
+def load_recording(path: str | os.PathLike[str]) -> Recording:
+    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            body = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the recording {name}: {error.strerror}") from None
+    try:
+        if len(body) > _MOST_BYTES:
+            raise ValueError("it is too long")
+        fields = msgpack.unpackb(body)
+    except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        raise UsageError(f"{name} is not a recording, or a broken one: {str(error) or type(error).__name__}") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise UsageError(f"{name} is not a recording of pagenet's")
+    if fields.get("version") != VERSION:
+        raise UsageError(f"{name} is a recording of version {fields.get('version')!r}: this pagenet reads version {VERSION}")
+    try:
+        return _checked(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{name} is a broken recording: {error}") from None
+
+
+def _checked(fields: dict[str, Any]) -> Recording:
+    blocks = tuple((name, size) for name, size in fields["blocks"])
+    if not all(type(name) is str and type(size) is int for name, size in blocks):
+        raise ValueError("its blocks make no sense")
+    try:
+        region = Region(Block(name, size) for name, size in blocks)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    runs, numbers = fields["runs"], fields["touches"]
+    if not isinstance(runs, int) or not 0 < runs < 1 << 32 or not isinstance(numbers, list):
+        raise ValueError("its numbers make no sense")
+    pages: dict[int, int] = {}
+    for run, seen in _unpacked(numbers):
+        if not (run.first >= 0 and 0 < run.count <= MOST_PAGES - len(pages) and run.end <= region.pages and 0 < seen <= runs):
+            raise ValueError("its pages make no sense")
+        pages.update(dict.fromkeys(range(run.first, run.end), seen))
+    return Recording(blocks, tuple(pages), tuple(pages.values()), runs)
+
+
+def _packed(order: Sequence[int], seen: Sequence[int]) -> Iterator[int]:
+    end = at = 0
+    while at < len(order):
+        count = 1
+        while at + count < len(order) and order[at + count] == order[at] + count and seen[at + count] == seen[at]:
+            count += 1
+        yield from (order[at] - end, count, seen[at])
+        end = order[at] + count
+        at += count
+
+
+def _unpacked(numbers: Sequence[int]) -> Iterator[tuple[Run, int]]:
+    if len(numbers) % 3 or not all(type(number) is int for number in numbers):
+        raise ValueError("its numbers make no sense")
+    end = 0
+    for skip, count, seen in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+        run = Run(end + skip, count)
+        end = run.end
+        yield run, seen
+
+
+def _ranks(order: Sequence[int]) -> Iterator[float]:
+    return (rank / len(order) for rank in range(len(order)))
+
+
+def _starts(blocks: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    start = 0
+    for name, size in blocks:
+        yield name, start
+        start += size // _UNIT
+
+
+def _blocks_of(region: Region) -> tuple[tuple[str, int], ...]:
+    return tuple((block.name, block.size) for block in region.blocks)
