@@ -22,7 +22,7 @@ static int init_locks(struct pn_dest *dest) {
     pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     pthread_rwlock_init(&dest->removal, &kind);
     pthread_rwlockattr_destroy(&kind);
-    return pthread_mutex_init(&dest->waiting, NULL);
+    return pthread_mutex_init(&dest->waiting, NULL) || pthread_mutex_init(&dest->limiting, NULL);
 }
 
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
@@ -43,6 +43,7 @@ void pn_dest_free(struct pn_dest *dest) {
     munmap(dest->zeros, dest->config.max_page_size);
     pthread_rwlock_destroy(&dest->removal);
     pthread_mutex_destroy(&dest->waiting);
+    pthread_mutex_destroy(&dest->limiting);
     free(dest);
 }
 
@@ -250,28 +251,47 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
 /* ---- how fast the background may be ---- */
 
 /* Half a millisecond's worth at a time: on a link no faster than the limit, a page that somebody waits for waits no longer than
- * that for the background before it. A lane that wakes late may catch up on a millisecond, so the rate is kept, and no more. */
-enum { GRANT_NS = 500000, CATCH_UP_NS = 1000000 };
+ * that for the background before it. What a lane that had to wait for a processor, or for the link, missed meanwhile is made up
+ * for: of the last 50 ms, so the rate is kept; at half the rate again, so no 10 ms see twice of it. */
+enum { GRANT_NS = 500000, CATCH_UP_NS = 1000000, MAKE_UP_NS = 50000000 };
+#define PEAK 1.5
 
-void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) { atomic_store(&dest->rate, bytes_per_second); }
+void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) {
+    pthread_mutex_lock(&dest->limiting);
+    dest->rate = bytes_per_second;
+    dest->paid_until = dest->next_grant = pn_now(); /* at the former rate that may be hours away */
+    pthread_mutex_unlock(&dest->limiting);
+}
 
-static uint64_t duration(uint64_t bytes, uint64_t rate) { return (uint64_t)((double)bytes * 1e9 / (double)rate); }
+static double duration(uint64_t bytes, uint64_t rate) { return (double)bytes * 1e9 / (double)rate; }
 
-uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
-    uint64_t rate = atomic_load(&dest->rate), now = pn_now(), paid = atomic_load(&dest->paid_until), granted, from;
-    *wait = UINT64_MAX;
-    if (rate == UINT64_MAX || !rate)
-        return rate ? 0 : wanted;
+static uint64_t at_a_time(uint64_t wanted, uint64_t rate, uint64_t page_size) {
     uint64_t pages = (uint64_t)((double)rate * GRANT_NS / 1e9) / page_size;
     uint64_t most = (pages ? pages : 1) * page_size;
-    granted = wanted < most ? wanted : most;
-    do {
-        if (paid > now) {
-            *wait = paid - now;
-            return 0;
-        }
-        from = paid + CATCH_UP_NS > now ? paid : now - CATCH_UP_NS;
-    } while (!atomic_compare_exchange_weak(&dest->paid_until, &paid, from + duration(granted, rate)));
+    return wanted < most ? wanted : most;
+}
+
+static uint64_t later(uint64_t one, uint64_t other) { return one > other ? one : other; }
+
+static uint64_t grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
+    uint64_t now = pn_now(), ready = later(dest->paid_until, dest->next_grant);
+    if (ready > now) {
+        *wait = ready - now;
+        return 0;
+    }
+    uint64_t granted = at_a_time(wanted, dest->rate, page_size);
+    dest->paid_until = later(dest->paid_until, now - MAKE_UP_NS) + (uint64_t)duration(granted, dest->rate);
+    dest->next_grant = later(dest->next_grant, now - CATCH_UP_NS) + (uint64_t)(duration(granted, dest->rate) / PEAK);
+    return granted;
+}
+
+uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
+    pthread_mutex_lock(&dest->limiting);
+    *wait = UINT64_MAX;
+    uint64_t granted = wanted;
+    if (dest->rate)
+        granted = dest->rate == UINT64_MAX ? 0 : grant(dest, wanted, page_size, wait);
+    pthread_mutex_unlock(&dest->limiting);
     return granted;
 }
 

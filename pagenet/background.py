@@ -18,21 +18,29 @@ __all__ = ["CHUNK_BYTES", "Background"]
 CHUNK_BYTES = 256 << 10
 # Faults that a schedule is told of when it takes over.
 REMEMBERED = 4096
-# How much a lane in Trio that was late may catch up on, in seconds: Trio's timers are no better.
-CATCH_UP = 0.005
+# Of a limited rate, lanes in Trio ask for so many seconds' worth at a time: Trio's timers are no better. What was missed in the
+# last so many seconds is made up for, at so many times the rate.
+TURN = 0.002
+MAKE_UP = 0.05
+PEAK = 1.5
 
 
 class Background:
-    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are asked for at a time."""
+    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are asked for at a time.
 
-    def __init__(self, schedule: Schedule | None, chunk: int = CHUNK_BYTES) -> None:
+    ``begun``: False if it waits for :meth:`begin`.
+    """
+
+    def __init__(self, schedule: Schedule | None, chunk: int = CHUNK_BYTES, *, begun: bool = True) -> None:
         self.chunk = chunk
         self._schedule = schedule
+        self._begun = begun
         self._paused = False
         self._max_bandwidth: int | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
         self._waiting = trio.lowlevel.ParkingLot()
-        self._paid_until = -inf
+        self._limited = trio.lowlevel.ParkingLot()
+        self._paid_until = self._next_turn = -inf
         #: told of each batch of pages that threads waited for, in their order
         self.observers: list[Callable[[Sequence[int]], None]] = []
         #: called when the background was paused or resumed, or may be faster or slower: by whoever drives the lanes
@@ -45,6 +53,15 @@ class Background:
     @property
     def paused(self) -> bool:
         return self._paused
+
+    @property
+    def begun(self) -> bool:
+        return self._begun
+
+    @property
+    def runs(self) -> bool:
+        """It has begun, and is not paused."""
+        return self._begun and not self._paused
 
     @property
     def max_bandwidth(self) -> int | None:
@@ -65,7 +82,12 @@ class Background:
         self.on_limit()
 
     def resume(self) -> None:
+        """One that has not begun yet begins."""
         self._paused = False
+        self.begin()
+
+    def begin(self) -> None:
+        self._begun = True
         self.on_limit()
         self._waiting.unpark_all()
 
@@ -74,6 +96,8 @@ class Background:
         if bytes_per_second is not None and bytes_per_second < 1:
             raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second: pausing the background is another matter")
         self._max_bandwidth = bytes_per_second
+        self._paid_until = self._next_turn = -inf  # at the former rate that may be hours away
+        self._limited.unpark_all()
         self.on_limit()
 
     def note_faults(self, pages: Sequence[int]) -> None:
@@ -93,13 +117,27 @@ class Background:
 
     def next_run_nowait(self, max_bytes: int) -> Run | None:
         """The same; None if there is nothing to ask for now."""
-        return None if self._paused or self._schedule is None else self._schedule.next_run(max_bytes)
+        return self._schedule.next_run(max_bytes) if self.runs and self._schedule is not None else None
 
-    async def wait_turn(self, size: int) -> None:
-        """Return when so many bytes may be asked for: for lanes in Trio. Those in C have the same rule of their own."""
+    # ---- the limit, for lanes in Trio; those in C have the same rule of their own ----
+
+    @property
+    def turn_bytes(self) -> int:
+        """What to ask for at a time."""
+        return self.chunk if self._max_bandwidth is None else min(self.chunk, max(1, int(self._max_bandwidth * TURN)))
+
+    async def wait_turn(self) -> None:
+        """Return when something may be asked for, which is then paid for with :meth:`pay`."""
         while self._max_bandwidth is not None:
-            now = trio.current_time()
-            if self._paid_until <= now:
-                self._paid_until = max(self._paid_until, now - CATCH_UP) + size / self._max_bandwidth
-                return
-            await trio.sleep(self._paid_until - now)
+            wait = max(self._paid_until, self._next_turn) - trio.current_time()
+            if wait <= 0:
+                break
+            with trio.move_on_after(wait):
+                await self._limited.park()
+
+    def pay(self, size: int) -> None:
+        """So many bytes were asked for."""
+        if self._max_bandwidth is not None:
+            now, seconds = trio.current_time(), size / self._max_bandwidth
+            self._paid_until = max(self._paid_until, now - MAKE_UP) + seconds
+            self._next_turn = max(self._next_turn, now - TURN) + seconds / PEAK

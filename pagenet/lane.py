@@ -95,12 +95,13 @@ class _Pusher:
             while self._in_flight >= WINDOW_CHUNKS * self._background.chunk:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            run = await self._background.next_run(self._background.chunk)
+            await self._background.wait_turn()
+            run = await self._background.next_run(self._background.turn_bytes)
             for part in self._filling.claim(run):
                 size = self._filling.region.size_of(part)
                 self._in_flight += size
                 self._lane.request_nowait(Class.BACKGROUND, part)
-                await self._background.wait_turn(size)
+                self._background.pay(size)
 
     def _note_arrival(self, size: int) -> None:
         self._in_flight -= size

@@ -86,7 +86,7 @@ class NativeLanes:
             self.close: Callable[[], None] = stack.pop_all().close
 
     def _limit(self) -> None:
-        self._dest.limit_background(0 if self._background.paused else self._background.max_bandwidth)
+        self._dest.limit_background(self._background.max_bandwidth if self._background.runs else 0)
         for ring in self._rings:
             ring.wake()
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, asynccontextmanager
 import trio
 
 from .background import CHUNK_BYTES, Background
+from .background_start import Start, begin_background, parse_start
 from .errors import HandshakeError, OwnerGone, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
@@ -84,11 +85,17 @@ class Transfer:
     def background_paused(self) -> bool:
         return self._background.paused
 
+    @property
+    def background_begun(self) -> bool:
+        """False while it waits for what ``start_background`` names."""
+        return self._background.begun
+
     def pause_background(self) -> None:
         """Ask for no more untouched pages until :meth:`resume_background`; those asked for still come."""
         self._background.pause()
 
     def resume_background(self) -> None:
+        """Go on; and begin, if it has not begun yet."""
         self._background.resume()
 
     @property
@@ -130,6 +137,7 @@ async def pull(
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] | None = None,
     max_bandwidth: int | None = None,
+    start_background: str | None = None,
     record: str | os.PathLike[str] | None = None,
     compress: Compress = "auto",
     streams: int = 0,
@@ -146,6 +154,8 @@ async def pull(
     ``background``: the order in which untouched pages come: ``hot`` (first what is near the faults), ``follow`` (on from the
     last fault), ``linear``, ``recorded=FILE`` (as ``record`` wrote it, then ``hot``), or ``off`` to bring touched pages only.
     ``max_bandwidth``: bytes of them a second. These may be changed while it runs (:meth:`Transfer.set_background`).
+    ``start_background``: ``after=SECONDS``, or ``rate=N``: begin once fewer than N faults have come within a second (looked at
+    ten times a second); both count from when faults are answered (None: at once).
     ``record``: a file that the order in which threads waited for pages is written to at the end, merged with what it has of
     earlier runs. What came before it was touched is not in it: ``background="off", prefetch=(0, 0)`` records every first
     touch. ``background_lanes``: connections for it, 1 to 63, each with a thread of its own; more than one where a processor
@@ -169,6 +179,7 @@ async def pull(
         raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
     check_schedule(background)
     recorded = _earlier(record)
+    start = Start() if start_background is None else parse_start(start_background)
     channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with sessions as session:
@@ -183,7 +194,7 @@ async def pull(
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
-                    plan = Background(_schedule(background, filling), chunk)
+                    plan = Background(_schedule(background, filling), chunk, begun=start == Start())
                     plan.set_max_bandwidth(max_bandwidth)
                     if record is not None:
                         recorder = Recorder(filling.region)
@@ -198,7 +209,7 @@ async def pull(
                     transfer = Transfer(filling, session.peer, lanes.name, others, plan)
                     if not held:
                         transfer.release()
-                    nursery.start_soon(_Run(transfer, session, lanes).run)
+                    nursery.start_soon(_Run(transfer, session, lanes, plan, start).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone) as error:
@@ -244,11 +255,15 @@ def _save(recorder: Recorder, earlier: Recording | None, path: str | os.PathLike
 class _Run:
     """The tasks of one transfer."""
 
-    def __init__(self, transfer: Transfer, session: SourceSession, lanes: Lanes) -> None:
+    def __init__(
+        self, transfer: Transfer, session: SourceSession, lanes: Lanes, background: Background, start: Start
+    ) -> None:
         self._transfer = transfer
         self._filling = transfer.filling
         self._session = session
         self._lanes = lanes
+        self._background = background
+        self._start = start
 
     async def run(self) -> None:
         """Bring the pages; then let the owner go, and say goodbye to the source."""
@@ -256,6 +271,7 @@ class _Run:
             nursery.start_soon(self._session.watch)
             nursery.start_soon(self._watch_owner)
             nursery.start_soon(self._run_lanes)
+            nursery.start_soon(self._begin_background)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         self._filling.finish()
@@ -265,6 +281,11 @@ class _Run:
     async def _run_lanes(self) -> None:
         await self._transfer.wait_released()
         await self._lanes.run()
+
+    async def _begin_background(self) -> None:
+        await self._transfer.wait_released()
+        if not self._background.begun:
+            await begin_background(self._background, self._start, lambda: self._filling.statistics().demand.faults)
 
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()

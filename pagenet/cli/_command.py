@@ -13,9 +13,11 @@ from typing import Any, get_args
 import trio
 
 from .. import __version__
-from ..errors import PagenetError
+from ..background_start import parse_start
+from ..errors import PagenetError, UsageError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
+from ..rates import parse_rate
 from ..schedule import RECORDED, SCHEDULES
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "names",
     "prefetch_window",
     "pull_options",
+    "rate",
     "run_command",
+    "start",
 ]
 
 # A window is clipped to 1 MiB of bytes on either side anyway.
@@ -97,6 +101,19 @@ def add_pull_options(parser: Parser) -> None:
         help="connections for it, where one processor cannot fill the network (default: 1)",
     )
     parser.add_argument(
+        "--max-bandwidth",
+        type=rate,
+        metavar="RATE",
+        help="limit of it, in bytes a second: 60M, 1.5G, 64Mi, or 800Mbit; pages that somebody waits for, and those around "
+        "them, are not held up (default: none)",
+    )
+    parser.add_argument(
+        "--start-background",
+        type=start,
+        metavar="after=SECONDS|rate=N",
+        help="begin it so long after faults are answered, or once fewer than N of them come in a second (default: at once)",
+    )
+    parser.add_argument(
         "--prefetch",
         type=prefetch_window,
         default=None,
@@ -119,7 +136,10 @@ def add_pull_options(parser: Parser) -> None:
 
 def pull_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those of them that are arguments of :func:`pagenet.pull`."""
-    names = ("plaintext", "background", "background_lanes", "prefetch", "record", "compress", "lane")
+    names = (
+        *("plaintext", "background", "background_lanes", "max_bandwidth", "start_background"),
+        *("prefetch", "record", "compress", "lane"),
+    )
     return {name: getattr(options, name) for name in names}
 
 
@@ -135,6 +155,23 @@ def background_order(text: str) -> str:
     if text in SCHEDULES or (text.startswith(RECORDED) and text != RECORDED):
         return text
     raise argparse.ArgumentTypeError(f"{text!r}: there are {', '.join(SCHEDULES)}, {RECORDED}FILE")
+
+
+def rate(text: str) -> int:
+    """For argparse: bytes a second."""
+    try:
+        return parse_rate(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def start(text: str) -> str:
+    """For argparse: when the background begins."""
+    try:
+        parse_start(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def prefetch_window(text: str) -> tuple[int, int] | None:
