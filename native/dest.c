@@ -208,13 +208,21 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
     return pn_place(config->uffd, how, to, bytes ? bytes : dest->zeros, count * piece->page_size, piece->page_size);
 }
 
-/* One unbroken run of pages that are still PLACING. */
+/* One unbroken run of pages that are still PLACING. Should we be killed, whoever takes the map over has to know what became of
+ * them. Bytes in shared memory may be half there, and must not be seen, or visible and written to by the owner since, and must
+ * not be replaced: READY, which they are from the last byte on, tells the one from the other. What is copied in is there at once
+ * or not at all, and there for good: once more does no harm. */
 static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count,
                     const void *bytes, bool zero, uint64_t *done) {
     struct pn_map *map = dest->config.map;
+    int state = piece->second ? PN_READY : PN_PLACING;
+    if (state == PN_READY)
+        pn_map_replace(map, first, count, PN_PLACING, PN_READY);
     struct pn_placed placed = place_bytes(dest, piece, first, count, bytes);
     *done = (placed.placed + placed.existed + placed.absent) / piece->page_size;
-    pn_map_replace(map, first, *done, PN_PLACING, PN_RESIDENT);
+    pn_map_replace(map, first, *done, state, PN_RESIDENT);
+    if (state == PN_READY)
+        pn_map_replace(map, first + *done, count - *done, PN_READY, PN_PLACING);
     pn_stats_add(map, class_, PN_PAGES, *done);
     if (zero)
         pn_stats_add(map, class_, PN_ZERO_PAGES, *done);

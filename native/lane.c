@@ -272,6 +272,7 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         return false;
     case PN_REQUESTED:
     case PN_PLACING:
+    case PN_READY:
     case PN_REMOVING:
         wait_for(lane, page, now);
         return false;

@@ -24,6 +24,8 @@ int pn_uffd_wake(int uffd, uint64_t start, uint64_t length);
 int pn_uffd_probe(int uffd, uint64_t address);
 /* Whether descriptor `theirs` of process pid is the same open file as `ours` of this process: 1, 0, or -errno. */
 int pn_same_file(int ours, int pid, int theirs);
+/* A duplicate, O_CLOEXEC, of descriptor `theirs` of the process behind pidfd. */
+int pn_take_descriptor(int pidfd, int theirs);
 
 /* done: bytes of progress, whole pages. error: 0, or why it stopped, as -errno. Both may be set. */
 struct pn_progress {
@@ -88,6 +90,7 @@ enum pn_state {
     PN_POISONED = 6,  /* can never come: touching it is a SIGBUS */
     PN_COMING = 7,    /* asked for in the background: worth asking again, on the demand lane, if somebody waits for it */
     PN_REMOVING = 8,  /* given up by the owner while PLACING: whoever places it is to leave it REMOVED */
+    PN_READY = 9,     /* its bytes are whole in the shared memory behind it, and it is being made visible, or was just now */
 };
 
 enum pn_class { PN_DEMAND = 0, PN_PREFETCH = 1, PN_BACKGROUND = 2 };
@@ -119,12 +122,18 @@ struct pn_map {
     uint64_t pages;
     uint64_t scope; /* pages that are to become resident: all but those OUTSIDE */
     uint64_t done;  /* of those, RESIDENT, REMOVED or POISONED */
+    uint64_t finished; /* not 0: the source was told that everything is in place */
     struct pn_class_stats classes[3];
 };
 
+/* The name of the memfd in which an owner keeps it (docs/protocol.md). */
+#define PN_MAP_NAME "pagenet-residency"
 uint64_t pn_map_bytes(uint64_t pages);
 void pn_map_init(struct pn_map *map, uint64_t pages);
 int pn_map_state(const struct pn_map *map, uint64_t page);
+/* Takes over a map whose users have died, wherever they stood: what was asked for, or was coming in, is MISSING again, and scope
+ * and done are counted anew. READY and REMOVING pages are left to the caller. -EINVAL: it is no map of so many pages. */
+int pn_map_recover(struct pn_map *map, uint64_t pages);
 /* Moves pages from state `from` to state `to`, each atomically, and stops at the first that is in another: how many. */
 uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int from, int to);
 /* Moves all count pages to state `to`, whatever they were in. */

@@ -8,7 +8,7 @@
  *
  * A guest that runs on memory which nobody fills reads zeros and breaks without a word. So whatever goes wrong here ends the
  * VMM, with one line that says why, and the VMM keeps the userfaultfd for as long as it lives: should pagenet be lost, the
- * guest waits.
+ * guest waits. It keeps the map of its pages too, an empty memfd that pagenet fills: the next pagenet finds there what has come.
  */
 #undef _FILE_OFFSET_BITS /* would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below */
 #define _GNU_SOURCE
@@ -166,6 +166,13 @@ static void open_uffd(void) {
     uffd = opened;
 }
 
+static int open_map(void) {
+    int map = above_stdio(memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    if (map < 0)
+        give_up("cannot make the map of guest RAM's pages: %s: lift the limit that forbids it", strerror(errno));
+    return map;
+}
+
 static void watch(const struct file *file) {
     uint64_t ioctls;
     int error = pn_uffd_register(uffd, file->address, file->length, UFFDIO_REGISTER_MODE_MISSING, &ioctls);
@@ -205,8 +212,8 @@ static int connect_to_pagenet(void) {
 /* The kernel sends duplicates. The socket stays open as the uffd does, and nobody here closes either. */
 static void hand_over(int file_fd) {
     static char text[MAX_FILES * ENTRY_ROOM];
-    int fds[2] = {uffd, file_fd};
-    size_t room = (file_count == 1 ? 2 : 1) * sizeof *fds; /* the second is the file in which flat offsets are file offsets */
+    int fds[3] = {uffd, open_map(), file_fd};
+    size_t room = (file_count == 1 ? 3 : 2) * sizeof *fds; /* the third is the file in which flat offsets are file offsets */
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {0};
     struct iovec bytes = {.iov_base = text, .iov_len = write_mappings(text, sizeof text)};
     struct msghdr message = {

@@ -3,9 +3,12 @@
 #define _GNU_SOURCE
 #include "pagenet.h"
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
+
+static const char MAGIC[] = "pagenet1"; /* the last is the layout's version */
 
 static _Atomic uint8_t *states(const struct pn_map *map) { return (_Atomic uint8_t *)((uintptr_t)map + sizeof *map); }
 
@@ -33,12 +36,31 @@ static bool is_whole(uint64_t page, uint64_t end) { return page % 8 == 0 && page
 uint64_t pn_map_bytes(uint64_t pages) { return sizeof(struct pn_map) + pages; }
 
 void pn_map_init(struct pn_map *map, uint64_t pages) {
-    memcpy(map->magic, "pagenet1", sizeof map->magic);
     map->pages = map->scope = pages;
+    memcpy(map->magic, MAGIC, sizeof map->magic);
 }
 
 int pn_map_state(const struct pn_map *map, uint64_t page) {
     return atomic_load_explicit(&states(map)[page], memory_order_acquire);
+}
+
+/* A page's step and its being counted are two: whoever died between them has left the counts wrong. */
+int pn_map_recover(struct pn_map *map, uint64_t pages) {
+    if (memcmp(map->magic, MAGIC, sizeof map->magic) || map->pages != pages)
+        return -EINVAL;
+    uint64_t done = 0, outside = 0;
+    for (uint64_t page = 0; page < pages; page++) {
+        int state = pn_map_state(map, page);
+        if (state > PN_READY)
+            return -EINVAL;
+        if (state == PN_COMING || state == PN_REQUESTED || state == PN_PLACING)
+            atomic_store(&states(map)[page], PN_MISSING);
+        done += is_done(state);
+        outside += state == PN_OUTSIDE;
+    }
+    map->scope = pages - outside;
+    map->done = done;
+    return 0;
 }
 
 uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int from, int to) {

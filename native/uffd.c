@@ -93,6 +93,11 @@ int pn_same_file(int ours, int pid, int theirs) {
     return order < 0 ? -errno : order == 0;
 }
 
+int pn_take_descriptor(int pidfd, int theirs) {
+    int ours = (int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0);
+    return ours < 0 ? -errno : ours;
+}
+
 /* The kernel reports progress in a signed field of the request: bytes, or -errno, or (before 6.15, when it stopped at
  * once) nothing at all, so the field starts as 0. The ioctl's own errno is set whenever it did not do everything. */
 static struct pn_progress progress(int result, int64_t field) {

@@ -64,7 +64,7 @@ struct options {
     uint64_t memory, registration, remove_events;
     uint64_t threads, order, stride, touches, think_us, write_share, remove_share;
     uint64_t seed, zero_every, pattern_page_size;
-    uint64_t verify, wait_complete, latency, gone_after, bad_handshake, no_pdeathsig;
+    uint64_t verify, wait_complete, keep_map, latency, gone_after, bad_handshake, no_pdeathsig;
 };
 
 enum kind { TEXT, NUMBER, SIZE, SIZES, PERCENT, CHOICE, FLAG, HELP };
@@ -102,6 +102,7 @@ static const struct spec specs[] = {
     {"pattern-page-size", SIZE, AT(pattern_page_size), "BYTES", "page size of the pattern's numbering (4096)"},
     {"verify", CHOICE, AT(verify), "all|none|touched", "which pages are checked byte by byte at the end (all)"},
     {"wait-complete", FLAG, AT(wait_complete), "", "verify only once the handler has closed the socket"},
+    {"keep-map", FLAG, AT(keep_map), "", "have the handler keep its map of pages here, so that another can take over"},
     {"latency-out", TEXT, AT(latency_out), "FILE", "native uint64 ns of each touch that took more than 2 us"},
     {"gone-after", NUMBER, AT(gone_after), "MS", "_exit(9) that long after the handshake (0: never)"},
     {"bad-handshake", CHOICE, AT(bad_handshake), "no|json|nofd|overlap|past-end|empty|huge|long",
@@ -270,7 +271,7 @@ struct owner {
     struct mapping mappings[MAX_MAPPINGS];
     void *reserved;
     uint64_t reserved_bytes, total, pages, units, touches;
-    int uffd, memory_fd, socket, parent_fd;
+    int uffd, memory_fd, map_fd, socket, parent_fd;
     bool watched;
     pthread_t watcher;
     FILE *latencies;
@@ -336,6 +337,8 @@ static int open_memory(const struct options *options) {
 }
 
 static int back_memory(struct owner *owner) {
+    if (owner->options.keep_map && (owner->map_fd = memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)) < 0)
+        return -errno;
     if (owner->options.memory == ANONYMOUS)
         return 0;
     int fd = open_memory(&owner->options);
@@ -557,12 +560,17 @@ static void attach_descriptors(struct msghdr *message, void *control, size_t roo
 
 /* One message: descriptors travel with bytes, and the handler expects them with the first. */
 static int send_handshake(const struct owner *owner, char *text) {
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))];
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))];
     struct iovec bytes = {.iov_base = text, .iov_len = strlen(text)};
     struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
-    int fds[2] = {owner->uffd, owner->memory_fd};
+    int fds[3] = {owner->uffd};
+    size_t count = 1;
+    if (owner->memory_fd >= 0)
+        fds[count++] = owner->memory_fd;
+    if (owner->map_fd >= 0)
+        fds[count++] = owner->map_fd;
     if (owner->options.bad_handshake != BAD_NO_FD)
-        attach_descriptors(&message, control, sizeof control, fds, owner->memory_fd < 0 ? 1 : 2);
+        attach_descriptors(&message, control, sizeof control, fds, count);
     ssize_t sent = sendmsg(owner->socket, &message, MSG_NOSIGNAL);
     if (sent < 0)
         return -errno;
@@ -1198,6 +1206,7 @@ static void close_all(struct owner *owner) {
     close_if_open(owner->socket);
     close_if_open(owner->uffd);
     close_if_open(owner->memory_fd);
+    close_if_open(owner->map_fd);
     close_if_open(owner->parent_fd);
     free(owner->writes);
     free(owner->marks);
@@ -1209,7 +1218,7 @@ static void close_all(struct owner *owner) {
 int pn_workload(int argc, char **argv) {
     struct owner owner = {
         .options = {.dir = "/dev/shm", .registration = REGISTER_DEFAULT, .threads = 2, .stride = 16, .pattern_page_size = 4096},
-        .uffd = -1, .memory_fd = -1, .socket = -1, .parent_fd = -1,
+        .uffd = -1, .memory_fd = -1, .map_fd = -1, .socket = -1, .parent_fd = -1,
     };
     struct dispositions before;
     int status = parse_options(argc, argv, &owner.options);

@@ -24,11 +24,12 @@ from .source import Source, open_source
 from .statistics import ClassStatistics, Histogram, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
 from .transport import register
-from .uffd import OwnMemory, UffdSocket
+from .uffd import AbandonedOwner, OwnMemory, UffdSocket
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbandonedOwner",
     "Block",
     "ClassStatistics",
     "ConnectionBroken",

@@ -7,13 +7,14 @@ alone. Buffers are passed by address: the caller keeps them alive and mapped.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._pagenet import ffi, lib
 
@@ -22,6 +23,7 @@ __all__ = [
     "Destination",
     "End",
     "FaultLog",
+    "FoundMap",
     "Links",
     "Mapped",
     "NativeEvent",
@@ -41,13 +43,16 @@ __all__ = [
     "bench_send",
     "bench_touch",
     "copy_out",
+    "find_map",
     "leading_alike",
+    "lock_map",
     "pattern_differs",
     "pattern_fill",
     "place",
     "read_process",
     "run_workload",
     "same_file",
+    "take_descriptor",
     "uffd_api",
     "uffd_open",
     "uffd_probe",
@@ -131,6 +136,11 @@ def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
 def uffd_probe(uffd: int, address: int) -> int:
     """0, or the errno: ``EAGAIN`` while the owner's memory is changing, ``ESRCH`` if it is gone."""
     return -int(lib.pn_uffd_probe(uffd, address))
+
+
+def take_descriptor(pidfd: int, theirs: int) -> int:
+    """A duplicate of descriptor ``theirs`` of the process behind ``pidfd``; it takes ptrace access to it."""
+    return _check(lib.pn_take_descriptor(pidfd, theirs))
 
 
 def same_file(ours: int, pid: int, theirs: int) -> bool:
@@ -276,6 +286,7 @@ STATES = {
     "resident": lib.PN_RESIDENT,
     "coming": lib.PN_COMING,
     "removing": lib.PN_REMOVING,
+    "ready": lib.PN_READY,
     "removed": lib.PN_REMOVED,
     "outside": lib.PN_OUTSIDE,
     "poisoned": lib.PN_POISONED,
@@ -296,16 +307,75 @@ COUNTERS = {
 }
 
 
-class SharedMap:
-    """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes."""
+#: as it stands in /proc/PID/fd
+MAP_NAME = "pagenet-residency"
+MAX_NOTE = 256 << 10
 
-    def __init__(self, pages: int) -> None:
+
+class FoundMap(NamedTuple):
+    """What a map says of itself, whoever uses it. ``finished``: there is nothing left to do."""
+
+    pages: int
+    done: int
+    scope: int
+    finished: bool
+    note: bytes
+
+
+def find_map(file: int) -> FoundMap:
+    """The map in ``file``. :exc:`ValueError` if there is none."""
+    header = ffi.new("struct pn_map *")
+    ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
+    pages, size = int(header.pages), os.fstat(file).st_size
+    if bytes(ffi.buffer(header.magic)) != b"pagenet1" or pages > size or lib.pn_map_bytes(pages) > size:
+        raise ValueError("no map of pages")
+    note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
+    return FoundMap(pages, int(header.done), int(header.scope), bool(header.finished), note)
+
+
+def lock_map(file: int) -> int:
+    """``file``, opened anew: no other process gets it so as long as that is open.
+
+    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it.
+    """
+    ours = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(ours)
+        raise
+    return ours
+
+
+class SharedMap:
+    """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes. Behind it, ``note``: what else
+    somebody must know who finds it.
+
+    ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own. ``recover``: it has one already,
+    whose users are dead. :exc:`OSError`: it is no such memfd, or no map of so many pages.
+    """
+
+    def __init__(self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False) -> None:
+        self.pages = pages
+        self.fd = os.memfd_create(MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if file is None else file
         size = lib.pn_map_bytes(pages)
-        self.fd = os.memfd_create("pagenet-residency", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        self._memory = Mapped(size, self.fd)
+        try:
+            if not recover:
+                os.ftruncate(self.fd, size + len(note))
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # by no one, under our feet
+                os.pwrite(self.fd, note, size)
+            if os.fstat(self.fd).st_size < size:
+                _check(-errno.EINVAL)
+            self._memory = Mapped(size, self.fd)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self.map: Any = ffi.cast("struct pn_map *", self._memory.address)
-        lib.pn_map_init(self.map, pages)
+        try:
+            _check(lib.pn_map_recover(self.map, pages)) if recover else lib.pn_map_init(self.map, pages)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -342,14 +412,22 @@ class SharedMap:
 
     def touched(self, first: int) -> tuple[int, int]:
         """Where from ``first`` on the next pages begin, and end, that are not all "missing" for want of ever being touched."""
-        header, pages = lib.pn_map_bytes(0), int(self.map.pages)
+        header, pages = lib.pn_map_bytes(0), self.pages
         try:
-            start = max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header)
+            start = min(pages, max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header))
         except OSError as error:
             if error.errno != errno.ENXIO:  # nothing more but holes
                 raise
             return pages, pages
         return start, min(pages, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header)
+
+    @property
+    def finished(self) -> bool:
+        """The source was told that everything is in place."""
+        return bool(self.map.finished)
+
+    def finish(self) -> None:
+        self.map.finished = 1
 
     def add(self, class_: int, counter: int, amount: int) -> None:
         lib.pn_stats_add(self.map, class_, counter, amount)

@@ -19,7 +19,7 @@ from .protocol import Class, Encoding
 from .region import Run
 from .residency import Residency, State
 from .statistics import TransferStatistics
-from .target import Target
+from .target import Outcome, Recoverable, Target
 from .uffd import Fault, Forked, Remapped, Removed, Unmapped
 
 __all__ = ["Filling"]
@@ -32,14 +32,16 @@ PREFETCHING = 128 << 10
 
 
 class Filling:
-    """``target`` on its way from empty to complete. Owns ``target`` and its residency map."""
+    """``target`` on its way from empty to complete. Owns ``target`` and its residency map.
 
-    def __init__(self, target: Target) -> None:
+    ``source``: the identity of what it is filled from. :exc:`~pagenet.errors.UsageError` if it was begun with another one.
+    """
+
+    def __init__(self, target: Target, source: bytes = b"") -> None:
         self.target = target
         self.region = target.region
-        self.residency = Residency(self.region.pages)
-        for run in _between(target.scope(), self.region.pages):
-            self.residency.set(run, State.OUTSIDE)
+        self._two_steps = target if isinstance(target, Recoverable) else None
+        self.residency = self._two_steps.open_residency(source) if self._two_steps else Residency(self.region.pages)
         self.completed = trio.Event()
         #: asks for pages on the demand lane; set by whoever drives it
         self.ask: Callable[[Class, Run], None] = lambda class_, run: None
@@ -56,7 +58,29 @@ class Filling:
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
+        if self.residency.is_recovered:
+            self._recover()
+        else:
+            for run in _between(target.scope(), self.region.pages):
+                self.residency.set(run, State.OUTSIDE)
         self.check_complete()
+
+    def _recover(self) -> None:
+        """Go on where a destination has died: with the pages that it had under way, and with those who waited for it."""
+        assert self._two_steps is not None
+        residency = self.residency
+        while (first := residency.find(State.READY, 0)) is not None:
+            ready = residency.span(Run(first, self.target.piece_of(first).end - first), State.READY)
+            outcome = self._two_steps.publish(Run(first, ready), again=True)
+            # If it is not there, its owner gave it up after it was published: a fault on it will get zeros, as any other.
+            residency.set(Run(first, outcome.done), State.RESIDENT)
+            residency.add(Class.BACKGROUND, "pages", outcome.done)
+            if outcome.again:
+                self._drain_or_yield()
+        while (page := residency.find(State.REMOVING, 0)) is not None:
+            self._leave_removed(page)
+        for run in self.target.scope():
+            self.target.wake(run)  # faults that were read, and never answered, come again
 
     @property
     def prefetch(self) -> tuple[int, int] | None:
@@ -109,7 +133,9 @@ class Filling:
 
     def _remove(self, start: int, end: int) -> None:
         for run in self.target.pages_between(start, end):
-            self.residency.set(run, State.REMOVED)
+            for page in range(run.first, run.end):
+                placing = self.residency.state(page) in (State.PLACING, State.READY, State.REMOVING)
+                self.residency.set(Run(page, 1), State.REMOVING if placing else State.REMOVED)
             for page in [page for page in self._faulted_at if run.first <= page < run.end]:
                 del self._faulted_at[page]
                 self.target.wake(Run(page, 1))  # it will fault again, and get zeros
@@ -190,19 +216,18 @@ class Filling:
         page_size = self.region.page_size_at(run.first)
         for state in (State.REQUESTED, State.COMING):
             residency.replace(run, state, State.PLACING)
-        first, written, done = run.first, run.first, 0
+        first, done = run.first, 0
         while first < run.end:
             part = Run(first, residency.span(Run(first, run.end - first), State.PLACING))
             if not part.count:
-                self._skip(first, first < written)
+                if residency.state(first) is State.REMOVING:
+                    self._leave_removed(first)
                 first += 1
                 continue
-            written = max(written, part.end)
             skip, size = (first - run.first) * page_size, part.count * page_size
-            outcome = self.target.place(part, None if pages is None else pages[skip : skip + size])
+            outcome = self._place(part, None if pages is None else pages[skip : skip + size])
             first += outcome.done
             done += outcome.done
-            residency.replace(Run(part.first, outcome.done), State.PLACING, State.RESIDENT)
             residency.add(class_, "existed", outcome.existed)
             self._note_latency(Run(part.first, outcome.done))
             if outcome.again:
@@ -216,11 +241,27 @@ class Filling:
             self.read_events()
         self.check_complete()
 
-    def _skip(self, page: int, written: bool) -> None:
-        """Nobody wants that page any more. What we wrote of it may not stay if its owner gave it up while it was being placed.
-        Given up before, it was not written, and may hold what its owner has written since."""
-        if written and self.residency.state(page) is State.REMOVED:
-            self.target.discard(Run(page, 1))
+    def _place(self, part: Run, data: memoryview | None) -> Outcome:
+        """Put pages that are PLACING into place, as far as it goes.
+
+        Should we be killed, whoever takes the map over has to know what became of them. READY, which they are from the last
+        byte in shared memory on, tells half a page from one that its owner may have written to.
+        """
+        residency, state = self.residency, State.PLACING
+        if self._two_steps is not None and self._two_steps.write(part, data):
+            state = State.READY
+            residency.replace(part, State.PLACING, State.READY)
+            outcome = self._two_steps.publish(part)
+        else:
+            outcome = self.target.place(part, data)
+        residency.replace(Run(part.first, outcome.done), state, State.RESIDENT)
+        residency.replace(part, State.READY, State.PLACING)
+        return outcome
+
+    def _leave_removed(self, page: int) -> None:
+        """Its owner gave it up while it was being placed: what was written of it may not stay."""
+        self.target.discard(Run(page, 1))
+        self.residency.set(Run(page, 1), State.REMOVED)
 
     def _note_latency(self, run: Run) -> None:
         now = time.monotonic_ns()

@@ -190,7 +190,7 @@ async def pull(
                 on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch)
-                    filling = _filling_of(await owner.attach(session.region), session.region, cleanup)
+                    filling = _filling_of(await owner.attach(session.region), session, cleanup)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
@@ -220,16 +220,16 @@ async def pull(
                     await session.say_bye(complete=False, reason=reason)
 
 
-def _filling_of(target: Target, wire: Region, cleanup: ExitStack) -> Filling:
+def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> Filling:
     try:
-        for ours, theirs in zip(target.region.blocks, wire.blocks, strict=True):
+        for ours, theirs in zip(target.region.blocks, session.region.blocks, strict=True):
             if ours.page_size < theirs.page_size:
                 sizes = f"{theirs.page_size} bytes, and the owner in smaller ones of {ours.page_size}"
                 raise UsageError(f"the source counts block {ours.name!r} in pages of {sizes}")
         mapped = sum(run.count for run in target.scope())
         if target.region.pages - mapped > MAX_OUTSIDE:
             raise UsageError(f"the owner maps {mapped} of the source's {target.region.pages} pages: that is another machine")
-        filling = Filling(target)
+        filling = Filling(target, session.identity)
     except BaseException:
         target.close(target.scope())
         raise
@@ -276,6 +276,7 @@ class _Run:
             nursery.cancel_scope.cancel()
         self._filling.finish()
         await self._session.say_bye(complete=True)
+        self._filling.residency.finish()
         self._transfer.finished.set()
 
     async def _run_lanes(self) -> None:

@@ -2,8 +2,8 @@
 
 One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that lanes in C threads and in
 other processes share it with Python. A page goes from MISSING to COMING (asked for in the background) or REQUESTED (asked for
-because somebody waits), to PLACING, to RESIDENT; whoever moved it to PLACING, and nobody else, may write it. Never backwards:
-a page that its owner gave up is REMOVED for good.
+because somebody waits), to PLACING, in shared memory to READY, to RESIDENT; whoever moved it to PLACING, and nobody else, may
+write it. Never backwards: a page that its owner gave up is REMOVED for good.
 """
 
 from __future__ import annotations
@@ -33,18 +33,26 @@ class State(IntEnum):
     #: the owner does not map it
     OUTSIDE = _native.STATES["outside"]
     POISONED = _native.STATES["poisoned"]
+    #: shared memory has its bytes, and it is being made visible, or was just now
+    READY = _native.STATES["ready"]
 
 
-_UNDER_WAY = (State.MISSING, State.COMING, State.REQUESTED, State.PLACING, State.REMOVING)
+_UNDER_WAY = (State.MISSING, State.COMING, State.REQUESTED, State.PLACING, State.READY, State.REMOVING)
 
 
 class Residency:
-    """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte a page."""
+    """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte a page.
 
-    def __init__(self, pages: int) -> None:
+    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which says what it raises. Of a map that was
+    recovered the READY and REMOVING pages are still as their users have left them, and the counters go on: what those had done
+    last may not be counted.
+    """
+
+    def __init__(self, pages: int, *, note: bytes = b"", file: int | None = None, recover: bool = False) -> None:
         self.pages = pages
         #: for lanes in C
-        self.shared = _native.SharedMap(pages)
+        self.shared = _native.SharedMap(pages, note, file, recover=recover)
+        self.is_recovered = recover
 
     def close(self) -> None:
         self.shared.close()
@@ -68,6 +76,10 @@ class Residency:
     @property
     def complete(self) -> bool:
         return self.done == self.scope
+
+    def finish(self) -> None:
+        """The source knows that everything is in place: whoever finds the map has nothing left to do."""
+        self.shared.finish()
 
     def state(self, page: int) -> State:
         return State(self.shared.state(page))

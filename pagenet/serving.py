@@ -15,7 +15,15 @@ from functools import partial
 import trio
 
 from . import transport
-from .errors import ConnectionBroken, ConnectionClosed, ProtocolError, RemoteProtocolError, SourceLost, UsageError
+from .errors import (
+    ConnectionBroken,
+    ConnectionClosed,
+    ProtocolError,
+    RemoteProtocolError,
+    SourceLost,
+    SourceUnreachable,
+    UsageError,
+)
 from .events import EventHandler, ignore_events
 from .lane import LaneKind
 from .native_source import MAX_UNREAD, NativeSourceLanes
@@ -38,6 +46,9 @@ __all__ = ["Server", "StreamHandler", "serve"]
 StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 
 _RECEIVE_SIZE = 16 << 10
+# Between two attempts to reach a destination that was lost: a daemon that is started again is there within a second, and one
+# that takes a day costs no more than a packet now and then.
+_FIRST_PAUSE, _MAX_PAUSE = 0.1, 2.0
 
 
 @dataclass(eq=False, slots=True)
@@ -63,12 +74,18 @@ class Server:
         self._on_event = on_event
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
+        self._persists = False
         #: where peers may dial; empty if this side dials
         self.uri = ""
 
     async def wait_complete(self) -> None:
         """Return once a destination has said that it has every page."""
         await self._completed.wait()
+
+    @property
+    def is_complete(self) -> bool:
+        """A destination has said that it has every page."""
+        return self._completed.is_set()
 
     @property
     def sessions(self) -> int:
@@ -127,6 +144,33 @@ class Server:
         return self._sessions[hello.session]
 
     # ---- destinations that we dial ----
+
+    @property
+    def identity(self) -> bytes:
+        """What a destination that comes back knows the pages by."""
+        return self._source.identity
+
+    def persist(self) -> None:
+        """From now on, whoever is lost is dialled again: nobody but us has these pages. For a server that dials."""
+        self._persists = True
+
+    async def dial(self, uri: str) -> None:
+        """Serve the one destination that listens on ``uri``, until it is done; if need be again and again."""
+        told, pause = "", _FIRST_PAUSE
+        while True:
+            began = trio.current_time()
+            try:
+                return await self.dial_once(uri)
+            except (ConnectionBroken, ProtocolError, SourceUnreachable) as error:
+                if not self._persists:
+                    raise
+                if (reason := str(error)) != told:
+                    self._on_event("waiting", uri=uri, reason=reason)
+                told = reason
+            if trio.current_time() - began > _MAX_PAUSE:
+                pause = _FIRST_PAUSE  # it was there meanwhile
+            await trio.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE)
 
     async def dial_once(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done. :exc:`ConnectionBroken` if it leaves before."""
@@ -253,7 +297,7 @@ async def serve(
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
     :exc:`~pagenet.errors.ConnectionBroken`.
-    Events: ``listening``, ``connected``, ``complete``, ``left``, ``lost``, ``refused``.
+    Events: ``listening``, ``connected``, ``complete``, ``left``, ``lost``, ``refused``, ``waiting`` (for one that is lost).
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
@@ -269,7 +313,7 @@ async def serve(
             meet_peers = partial(accept_forever, listener, server.meet)
         else:
             assert connect is not None
-            meet_peers = partial(server.dial_once, connect)
+            meet_peers = partial(server.dial, connect)
         async with open_failing_nursery() as nursery:
             nursery.start_soon(server.run_native_lanes)
             nursery.start_soon(meet_peers)

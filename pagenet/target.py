@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .region import Region, Run
 
 if TYPE_CHECKING:  # the targets in uffd/ need this module
+    from .residency import Residency
     from .uffd import Event, Fault
 
-__all__ = ["Outcome", "Owner", "Target"]
+__all__ = ["Outcome", "Owner", "Recoverable", "Target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,30 @@ class Target(Protocol):
 
     def close(self, missing: Sequence[Run]) -> None:
         """Let go. ``missing`` pages never came: whoever touches them must wait or be told, and never read zeros."""
+        ...
+
+
+@runtime_checkable
+class Recoverable(Protocol):
+    """What else a target has whose memory outlives the process that fills it: another one may go on with it."""
+
+    def open_residency(self, source: bytes) -> Residency:
+        """The map of pages: a new one, or what is left of a dead destination's, which :attr:`~Residency.is_recovered`.
+
+        :exc:`~pagenet.errors.UsageError` if that one filled the memory from another source than the one of that identity.
+        """
+        ...
+
+    def write(self, run: Run, data: memoryview | None) -> bool:
+        """Bring the bytes (None: zeros) of ``run`` where :meth:`publish` makes them visible, and nobody sees them before.
+
+        False: this memory is not of that kind. Nothing was done, and they are to be placed.
+        """
+        ...
+
+    def publish(self, run: Run, *, again: bool = False) -> Outcome:
+        """The second half of placing pages. ``again``: it may have been done before, which does no harm; a page that its owner
+        has given up since counts as absent."""
         ...
 
 

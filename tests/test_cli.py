@@ -118,7 +118,7 @@ def test_version(main: Main, name: str, capsys: pytest.CaptureFixture[str]) -> N
     (serve.main, ["source", "--listen"], "expected one argument"),
     (serve.main, ["source", "--listen", "a", "--colour"], "unrecognized arguments: --colour"),
     (pull.main, [], "required: URI"),
-    (pull.main, ["uri"], "one of the arguments --uffd-socket --into is required"),
+    (pull.main, ["uri"], "one of the arguments --uffd-socket --into --resume is required"),
     (pull.main, ["uri", "--into", "a", "--uffd-socket", "b"], "not allowed with"),
     (pull.main, ["uri", "--into", "a", "--background", "sideways"], "invalid choice: 'sideways'"),
     (pull.main, ["uri", "other", "--into", "a"], "unrecognized arguments: other"),

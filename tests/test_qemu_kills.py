@@ -65,7 +65,8 @@ class Move:
     def is_over(self) -> bool:
         """Nobody has anything left to do: whoever is not dead has said its last."""
         has_come = any(event["event"] == "complete" for event in self.incoming.events)
-        return self.leaving.has_ended and (self.incoming.has_ended or has_come)
+        waits = any(event["event"] in ("waiting", "in_doubt") for event in self.leaving.events)
+        return (self.leaving.has_ended or waits) and (self.incoming.has_ended or has_come)
 
     @property
     def complaints(self) -> str:

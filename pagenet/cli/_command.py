@@ -197,14 +197,18 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 class Report:
-    """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone."""
+    """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone. One that has words
+    among the ``warnings`` goes to stderr too."""
 
-    def __init__(self, prog: str, as_json: bool, words: Mapping[str, str]) -> None:
+    def __init__(self, prog: str, as_json: bool, words: Mapping[str, str], warnings: Mapping[str, str] | None = None) -> None:
         self.prog = prog
         self.as_json = as_json
         self._words = words
+        self._warnings = warnings or {}
 
     def __call__(self, event: str, /, **fields: object) -> None:
+        if event in self._warnings:
+            print(f"{self.prog}: {self._warnings[event].format_map(fields)}", file=sys.stderr, flush=True)
         if self.as_json:
             print(json.dumps({"event": event, **fields}), flush=True)
         elif event in self._words:

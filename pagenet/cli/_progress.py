@@ -16,7 +16,7 @@ from ..pulling import Transfer
 from ..statistics import TransferStatistics
 from ._command import Report
 
-__all__ = ["complete_fields", "make_progress", "print_summary"]
+__all__ = ["complete_fields", "make_progress", "print_summary", "show_until_complete"]
 
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 1.0
@@ -141,6 +141,18 @@ def _compressed(statistics: TransferStatistics) -> dict[str, object]:
         "share": round(statistics.lz4_share, 4),
         "ratio": None if ratio is None else round(ratio, 2),
     }
+
+
+async def show_until_complete(transfer: Transfer, report: Report) -> None:
+    """The progress of ``transfer``, and in the end the ``complete`` event, for people with a summary."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make_progress(report), transfer)
+        await transfer.wait_complete()
+        nursery.cancel_scope.cancel()
+    statistics = transfer.statistics()
+    report("complete", **complete_fields(statistics))
+    if not report.as_json:
+        print_summary(statistics)
 
 
 def complete_fields(statistics: TransferStatistics) -> dict[str, object]:

@@ -7,21 +7,20 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-import trio
-
 from ..errors import HandshakeError
 from ..into_file import IntoFile
-from ..pulling import Transfer, pull
+from ..pulling import pull
 from ..target import Owner
-from ..uffd import UffdSocket
-from ._command import Parser, Report, add_pull_options, pull_options, run_command
-from ._progress import complete_fields, make_progress, print_summary
+from ..uffd import AbandonedOwner, UffdSocket
+from ._command import Parser, Report, add_pull_options, count, pull_options, run_command
+from ._progress import show_until_complete
 
 __all__ = ["main"]
 
 _WORDS = {
     "listening": "waiting for a source on {uri}",
     "connected": "{peer}: {pages} pages, {bytes} bytes",
+    "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
     "refused": "{peer}: refused: {reason}",
@@ -38,6 +37,12 @@ def _parser() -> Parser:
         help="unix socket on which the owner of the memory hands over its userfaultfd (Firecracker's UFFD handshake)",
     )
     into.add_argument("--into", metavar="FILE", help="fill a file; it appears when it is complete, and replaces an older one")
+    into.add_argument(
+        "--resume",
+        metavar="PID",
+        type=count,
+        help="go on filling the memory of that process, whose pagenet-pull is gone, if it keeps the map of its pages",
+    )
     parser.add_argument("--listen", action="store_true", help="wait at URI for the source to dial (pagenet-serve --connect)")
     add_pull_options(parser)
     return parser
@@ -46,6 +51,9 @@ def _parser() -> Parser:
 async def _pull(options: argparse.Namespace, report: Report) -> None:
     with ExitStack() as stack:
         owner = _owner(options, report, stack)
+        if isinstance(owner, AbandonedOwner) and owner.is_finished:
+            report("finished", pid=owner.pid, pages=owner.pages)
+            return
         async with pull(
             options.uri,
             owner,
@@ -53,16 +61,17 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             **pull_options(options),
             on_event=report,
         ) as transfer:
-            await _show_until_complete(transfer, report)
-        statistics = transfer.statistics()
-        report("complete", **complete_fields(statistics))
-        if not report.as_json:
-            print_summary(statistics)
+            await show_until_complete(transfer, report)
 
 
 def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Owner:
     if options.into is not None:
         return IntoFile(options.into)
+
+    if options.resume is not None:
+        abandoned = AbandonedOwner(options.resume)
+        stack.callback(abandoned.close)
+        return abandoned
 
     def refused(error: HandshakeError) -> None:
         report("refused", peer=f"owner on {options.uffd_socket}", reason=str(error))
@@ -73,13 +82,6 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
     owner = UffdSocket(options.uffd_socket, allocate=options.allocate, on_waiting=waiting, on_refused=refused)
     stack.callback(owner.close)
     return owner
-
-
-async def _show_until_complete(transfer: Transfer, report: Report) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(make_progress(report), transfer)
-        await transfer.wait_complete()
-        nursery.cancel_scope.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
-import trio
-
-from ..qemu import migrate, receive
-from ._command import Parser, Report, add_lane_option, add_pull_options, pull_options, run_command
-from ._progress import complete_fields, make_progress, print_summary
+from ..pulling import pull
+from ..qemu import migrate, monitor_pid, receive
+from ..uffd import AbandonedOwner
+from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options, run_command
+from ._progress import show_until_complete
 
 __all__ = ["main"]
 
@@ -24,17 +25,31 @@ _WORDS = {
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
     "refused": "{peer}: refused: {reason}",
+    "resuming": "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}",
+    "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
+}
+_WARNINGS = {
+    "waiting": "the destination is lost ({reason}). Its pages are here: dialling {uri} until pagenet-qemu incoming --resume "
+    "answers there",
+    "in_doubt": "the destination was told to run the guest and has not confirmed it ({reason}). It stays stopped here: look "
+    "there, and only if it does not run, end this program and say cont to this QEMU",
+    "abandoned": "stopped before the destination has every page: its guest will stand still at the first that it misses. QEMU "
+    "(pid {pid}) still holds them, unless it is resumed: pagenet-serve {source} --identity {identity} --connect {uri}",
 }
 
 
 def _parser() -> Parser:
     parser = Parser(_PROG, "Move a running QEMU guest to another host.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
-    words = "Start the QEMU that a guest comes to, and take one guest. Ends when that QEMU ends, with its exit status."
-    incoming = commands.add_parser("incoming", help=words, description=words)
+    words = """Start the QEMU that a guest comes to, and take one guest; ends when that QEMU ends, with its exit status. Or,
+    with --resume, go on bringing the pages of a guest whose pagenet-qemu incoming is gone; ends when it has every page."""
+    incoming = commands.add_parser("incoming", help="take a guest", description=words)
     incoming.add_argument("--listen", metavar="URI", required=True, help="where the source dials: tcp://HOST:PORT, unix:PATH")
+    incoming.add_argument("--resume", action="store_true", help="go on where another pagenet-qemu was cut off")
+    incoming.add_argument("--pid", type=count, metavar="PID", help="the QEMU to resume")
+    incoming.add_argument("--qmp", metavar="SOCKET", help="the same, by its monitor")
     add_pull_options(incoming)
-    incoming.add_argument("qemu", nargs="+", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
+    incoming.add_argument("qemu", nargs="*", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
     leaving = commands.add_parser("migrate", help=words, description=words)
     leaving.add_argument("--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)")
@@ -56,16 +71,28 @@ async def _incoming(options: argparse.Namespace, report: Report) -> int:
         **pull_options(options),
         on_event=report,
     )
-    async with arriving as arrival, trio.open_nursery() as nursery:
-        nursery.start_soon(make_progress(report), arrival.transfer)
-        await arrival.wait_complete()
-        nursery.cancel_scope.cancel()
-    statistics = arrival.transfer.statistics()
-    report("complete", **complete_fields(statistics))
-    if not report.as_json:
-        print_summary(statistics)
+    async with arriving as arrival:
+        await show_until_complete(arrival.transfer, report)
     status = await arrival.process.wait()
     return status if status >= 0 else 128 - status
+
+
+async def _resume(options: argparse.Namespace, report: Report) -> int:
+    with closing(AbandonedOwner(options.pid or await monitor_pid(options.qmp))) as owner:
+        if owner.is_finished:
+            report("finished", pid=owner.pid, pages=owner.pages)
+            return 0
+        missing = owner.pages - owner.done
+        report("resuming", pid=owner.pid, pages=owner.pages, missing=missing, identity=owner.source.hex())
+        async with pull(
+            options.listen,
+            owner,
+            listen=True,
+            **pull_options(options),
+            on_event=report,
+        ) as transfer:
+            await show_until_complete(transfer, report)
+    return 0
 
 
 async def _migrate(options: argparse.Namespace, report: Report) -> int:
@@ -74,10 +101,24 @@ async def _migrate(options: argparse.Namespace, report: Report) -> int:
     return 0
 
 
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What argparse cannot: which QEMU."""
+    named = [name for name in ("pid", "qmp", "qemu") if getattr(options, name)]
+    if options.resume and (len(named) != 1 or options.qemu):
+        parser.error("--resume needs the QEMU that has the guest: one of --pid and --qmp")
+    if not options.resume and named != ["qemu"]:
+        parser.error("say which QEMU the guest comes to: after --, its command line; --pid and --qmp are for --resume")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    report = Report(_PROG, options.json, _WORDS)
-    work = _incoming if options.command == "incoming" else _migrate
+    parser = _parser()
+    options = parser.parse_args(argv)
+    report = Report(_PROG, options.json, _WORDS, _WARNINGS)
+    if options.command == "migrate":
+        work = _migrate
+    else:
+        _check(parser, options)
+        work = _resume if options.resume else _incoming
     return run_command(lambda: work(options, report), report)
 
 

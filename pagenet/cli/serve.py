@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import trio
 
 from ..serving import serve
+from ..source import Source, open_source
 from ._command import Parser, Report, add_lane_option, run_command
 
 __all__ = ["main"]
@@ -37,13 +39,39 @@ def _parser() -> Parser:
     where.add_argument("--connect", metavar="URI", help="dial the destination that waits there (pagenet-pull --listen)")
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
     parser.add_argument("--once", action="store_true", help="end, with exit code 0, when a destination has every page")
+    parser.add_argument(
+        "--identity",
+        metavar="HEX",
+        type=_identity,
+        help="what the memory was called when a transfer began that is to go on (pagenet-qemu migrate says it); it must be as "
+        "it was then",
+    )
     add_lane_option(parser)
     return parser
 
 
+def _identity(text: str) -> bytes:
+    try:
+        identity = bytes.fromhex(text)
+    except ValueError:
+        identity = b""
+    if len(identity) != 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an identity of 32 hexadecimal digits")
+    return identity
+
+
 async def _serve(options: argparse.Namespace, report: Report) -> None:
+    with ExitStack() as stack:
+        source = options.source
+        if options.identity is not None:
+            source = stack.enter_context(open_source(*options.source))
+            source.identity = options.identity
+        await _serve_source(source, options, report)
+
+
+async def _serve_source(source: Source | list[str], options: argparse.Namespace, report: Report) -> None:
     async with serve(
-        options.source,
+        source,
         listen=options.listen,
         connect=options.connect,
         plaintext=options.plaintext,

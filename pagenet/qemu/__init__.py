@@ -17,14 +17,13 @@ from ._talk import MigrationRefused
 from .arrival import Arrival, receive
 from .command_line import Incoming, prepare_incoming
 from .machine import Machine, describe, ram_source
-from .migration import MigrationInDoubt, migrate
-from .qmp import Qmp, QmpError, QmpEvent, connect_qmp
+from .migration import migrate
+from .qmp import Qmp, QmpError, QmpEvent, connect_qmp, monitor_pid
 
 __all__ = [
     "Arrival",
     "Incoming",
     "Machine",
-    "MigrationInDoubt",
     "MigrationRefused",
     "Qmp",
     "QmpError",
@@ -32,6 +31,7 @@ __all__ = [
     "connect_qmp",
     "describe",
     "migrate",
+    "monitor_pid",
     "prepare_incoming",
     "ram_source",
     "receive",

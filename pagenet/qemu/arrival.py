@@ -217,6 +217,9 @@ class _Arriving:
                 self._on_event("loaded")
                 await talk.hear("run")
                 with trio.CancelScope(shield=True):  # said, and done
+                    # Not from "kill" to "run" in one step. Killed before we say it, we leave a guest that stands still here and
+                    # runs at the source; killed after it, one that stands still here and nowhere runs, but is not lost.
+                    await self._guard.should_we_die("nothing")
                     await talk.say("taking")
                     self.runs_here = True
                     await self._guard.should_we_die("run")

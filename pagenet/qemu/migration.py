@@ -13,12 +13,14 @@
 
 "run" is said only once this QEMU has completed its migration and will not go on by itself. Whatever fails before the
 destination has said "taking" has the guest go on here, and ends the QEMU there; from then on it never runs here again. If the
-link breaks between the two words, nobody here can know which it is: the guest then stays as it is on both sides.
+link breaks between the two words, nobody here can know which it is: the guest then stays as it is on both sides. From "run" on
+nobody but us has the guest's pages: a destination that is lost is dialled until it is back.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -33,13 +35,14 @@ from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
 from ..serving import Server, serve
+from ..source import open_source
 from ..transport import Connection
 from ._guard import Guard, go_on, guarding
 from ._talk import DEVICES, TALK, MigrationRefused, Talk, relay, which_stream
 from .machine import CAPABILITIES, Machine, describe, ram_source
 from .qmp import Qmp, QmpEvent, connect_qmp
 
-__all__ = ["MigrationInDoubt", "migrate"]
+__all__ = ["migrate"]
 
 # QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still while it travels.
 _UNLIMITED = 10**12
@@ -52,6 +55,11 @@ _LOAD_TIMEOUT = 30.0
 # For the other side's word that it takes the guest.
 _TAKE_TIMEOUT = 30.0
 
+_HANDED_OVER = (
+    "this source has handed its guest over already, and waits for the QEMU that has it: resume that one's transfer there "
+    "(pagenet-qemu incoming --resume)"
+)
+
 
 class Given(Enum):
     """Whether the guest is the destination's."""
@@ -59,10 +67,6 @@ class Given(Enum):
     NO = "no"
     PERHAPS = "perhaps"
     YES = "yes"
-
-
-class MigrationInDoubt(PagenetError):
-    """The destination was told to run the guest, and has not said that it does."""
 
 
 @asynccontextmanager
@@ -75,34 +79,53 @@ async def migrate(
     :meth:`~pagenet.Server.wait_complete`. If the migration fails before the guest was handed over, it goes on here, and the
     error says why: :exc:`~pagenet.errors.UsageError` (this guest, or that destination, cannot be moved or used),
     :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there), :exc:`MigrationRefused` (in the destination's words),
-    :exc:`~pagenet.errors.PagenetError`. :exc:`MigrationInDoubt`: it may or may not run there, and does not run here.
-    Events: ``connected``, ``stopped``, ``switchover``, ``resumed``, ``complete``.
+    :exc:`~pagenet.errors.PagenetError`. From then on nobody else has the guest's pages: a destination that is lost is dialled
+    until it is back (``pagenet-qemu incoming --resume``), or the block is left.
+
+    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``, ``waiting`` (for a destination
+    that was lost), ``complete``; ``in_doubt``: the destination may or may not run the guest, which does not run here;
+    ``abandoned``: the block was left before it had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
-        machine = await describe(qmp)
-        if machine.status != "running":
-            raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
-        source = ram_source(qmp.pid, machine)
-        streams = _Streams()
+        machine, pid = await describe(qmp), qmp.pid
+    if machine.status != "running":
+        raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
+    spec = ram_source(pid, machine)
+    streams = _Streams()
+    with open_source(spec) as source:
+        # What this memory holds from the switchover on: after another one it holds something else.
+        source.identity = os.urandom(16)
         async with (
-            guarding(qmp_socket, qmp.pid) as guard,
+            guarding(qmp_socket, pid) as guard,
             serve(source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event) as server,
         ):
             try:
-                await _leave(qmp, machine, streams, guard, on_event)
+                async with connect_qmp(qmp_socket) as qmp:  # no longer than it takes: it talks to one program at a time
+                    await _leave(qmp, machine, streams, guard, server, on_event)
             finally:
                 streams.let_go()
-            yield server
+            try:
+                yield server
+            finally:
+                if not server.is_complete:
+                    on_event("abandoned", pid=pid, source=spec, uri=uri, identity=source.identity.hex())
 
 
-async def _leave(qmp: Qmp, machine: Machine, streams: _Streams, guard: Guard, on_event: EventHandler) -> None:
-    leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, on_event)
+async def _leave(
+    qmp: Qmp, machine: Machine, streams: _Streams, guard: Guard, server: Server, on_event: EventHandler
+) -> None:
+    leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, server, on_event)
     try:
         await leaving.agree(machine.as_message())
         await leaving.hand_over(await streams.get(DEVICES))
+    except PagenetError as error:
+        with trio.CancelScope(shield=True):
+            if not await leaving.gives_up(error):
+                return
+        raise
     except BaseException as error:
         with trio.CancelScope(shield=True):
-            await leaving.give_up(error)
+            await leaving.gives_up(error)
         raise
 
 
@@ -116,7 +139,12 @@ class _Streams:
         self._released = trio.Event()
 
     async def meet(self, connection: Connection) -> None:
-        self._found[await which_stream(connection)] = connection
+        name = await which_stream(connection)
+        if name in self._found:
+            if name == TALK:
+                await Talk(connection).say("refuse", reason=_HANDED_OVER)
+            return
+        self._found[name] = connection
         self._news.set()
         with trio.CancelScope(shield=True):
             await self._released.wait()
@@ -136,10 +164,11 @@ class _Streams:
 class _Leaving:
     """The steps from a guest that runs here to one that runs there."""
 
-    def __init__(self, qmp: Qmp, talk: Talk, guard: Guard, on_event: EventHandler) -> None:
+    def __init__(self, qmp: Qmp, talk: Talk, guard: Guard, server: Server, on_event: EventHandler) -> None:
         self._qmp = qmp
         self._talk = talk
         self._guard = guard
+        self._server = server
         self._on_event = on_event
         self._given = Given.NO
         self._begun = False
@@ -164,7 +193,7 @@ class _Leaving:
                 await self._wait_status("completed")
                 nursery.cancel_scope.cancel()
             await self._commit()
-        self._on_event("switchover")
+        self._on_event("switchover", identity=self._server.identity.hex())
         running = await self._talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
 
@@ -172,6 +201,7 @@ class _Leaving:
         """Give the guest away: it is gone once the destination has said that it takes it."""
         await self._guard.should_we_die("nothing")
         self._given = Given.PERHAPS
+        self._server.persist()
         with trio.move_on_after(_TAKE_TIMEOUT, shield=True):
             try:
                 await self._talk.say("run")
@@ -208,21 +238,21 @@ class _Leaving:
             why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
             raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
 
-    async def give_up(self, error: BaseException) -> None:
-        """The guest goes on here, unless it may run there. Tells the other side, if it can still hear."""
+    async def gives_up(self, error: BaseException) -> bool:
+        """Whether the guest is not given away. It goes on here, unless it may run there; then its pages must be served. Tells
+        the other side, if it can still hear."""
         if self._given is Given.YES:
-            return
+            return False
         if self._given is Given.PERHAPS:
-            raise MigrationInDoubt(
-                "the destination was told to run the guest and did not confirm it. It stays stopped here: look there, and only "
-                "if it does not run, say cont to this QEMU"
-            ) from error
+            self._on_event("in_doubt", reason=str(error), identity=self._server.identity.hex())
+            return False
         if not isinstance(error, MigrationRefused):
             with trio.move_on_after(1), suppress(PagenetError):
                 reason = str(error) if isinstance(error, PagenetError) else "the source gave up"
                 await self._talk.say("refuse", reason=reason)
         if self._begun and not isinstance(error, OwnerGone):
             await go_on(self._qmp)
+        return True
 
 
 async def _relay_one(path: Path, devices: Connection, *, task_status: trio.TaskStatus[None]) -> None:

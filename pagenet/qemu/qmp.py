@@ -16,7 +16,7 @@ import trio
 from ..errors import OwnerGone, PagenetError, UsageError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp"]
+__all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp", "monitor_pid"]
 
 T = TypeVar("T")
 
@@ -146,6 +146,21 @@ class Qmp:
         what = "its greeting (does another program hold the monitor?)"
         await self._until(lambda: self._answers.pop(_GREETING, None), what, COMMAND_TIMEOUT)
         await self.command("qmp_capabilities")
+
+
+async def monitor_pid(path: str | Path) -> int:
+    """The process that listens on the unix socket ``path``, even if it stands still. :exc:`~pagenet.errors.UsageError` if none
+    does, or if we do not see it (in another pid namespace)."""
+    try:
+        with trio.fail_after(_CONNECT_TIMEOUT):
+            async with await trio.open_unix_socket(str(path)) as stream:
+                credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    except (OSError, RuntimeError, trio.TooSlowError) as error:
+        raise UsageError(f"no QMP monitor at {path}: {getattr(error, 'strerror', None) or 'no answer'}") from None
+    pid: int = struct.unpack("3i", credentials)[0]
+    if not pid:
+        raise UsageError(f"whoever listens on {path} lives in another pid namespace: run pagenet there")
+    return pid
 
 
 @asynccontextmanager

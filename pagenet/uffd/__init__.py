@@ -1,5 +1,6 @@
 """Everything that touches userfaultfd: the descriptor, its events, owners and their handshake, placement."""
 
+from ._abandoned import AbandonedOwner
 from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
 from ._target import UffdTarget
@@ -17,6 +18,7 @@ from ._userfaultfd import (
 )
 
 __all__ = [
+    "AbandonedOwner",
     "Event",
     "Fault",
     "Feature",

@@ -1,8 +1,9 @@
 """Firecracker's UFFD handshake: how an owner hands over its memory.
 
 The owner connects to a unix socket and sends one message: a JSON array with an object for each mapping, and the
-userfaultfd as SCM_RIGHTS. Pagenet's extension: a second descriptor is the memfd or tmpfs file that is mapped (shared), in
-which flat byte ``offset`` of the region stands at file offset ``offset``.
+userfaultfd as SCM_RIGHTS. Pagenet's extensions are two more descriptors, in this order: the memfd or tmpfs file that is mapped
+(shared), in which flat byte ``offset`` of the region stands at file offset ``offset``; and an empty memfd of the name
+``pagenet-residency``, of which the owner keeps a descriptor: the map of pages is in there, and outlives the destination.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from ..errors import HandshakeError, UsageError
 from ..region import Region, Run
 
-__all__ = ["MAX_HANDSHAKE_BYTES", "Mapping", "check_mappings", "mapping_pieces", "parse_mappings"]
+__all__ = ["MAX_HANDSHAKE_BYTES", "Mapping", "Note", "check_mappings", "mapping_pieces", "parse_mappings"]
 
 # Firecracker sends one or two mappings of about 100 bytes each; QEMU tens.
 MAX_HANDSHAKE_BYTES = 64 << 10
@@ -71,6 +72,33 @@ def _checked(mapping: Mapping, index: int) -> Mapping:
     if mapping.address >= _MAX_ADDRESS or mapping.size > _MAX_ADDRESS - mapping.address:
         raise HandshakeError(f"mapping {index}: {mapping.size:#x} bytes at {mapping.address:#x} is no address range")
     return mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What is left with a map of pages, for whoever takes it over: the identity of the ``source``, whether pages come through
+    the file behind the memory (``shared``), and the mappings."""
+
+    source: bytes
+    shared: bool
+    mappings: tuple[Mapping, ...]
+
+    def encode(self) -> bytes:
+        entries = [
+            {"base_host_virt_addr": m.address, "size": m.size, "offset": m.offset, "page_size": m.page_size}
+            for m in self.mappings
+        ]
+        return json.dumps({"source": self.source.hex(), "shared": self.shared, "mappings": entries}).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Note:
+        """:exc:`HandshakeError` if it is none."""
+        try:
+            words = json.loads(data)
+            source, shared, mappings = bytes.fromhex(words["source"]), bool(words["shared"]), json.dumps(words["mappings"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise HandshakeError("the note beside the map of pages makes no sense") from None
+        return cls(source, shared, tuple(parse_mappings(mappings.encode())))
 
 
 def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:

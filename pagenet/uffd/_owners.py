@@ -23,9 +23,11 @@ from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
-__all__ = ["OwnMemory", "UffdSocket"]
+__all__ = ["MAP_LINK", "OwnMemory", "Peer", "UffdSocket", "wait_memory_gone"]
 
 HUGE_PAGE = 2 << 20
+#: the owner's memfd for the map of pages, in /proc/PID/fd
+MAP_LINK = f"/memfd:{_native.MAP_NAME} (deleted)"
 # An owner sends its handshake in one go, right after it has connected. A stranger may never send anything.
 HANDSHAKE_TIMEOUT = 5.0
 # Owners that wait for accept(): there is one, and perhaps a few that are turned away.
@@ -139,14 +141,14 @@ class OwnMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class _Peer:
+class Peer:
     """The process at the other end of the owner's socket; pid 0 if it lives in a pid namespace that we do not see."""
 
     pid: int
     pidfd: int
 
     @classmethod
-    def of(cls, sock: trio.socket.SocketType) -> _Peer:
+    def of(cls, sock: trio.socket.SocketType) -> Peer:
         pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         try:
             return cls(pid, os.pidfd_open(pid) if pid > 0 else -1)
@@ -251,8 +253,8 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
     try:
         mappings = parse_mappings(message)
         uffd = _uffd_of(fds)
-        shared_fd = fds[1] if len(fds) > 1 else None
-        peer = _Peer.of(sock)
+        shared_fd, map_fd = _more_of(fds)
+        peer = Peer.of(sock)
     except BaseException:
         _close_all(fds)
         raise
@@ -267,8 +269,9 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
             mappings,
             region,
             shared_fd=shared_fd,
+            map_fd=map_fd,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
-            wait_gone=lambda: _wait_gone(target, peer),
+            wait_gone=lambda: wait_memory_gone(target, peer),
             on_close=let_go,
         )
     except BaseException:
@@ -287,6 +290,28 @@ def _uffd_of(fds: list[int]) -> Userfaultfd:
         raise HandshakeError(f"the owner's handshake: {error}") from None
 
 
+def _is_map(fd: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{fd}") == MAP_LINK
+
+
+def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
+    """What came besides the userfaultfd: the file behind the memory, and the memfd for the map of pages."""
+    maps = [at for at in range(1, len(fds)) if _is_map(fds[at])]
+    files = [at for at in range(1, len(fds)) if at not in maps]
+    if len(maps) > 1:
+        raise HandshakeError("the owner's handshake carries two maps of its pages")
+    for at in maps:
+        try:
+            mine = _native.lock_map(fds[at])
+        except OSError as error:
+            raise HandshakeError(f"the owner's map of pages is in use, or not to be had: {error.strerror}") from None
+        os.close(fds[at])
+        fds[at] = mine
+        if os.fstat(mine).st_size:
+            raise HandshakeError("the owner's map of pages is not empty: its transfer is to be resumed, not begun")
+    return fds[files[0]] if files else None, fds[maps[0]] if maps else None
+
+
 async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
     """The one message. A stream socket may deliver it in pieces, of which the first carries the descriptors."""
     message = bytearray()
@@ -297,8 +322,8 @@ async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[
             data, control, flags, _ = await sock.recvmsg(room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
             fds += _descriptors(control)
             message += data
-            if flags & socket.MSG_CTRUNC or len(fds) > 2:
-                raise HandshakeError("the owner's handshake carries more than two descriptors")
+            if flags & socket.MSG_CTRUNC or len(fds) > 2 + any(map(_is_map, fds)):
+                raise HandshakeError("the owner's handshake carries more than two descriptors, and a map of its pages")
             if not data:
                 raise HandshakeError(f"the owner closed its socket after {len(message)} bytes of its handshake")
             if len(message) > MAX_HANDSHAKE_BYTES:
@@ -330,7 +355,7 @@ def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
     return list(fds)
 
 
-async def _wait_gone(target: UffdTarget, peer: _Peer) -> None:
+async def wait_memory_gone(target: UffdTarget, peer: Peer) -> None:
     """The process that connected has ended, and the memory with it. A wrapper may hand over another process's memory and end:
     so what counts is the memory."""
     if peer.pidfd >= 0:

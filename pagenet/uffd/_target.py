@@ -20,10 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from .. import _native
-from ..errors import HandshakeError, OwnerGone, PagenetError
+from ..errors import HandshakeError, OwnerGone, PagenetError, UsageError
 from ..region import Region, Run
+from ..residency import Residency
 from ..target import Outcome
-from ._handshake import Mapping, check_mappings, mapping_pieces
+from ._handshake import Mapping, Note, check_mappings, mapping_pieces
 from ._userfaultfd import Event, Fault, Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
@@ -61,9 +62,10 @@ class NativeMemory:
 class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
 
-    ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves its threads
-    waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory is this
-    process's.
+    ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there; ``recover``: a dead destination has
+    left one in it. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
+    its threads waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory
+    is this process's.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class UffdTarget:
         region: Region,
         *,
         shared_fd: int | None = None,
+        map_fd: int | None = None,
+        recover: bool = False,
         own: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
@@ -83,6 +87,9 @@ class UffdTarget:
         self._keeps_uffd = keeps_uffd
         self._wait_gone = wait_gone
         self._on_close = on_close
+        self._map_fd = map_fd
+        self._recover = recover
+        self._mappings = mappings
         self.region = check_mappings(mappings, region)
         if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
             raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
@@ -129,6 +136,19 @@ class UffdTarget:
     def event_fd(self) -> int | None:
         return self._uffd.fd
 
+    def open_residency(self, source: bytes) -> Residency:
+        if self._map_fd is None:
+            return Residency(self.region.pages)
+        note = Note(source, self._second is not None, tuple(self._mappings))
+        if self._recover and (was := Note.decode(_native.find_map(self._map_fd).note).source) != source:
+            other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
+            raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
+        file, self._map_fd = self._map_fd, None  # the map's to close
+        try:
+            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover)
+        except OSError as error:
+            raise HandshakeError(f"the owner's memfd for the map of its pages cannot be used: {error.strerror}") from None
+
     def scope(self) -> Sequence[Run]:
         return [piece.run for piece in self._pieces]
 
@@ -158,12 +178,19 @@ class UffdTarget:
         return self._pieces[bisect_right(self._firsts, page) - 1].run
 
     def place(self, run: Run, data: memoryview | None) -> Outcome:
-        if self._second is not None:
-            self._write_shared(run, data)
-            return self._place(run, _native.CONTINUE, None)
+        if self.write(run, data):
+            return self.publish(run)
         if data is None:
             return self._place(run, _native.ZERO, self._zeros.buffer(0, self._zeros.size))
         return self._place(run, _HOW[self.placement], data)
+
+    def write(self, run: Run, data: memoryview | None) -> bool:
+        if self._second is not None:
+            self._write_shared(run, data)
+        return self._second is not None
+
+    def publish(self, run: Run, *, again: bool = False) -> Outcome:
+        return self._place(run, _native.CONTINUE, None, given_up=again)
 
     def settle(self, page: int, fault: Fault) -> bool:
         piece, _ = next(self._parts(Run(page, 1)))
@@ -222,8 +249,8 @@ class UffdTarget:
         view = self._second.buffer(self.region.offset_of_page(run.first), size)
         view[:] = bytes(size) if data is None else data
 
-    def _place(self, run: Run, how: int, data: memoryview | None) -> Outcome:
-        """Place ``run``, piece by piece, up to the first error."""
+    def _place(self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False) -> Outcome:
+        """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have the page any more."""
         placed = existed = absent = 0
         again = False
         for piece, part in self._parts(run):
@@ -235,6 +262,9 @@ class UffdTarget:
             placed += result.placed // page_size
             existed += result.existed // page_size
             absent += result.absent // page_size
+            if given_up and result.error == errno.EFAULT:
+                absent += 1
+                break
             again = self._retry(result.error, address + result.done)
             if again:
                 break
@@ -278,8 +308,9 @@ class UffdTarget:
         for mapped in (self._second, self._zeros):
             if mapped is not None:
                 mapped.close()
-        if self._shared_fd is not None:
-            os.close(self._shared_fd)
+        for fd in (self._shared_fd, self._map_fd):
+            if fd is not None:
+                os.close(fd)
         self._on_close()
 
     def _unregister(self) -> None:

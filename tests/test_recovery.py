@@ -1,0 +1,303 @@
+"""A destination is killed in the middle, and another goes on: at any moment, again and again, and every byte is right."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from processes import (
+    LANES,
+    PAGE,
+    Process,
+    check_verified,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    write_pattern,
+)
+
+from pagenet import AbandonedOwner, Block, HandshakeError, Region, Run, UsageError, _native
+from pagenet.filling import Filling
+from pagenet.protocol import Class
+from pagenet.residency import Residency, State
+from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
+from pagenet.uffd._handshake import Mapping, Note
+
+SIZE = 64 << 20
+PAGES = SIZE // PAGE
+
+AS_NOBODY = """
+import os, sys
+from pagenet.cli.pull import main
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def uffd_permitted() -> None:
+    probe()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_pattern(tmp_path_factory.mktemp("recovery") / "source", SIZE, zero_every=16))
+
+
+def resume_command(uri: str, pid: int, lane: str, *more: str) -> list[str]:
+    return pull_command(uri, "--resume", str(pid), *more, lane=lane)
+
+
+@asynccontextmanager
+async def begun(
+    uri: str, directory: Path, memory: str, lane: str, *more: str | int, background: str = "linear"
+) -> AsyncIterator[tuple[Process, Process]]:
+    """A pagenet-pull, and an owner that works on the memory which it fills."""
+    socket = directory / "owner.sock"
+    command = pull_command(uri, "--uffd-socket", str(socket), "--background", background, lane=lane)
+    async with run(command) as pulling:
+        await pulling.event("waiting")
+        options = ["--memory", memory, "--size", SIZE, "--zero-every", 16, "--keep-map", *more]
+        async with run_workload(socket, *options) as owner:
+            await pulling.event("owner")
+            yield pulling, owner
+
+
+async def is_killed(pulling: Process, after: float) -> bool:
+    """Unless it has every page before."""
+    with trio.move_on_after(after):
+        while not pulling.has_ended and (line := await pulling.line()) is not None:
+            if '"complete"' in line:
+                assert await pulling.wait() == 0
+                return False
+    assert not pulling.has_ended, pulling.stderr
+    await pulling.kill()
+    return True
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(300)])])
+async def test_killed_again_and_again(kills: int, memory: str, lane: str, source: str, tmp_path: Path) -> None:
+    """The owner writes to its pages, and gives some of them up, all the time. Neither is undone, and nothing is missed."""
+    longest = 0.5 / kills
+    async with run_server(source) as (_, uri):
+        more = ["--touches", 8 * PAGES, "--order", "random", "--write-share", 50, "--remove-share", 20, "--wait-complete"]
+        async with begun(uri, tmp_path, memory, lane, *more) as (pulling, owner):
+            going_on = await is_killed(pulling, random.uniform(0.0, longest))
+            while going_on:
+                kills -= 1
+                async with run(resume_command(uri, owner.pid, lane)) as pulling:
+                    if not await begins(pulling):
+                        break
+                    going_on = await is_killed(pulling, random.uniform(0.0, longest) if kills > 0 else 60)
+            await check_verified(owner)
+
+
+async def begins(pulling: Process) -> bool:
+    """Unless the one before was killed with its last words on its lips."""
+    while (line := await pulling.line()) is not None and '"owner"' not in line:
+        if '"finished"' in line or "ended" in line or "no userfaultfd" in line:
+            return False
+    assert line is not None, pulling.stderr
+    return True
+
+
+# ---- what is left in the map ----
+
+
+class Left:
+    """Memory of this process whose destinations come and go, as an owner has it: all that it keeps is a userfaultfd, a memfd of
+    its pages, and one of their map."""
+
+    def __init__(self, pages: int) -> None:
+        self.region = Region([Block("ram", pages * PAGE)])
+        self.uffd = Userfaultfd.open(Feature.EVENT_REMOVE & probe())
+        self.memory = os.memfd_create("memory", os.MFD_CLOEXEC)
+        os.ftruncate(self.memory, pages * PAGE)
+        self.map = os.memfd_create(_native.MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.mapped = _native.Mapped(pages * PAGE, self.memory)
+        self.uffd.register(self.mapped.address, pages * PAGE, Mode.MISSING | Mode.MINOR)
+
+    def fill(self, source: bytes = b"source") -> Filling:
+        """What another destination begins with."""
+        map_fd = _native.lock_map(self.map)
+        target = UffdTarget(
+            Userfaultfd.received(os.dup(self.uffd.fd)),
+            [Mapping(self.mapped.address, self.region.size, 0, PAGE)],
+            self.region,
+            shared_fd=os.dup(self.memory),
+            map_fd=map_fd,
+            recover=os.fstat(self.map).st_size > 0,
+            keeps_uffd=lambda: True,
+            wait_gone=trio.sleep_forever,
+        )
+        try:
+            return Filling(target, source)
+        except BaseException:
+            target.close(target.scope())
+            raise
+
+    def read(self, page: int) -> bytes:
+        """Of a page that is there."""
+        into = bytearray(PAGE)
+        _native.copy_out(self.mapped.address + page * PAGE, memoryview(into))
+        return bytes(into)
+
+    def close(self) -> None:
+        self.mapped.close()
+        self.uffd.close()
+        os.close(self.memory)
+        os.close(self.map)
+
+
+@pytest.fixture
+def left() -> Iterator[Left]:
+    made = Left(16)
+    yield made
+    made.close()
+
+
+NEW, OLD = b"n" * PAGE, b"o" * PAGE
+
+
+def test_what_every_state_becomes(left: Left) -> None:
+    dead = left.fill()
+    for state in State:
+        dead.residency.set(Run(state, 1), state)
+    os.pwrite(left.memory, NEW, State.READY * PAGE)
+    os.pwrite(left.memory, NEW, State.REMOVING * PAGE)
+    dead.close()
+    alive = left.fill()
+    became = {state: alive.residency.state(state) for state in State}
+    assert became == {
+        State.MISSING: State.MISSING,
+        State.COMING: State.MISSING,
+        State.REQUESTED: State.MISSING,
+        State.PLACING: State.MISSING,
+        State.READY: State.RESIDENT,
+        State.RESIDENT: State.RESIDENT,
+        State.REMOVING: State.REMOVED,
+        State.REMOVED: State.REMOVED,
+        State.OUTSIDE: State.OUTSIDE,
+        State.POISONED: State.POISONED,
+    }
+    assert (alive.residency.scope, alive.residency.done) == (15, 5)
+    assert left.read(State.READY) == NEW
+    assert os.pread(left.memory, PAGE, State.REMOVING * PAGE) == bytes(PAGE)
+    alive.close()
+
+
+def test_what_the_owner_has_written_stays(left: Left) -> None:
+    """The page was visible already when its destination died."""
+    dead = left.fill()
+    dead.arrived(Class.BACKGROUND, Run(3, 1), memoryview(NEW), 0)  # not asked for: dropped
+    dead.residency.set(Run(3, 1), State.REQUESTED)
+    dead.arrived(Class.BACKGROUND, Run(3, 1), memoryview(NEW), 0)
+    os.pwrite(left.memory, OLD, 3 * PAGE)
+    dead.residency.set(Run(3, 1), State.READY)
+    dead.close()
+    alive = left.fill()
+    alive.residency.set(Run(4, 1), State.REQUESTED)
+    alive.arrived(Class.BACKGROUND, Run(3, 2), memoryview(NEW * 2), 0)
+    assert (left.read(3), left.read(4)) == (OLD, NEW)
+    alive.close()
+
+
+def test_a_page_that_was_given_up_since(left: Left) -> None:
+    """The dead destination has read that, and died: nobody will say it again. It is not there, and does not come back."""
+    dead = left.fill()
+    dead.residency.set(Run(3, 1), State.READY)
+    dead.close()
+    alive = left.fill()
+    assert alive.residency.state(3) is State.RESIDENT
+    assert os.pread(left.memory, PAGE, 3 * PAGE) == bytes(PAGE)
+    alive.close()
+
+
+def test_half_a_page_is_not_seen(left: Left) -> None:
+    dead = left.fill()
+    dead.residency.set(Run(3, 1), State.PLACING)
+    os.pwrite(left.memory, NEW[:100], 3 * PAGE)
+    dead.close()
+    alive = left.fill()
+    alive.residency.set(Run(3, 1), State.REQUESTED)
+    alive.arrived(Class.DEMAND, Run(3, 1), None, 0)
+    assert left.read(3) == bytes(PAGE)
+    alive.close()
+
+
+def test_another_source(left: Left) -> None:
+    left.fill().close()
+    with pytest.raises(UsageError, match="not the one whose pages were coming, but another machine's"):
+        left.fill(b"another")
+    left.fill().close()
+
+
+def test_two_at_once(left: Left) -> None:
+    filling = left.fill()
+    with pytest.raises(BlockingIOError):
+        left.fill()
+    filling.close()
+    left.fill().close()
+
+
+def test_map_of_another_size(left: Left) -> None:
+    with Residency(8, file=_native.lock_map(left.map), note=Note(b"source", True, (Mapping(0, PAGE, 0, PAGE),)).encode()):
+        pass
+    with pytest.raises(HandshakeError, match="cannot be used: Invalid argument"):
+        left.fill()
+
+
+def test_map_that_cannot_be_sealed() -> None:
+    """Whoever made it could take it from under our feet."""
+    file = os.memfd_create("map", os.MFD_CLOEXEC)
+    with pytest.raises(PermissionError):
+        Residency(8, file=file)
+
+
+# ---- owners that are not to be taken over ----
+
+
+@pytest.mark.parametrize(("pid", "says"), [
+    (lambda: os.getpid(), "do not come from pagenet: it has no userfaultfd"),
+    (lambda: 2**22 + 1, "there is no process 4194305"),
+    (lambda: 2**40, "there is no process 1099511627776"),
+])  # fmt: skip
+def test_no_owner(pid: Callable[[], int], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        AbandonedOwner(pid())
+
+
+async def test_owner_without_a_map(source: str, tmp_path: Path) -> None:
+    socket = tmp_path / "owner.sock"
+    async with run_server(source) as (_, uri), run(pull_command(uri, "--uffd-socket", str(socket), lane="native")) as pulling:
+        await pulling.event("waiting")
+        async with run_workload(socket, "--size", SIZE) as owner:
+            await pulling.event("owner")
+            with pytest.raises(UsageError, match="it keeps no map of them"):
+                AbandonedOwner(owner.pid)
+
+
+async def test_another_process_is_at_work(source: str, tmp_path: Path) -> None:
+    async with run_server(source) as (_, uri):  # noqa: SIM117
+        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (_, owner):
+            with pytest.raises(UsageError, match=f"another pagenet is at work on the memory of process {owner.pid}"):
+                AbandonedOwner(owner.pid)
+
+
+async def test_of_another_user(source: str, tmp_path: Path) -> None:
+    async with run_server(source) as (_, uri):  # noqa: SIM117
+        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (pulling, owner):
+            await pulling.kill()
+            command = [sys.executable, "-c", AS_NOBODY, *resume_command(uri, owner.pid, "native")[3:]]
+            async with run(command) as resumed:
+                assert await resumed.wait() == 7
+                assert f"may not take over the memory of process {owner.pid}: Permission denied" in resumed.stderr
