@@ -16,7 +16,7 @@
 #define SETTLE_BYTES (4u << 20)  /* a destination's window: until it has been refilled, what is seen is the former choice's doing */
 #define FIRST_SETTLE_BYTES (1u << 20) /* what fits into the buffers of a new connection */
 #define SAMPLE_RAW_NS 0.7        /* nothing compresses and sends faster: do not even look */
-#define PAUSE_NS 100000000u      /* after a trial that did not pay; doubles each time */
+#define PAUSE_NS 200000000u      /* after a trial that did not pay; doubles each time */
 #define MAX_PAUSE_NS 60000000000u
 #define PROBE_NS 250000000u      /* compressing is what limits: how soon to see whether the link is faster; doubles each time */
 #define PROMISE 0.9              /* worth a trial */

@@ -565,8 +565,11 @@ static void answer_by_sendfile(struct pn_source *source, struct conn *conn, cons
     }
     struct pn_reply reply = reply_to(&conn->request, PN_RAW, stretches[0].pages, size);
     struct iovec part = {&reply, sizeof reply};
-    if (wants_sample(conn) && read_pages(source, block, conn->request.first, source->buffer, at_most(size, SAMPLE)))
+    if (wants_sample(conn)) {
+        if (!read_pages(source, block, conn->request.first, source->buffer, at_most(size, SAMPLE)))
+            return;
         pack(source, conn, source->buffer, at_most(size, SAMPLE), source->packed);
+    }
     conn->bytes += size;
     conn->wire += sizeof reply + size;
     conn->file = block;

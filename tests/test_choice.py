@@ -10,8 +10,6 @@ import pytest
 
 from pagenet._native import Choice
 
-pytestmark = pytest.mark.native
-
 CHUNK, WINDOW, SAMPLE = 256 << 10, 4 << 20, 32 << 10
 SECOND = 10**9
 GBIT = 1e9 / 125e6  # ns a byte on the wire

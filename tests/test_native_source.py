@@ -360,6 +360,7 @@ def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve
     memory = make_memory("memfd", 1)
     serving = serve(memory)
     slow = serving.connect(encodings=LZ4_MAYBE, buffer_size=1 << 16)
+    both = (Class.BACKGROUND, Class.DEMAND)
 
     def fetch_slowly() -> None:
         for _ in range(8):
@@ -376,10 +377,13 @@ def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve
         fetch_slowly()
         slow.ask(0, PAGES)
         slow.fetch()
-        if slow.replies[-1].encoding is Encoding.LZ4 or Encoding.LZ4 in {r.encoding for r in slow.replies[-20:]}:
+        if {(reply.class_, reply.encoding) for reply in slow.replies} >= {(class_, Encoding.LZ4) for class_ in both}:
             break
     else:
         raise AssertionError("never compressed")
+    first = next(reply for reply in slow.replies if reply.encoding is Encoding.LZ4)
+    assert first.class_ is Class.BACKGROUND
+    assert Encoding.RAW in {reply.encoding for reply in slow.replies[: slow.replies.index(first)]}
     check(slow, memory, range(PAGES))
 
 
