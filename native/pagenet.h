@@ -356,6 +356,8 @@ void pn_source_run(struct pn_source *source, int background, struct pn_end *end)
 void pn_source_stop(struct pn_source *source);
 /* A connection that has ended: 1 and its id and why, or 0 if there is none. */
 int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
+/* Pages that were asked for in that class, so far. From any thread. */
+uint64_t pn_source_asked(const struct pn_source *source, int class_);
 
 /* ---- memory.c: looking at page bytes where Python must not ------------------------------------------------------ */
 

@@ -85,6 +85,7 @@ struct pn_source {
     uint8_t *packed; /* what the buffer becomes when compressed */
     void *pack_state;
     struct pn_links *links;
+    _Atomic uint64_t asked[PN_BACKGROUND + 1]; /* pages, by class */
 };
 
 /* One stretch of a chunk: zero or not. */
@@ -672,7 +673,14 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
         return false;
     memcpy(&conn->request, conn->in + conn->in_start, sizeof conn->request);
     conn->in_start += sizeof conn->request;
-    return check_request(source, conn, &conn->request);
+    if (!check_request(source, conn, &conn->request))
+        return false;
+    atomic_fetch_add_explicit(&source->asked[conn->request.class_], conn->request.count, memory_order_relaxed);
+    return true;
+}
+
+uint64_t pn_source_asked(const struct pn_source *source, int class_) {
+    return atomic_load_explicit(&source->asked[class_], memory_order_relaxed);
 }
 
 /* True: it could go on at once, but others have their turn. */

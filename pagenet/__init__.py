@@ -21,7 +21,7 @@ from .pulling import Transfer, pull
 from .region import Block, Region, Run
 from .serving import Server, serve
 from .source import Source, open_source
-from .statistics import ClassStatistics, Histogram, TransferStatistics
+from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
 from .transport import register
 from .uffd import AbandonedOwner, OwnMemory, UffdSocket
@@ -48,6 +48,7 @@ __all__ = [
     "RemoteProtocolError",
     "Run",
     "Server",
+    "ServingStatistics",
     "Source",
     "SourceLost",
     "SourceUnreachable",

@@ -661,6 +661,7 @@ class SourceLoop:
         self._background = background
         self._links = links or Links()
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._last_asked = [0, 0, 0]
         self._names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
         named = zip(blocks, self._names, strict=True)
         self._blocks = ffi.new("struct pn_source_block[]", [{**asdict(block), "name": name} for block, name in named])
@@ -672,6 +673,7 @@ class SourceLoop:
     def close(self) -> None:
         """Closes its connections too. Not while it runs. Idempotent."""
         if self._source is not None:
+            self._last_asked = [self.asked(class_) for class_ in range(len(self._last_asked))]
             lib.pn_source_free(self._source)
             os.close(self.ended_fd)
             self._source = None
@@ -693,6 +695,10 @@ class SourceLoop:
     def remove(self, number: int) -> None:
         if self._source is not None:
             _check(lib.pn_source_remove(self._source, number))
+
+    def asked(self, class_: int) -> int:
+        """Pages that were asked for in that class, so far."""
+        return self._last_asked[class_] if self._source is None else int(lib.pn_source_asked(self._source, class_))
 
     def ended(self) -> Iterator[tuple[int, End]]:
         """Connections that have ended since the last call, and why."""

@@ -14,7 +14,7 @@ import trio
 from . import _native
 from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
 from .nurseries import open_failing_nursery
-from .protocol import LANE_HEADER_SIZE, Channel
+from .protocol import LANE_HEADER_SIZE, Channel, Class
 from .source import Source
 from .transport import Detachable
 
@@ -43,6 +43,9 @@ class _Loop:
 
     def close(self) -> None:
         self._loop.close()
+
+    def asked(self, class_: Class) -> int:
+        return self._loop.asked(class_)
 
     async def run(self, limiter: trio.CapacityLimiter) -> None:
         async with open_failing_nursery() as nursery:
@@ -94,6 +97,10 @@ class NativeSourceLanes:
         links = _native.Links()
         self._demand = _Loop(source, background=False, links=links)
         self._background = _Loop(source, background=True, links=links)
+
+    def asked(self, class_: Class) -> int:
+        """Pages that were asked for in that class, so far."""
+        return self._demand.asked(class_) + self._background.asked(class_)
 
     def close(self) -> None:
         """Not while :meth:`run` runs."""

@@ -17,6 +17,7 @@ from .filling import Filling
 from .lane import LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
+from .progress import complete_fields, tell_progress
 from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
 from .recording import Recorder, Recording, load_recording
 from .region import Region
@@ -171,7 +172,7 @@ async def pull(
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
     :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`.
-    Events: ``listening``, ``connected``, ``owner``, ``complete``.
+    Events: ``listening``, ``connected``, ``owner``, ``progress`` four times a second, ``complete``.
     """
     if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
         raise UsageError(f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}")
@@ -209,7 +210,7 @@ async def pull(
                     transfer = Transfer(filling, session.peer, lanes.name, others, plan)
                     if not held:
                         transfer.release()
-                    nursery.start_soon(_Run(transfer, session, lanes, plan, start).run)
+                    nursery.start_soon(_Run(transfer, session, lanes, plan, start, on_event).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone) as error:
@@ -256,9 +257,16 @@ class _Run:
     """The tasks of one transfer."""
 
     def __init__(
-        self, transfer: Transfer, session: SourceSession, lanes: Lanes, background: Background, start: Start
+        self,
+        transfer: Transfer,
+        session: SourceSession,
+        lanes: Lanes,
+        background: Background,
+        start: Start,
+        on_event: EventHandler,
     ) -> None:
         self._transfer = transfer
+        self._on_event = on_event
         self._filling = transfer.filling
         self._session = session
         self._lanes = lanes
@@ -272,11 +280,14 @@ class _Run:
             nursery.start_soon(self._watch_owner)
             nursery.start_soon(self._run_lanes)
             nursery.start_soon(self._begin_background)
+            if self._on_event is not ignore_events:
+                nursery.start_soon(tell_progress, self._transfer, self._on_event)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         self._filling.finish()
         await self._session.say_bye(complete=True)
         self._filling.residency.finish()
+        self._on_event("complete", **complete_fields(self._filling.statistics()))
         self._transfer.finished.set()
 
     async def _run_lanes(self) -> None:

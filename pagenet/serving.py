@@ -7,6 +7,8 @@ that breaks the rules loses its connection, and the others do not notice.
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from .protocol import (
     LZ4,
     Bye,
     Channel,
+    Class,
     Failure,
     Hello,
     Role,
@@ -40,6 +43,7 @@ from .protocol import (
 from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
 from .source_lane import TrioSourceLane
+from .statistics import ServingStatistics
 
 __all__ = ["Server", "StreamHandler", "serve"]
 
@@ -75,12 +79,21 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
+        self._asked: Counter[Class] = Counter()  # by lanes in Trio
+        self._started = time.monotonic()
         #: where peers may dial; empty if this side dials
         self.uri = ""
 
     async def wait_complete(self) -> None:
         """Return once a destination has said that it has every page."""
         await self._completed.wait()
+
+    def statistics(self) -> ServingStatistics:
+        """What has been asked for so far."""
+        asked = {class_: self._asked[class_] + (self._native.asked(class_) if self._native else 0) for class_ in Class}
+        region = self._source.region
+        seconds = time.monotonic() - self._started
+        return ServingStatistics(region.pages, region.size, sum(asked.values()), asked[Class.DEMAND], seconds)
 
     @property
     def is_complete(self) -> bool:
@@ -248,7 +261,7 @@ class Server:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source).run(unread)
+                await TrioSourceLane(connection, self._source, self._asked).run(unread)
 
     async def run_native_lanes(self) -> None:
         """The loops in C, if there are any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -38,8 +39,9 @@ class TrioSourceLane:
     not.
     """
 
-    def __init__(self, connection: transport.Connection, source: Source) -> None:
+    def __init__(self, connection: transport.Connection, source: Source, asked: Counter[Class] | None = None) -> None:
         self._connection = connection
+        self._asked = Counter() if asked is None else asked  # pages, by class
         self._source = source
         self._pages = memoryview(bytearray())
         self._packer = _native.Packer()
@@ -53,6 +55,7 @@ class TrioSourceLane:
         while True:
             self._choice.resume(time.monotonic_ns())
             for request in decoder.requests():
+                self._asked[request.class_] += request.run.count
                 await self._answer(request)
             count = await self._connection.receive_into(buffer)
             if not count:

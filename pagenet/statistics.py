@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ClassStatistics", "Histogram", "TransferStatistics"]
+__all__ = ["ClassStatistics", "Histogram", "ServingStatistics", "TransferStatistics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,10 @@ class Histogram:
             if count and seen >= rank:
                 return (_lower_bound(index) + _lower_bound(index + 1)) / 2
         return None
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What has been counted after ``earlier`` was."""
+        return Histogram(tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True)))
 
     def microseconds(self, share: float) -> float | None:
         value = self.percentile(share)
@@ -117,3 +121,23 @@ class TransferStatistics:
     @property
     def fault_latency(self) -> Histogram:
         return self.demand.latency
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStatistics:
+    """What destinations have asked a source for, all of them together.
+
+    ``pages``: of the region; ``size``: the same in bytes; ``asked``: pages asked for so far, the same one perhaps more than
+    once; ``demanded``: those of them that somebody waited for. ``seconds``: since the source is being served.
+    """
+
+    pages: int
+    size: int
+    asked: int
+    demanded: int
+    seconds: float
+
+    @property
+    def done(self) -> int:
+        """Pages that one destination, if it is the only one, has at most."""
+        return min(self.asked, self.pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 from rich.console import Console
@@ -12,42 +12,62 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from ..progress import Moment, Watch
 from ..pulling import Transfer
-from ..statistics import TransferStatistics
+from ..serving import Server
+from ..statistics import ServingStatistics, TransferStatistics
 from ._command import Report
 
-__all__ = ["complete_fields", "make_progress", "print_summary", "show_until_complete"]
+__all__ = ["make_progress", "print_summary", "show_until_complete"]
 
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 1.0
-_EVENT_SECONDS = 0.25
-# Weight of the newest second in the rate shown: steadier than the last moment, quicker than the average since the start.
-_RATE_WEIGHT = 0.3
 _MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Moment:
-    """One look at a transfer."""
-
+class _Looked(NamedTuple):
     share: float
-    mib_done: float
-    mib: float
-    mib_per_s: float
-    faults: int
-    p50_us: float | None
-    p99_us: float | None
-    seconds_left: float | None
-    wire_bytes: int
-    compressed: dict[str, object]
+    words: str
 
-    def words(self) -> str:
-        left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
-        packed = f", {self.compressed['share']:.0%} compressed" if self.compressed["bytes"] else ""
-        return (
-            f"{self.share:6.1%} resident, {self.mib_done:.0f} of {self.mib:.0f} MiB, {self.mib_per_s:.0f} MiB/s, "
-            f"{self.faults} faults (p50 {_us(self.p50_us)}, p99 {_us(self.p99_us)}){packed}{left}"
-        )
+
+def _look_at(of: Transfer | Server) -> Callable[[], _Looked]:
+    """Whoever calls what this returns, again and again, sees how far it has come."""
+    return _look_at_transfer(of) if isinstance(of, Transfer) else _look_at_server(of)
+
+
+def _look_at_transfer(transfer: Transfer) -> Callable[[], _Looked]:
+    watch = Watch(transfer.statistics)
+
+    def look() -> _Looked:
+        moment = watch.look()
+        now = moment.statistics
+        packed = f", {now.lz4_share:.0%} compressed" if now.lz4_bytes else ""
+        p50, p99 = (_us(now.fault_latency.microseconds(share)) for share in (0.5, 0.99))
+        faults = f"{now.demand.faults} faults (p50 {p50}, p99 {p99})"
+        return _Looked(moment.share, f"{moment.share:6.1%} resident, {_rate(moment)}, {faults}{packed}{_left(moment)}")
+
+    return look
+
+
+def _look_at_server(server: Server) -> Callable[[], _Looked]:
+    watch = Watch(server.statistics)
+
+    def look() -> _Looked:
+        moment = watch.look()
+        demanded = f"{moment.statistics.demanded} of them were waited for"
+        words = f"{moment.share:6.1%} of the pages asked for, {_rate(moment)}, {demanded}{_left(moment)}"
+        return _Looked(moment.share, words)
+
+    return look
+
+
+def _rate(moment: Moment[TransferStatistics] | Moment[ServingStatistics]) -> str:
+    size = moment.statistics.size / _MIB
+    return f"{moment.bytes_done / _MIB:.0f} of {size:.0f} MiB, {moment.bytes_per_s / _MIB:.0f} MiB/s"
+
+
+def _left(moment: Moment[TransferStatistics] | Moment[ServingStatistics]) -> str:
+    return "" if moment.seconds_left is None else f", {moment.seconds_left:.0f} s left"
 
 
 def _us(value: float | None) -> str:
@@ -56,121 +76,45 @@ def _us(value: float | None) -> str:
     return f"{value:.0f} us" if value < 10_000 else f"{value / 1000:.0f} ms"
 
 
-class _Watch:
-    """Turns successive statistics into moments: it remembers what the rate is made of."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-        self._rate: float | None = None
-        self._last = transfer.statistics()
-
-    def look(self) -> _Moment:
-        now = self._transfer.statistics()
-        page = now.size / now.pages if now.pages else 0.0
-        seconds = now.seconds - self._last.seconds
-        if seconds > 0:
-            rate = (now.done - self._last.done) * page / seconds
-            weight = min(1.0, _RATE_WEIGHT * seconds / _LINE_SECONDS)
-            self._rate = rate if self._rate is None else self._rate + weight * (rate - self._rate)
-        self._last = now
-        rate = self._rate or 0.0
-        rest = (now.pages - now.done) * page
-        return _Moment(
-            share=now.done / now.pages if now.pages else 1.0,
-            mib_done=now.done * page / _MIB,
-            mib=now.size / _MIB,
-            mib_per_s=rate / _MIB,
-            faults=now.demand.faults,
-            p50_us=now.fault_latency.microseconds(0.5),
-            p99_us=now.fault_latency.microseconds(0.99),
-            seconds_left=rest / rate if rate > 0 else None,
-            wire_bytes=now.wire_bytes,
-            compressed=_compressed(now),
-        )
-
-
-def make_progress(report: Report) -> Callable[[Transfer], Awaitable[None]]:
-    """The task that shows a transfer's progress until it is cancelled."""
+def make_progress(report: Report) -> Callable[[Transfer | Server], Awaitable[None]]:
+    """The task that shows, until it is cancelled, how far a transfer has come, or a source's one destination. Machines are told
+    by events."""
     if report.as_json:
-        return lambda transfer: _tell(transfer, report)
+        return _say_nothing
     return _redraw if sys.stdout.isatty() else _print
 
 
-async def _tell(transfer: Transfer, report: Report) -> None:
-    watch = _Watch(transfer)
-    while True:
-        await trio.sleep(_EVENT_SECONDS)
-        moment = watch.look()
-        report(
-            "progress",
-            share=round(moment.share, 4),
-            bytes=int(moment.mib_done * _MIB),
-            bytes_per_s=int(moment.mib_per_s * _MIB),
-            bytes_wire=moment.wire_bytes,
-            compressed=moment.compressed,
-            faults=moment.faults,
-            fault_us={"p50": moment.p50_us, "p99": moment.p99_us},
-            seconds_left=None if moment.seconds_left is None else round(moment.seconds_left, 1),
-        )
+async def _say_nothing(of: Transfer | Server) -> None:
+    pass
 
 
-async def _print(transfer: Transfer) -> None:
-    watch = _Watch(transfer)
+async def _print(of: Transfer | Server) -> None:
+    look = _look_at(of)
     while True:
         await trio.sleep(_LINE_SECONDS)
-        print(watch.look().words(), flush=True)
+        print(look().words, flush=True)
 
 
-async def _redraw(transfer: Transfer) -> None:
-    watch = _Watch(transfer)
+async def _redraw(of: Transfer | Server) -> None:
+    look = _look_at(of)
     # Transient: the summary says it all when the transfer is over. Refreshed by us, so rich needs no thread.
     with Live(console=Console(), auto_refresh=False, transient=True) as live:
         while True:
-            moment = watch.look()
+            looked = look()
             line = Table.grid(padding=(0, 1))
-            line.add_row(ProgressBar(total=1.0, completed=moment.share, width=24), moment.words())
+            line.add_row(ProgressBar(total=1.0, completed=looked.share, width=24), looked.words)
             live.update(line, refresh=True)
             await trio.sleep(_REDRAW_SECONDS)
 
 
-def _compressed(statistics: TransferStatistics) -> dict[str, object]:
-    """Bytes of pages that came compressed, their share of all that came as bytes, and how many times smaller they were."""
-    ratio = statistics.lz4_ratio
-    return {
-        "bytes": statistics.lz4_bytes,
-        "share": round(statistics.lz4_share, 4),
-        "ratio": None if ratio is None else round(ratio, 2),
-    }
-
-
 async def show_until_complete(transfer: Transfer, report: Report) -> None:
-    """The progress of ``transfer``, and in the end the ``complete`` event, for people with a summary."""
+    """The progress of ``transfer``, and in the end, for people, a summary; machines are told by events."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(make_progress(report), transfer)
         await transfer.wait_complete()
         nursery.cancel_scope.cancel()
-    statistics = transfer.statistics()
-    report("complete", **complete_fields(statistics))
     if not report.as_json:
-        print_summary(statistics)
-
-
-def complete_fields(statistics: TransferStatistics) -> dict[str, object]:
-    """The fields of the ``complete`` event."""
-    classes = {"demand": statistics.demand, "prefetch": statistics.prefetch, "background": statistics.background}
-    latency = statistics.fault_latency
-    return {
-        "pages": statistics.pages,
-        **{name: class_.pages for name, class_ in classes.items()},
-        "removed": statistics.pages - sum(class_.pages for class_ in classes.values()),
-        "zero": statistics.zero_pages,
-        "bytes_wire": statistics.wire_bytes,
-        "compressed": _compressed(statistics),
-        "seconds": round(statistics.seconds, 3),
-        "faults": statistics.demand.faults,
-        "fault_us": {"p50": latency.microseconds(0.5), "p99": latency.microseconds(0.99)},
-        "placement": statistics.placement,
-    }
+        print_summary(transfer.statistics())
 
 
 def print_summary(statistics: TransferStatistics) -> None:

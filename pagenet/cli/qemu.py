@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+import trio
+
 from ..pulling import pull
 from ..qemu import migrate, monitor_pid, receive
 from ..uffd import AbandonedOwner
 from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options, run_command
-from ._progress import show_until_complete
+from ._progress import make_progress, show_until_complete
 
 __all__ = ["main"]
 
@@ -96,8 +98,10 @@ async def _resume(options: argparse.Namespace, report: Report) -> int:
 
 
 async def _migrate(options: argparse.Namespace, report: Report) -> int:
-    async with migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server:
+    async with migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server, trio.open_nursery() as nursery:
+        nursery.start_soon(make_progress(report), server)
         await server.wait_complete()
+        nursery.cancel_scope.cancel()
     return 0
 
 

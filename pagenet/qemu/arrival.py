@@ -15,6 +15,7 @@ from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
+from ..progress import tell_faults, telling
 from ..protocol import Compress
 from ..pulling import Transfer, pull
 from ..transport import Connection
@@ -75,7 +76,8 @@ async def receive(
     was handed over ends the QEMU that was started; whatever fails later leaves it alone: a guest whose source is lost stands
     still at the first page that it misses. :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest,
     or a source that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what :func:`pagenet.pull` raises.
-    Events: ``qemu``, ``listening``, ``connected``, ``owner``, ``serving``, ``loaded``, ``resumed``, ``complete``.
+    Events: ``qemu``, ``listening``, ``connected``, ``owner``, ``serving``, ``loaded``, ``resumed``; ``fault``
+    (all of 50 ms together) and ``progress``; ``complete``.
     """
     with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
         owner = UffdSocket(Path(directory) / "uffd", allocate=allocate)
@@ -117,7 +119,8 @@ async def receive(
                     ) as transfer:
                         arriving = _Arriving(process, qmp, machine, transfer, guard, on_event)
                         await arriving.take_over(Path(directory) / "devices")
-                        yield Arrival(process, transfer)
+                        async with telling(tell_faults, transfer, on_event):
+                            yield Arrival(process, transfer)
         finally:
             owner.close()
             if arriving is None or not arriving.runs_here:
@@ -208,7 +211,8 @@ class _Arriving:
                 await talk.say("ready")
                 await talk.hear("stopped")
                 self.is_loading = True
-                self._transfer.pause_background()  # the link is the devices' until the guest runs, and that of what they touch
+                if self._transfer.background_begun:  # the link is the devices' until the guest runs
+                    self._transfer.pause_background()
                 self._transfer.release()
                 self._on_event("serving")
                 await talk.say("serving")
@@ -231,7 +235,8 @@ class _Arriving:
         since = len(self._qmp.events)
         await self._qmp.command("cont")
         resumed = await self._qmp.wait_event("RESUME", since=since, patience=_STEP_TIMEOUT)
-        self._transfer.resume_background()
+        if self._transfer.background_paused:
+            self._transfer.resume_background()
         await self._guard.should_we_die("nothing")
         await talk.say("running", time=resumed.time)
         self._on_event("resumed")

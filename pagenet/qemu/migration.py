@@ -34,6 +34,7 @@ from ..errors import ConnectionBroken, OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
+from ..progress import tell_serving, telling
 from ..serving import Server, serve
 from ..source import open_source
 from ..transport import Connection
@@ -82,9 +83,9 @@ async def migrate(
     :exc:`~pagenet.errors.PagenetError`. From then on nobody else has the guest's pages: a destination that is lost is dialled
     until it is back (``pagenet-qemu incoming --resume``), or the block is left.
 
-    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``, ``waiting`` (for a destination
-    that was lost), ``complete``; ``in_doubt``: the destination may or may not run the guest, which does not run here;
-    ``abandoned``: the block was left before it had every page.
+    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``, ``progress``, ``waiting`` (for
+    a destination that was lost), ``complete``; ``in_doubt``: the destination may or may not run the guest, which does not run
+    here; ``abandoned``: the block was left before it had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
@@ -105,7 +106,8 @@ async def migrate(
             finally:
                 streams.let_go()
             try:
-                yield server
+                async with telling(tell_serving, server, on_event):
+                    yield server
             finally:
                 if not server.is_complete:
                     on_event("abandoned", pid=pid, source=spec, uri=uri, identity=source.identity.hex())

@@ -1,0 +1,170 @@
+"""How far a transfer has come, from one look at it to the next; as events, for those who want no more than that."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import trio
+
+from .events import EventHandler, ignore_events
+from .nurseries import open_failing_nursery
+from .statistics import Histogram, ServingStatistics, TransferStatistics
+
+if TYPE_CHECKING:
+    from .pulling import Transfer
+    from .serving import Server
+
+__all__ = ["Moment", "Watch", "complete_fields", "tell_faults", "tell_progress", "tell_serving", "telling"]
+
+EVENT_SECONDS = 0.25
+# The first of them are over soon.
+FAULT_SECONDS = 0.05
+# Weight of the newest second in the rate: steadier than the last moment, quicker than the average since the start.
+_RATE_WEIGHT = 0.3
+
+Fields = dict[str, object]
+
+
+class Counted(Protocol):
+    """Of ``pages`` pages, ``size`` bytes in all, ``done`` after so many ``seconds``."""
+
+    @property
+    def pages(self) -> int: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+S = TypeVar("S", bound=Counted)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Moment(Generic[S]):
+    """One look. ``seconds_left``: at the rate of now; None: that is not known yet, or it stands still."""
+
+    statistics: S
+    share: float
+    bytes_done: int
+    bytes_per_s: float
+    seconds_left: float | None
+
+    def fields(self) -> Fields:
+        return {
+            "share": round(self.share, 4),
+            "bytes": self.bytes_done,
+            "bytes_per_s": int(self.bytes_per_s),
+            "seconds_left": None if self.seconds_left is None else round(self.seconds_left, 1),
+        }
+
+
+class Watch(Generic[S]):
+    """Turns successive statistics into moments: it remembers what the rate is made of."""
+
+    def __init__(self, statistics: Callable[[], S]) -> None:
+        self._statistics = statistics
+        self._rate: float | None = None
+        self._last = statistics()
+
+    def look(self) -> Moment[S]:
+        now = self._statistics()
+        page = now.size / now.pages if now.pages else 0.0
+        seconds = now.seconds - self._last.seconds
+        if seconds > 0:
+            rate = (now.done - self._last.done) * page / seconds
+            weight = min(1.0, _RATE_WEIGHT * seconds)
+            self._rate = rate if self._rate is None else self._rate + weight * (rate - self._rate)
+        self._last = now
+        rate = self._rate or 0.0
+        return Moment(
+            statistics=now,
+            share=now.done / now.pages if now.pages else 1.0,
+            bytes_done=int(now.done * page),
+            bytes_per_s=rate,
+            seconds_left=(now.pages - now.done) * page / rate if rate > 0 else None,
+        )
+
+
+async def tell_progress(transfer: Transfer, on_event: EventHandler) -> None:
+    """``progress`` events at intervals, until cancelled."""
+    watch = Watch(transfer.statistics)
+    while True:
+        await trio.sleep(EVENT_SECONDS)
+        moment = watch.look()
+        now = moment.statistics
+        on_event(
+            "progress",
+            **moment.fields(),
+            bytes_wire=now.wire_bytes,
+            compressed=_compressed(now),
+            faults=now.demand.faults,
+            fault_us=_quantiles(now.fault_latency),
+        )
+
+
+async def tell_faults(transfer: Transfer, on_event: EventHandler) -> None:
+    """A ``fault`` event for all faults of an interval together, if there were any: a word about each would cost more than
+    answering it does."""
+    before = transfer.statistics()
+    while True:
+        await trio.sleep(FAULT_SECONDS)
+        now = transfer.statistics()
+        if count := now.demand.faults - before.demand.faults:
+            on_event("fault", count=count, fault_us=_quantiles(now.fault_latency.since(before.fault_latency)))
+        before = now
+
+
+async def tell_serving(server: Server, on_event: EventHandler) -> None:
+    """``progress`` events of a source whose one destination gets every page from it, until cancelled."""
+    watch: Watch[ServingStatistics] = Watch(server.statistics)
+    while True:
+        await trio.sleep(EVENT_SECONDS)
+        moment = watch.look()
+        on_event("progress", **moment.fields(), demanded=moment.statistics.demanded)
+
+
+@asynccontextmanager
+async def telling(tell: Callable[[T, EventHandler], Awaitable[None]], about: T, on_event: EventHandler) -> AsyncIterator[None]:
+    """One of these, for as long as the block runs."""
+    async with open_failing_nursery() as nursery:
+        if on_event is not ignore_events:
+            nursery.start_soon(tell, about, on_event)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def complete_fields(statistics: TransferStatistics) -> Fields:
+    """The fields of the ``complete`` event."""
+    classes = {"demand": statistics.demand, "prefetch": statistics.prefetch, "background": statistics.background}
+    return {
+        "pages": statistics.pages,
+        **{name: class_.pages for name, class_ in classes.items()},
+        "removed": statistics.pages - sum(class_.pages for class_ in classes.values()),
+        "zero": statistics.zero_pages,
+        "bytes_wire": statistics.wire_bytes,
+        "compressed": _compressed(statistics),
+        "seconds": round(statistics.seconds, 3),
+        "faults": statistics.demand.faults,
+        "fault_us": _quantiles(statistics.fault_latency),
+        "placement": statistics.placement,
+    }
+
+
+def _quantiles(latency: Histogram) -> Fields:
+    return {"p50": latency.microseconds(0.5), "p99": latency.microseconds(0.99)}
+
+
+def _compressed(statistics: TransferStatistics) -> Fields:
+    """Bytes of pages that came compressed, their share of all that came as bytes, and how many times smaller they were."""
+    ratio = statistics.lz4_ratio
+    return {
+        "bytes": statistics.lz4_bytes,
+        "share": round(statistics.lz4_share, 4),
+        "ratio": None if ratio is None else round(ratio, 2),
+    }
