@@ -98,6 +98,61 @@ int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, 
     return error;
 }
 
+/* ---- playing a trace ---- */
+
+struct player {
+    struct pn_play *play;
+    const struct pn_map *map;
+    int error;
+};
+
+static void work(uint64_t duration) {
+    uint64_t until = now() + duration;
+    while (now() < until)
+        ;
+}
+
+static void *play(void *argument) {
+    struct player *player = argument;
+    struct pn_play *play = player->play;
+    if (sigsetjmp(untouched, 1)) {
+        touching = false;
+        player->error = -EFAULT;
+        return NULL;
+    }
+    touching = true;
+    for (uint64_t i = 0; i < play->count; i++) {
+        const volatile char *at = (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
+        work(play->work_ns);
+        bool blocked = !is_there(player->map, play->pages[i]);
+        uint64_t start = now();
+        (void)*at;
+        play->stall_ns += blocked ? now() - start : 0;
+        play->blocked += blocked;
+        __atomic_store_n(&play->done, i + 1, __ATOMIC_RELAXED);
+    }
+    touching = false;
+    return NULL;
+}
+
+int pn_bench_play(struct pn_play *trace, const struct pn_map *map) {
+    struct sigaction action = {.sa_handler = bus_error};
+    struct player player = {trace, map, 0};
+    sigemptyset(&action.sa_mask);
+    if (sigaction(SIGBUS, &action, &otherwise))
+        return -errno;
+    play(&player);
+    sigaction(SIGBUS, &otherwise, NULL);
+    return player.error;
+}
+
+uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count, int state) {
+    uint64_t found = 0;
+    for (uint64_t i = 0; i < count; i++)
+        found += pn_map_state(map, pages ? pages[i] : i) == state;
+    return found;
+}
+
 /* ---- blocking, whole ---- */
 
 static bool send_all(int sock, const void *bytes, size_t length) {

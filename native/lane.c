@@ -29,6 +29,7 @@ enum {
     OUTBOX = SLOTS * 24,    /* room for each of them */
     STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
+    RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
     PREFETCH_LEAST = 32 << 10, /* may be on its way of a window that adapts, however slow the path: 0.25 ms at 1 Gbit/s */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
@@ -378,7 +379,7 @@ static bool ask_next(struct lane *lane) {
     uint64_t head = ring->head;
     if (lane->in_flight >= lane->window || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
         return false;
-    uint64_t *first = &ring->first[head % 64], *left = &ring->count[head % 64];
+    uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
     uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
     *left -= missing - *first;
     *first = missing;
@@ -432,10 +433,10 @@ static void feed(struct lane *lane) {
 
 int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count_) {
     uint64_t tail = ring->tail;
-    if (tail - atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire) == 64)
+    if (tail - atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire) == RING)
         return -EAGAIN;
-    ring->first[tail % 64] = first;
-    ring->count[tail % 64] = count_;
+    ring->first[tail % RING] = first;
+    ring->count[tail % RING] = count_;
     atomic_store_explicit((_Atomic uint64_t *)&ring->tail, tail + 1, memory_order_release);
     return 0;
 }

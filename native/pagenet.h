@@ -243,8 +243,8 @@ struct pn_ring {
     uint64_t head; /* next to be taken */
     uint64_t tail; /* next to be written */
     uint64_t wake_at; /* the writer's eventfd is written when no more runs than this are left; 0: at each run taken */
-    uint64_t first[64];
-    uint64_t count[64];
+    uint64_t first[512];
+    uint64_t count[512];
 };
 int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count); /* 0, or -EAGAIN: full */
 uint64_t pn_ring_used(const struct pn_ring *ring);
@@ -399,6 +399,16 @@ int pn_workload(int argc, char **argv);
  * already or all pages were. 0, -EFAULT when a page could never come, or -errno. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
                    uint64_t limit_ns, const struct pn_map *map);
+/* Touches the pages of a trace, one after the other, after so much work before each. blocked: touches of pages that were not there;
+ * stall_ns: how long those took; done: touches so far, for others to read. */
+struct pn_play {
+    uint64_t address, page_size, work_ns, count;
+    const uint64_t *pages;
+    uint64_t done, blocked, stall_ns;
+};
+int pn_bench_play(struct pn_play *trace, const struct pn_map *map); /* 0, -EFAULT when a page could never come, or -errno */
+/* How many of these pages (NULL: of the first `count`) are in that state. */
+uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count, int state);
 /* Answers each 24-byte request on a blocking socket with a header and a page, until the peer closes. */
 int pn_bench_page_server(int sock, uint64_t page_size);
 /* Answers faults with a COPY, of a page asked for over a blocking socket, or (sock -1) of one at hand, until stop_fd is readable. */

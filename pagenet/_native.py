@@ -30,12 +30,14 @@ __all__ = [
     "Packer",
     "Piece",
     "Placed",
+    "Play",
     "Ring",
     "SharedMap",
     "SourceBlock",
     "SourceLoop",
     "Window",
     "bench_claims",
+    "bench_count",
     "bench_fault_floor",
     "bench_memcpy",
     "bench_page_server",
@@ -626,7 +628,7 @@ class Ring:
     def __len__(self) -> int:
         return int(lib.pn_ring_used(self.ring))
 
-    ROOM = 64
+    ROOM = 512
 
     def wake_me_at(self, runs: int) -> None:
         """Have ``room_fd`` written when no more runs than this are left, rather than at each that the lane takes."""
@@ -747,6 +749,40 @@ def bench_touch(
         to, from_ = ffi.from_buffer("uint64_t[]", latencies), ffi.from_buffer("uint64_t[]", wanted)
         _check(lib.pn_bench_touch(address, page_size, from_, len(wanted), to, threads, limit, shared))
     return array("Q", (latency for latency in latencies if latency != _UNTOUCHED))
+
+
+class Play:
+    """``struct pn_play``: a trace of touches, and how it goes."""
+
+    def __init__(self, address: int, page_size: int, pages: array[int], work_ns: int) -> None:
+        self._pages = ffi.from_buffer("uint64_t[]", pages)
+        self._play = ffi.new("struct pn_play *")
+        self._play.address, self._play.page_size = address, page_size
+        self._play.pages, self._play.count, self._play.work_ns = self._pages, len(pages), work_ns
+
+    def run(self, shared: SharedMap) -> None:
+        """Touch them all. Call it in a thread. ``EFAULT``: a page could never come."""
+        _check(lib.pn_bench_play(self._play, shared.map))
+
+    @property
+    def done(self) -> int:
+        """Touches so far."""
+        return int(self._play.done)
+
+    @property
+    def blocked(self) -> int:
+        """Touches of pages that were not there."""
+        return int(self._play.blocked)
+
+    @property
+    def stall_ns(self) -> int:
+        """How long those took, all together."""
+        return int(self._play.stall_ns)
+
+
+def bench_count(shared: SharedMap, pages: array[int], state: int) -> int:
+    """How many of ``pages`` are in that state."""
+    return int(lib.pn_bench_count(shared.map, ffi.from_buffer("uint64_t[]", pages), len(pages), state))
 
 
 def bench_claim_memory(size: int) -> None:

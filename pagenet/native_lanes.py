@@ -32,8 +32,8 @@ __all__ = ["NativeLanes", "can_run_natively"]
 WINDOW_BYTES = (256 << 10, 4 << 20)
 # What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
 # it grows when it was used up sooner, and shrinks when later. Python's part costs about 100 us each time that it is filled up.
-RING_BYTES = (256 << 10, 16 << 20)
-RING_SECONDS = (0.004, 0.012)
+RING_BYTES = (512 << 10, 16 << 20)
+RING_SECONDS = (0.004, 0.02)
 # Of that, in one run: the lane asks for it in smaller pieces.
 RUNS_IN_RING = 4
 # Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does.

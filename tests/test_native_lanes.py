@@ -691,28 +691,29 @@ def answer_one(peer: Peer) -> int:
 def test_ring_full_and_empty() -> None:
     ring = _native.Ring()
     assert len(ring) == 0
-    for index in range(64):
+    for index in range(ring.ROOM):
         ring.push(index, 1)
     with pytest.raises(BlockingIOError):
-        ring.push(64, 1)
-    assert len(ring) == 64
+        ring.push(ring.ROOM, 1)
+    assert len(ring) == ring.ROOM
     ring.close()
     ring.close()
 
 
 @pytest.mark.native
 def test_full_ring_is_emptied_in_order(make_rig: MakeRig) -> None:
-    rig = make_rig("copy", 200, 1, None, start=["demand"])
-    for page in range(64):
+    room = _native.Ring.ROOM
+    rig = make_rig("copy", 3 * room + 8, 1, None, start=["demand"])
+    for page in range(room):
         rig.feed(Run(3 * page, 2))
     with pytest.raises(BlockingIOError):
-        rig.feed(Run(192, 2))
+        rig.feed(Run(3 * room, 2))
     rig.lanes.start("background")
-    rig.background.wait_asked(64)
-    assert rig.background.asked == [(BACKGROUND, Run(3 * page, 2)) for page in range(64)]
+    rig.background.wait_asked(room)
+    assert rig.background.asked == [(BACKGROUND, Run(3 * page, 2)) for page in range(room)]
     assert poll(rig.lanes.ring.room_fd, select.POLLIN)
-    rig.feed(Run(0, 200))
-    rig.background.wait_asked(64 + 64)
+    rig.feed(Run(0, 3 * room + 8))
+    rig.background.wait_asked(room + room)
 
 
 # ---- the end, while lanes are busy ----

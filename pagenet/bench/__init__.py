@@ -25,14 +25,19 @@ from ._qemu_guest import find_guest
 from ._qemu_methods import METHODS as QEMU_METHODS
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from ._traces import TRACES
+from ._workload import ORDERS, WorkloadOptions, WorkloadResult, WorkloadTarget, measure_workload, workload_targets
+from ._workload_plot import plot_workload
 
 __all__ = [
     "CONTENTS",
     "ENCODINGS",
     "LIMIT_SECONDS",
+    "ORDERS",
     "PLACEMENTS",
     "QEMU_METHODS",
     "SOURCES",
+    "TRACES",
     "EncodingOptions",
     "EncodingResult",
     "EncodingTarget",
@@ -49,6 +54,9 @@ __all__ = [
     "StreamOptions",
     "StreamResult",
     "Target",
+    "WorkloadOptions",
+    "WorkloadResult",
+    "WorkloadTarget",
     "check_plot",
     "encoding_targets",
     "environment",
@@ -59,9 +67,12 @@ __all__ = [
     "measure_qemu",
     "measure_scale",
     "measure_streams",
+    "measure_workload",
     "median",
     "plot_latencies",
     "plot_work",
+    "plot_workload",
     "serve_floors",
     "targets_of",
+    "workload_targets",
 ]

@@ -40,6 +40,7 @@ from ..bench import (
 from ..errors import UsageError
 from ..testing.pattern import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
+from ._bench_workload import add_workload_options, bench_workload
 from ._command import Parser, Report, add_lane_option, count, names, prefetch_window, run_command
 from ._tables import make_console, make_table, shown
 
@@ -51,6 +52,7 @@ _SUITES = {
     "fault": "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and under load.",
     "stream": "How fast the background brings pages, by placement and source.",
     "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
+    "workload": "The same touches against every order of the background: how many wait, and how long. Needs root.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
@@ -63,7 +65,7 @@ _WORDS = {
 }
 
 MAX_THREADS = 256
-_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3, "qemu": 3}
+_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3, "qemu": 3, "workload": 1}
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 #: of the table: what, in words, and what it is beside
@@ -94,6 +96,9 @@ def _parser() -> Parser:
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
+        if name == "workload":
+            add_workload_options(suite)
+            continue
         suite.add_argument("--transport", choices=["tcp", "unix"], default="tcp", help="between processes here (%(default)s)")
         if name == "scale":
             _add_scale_options(suite)
@@ -233,6 +238,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["null"] = await _null(options, report)
     if options.suite == "qemu":
         summary["qemu"] = await bench_qemu(options, report)
+    if options.suite == "workload":
+        summary["workload"] = await bench_workload(options, report)
     report("complete", **summary, environment=where)
     return 1 if summary.get("qemu", {}).get("wrong") else 0
 

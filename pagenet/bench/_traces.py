@@ -1,0 +1,80 @@
+"""Which pages a program touches, in which order: made up by a rule, or as one really did."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+from itertools import accumulate
+
+from ..errors import UsageError
+from ..recording import load_recording
+from ..schedule import RECORDED
+
+__all__ = ["TRACES", "make_trace"]
+
+# Touches that lie close together do so within that many pages: 256 KiB.
+_NEIGHBOURHOOD = 64
+# Of the neighbourhoods of 1 GiB, so many are used, as often as Zipf's law with this exponent says.
+_SHARE, _EXPONENT = 1350 / 4096, 1.25
+_STRIDE = 100
+
+
+def _neighbourhoods(pages: int, touches: int, pick: random.Random) -> list[int]:
+    """Zipf over neighbourhoods that are scattered over all of the memory, and any page of each."""
+    all_of_them = max(1, pages // _NEIGHBOURHOOD)
+    used = pick.sample(range(all_of_them), max(1, round(all_of_them * _SHARE)))
+    shares = list(accumulate((rank + 1) ** -_EXPONENT for rank in range(len(used))))
+    chosen = pick.choices(used, cum_weights=shares, k=touches)
+    return [first * _NEIGHBOURHOOD + pick.randrange(min(_NEIGHBOURHOOD, pages)) for first in chosen]
+
+
+def _sequential(pages: int, touches: int, pick: random.Random) -> list[int]:
+    start = pick.randrange(pages)
+    return [(start + number) % pages for number in range(touches)]
+
+
+def _strided(pages: int, touches: int, pick: random.Random) -> list[int]:
+    start = pick.randrange(pages)
+    return [(start + number * _STRIDE) % pages for number in range(touches)]
+
+
+def _phases(pages: int, touches: int, pick: random.Random) -> list[int]:
+    """Neighbourhoods of the first half of the memory, and from the middle on those of the second."""
+    half = pages // 2
+    first, second = (_neighbourhoods(half, count, pick) for count in (touches // 2, touches - touches // 2))
+    return [*first, *(half + page for page in second)]
+
+
+def _random(pages: int, touches: int, pick: random.Random) -> list[int]:
+    return [pick.randrange(pages) for _ in range(touches)]
+
+
+#: how to make each of so many pages, and how many touches it has
+TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = {
+    "zipf": (_neighbourhoods, 140_000),
+    "sequential": (_sequential, 60_000),
+    "strided": (_strided, 20_000),
+    "phases": (_phases, 80_000),
+    "random": (_random, 40_000),
+}
+
+
+def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) -> array[int]:
+    """Pages of 4 KiB of ``size`` bytes, in the order in which they are touched. ``recorded=FILE``: as ``--record`` wrote them.
+
+    :exc:`UsageError` if there is no such trace, or nothing in it.
+    """
+    pages = size // 4096
+    if name.startswith(RECORDED):
+        recording = load_recording(name.removeprefix(RECORDED))
+        # Whatever blocks there were then, here they lie one behind the other.
+        trace = array("Q", [page for page in recording.order if page < pages])
+        if not trace:
+            raise UsageError(f"{name}: no page of it lies within {size >> 20} MiB")
+        return trace
+    if name not in TRACES:
+        raise UsageError(f"no trace {name!r}: there are {', '.join(TRACES)}, {RECORDED}FILE")
+    make, usual = TRACES[name]
+    return array("Q", make(pages, usual if touches is None else touches, random.Random(seed)))
+

@@ -1,0 +1,220 @@
+"""The same touches against every order of the background, over a link of a given rate.
+
+A program touches the pages of a trace, with some work before each touch, while they come. Source and program are processes of
+their own in network namespaces, joined by a link; the program's memory is private, its pages are copied into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from ..errors import PagenetError, UsageError
+from ..lane import LaneKind
+from ..recording import Recorder
+from ..region import Block, Region
+from ..schedule import RECORDED
+from ._environment import available_memory
+from ._peers import Source, first_line, running
+from ._qemu_site import inside, open_link
+from ._traces import TRACES, make_trace
+from .peer import python_module
+
+__all__ = ["ORDERS", "WorkloadOptions", "WorkloadResult", "WorkloadTarget", "measure_workload", "workload_targets"]
+
+
+class _Order(NamedTuple):
+    """``background`` and ``prefetch`` as pull() has them; a background that ends in ``=`` is given its file."""
+
+    background: str
+    prefetch: tuple[int, int] | None
+
+
+#: what is compared, by name. The first writes down what recorded replays; clairvoyant replays the trace itself.
+ORDERS: dict[str, _Order] = {
+    "off": _Order("off", (0, 0)),
+    "linear 8/8": _Order("linear", (8, 8)),
+    "follow 8/8": _Order("follow", (8, 8)),
+    "hot": _Order("hot", None),
+    "recorded": _Order(RECORDED, (0, 0)),
+    "clairvoyant": _Order(RECORDED, (0, 0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadOptions:
+    """``rate``: of the link, in Mbit/s, None: loopback; ``bandwidth``: that the background is held to, in bytes a second,
+    None: not; ``touches`` None: as many as the trace usually has."""
+
+    lane: LaneKind = "native"
+    traces: Sequence[str] = tuple(TRACES)
+    orders: Sequence[str] = tuple(ORDERS)
+    size: int = 1 << 30
+    touches: int | None = None
+    work_us: float = 50.0
+    rate: int | None = 1000
+    bandwidth: int | None = 60_000_000
+    rounds: int = 1
+
+
+@dataclass(slots=True)
+class WorkloadResult:
+    """How a trace fared under one order: of each round, what the player said (:mod:`.player`)."""
+
+    trace: str
+    order: str
+    touches: int
+    pages: int
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def figure(self, name: str) -> float | None:
+        """The median of the rounds; None if one of them has none."""
+        figures = [told[name] for told in self.rounds]
+        return None if None in figures else float(median(figures))
+
+    @property
+    def blocked(self) -> int:
+        return round(self.figure("blocked") or 0)
+
+    @property
+    def stall(self) -> float:
+        """Seconds."""
+        return self.figure("stall") or 0.0
+
+
+class WorkloadTarget(NamedTuple):
+    """``figure`` of one order is to be at most ``factor`` times that of another; in seconds if there is no other."""
+
+    trace: str
+    order: str
+    figure: str
+    other: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+
+async def measure_workload(options: WorkloadOptions, on_result: Callable[[WorkloadResult], None]) -> list[WorkloadResult]:
+    """Each trace against each order, in turn. :exc:`~pagenet.errors.Unsupported` where there can be no such link."""
+    if (needed := 2 * options.size + (256 << 20)) > available_memory():
+        raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+    traces = {name: make_trace(name, options.size, options.touches) for name in options.traces}
+    results = []
+    with Source(options.size) as source:
+        async with _served(source, options) as (uri, destination):
+            for name, trace in traces.items():
+                results += await _measure(name, trace, uri, destination, options, on_result)
+    return results
+
+
+@asynccontextmanager
+async def _served(source: Source, options: WorkloadOptions) -> AsyncIterator[tuple[str, list[str]]]:
+    """Where the source listens, and what comes before a destination's command."""
+    where = ["--plaintext", "--lane", options.lane, "--json"]
+    async with open_link(options.rate) as link:
+        command = [*inside(link.destination), *python_module("pagenet.cli.serve"), source.spec]
+        async with running([*command, "--listen", f"tcp://{link.address}:0", *where]) as server:
+            event = json.loads(await first_line(server))
+            if event["event"] != "listening":
+                raise UsageError(event.get("message", "pagenet-serve did not start"))
+            yield event["uri"], inside(link.source)
+
+
+async def _measure(
+    name: str,
+    trace: array[int],
+    uri: str,
+    destination: list[str],
+    options: WorkloadOptions,
+    on_result: Callable[[WorkloadResult], None],
+) -> list[WorkloadResult]:
+    orders = [order for order in ORDERS if order in options.orders]
+    results = {order: WorkloadResult(name, order, len(trace), len(set(trace))) for order in orders}
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory, _Shared(trace) as fd:
+        files = {order: str(Path(directory) / order) for order in ("recorded", "clairvoyant")}
+        recorder = Recorder(Region([Block("0", options.size)]))
+        recorder.note(trace)
+        recorder.recording().save(files["clairvoyant"])
+        if "recorded" in orders and "off" not in orders:
+            files["recorded"] = files["clairvoyant"]
+        for number in range(options.rounds):
+            for order, result in results.items():
+                background, prefetch = ORDERS[order]
+                told = {
+                    "uri": uri,
+                    "lane": options.lane,
+                    "background": background + files[order] if background == RECORDED else background,
+                    "prefetch": prefetch,
+                    "max_bandwidth": options.bandwidth,
+                    "record": files["recorded"] if order == "off" and not number else None,
+                    "work_us": options.work_us,
+                    "trace": fd,
+                    "change": len(trace) // 2 if name == "phases" else 0,
+                }
+                result.rounds.append(await _played(destination, fd, told))
+                if number == options.rounds - 1:
+                    on_result(result)
+    return list(results.values())
+
+
+async def _played(destination: list[str], fd: int, told: dict[str, Any]) -> dict[str, Any]:
+    async with running([*destination, *python_module("pagenet.bench.player"), json.dumps(told)], [fd]) as player:
+        result: dict[str, Any] = json.loads(await first_line(player))
+    if "error" in result:
+        raise PagenetError(result["error"])
+    return result
+
+
+class _Shared:
+    """A trace in a memfd."""
+
+    def __init__(self, trace: array[int]) -> None:
+        self._fd = os.memfd_create("pagenet-trace", os.MFD_CLOEXEC)
+        os.write(self._fd, trace.tobytes())
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+# ---- what is aimed at ----
+
+#: trace, order, no more than so many times, the other order
+_TARGETS = [
+    ("zipf", "hot", 0.1, "off"),
+    ("zipf", "hot", 0.5, "linear 8/8"),
+    ("zipf", "recorded", 0.1, "linear 8/8"),
+    ("zipf", "recorded", 2.0, "clairvoyant"),
+    ("random", "hot", 1.05, "linear 8/8"),
+]
+_FOLLOWED_WITHIN = 0.2
+
+
+def workload_targets(results: Sequence[WorkloadResult]) -> list[WorkloadTarget]:
+    """What is aimed at, as far as it was measured: blocked touches and stall of one order against another's."""
+    found = []
+    by_name = {(result.trace, result.order): result for result in results}
+    for trace, order, factor, other in _TARGETS:
+        ours, theirs = by_name.get((trace, order)), by_name.get((trace, other))
+        if ours is not None and theirs is not None:
+            name = f"{factor:g} x {other}"
+            found.append(WorkloadTarget(trace, order, "blocked", name, ours.blocked, factor * theirs.blocked))
+            found.append(WorkloadTarget(trace, order, "stall", name, ours.stall, factor * theirs.stall))
+    if (phases := by_name.get(("phases", "hot"))) is not None:
+        followed = phases.figure("followed")
+        seconds = float("inf") if followed is None else followed
+        found.append(WorkloadTarget("phases", "hot", "followed", "seconds", seconds, _FOLLOWED_WITHIN))
+    return found

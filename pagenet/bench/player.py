@@ -1,0 +1,133 @@
+"""A program that works on memory while it comes: ``python -m pagenet.bench.player``, started by pagenet-bench alone.
+
+Its one argument is a JSON object: ``uri``, ``lane``, ``background``, ``prefetch``, ``max_bandwidth``, ``record``, ``work_us``,
+``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd with the pages to touch. It touches them
+from C, and says how that went as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+import time
+from array import array
+from typing import Any
+
+import trio
+
+from .. import _native
+from ..errors import PagenetError
+from ..pulling import Transfer, pull
+from ..residency import State
+from ..uffd import OwnMemory
+from ._toucher import Toucher
+
+# Seconds between two looks at what is there.
+_LOOK = 0.005
+
+
+def _read_trace(fd: int) -> array[int]:
+    trace = array("Q")
+    trace.frombytes(os.pread(fd, os.fstat(fd).st_size, 0))
+    return trace
+
+
+class _Watch:
+    """Looks at what is there while a trace is played."""
+
+    def __init__(self, transfer: Transfer, play: _native.Play, trace: array[int], change: int) -> None:
+        self._shared = transfer.filling.residency.shared
+        self._play = play
+        self._set = array("Q", sorted(set(trace)))
+        self._change = change
+        self._after = array("Q", range(max(trace[:change], default=0) + 1, transfer.region.pages)) if change else array("Q")
+        self._all = array("Q", range(transfer.region.pages)) if change else array("Q")
+        self._began = time.monotonic()
+        self._changed: float | None = None
+        #: seconds, and how many pages of the working set were there
+        self.curve: list[tuple[float, int]] = []
+        #: seconds after the change at which most of what the background had asked for lay behind it
+        self.followed: float | None = None
+
+    async def run(self) -> None:
+        while True:
+            self.look()
+            await trio.sleep(_LOOK)
+
+    def look(self) -> None:
+        now = time.monotonic() - self._began
+        self.curve.append((round(now, 4), _native.bench_count(self._shared, self._set, State.RESIDENT)))
+        if self._change and self._changed is None and self._play.done >= self._change:
+            self._changed = now
+        if self._changed is not None and self.followed is None:
+            coming = _native.bench_count(self._shared, self._all, State.COMING)
+            if 2 * _native.bench_count(self._shared, self._after, State.COMING) > coming:
+                self.followed = now - self._changed
+
+    def seconds_to(self, share: float) -> float | None:
+        """Until that share of the working set was there; None: it never was while the trace was played."""
+        wanted = share * len(self._set)
+        return next((seconds for seconds, there in self.curve if there >= wanted), None)
+
+    def wasted(self) -> int:
+        """Pages that came, and that the trace never touches."""
+        resident = _native.bench_count(self._shared, array("Q", range(self._shared.map.pages)), State.RESIDENT)
+        return resident - _native.bench_count(self._shared, self._set, State.RESIDENT)
+
+
+async def _play(uri: str, trace: int, work_us: float, change: int, prefetch: Any, **options: Any) -> dict[str, object]:
+    pages = _read_trace(trace)
+    memory = OwnMemory("anonymous")
+    toucher: Toucher | None = None
+    try:
+        window = None if prefetch is None else tuple(prefetch)
+        async with pull(uri, memory, prefetch=window, compress="none", **options) as transfer:
+            play = _native.Play(memory.address, mmap.PAGESIZE, pages, round(work_us * 1000))
+            watch = _Watch(transfer, play, pages, change)
+            shared = transfer.filling.residency.shared
+
+            def touch() -> array[int]:
+                play.run(shared)
+                return array("Q")
+
+            toucher = Toucher(touch)
+            began = time.monotonic()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch.run)
+                await toucher.latencies()
+                seconds = time.monotonic() - began
+                nursery.cancel_scope.cancel()
+            watch.look()
+            wasted, statistics = watch.wasted(), transfer.statistics()
+        return {
+            "blocked": play.blocked,
+            "stall": play.stall_ns / 1e9,
+            "seconds": seconds,
+            "to_50": watch.seconds_to(0.5),
+            "to_90": watch.seconds_to(0.9),
+            "to_99": watch.seconds_to(0.99),
+            "followed": watch.followed,
+            "wasted": wasted * mmap.PAGESIZE,
+            "demand": statistics.demand.pages,
+            "prefetch": statistics.prefetch.pages,
+            "background": statistics.background.pages,
+            "curve": watch.curve[:: max(1, len(watch.curve) // 400)],
+        }
+    finally:
+        if toucher is not None:
+            toucher.join()
+        memory.close()
+
+
+def main() -> int:
+    try:
+        print(json.dumps(trio.run(lambda: _play(**json.loads(sys.argv[1])))), flush=True)
+    except PagenetError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""``pagenet-bench workload``: its options, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench import (
+    ORDERS,
+    TRACES,
+    WorkloadOptions,
+    WorkloadResult,
+    WorkloadTarget,
+    check_plot,
+    measure_workload,
+    plot_workload,
+    workload_targets,
+)
+from ..schedule import RECORDED
+from ..testing.pattern import parse_size
+from ._command import Parser, Report, count, names
+from ._tables import make_console, make_table, shown
+
+__all__ = ["add_workload_options", "bench_workload"]
+
+Fields = dict[str, Any]
+
+_MIB = 1 << 20
+
+
+def add_workload_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--trace", type=_traces, default=tuple(TRACES), metavar="NAME,...", help=f"of {', '.join(TRACES)}, {RECORDED}FILE (all)"
+    )
+    parser.add_argument(
+        "--order", type=names(ORDERS), default=tuple(ORDERS), metavar="NAME,...", help=f"of {', '.join(ORDERS)} (all)"
+    )
+    parser.add_argument("--size", type=parse_size, default=1 << 30, help="of the memory, in bytes or with K, M, G (1G)")
+    parser.add_argument("--touches", type=count, metavar="N", help="in each trace (as many as it usually has)")
+    parser.add_argument("--work", type=count, default=50, metavar="US", help="before each touch, in us (%(default)s)")
+    parser.add_argument("--rate", type=_rate, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)")
+    parser.add_argument(
+        "--bandwidth", type=_rate, default=60, metavar="MB", help="that the background is held to, MB/s, or none (%(default)s)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how the working set fills: FILE.svg or FILE.png")
+
+
+def _rate(text: str) -> int | None:
+    return None if text == "none" else count(text)
+
+
+def _traces(text: str) -> tuple[str, ...]:
+    """A recording's name may hold a comma: then it is the only one."""
+    if text.startswith(RECORDED):
+        return (text,)
+    return names(TRACES)(text)
+
+
+async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
+    if options.plot is not None:
+        check_plot(options.plot)
+    wanted = WorkloadOptions(
+        lane=options.lane,
+        traces=options.trace,
+        orders=options.order,
+        size=options.size,
+        touches=options.touches,
+        work_us=options.work,
+        rate=options.rate,
+        bandwidth=None if options.bandwidth is None else options.bandwidth * 1_000_000,
+        rounds=options.rounds,
+    )
+    results = await measure_workload(wanted, lambda result: report("result", suite="workload", **_fields(result)))
+    targets = workload_targets(results)
+    for target in targets:
+        report("target", suite="workload", **target._asdict(), met=target.met)
+    if not report.as_json:
+        _print_results(results, targets, wanted)
+    if options.plot is not None:
+        plot_workload(options.plot, results, _title(wanted))
+        report("plotted", file=str(options.plot))
+    return {
+        "results": [_fields(result) for result in results],
+        "targets": [{**target._asdict(), "met": target.met} for target in targets],
+    }
+
+
+def _fields(result: WorkloadResult) -> Fields:
+    figures = ("seconds", "to_50", "to_90", "to_99", "followed")
+    return {
+        "trace": result.trace,
+        "order": result.order,
+        "touches": result.touches,
+        "pages": result.pages,
+        "blocked": result.blocked,
+        "stall_seconds": round(result.stall, 4),
+        "wasted_bytes": round(result.figure("wasted") or 0),
+        **{name: None if (value := result.figure(name)) is None else round(value, 4) for name in figures},
+        "came": {name: round(result.figure(name) or 0) for name in ("demand", "prefetch", "background")},
+    }
+
+
+def _title(options: WorkloadOptions) -> str:
+    link = "loopback" if options.rate is None else f"{options.rate} Mbit/s"
+    held = "" if options.bandwidth is None else f", background held to {options.bandwidth / 1e6:g} MB/s"
+    return f"Touches of {options.size >> 20} MiB, {options.work_us:g} µs of work between, {options.lane} lanes, {link}{held}"
+
+
+def _print_results(
+    results: Sequence[WorkloadResult], targets: Sequence[WorkloadTarget], options: WorkloadOptions
+) -> None:
+    console = make_console()
+    console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
+    headings = ("blocked", "stall, ms", "took, s", "50 % there, s", "90 %", "99 %", "wasted, MiB", "followed, ms")
+    table = make_table("trace", "order", *headings)
+    table.columns[1].justify = "left"
+    for number, result in enumerate(results):
+        first = not number or results[number - 1].trace != result.trace
+        if first and number:
+            table.add_section()
+        followed = result.figure("followed")
+        table.add_row(
+            f"{result.trace} ({result.pages:,} pages)" if first else "",
+            result.order,
+            f"{result.blocked:,}",
+            shown(result.stall * 1000),
+            *(_seconds(result.figure(name)) for name in ("seconds", "to_50", "to_90", "to_99")),
+            shown((result.figure("wasted") or 0) / _MIB),
+            "" if followed is None else shown(followed * 1000),
+        )
+    console.print(table)
+    console.print("Pages count as wasted that came before the trace ended, and that no touch of it is on.", style="dim")
+    for target in targets:
+        met = "met" if target.met else "[bold]not met[/bold]"
+        value, limit = (f"{number:,.3f}".rstrip("0").rstrip(".") for number in (target.value, target.limit))
+        console.print(f"{target.trace}, {target.order}: {target.figure} {value}, at most {limit} ({target.other}): {met}")
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,124 @@
+"""pagenet-bench workload: the orders of the background against the same touches. Counts, and no times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from namespaces import needs_namespaces
+
+from pagenet import UsageError
+from pagenet.bench import ORDERS, TRACES, WorkloadResult, workload_targets
+from pagenet.bench._traces import make_trace
+from pagenet.cli.bench import main
+from pagenet.recording import Recorder
+from pagenet.region import Block, Region
+
+MIB = 1 << 20
+
+
+def workload(*args: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "pagenet.cli.bench", "workload", *args, "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_traces_are_what_they_say(trace: str) -> None:
+    pages = make_trace(trace, 64 * MIB, 4000)
+    assert len(pages) == 4000
+    assert max(pages) < 64 * MIB // 4096
+    assert pages == make_trace(trace, 64 * MIB, 4000)
+
+
+def test_the_usual_trace_is_the_one_that_the_targets_are_about() -> None:
+    pages = set(make_trace("zipf", 1 << 30))
+    assert 20_000 < len(pages) < 26_000
+    assert 1200 < len({page // 64 for page in pages}) <= 1350
+    first, second = (make_trace("phases", 1 << 30)[part] for part in (slice(0, 40_000), slice(40_000, None)))
+    assert max(first) < min(second)
+
+
+def test_a_recorded_trace(tmp_path: Path) -> None:
+    recorder = Recorder(Region([Block("ram", 8 * MIB)]))
+    recorder.note([5, 3, 2000, 7])
+    recorder.recording().save(tmp_path / "touches")
+    assert list(make_trace(f"recorded={tmp_path / 'touches'}", 4 * MIB)) == [5, 3, 7]
+    with pytest.raises(UsageError, match="no trace"):
+        make_trace("backwards", MIB)
+
+
+@needs_namespaces
+def test_hot_blocks_fewer_touches_than_linear_and_off(tmp_path: Path) -> None:
+    picture = tmp_path / "workload.svg"
+    orders = ("off", "linear 8/8", "hot", "recorded", "clairvoyant")
+    memory = ("--size", "64M", "--touches", "8000")
+    said = workload("--trace", "zipf", "--order", ",".join(orders), *memory, "--plot", str(picture))
+    rows = {event["order"]: event for event in said if event["event"] == "result"}
+    assert tuple(rows) == orders
+    off, linear, hot = (rows[order]["blocked"] for order in ("off", "linear 8/8", "hot"))
+    # Each page blocks once, and again if it is touched between its thread's wakeup and the map's being told.
+    assert rows["off"]["pages"] <= off < 1.02 * rows["off"]["pages"]
+    assert rows["off"]["pages"] == rows["off"]["came"]["demand"]
+    assert rows["off"]["wasted_bytes"] == 0
+    assert hot < off / 4
+    assert hot < linear
+    assert all(row["stall_seconds"] > 0 and row["to_50"] is not None for row in rows.values())
+    assert {(target["order"], target["figure"]) for target in said[-1]["workload"]["targets"]} == {
+        (order, figure) for order in ("hot", "recorded") for figure in ("blocked", "stall")
+    }
+    assert picture.read_bytes().startswith(b"<?xml")
+
+
+@needs_namespaces
+@pytest.mark.parametrize("lane", ["native", "trio"])
+def test_every_trace_on_loopback(lane: str) -> None:
+    traces = list(TRACES) if lane == "native" else ["phases", "sequential"]
+    where = ("--trace", ",".join(traces), "--rate", "none", "--bandwidth", "none", "--lane", lane)
+    said = workload("--order", "hot", "--size", "16M", "--touches", "1500", *where)
+    rows = {event["trace"]: event for event in said if event["event"] == "result"}
+    assert list(rows) == traces
+    assert all(0 < row["blocked"] <= 1.02 * row["pages"] for row in rows.values())
+    assert rows["sequential"]["blocked"] < rows["sequential"]["pages"] / 4
+
+
+def test_targets_are_held_against_the_same_trace() -> None:
+    def result(order: str, blocked: int, trace: str = "zipf") -> WorkloadResult:
+        return WorkloadResult(trace, order, 100, 100, [{"blocked": blocked, "stall": blocked / 1000, "followed": 0.1}])
+
+    targets = workload_targets([result("off", 1000), result("hot", 100), result("linear 8/8", 150), result("hot", 5, "phases")])
+    met = {(target.trace, target.figure, target.other): target.met for target in targets}
+    assert met == {
+        ("zipf", "blocked", "0.1 x off"): True,
+        ("zipf", "stall", "0.1 x off"): True,
+        ("zipf", "blocked", "0.5 x linear 8/8"): False,
+        ("zipf", "stall", "0.5 x linear 8/8"): False,
+        ("phases", "followed", "seconds"): True,
+    }
+
+
+def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("pagenet.bench._qemu_site.check_tools", lambda *tools: None)
+    assert main(["workload", "--trace", "zipf", "--size", "16M", "--touches", "10"]) == 7
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--trace", "backwards"], ["--order", "best"], ["--rate", "0"], ["--trace", "recorded=/nowhere"], ["--plot", "x.txt"]],
+)
+def test_bad_usage_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["workload", *options])
+    except SystemExit as ended:
+        code = ended.code  # type: ignore[assignment]
+    assert code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert set(ORDERS) >= {"off", "hot"}
