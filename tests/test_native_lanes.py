@@ -24,7 +24,7 @@ from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
 from pagenet.background import CHUNK_BYTES
-from pagenet.protocol import MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply
+from pagenet.protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply
 from pagenet.residency import State
 from pagenet.uffd import Feature, Userfaultfd, probe
 from pagenet.uffd._handshake import Mapping
@@ -515,6 +515,33 @@ def test_wrong_replies_are_told_in_the_same_words(encodings: int, make_rig: Make
         rig.background.send(header)
         end = rig.lanes.end_of("background")
         assert (end.kind, end.text) == (_native.END_PROTOCOL, str(error.value)), name
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("lane", ["demand", "background"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_compressed_pages_are_never_claimed(kind: Kind, lane: str, make_rig: MakeRig) -> None:
+    """Neither their states nor the memory behind them know that anything came."""
+    rig = make_rig(kind, encodings=RAW_ZERO_OR_LZ4)
+    if lane == "demand":
+        rig.touch(10)
+        peer, state = rig.demand, State.REQUESTED
+    else:
+        rig.feed(Run(10, 1))
+        peer, state = rig.background, State.COMING
+    peer.wait_asked(1)
+    _, data = peer.answer(peer.open[0], 1, zero=False, pack=True)
+    broken = bytearray(data)
+    broken[-1] ^= 1
+    for part in (broken[:30], broken[30:]):
+        peer.send(bytes(part))
+    end = rig.lanes.end_of(lane)
+    words = f"the peer's {len(data) - LANE_HEADER_SIZE} compressed bytes are not 1 pages"
+    assert (end.kind, end.text) == (_native.END_PROTOCOL, words)
+    assert rig.states()[10] is state
+    assert rig.count("pages") == rig.count("lz4_runs") == 0
+    if rig.memory.is_shared:
+        assert os.pread(rig.memory._fd, PAGE, 10 * PAGE) == bytes(PAGE)
 
 
 def asked_rig(make_rig: MakeRig, encodings: int) -> Rig:
