@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import trio
 from processes import Process, run
 
 needs_cable = pytest.mark.skipif(
@@ -39,6 +40,11 @@ class Host:
 class Cable:
     source: Host
     destination: Host
+
+    async def limit(self, rate: str) -> None:
+        """What the source sends, from now on; ``rate`` as tc understands it."""
+        shape = f"tc qdisc add dev {self.source.name} root tbf rate {rate} burst 128kb latency 50ms".split()
+        await trio.run_process([*self.source.within, *shape])
 
     async def cut(self, how: Cut) -> None:
         """Nothing gets through any more, and nobody is told, but for the host whose own end goes down."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 from processes import run
-from vm import BUILDER, Serial, check_unbroken, guest_files, needs_guest, qemu_command, ram_of, run_vm
+from vm import BUILDER, Serial, bare_command, check_unbroken, guest_files, needs_guest, qemu_command, ram_of, run_vm
 
 PAGES_PER_MIB = 256
 
@@ -42,6 +42,11 @@ def test_words_come_in_pieces() -> None:
     assert [(said.seq, said.writes, said.bad, said.sweeps) for said in serial.beats] == [(0, 0, 0, 0), (30, 30000, 0, 3)]
     assert serial.beats[0].time <= serial.beats[1].time
     assert serial.rest == "HB seq=31"
+
+
+def test_words_of_devices() -> None:
+    serial = heard(beat(0).rstrip() + " net=5 disk=7\r\n" + beat(1))
+    assert [said.devices for said in serial.beats] == [{"net": 5, "disk": 7}, {}]
 
 
 def test_unbroken_wherever_the_line_is_cut() -> None:
@@ -119,6 +124,33 @@ async def test_guest_runs(tmp_path: Path) -> None:
         assert 0 < vm.serial.beats[0].writes < vm.serial.beats[-1].writes
     assert vm.process.returncode is not None
     assert not vm.ram.exists()
+
+
+@needs_guest
+@pytest.mark.parametrize("words", [1, 1020])
+async def test_guest_without_kernel(words: int, tmp_path: Path) -> None:
+    async with run_vm(bare_command(tmp_path, "guest", work=8, hot=2, words=words), tmp_path, "guest") as vm:
+        assert f"pages={8 * PAGES_PER_MIB} " in (await vm.serial.wait_ready()).text
+        await vm.serial.wait_beats(3)
+        await vm.serial.wait_sweeps(2)
+        check_unbroken(vm.serial)
+        assert 0 < vm.serial.beats[0].writes < vm.serial.beats[-1].writes
+
+
+@needs_guest
+async def test_guest_without_kernel_notices_a_wrong_byte(tmp_path: Path) -> None:
+    async with run_vm(bare_command(tmp_path, "guest", work=8, hot=2, words=1020), tmp_path, "guest") as vm:
+        await vm.serial.wait_beats(1)
+        with vm.ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory[(16 << 20) + COLD_PAGE * 4096 + 4095] ^= 1
+        await vm.serial.wait("a wrong page", lambda: vm.serial.beats[-1].bad > 0)
+        assert any(line.text.startswith(f"BAD page={COLD_PAGE} ") for line in vm.serial.lines)
+
+
+@needs_guest
+async def test_guest_that_has_not_enough_memory(tmp_path: Path) -> None:
+    async with run_vm(bare_command(tmp_path, "guest", work=60), tmp_path, "guest") as vm:
+        await vm.serial.wait("a refusal", lambda: any("FAILED not enough memory" in line.text for line in vm.serial.lines))
 
 
 def flip_last_byte(memory: mmap.mmap, page: int) -> None:

@@ -64,9 +64,10 @@ class Move:
     @property
     def is_over(self) -> bool:
         """Nobody has anything left to do: whoever is not dead has said its last."""
-        has_come = any(event["event"] == "complete" for event in self.incoming.events)
+        said = {event["event"] for event in self.incoming.events}
         waits = any(event["event"] in ("waiting", "in_doubt") for event in self.leaving.events)
-        return (self.leaving.has_ended or waits) and (self.incoming.has_ended or has_come)
+        nothing_to_do = "complete" in said or "connected" not in said
+        return (self.leaving.has_ended or waits) and (self.incoming.has_ended or nothing_to_do)
 
     @property
     def complaints(self) -> str:
@@ -81,7 +82,10 @@ async def until(is_so: Callable[[], bool]) -> None:
 def guard_of(pid: int) -> int:
     """The process that stands by for the one of that id."""
     children = [child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)]
-    return next(child for child in children if b"pagenet.qemu._guard" in Path(f"/proc/{child}/cmdline").read_bytes())
+    guards = [child for child in children if b"pagenet.qemu._guard" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    if not guards:
+        raise ProcessLookupError
+    return guards[0]
 
 
 def children_of(pid: int, task: str) -> list[int]:
@@ -130,6 +134,8 @@ async def settled(move: Move) -> tuple[str, str]:
 async def outcome(move: Move, victim: str) -> str:
     """Checks that it is one that may be, and names it."""
     here, there = await settled(move)
+    if there == "inmigrate" and not move.incoming.has_ended:
+        there = "gone"  # nobody came, and it waits for the next
     assert not any(beat.bad for beat in move.a.serial.beats + move.serial.beats)
     if here == "running":
         assert there == "gone", f"the destination's QEMU is left: {there}"
@@ -171,7 +177,7 @@ async def kill_once(directory: Path, victim: str, step: str, delay: float, cut: 
         await move.step(step)
         await trio.sleep(delay)
         # If it has ended, or is not there yet, the migration is one like any other.
-        with suppress(ProcessLookupError, FileNotFoundError, StopIteration):
+        with suppress(ProcessLookupError, FileNotFoundError):
             await strike(move, victim, cable, cut)
         return await outcome(move, victim)
 

@@ -161,21 +161,27 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Beat:
-    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started."""
+    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started, and ``devices`` what
+    was done with each of them."""
 
     time: float
     seq: int
     writes: int
     bad: int
     sweeps: int
+    devices: Mapping[str, int]
 
 
-_BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+")
+_BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+((?: [a-z]+=\d+)*)")
 
 
 def parse_beat(line: Line) -> Beat | None:
     found = _BEAT.fullmatch(line.text)
-    return Beat(line.time, *map(int, found.groups())) if found else None
+    if not found:
+        return None
+    *numbers, devices = found.groups()
+    work = dict(word.split("=") for word in devices.split())
+    return Beat(line.time, *map(int, numbers), {name: int(count) for name, count in work.items()})
 
 
 class Serial:

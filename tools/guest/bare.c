@@ -3,8 +3,8 @@
  *   wl_mb     MiB of pages to work on; they begin at 16 MiB, and a word for each of them stands behind them
  *   wl_wss    MiB of them that are hot: verified and written again, at random
  *   wl_hb     milliseconds between two heartbeats
- *   wl_words  how many of the 1020 words of a page are written and verified, spread over all of it. One is enough to tell a
- *             page from another, and where every instruction is emulated, all are too many.
+ *   wl_words  about how many of the 1020 words of a page are written and verified, spread over all of it. One is enough to
+ *             tell a page from another, and where every instruction is emulated, all are too many.
  * Multiboot starts it in 32-bit mode without paging, and interrupts stay off: nothing here but the processor, its memory, a
  * serial port and a timer. Its clock wraps after 71 minutes.
  */

@@ -1,5 +1,5 @@
-"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing but init.c in it; and bare.c,
-which needs no kernel.
+"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing but its drivers, init.c and
+devices.c in it; and bare.c, which needs no kernel.
 
 Prints the paths as one JSON line. They are kept in a cache, so that only the first run needs the network. Nothing is
 installed; apt-get, dpkg-deb and gcc with a static libc must be there.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -18,12 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-INIT = Path(__file__).with_name("init.c")
+INIT = [Path(__file__).with_name(name) for name in ("init.c", "devices.c")]
+HEADER = Path(__file__).with_name("guest.h")
 BARE = Path(__file__).with_name("bare.c")
 #: depends on the package of the newest kernel, whose name has its version in it
 NEWEST_KERNEL = "linux-image-cloud-amd64"
 
+#: drivers that are modules of that kernel, in the order in which they want to be loaded
+MODULES = [
+    *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
+    *("failover", "net_failover", "virtio_net", "virtio_blk", "virtio_balloon"),
+]
+
 DIRECTORY = 0o40755
+FILE = 0o100644
 PROGRAM = 0o100755
 CHARACTER_DEVICE = 0o20600
 CONSOLE = (5, 1)
@@ -61,18 +70,32 @@ def made_whole(target: Path) -> Iterator[Path]:
 # ---- the kernel ----
 
 
-def kernel(cache: Path) -> Path:
-    """Any that is in the cache, else Debian's newest."""
-    if cached := sorted(cache.glob("vmlinuz-*")):
-        return cached[-1]
+def kernel(cache: Path) -> tuple[Path, Path]:
+    """It and an archive of its drivers. Any that is in the cache, else Debian's newest."""
+    for cached in sorted(cache.glob("vmlinuz-*"), reverse=True):
+        if modules_of(cached).exists():
+            return cached, modules_of(cached)
     package = kernel_package(cache)
     target = cache / package.replace("linux-image", "vmlinuz")
-    with made_whole(target) as unfinished:
+    with made_whole(modules_of(target)) as modules, made_whole(target) as unfinished:
         run("apt-get", "--quiet", "download", package, cwd=unfinished.parent)
         unpacked = unfinished.with_name("unpacked")
         run("dpkg-deb", "--extract", next(unfinished.parent.glob("*.deb")), unpacked, cwd=unfinished.parent)
+        modules.write_bytes(archive(module_entries(unpacked)))
         (unpacked / "boot" / target.name).replace(unfinished)
-    return target
+    return target, modules_of(target)
+
+
+def modules_of(kernel: Path) -> Path:
+    return kernel.with_name(kernel.name.replace("vmlinuz", "modules"))
+
+
+def module_entries(unpacked: Path) -> list[bytes]:
+    """By their numbers, without those that are part of this kernel."""
+    found = [path for name in MODULES for path in unpacked.rglob(f"{name}.ko*")]
+    contents = [lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes() for path in found]
+    files = [entry(100 + number, f"modules/{number}", FILE, data) for number, data in enumerate(contents)]
+    return [entry(99, "modules", DIRECTORY), *files]
 
 
 def kernel_package(cwd: Path) -> str:
@@ -86,32 +109,33 @@ def kernel_package(cwd: Path) -> str:
 # ---- the initrd ----
 
 
-def named_after(name: str, source: Path) -> str:
+def named_after(name: str, *sources: Path) -> str:
     """What a file is made from is in its name: an edited source is another file."""
-    made_from = hashlib.sha256(source.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    made_from = hashlib.sha256(b"".join(source.read_bytes() for source in (*sources, Path(__file__)))).hexdigest()
     return f"{name}-{made_from[:16]}"
 
 
-def initrd(cache: Path) -> Path:
-    target = cache / named_after("initrd", INIT)
+def initrd(cache: Path, modules: Path) -> Path:
+    """The kernel unpacks several archives in a row."""
+    target = cache / named_after("initrd", *INIT, HEADER, modules)
     if target.exists():
         return target
     with made_whole(target) as unfinished:
         program = unfinished.with_name("init")
-        run("gcc", "-static", "-pthread", "-O2", "-Wall", "-Wextra", "-s", "-o", program, INIT, cwd=unfinished.parent)
-        unfinished.write_bytes(archive(program.read_bytes()))
+        run("gcc", "-static", "-pthread", "-O2", "-Wall", "-Wextra", "-s", "-o", program, *INIT, cwd=unfinished.parent)
+        entries = [
+            entry(1, "dev", DIRECTORY),
+            entry(2, "dev/console", CHARACTER_DEVICE, device=CONSOLE),
+            entry(3, "sys", DIRECTORY),
+            entry(4, "init", PROGRAM, program.read_bytes()),
+        ]
+        unfinished.write_bytes(archive(entries) + modules.read_bytes())
     return target
 
 
-def archive(init: bytes) -> bytes:
+def archive(entries: list[bytes]) -> bytes:
     """A cpio archive of the kind that the kernel unpacks; not compressed, for an emulated machine is slow at that."""
-    entries = [
-        entry(1, "dev", DIRECTORY),
-        entry(2, "dev/console", CHARACTER_DEVICE, device=CONSOLE),
-        entry(3, "init", PROGRAM, init),
-        entry(0, "TRAILER!!!", 0),
-    ]
-    return b"".join(entries)
+    return b"".join([*entries, entry(0, "TRAILER!!!", 0)])
 
 
 def entry(inode: int, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
@@ -153,7 +177,8 @@ def main() -> int:
     cache: Path = parser.parse_args().cache.absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        made = {"kernel": str(kernel(cache)), "initrd": str(initrd(cache)), "bare": str(bare(cache))}
+        image, modules = kernel(cache)
+        made = {"kernel": str(image), "initrd": str(initrd(cache, modules)), "bare": str(bare(cache))}
     except (Failure, OSError) as error:
         print(f"guest/build.py: {error}", file=sys.stderr)
         return 1

@@ -5,34 +5,34 @@
  *   wl_wss      MiB of them that are hot: verified and written again, at random
  *   wl_hb       milliseconds between two heartbeats
  *   wl_threads  how many threads share the pages, each a part of its own
+ * and those of devices.c, which has work for the machine's devices.
  * Meanwhile it sweeps through all pages, hot or not, and verifies them. What it says, a line each:
  *   READY pages=.. fill_ms=..
  *   HB seq=.. t=<us> w=<writes> dw=<since the last> bad=.. sweeps=.. sw=<next page to sweep> gap_us=<longest batch>
  *   BAD page=.. counter=.. expected=..
+ *   FAILED ..
+ * With devices, a heartbeat goes on with net=.. disk=.. screen=.. churn=.., and bad has what was wrong with theirs too.
  * The thread that says heartbeats works as the others do: if a page keeps it waiting, its next heartbeat is late.
  */
 #define _GNU_SOURCE
+#include "guest.h"
+
+#include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdarg.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, PAGES_PER_MIB = 256, WORDS = PAGE / 8 - 4, MAX_THREADS = 64 };
+enum { PAGES_PER_MIB = 256, MAX_THREADS = 64 };
 enum { BATCH = 16, WRITES_PER_SWEPT = 4, BAD_LINES = 20 };
 
 #define MAGIC UINT64_C(0x706167656e657421)
 #define STEP UINT64_C(0x9e3779b97f4a7c15)
-
-struct page {
-    uint64_t magic, index, counter, sum, words[WORDS];
-};
 
 /* Pages first <= index < end, of which those below hot_end are hot. Only writes, bad and sweeps are for other threads. */
 struct worker {
@@ -45,8 +45,8 @@ static uint64_t *expected; /* the counter that each page must hold */
 static struct worker workers[MAX_THREADS];
 static unsigned threads;
 
-static void say(const char *format, ...) {
-    char line[256];
+void say(const char *format, ...) {
+    char line[320];
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(line, sizeof line, format, arguments);
@@ -56,7 +56,12 @@ static void say(const char *format, ...) {
         _exit(1); /* the end of init is a panic, and so the end of the machine */
 }
 
-static uint64_t option(const char *name, uint64_t otherwise) {
+void fail(const char *what) {
+    say("FAILED %s: %s\n", what, strerror(errno));
+    _exit(1);
+}
+
+uint64_t option(const char *name, uint64_t otherwise) {
     const char *value = getenv(name);
     return value ? strtoull(value, NULL, 10) : otherwise;
 }
@@ -69,7 +74,7 @@ static uint64_t now_us(void) {
 
 static uint64_t rotate(uint64_t value) { return value << 1 | value >> 63; }
 
-static uint64_t seed(uint64_t index, uint64_t counter) {
+uint64_t seed(uint64_t index, uint64_t counter) {
     uint64_t value = (index * STEP + counter) * UINT64_C(0xbf58476d1ce4e5b9);
     return value ^ value >> 31;
 }
@@ -82,21 +87,23 @@ static uint64_t checksum(const struct page *page) {
     return sum;
 }
 
-static void write_page(uint64_t index) {
-    struct page *page = &pages[index];
-    uint64_t word = seed(index, expected[index]);
+void write_page(struct page *page, uint64_t index, uint64_t counter) {
+    uint64_t word = seed(index, counter);
     page->magic = MAGIC;
     page->index = index;
-    page->counter = expected[index];
+    page->counter = counter;
     for (unsigned i = 0; i < WORDS; i++, word += STEP)
         page->words[i] = word ^ word >> 29;
     page->sum = checksum(page);
 }
 
+bool is_right(const struct page *page, uint64_t index, uint64_t counter) {
+    return page->magic == MAGIC && page->index == index && page->counter == counter && page->sum == checksum(page);
+}
+
 static void verify_page(struct worker *worker, uint64_t index) {
     const struct page *page = &pages[index];
-    bool is_right = page->magic == MAGIC && page->index == index && page->counter == expected[index];
-    if (is_right && page->sum == checksum(page))
+    if (is_right(page, index, expected[index]))
         return;
     if (worker->bad++ < BAD_LINES)
         say("BAD page=%" PRIu64 " counter=%" PRIu64 " expected=%" PRIu64 "\n", index, page->counter, expected[index]);
@@ -120,8 +127,7 @@ static void work(struct worker *worker) {
     for (unsigned i = 0; i < BATCH; i++) {
         uint64_t index = worker->first + next_random(worker) % (worker->hot_end - worker->first);
         verify_page(worker, index);
-        expected[index]++;
-        write_page(index);
+        write_page(&pages[index], index, ++expected[index]);
         worker->writes++;
         if (i % WRITES_PER_SWEPT == 0)
             sweep_on(worker);
@@ -133,8 +139,15 @@ static _Noreturn void *work_on(void *worker) {
         work(worker);
 }
 
+static const char *device_words(void) {
+    static char words[128];
+    snprintf(words, sizeof words, " net=%" PRIu64 " disk=%" PRIu64 " screen=%" PRIu64 " churn=%" PRIu64, device_work.frames,
+             device_work.blocks, device_work.rows, device_work.rounds);
+    return words;
+}
+
 /* Works as the first of the workers, and speaks for all of them. */
-static _Noreturn void beat(uint64_t period_us) {
+static _Noreturn void beat(uint64_t period_us, bool with_devices) {
     uint64_t before = 0, longest = 0, last = now_us(), due = last + period_us;
     for (uint64_t seq = 0;;) {
         work(&workers[0]);
@@ -143,15 +156,15 @@ static _Noreturn void beat(uint64_t period_us) {
         last = now;
         if (now < due)
             continue;
-        uint64_t writes = 0, bad = 0, sweeps = UINT64_MAX;
+        uint64_t writes = 0, bad = device_work.bad, sweeps = UINT64_MAX;
         for (unsigned i = 0; i < threads; i++) {
             writes += workers[i].writes;
             bad += workers[i].bad;
             sweeps = workers[i].sweeps < sweeps ? workers[i].sweeps : sweeps;
         }
         say("HB seq=%" PRIu64 " t=%" PRIu64 " w=%" PRIu64 " dw=%" PRIu64 " bad=%" PRIu64 " sweeps=%" PRIu64 " sw=%" PRIu64
-            " gap_us=%" PRIu64 "\n",
-            seq++, now, writes, writes - before, bad, sweeps, workers[0].swept, longest);
+            " gap_us=%" PRIu64 "%s\n",
+            seq++, now, writes, writes - before, bad, sweeps, workers[0].swept, longest, with_devices ? device_words() : "");
         before = writes;
         longest = 0;
         last = now_us();
@@ -159,12 +172,10 @@ static _Noreturn void beat(uint64_t period_us) {
     }
 }
 
-static void *memory(size_t size) {
+void *memory(uint64_t size) {
     void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (start == MAP_FAILED) {
-        say("FAILED no memory for %zu bytes\n", size);
-        _exit(1);
-    }
+    if (start == MAP_FAILED)
+        fail("memory");
     madvise(start, size, MADV_NOHUGEPAGE); /* so that neighbours need not be neighbours on the host */
     return start;
 }
@@ -183,7 +194,7 @@ int main(void) {
     expected = memory(count * sizeof *expected);
     uint64_t started = now_us();
     for (uint64_t index = 0; index < count; index++)
-        write_page(index);
+        write_page(&pages[index], index, 0);
     say("READY pages=%" PRIu64 " fill_ms=%" PRIu64 "\n", count, (now_us() - started) / 1000);
     for (unsigned i = 0; i < threads; i++) {
         uint64_t first = count * i / threads;
@@ -199,5 +210,5 @@ int main(void) {
             return 1;
         }
     }
-    beat(period_us);
+    beat(period_us, start_devices());
 }

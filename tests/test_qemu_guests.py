@@ -1,0 +1,246 @@
+"""What kinds of guests move, and as whom: with devices that use their memory, under KVM, by a user without privileges."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from cable import needs_cable, plugged_cable
+from migrations import check_goes_on, destination, incoming_command, migrate_command, run_incoming
+from processes import run
+from vm import Beat, Serial, bare_command, check_unbroken, needs_guest, qemu_command, ram_of, run_vm
+
+from pagenet import PagenetError
+from pagenet.qemu import Qmp, connect_qmp, migrate
+
+pytestmark = needs_guest
+
+
+# ---- devices ----
+
+SHOWN_ROWS = 240  # of 480: the guest draws the others again and again
+BLOCKS = 64
+
+
+def with_devices(directory: Path, name: str, *, swapped: bool = False) -> list[str]:
+    """A machine with two CPUs and a display, on a network and with a disk that it shares with its destination."""
+    disk = ["-device", "virtio-blk-pci,drive=disk"]
+    network = ["-device", "virtio-net-pci,netdev=net,romfile="]
+    echo = f"local.type=unix,local.path={directory / name}.net,remote.type=unix,remote.path={directory / 'echo'}"
+    extra = [
+        *("-device", "VGA"),
+        *("-drive", f"file={directory / 'disk'},format=raw,if=none,id=disk,cache=none"),
+        *("-netdev", f"dgram,id=net,{echo}"),
+        *(network + disk if swapped else disk + network),
+        *("-device", "virtio-balloon-pci,free-page-reporting=on"),
+    ]
+    # Debian's kernel would write zeros to each page that it gives to the balloon, and so have it come first.
+    work = f"init_on_alloc=0 wl_net=1 wl_disk={BLOCKS} wl_screen=1 wl_churn=32"
+    return qemu_command(directory, name, work=16, hot=4, smp=2, beat_ms=50, options=work, extra=extra)
+
+
+@asynccontextmanager
+async def echoing(path: Path) -> AsyncIterator[None]:
+    """Somebody on the network who sends every frame back to where it came from."""
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        await sock.bind(str(path))
+
+        async def echo() -> None:
+            while True:
+                frame, sender = await sock.recvfrom(65536)
+                with suppress(OSError):  # that machine is gone
+                    await sock.sendto(frame, sender)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(echo)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+async def wait_devices(serial: Serial, since: Beat | None = None) -> Beat:
+    """Until each of them has done more; what they had done then."""
+    before = since.devices if since else {}
+
+    def is_there() -> bool:
+        now = serial.beats[-1].devices if serial.beats else {}
+        return bool(now) and all(now[name] > before.get(name, 0) for name in now)
+
+    await serial.wait("work of every device", is_there)
+    return serial.beats[-1]
+
+
+async def wait_balloon(qmp: Qmp, mib: int) -> None:
+    """Until the guest has so much memory."""
+    with trio.fail_after(60):
+        while abs((await qmp.command("query-balloon"))["actual"] - (mib << 20)) > 1 << 20:  # noqa: ASYNC110
+            await trio.sleep(0.02)
+
+
+async def screen(monitor: Path, directory: Path) -> bytes:
+    """The part of the picture that stays, as the machine shows it."""
+    async with connect_qmp(monitor) as qmp:
+        await qmp.command("screendump", filename=str(directory / "screen"))
+    picture = (directory / "screen").read_bytes()
+    header = b"P6\n640 480\n255\n"
+    assert picture.startswith(header)
+    return picture[len(header) :][: SHOWN_ROWS * 640 * 3]
+
+
+@needs_cable
+@pytest.mark.timeout(300)
+async def test_devices(tmp_path: Path) -> None:
+    """First to a machine with the devices in another order, which QEMU notices at the very end: the guest goes on, with its
+    disk. Then to the right one, where the balloon takes memory and gives it back while pages still come."""
+    (tmp_path / "disk").touch()
+    os.truncate(tmp_path / "disk", BLOCKS * 4096)
+    async with (
+        echoing(tmp_path / "echo"),
+        plugged_cable() as cable,
+        run_vm(with_devices(tmp_path, "a"), tmp_path, "a") as a,
+    ):
+        await cable.limit("200mbit")
+        await wait_devices(a.serial)
+        async with connect_qmp(a.qmp) as qmp:
+            await qmp.command("balloon", value=224 << 20)
+            await wait_balloon(qmp, 224)
+        async with destination(tmp_path, "c", command=with_devices(tmp_path, "c", swapped=True)) as wrong:
+            with pytest.raises(PagenetError, match="QEMU cannot load the guest's devices"):
+                async with migrate(a.qmp, wrong.uri):
+                    raise AssertionError("not reached")
+            await wrong.ended.wait()
+        before = await wait_devices(a.serial, a.serial.beats[-1])
+
+        where = {"listen": [f"tcp://{cable.destination.address}:0", "--plaintext"], "within": cable.destination.within}
+        async with run_incoming(tmp_path, command=with_devices(tmp_path, "b"), **where) as (incoming, serial, uri):
+            async with run([*cable.source.within, *migrate_command(a.qmp, uri)]) as leaving:
+                await leaving.event("resumed")
+                async with connect_qmp(tmp_path / "b.qmp") as qmp:
+                    await qmp.command("balloon", value=160 << 20)
+                    await wait_balloon(qmp, 160)
+                    await qmp.command("balloon", value=256 << 20)
+                    await wait_balloon(qmp, 256)
+                complete = await incoming.event("complete")
+                assert await leaving.wait() == 0
+            assert complete["removed"] > 0
+            shown = await screen(a.qmp, tmp_path)
+            assert shown == await screen(tmp_path / "b.qmp", tmp_path)
+            assert len(set(shown)) == 256
+            await wait_devices(serial, before)
+            await check_goes_on(serial)
+            check_unbroken(a.serial, serial)
+
+
+# ---- KVM ----
+
+
+def kvm_is_missing() -> str:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR))
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    return ""
+
+
+@pytest.mark.skipif(bool(kvm_is_missing()), reason=kvm_is_missing())
+async def test_kvm(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        # Little to do: where KVM has no hardware to rely on, it emulates each instruction.
+        return bare_command(tmp_path, name, accel="kvm", work=8, hot=2, beat_ms=100, words=4)
+
+    async with run_vm(command("a"), tmp_path, "a") as a, destination(tmp_path, command=command("b")) as b:
+        await a.serial.wait_beats(3)
+        async with migrate(a.qmp, b.uri) as server:
+            await server.wait_complete()
+        await check_goes_on(b.serial)
+        check_unbroken(a.serial, b.serial)
+
+
+# ---- sandbox and user ----
+
+SANDBOX = ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+NOBODY = 65534
+# It may read what is not its own: the interpreter and this checkout may lie in somebody's home.
+AS_NOBODY = [
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search", "--"),
+]
+needs_users = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv") or not Path("/dev/userfaultfd").exists(),
+    reason="needs root, setpriv and /dev/userfaultfd",
+)
+
+
+async def test_sandbox(tmp_path: Path) -> None:
+    """With all that QEMU can forbid itself, on both sides."""
+    command = bare_command(tmp_path, "b", extra=SANDBOX)
+    async with (
+        run_vm(bare_command(tmp_path, "a", extra=SANDBOX), tmp_path, "a") as a,
+        run_incoming(tmp_path, command=command) as (incoming, serial, uri),
+        run(migrate_command(a.qmp, uri)) as leaving,
+    ):
+        assert await leaving.wait() == 0, leaving.stderr
+        await incoming.event("complete")
+        await check_goes_on(serial)
+        check_unbroken(a.serial, serial)
+
+
+@contextmanager
+def nobodys_directory() -> Iterator[Path]:
+    """With a userfaultfd node in it, which that user's group may open."""
+    with tempfile.TemporaryDirectory(prefix="pagenet-nobody-") as name:
+        directory = Path(name)
+        os.chown(directory, NOBODY, NOBODY)
+        node = directory / "userfaultfd"
+        os.mknod(node, stat.S_IFCHR, Path("/dev/userfaultfd").stat().st_rdev)
+        os.chmod(node, 0o660)
+        os.chown(node, 0, NOBODY)
+        yield directory
+
+
+def nobodys(command: list[str]) -> list[str]:
+    os.chown(ram_of(command), NOBODY, NOBODY)
+    return command
+
+
+@needs_users
+async def test_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both QEMUs and both commands are nobody's, and the source's RAM is read as its own user."""
+    with nobodys_directory() as directory:
+        monkeypatch.setenv("PAGENET_UFFD_DEVICE", str(directory / "userfaultfd"))
+        monkeypatch.setenv("TMPDIR", str(directory))
+        there = nobodys(bare_command(directory, "b", extra=SANDBOX))
+        async with (
+            run_vm([*AS_NOBODY, *nobodys(bare_command(directory, "a"))], directory, "a") as a,
+            run_incoming(directory, command=there, within=AS_NOBODY) as (incoming, serial, uri),
+            run([*AS_NOBODY, *migrate_command(a.qmp, uri)]) as leaving,
+        ):
+            assert await leaving.wait() == 0, leaving.stderr
+            await incoming.event("complete")
+            assert f"Uid:\t{NOBODY}\t{NOBODY}" in Path(f"/proc/{incoming.events[0]['pid']}/status").read_text()
+            await check_goes_on(serial)
+            check_unbroken(a.serial, serial)
+
+
+@needs_users
+async def test_user_without_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("every user may use userfaultfd here")
+    with nobodys_directory() as directory:
+        os.chmod(directory / "userfaultfd", 0o600)
+        monkeypatch.setenv("PAGENET_UFFD_DEVICE", str(directory / "userfaultfd"))
+        monkeypatch.setenv("TMPDIR", str(directory))
+        command = nobodys(bare_command(directory, "b"))
+        try:
+            async with run([*AS_NOBODY, *incoming_command("tcp://127.0.0.1:0", command=command)]) as incoming:
+                assert await incoming.wait() != 0
+                assert "may not use userfaultfd: run as root, give this user access to" in incoming.stderr
+        finally:
+            ram_of(command).unlink()
