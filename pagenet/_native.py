@@ -617,9 +617,11 @@ class Ring:
                 os.close(fd)
         self.work_fd = self.room_fd = -1
 
-    def push(self, first: int, count: int) -> None:
+    def push(self, first: int, count: int, wake: bool = True) -> None:
+        """``wake`` False: :meth:`wake` is to follow."""
         _check(lib.pn_ring_push(self.ring, first, count))
-        self.wake()
+        if wake:
+            self.wake()
 
     def wake(self) -> None:
         """Have the lane look at its ring, and at the limit of the background, again."""

@@ -31,7 +31,8 @@ __all__ = ["NativeLanes", "can_run_natively"]
 # What may be on its way while there are faults, and when there have been none for a while.
 WINDOW_BYTES = (256 << 10, 4 << 20)
 # What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
-# it grows when it was used up sooner, and shrinks when later. Python's part costs about 100 us each time that it is filled up.
+# it grows when half of it was used up sooner, or all of it before we were there, and shrinks when later. Python's part costs
+# about 100 us each time that it is filled up, and 10 us for each run.
 RING_BYTES = (512 << 10, 16 << 20)
 RING_SECONDS = (0.004, 0.02)
 # Of that, in one run: the lane asks for it in smaller pieces.
@@ -148,17 +149,20 @@ class NativeLanes:
         room, sizes, filled = RING_BYTES[0], deque[int](), trio.current_time()
         while True:
             run: Run | None = await self._background.next_run(room // RUNS_IN_RING)
+            used = sum(sizes)
             while run is not None:
-                ring.push(run.first, run.count)
+                ring.push(run.first, run.count, wake=False)
                 sizes.append(self._filling.region.size_of(run))
-                full = sum(sizes) >= room or len(sizes) >= ring.ROOM - 1
+                used += sizes[-1]
+                full = used >= room or len(sizes) == ring.ROOM
                 run = None if full else self._background.next_run_nowait(room // RUNS_IN_RING)
+            ring.wake()
             await self._half_empty(ring, sizes)
             took, filled = trio.current_time() - filled, trio.current_time()
-            if took > RING_SECONDS[1]:
-                room = max(room // 2, RING_BYTES[0])
-            elif took < RING_SECONDS[0]:
+            if took < RING_SECONDS[0] or not len(ring):
                 room = min(room * 2, RING_BYTES[1])
+            elif took > RING_SECONDS[1]:
+                room = max(room // 2, RING_BYTES[0])
             await trio.lowlevel.checkpoint()
 
     async def _half_empty(self, ring: _native.Ring, sizes: deque[int]) -> None:

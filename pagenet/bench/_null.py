@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..protocol import (
 from ..pulling import pull
 from ..region import Block, Region, Run
 from ..residency import Residency, State
+from ..schedule import Hot
 from ..serving import serve
 from ..source import Source
 from ..target import Outcome, Target
@@ -62,6 +64,8 @@ async def measure_null(pages: int = 1 << 15, rounds: int = 3) -> list[NullResult
         ("requests, encoded and decoded", "headers", lambda: _requests(pages)),
         ("replies, encoded and checked", "headers", lambda: _replies(pages)),
         ("hellos, encoded and decoded", "messages", lambda: _hellos(pages // 64)),
+        ("faults in 4 TiB, ranked by hot", "faults", lambda: _faults(pages, 0)),
+        ("the same, and a run named for each", "faults", lambda: _faults(pages, 1)),
     ]
     results = []
     for name, unit, run in work:
@@ -85,6 +89,19 @@ def _claim_in_python(pages: int) -> int:
     steps = [(State.MISSING, State.REQUESTED), (State.REQUESTED, State.PLACING), (State.PLACING, State.RESIDENT)]
     with Residency(pages) as residency:
         return sum(residency.claim(Run(page, 1), *step) for page in range(pages) for step in steps)
+
+
+def _faults(count: int, runs: int) -> int:
+    """Faults anywhere in 4 TiB, and so many runs of ``hot``'s named for each."""
+    region = _region(1 << 30)
+    pick = random.Random(1)
+    with Residency(region.pages) as residency:
+        schedule = Hot(region, residency)
+        for number in range(count):
+            schedule.note_faults([pick.randrange(region.pages)], number / 1000)
+            for _ in range(runs):
+                schedule.next_run(4 << 20)
+    return count
 
 
 def _region(pages: int) -> Region:
