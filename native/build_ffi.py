@@ -10,8 +10,8 @@ from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
-    "uffd.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "dest.c", "lane.c",
-    "source.c", "pattern.c", "workload.c", "bench.c",
+    "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "dest.c",
+    "lane.c", "source.c", "pattern.c", "workload.c", "bench.c",
 ]  # fmt: skip
 
 

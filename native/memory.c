@@ -3,6 +3,7 @@
 #include "pagenet.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -67,6 +68,10 @@ uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignm
 }
 
 void pn_unmap_memory(uint64_t address, uint64_t length) { munmap((void *)(uintptr_t)address, length); }
+
+int pn_punch(int fd, uint64_t length) {
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) ? -errno : 0;
+}
 
 int pn_populate(uint64_t address, uint64_t length) {
     return madvise((void *)(uintptr_t)address, length, MADV_POPULATE_WRITE) ? -errno : 0;

@@ -60,6 +60,20 @@ struct pn_event {
 /* Up to 64 events without waiting: how many, or -EAGAIN if there are none. */
 int pn_uffd_read(int uffd, struct pn_event *events, int room);
 
+/* ---- attach.c: a userfaultfd, and a memfd for the map of pages, made inside another process ------------------------ */
+
+/* Their numbers in that process; or why the kernel refuses it one of them, as -errno. */
+struct pn_planted {
+    int uffd;
+    int map;
+    int refused;
+};
+/* Stops the process's main thread for a moment. -EPERM: it may not be traced; -EBUSY: it is stopped; -ENOEXEC: it is not 64-bit
+ * code; -ESRCH: it has ended; -ETIMEDOUT: it does not stop; -ENOSYS: not on this machine. It is left as it was. */
+int pn_plant(int pid, const char *device, struct pn_planted *planted);
+/* Closes both there. */
+int pn_uproot(int pid, const struct pn_planted *planted);
+
 /* ---- place.c: the one place that knows what EEXIST, EAGAIN, ENOENT and partial results mean ------------------- */
 
 enum pn_how { PN_COPY, PN_ZERO, PN_CONTINUE, PN_MOVE, PN_POISON };
@@ -373,6 +387,8 @@ uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignm
 void pn_unmap_memory(uint64_t address, uint64_t length);
 /* Get every page of a mapping now, to write to, rather than at its first touch. -EINVAL: the kernel is older than 5.14. */
 int pn_populate(uint64_t address, uint64_t length);
+/* Takes everything out of a file, which keeps its size; whoever has mapped it finds holes. */
+int pn_punch(int fd, uint64_t length);
 
 /* ---- pattern.c: memory that knows what it should hold ----------------------------------------------------------- */
 

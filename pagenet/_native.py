@@ -30,6 +30,7 @@ __all__ = [
     "Packer",
     "Piece",
     "Placed",
+    "Planted",
     "Play",
     "Ring",
     "SharedMap",
@@ -51,6 +52,8 @@ __all__ = [
     "pattern_differs",
     "pattern_fill",
     "place",
+    "plant",
+    "punch",
     "read_process",
     "run_workload",
     "same_file",
@@ -63,6 +66,7 @@ __all__ = [
     "uffd_unregister",
     "uffd_wake",
     "unpack",
+    "uproot",
 ]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -138,6 +142,35 @@ def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
 def uffd_probe(uffd: int, address: int) -> int:
     """0, or the errno: ``EAGAIN`` while the owner's memory is changing, ``ESRCH`` if it is gone."""
     return -int(lib.pn_uffd_probe(uffd, address))
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """Descriptors of another process, by number. ``refused``: an errno, if the kernel did not let it have them."""
+
+    uffd: int
+    map: int
+    refused: int
+
+
+def plant(pid: int, device: str) -> Planted:
+    """Have process ``pid`` open a userfaultfd, and a memfd for the map of pages. Call it in a thread.
+
+    :exc:`OSError` if it cannot be traced, as of ``pn_plant``; it is then as it was.
+    """
+    planted = ffi.new("struct pn_planted *")
+    _check(lib.pn_plant(pid, device.encode(), planted))
+    return Planted(planted.uffd, planted.map, -planted.refused)
+
+
+def uproot(pid: int, planted: Planted) -> None:
+    """Have it close them again. Call it in a thread."""
+    _check(lib.pn_uproot(pid, ffi.new("struct pn_planted *", astuple(planted))))
+
+
+def punch(fd: int, length: int) -> None:
+    """Take the first ``length`` bytes out of a file, and leave a hole."""
+    _check(lib.pn_punch(fd, length))
 
 
 def take_descriptor(pidfd: int, theirs: int) -> int:

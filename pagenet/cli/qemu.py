@@ -9,8 +9,9 @@ from contextlib import closing
 
 import trio
 
+from ..errors import UsageError
 from ..pulling import pull
-from ..qemu import migrate, monitor_pid, receive
+from ..qemu import migrate, monitor_pid, receive, receive_attached
 from ..uffd import AbandonedOwner
 from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options, run_command
 from ._progress import make_progress, show_until_complete
@@ -20,6 +21,7 @@ __all__ = ["main"]
 _PROG = "pagenet-qemu"
 _WORDS = {
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
+    "attached": "attached to QEMU (pid {pid}, RAM in {ram})",
     "listening": "waiting for a guest on {uri}",
     "connected": "{peer}: connected",
     "owner": "RAM of {pages} pages (placement: {placement}, lanes: {lane})",
@@ -43,13 +45,14 @@ _WARNINGS = {
 def _parser() -> Parser:
     parser = Parser(_PROG, "Move a running QEMU guest to another host.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
-    words = """Start the QEMU that a guest comes to, and take one guest; ends when that QEMU ends, with its exit status. Or,
-    with --resume, go on bringing the pages of a guest whose pagenet-qemu incoming is gone; ends when it has every page."""
+    words = """Start the QEMU that a guest comes to, and take one guest; ends when that QEMU ends, with its exit status. Or
+    attach to a QEMU that waits already, with --qmp; or, with --resume, go on bringing the pages of a guest whose pagenet-qemu
+    incoming is gone. Those two end when it has every page."""
     incoming = commands.add_parser("incoming", help="take a guest", description=words)
     incoming.add_argument("--listen", metavar="URI", required=True, help="where the source dials: tcp://HOST:PORT, unix:PATH")
     incoming.add_argument("--resume", action="store_true", help="go on where another pagenet-qemu was cut off")
-    incoming.add_argument("--pid", type=count, metavar="PID", help="the QEMU to resume")
-    incoming.add_argument("--qmp", metavar="SOCKET", help="the same, by its monitor")
+    incoming.add_argument("--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)")
+    incoming.add_argument("--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process")
     add_pull_options(incoming)
     incoming.add_argument("qemu", nargs="*", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
@@ -66,15 +69,18 @@ class _CommandParser(Parser):
 
 
 async def _incoming(options: argparse.Namespace, report: Report) -> int:
-    arriving = receive(
-        options.qemu,
-        listen=options.listen,
-        allocate=options.allocate,
-        **pull_options(options),
-        on_event=report,
-    )
+    if options.qmp:
+        if options.allocate:
+            raise UsageError("--allocate is for a QEMU that is started here")
+        arriving = receive_attached(options.qmp, listen=options.listen, on_event=report, **pull_options(options))
+    else:
+        arriving = receive(
+            options.qemu, listen=options.listen, allocate=options.allocate, on_event=report, **pull_options(options)
+        )
     async with arriving as arrival:
         await show_until_complete(arrival.transfer, report)
+    if arrival.process is None:
+        return 0  # it was there before us, and goes on without us
     status = await arrival.process.wait()
     return status if status >= 0 else 128 - status
 
@@ -110,8 +116,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     named = [name for name in ("pid", "qmp", "qemu") if getattr(options, name)]
     if options.resume and (len(named) != 1 or options.qemu):
         parser.error("--resume needs the QEMU that has the guest: one of --pid and --qmp")
-    if not options.resume and named != ["qemu"]:
-        parser.error("say which QEMU the guest comes to: after --, its command line; --pid and --qmp are for --resume")
+    if not options.resume and named not in (["qemu"], ["qmp"]):
+        parser.error("say which QEMU the guest comes to: its command line after --, or its monitor with --qmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from ._talk import MigrationRefused
-from .arrival import Arrival, receive
+from .arrival import Arrival, receive, receive_attached
 from .command_line import Incoming, prepare_incoming
 from .machine import Machine, describe, ram_source
 from .migration import migrate
@@ -35,4 +35,5 @@ __all__ = [
     "prepare_incoming",
     "ram_source",
     "receive",
+    "receive_attached",
 ]

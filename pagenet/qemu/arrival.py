@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
-from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
 from ..progress import tell_faults, telling
-from ..protocol import Compress
 from ..pulling import Transfer, pull
+from ..source import open_source
 from ..transport import Connection
-from ..uffd import UffdSocket
+from ..uffd import AttachedOwner, Mapping, UffdSocket, probe
 from ._guard import Guard, guarding
 from ._talk import DEVICES, TALK, Talk, relay
 from .command_line import Incoming, prepare_incoming
-from .machine import CAPABILITIES, Machine, describe
+from .machine import CAPABILITIES, Machine, describe, ram_of
 from .qmp import Qmp, connect_qmp
 
-__all__ = ["Arrival", "receive"]
+__all__ = ["Arrival", "receive", "receive_attached"]
 
 # QEMU opens its monitor before it has made the machine, and answers when it has.
 _START_TIMEOUT = 30.0
@@ -39,10 +41,10 @@ _END_TIMEOUT = 5.0
 
 
 class Arrival:
-    """A guest that runs here while its pages come. Made by :func:`receive`."""
+    """A guest that runs here while its pages come. Made by :func:`receive` and :func:`receive_attached`."""
 
-    def __init__(self, process: trio.Process, transfer: Transfer) -> None:
-        #: the QEMU that was started; it outlives the transfer, and this program
+    def __init__(self, transfer: Transfer, process: trio.Process | None) -> None:
+        #: the QEMU that was started, if one was; it outlives the transfer, and this program
         self.process = process
         self.transfer = transfer
 
@@ -51,25 +53,89 @@ class Arrival:
         await self.transfer.wait_complete()
 
 
+class _Started:
+    """The QEMU is our child."""
+
+    def __init__(self, process: trio.Process, prepared: Incoming, owner: UffdSocket) -> None:
+        self.pid = process.pid
+        self.process = process
+        self.owner = owner
+        self._prepared = prepared
+
+    async def wait(self) -> None:
+        await self.process.wait()
+
+    def has_ended(self) -> bool:
+        return self.process.returncode is not None
+
+    def how(self) -> str:
+        return f"QEMU has ended with exit status {self.process.returncode}"
+
+    async def empty(self, source: str) -> None:
+        """It never had any bytes in its RAM."""
+
+    async def give_up(self, is_used: bool) -> None:
+        self.process.kill()
+        await self.process.wait()
+        self._prepared.undo()
+
+
+class _Attached:
+    """The QEMU is somebody else's."""
+
+    process = None
+
+    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+        self.pid = pid
+        self.owner = AttachedOwner(pid, mapping, file)
+        self._file = file
+        self._pidfd = os.pidfd_open(pid)
+
+    async def wait(self) -> None:
+        await trio.lowlevel.wait_readable(self._pidfd)
+
+    def has_ended(self) -> bool:
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
+    def how(self) -> str:
+        return "QEMU has ended"
+
+    async def empty(self, source: str) -> None:
+        """Firmware, and whatever else it has put into its RAM, gives way to what the source has there: unless that is the very
+        same memory."""
+        with open_source(self._file) as ours:
+            if ours.identity.hex() == source:
+                raise UsageError("both QEMUs have the same file for their RAM: give the destination one of its own")
+        await trio.to_thread.run_sync(self.owner.empty)
+
+    async def give_up(self, is_used: bool) -> None:
+        """One that was told to listen can listen to nobody else any more."""
+        if not is_used:
+            await self.owner.uproot()
+        else:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            await self.wait()
+
+    def close(self) -> None:
+        self.owner.close()
+        os.close(self._pidfd)
+
+
+_Qemu = _Started | _Attached
+
+
 @asynccontextmanager
 async def receive(
     command: Sequence[str],
     *,
     listen: str,
-    plaintext: bool = False,
-    background: str = "hot",
-    background_lanes: int = 1,
-    lane: LaneKind = "auto",
-    prefetch: tuple[int, int] | None = None,
-    max_bandwidth: int | None = None,
-    start_background: str | None = None,
-    record: str | os.PathLike[str] | None = None,
-    compress: Compress = "auto",
     allocate: bool = False,
     on_event: EventHandler = ignore_events,
+    **options: Any,
 ) -> AsyncIterator[Arrival]:
     """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one guest from the
-    ``pagenet-qemu migrate`` that dials ``listen``. The options are those of :func:`pagenet.pull` and
+    ``pagenet-qemu migrate`` that dials ``listen``. The ``options`` are those of :func:`pagenet.pull`, ``allocate`` that of
     :class:`~pagenet.UffdSocket`.
 
     The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`. Whatever fails before the guest
@@ -79,55 +145,93 @@ async def receive(
     Events: ``qemu``, ``listening``, ``connected``, ``owner``, ``serving``, ``loaded``, ``resumed``; ``fault``
     (all of 50 ms together) and ``progress``; ``complete``.
     """
+    if "PAGENET_UFFD_DEVICE" not in os.environ:
+        probe()  # QEMU is to use userfaultfd, as this same user
     with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
+        monitor = Path(directory) / "monitor"
         owner = UffdSocket(Path(directory) / "uffd", allocate=allocate)
         await owner.listen()
-        prepared = prepare_incoming(command, Path(directory) / "monitor", owner.path)
+        prepared = prepare_incoming(command, monitor, owner.path)
         try:
             process = await _start(prepared)
         except BaseException:
             prepared.undo()
             raise
-        arriving: _Arriving | None = None
         try:
             on_event("qemu", pid=process.pid, ram=str(prepared.ram), added=" ".join(prepared.added))
-            monitor = Path(directory) / "monitor"
-            async with (
-                _watched(process, lambda: arriving is not None and arriving.is_loading),
-                guarding(monitor, process.pid) as guard,
-            ):
-                await guard.should_we_die("kill")
-                async with connect_qmp(monitor, wait=_START_TIMEOUT) as qmp:
-                    machine = await describe(qmp)
-                    await _wait_handed_over(owner)
-                    async with pull(
-                        listen,
-                        owner,
-                        listen=True,
-                        plaintext=plaintext,
-                        background=background,
-                        background_lanes=background_lanes,
-                        lane=lane,
-                        prefetch=prefetch,
-                        max_bandwidth=max_bandwidth,
-                        start_background=start_background,
-                        record=record,
-                        compress=compress,
-                        streams=2,
-                        held=True,
-                        on_event=partial(_check_size, machine, on_event),
-                    ) as transfer:
-                        arriving = _Arriving(process, qmp, machine, transfer, guard, on_event)
-                        await arriving.take_over(Path(directory) / "devices")
-                        async with telling(tell_faults, transfer, on_event):
-                            yield Arrival(process, transfer)
+            qemu = _Started(process, prepared, owner)
+            async with _arriving(qemu, monitor, Path(directory), listen, on_event, options) as arrival:
+                yield arrival
         finally:
             owner.close()
-            if arriving is None or not arriving.runs_here:
-                with trio.CancelScope(shield=True):
-                    process.kill()
-                    await process.wait()
-                prepared.undo()
+
+
+@asynccontextmanager
+async def receive_attached(
+    qmp_socket: str | Path, *, listen: str, on_event: EventHandler = ignore_events, **options: Any
+) -> AsyncIterator[Arrival]:
+    """The same for a QEMU that runs, and waits for a guest (``-incoming defer``), behind the monitor ``qmp_socket``. It is
+    stopped for less than a millisecond, and given a userfaultfd.
+
+    Its RAM must be shared, in tmpfs, hugetlbfs or a memfd. Whatever fails before it was told to listen leaves it as it was, but
+    for ``-S``, which it has from then on; whatever fails between that and the handing over of the guest ends it.
+    :exc:`~pagenet.errors.Unsupported` if this user may not attach to it, or it may not use userfaultfd. Events as of
+    :func:`receive`.
+    """
+    async with connect_qmp(qmp_socket) as qmp:
+        machine = await describe(qmp)
+        await _check_waits(qmp, machine)
+        pid = qmp.pid
+        ram = ram_of(pid, machine)
+    if ram.file is None:
+        raise UsageError(f"QEMU (pid {pid}) holds no file for its RAM: give it a memory-backend-memfd or memory-backend-file")
+    qemu = _Attached(pid, ram.mapping, ram.file)
+    try:
+        await qemu.owner.plant()
+        on_event("attached", pid=pid, ram=ram.name)
+        with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
+            async with _arriving(qemu, Path(qmp_socket), Path(directory), listen, on_event, options) as arrival:
+                yield arrival
+    finally:
+        qemu.close()
+
+
+async def _check_waits(qmp: Qmp, machine: Machine) -> None:
+    if machine.status != "inmigrate" or "status" in await qmp.command("query-migrate"):
+        raise UsageError(f"this QEMU does not wait for a guest ({machine.status}): start it with -incoming defer")
+    # Else the guest would run as soon as its devices are loaded, before the source has given it away. As -S does:
+    await qmp.command("stop")
+
+
+@asynccontextmanager
+async def _arriving(
+    qemu: _Qemu, monitor: Path, directory: Path, listen: str, on_event: EventHandler, options: dict[str, Any]
+) -> AsyncIterator[Arrival]:
+    arriving: _Arriving | None = None
+    try:
+        async with (
+            _watched(qemu, lambda: arriving is not None and arriving.is_loading),
+            guarding(monitor, qemu.pid) as guard,
+        ):
+            if isinstance(qemu, _Started):
+                await guard.should_we_die("kill")
+            async with connect_qmp(monitor, wait=_START_TIMEOUT) as qmp:
+                machine = await describe(qmp)
+            if isinstance(qemu, _Started):
+                await _wait_handed_over(qemu.owner)
+            check_size = partial(_check_size, machine, on_event)
+            async with pull(
+                listen, qemu.owner, listen=True, streams=2, held=True, on_event=check_size, **options
+            ) as transfer:
+                async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
+                    arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
+                    await arriving.take_over(directory / "devices")
+                async with telling(tell_faults, transfer, on_event):
+                    yield Arrival(transfer, qemu.process)
+    finally:
+        if arriving is None or not arriving.runs_here:
+            with trio.CancelScope(shield=True):
+                await qemu.give_up(arriving is not None and arriving.is_used)
 
 
 async def _start(prepared: Incoming) -> trio.Process:
@@ -154,12 +258,12 @@ def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **field
 
 
 @asynccontextmanager
-async def _watched(process: trio.Process, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
+async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
     """The block ends with QEMU, whose end explains what else fails then: its monitor closes first."""
 
     async def watch() -> None:
-        await process.wait()
-        raise _end_of(process, is_loading())
+        await qemu.wait()
+        raise _end_of(qemu, is_loading())
 
     async with open_failing_nursery() as nursery:
         nursery.start_soon(watch)
@@ -172,8 +276,8 @@ async def _watched(process: trio.Process, is_loading: Callable[[], bool]) -> Asy
         nursery.cancel_scope.cancel()
 
 
-def _end_of(process: trio.Process, is_loading: bool) -> OwnerGone:
-    return OwnerGone(_CANNOT_LOAD if is_loading else f"QEMU has ended with exit status {process.returncode}")
+def _end_of(qemu: _Qemu, is_loading: bool) -> OwnerGone:
+    return OwnerGone(_CANNOT_LOAD if is_loading else qemu.how())
 
 
 class _Arriving:
@@ -181,14 +285,14 @@ class _Arriving:
 
     def __init__(
         self,
-        process: trio.Process,
+        qemu: _Qemu,
         qmp: Qmp,
         machine: Machine,
         transfer: Transfer,
         guard: Guard,
         on_event: EventHandler,
     ) -> None:
-        self._process = process
+        self._qemu = qemu
         self._qmp = qmp
         self._machine = machine
         self._transfer = transfer
@@ -197,6 +301,8 @@ class _Arriving:
         #: the source has given the guest up for good: it is to live here, or nowhere
         self.runs_here = False
         self.is_loading = False
+        #: QEMU was told to listen to the one source that it will ever listen to
+        self.is_used = False
 
     async def take_over(self, path: Path) -> None:
         talk_connection, devices = self._transfer.streams
@@ -245,17 +351,20 @@ class _Arriving:
         if isinstance(error, PagenetError):
             return str(error)
         # Cancelled: because QEMU has ended, or by a signal.
-        ended = self._process.returncode is not None
-        return str(_end_of(self._process, self.is_loading)) if ended else "the destination was stopped"
+        ended = self._qemu.has_ended()
+        return str(_end_of(self._qemu, self.is_loading)) if ended else "the destination was stopped"
 
     async def _agree(self, talk: Talk) -> None:
         source = await talk.hear("machine")
         if difference := self._machine.difference(source):
             raise UsageError(difference)
+        await self._qemu.empty(str(source.get("memory")))
 
     async def _let_qemu_listen(self, path: Path) -> None:
         on = [{"capability": name, "state": True} for name in CAPABILITIES]
         await self._qmp.command("migrate-set-capabilities", capabilities=on)
+        await self._guard.should_we_die("kill")
+        self.is_used = True
         await self._qmp.command("migrate-incoming", uri=f"unix:{path}")
 
     async def _wait_loaded(self) -> None:

@@ -58,6 +58,7 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
     if options.get("prealloc") in ("on", "yes", "true"):
         raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
     is_new = not ram.exists()
+    _check_room(ram, size)
     status = _create(ram, size)
     added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
     variables = {
@@ -102,6 +103,18 @@ def _parse_size(text: str) -> int:
     if unit not in units or size <= 0:
         raise UsageError(f"{text!r} is not a size that QEMU would take for its RAM")
     return int(size * (1 << units[unit]))
+
+
+def _check_room(ram: Path, size: int) -> None:
+    """A page that finds no room once the guest is here is lost, and the guest with it."""
+    try:
+        system = os.statvfs(ram.parent)
+    except OSError as error:
+        raise UsageError(f"cannot make the destination's RAM {ram}: {error.strerror}") from None
+    room = system.f_bavail * system.f_frsize
+    if room < size:
+        hint = "make it larger (mount -o remount,size=...; hugetlbfs: sysctl vm.nr_hugepages), or take another"
+        raise UsageError(f"the destination's RAM is {size} bytes, and {ram.parent} has room for {room}: {hint}")
 
 
 def _create(ram: Path, size: int) -> os.stat_result:

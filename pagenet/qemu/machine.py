@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import Unsupported, UsageError
+from ..uffd import Mapped, Mapping, file_behind, mapped_at
 from .qmp import Qmp, QmpError
 
-__all__ = ["CAPABILITIES", "Machine", "describe", "ram_source"]
+__all__ = ["CAPABILITIES", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_source"]
 
 #: What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it does, has the destination
 #: confirm that the devices' state was loaded, and waits for us with the guest stopped.
 CAPABILITIES = ("x-ignore-shared", "events", "return-path", "pause-before-switchover")
 # x-ignore-shared came with 4.0, and 8.1 narrowed it to RAM that has a name.
 _OLDEST = (5, 0, 0)
+# Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet has it send.
+_IN_THE_WAY = (
+    "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo", "background-snapshot", "rdma-pin-all",
+    "mapped-ram", "zero-copy-send",
+)  # fmt: skip
+_HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
+_NOT_MIGRATING = (None, "none", "completed", "failed", "cancelled")
 #: what must be the same on both sides
 _SAME = {"arch": "architecture", "kind": "machine type", "ram": "RAM size", "cpus": "number of CPUs"}
 
@@ -48,7 +57,16 @@ class Machine:
         if source.get("kvm") != self.kvm:
             here, there = ("KVM", "TCG") if self.kvm else ("TCG", "KVM")
             return f"the accelerator differs: {there} at the source, {here} at the destination"
-        return None
+        return self._is_older(source.get("version"))
+
+    def _is_older(self, theirs: object) -> str | None:
+        """A newer QEMU loads what an older one has saved, by the machine type's version; not the other way round."""
+        if not isinstance(theirs, list) or not all(isinstance(number, int) for number in theirs):
+            return "the source does not say which QEMU it is"
+        if self.version[:2] >= tuple(theirs[:2]):
+            return None
+        versions = f"{_dotted(tuple(theirs))} at the source, {_dotted(self.version)} at the destination"
+        return f"the destination's QEMU is older: {versions}; it must be the source's or a newer one"
 
 
 async def describe(qmp: Qmp) -> Machine:
@@ -58,9 +76,12 @@ async def describe(qmp: Qmp) -> Machine:
     if number < _OLDEST:
         raise UsageError(f"this is QEMU {_dotted(number)}: pagenet moves guests of QEMU {_dotted(_OLDEST)} or newer")
     backend = await _backend(qmp)
-    known = {capability["capability"] for capability in await qmp.command("query-migrate-capabilities")}
+    capabilities = await qmp.command("query-migrate-capabilities")
+    known = {capability["capability"]: capability["state"] for capability in capabilities}
     if missing := [name for name in CAPABILITIES if name not in known]:
         raise UsageError(f"this QEMU ({_dotted(number)}) has no migration capability {missing[0]}")
+    if wrong := [name for name in _IN_THE_WAY if known.get(name)]:
+        raise UsageError(f"switch off QEMU's migration capability {wrong[0]} (migrate-set-capabilities): pagenet needs its own")
     return Machine(
         version=number,
         kind=await qmp.command("qom-get", path="/machine", property="type"),
@@ -74,6 +95,17 @@ async def describe(qmp: Qmp) -> Machine:
     )
 
 
+async def check_leaving(qmp: Qmp, machine: Machine) -> None:
+    """:exc:`~pagenet.errors.UsageError` if the guest of that QEMU cannot leave it now."""
+    if machine.status != "running":
+        raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
+    migration = await qmp.command("query-migrate")
+    if migration.get("status") not in _NOT_MIGRATING:
+        raise UsageError(f"QEMU is migrating already ({migration['status']}): wait for it, or say migrate_cancel")
+    if reasons := migration.get("blocked-reasons"):  # QEMU 6.0; before, it says so when it is to begin
+        raise UsageError(f"QEMU cannot migrate this guest: {reasons[0].rstrip('.')}; take that out of it")
+
+
 async def _backend(qmp: Qmp) -> dict[str, Any]:
     try:
         path = await qmp.command("qom-get", path="/machine", property="memory-backend")
@@ -82,8 +114,7 @@ async def _backend(qmp: Qmp) -> dict[str, Any]:
     backends = await qmp.command("query-memdev")
     named = [backend for backend in backends if path and backend.get("id") == path.rpartition("/")[2]]
     if not named:
-        hint = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
-        raise UsageError(f"the machine's RAM has no memory backend of its own: start QEMU with {hint}")
+        raise UsageError(f"the machine's RAM has no memory backend of its own: start it with {_HINT}")
     if len(backends) > 1:
         raise UsageError(f"the machine has {len(backends)} memory backends: pagenet moves guests with one")
     return dict(named[0])
@@ -93,31 +124,52 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def ram_source(pid: int, machine: Machine) -> str:
-    """What :func:`pagenet.serve` is to be given for the RAM of a QEMU that runs as ``pid``: the file that it holds open, or its
-    addresses. :exc:`~pagenet.errors.UsageError` if it is neither."""
+@dataclass(frozen=True, slots=True)
+class Ram:
+    """A machine's RAM in a QEMU that runs: where it is mapped, and the ``file`` behind it as QEMU holds it (/proc/PID/fd/N; it
+    may have no name any more, or one that means another file here; None: it holds none). ``name``: for people."""
+
+    mapping: Mapping
+    file: str | None
+    name: str
+
+
+def ram_of(pid: int, machine: Machine) -> Ram:
+    """:exc:`~pagenet.errors.UsageError` if it is not shared, :exc:`~pagenet.errors.Unsupported` if we may not look."""
     if not machine.shared:
-        hint = f"start the source with share=on for {machine.backend}"
+        is_named = not machine.backend.endswith(".ram")  # else QEMU's own, of a machine that was given none
+        hint = f"start it with share=on for {machine.backend}" if is_named else f"start it with {_HINT}"
         raise UsageError(f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}")
     try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        found = next((start for start, size in _shared(mapped_at(pid)) if size == machine.ram), None)
+        if found is None:
+            raise UsageError(f"found no shared mapping of {machine.ram} bytes in QEMU (pid {pid})")
+        file = file_behind(pid, found)
+        name = str(Path(file).readlink()) if file else f"pid {pid}"
+        page_size = max(os.statvfs(file).f_bsize, mmap.PAGESIZE) if file else mmap.PAGESIZE
     except OSError as error:
-        raise UsageError(f"cannot look into QEMU (pid {pid}): {error.strerror}; run as its user or as root") from None
-    for line in lines:
-        span, mode, offset, device, inode, *_ = line.split()
-        start, end = (int(number, 16) for number in span.split("-"))
-        if mode == "rw-s" and end - start == machine.ram and int(offset, 16) == 0:
-            return _descriptor(pid, device, int(inode)) or f"pid:{pid}:{start:#x}+{machine.ram:#x}"
-    raise UsageError(f"found no shared mapping of {machine.ram} bytes in QEMU (pid {pid})")
+        hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
+        raise Unsupported(f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}") from None
+    return Ram(Mapping(found, machine.ram, 0, page_size), file, name)
 
 
-def _descriptor(pid: int, device: str, inode: int) -> str | None:
-    """The file as the process holds it: it may have no name any more, or one that means another file here."""
-    major, minor = (int(number, 16) for number in device.split(":"))
-    with suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):  # closed meanwhile
-                status = entry.stat()
-                if (status.st_dev, status.st_ino) == (os.makedev(major, minor), inode):
-                    return str(entry)
-    return None
+def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
+    """Where files are mapped shared from their beginning on, and how much: what lies side by side is one, in however many parts
+    the kernel has it."""
+    parts = [part for part in mapped if part.mode == "rw-s"]
+    for at, first in enumerate(parts):
+        end = first.end
+        for part in parts[at + 1 :]:
+            same = (part.device, part.inode) == (first.device, first.inode)
+            if not same or part.start != end or part.offset != part.start - first.start:
+                break
+            end = part.end
+        if first.offset == 0:
+            yield first.start, end - first.start
+
+
+def ram_source(pid: int, machine: Machine) -> str:
+    """What :func:`pagenet.serve` is to be given for the RAM of a QEMU that runs as ``pid``: the file that it holds open, or its
+    addresses. Raises what :func:`ram_of` does."""
+    ram = ram_of(pid, machine)
+    return ram.file or f"pid:{pid}:{ram.mapping.address:#x}+{ram.mapping.size:#x}"

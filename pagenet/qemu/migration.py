@@ -30,7 +30,7 @@ from pathlib import Path
 
 import trio
 
-from ..errors import ConnectionBroken, OwnerGone, PagenetError, UsageError
+from ..errors import ConnectionBroken, OwnerGone, PagenetError
 from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
@@ -40,7 +40,7 @@ from ..source import open_source
 from ..transport import Connection
 from ._guard import Guard, go_on, guarding
 from ._talk import DEVICES, TALK, MigrationRefused, Talk, relay, which_stream
-from .machine import CAPABILITIES, Machine, describe, ram_source
+from .machine import CAPABILITIES, check_leaving, describe, ram_source
 from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
@@ -89,11 +89,11 @@ async def migrate(
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
-    if machine.status != "running":
-        raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
+        await check_leaving(qmp, machine)
     spec = ram_source(pid, machine)
     streams = _Streams()
     with open_source(spec) as source:
+        ours = {**machine.as_message(), "memory": source.identity.hex()}
         # What this memory holds from the switchover on: after another one it holds something else.
         source.identity = os.urandom(16)
         async with (
@@ -102,7 +102,7 @@ async def migrate(
         ):
             try:
                 async with connect_qmp(qmp_socket) as qmp:  # no longer than it takes: it talks to one program at a time
-                    await _leave(qmp, machine, streams, guard, server, on_event)
+                    await _leave(qmp, ours, streams, guard, server, on_event)
             finally:
                 streams.let_go()
             try:
@@ -114,11 +114,11 @@ async def migrate(
 
 
 async def _leave(
-    qmp: Qmp, machine: Machine, streams: _Streams, guard: Guard, server: Server, on_event: EventHandler
+    qmp: Qmp, machine: dict[str, object], streams: _Streams, guard: Guard, server: Server, on_event: EventHandler
 ) -> None:
     leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, server, on_event)
     try:
-        await leaving.agree(machine.as_message())
+        await leaving.agree(machine)
         await leaving.hand_over(await streams.get(DEVICES))
     except PagenetError as error:
         with trio.CancelScope(shield=True):

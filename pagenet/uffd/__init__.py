@@ -1,6 +1,7 @@
 """Everything that touches userfaultfd: the descriptor, its events, owners and their handshake, placement."""
 
-from ._abandoned import AbandonedOwner
+from ._abandoned import AbandonedOwner, Mapped, file_behind, mapped_at
+from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
 from ._target import UffdTarget
@@ -19,10 +20,12 @@ from ._userfaultfd import (
 
 __all__ = [
     "AbandonedOwner",
+    "AttachedOwner",
     "Event",
     "Fault",
     "Feature",
     "Forked",
+    "Mapped",
     "Mapping",
     "Mode",
     "OwnMemory",
@@ -32,6 +35,8 @@ __all__ = [
     "UffdTarget",
     "Unmapped",
     "Userfaultfd",
+    "file_behind",
+    "mapped_at",
     "parse_mappings",
     "probe",
 ]

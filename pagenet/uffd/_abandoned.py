@@ -143,9 +143,8 @@ class AbandonedOwner:
 
     def _memory_file(self) -> int:
         first = self._note.mappings[0]
-        path = file_behind(self.pid, first.address)
         try:
-            return os.open(path or "", os.O_RDWR | os.O_CLOEXEC)
+            return os.open(file_behind(self.pid, first.address) or "", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise UsageError(f"the file behind the memory of process {self.pid} is not to be had: {error.strerror}") from None
 
@@ -200,12 +199,11 @@ def mapped_at(pid: int) -> list[Mapped]:
 
 def file_behind(pid: int, address: int) -> str | None:
     """The file that the process has mapped there, as the process holds it: it may have no name any more, or one that means
-    another file here. None: it holds none, or has ended."""
-    with suppress(OSError):
-        mapped = next((mapped for mapped in mapped_at(pid) if mapped.start <= address < mapped.end), None)
-        for entry in Path(f"/proc/{pid}/fd").iterdir() if mapped else ():
-            with suppress(OSError):  # closed meanwhile
-                status = entry.stat()
-                if mapped and (status.st_dev, status.st_ino) == (mapped.device, mapped.inode):
-                    return str(entry)
+    another file here. None: it holds none. :exc:`OSError`: it has ended, or we may not look."""
+    mapped = next((mapped for mapped in mapped_at(pid) if mapped.start <= address < mapped.end), None)
+    for entry in Path(f"/proc/{pid}/fd").iterdir() if mapped else ():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            status = entry.stat()
+            if mapped and (status.st_dev, status.st_ino) == (mapped.device, mapped.inode):
+                return str(entry)
     return None

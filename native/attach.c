@@ -1,0 +1,304 @@
+/* Descriptors made inside another process, which is not ours and knows nothing of us: it is stopped, made to call the kernel, and
+ * let go as it was (x86-64). What matters:
+ *
+ *   Its main thread stands in a system call, or anywhere. The registers are put back in a stop of the kind that precedes the
+ *   handling of signals, because only from there does the kernel restart a system call that the first stop has interrupted:
+ *   from another one the thread would see -ERESTARTNOHAND, which no program expects.
+ *   Its signals are blocked meanwhile: a handler would run on registers that are ours. Those that come are pending, and are
+ *   delivered when it is let go.
+ *   ptrace knows threads, not processes: one of its own does all of it. If that ends early, the kernel lets the other go.
+ */
+#define _GNU_SOURCE
+#include "pagenet.h"
+
+#include <errno.h>
+
+#ifdef __x86_64__
+#include <elf.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef PTRACE_EVENT_STOP
+#define PTRACE_EVENT_STOP 128
+#endif
+
+enum { USER_CODE = 0x33, RED_ZONE = 128, SCRATCH = 256, PATIENCE_MS = 5000, SYSCALL_STOP = SIGTRAP | 0x80 };
+
+struct guest {
+    int pid;
+    int memory; /* /proc/PID/mem */
+    struct user_regs_struct before;
+    uint64_t mask;
+    uint64_t instruction; /* a `syscall` */
+    uint64_t scratch;
+    char kept[SCRATCH]; /* what was there */
+    bool at_call; /* in a stop at a system call, rather than in the first one */
+};
+
+/* ---- stops ---- */
+
+/* Its next stop, or its end (-ESRCH). A process that does not stop for so long is in some driver, and is left alone. */
+static int wait_stop(const struct guest *guest, int *status) {
+    struct timespec pause = {.tv_nsec = 100000};
+    for (int waited = 0; waited < PATIENCE_MS * 10; waited++) {
+        int got = waitpid(guest->pid, status, __WALL | WNOHANG);
+        if (got < 0)
+            return -errno;
+        if (got > 0)
+            return WIFSTOPPED(*status) ? 0 : -ESRCH;
+        nanosleep(&pause, NULL);
+    }
+    return -ETIMEDOUT;
+}
+
+static int go_on(const struct guest *guest, int how, int signal) {
+    return ptrace(how, guest->pid, NULL, (void *)(intptr_t)signal) ? -errno : 0;
+}
+
+/* The stop that PTRACE_INTERRUPT asks for. Signals that are on their way to it before that are for it. */
+static int wait_interrupted(const struct guest *guest) {
+    int status, error;
+    while (!(error = wait_stop(guest, &status))) {
+        if (status >> 16 == PTRACE_EVENT_STOP)
+            return WSTOPSIG(status) == SIGTRAP ? 0 : -EBUSY; /* else somebody has stopped it, as Ctrl-Z does */
+        if ((error = go_on(guest, PTRACE_CONT, status >> 16 || WSTOPSIG(status) == SYSCALL_STOP ? 0 : WSTOPSIG(status))))
+            return error;
+    }
+    return error;
+}
+
+static int wait_call(const struct guest *guest) {
+    int status, error;
+    while (!(error = wait_stop(guest, &status))) {
+        if (WSTOPSIG(status) == SYSCALL_STOP)
+            return 0;
+        if ((error = go_on(guest, PTRACE_SYSCALL, status >> 16 ? 0 : WSTOPSIG(status)))) /* only SIGSTOP is not blocked */
+            return error;
+    }
+    return error;
+}
+
+/* ---- state ---- */
+
+static int get_registers(const struct guest *guest, struct user_regs_struct *registers) {
+    struct iovec all = {.iov_base = registers, .iov_len = sizeof *registers};
+    return ptrace(PTRACE_GETREGSET, guest->pid, NT_PRSTATUS, &all) ? -errno : 0;
+}
+
+static int set_registers(const struct guest *guest, const struct user_regs_struct *registers) {
+    struct iovec all = {.iov_base = (void *)(uintptr_t)registers, .iov_len = sizeof *registers};
+    return ptrace(PTRACE_SETREGSET, guest->pid, NT_PRSTATUS, &all) ? -errno : 0;
+}
+
+static int set_mask(const struct guest *guest, uint64_t mask) {
+    return ptrace(PTRACE_SETSIGMASK, guest->pid, sizeof mask, &mask) ? -errno : 0;
+}
+
+/* Every process has one in what the kernel maps into it. */
+static int find_instruction(struct guest *guest) {
+    static const char code[] = {0x0f, 0x05};
+    char path[32], line[512], page[4096];
+    uint64_t start, end;
+    snprintf(path, sizeof path, "/proc/%d/maps", guest->pid);
+    FILE *maps = fopen(path, "re");
+    if (!maps)
+        return -errno;
+    while (fgets(line, sizeof line, maps) && !guest->instruction)
+        if (strstr(line, "[vdso]") && sscanf(line, "%" SCNx64 "-%" SCNx64, &start, &end) == 2)
+            for (; start < end && !guest->instruction; start += sizeof page) {
+                ssize_t got = pread(guest->memory, page, sizeof page, (off_t)start);
+                char *found = got > 0 ? memmem(page, (size_t)got, code, sizeof code) : NULL;
+                guest->instruction = found ? start + (uint64_t)(found - page) : 0;
+            }
+    fclose(maps);
+    return guest->instruction ? 0 : -ENOEXEC;
+}
+
+static int move_scratch(const struct guest *guest, char *into, const char *from) {
+    ssize_t moved = from ? pwrite(guest->memory, from, SCRATCH, (off_t)guest->scratch)
+                         : pread(guest->memory, into, SCRATCH, (off_t)guest->scratch);
+    return moved == SCRATCH ? 0 : -EFAULT;
+}
+
+static int look(struct guest *guest) {
+    int error = get_registers(guest, &guest->before);
+    if (!error && guest->before.cs != USER_CODE)
+        error = -ENOEXEC;
+    if (!error)
+        error = find_instruction(guest);
+    guest->scratch = (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull; /* free, as the ABI has it */
+    if (!error)
+        error = move_scratch(guest, guest->kept, NULL);
+    if (!error && ptrace(PTRACE_GETSIGMASK, guest->pid, sizeof guest->mask, &guest->mask))
+        error = -errno;
+    return error;
+}
+
+/* ---- in and out ---- */
+
+static int open_memory(const struct guest *guest) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%d/mem", guest->pid);
+    int memory = open(path, O_RDWR | O_CLOEXEC);
+    return memory < 0 ? -errno : memory;
+}
+
+static int enter(struct guest *guest) {
+    if (ptrace(PTRACE_SEIZE, guest->pid, NULL, (void *)PTRACE_O_TRACESYSGOOD))
+        return -errno;
+    int error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno : wait_interrupted(guest);
+    if (!error && (guest->memory = open_memory(guest)) < 0)
+        error = guest->memory;
+    if (!error)
+        error = look(guest);
+    if (!error)
+        error = set_mask(guest, ~0ull);
+    if (error)
+        ptrace(PTRACE_DETACH, guest->pid, NULL, NULL);
+    return error;
+}
+
+static int leave(struct guest *guest) {
+    int error = 0;
+    if (guest->at_call) {
+        error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno : go_on(guest, PTRACE_CONT, 0);
+        if (!error)
+            error = wait_interrupted(guest);
+    }
+    move_scratch(guest, NULL, guest->kept);
+    set_registers(guest, &guest->before);
+    set_mask(guest, guest->mask);
+    ptrace(PTRACE_DETACH, guest->pid, NULL, NULL);
+    return error == -EBUSY ? 0 : error;
+}
+
+/* What the kernel answers it, or why it could not be asked (error). */
+static long call(struct guest *guest, int *error, long number, uint64_t first, uint64_t second, uint64_t third) {
+    struct user_regs_struct registers = guest->before;
+    registers.rip = guest->instruction;
+    registers.rax = (uint64_t)number;
+    registers.orig_rax = ~0ull; /* in no system call: nothing to restart */
+    registers.rdi = first;
+    registers.rsi = second;
+    registers.rdx = third;
+    registers.r10 = 0;
+    if (*error || (*error = set_registers(guest, &registers)))
+        return -1;
+    for (int stop = 0; stop < 2 && !*error; stop++) /* on its way in, and out */
+        if (!(*error = go_on(guest, PTRACE_SYSCALL, 0)) && !(*error = wait_call(guest)))
+            guest->at_call = true;
+    if (!*error)
+        *error = get_registers(guest, &registers);
+    return *error ? -1 : (long)registers.rax;
+}
+
+static uint64_t text(const struct guest *guest, int *error, const char *words) {
+    char scratch[SCRATCH] = "";
+    strncpy(scratch, words, sizeof scratch - 1);
+    if (!*error)
+        *error = move_scratch(guest, NULL, scratch);
+    return guest->scratch;
+}
+
+/* ---- what is wanted ---- */
+
+struct task {
+    struct guest guest;
+    const char *device;
+    struct pn_planted *planted;
+    bool remove;
+    int result;
+};
+
+static long open_uffd(struct guest *guest, int *error, const char *device) {
+    long uffd = call(guest, error, SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK, 0, 0);
+    if (*error || (uffd != -EPERM && uffd != -EACCES))
+        return uffd;
+    uint64_t path = text(guest, error, device);
+    long node = call(guest, error, SYS_openat, (uint64_t)AT_FDCWD, path, O_RDWR | O_CLOEXEC);
+    if (*error || node < 0)
+        return uffd;
+    long opened = call(guest, error, SYS_ioctl, (uint64_t)node, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    call(guest, error, SYS_close, (uint64_t)node, 0, 0);
+    return opened;
+}
+
+static void plant(struct task *task) {
+    struct guest *guest = &task->guest;
+    int error = 0;
+    long uffd = open_uffd(guest, &error, task->device), map = -1;
+    if (!error && uffd >= 0) {
+        uint64_t name = text(guest, &error, PN_MAP_NAME);
+        map = call(guest, &error, SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING, 0);
+        if (!error && map < 0)
+            call(guest, &error, SYS_close, (uint64_t)uffd, 0, 0);
+    }
+    *task->planted = (struct pn_planted){.uffd = (int)uffd, .map = (int)map, .refused = uffd < 0 ? (int)uffd : 0};
+    if (uffd >= 0 && map < 0)
+        task->planted->refused = (int)map;
+    task->result = error;
+}
+
+static void uproot(struct task *task) {
+    int error = 0;
+    call(&task->guest, &error, SYS_close, (uint64_t)task->planted->uffd, 0, 0);
+    call(&task->guest, &error, SYS_close, (uint64_t)task->planted->map, 0, 0);
+    task->result = error;
+}
+
+static void *run(void *argument) {
+    struct task *task = argument;
+    task->result = enter(&task->guest);
+    if (!task->result) {
+        (task->remove ? uproot : plant)(task);
+        int error = leave(&task->guest);
+        task->result = task->result ? task->result : error;
+    }
+    if (task->guest.memory >= 0)
+        close(task->guest.memory);
+    return NULL;
+}
+
+static int run_task(struct task *task) {
+    pthread_t thread;
+    int error = -pthread_create(&thread, NULL, run, task);
+    if (error)
+        return error;
+    pthread_join(thread, NULL);
+    return task->result;
+}
+
+int pn_plant(int pid, const char *device, struct pn_planted *planted) {
+    struct task task = {.guest = {.pid = pid, .memory = -1}, .device = device, .planted = planted};
+    return run_task(&task);
+}
+
+int pn_uproot(int pid, const struct pn_planted *planted) {
+    struct pn_planted copy = *planted;
+    struct task task = {.guest = {.pid = pid, .memory = -1}, .planted = &copy, .remove = true};
+    return run_task(&task);
+}
+
+#else
+
+int pn_plant(int pid, const char *device, struct pn_planted *planted) { return -ENOSYS; }
+int pn_uproot(int pid, const struct pn_planted *planted) { return -ENOSYS; }
+
+#endif

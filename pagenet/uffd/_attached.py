@@ -1,0 +1,157 @@
+"""Owners that know nothing of pagenet: a process that is stopped for a moment, and given a userfaultfd (native/attach.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from .. import _native
+from ..errors import HandshakeError, OwnerGone, PagenetError, Unsupported, UsageError
+from ..region import Region
+from ._handshake import Mapping
+from ._owners import Peer, wait_memory_gone
+from ._target import UffdTarget
+from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd
+
+__all__ = ["AttachedOwner"]
+
+_WHY_NOT = {
+    errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
+    errno.ENOEXEC: "it is no 64-bit process",
+    errno.ETIMEDOUT: "it does not stop for us: it hangs in the kernel",
+    errno.ENOSYS: "attaching is for x86-64: start QEMU by pagenet-qemu incoming instead",
+}
+
+
+class AttachedOwner:
+    """The shared memory of process ``pid`` at ``mapping``, which is all of ``file`` (/proc/PID/fd/N).
+
+    Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
+    """
+
+    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+        self.pid = pid
+        self._mapping = mapping
+        self._pidfd = -1
+        self._file = -1
+        self._planted: _native.Planted | None = None
+        try:
+            self._pidfd = os.pidfd_open(pid)
+            self._file = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            self._check_access()
+        except OSError as error:
+            self.close()
+            raise self._refused(error) from None
+
+    def _check_access(self) -> None:
+        """Taking a descriptor needs what attaching does, and stops nobody; whether it is open does not matter."""
+        try:
+            os.close(_native.take_descriptor(self._pidfd, 0))
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+
+    def _refused(self, error: OSError) -> PagenetError:
+        if error.errno in (errno.ESRCH, errno.ENOENT):
+            return OwnerGone(f"process {self.pid} has ended")
+        if error.errno in _WHY_NOT:
+            return Unsupported(f"cannot attach to process {self.pid}: {_WHY_NOT[error.errno]}")
+        hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with no debugger on it"
+        return Unsupported(f"may not attach to process {self.pid}: {error.strerror}; {hint}")
+
+    async def plant(self) -> None:
+        """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
+        try:
+            planted = await trio.to_thread.run_sync(_native.plant, self.pid, DEVICE)
+        except OSError as error:
+            raise self._refused(error) from None
+        if planted.refused in (errno.EPERM, errno.EACCES):
+            raise Unsupported(
+                f"process {self.pid} may not use userfaultfd: run it as root, give its user access to {DEVICE} (setfacl -m "
+                f"u:{self._user()}:rw {DEVICE}), or set sysctl vm.unprivileged_userfaultfd=1"
+            )
+        if planted.refused:
+            raise Unsupported(f"process {self.pid} cannot have a userfaultfd: {os.strerror(planted.refused)}")
+        self._planted = planted
+
+    def _user(self) -> int:
+        return Path(f"/proc/{self.pid}").stat().st_uid
+
+    async def uproot(self) -> None:
+        """Take them away again: the kernel stops watching with the last descriptor. For a process whose guest has not come."""
+        if self._planted is not None:
+            planted, self._planted = self._planted, None
+            with trio.CancelScope(shield=True), suppress(OSError):  # it has ended
+                await trio.to_thread.run_sync(_native.uproot, self.pid, planted)
+
+    def empty(self) -> None:
+        """What the process has put into its memory so far gives way to what comes."""
+        try:
+            _native.punch(self._file, self._mapping.size)
+        except OSError as error:
+            raise UsageError(f"cannot empty the memory of process {self.pid}: {error.strerror}") from None
+
+    async def attach(self, region: Region) -> UffdTarget:
+        if self._planted is None:
+            await self.plant()
+        assert self._planted is not None
+        fds: list[int] = []
+        peer = Peer(self.pid, os.dup(self._pidfd))
+        try:
+            uffd = self._watch(self._take(self._planted.uffd, fds))
+            shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
+            fds.append(shared_fd)
+            fds.append(locked := _native.lock_map(map_fd))
+            fds.remove(map_fd)
+            os.close(map_fd)
+            target = UffdTarget(
+                uffd,
+                [self._mapping],
+                region,
+                shared_fd=shared_fd,
+                map_fd=locked,
+                keeps_uffd=lambda: True,
+                wait_gone=lambda: wait_memory_gone(target, peer),
+                on_close=peer.close,
+            )
+        except BaseException as error:
+            peer.close()
+            for fd in fds:
+                os.close(fd)
+            if isinstance(error, HandshakeError):
+                raise UsageError(f"the memory of process {self.pid} cannot be filled: {error}") from None
+            raise
+        return target
+
+    def _take(self, number: int, fds: list[int]) -> int:
+        try:
+            fds.append(_native.take_descriptor(self._pidfd, number))
+        except OSError as error:
+            raise self._refused(error) from None
+        return fds[-1]
+
+    def _watch(self, fd: int) -> Userfaultfd:
+        features = Feature.EVENT_REMOVE
+        try:
+            try:
+                _native.uffd_api(fd, features)
+            except OSError:  # older than 4.11
+                features = NO_FEATURES
+                _native.uffd_api(fd, features)
+            uffd = Userfaultfd(fd, features)
+            uffd.register(self._mapping.address, self._mapping.size, Mode.MISSING)
+        except OSError as error:
+            what = f"the memory of process {self.pid} at {self._mapping.address:#x}"
+            raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
+        return uffd
+
+    def close(self) -> None:
+        """Idempotent. A process that was attached stays so."""
+        for fd in (self._pidfd, self._file):
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self._file = -1

@@ -1,0 +1,162 @@
+"""What is looked at before a guest is touched: one line says what to change, and the guest goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from migrations import check_goes_on, status_of
+from processes import run
+from vm import bare_command, check_unbroken, needs_guest, ram_of, run_vm
+
+from pagenet import UsageError
+from pagenet.cli.qemu import main
+from pagenet.qemu import Machine, connect_qmp, migrate, prepare_incoming
+
+MACHINE = Machine(
+    version=(7, 2, 22),
+    kind="pc-i440fx-7.2-machine",
+    ram=64 << 20,
+    cpus=1,
+    arch="x86_64",
+    kvm=False,
+    status="running",
+    backend="ram0",
+    shared=True,
+)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"version": [8, 0, 0]}, "the destination's QEMU is older: 8.0.0 at the source, 7.2.22 at the destination; it must be the"),
+    ({"version": [7, 3, 0]}, "the destination's QEMU is older"),
+    ({"version": "new"}, "the source does not say which QEMU it is"),
+    ({"version": [7, "x"]}, "the source does not say which QEMU it is"),
+    ({"kvm": True}, "the accelerator differs: KVM at the source, TCG at the destination"),
+    ({"arch": "aarch64"}, "the architecture differs: aarch64 at the source, x86_64 at the destination"),
+])  # fmt: skip
+def test_machines_that_differ(change: dict[str, Any], says: str) -> None:
+    assert says in str(MACHINE.difference({**MACHINE.as_message(), **change}))
+
+
+@pytest.mark.parametrize("version", [(7, 2, 0), (7, 2, 99), (5, 0, 0)])
+def test_destination_of_the_same_version_or_newer(version: tuple[int, int, int]) -> None:
+    assert MACHINE.difference(replace(MACHINE, version=version).as_message()) is None
+
+
+# ---- at the source ----
+
+
+def shared(command: list[str]) -> list[str]:
+    return command
+
+
+def private(command: list[str]) -> list[str]:
+    return [word.replace("share=on", "share=off") for word in command]
+
+
+def without_backend(command: list[str]) -> list[str]:
+    at = command.index("-object")
+    unused = ["-fw_cfg", f"name=opt/unused,string=mem-path={ram_of(command)}"]  # its file is still to be removed
+    return [word.replace(",memory-backend=ram0", "") for word in [*command[:at], *command[at + 2 :], *unused]]
+
+
+def two_backends(command: list[str]) -> list[str]:
+    return [*command, "-object", "memory-backend-ram,id=more,size=1M"]
+
+
+def not_migratable(command: list[str]) -> list[str]:
+    return [*command, "-drive", f"file=fat:rw:{ram_of(command).with_suffix('.fat')},format=raw,if=none,id=fat"]
+
+
+@needs_guest
+@pytest.mark.parametrize(("machine", "says"), [
+    (private, "QEMU would send private RAM itself, which takes as long as a precopy: start it with share=on for ram0"),
+    (without_backend, "QEMU would send private RAM itself, .*: start it with -object memory-backend-file,id=ram0"),
+    (two_backends, "the machine has 2 memory backends: pagenet moves guests with one"),
+    (not_migratable, "QEMU cannot migrate this guest: The .* format used by node .*; take that out of it"),
+])  # fmt: skip
+async def test_guest_that_cannot_leave(machine: Callable[[list[str]], list[str]], says: str, tmp_path: Path) -> None:
+    command = bare_command(tmp_path, "a")
+    directory = ram_of(command).with_suffix(".fat")
+    directory.mkdir()
+    try:
+        async with run_vm(machine(command), tmp_path, "a") as a:
+            with pytest.raises(UsageError, match=says):
+                async with migrate(a.qmp, "unix:nobody"):
+                    raise AssertionError("not reached")
+            assert await status_of(a.qmp) == "running"
+    finally:
+        directory.rmdir()
+
+
+@needs_guest
+async def test_qemu_that_is_set_to_migrate_otherwise(tmp_path: Path) -> None:
+    async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a:
+        await a.serial.wait_sweeps(1)
+        async with connect_qmp(a.qmp) as qmp:
+            capability = {"capability": "postcopy-ram", "state": True}
+            await qmp.command("migrate-set-capabilities", capabilities=[capability])
+        with pytest.raises(UsageError, match="switch off QEMU's migration capability postcopy-ram"):
+            async with migrate(a.qmp, "unix:nobody"):
+                raise AssertionError("not reached")
+        async with connect_qmp(a.qmp) as qmp:
+            await qmp.command("migrate-set-capabilities", capabilities=[{**capability, "state": False}])
+            await qmp.command("migrate-set-parameters", max_bandwidth=1000)
+            await qmp.command("migrate", uri="exec:cat >/dev/null")
+            await qmp.command("query-migrate")
+        with pytest.raises(UsageError, match=r"QEMU is migrating already \((setup|active)\): wait for it, or say migrate_"):
+            async with migrate(a.qmp, "unix:nobody"):
+                raise AssertionError("not reached")
+        await check_goes_on(a.serial)
+        check_unbroken(a.serial)
+
+
+# ---- at the destination ----
+
+
+@needs_guest
+def test_no_room_for_the_ram(tmp_path: Path) -> None:
+    command = bare_command(tmp_path, "b")
+    try:
+        with pytest.raises(UsageError, match=r"RAM is 70368744177664 bytes, and /dev/shm has room for \d+: make it larger"):
+            prepare_incoming([word.replace("size=67108864", "size=64T") for word in command], tmp_path / "a", tmp_path / "b")
+    finally:
+        ram_of(command).unlink()
+
+
+AS_NOBODY = """
+import os, sys
+from pagenet.cli.qemu import main
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_userfaultfd_is_not_permitted() -> None:
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("vm.unprivileged_userfaultfd is set")
+    command = [sys.executable, "-c", AS_NOBODY, "incoming", "--listen", "tcp://127.0.0.1:0", "--", "true"]
+    async with run(command) as incoming:
+        assert await incoming.wait() == 7
+        assert "userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable" in incoming.stderr
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ([], "say which QEMU the guest comes to: its command line after --, or its monitor with --qmp"),
+    (["--pid", "1"], "say which QEMU the guest comes to"),
+    (["--qmp", "x", "--", "qemu"], "say which QEMU the guest comes to"),
+    (["--resume"], "--resume needs the QEMU that has the guest: one of --pid and --qmp"),
+    (["--resume", "--pid", "1", "--qmp", "x"], "--resume needs the QEMU that has the guest"),
+    (["--resume", "--", "qemu"], "--resume needs the QEMU that has the guest"),
+    (["--resume", "--qmp", "/nowhere"], "no QMP monitor at /nowhere: No such file or directory"),
+    (["--qmp", "/nowhere"], "no QMP monitor at /nowhere: No such file or directory"),
+])  # fmt: skip
+def test_which_qemu(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(["incoming", "--listen", "tcp://127.0.0.1:0", *arguments]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
