@@ -130,20 +130,19 @@ class _Pagenet:
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
         command = qemu_command(site, guest, "destination", shared=True)
-        await self._start(site, stack, "--", *command)
-        assert self._incoming is not None
-        _, qemu = await self._incoming.event("qemu", _START_SECONDS)
+        incoming = await self._start(site, stack, "--", *command)
+        _, qemu = await incoming.event("qemu", _START_SECONDS)
         await site.ends_with_us(qemu["pid"])
-        meeting = meet_machine(site, "destination", qemu["pid"], self._incoming.name)
-        machine = await stack.enter_async_context(meeting)
-        await self._incoming.event("listening", _START_SECONDS)
+        machine = await stack.enter_async_context(meet_machine(site, "destination", qemu["pid"], incoming.name))
+        await incoming.event("listening", _START_SECONDS)
         return machine
 
-    async def _start(self, site: Site, stack: AsyncExitStack, *arguments: str) -> None:
+    async def _start(self, site: Site, stack: AsyncExitStack, *arguments: str) -> Daemon:
         self._site = site
         listen = ("--listen", f"tcp://{site.link.address}:{_PORT}", "--plaintext")
         starting = site.daemon("incoming", *listen, *arguments, at=site.link.destination)
         self._incoming = await stack.enter_async_context(starting)
+        return self._incoming
 
     async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
         assert self._site is not None
@@ -158,6 +157,18 @@ class _Pagenet:
             await daemon.event("complete", patience)
         latency = complete["fault_us"]
         return Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
+
+
+@dataclass(slots=True)
+class _Attached(_Pagenet):
+    """Without it, in a QEMU that waits already."""
+
+    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
+        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=True)
+        machine = await stack.enter_async_context(starting)
+        incoming = await self._start(site, stack, "--qmp", str(machine.monitor))
+        await incoming.event("listening", _START_SECONDS)
+        return machine
 
 
 #: what can be compared, by name
