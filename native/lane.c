@@ -32,6 +32,7 @@ enum {
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
     PREFETCH_LEAST = 32 << 10, /* may be on its way of a window that adapts, however slow the path: 0.25 ms at 1 Gbit/s */
+    MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
     STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
@@ -65,6 +66,7 @@ struct lane {
     size_t out_start, out_end;
     int epoll;
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
+    uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
     uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
     uint64_t best;              /* ns that a page takes which is waited for, at best; 0: none has come */
     uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
@@ -372,12 +374,18 @@ static void settle_deferred(struct lane *lane) {
 
 /* ---- runs from the schedule ---- */
 
+/* Bytes of pages that may be on their way. */
+static uint64_t room_for(const struct lane *lane) {
+    uint64_t most = lane->window > lane->config->window_max ? lane->window : lane->config->window_max;
+    return at_most(lane->window * lane->dense, most);
+}
+
 /* The next piece of the run at the ring's head that is missing, as far as the window allows. False: nothing to ask for now. */
 static bool ask_next(struct lane *lane) {
     struct pn_ring *ring = lane->config->ring;
     struct pn_map *map = lane->dest->config.map;
     uint64_t head = ring->head;
-    if (lane->in_flight >= lane->window || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
+    if (lane->in_flight >= room_for(lane) || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
         return false;
     uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
     uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
@@ -554,6 +562,13 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
 }
 
 /* A header is whole: check it, and get ready for its payload. */
+/* What takes no time on the wire takes no room in the window, or a guest's free memory would come a round trip at a time. Slowly up
+ * and at once down: what comes next may be of another kind. */
+static void note_density(struct lane *lane, uint64_t pages, uint64_t wire) {
+    uint64_t dense = pages / wire ? pages / wire : 1;
+    lane->dense = dense < lane->dense ? dense : at_most(at_most(dense, 2 * lane->dense), MOST_DENSE);
+}
+
 static void begin_reply(struct lane *lane) {
     const struct pn_reply *reply = &lane->header;
     struct slot *slot = slot_of(lane, reply->id);
@@ -574,6 +589,8 @@ static void begin_reply(struct lane *lane) {
     count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)
         return;
+    if (!is_demand(lane))
+        note_density(lane, lane->current.count * piece->page_size, sizeof *reply + reply->length);
     slot->next += reply->count;
     if (reply->encoding == PN_ZEROS)
         place_staged(lane, lane->current.count, NULL);
@@ -856,6 +873,7 @@ static bool prepare(struct lane *lane) {
         lane->slots[i].id = i;
         lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
     }
+    lane->dense = 1;
     lane->window = is_demand(lane) ? PREFETCH_LEAST : lane->config->window_min;
     lane->pause = UINT64_MAX;
     return true;
