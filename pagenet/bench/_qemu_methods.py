@@ -159,18 +159,6 @@ class _Pagenet:
         return Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
 
 
-@dataclass(slots=True)
-class _Attached(_Pagenet):
-    """Without it, in a QEMU that waits already."""
-
-    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
-        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=True)
-        machine = await stack.enter_async_context(starting)
-        incoming = await self._start(site, stack, "--qmp", str(machine.monitor))
-        await incoming.event("listening", _START_SECONDS)
-        return machine
-
-
 #: what can be compared, by name
 METHODS: dict[str, Callable[[], Method]] = {
     "precopy": lambda: _Qemu("precopy"),
