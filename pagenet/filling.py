@@ -102,6 +102,10 @@ class Filling:
             self.target.close(self.residency.missing())
             self.residency.close()
 
+    @property
+    def closed(self) -> bool:
+        return self._last_words is not None
+
     # ---- the owner ----
 
     def read_events(self) -> None:

@@ -61,8 +61,17 @@ class Transfer:
         """Answer faults, and bring pages, from now on: of a transfer that was begun ``held``."""
         self._released.set()
 
+    @property
+    def is_released(self) -> bool:
+        return self._released.is_set()
+
     async def wait_released(self) -> None:
         await self._released.wait()
+
+    @property
+    def is_over(self) -> bool:
+        """It is complete, or has failed: nothing comes any more."""
+        return self.finished.is_set() or self.filling.closed
 
     async def wait_complete(self) -> None:
         """Return when every page is in place or was given up by its owner, and the owner has been let go."""
@@ -96,8 +105,11 @@ class Transfer:
         self._background.pause()
 
     def resume_background(self) -> None:
-        """Go on; and begin, if it has not begun yet."""
         self._background.resume()
+
+    def begin_background(self) -> None:
+        """Begin now, if ``start_background`` would have it begin later."""
+        self._background.begin()
 
     @property
     def max_bandwidth(self) -> int | None:

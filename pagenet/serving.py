@@ -40,6 +40,7 @@ from .protocol import (
     Role,
     printable,
 )
+from .region import Region
 from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
 from .source_lane import TrioSourceLane
@@ -99,6 +100,15 @@ class Server:
     def is_complete(self) -> bool:
         """A destination has said that it has every page."""
         return self._completed.is_set()
+
+    @property
+    def region(self) -> Region:
+        return self._source.region
+
+    @property
+    def peers(self) -> list[str]:
+        """Destinations that are connected now, for people to read."""
+        return [session.control.connection.peer for session in self._sessions.values()]
 
     @property
     def sessions(self) -> int:

@@ -120,7 +120,7 @@ def test_version(main: Main, name: str, capsys: pytest.CaptureFixture[str]) -> N
     (pull.main, [], "required: URI"),
     (pull.main, ["uri"], "one of the arguments --uffd-socket --into --resume is required"),
     (pull.main, ["uri", "--into", "a", "--uffd-socket", "b"], "not allowed with"),
-    (pull.main, ["uri", "--into", "a", "--background", "sideways"], "invalid choice: 'sideways'"),
+    (pull.main, ["uri", "--into", "a", "--background", "sideways"], "'sideways': there are hot"),
     (pull.main, ["uri", "other", "--into", "a"], "unrecognized arguments: other"),
 ])  # fmt: skip
 def test_arguments_that_make_no_sense(

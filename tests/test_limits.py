@@ -243,8 +243,9 @@ async def test_begins_once_the_faults_become_few(lane: str, small: str) -> None:
 async def test_begins_when_it_is_told_to(lane: str, small: str) -> None:
     async with transfer_of(small, lane, start_background="after=1000000") as (transfer, _):
         transfer.pause_background()
-        assert not transfer.background_begun
         transfer.resume_background()
+        assert not transfer.background_begun
+        transfer.begin_background()
         assert transfer.background_begun
         with trio.fail_after(20):
             await transfer.wait_complete()

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from ..control import Control
 from ..errors import HandshakeError
 from ..into_file import IntoFile
 from ..pulling import pull
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
-from ._command import Parser, Report, add_pull_options, count, pull_options, run_command
+from ._command import Parser, Report, add_pull_options, count, pull_options
+from ._control import add_control_option, run_controlled
 from ._progress import show_until_complete
 
 __all__ = ["main"]
@@ -45,10 +47,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--listen", action="store_true", help="wait at URI for the source to dial (pagenet-serve --connect)")
     add_pull_options(parser)
+    add_control_option(parser)
     return parser
 
 
-async def _pull(options: argparse.Namespace, report: Report) -> None:
+async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
     with ExitStack() as stack:
         owner = _owner(options, report, stack)
         if isinstance(owner, AbandonedOwner) and owner.is_finished:
@@ -61,6 +64,7 @@ async def _pull(options: argparse.Namespace, report: Report) -> None:
             **pull_options(options),
             on_event=report,
         ) as transfer:
+            control.subject = transfer
             await show_until_complete(transfer, report)
 
 
@@ -87,7 +91,7 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     report = Report("pagenet-pull", options.json, _WORDS)
-    return run_command(lambda: _pull(options, report), report)
+    return run_controlled(_pull, options, report)
 
 
 if __name__ == "__main__":

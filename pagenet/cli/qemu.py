@@ -9,11 +9,13 @@ from contextlib import closing
 
 import trio
 
+from ..control import Control
 from ..errors import UsageError
 from ..pulling import pull
 from ..qemu import migrate, monitor_pid, receive, receive_attached
 from ..uffd import AbandonedOwner
-from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options, run_command
+from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options
+from ._control import Work, add_control_option, run_controlled
 from ._progress import make_progress, show_until_complete
 
 __all__ = ["main"]
@@ -54,12 +56,14 @@ def _parser() -> Parser:
     incoming.add_argument("--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)")
     incoming.add_argument("--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process")
     add_pull_options(incoming)
+    add_control_option(incoming)
     incoming.add_argument("qemu", nargs="*", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
     leaving = commands.add_parser("migrate", help=words, description=words)
     leaving.add_argument("--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)")
     leaving.add_argument("uri", metavar="URI", help="where the destination listens: tcp://HOST:PORT, unix:PATH")
     add_lane_option(leaving)
+    add_control_option(leaving)
     return parser
 
 
@@ -68,7 +72,7 @@ class _CommandParser(Parser):
         super().__init__(prog, description)
 
 
-async def _incoming(options: argparse.Namespace, report: Report) -> int:
+async def _incoming(options: argparse.Namespace, report: Report, control: Control) -> int:
     if options.qmp:
         if options.allocate:
             raise UsageError("--allocate is for a QEMU that is started here")
@@ -78,6 +82,7 @@ async def _incoming(options: argparse.Namespace, report: Report) -> int:
             options.qemu, listen=options.listen, allocate=options.allocate, on_event=report, **pull_options(options)
         )
     async with arriving as arrival:
+        control.subject = arrival.transfer
         await show_until_complete(arrival.transfer, report)
     if arrival.process is None:
         return 0  # it was there before us, and goes on without us
@@ -85,7 +90,7 @@ async def _incoming(options: argparse.Namespace, report: Report) -> int:
     return status if status >= 0 else 128 - status
 
 
-async def _resume(options: argparse.Namespace, report: Report) -> int:
+async def _resume(options: argparse.Namespace, report: Report, control: Control) -> int:
     with closing(AbandonedOwner(options.pid or await monitor_pid(options.qmp))) as owner:
         if owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
@@ -99,12 +104,14 @@ async def _resume(options: argparse.Namespace, report: Report) -> int:
             **pull_options(options),
             on_event=report,
         ) as transfer:
+            control.subject = transfer
             await show_until_complete(transfer, report)
     return 0
 
 
-async def _migrate(options: argparse.Namespace, report: Report) -> int:
+async def _migrate(options: argparse.Namespace, report: Report, control: Control) -> int:
     async with migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server, trio.open_nursery() as nursery:
+        control.subject = server
         nursery.start_soon(make_progress(report), server)
         await server.wait_complete()
         nursery.cancel_scope.cancel()
@@ -124,12 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     report = Report(_PROG, options.json, _WORDS, _WARNINGS)
-    if options.command == "migrate":
-        work = _migrate
-    else:
+    work: Work = _migrate
+    if options.command == "incoming":
         _check(parser, options)
         work = _resume if options.resume else _incoming
-    return run_command(lambda: work(options, report), report)
+    return run_controlled(work, options, report)
 
 
 if __name__ == "__main__":

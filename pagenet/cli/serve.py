@@ -9,9 +9,11 @@ from contextlib import ExitStack
 
 import trio
 
+from ..control import Control
 from ..serving import serve
 from ..source import Source, open_source
-from ._command import Parser, Report, add_lane_option, run_command
+from ._command import Parser, Report, add_lane_option
+from ._control import add_control_option, run_controlled
 
 __all__ = ["main"]
 
@@ -47,6 +49,7 @@ def _parser() -> Parser:
         "it was then",
     )
     add_lane_option(parser)
+    add_control_option(parser)
     return parser
 
 
@@ -60,16 +63,18 @@ def _identity(text: str) -> bytes:
     return identity
 
 
-async def _serve(options: argparse.Namespace, report: Report) -> None:
+async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
     with ExitStack() as stack:
         source = options.source
         if options.identity is not None:
             source = stack.enter_context(open_source(*options.source))
             source.identity = options.identity
-        await _serve_source(source, options, report)
+        await _serve_source(source, options, report, control)
 
 
-async def _serve_source(source: Source | list[str], options: argparse.Namespace, report: Report) -> None:
+async def _serve_source(
+    source: Source | list[str], options: argparse.Namespace, report: Report, control: Control
+) -> None:
     async with serve(
         source,
         listen=options.listen,
@@ -78,6 +83,7 @@ async def _serve_source(source: Source | list[str], options: argparse.Namespace,
         lane=options.lane,
         on_event=report,
     ) as server:
+        control.subject = server
         if options.once or options.connect is not None:
             await server.wait_complete()
         else:
@@ -87,7 +93,7 @@ async def _serve_source(source: Source | list[str], options: argparse.Namespace,
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     report = Report("pagenet-serve", options.json, _WORDS)
-    return run_command(lambda: _serve(options, report), report)
+    return run_controlled(_serve, options, report)
 
 
 if __name__ == "__main__":

@@ -14,5 +14,6 @@ from __future__ import annotations
 
 from ._tcp import TcpTransport, assume_near, tune
 from ._unix import UnixTransport
+from ._uri import unix_uri
 
-__all__ = ["TcpTransport", "UnixTransport", "assume_near", "tune"]
+__all__ = ["TcpTransport", "UnixTransport", "assume_near", "tune", "unix_uri"]

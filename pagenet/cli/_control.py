@@ -1,0 +1,40 @@
+"""The control socket of the commands that run for long."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+from ..control import Control, serve_control
+from ._command import Parser, Report, run_command
+
+__all__ = ["Work", "add_control_option", "run_controlled"]
+
+Work = Callable[[argparse.Namespace, Report, Control], Awaitable[int | None]]
+
+
+def add_control_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--control",
+        metavar="PATH",
+        help="unix socket on which pagenet-ctl shows, and changes, what is going on (for this user and root)",
+    )
+
+
+def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> int:
+    """As :func:`run_command`, with a control socket if one is wanted. ``work`` tells it of the transfer once there is one."""
+    return run_command(lambda: _with_control(work, options, report), report)
+
+
+async def _with_control(work: Work, options: argparse.Namespace, report: Report) -> int | None:
+    if options.control is None:
+        return await work(options, report, Control(report.prog, None))
+    async with serve_control(None, options.control, program=report.prog, stop=_terminate, on_event=report) as control:
+        return await work(options, report, control)
+
+
+def _terminate() -> None:
+    """Whoever says stop gets all that SIGTERM does, and its exit code."""
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,234 @@
+"""pagenet-ctl: look at a pagenet daemon, or change what it does, while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ..control import ControlClient, connect_control
+from ..errors import ConnectionBroken
+from ..rates import rate_words
+from ..schedule import RECORDED, SCHEDULES
+from ._command import Parser, Report, background_order, prefetch_window, rate, run_command
+from ._tables import make_console
+
+__all__ = ["main"]
+
+_EXIT_CODES = """\
+exit codes:
+  0    done; of status --watch: the daemon has ended
+  2    bad usage: arguments make no sense, or the daemon cannot do that
+  3    unreachable: no daemon has that control socket
+  4    connection lost: the daemon has ended, or does not answer
+  6    protocol error: that is no control socket, or of another version
+  130  stopped by Ctrl-C (SIGINT)
+  143  stopped by SIGTERM
+"""
+_MIB = 1 << 20
+_WATCH_SECONDS = 1.0
+
+
+def _parser() -> Parser:
+    parser = Parser("pagenet-ctl", "Look at a pagenet daemon, or change what it does, while it runs.")
+    parser.epilog = _EXIT_CODES
+    parser.add_argument("socket", metavar="SOCKET", help="what the daemon was given as --control")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
+
+    def add(name: str, words: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=words, description=words)
+
+    status = add("status", "What is going on.")
+    status.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=_WATCH_SECONDS,
+        metavar="SECONDS",
+        help="again and again, until the daemon ends (default: once a second)",
+    )
+    add("pause", "Ask for no more pages that nobody waits for. Touched pages come as before.")
+    add("resume", "Go on; begin, if the daemon was to begin later.")
+    schedule = add("schedule", "Bring untouched pages in another order.")
+    schedule.add_argument("name", type=background_order, metavar="NAME", help=f"{', '.join(SCHEDULES)}, {RECORDED}FILE")
+    bandwidth = add("bandwidth", "Limit the rate of pages that nobody waits for.")
+    bandwidth.add_argument("rate", type=_limit, metavar="RATE", help="bytes a second: 60M, 1.5G, 64Mi, 800Mbit; none: no limit")
+    prefetch = add("prefetch", "Change what is asked for around each page that somebody waits for.")
+    prefetch.add_argument("window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages behind and before it")
+    add("stop", "End the daemon, as SIGTERM does.")
+    return parser
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """``--json`` may stand on either side of the command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line, for machines")
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+
+
+def _limit(text: str) -> int | None:
+    return None if text == "none" else rate(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.05 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.05 on")
+    return seconds
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the command, as the daemon wants them."""
+    match options.command:
+        case "schedule":
+            name: str = options.name
+            if name.startswith(RECORDED):  # the daemon may be in another directory
+                name = RECORDED + os.path.abspath(name.removeprefix(RECORDED))
+            return {"name": name}
+        case "bandwidth":
+            return {"rate": options.rate}
+        case "prefetch":
+            return {"window": None if options.window is None else list(options.window)}
+    return {}
+
+
+async def _control(options: argparse.Namespace) -> None:
+    async with connect_control(options.socket) as client:
+        if options.command == "status" and options.watch is not None:
+            await _watch(client, options.watch, options.json)
+            return
+        answer = await client.command(options.command, **_arguments(options))
+    if options.json:
+        print(json.dumps(answer), flush=True)
+    elif options.command == "status":
+        make_console().print(_words(answer))
+    else:
+        print(_done(options.command, answer), flush=True)
+
+
+async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
+    console = make_console()
+    on_screen = console.is_terminal and not as_json
+    with Live(console=console, auto_refresh=False) if on_screen else _Lines(console, as_json) as view:
+        while True:
+            try:
+                answer = await client.command("status")
+            except ConnectionBroken:
+                return
+            if isinstance(view, Live):
+                view.update(_words(answer), refresh=True)
+            else:
+                view.show(answer)
+            await trio.sleep(seconds)
+
+
+class _Lines:
+    """One status below the other, where there is no terminal."""
+
+    def __init__(self, console: Console, as_json: bool) -> None:
+        self._console = console
+        self._as_json = as_json
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, answer: dict[str, Any]) -> None:
+        if self._as_json:
+            print(json.dumps(answer), flush=True)
+        else:
+            self._console.print(_words(answer))
+
+
+def _done(command: str, answer: dict[str, Any]) -> str:
+    if command == "stop":
+        return "stopping"
+    return f"background: {_background(answer)}; prefetch: {_prefetch(answer)}"
+
+
+def _words(status: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("daemon", f"{status['program']} {status['release']}, process {status['pid']}")
+    rows = _destination if "schedule" in status else _source if "destinations" in status else _starting
+    for name, text in rows(status):
+        table.add_row(name, text)
+    return table
+
+
+def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("state", f"{status['state']}: there is no transfer yet")]
+
+
+def _source(status: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("state", status["state"]), ("region", f"{status['pages']} pages, {status['bytes'] / _MIB:.1f} MiB")]
+    if status["uri"]:
+        rows.append(("listens on", status["uri"]))
+    return rows + [("destination", peer) for peer in status["destinations"]]
+
+
+def _destination(status: dict[str, Any]) -> list[tuple[str, str]]:
+    left = "" if status["seconds_left"] is None else f", {status['seconds_left']:.0f} s left"
+    quantiles = ", ".join(f"{name} {_us(value)}" for name, value in status["fault_us"].items())
+    return [
+        ("state", f"{status['state']}, {status['seconds']:.1f} s{left if status['state'] == 'running' else ''}"),
+        ("source", status["peer"]),
+        ("resident", f"{status['share']:.1%}, {status['bytes_resident'] / _MIB:.1f} of {status['bytes'] / _MIB:.1f} MiB"),
+        ("rate", f"{rate_words(status['bytes_per_s'])}, on the wire {rate_words(status['wire_bytes_per_s'])}"),
+        ("faults", f"{status['faults']}, {status['faults_per_s']:.0f} a second ({quantiles})"),
+        ("background", _background(status)),
+        ("prefetch", _prefetch(status)),
+        ("pages", ", ".join(f"{name} {row['pages']}" for name, row in status["classes"].items())),
+        ("compressed", _compressed(status["compressed"])),
+        ("lanes", f"{status['lane']}, placement {status['placement']}"),
+    ]
+
+
+def _background(status: dict[str, Any]) -> str:
+    limit = status["max_bandwidth"]
+    words = [status["schedule"], "no limit" if limit is None else f"at most {rate_words(limit)}"]
+    if status["paused"]:
+        words.append("paused")
+    if not status["begun"]:
+        words.append("not begun yet")
+    return ", ".join(words)
+
+
+def _prefetch(status: dict[str, Any]) -> str:
+    window = status["prefetch"]
+    return "auto" if window is None else f"{window[0]},{window[1]}"
+
+
+def _compressed(counts: dict[str, Any]) -> str:
+    if counts["ratio"] is None:
+        return "nothing"
+    return f"{counts['share']:.0%} of what came, to 1/{counts['ratio']:.1f} of its size"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} us"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    return run_command(lambda: _control(options), Report("pagenet-ctl", options.json, {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Looking at a transfer, and changing it, while it runs: over a unix socket. ``docs/control.md`` is the specification.
+
+A program that pulls or serves offers the socket with :func:`serve_control`; ``pagenet-ctl`` and :func:`connect_control` use it.
+"""
+
+from __future__ import annotations
+
+from ._client import ControlClient, connect_control
+from ._protocol import COMMANDS
+from ._server import Control, serve_control
+from ._status import Rates, server_status, transfer_status
+
+__all__ = [
+    "COMMANDS",
+    "Control",
+    "ControlClient",
+    "Rates",
+    "connect_control",
+    "serve_control",
+    "server_status",
+    "transfer_status",
+]

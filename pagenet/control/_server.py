@@ -1,0 +1,187 @@
+"""The daemon's side: a unix socket, and what those who connect may ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import trio
+
+from .. import __version__, transport
+from ..errors import ConnectionBroken, RemoteProtocolError, UsageError
+from ..events import EventHandler, ignore_events
+from ..nurseries import open_failing_nursery
+from ..protocol import printable
+from ..pulling import Transfer
+from ..serving import Server
+from ..session import accept_forever
+from ..tcp import UnixTransport
+from ._channel import ControlChannel, address_of
+from ._protocol import COMMANDS, OLDEST_VERSION, VERSION, Fields, Request, decode_request
+from ._status import Rates, server_status, transfer_status
+
+__all__ = ["Control", "serve_control"]
+
+# Each costs a task and a descriptor, and may stay for days.
+MAX_CLIENTS = 64
+
+
+class Control:
+    """What a control socket shows and changes. Made by :func:`serve_control`."""
+
+    def __init__(self, program: str, stop: Callable[[], None] | None) -> None:
+        self._program = program
+        self._stop = stop
+        self._subject: Transfer | Server | None = None
+        self._rates: Rates | None = None
+        self._changed = trio.Event()
+
+    @property
+    def subject(self) -> Transfer | Server | None:
+        """The transfer, or the server; None as long as there is none yet. May be set."""
+        return self._subject
+
+    @subject.setter
+    def subject(self, subject: Transfer | Server | None) -> None:
+        self._subject = subject
+        self._rates = Rates(subject) if isinstance(subject, Transfer) else None
+        self._changed.set()
+
+    async def watch(self) -> None:
+        """Keep account of how fast the transfer is."""
+        while True:
+            self._changed = trio.Event()
+            async with trio.open_nursery() as nursery:
+                if self._rates is not None:
+                    nursery.start_soon(self._rates.watch)
+                await self._changed.wait()
+                nursery.cancel_scope.cancel()
+
+    def hello(self) -> Fields:
+        return {"type": "hello", "version": VERSION, "oldest": OLDEST_VERSION, "commands": list(COMMANDS), **self._who()}
+
+    def _who(self) -> Fields:
+        return {"program": self._program, "pid": os.getpid(), "release": __version__}
+
+    def status(self) -> Fields:
+        match self._subject:
+            case Transfer():
+                assert self._rates is not None
+                return {**self._who(), **transfer_status(self._subject, self._rates)}
+            case Server():
+                return {**self._who(), **server_status(self._subject)}
+        return {**self._who(), "state": "starting"}
+
+    def execute(self, request: Request) -> Fields:
+        """What it is answered with. :exc:`UsageError` for what cannot be done. ``stop`` is only promised."""
+        match request.command:
+            case "status":
+                return self.status()
+            case "stop":
+                if self._stop is None:
+                    raise UsageError(f"{self._program} cannot be stopped over its control socket")
+                return {}
+        self._change(self._running_transfer(request.command), request)
+        return self.status()
+
+    def stop(self) -> None:
+        if self._stop is not None:
+            self._stop()
+
+    def _running_transfer(self, command: str) -> Transfer:
+        if isinstance(self._subject, Server):
+            raise UsageError(f"{command}: this is a source; its destinations decide what comes when")
+        if self._subject is None:
+            raise UsageError(f"{command}: the transfer has not begun yet")
+        if self._subject.is_over:
+            raise UsageError(f"{command}: the transfer is over")
+        return self._subject
+
+    def _change(self, transfer: Transfer, request: Request) -> None:
+        arguments = request.arguments
+        match request.command:
+            case "pause":
+                transfer.pause_background()
+            case "resume":
+                transfer.begin_background()
+                transfer.resume_background()
+            case "schedule":
+                transfer.set_background(arguments["name"])
+            case "bandwidth":
+                transfer.set_max_bandwidth(arguments["rate"])
+            case "prefetch":
+                window = arguments["window"]
+                transfer.set_prefetch(None if window is None else (window[0], window[1]))
+
+
+class _Clients:
+    """Those who are connected."""
+
+    def __init__(self, control: Control, on_event: EventHandler) -> None:
+        self._control = control
+        self._on_event = on_event
+        self._count = 0
+
+    async def meet(self, connection: transport.Connection) -> None:
+        """One of them, from hello to end. What it does wrong ends with it, in one line."""
+        channel = ControlChannel(connection)
+        self._count += 1
+        try:
+            await self._talk(channel)
+        except RemoteProtocolError as error:
+            self._on_event("refused", peer=connection.peer, reason=str(error))
+            with suppress(ConnectionBroken):
+                await channel.send({"type": "error", "id": None, "code": "protocol", "text": printable(str(error))})
+        except ConnectionBroken:
+            pass  # gone: nobody is left to be told, and nothing depends on it
+        finally:
+            self._count -= 1
+            connection.close()
+
+    async def _talk(self, channel: ControlChannel) -> None:
+        await channel.send(self._control.hello())
+        if self._count > MAX_CLIENTS:
+            raise RemoteProtocolError(f"{MAX_CLIENTS} others are connected: that is the limit")
+        while (fields := await channel.receive()) is not None:
+            request = decode_request(fields)
+            try:
+                result = self._control.execute(request)
+            except UsageError as error:
+                await channel.send({"type": "error", "id": request.number, "code": "usage", "text": printable(str(error))})
+                continue
+            try:
+                await channel.send({"type": "reply", "id": request.number, "result": result})
+            finally:  # whoever said stop, and left, has said stop
+                if request.command == "stop":
+                    self._control.stop()
+
+
+@asynccontextmanager
+async def serve_control(
+    subject: Transfer | Server | None,
+    path: str | os.PathLike[str],
+    *,
+    program: str = "pagenet",
+    stop: Callable[[], None] | None = None,
+    on_event: EventHandler = ignore_events,
+) -> AsyncIterator[Control]:
+    """Offer ``subject`` to ``pagenet-ctl`` on a unix socket at ``path``, for as long as the block runs.
+
+    The socket is for this user and root (mode 0600), and is removed at the end. One that a process has left behind is
+    replaced; :exc:`~pagenet.errors.UsageError` if somebody listens there, or if it is another file. ``subject`` may be None as
+    long as there is no transfer yet: set :attr:`Control.subject` later. ``program`` is what a status calls this program.
+    ``stop`` is called when somebody says stop, which otherwise is refused.
+
+    Whatever a client does wrong ends its own connection only. Event: ``refused`` (one did).
+    """
+    control = Control(program, stop)
+    control.subject = subject
+    clients = _Clients(control, on_event)
+    with await UnixTransport().listen(address_of(path)) as listener:
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(control.watch)
+            nursery.start_soon(partial(accept_forever, listener, clients.meet))
+            yield control
+            nursery.cancel_scope.cancel()

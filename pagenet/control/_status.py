@@ -1,0 +1,138 @@
+"""What a status says: maps of what msgpack and JSON can hold. Bytes, pages, seconds, microseconds (``_us``)."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import trio
+
+from ..pulling import Transfer
+from ..serving import Server
+from ..statistics import ClassStatistics, Histogram, TransferStatistics
+
+__all__ = ["Rates", "server_status", "transfer_status"]
+
+# Rates are of the last so many seconds: steady enough to read, quick enough to show what a command has done.
+WINDOW_SECONDS = 2.0
+LOOKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    time: float
+    resident: float  # bytes
+    wire: int
+    faults: int
+
+
+class Rates:
+    """How fast a transfer is, by looking at it now and then."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._looks = deque([self._look()], maxlen=LOOKS)
+
+    async def watch(self) -> None:
+        while not self._transfer.finished.is_set():
+            await trio.sleep(WINDOW_SECONDS / LOOKS)
+            self._looks.append(self._look())
+
+    def _look(self) -> _Look:
+        now = self._transfer.statistics()
+        return _Look(time.monotonic(), now.done * _page_size(now), now.wire_bytes, now.demand.faults)
+
+    def now(self) -> dict[str, float]:
+        """Of the last two seconds, or since the beginning; all 0 once it is complete."""
+        last, first = self._look(), self._looks[0]
+        seconds = last.time - first.time
+        if self._transfer.finished.is_set() or seconds <= 0:
+            return {"bytes_per_s": 0.0, "wire_bytes_per_s": 0.0, "faults_per_s": 0.0}
+        return {
+            "bytes_per_s": round((last.resident - first.resident) / seconds, 1),
+            "wire_bytes_per_s": round((last.wire - first.wire) / seconds, 1),
+            "faults_per_s": round((last.faults - first.faults) / seconds, 1),
+        }
+
+
+def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
+    """A destination's."""
+    now, speed = transfer.statistics(), rates.now()
+    resident = now.done * _page_size(now)
+    prefetch = transfer.prefetch
+    return {
+        "state": _state(transfer),
+        "peer": transfer.peer,
+        "lane": transfer.lane,
+        "placement": now.placement,
+        "pages": now.pages,
+        "bytes": now.size,
+        "pages_resident": now.done,
+        "bytes_resident": int(resident),
+        "share": round(now.done / now.pages, 6) if now.pages else 1.0,
+        "seconds": round(now.seconds, 3),
+        "seconds_left": _seconds_left(now.size - resident, speed["bytes_per_s"]),
+        **speed,
+        "bytes_wire": now.wire_bytes,
+        "zero_pages": now.zero_pages,
+        "faults": now.demand.faults,
+        "fault_us": _percentiles(now.fault_latency),
+        "classes": {name: _class(getattr(now, name)) for name in ("demand", "prefetch", "background")},
+        "schedule": transfer.background,
+        "begun": transfer.background_begun,
+        "paused": transfer.background_paused,
+        "max_bandwidth": transfer.max_bandwidth,
+        "prefetch": None if prefetch is None else list(prefetch),
+        "compressed": _compressed(now),
+    }
+
+
+def server_status(server: Server) -> dict[str, object]:
+    """A source's."""
+    return {
+        "state": "serving" if server.sessions else "waiting",
+        "uri": server.uri or None,
+        "pages": server.region.pages,
+        "bytes": server.region.size,
+        "destinations": server.peers,
+        "complete": server.is_complete,
+    }
+
+
+def _state(transfer: Transfer) -> str:
+    if transfer.finished.is_set():
+        return "complete"
+    return "running" if transfer.is_released else "held"
+
+
+def _page_size(now: TransferStatistics) -> float:
+    """On average: blocks may be in pages of several sizes."""
+    return now.size / now.pages if now.pages else 0.0
+
+
+def _seconds_left(rest: float, rate: float) -> float | None:
+    if rest <= 0:
+        return 0.0
+    return round(rest / rate, 1) if rate > 0 else None
+
+
+def _percentiles(latency: Histogram) -> dict[str, float | None]:
+    return {name: latency.microseconds(share) for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}
+
+
+def _class(row: ClassStatistics) -> dict[str, int]:
+    names = ("pages", "zero_pages", "wire_bytes", "requests", "existed", "dropped")
+    return {name: getattr(row, name) for name in names}
+
+
+def _compressed(now: TransferStatistics) -> dict[str, object]:
+    rows = (now.demand, now.prefetch, now.background)
+    ratio = now.lz4_ratio
+    return {
+        "runs": sum(row.lz4_runs for row in rows),
+        "bytes": now.lz4_bytes,
+        "bytes_wire": sum(row.lz4_wire_bytes for row in rows),
+        "share": round(now.lz4_share, 4),
+        "ratio": None if ratio is None else round(ratio, 2),
+    }
