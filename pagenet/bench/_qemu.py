@@ -16,7 +16,7 @@ import trio
 from ..errors import UsageError
 from ._environment import available_memory
 from ._qemu_guest import QEMU, Guest, GuestFiles, Machine, Story, start_machine
-from ._qemu_methods import METHODS, Method, Outcome, monotonic
+from ._qemu_methods import METHODS, OURS, Method, Outcome, monotonic
 from ._qemu_site import Link, check_tools, open_link, open_site
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
@@ -208,7 +208,7 @@ class Target:
 def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Target]:
     """Those that can be told from what was measured: they are set for 1 Gbit/s, and for a loopback."""
     targets: list[Target] = []
-    ours = [result for result in results if result.method.startswith("pagenet")]
+    ours = [result for result in results if result.method in OURS]
     if options.rate not in (None, TARGET_RATE):
         return []
     for result in ours:

@@ -14,7 +14,7 @@ from ..qemu import Qmp, QmpEvent
 from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machine
 from ._qemu_site import Daemon, Site
 
-__all__ = ["METHODS", "Method", "Outcome"]
+__all__ = ["METHODS", "OURS", "Method", "Outcome", "monotonic"]
 
 # QEMU's word for no limit of its own; the link is the limit, for all alike.
 _UNLIMITED = 10**12
@@ -159,10 +159,25 @@ class _Pagenet:
         return Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
 
 
+@dataclass(slots=True)
+class _Attached(_Pagenet):
+    """Without it, in a QEMU that waits already."""
+
+    async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
+        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=True)
+        machine = await stack.enter_async_context(starting)
+        incoming = await self._start(site, stack, "--qmp", str(machine.monitor))
+        await incoming.event("listening", _START_SECONDS)
+        return machine
+
+
 #: what can be compared, by name
 METHODS: dict[str, Callable[[], Method]] = {
     "precopy": lambda: _Qemu("precopy"),
     "postcopy": lambda: _Qemu("postcopy", postcopy=True),
     "preempt": lambda: _Qemu("preempt", postcopy=True, preempt=True),
     "pagenet": lambda: _Pagenet("pagenet"),
+    "attach": lambda: _Attached("attach"),
 }
+#: those of them that are pagenet's
+OURS = ("pagenet", "attach")
