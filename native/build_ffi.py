@@ -10,8 +10,8 @@ from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
-    "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "dest.c",
-    "lane.c", "source.c", "pattern.c", "workload.c", "bench.c",
+    "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c",
+    "dest.c", "lane.c", "verbs.c", "rdma.c", "source.c", "pattern.c", "workload.c", "bench.c",
 ]  # fmt: skip
 
 
@@ -34,5 +34,5 @@ ffibuilder.set_source(
         "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
         *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
     ],
-    extra_link_args=["-pthread", *shlex.split(os.environ.get("PAGENET_LDFLAGS", ""))],
+    extra_link_args=["-pthread", "-ldl", *shlex.split(os.environ.get("PAGENET_LDFLAGS", ""))],
 )  # fmt: skip

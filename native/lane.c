@@ -3,9 +3,8 @@
  * The demand lane takes its work from the uffd, a background lane from a ring that the schedule fills. Requests carry an id;
  * many are open at a time, and each is answered in order of its pages. */
 #define _GNU_SOURCE
-#include "dest.h"
+#include "lane.h"
 #include "thread.h"
-#include "wire.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -21,68 +20,6 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#define UNWATCHED 0xffffffffu /* no event mask of epoll's */
-
-enum {
-    SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
-    OUTBOX = SLOTS * 24,    /* room for each of them */
-    STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
-    EVENTS = 64,
-    RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
-    PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
-    PREFETCH_LEAST = 32 << 10, /* may be on its way of a window that adapts, however slow the path: 0.25 ms at 1 Gbit/s */
-    MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
-    QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
-    LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
-    STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
-};
-
-struct slot {
-    uint32_t id;
-    uint8_t class_;
-    uint8_t open;
-    uint64_t next, end; /* pages on the wire, still to come */
-    uint64_t since;     /* ns */
-    const struct pn_piece *piece;
-};
-
-/* The reply whose payload is coming in. */
-struct current {
-    struct slot *slot;
-    uint8_t class_;
-    bool failed; /* what comes is not pages, but the reason why there are none */
-    uint32_t packed; /* bytes in which they come compressed, 0: as they are */
-    uint64_t first, count; /* pages of ours, still to come */
-};
-
-struct lane {
-    const struct pn_lane_config *config;
-    struct pn_dest *dest;
-    struct pn_end *end;
-    struct slot *slots;
-    uint32_t *free_slots, free_count;
-    uint8_t *outbox;
-    size_t out_start, out_end;
-    int epoll;
-    uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
-    uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
-    uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
-    uint64_t best;              /* ns that a page takes which is waited for, at best; 0: none has come */
-    uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
-    bool starved;
-    uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
-    /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
-    struct pn_reply header;
-    struct current current;
-    uint8_t *stage, *unpacked;
-    size_t stage_size, stage_room, have;
-    uint64_t piece_count; /* pages in the piece under way, 0: none */
-    bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
-    struct pn_event deferred[EVENTS]; /* faults on pages that are in place, not answered yet: the owner's memory is changing */
-    int deferred_count;
-    bool ended;
-};
 
 static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...) {
     if (lane->ended)
@@ -106,6 +43,10 @@ static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
 
 /* Pages of one piece, claimed by the caller. There is a free slot. */
 static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
+    if (lane->ask) {
+        lane->ask(lane, class_, piece, first, pages);
+        return;
+    }
     uint32_t index = lane->free_slots[--lane->free_count];
     struct slot *slot = &lane->slots[index];
     uint64_t wire = piece->wire_first + ((first - piece->first) << piece->shift);
@@ -150,12 +91,19 @@ static void make_room(struct lane *lane) {
 }
 
 static bool can_ask(struct lane *lane, uint32_t requests) {
+    if (lane->can_ask)
+        return lane->can_ask(lane, requests);
     if (lane->out_end + requests * 24 > OUTBOX)
         make_room(lane);
     return lane->free_count >= requests && lane->out_end + requests * 24 <= OUTBOX;
 }
 
 /* ---- faults ---- */
+
+static void drain_eventfd(int fd) {
+    eventfd_t value;
+    (void)!eventfd_read(fd, &value);
+}
 
 static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
 
@@ -380,6 +328,14 @@ static uint64_t room_for(const struct lane *lane) {
     return at_most(lane->window * lane->dense, most);
 }
 
+void pn_ring_took(struct pn_ring *ring, int room_fd) {
+    /* Before the look: either we see wake_at, or its writer this. */
+    atomic_store((_Atomic uint64_t *)&ring->head, ring->head + 1);
+    uint64_t wake_at = __atomic_load_n(&ring->wake_at, __ATOMIC_SEQ_CST);
+    if (!wake_at || pn_ring_used(ring) <= wake_at)
+        eventfd_write(room_fd, 1);
+}
+
 /* The next piece of the run at the ring's head that is missing, as far as the window allows. False: nothing to ask for now. */
 static bool ask_next(struct lane *lane) {
     struct pn_ring *ring = lane->config->ring;
@@ -406,12 +362,8 @@ static bool ask_next(struct lane *lane) {
         *first += taken;
         *left -= taken;
     }
-    if (!*left) {
-        atomic_store((_Atomic uint64_t *)&ring->head, head + 1); /* before the look: either we see wake_at, or its writer this */
-        uint64_t wake_at = __atomic_load_n(&ring->wake_at, __ATOMIC_SEQ_CST);
-        if (!wake_at || pn_ring_used(ring) <= wake_at)
-            eventfd_write(lane->config->room_fd, 1);
-    }
+    if (!*left)
+        pn_ring_took(ring, lane->config->room_fd);
     return true;
 }
 
@@ -790,11 +742,6 @@ static void receive_direct(struct lane *lane) {
 
 /* ---- the loop ---- */
 
-static void drain_eventfd(int fd) {
-    eventfd_t value;
-    (void)!eventfd_read(fd, &value);
-}
-
 /* Watched by epoll rather than poll: a fault is two waits, and poll pays for each descriptor at each of them. */
 static bool watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched) {
     struct epoll_event event = {.events = events, .data.fd = fd};
@@ -903,3 +850,49 @@ void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
         end_lane(&lane, PN_END_NO_MEMORY, ENOMEM, "");
     clean_up(&lane);
 }
+
+/* ---- for lanes that bring their pages in another way ---- */
+
+void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...) {
+    char text[sizeof lane->end->text];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    end_lane(lane, kind, error, "%s", text);
+}
+
+void pn_lane_flush(struct lane *lane) { flush(lane); }
+
+bool pn_lane_has_room(struct lane *lane, size_t size) {
+    if (lane->out_end + size > OUTBOX)
+        make_room(lane);
+    return lane->out_end + size <= OUTBOX;
+}
+
+bool pn_lane_take_faults(struct lane *lane) { return take_faults(lane); }
+
+void pn_lane_settle_deferred(struct lane *lane) { settle_deferred(lane); }
+
+void pn_lane_place(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages, const void *bytes) {
+    struct slot slot = {.piece = piece};
+    lane->current = (struct current){.slot = &slot, .class_ = (uint8_t)class_, .first = first, .count = pages};
+    place_staged(lane, pages, bytes);
+    lane->current = (struct current){0};
+}
+
+void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
+    struct slot slot = {.piece = piece};
+    lane->current = (struct current){.slot = &slot, .class_ = (uint8_t)class_, .first = first, .count = pages};
+    put_all(lane, first, pages, NULL, false);
+    arrived(lane, pages);
+    lane->current = (struct current){0};
+}
+
+void pn_lane_adapt(struct lane *lane, uint64_t latency) { adapt_window(lane, latency); }
+
+bool pn_lane_is_starved(struct lane *lane, uint64_t now) { return is_starved(lane, now); }
+
+int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) { return wait_for_events(lane, ready, room); }
+
+void pn_drain_eventfd(int fd) { drain_eventfd(fd); }

@@ -67,6 +67,11 @@ uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignm
     return (uint64_t)(uintptr_t)mapped;
 }
 
+uint64_t pn_map_file(uint64_t length, int fd, int writable) {
+    void *mapped = mmap(NULL, length, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, fd, 0);
+    return mapped == MAP_FAILED ? (uint64_t)(int64_t)-errno : (uint64_t)(uintptr_t)mapped;
+}
+
 void pn_unmap_memory(uint64_t address, uint64_t length) { munmap((void *)(uintptr_t)address, length); }
 
 int pn_punch(int fd, uint64_t length) {

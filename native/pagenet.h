@@ -338,6 +338,43 @@ void pn_choice_tried(struct pn_choice *choice, uint64_t size, uint64_t length, u
 void pn_choice_resume(struct pn_choice *choice, uint64_t now);
 /* From `began` to `now` so many bytes of pages were given to the socket, as so many on the wire. */
 void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now);
+/* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ------------------------------ */
+
+/* Pages of the region as they are numbered on the wire, and the number of the first of its chunks. */
+struct pn_rdma_block {
+    uint64_t first;
+    uint64_t pages;
+    uint64_t page_size;
+    uint64_t chunk;
+};
+struct pn_rdma_config {
+    struct pn_lane_config lane; /* without a socket yet; the ring may stay empty */
+    const char *device;
+    const struct pn_rdma_block *blocks;
+    uint64_t block_count;
+    uint64_t chunk_count;
+    uint64_t chunk_size;        /* bytes that one key is for, a power of two; a larger page is a chunk of its own */
+    int port;
+    int gid_index;
+};
+/* A queue pair of the source's, and where it is. */
+struct pn_rdma_peer {
+    uint8_t gid[16];
+    uint32_t number;
+    uint32_t psn;
+    uint16_t lid;
+    uint8_t mtu;   /* of the path: the verbs' number for it */
+    uint8_t reads; /* of one queue pair, that may be under way at once */
+};
+struct pn_rdma;
+/* NULL and *error -ENOENT: no libibverbs; -ENODEV, -EACCES...: the device; else what it refused. Borrows what config points to. */
+struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error);
+void pn_rdma_free(struct pn_rdma *rdma);
+/* The number of queue pair 0 (demand) or 1 (background), whose packets are counted from psn on; then join it to the peer's. */
+uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair);
+int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn, const struct pn_rdma_peer *peer);
+/* Runs both until they end, and says why. Keys come over the non-blocking socket. */
+void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end);
 
 /* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
 
@@ -385,6 +422,8 @@ void pn_copy(void *to, const void *from, uint64_t length);
  * Allocates address space; pn_unmap_memory gives it back. */
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment);
 void pn_unmap_memory(uint64_t address, uint64_t length);
+/* mmap of a file that is there already, as above: to read, or as if it were to be written. */
+uint64_t pn_map_file(uint64_t length, int fd, int writable);
 /* Get every page of a mapping now, to write to, rather than at its first touch. -EINVAL: the kernel is older than 5.14. */
 int pn_populate(uint64_t address, uint64_t length);
 /* Takes everything out of a file, which keeps its size; whoever has mapped it finds holes. */

@@ -18,6 +18,7 @@ from .errors import (
 from .events import EventHandler
 from .into_file import IntoFile
 from .pulling import Transfer, pull
+from .rdma import RdmaTransport
 from .region import Block, Region, Run
 from .serving import Server, serve
 from .source import Source, open_source
@@ -44,6 +45,7 @@ __all__ = [
     "OwnerGone",
     "PagenetError",
     "ProtocolError",
+    "RdmaTransport",
     "Region",
     "RemoteProtocolError",
     "Run",
@@ -65,3 +67,4 @@ __all__ = [
 
 register("tcp", TcpTransport())
 register("unix", UnixTransport())
+register("rdma", RdmaTransport(TcpTransport()))

@@ -26,12 +26,14 @@ __all__ = [
     "FoundMap",
     "Links",
     "Mapped",
+    "MappedFile",
     "NativeEvent",
     "Packer",
     "Piece",
     "Placed",
     "Planted",
     "Play",
+    "RdmaLoop",
     "Ring",
     "SharedMap",
     "SourceBlock",
@@ -226,6 +228,19 @@ def read_process(pid: int, address: int, into: memoryview) -> None:
 def copy_out(address: int, into: memoryview) -> None:
     """Copy from ``address``, which may fault: call it from a thread."""
     lib.pn_copy(ffi.from_buffer(into), ffi.cast("void *", address), len(into))
+
+
+class MappedFile:
+    """The first ``size`` bytes of a file, by address: Python never looks at them. ``writable``: as if they were to be."""
+
+    def __init__(self, size: int, fd: int, writable: bool) -> None:
+        self.size = size
+        self.address = _check_address(lib.pn_map_file(size, fd, writable))
+
+    def close(self) -> None:
+        if self.address:
+            lib.pn_unmap_memory(self.address, self.size)
+            self.address = 0
 
 
 class Mapped:
@@ -558,6 +573,10 @@ class Destination:
         rate = 0 if bytes_per_second is None else bytes_per_second or 2**64 - 1
         lib.pn_dest_limit(self._dest, rate)
 
+    @property
+    def dest(self) -> Any:
+        return self._dest
+
     def run_lane(
         self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0), chunk: int = 0
     ) -> End:
@@ -634,6 +653,66 @@ class FaultLog:
     def dropped(self) -> int:
         """Pages that found no room."""
         return int(self.log.dropped)
+
+
+class RdmaLoop:
+    """``struct pn_rdma``: both queue pairs of a destination and the loop that drives them. Borrows ``dest``, the ring and the
+    descriptors. ``blocks``: (first page, pages, page size, first chunk) of each, as on the wire.
+
+    :exc:`OSError`: ENOENT without libibverbs, ENODEV without the device, else what the device says.
+    """
+
+    def __init__(
+        self,
+        dest: Destination,
+        stop_fd: int,
+        ring: Ring,
+        window: tuple[int, int],
+        chunk: int,
+        *,
+        device: str,
+        port: int,
+        gid_index: int,
+        blocks: Sequence[tuple[int, int, int, int]],
+        chunks: int,
+        chunk_size: int,
+    ) -> None:
+        config = ffi.new("struct pn_rdma_config *")
+        table, name = ffi.new("struct pn_rdma_block[]", list(blocks)), ffi.new("char[]", device.encode())
+        self._kept = (dest, ring, table, name)
+        lane: Any = config.lane
+        lane.dest, lane.sock, lane.stop_fd, lane.ring = dest.dest, -1, stop_fd, ring.ring
+        lane.work_fd, lane.room_fd = ring.work_fd, ring.room_fd
+        (lane.window_min, lane.window_max), lane.chunk = window, chunk
+        config.blocks, config.device = table, name
+        config.block_count, config.chunk_count, config.chunk_size = len(blocks), chunks, chunk_size
+        config.port, config.gid_index = port, gid_index
+        error = ffi.new("int *")
+        self._loop = lib.pn_rdma_new(config, error)
+        _check(error[0])
+
+    def number(self, queue_pair: int) -> int:
+        return int(lib.pn_rdma_number(self._loop, queue_pair))
+
+    def connect(
+        self, queue_pair: int, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int
+    ) -> None:
+        peer = ffi.new("struct pn_rdma_peer *")
+        peer.gid, peer.number, peer.psn = list(gid), number, peer_psn
+        peer.lid, peer.mtu, peer.reads = lid, mtu, reads
+        _check(lib.pn_rdma_connect(self._loop, queue_pair, psn, peer))
+
+    def run(self, sock: int) -> End:
+        """Until it ends. Call it in a thread."""
+        end = ffi.new("struct pn_end *")
+        lib.pn_rdma_run(self._loop, sock, end)
+        return _end_of(end)
+
+    def close(self) -> None:
+        """Not while it runs. Idempotent."""
+        if self._loop is not None:
+            lib.pn_rdma_free(self._loop)
+            self._loop = None
 
 
 class Ring:

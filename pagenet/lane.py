@@ -45,6 +45,10 @@ class Lanes(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what they own. Not while they run. Idempotent."""
+        ...
+
 
 class TrioLanes:
     """A demand connection and background ones, in that order, as Trio tasks. Borrows the connections."""
@@ -72,6 +76,9 @@ class TrioLanes:
         while True:
             await trio.lowlevel.wait_readable(event_fd)
             self._filling.read_events()
+
+    def close(self) -> None:
+        """Nothing is theirs."""
 
 
 class _Pusher:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -26,7 +26,7 @@ from .target import Target
 from .transport import Connection, Detachable
 from .uffd import UffdTarget
 
-__all__ = ["NativeLanes", "can_run_natively"]
+__all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
 # What may be on its way while there are faults, and when there have been none for a while.
 WINDOW_BYTES = (256 << 10, 4 << 20)
@@ -46,23 +46,19 @@ def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
     return isinstance(target, UffdTarget) and all(isinstance(connection, Detachable) for connection in connections)
 
 
-class NativeLanes:
-    """A demand lane and background lanes over detached sockets, the first of which is demand's. Owns the sockets."""
+class LoopLanes:
+    """What all lanes in C have: a stop, an end, rings that the schedule fills, and the memory that pages go to."""
 
-    name = "native"
+    name = ""
 
-    def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
-    ) -> None:
+    def __init__(self, filling: Filling, wire: Region, background: Background, rings: int) -> None:
         assert isinstance(filling.target, UffdTarget)
         self._filling = filling
         self._background = background
-        self._peer = connections[0].peer
         with ExitStack() as stack:
-            self._stop_fd = _owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            self._done_fd = _owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            self._sockets = [_detached(stack, connection) for connection in connections]
-            self._rings = [_native.Ring() for _ in connections[1:]]
+            self._stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._done_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._rings = [_native.Ring() for _ in range(rings)]
             for ring in self._rings:
                 stack.callback(ring.close)
             self._faults = _native.FaultLog()
@@ -84,7 +80,10 @@ class NativeLanes:
             background.on_limit = self._limit
             stack.callback(setattr, background, "on_limit", lambda: None)
             self._limit()
-            self.close: Callable[[], None] = stack.pop_all().close
+            self._cleanup = stack.pop_all()
+
+    def close(self) -> None:
+        self._cleanup.close()
 
     def _limit(self) -> None:
         self._dest.limit_background(self._background.max_bandwidth if self._background.runs else 0)
@@ -92,12 +91,10 @@ class NativeLanes:
             ring.wake()
 
     async def run(self) -> None:
-        limiter = trio.CapacityLimiter(len(self._sockets))
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
-            nursery.start_soon(self._run_lane, limiter, self._sockets[0], None)
-            for sock, ring in zip(self._sockets[1:], self._rings, strict=True):
-                nursery.start_soon(self._run_lane, limiter, sock, ring)
+            nursery.start_soon(self._run_loops)
+            for ring in self._rings:
                 nursery.start_soon(self._feed, ring)
             nursery.start_soon(self._read_faults)
             await trio.lowlevel.wait_readable(self._done_fd)
@@ -110,27 +107,9 @@ class NativeLanes:
         finally:
             os.eventfd_write(self._stop_fd, 1)
 
-    async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
-        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, self._background.chunk)
-        end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
-        if end.kind != _native.END_STOPPED:
-            raise self._error(end)
-
-    def _error(self, end: _native.End) -> PagenetError:
-        match end.kind:
-            case _native.END_CLOSED:
-                return SourceLost(f"the source is gone: {self._peer} closed the connection")
-            case _native.END_BROKEN:
-                return SourceLost(f"the source is gone: {self._peer}: {os.strerror(end.error)}")
-            case _native.END_FAILED:
-                return SourceLost(f"the source cannot go on: {printable(end.text)}")
-            case _native.END_PROTOCOL:
-                return RemoteProtocolError(end.text)
-            case _native.END_OWNER_GONE:
-                return OwnerGone("the owner of the memory is gone")
-            case _native.END_OWNER_WRONG:
-                return HandshakeError(end.text)
-        return PagenetError(f"cannot go on placing pages: {os.strerror(end.error or errno.EIO)}")
+    async def _run_loops(self) -> None:
+        """Until they are stopped, or end with an error."""
+        raise NotImplementedError
 
     async def _read_faults(self) -> None:
         """Tell the schedule, and a recording, which pages threads waited for."""
@@ -179,11 +158,56 @@ class NativeLanes:
             sizes.popleft()
 
 
-def _owned(stack: ExitStack, fd: int) -> int:
+class NativeLanes(LoopLanes):
+    """A demand lane and background lanes over detached sockets, the first of which is demand's. Owns the sockets."""
+
+    name = "native"
+
+    def __init__(
+        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
+    ) -> None:
+        self._peer = connections[0].peer
+        with ExitStack() as stack:
+            self._sockets = [_detached(stack, connection) for connection in connections]
+            super().__init__(filling, wire, background, len(connections) - 1)
+            self._cleanup.push(stack.pop_all())
+
+    async def _run_loops(self) -> None:
+        limiter = trio.CapacityLimiter(len(self._sockets))
+        async with open_failing_nursery() as nursery:
+            for sock, ring in zip(self._sockets, [None, *self._rings], strict=True):
+                nursery.start_soon(self._run_lane, limiter, sock, ring)
+
+    async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
+        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, self._background.chunk)
+        end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
+        if end.kind != _native.END_STOPPED:
+            raise lane_error(end, self._peer)
+
+
+def lane_error(end: _native.End, peer: str) -> PagenetError:
+    """Why a loop in C has ended, other than because it was told to."""
+    match end.kind:
+        case _native.END_CLOSED:
+            return SourceLost(f"the source is gone: {peer} closed the connection")
+        case _native.END_BROKEN:
+            return SourceLost(f"the source is gone: {peer}: {os.strerror(end.error)}")
+        case _native.END_FAILED:
+            return SourceLost(f"the source cannot go on: {printable(end.text)}")
+        case _native.END_PROTOCOL:
+            return RemoteProtocolError(end.text)
+        case _native.END_OWNER_GONE:
+            return OwnerGone("the owner of the memory is gone")
+        case _native.END_OWNER_WRONG:
+            return HandshakeError(end.text)
+    return PagenetError(f"cannot go on placing pages: {os.strerror(end.error or errno.EIO)}")
+
+
+def owned(stack: ExitStack, fd: int) -> int:
     stack.callback(os.close, fd)
     return fd
 
 
 def _detached(stack: ExitStack, connection: Connection) -> int:
     assert isinstance(connection, Detachable)
-    return _owned(stack, connection.detach())
+    return owned(stack, connection.detach())

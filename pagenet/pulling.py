@@ -25,7 +25,7 @@ from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
 from .statistics import TransferStatistics
 from .target import Owner, Target
-from .transport import Connection
+from .transport import Connection, OneSided
 
 __all__ = ["Transfer", "pull"]
 
@@ -326,6 +326,11 @@ def _make_lanes(
     background: Background,
     cleanup: ExitStack,
 ) -> Lanes:
+    first = connections[0]
+    if isinstance(first, OneSided):
+        reading = first.make_lanes(filling, wire, connections, background, lane)
+        cleanup.callback(reading.close)
+        return reading
     if lane != "trio" and can_run_natively(filling.target, connections):
         native = NativeLanes(filling, wire, connections, background)
         cleanup.callback(native.close)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -24,6 +25,7 @@ from .errors import (
     RemoteProtocolError,
     SourceLost,
     SourceUnreachable,
+    Unsupported,
     UsageError,
 )
 from .events import EventHandler, ignore_events
@@ -40,6 +42,7 @@ from .protocol import (
     Role,
     printable,
 )
+from .rdma import PIN_LIMIT
 from .region import Region
 from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
@@ -71,9 +74,17 @@ class Server:
     """A source that is being served. Made by :func:`serve`."""
 
     def __init__(
-        self, source: Source, native: NativeSourceLanes | None, on_stream: StreamHandler | None, on_event: EventHandler
+        self,
+        source: Source,
+        native: NativeSourceLanes | None,
+        on_stream: StreamHandler | None,
+        on_event: EventHandler,
+        pin_limit: int,
     ) -> None:
         self._source = source
+        self._pin_limit = pin_limit
+        #: the source as destinations may read it themselves, for each path on which they do
+        self._readable: dict[str, Any] = {}
         self._native = native
         self._on_stream = on_stream
         self._on_event = on_event
@@ -267,11 +278,30 @@ class Server:
     async def _run_lane(
         self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
     ) -> None:
-        if self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
+        if isinstance(connection, transport.OneSided):
+            await self._serve_reads(connection, unread)
+        elif self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
                 await TrioSourceLane(connection, self._source, self._asked).run(unread)
+
+    async def _serve_reads(self, connection: transport.OneSided, unread: bytes) -> None:
+        try:
+            path = connection.find_path()
+            if path not in self._readable:
+                self._readable[path] = connection.open_memory(self._source, self._pin_limit)
+                self._on_event("path", path=path)
+        except (Unsupported, OSError) as error:  # it was there when we began to listen
+            raise ConnectionBroken(str(error)) from None
+        async with self._telling_if_lost():
+            await connection.serve_reads(self._readable[path], unread)
+
+    def close(self) -> None:
+        """After the last connection. Idempotent."""
+        for memory in self._readable.values():
+            memory.close()
+        self._readable.clear()
 
     async def run_native_lanes(self) -> None:
         """The loops in C, if there are any."""
@@ -307,6 +337,7 @@ async def serve(
     connect: str | None = None,
     plaintext: bool = False,
     lane: LaneKind = "auto",
+    rdma_pin_limit: int = PIN_LIMIT,
     on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
@@ -314,13 +345,15 @@ async def serve(
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
     ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto`` (loops in C, for connections
-    over sockets), or ``trio`` (the same in Trio, slow and obvious). ``on_stream``: called with each stream that a destination
-    opens for the application's own bytes; its connection is closed when the call returns.
+    over sockets), or ``trio`` (the same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be
+    registered for RDMA, and so pinned, at a time. ``on_stream``: called with each stream that a destination opens for the
+    application's own bytes; its connection is closed when the call returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
     :exc:`~pagenet.errors.ConnectionBroken`.
-    Events: ``listening``, ``connected``, ``complete``, ``left``, ``lost``, ``refused``, ``waiting`` (for one that is lost).
+    Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
+    ``refused``, ``waiting`` (for one that is lost).
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
@@ -328,7 +361,8 @@ async def serve(
         native = None if lane == "trio" else NativeSourceLanes(opened)
         if native is not None:
             cleanup.callback(native.close)
-        server = Server(opened, native, on_stream, on_event)
+        server = Server(opened, native, on_stream, on_event, rdma_pin_limit)
+        cleanup.callback(server.close)
         if listen is not None:
             listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
             server.uri = listener.uri

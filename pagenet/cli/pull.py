@@ -31,7 +31,7 @@ _WORDS = {
 
 def _parser() -> Parser:
     parser = Parser("pagenet-pull", "Pull the pages of a source into memory that is in use already, or into a file.")
-    parser.add_argument("uri", metavar="URI", help="where the source listens: tcp://HOST:PORT, unix:PATH")
+    parser.add_argument("uri", metavar="URI", help="where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH")
     into = parser.add_mutually_exclusive_group(required=True)
     into.add_argument(
         "--uffd-socket",

@@ -10,8 +10,10 @@ from contextlib import ExitStack
 import trio
 
 from ..control import Control
+from ..rdma import PIN_LIMIT
 from ..serving import serve
 from ..source import Source, open_source
+from ..testing.pattern import parse_size
 from ._command import Parser, Report, add_lane_option
 from ._control import add_control_option, run_controlled
 
@@ -20,6 +22,7 @@ __all__ = ["main"]
 _WORDS = {
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",
+    "path": "pages go by {path}",
     "complete": "{peer}: has every page",
     "left": "{peer}: left before it had every page",
     "lost": "{peer}: lost: {reason}",
@@ -37,7 +40,8 @@ def _parser() -> Parser:
         "(addresses of that process); NAME=SOURCE names the block. Several make one region, one block each.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--listen", metavar="URI", help="where destinations dial: tcp://HOST:PORT (port 0 picks one), unix:PATH")
+    listen = "where destinations dial: tcp://HOST:PORT (port 0 picks one), rdma://HOST:PORT, unix:PATH"
+    where.add_argument("--listen", metavar="URI", help=listen)
     where.add_argument("--connect", metavar="URI", help="dial the destination that waits there (pagenet-pull --listen)")
     parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
     parser.add_argument("--once", action="store_true", help="end, with exit code 0, when a destination has every page")
@@ -47,6 +51,13 @@ def _parser() -> Parser:
         type=_identity,
         help="what the memory was called when a transfer began that is to go on (pagenet-qemu migrate says it); it must be as "
         "it was then",
+    )
+    parser.add_argument(
+        "--rdma-pin-limit",
+        type=parse_size,
+        default=PIN_LIMIT,
+        metavar="SIZE",
+        help="memory that rdma:// may register, and so pin, at a time (default: 256M)",
     )
     add_lane_option(parser)
     add_control_option(parser)
@@ -81,6 +92,7 @@ async def _serve_source(
         connect=options.connect,
         plaintext=options.plaintext,
         lane=options.lane,
+        rdma_pin_limit=options.rdma_pin_limit,
         on_event=report,
     ) as server:
         control.subject = server

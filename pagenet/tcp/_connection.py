@@ -35,6 +35,13 @@ class SocketConnection:
     def peer(self) -> str:
         return self._peer
 
+    @property
+    def local_host(self) -> str:
+        """The address of this end, without the port; empty where there is none."""
+        self._check_open()
+        address = self._socket.getsockname()
+        return str(address[0]) if isinstance(address, tuple) else ""
+
     async def send(self, *buffers: Buffer) -> None:
         self._check_open()
         with self._sending:

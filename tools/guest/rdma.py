@@ -148,7 +148,7 @@ def write_command(exchange: Path, command: Sequence[str]) -> None:
     kept = {name: value for name, value in os.environ.items() if name == "PYTHONPATH" or name.startswith("PAGENET_")}
     lines = [
         "#!/bin/sh",
-        "export HOME=/root LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 PAGENET_RDMA_GUEST=1",
+        "export HOME=/root LANG=C.UTF-8 PAGENET_RDMA_GUEST=1",
         *(f"export {name}={shlex.quote(value)}" for name, value in kept.items()),
         f"cd {shlex.quote(os.getcwd())} || exit 125",
         f"exec {shlex.join(command)}",

@@ -1,0 +1,99 @@
+/* The inside of a destination's lane, for lanes that bring their pages in another way: what they share is how faults are read
+ * and how pages are placed. */
+#ifndef PAGENET_LANE_H
+#define PAGENET_LANE_H
+#include "dest.h"
+#include "wire.h"
+
+struct epoll_event;
+
+#define UNWATCHED 0xffffffffu /* no event mask of epoll's */
+
+enum {
+    SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
+    OUTBOX = SLOTS * 24,    /* room for each of them */
+    STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
+    EVENTS = 64,
+    RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
+    PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
+    PREFETCH_LEAST = 32 << 10, /* may be on its way of a window that adapts, however slow the path: 0.25 ms at 1 Gbit/s */
+    MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
+    QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
+    LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
+    STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
+};
+
+struct slot {
+    uint32_t id;
+    uint8_t class_;
+    uint8_t open;
+    uint64_t next, end; /* pages on the wire, still to come */
+    uint64_t since;     /* ns */
+    const struct pn_piece *piece;
+};
+
+/* The reply whose payload is coming in. */
+struct current {
+    struct slot *slot;
+    uint8_t class_;
+    bool failed; /* what comes is not pages, but the reason why there are none */
+    uint32_t packed; /* bytes in which they come compressed, 0: as they are */
+    uint64_t first, count; /* pages of ours, still to come */
+};
+
+struct lane {
+    const struct pn_lane_config *config;
+    struct pn_dest *dest;
+    struct pn_end *end;
+    struct slot *slots;
+    uint32_t *free_slots, free_count;
+    uint8_t *outbox;
+    size_t out_start, out_end;
+    int epoll;
+    uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
+    uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
+    uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
+    uint64_t best;              /* ns that a page takes which is waited for, at best; 0: none has come */
+    uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
+    bool starved;
+    uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
+    /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
+    struct pn_reply header;
+    struct current current;
+    uint8_t *stage, *unpacked;
+    size_t stage_size, stage_room, have;
+    uint64_t piece_count; /* pages in the piece under way, 0: none */
+    bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
+    struct pn_event deferred[EVENTS]; /* faults on pages that are in place, not answered yet: the owner's memory is changing */
+    int deferred_count;
+    bool ended;
+    /* Lanes that do not ask by request and reply: instead of ask() and can_ask(). */
+    void (*ask)(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
+    bool (*can_ask)(struct lane *lane, uint32_t requests);
+};
+
+/* What this lane is about to end with, unless it has a reason to end already. */
+void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
+/* Send what is in the outbox, as far as the socket takes it. */
+void pn_lane_flush(struct lane *lane);
+/* Room in the outbox for `size` bytes. */
+bool pn_lane_has_room(struct lane *lane, size_t size);
+/* Read the uffd, and ask for what is missing: false, if it had nothing to say. */
+bool pn_lane_take_faults(struct lane *lane);
+/* Answer faults again that had to wait for the owner's memory to stand still. */
+void pn_lane_settle_deferred(struct lane *lane);
+/* Pages of one piece that came (NULL: as zeros): those that are wanted are placed, and they are no longer in flight. */
+void pn_lane_place(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages, const void *bytes);
+/* The same of pages that the caller took before they came, into the memory behind the second mapping. */
+void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
+/* A page that somebody waited for came after so long (ns). */
+void pn_lane_adapt(struct lane *lane, uint64_t latency);
+/* Whether the owner spends most of its time waiting for pages. */
+bool pn_lane_is_starved(struct lane *lane, uint64_t now);
+/* epoll_wait, until something happens or the lane's pause is over. */
+int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room);
+void pn_drain_eventfd(int fd);
+/* The run at the ring's head is done with. */
+void pn_ring_took(struct pn_ring *ring, int room_fd);
+
+#endif

@@ -1,0 +1,949 @@
+/* The destination's lanes over RDMA: ask for the key to a chunk of the source's memory, READ pages out of it, place, wake.
+ *
+ * One loop drives both queue pairs: what it does for a page of the background takes tens of microseconds, and demand is looked at
+ * before each. Faults become wants; a want is started when the keys to all its chunks are there. */
+#define _GNU_SOURCE
+#include "lane.h"
+#include "thread.h"
+#include "verbs.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum {
+    OUTBOX_BYTES = 4096 * 24, /* as every lane has */
+    WANTS = 4096,             /* runs that somebody waits for, not begun */
+    READS = 256,              /* begun at once */
+    SEND_QUEUE = 512,         /* work requests posted at once, on a queue pair */
+    ARENA_BYTES = 16 << 20,   /* where pages come that cannot come where they belong */
+    SLOT_BYTES = 256 << 10,   /* of it for one READ */
+    MIN_SLOTS = 2,
+    MAX_PART = 1 << 30,       /* of one work request */
+    AHEAD = 8,                /* chunks whose keys are asked for before the background comes to them */
+    REFUSED_NS = 10000000,    /* the source may pin no more: ask again after so long */
+    SPIN_NS = 30000,          /* look for the end of a demanded READ for so long before sleeping, with processors to spare */
+    SPIN_CPUS = 4,
+    /* A packet that is not acknowledged is sent again after 4.096 us << TIMEOUT, 0.27 s, RETRIES times: a host that is gone is
+     * noticed after 1.9 s. Seven retries would mean for ever to rdma_rxe. */
+    TIMEOUT = 16,
+    RETRIES = 6,
+    READY = 8,
+};
+
+/* ---- on the wire: docs/protocol.md ---- */
+
+enum { KEY_ASK = 1, KEY_RETURN = 2 };
+enum { KEY_HERE = 1, KEY_ZERO = 2, KEY_REFUSED = 3, KEY_FAILED = 255 };
+struct key_header {
+    uint32_t number;
+    uint8_t kind;
+    uint8_t reserved[3];
+    uint64_t first; /* page */
+    uint32_t count;
+    uint32_t length; /* of what follows */
+};
+struct key {
+    uint64_t address;
+    uint32_t rkey;
+    uint32_t reserved;
+    uint64_t zero[4]; /* a bit for each page, if they are known; absent if not */
+};
+static_assert(sizeof(struct key_header) == 24 && sizeof(struct key) == 48, "sizes on the wire");
+enum { KEY_WITHOUT_ZEROS = 16 };
+
+enum chunk_state { CHUNK_FAR, CHUNK_ASKED, CHUNK_HERE, CHUNK_ZERO };
+
+/* So many bytes of the source's memory, for which there is one key. */
+struct chunk {
+    uint64_t address;
+    uint64_t zero[4];
+    struct ibv_mr *local; /* our own memory for the same pages, where it is registered */
+    uint32_t rkey;
+    uint32_t reads;        /* under way */
+    uint32_t older, newer; /* of those that are here: chunk + 1, 0: none */
+    uint8_t state;
+    bool refused;
+};
+
+/* Pages of a piece that are to be read, claimed by us. */
+struct want {
+    const struct pn_piece *piece;
+    uint64_t first, count;
+    uint8_t class_;
+};
+
+struct wants {
+    struct want items[WANTS];
+    uint32_t count;
+};
+
+/* Pages on their way. */
+struct under_way {
+    struct want pages;
+    int slot;       /* of the stage; -1: they come where they belong */
+    uint8_t parts;  /* work requests */
+    uint64_t since; /* ns */
+    uint8_t queue_pair;
+};
+
+/* Work requests that are posted together. */
+struct batch {
+    struct ibv_send_wr requests[SEND_QUEUE];
+    struct ibv_sge parts[SEND_QUEUE];
+    uint32_t count;
+    uint32_t posted; /* and not yet completed */
+};
+
+struct pn_rdma {
+    struct lane lane; /* first: hooks get this */
+    struct pn_rdma_config config;
+    struct pn_verbs verbs;
+    struct ibv_context *context;
+    struct ibv_pd *pd;
+    struct ibv_comp_channel *channel;
+    struct ibv_cq *queues[2];
+    struct ibv_qp *pairs[2];
+    struct ibv_mr *stage_mr;
+    char *stage;
+    uint64_t slot_size;
+    struct chunk *chunks;
+    uint32_t oldest, newest, chunks_here; /* chunks + 1 */
+    uint32_t granted; /* chunks that the source lets us have at once, as far as we know */
+    uint64_t refused_until;
+    struct wants demanded, prefetched;
+    struct under_way reads[READS];
+    uint16_t free_reads[READS];
+    uint16_t free_slots[ARENA_BYTES / SLOT_BYTES];
+    uint32_t free_read_count, free_slot_count, slot_count;
+    uint32_t demand_reads;
+    struct pn_ring *ring;
+    uint64_t background, window; /* bytes of it under way, and that may be; the lane's own are for what is waited for */
+    struct batch batches[2];
+    uint8_t inbox[24 + 1024];
+    size_t have;
+    bool spins;
+};
+
+static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
+
+static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* ---- chunks ---- */
+
+static const struct pn_rdma_block *block_of(const struct pn_rdma *rdma, uint64_t page) {
+    const struct pn_rdma_block *blocks = rdma->config.blocks;
+    uint64_t low = 0, high = rdma->config.block_count;
+    while (high - low > 1) {
+        uint64_t middle = (low + high) / 2;
+        *(blocks[middle].first <= page ? &low : &high) = middle;
+    }
+    return &blocks[low];
+}
+
+static uint64_t pages_per_chunk(const struct pn_rdma *rdma, const struct pn_rdma_block *block) {
+    return block->page_size < rdma->config.chunk_size ? rdma->config.chunk_size / block->page_size : 1;
+}
+
+/* A chunk, and the pages in it. */
+struct place {
+    struct chunk *chunk;
+    uint64_t first, count;
+    uint64_t page_size;
+};
+
+static struct place place_of(struct pn_rdma *rdma, uint64_t page) {
+    const struct pn_rdma_block *block = block_of(rdma, page);
+    uint64_t pages = pages_per_chunk(rdma, block), number = (page - block->first) / pages;
+    struct place place = {
+        .chunk = &rdma->chunks[block->chunk + number],
+        .first = block->first + number * pages,
+        .page_size = block->page_size,
+    };
+    place.count = min(pages, block->first + block->pages - place.first);
+    return place;
+}
+
+/* Those that are here stand in the order of their last use. */
+static void unlink_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
+    *(chunk->older ? &rdma->chunks[chunk->older - 1].newer : &rdma->oldest) = chunk->newer;
+    *(chunk->newer ? &rdma->chunks[chunk->newer - 1].older : &rdma->newest) = chunk->older;
+}
+
+static void link_newest(struct pn_rdma *rdma, struct chunk *chunk) {
+    uint32_t number = (uint32_t)(chunk - rdma->chunks) + 1;
+    chunk->older = rdma->newest;
+    chunk->newer = 0;
+    *(rdma->newest ? &rdma->chunks[rdma->newest - 1].newer : &rdma->oldest) = number;
+    rdma->newest = number;
+}
+
+static void use_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
+    if (chunk->state == CHUNK_HERE && rdma->newest != (uint32_t)(chunk - rdma->chunks) + 1) {
+        unlink_chunk(rdma, chunk);
+        link_newest(rdma, chunk);
+    }
+}
+
+static bool say_key(struct pn_rdma *rdma, int kind, const struct place *place) {
+    struct lane *lane = &rdma->lane;
+    struct key_header header = {.kind = (uint8_t)kind, .first = place->first, .count = (uint32_t)place->count};
+    if (!pn_lane_has_room(lane, sizeof header))
+        return false;
+    memcpy(lane->outbox + lane->out_end, &header, sizeof header);
+    lane->out_end += sizeof header;
+    return true;
+}
+
+static struct place place_of_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
+    uint64_t number = (uint64_t)(chunk - rdma->chunks), low = 0, high = rdma->config.block_count;
+    while (high - low > 1) {
+        uint64_t middle = (low + high) / 2;
+        *(rdma->config.blocks[middle].chunk <= number ? &low : &high) = middle;
+    }
+    const struct pn_rdma_block *block = &rdma->config.blocks[low];
+    return place_of(rdma, block->first + (number - block->chunk) * pages_per_chunk(rdma, block));
+}
+
+/* Nothing is read there now. The source may use what it pins for other pages. */
+static void give_back(struct pn_rdma *rdma, struct chunk *chunk) {
+    struct place place = place_of_chunk(rdma, chunk);
+    if (!say_key(rdma, KEY_RETURN, &place))
+        return; /* later */
+    unlink_chunk(rdma, chunk);
+    rdma->chunks_here--;
+    chunk->state = CHUNK_FAR;
+    if (chunk->local)
+        rdma->verbs.dereg_mr(chunk->local);
+    chunk->local = NULL;
+}
+
+static bool give_back_oldest(struct pn_rdma *rdma) {
+    uint32_t number = rdma->oldest;
+    while (number && rdma->chunks[number - 1].reads)
+        number = rdma->chunks[number - 1].newer;
+    if (number)
+        give_back(rdma, &rdma->chunks[number - 1]);
+    return number;
+}
+
+/* waited_for: rather than be refused again, give back another one. */
+static void ask_for_key(struct pn_rdma *rdma, const struct place *place, bool waited_for) {
+    struct chunk *chunk = place->chunk;
+    if (chunk->state != CHUNK_FAR)
+        return;
+    bool made_room = chunk->refused && waited_for && give_back_oldest(rdma);
+    if (!made_room && rdma->refused_until && pn_now() < rdma->refused_until)
+        return;
+    if (say_key(rdma, KEY_ASK, place)) {
+        chunk->state = CHUNK_ASKED;
+        chunk->refused = false;
+    }
+}
+
+/* Whether the keys to all pages of a run (as numbered on the wire) are here; those that are not are asked for. */
+static bool has_keys(struct pn_rdma *rdma, uint64_t first, uint64_t end, bool waited_for) {
+    bool all = true;
+    while (first < end) {
+        struct place place = place_of(rdma, first);
+        if (place.chunk->state < CHUNK_HERE) {
+            ask_for_key(rdma, &place, waited_for);
+            all = false;
+        }
+        first = place.first + place.count;
+    }
+    return all;
+}
+
+/* ---- keys from the source ---- */
+
+static void wrong(struct pn_rdma *rdma, const char *what) {
+    pn_lane_end(&rdma->lane, PN_END_PROTOCOL, 0, "the peer's answer about a key %s", what);
+}
+
+static void key_came(struct pn_rdma *rdma, struct chunk *chunk, const struct key_header *header, const uint8_t *body) {
+    struct key key = {0};
+    memcpy(&key, body, header->length);
+    chunk->address = key.address;
+    chunk->rkey = key.rkey;
+    memcpy(chunk->zero, key.zero, sizeof key.zero);
+    chunk->state = CHUNK_HERE;
+    link_newest(rdma, chunk);
+    if (++rdma->chunks_here > rdma->granted)
+        rdma->granted = rdma->chunks_here;
+}
+
+static void refused(struct pn_rdma *rdma, struct chunk *chunk) {
+    chunk->state = CHUNK_FAR;
+    chunk->refused = true;
+    rdma->refused_until = pn_now() + REFUSED_NS;
+    rdma->granted = rdma->chunks_here;
+}
+
+static void answer_came(struct pn_rdma *rdma, const struct key_header *header, const uint8_t *body) {
+    const struct pn_rdma_block *last = &rdma->config.blocks[rdma->config.block_count - 1];
+    if (header->kind == KEY_FAILED) {
+        pn_lane_end(&rdma->lane, PN_END_FAILED, 0, "%.*s", (int)header->length, (const char *)body);
+        return;
+    }
+    if (header->first >= last->first + last->pages) {
+        wrong(rdma, "is for a page that there is not");
+        return;
+    }
+    struct place place = place_of(rdma, header->first);
+    if (place.chunk->state != CHUNK_ASKED || place.first != header->first || place.count != header->count)
+        wrong(rdma, "was not asked for");
+    else if (header->kind == KEY_HERE && (header->length == KEY_WITHOUT_ZEROS || header->length == sizeof(struct key)))
+        key_came(rdma, place.chunk, header, body);
+    else if (header->kind == KEY_ZERO && !header->length)
+        place.chunk->state = CHUNK_ZERO;
+    else if (header->kind == KEY_REFUSED && !header->length)
+        refused(rdma, place.chunk);
+    else
+        wrong(rdma, "makes no sense");
+}
+
+static void use_inbox(struct pn_rdma *rdma) {
+    size_t used = 0;
+    while (rdma->have - used >= sizeof(struct key_header) && !rdma->lane.ended) {
+        struct key_header header;
+        memcpy(&header, rdma->inbox + used, sizeof header);
+        if (header.length > sizeof rdma->inbox - sizeof header) {
+            wrong(rdma, "is too long");
+            return;
+        }
+        if (rdma->have - used < sizeof header + header.length)
+            break;
+        answer_came(rdma, &header, rdma->inbox + used + sizeof header);
+        used += sizeof header + header.length;
+    }
+    rdma->have -= used;
+    memmove(rdma->inbox, rdma->inbox + used, rdma->have);
+}
+
+static void receive_keys(struct pn_rdma *rdma) {
+    ssize_t got = recv(rdma->config.lane.sock, rdma->inbox + rdma->have, sizeof rdma->inbox - rdma->have, MSG_DONTWAIT);
+    if (got > 0) {
+        rdma->have += (size_t)got;
+        use_inbox(rdma);
+    } else if (got == 0) {
+        pn_lane_end(&rdma->lane, PN_END_CLOSED, 0, "");
+    } else if (errno != EAGAIN && errno != EINTR) {
+        pn_lane_end(&rdma->lane, PN_END_BROKEN, errno, "");
+    }
+}
+
+/* ---- reading ---- */
+
+static uint64_t on_wire(const struct pn_piece *piece, uint64_t page) {
+    return piece->wire_first + ((page - piece->first) << piece->shift);
+}
+
+/* A page of ours is zero if all that it consists of at the source are. */
+static bool is_zero(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
+    uint64_t at = on_wire(piece, page), end = at + (1ull << piece->shift);
+    for (; at < end; at++) {
+        struct place place = place_of(rdma, at);
+        uint64_t bit = at - place.first;
+        if (place.chunk->state != CHUNK_ZERO && !(place.chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
+            return false;
+    }
+    return true;
+}
+
+static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t first, uint64_t count, bool *zero) {
+    uint64_t same = 1;
+    *zero = is_zero(rdma, piece, first);
+    while (same < count && is_zero(rdma, piece, first + same) == *zero)
+        same++;
+    return same;
+}
+
+/* Our own memory for the pages of a chunk, as far as the piece goes, so that they come where they belong. NULL: no more may be
+ * pinned, or the chunk is a part of a page. */
+static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
+    if (place->chunk->local)
+        return place->chunk->local;
+    uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
+    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    char *start = (char *)piece->second + from * place->page_size;
+    place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, (to - from) * place->page_size, IBV_ACCESS_LOCAL_WRITE);
+    return place->chunk->local;
+}
+
+static bool within(const struct ibv_mr *mr, uint64_t address, uint64_t size) {
+    uint64_t offset = address - (uintptr_t)mr->addr;
+    return offset <= mr->length && size <= mr->length - offset;
+}
+
+/* Where pages of one chunk belong, if they can be received there: NULL if not. */
+static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct want *pages, const struct place *place) {
+    const struct pn_piece *piece = pages->piece;
+    uint64_t wire = on_wire(piece, pages->first), count = pages->count << piece->shift;
+    if (!piece->second || wire + count > place->first + place->count)
+        return NULL;
+    /* Registering takes longer than copying: for many pages, none of which anybody waits for. */
+    struct ibv_mr *mr = pages->class_ == PN_BACKGROUND ? register_local(rdma, piece, place) : place->chunk->local;
+    uint64_t to = piece->second + (pages->first - piece->first) * piece->page_size;
+    return mr && within(mr, to, pages->count * piece->page_size) ? mr : NULL;
+}
+
+static void add_part(struct batch *batch, uint64_t to, uint32_t lkey, uint64_t from, uint32_t rkey, uint64_t size) {
+    struct ibv_sge *part = &batch->parts[batch->count];
+    struct ibv_send_wr *request = &batch->requests[batch->count];
+    *part = (struct ibv_sge){.addr = to, .length = (uint32_t)size, .lkey = lkey};
+    *request = (struct ibv_send_wr){.opcode = IBV_WR_RDMA_READ, .sg_list = part, .num_sge = 1};
+    request->rdma.remote_addr = from;
+    request->rdma.rkey = rkey;
+    if (batch->count)
+        request[-1].next = request;
+    batch->count++;
+}
+
+/* A work request for each chunk that the pages lie in, the last of which tells of their end. */
+static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to, uint32_t lkey) {
+    struct batch *batch = &rdma->batches[read->queue_pair];
+    uint64_t at = on_wire(read->pages.piece, read->pages.first);
+    uint64_t end = at + (read->pages.count << read->pages.piece->shift);
+    while (at < end) {
+        struct place place = place_of(rdma, at);
+        uint64_t count = min(end, place.first + place.count) - at;
+        place.chunk->reads++;
+        use_chunk(rdma, place.chunk);
+        /* A chunk of zeros has no key: what comes there is cleared. */
+        if (place.chunk->state == CHUNK_ZERO) {
+            memset((void *)(uintptr_t)to, 0, count * place.page_size);
+        } else {
+            uint64_t from = place.chunk->address + (at - place.first) * place.page_size;
+            add_part(batch, to, lkey, from, place.chunk->rkey, count * place.page_size);
+            read->parts++;
+        }
+        to += count * place.page_size;
+        at += count;
+    }
+    batch->requests[batch->count - 1].send_flags = IBV_SEND_SIGNALED;
+    batch->requests[batch->count - 1].wr_id = (uint64_t)(read - rdma->reads);
+}
+
+static uint64_t parts_of(const struct pn_rdma *rdma, const struct want *pages) {
+    return pages->count * pages->piece->page_size / rdma->config.chunk_size + 2;
+}
+
+static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts) {
+    const struct batch *batch = &rdma->batches[queue_pair];
+    /* What nobody waits for leaves some of the stage for what somebody does. */
+    uint32_t reserved = queue_pair ? rdma->slot_count / 2 : 0;
+    return rdma->free_read_count && rdma->free_slot_count > reserved && batch->count + batch->posted + parts <= SEND_QUEUE;
+}
+
+/* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no room now. */
+static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
+    int queue_pair = pages.class_ == PN_BACKGROUND;
+    const struct pn_piece *piece = pages.piece;
+    pages.count = min(pages.count, rdma->slot_size / piece->page_size);
+    struct place place = place_of(rdma, on_wire(piece, pages.first));
+    if (!piece->shift) /* stay in one chunk, if a chunk is not a part of a page */
+        pages.count = min(pages.count, place.first + place.count - on_wire(piece, pages.first));
+    if (!has_space(rdma, queue_pair, parts_of(rdma, &pages)))
+        return 0;
+    uint64_t skipped = 0;
+    struct ibv_mr *mr = in_place(rdma, &pages, &place);
+    if (mr) {
+        pages.count = pn_take(rdma->lane.dest, pages.first, pages.count);
+        if (!pages.count) { /* its owner has given it up */
+            pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_DROPPED, 1);
+            if (!queue_pair)
+                rdma->lane.in_flight -= piece->page_size;
+            skipped = 1;
+        }
+    }
+    if (skipped)
+        return skipped;
+    struct under_way *read = &rdma->reads[rdma->free_reads[--rdma->free_read_count]];
+    *read = (struct under_way){.pages = pages, .slot = -1, .queue_pair = (uint8_t)queue_pair};
+    if (mr) {
+        add_parts(rdma, read, piece->second + (pages.first - piece->first) * piece->page_size, mr->lkey);
+    } else {
+        read->slot = rdma->free_slots[--rdma->free_slot_count];
+        add_parts(rdma, read, (uintptr_t)rdma->stage + (uint64_t)read->slot * rdma->slot_size, rdma->stage_mr->lkey);
+    }
+    rdma->demand_reads += pages.class_ == PN_DEMAND;
+    read->since = pn_now();
+    if (queue_pair)
+        rdma->background += pages.count * piece->page_size;
+    pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_REQUESTS, 1);
+    return pages.count;
+}
+
+/* Begin what can be begun of a run whose keys are here: how many pages of it are dealt with. */
+static uint64_t begin(struct pn_rdma *rdma, const struct want *want) {
+    uint64_t done = 0;
+    while (done < want->count && !rdma->lane.ended) {
+        bool zero;
+        struct want part = *want;
+        part.first += done;
+        part.count = alike(rdma, part.piece, part.first, want->count - done, &zero);
+        uint64_t begun = part.count;
+        if (zero) {
+            if (part.class_ == PN_BACKGROUND) /* which is counted apart */
+                rdma->lane.in_flight += part.count * part.piece->page_size;
+            pn_lane_place(&rdma->lane, part.class_, part.piece, part.first, part.count, NULL);
+            pn_stats_add(rdma->lane.dest->config.map, part.class_, PN_RUNS, 1);
+        } else {
+            begun = begin_read(rdma, part);
+        }
+        if (!begun)
+            break;
+        done += begun;
+    }
+    return done;
+}
+
+/* ---- wants ---- */
+
+static bool can_want(struct lane *lane, uint32_t requests) {
+    const struct pn_rdma *rdma = of_lane(lane);
+    return rdma->demanded.count + requests <= WANTS && rdma->prefetched.count + requests <= WANTS;
+}
+
+static void want(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
+    struct wants *wants = class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
+    lane->in_flight += pages * piece->page_size;
+    wants->items[wants->count++] = (struct want){.piece = piece, .first = first, .count = pages, .class_ = (uint8_t)class_};
+}
+
+/* The first that waits for keys may have others given back for it, and no other: they would take them from each other, for ever. */
+static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < wants->count; i++) {
+        struct want *item = &wants->items[i];
+        uint64_t page = on_wire(item->piece, item->first);
+        if (has_keys(rdma, page, page + (item->count << item->piece->shift), *first)) {
+            uint64_t done = begin(rdma, item);
+            item->first += done;
+            item->count -= done;
+        } else {
+            *first = false;
+        }
+        if (item->count)
+            wants->items[kept++] = *item;
+    }
+    wants->count = kept; /* placing zeros may have read faults, which came behind: they were looked at too */
+}
+
+/* ---- background ---- */
+
+/* Every page of the chunk that the piece has is in place, or given up: its key is of no more use. */
+static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
+    uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
+    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    for (uint64_t page = piece->first + (from >> piece->shift); page < piece->first + (to >> piece->shift); page++) {
+        int state = pn_map_state(rdma->lane.dest->config.map, page);
+        if (state != PN_RESIDENT && state != PN_REMOVED)
+            return false;
+    }
+    return true;
+}
+
+/* The background mostly goes on where it is: it should find the keys there when it comes. */
+static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
+    uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
+    uint32_t most = rdma->granted < AHEAD ? rdma->granted : AHEAD;
+    for (uint32_t i = 0; i < most && at < past; i++) {
+        struct place place = place_of(rdma, at);
+        if (place.chunk->state == CHUNK_FAR && !is_done(rdma, piece, &place))
+            ask_for_key(rdma, &place, false);
+        at = place.first + place.count;
+    }
+}
+
+/* The next pages of the run at the ring's head. False: nothing can be begun now. */
+static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
+    struct pn_ring *ring = rdma->ring;
+    struct pn_map *map = rdma->lane.dest->config.map;
+    uint64_t head = ring->head;
+    if (rdma->background >= rdma->window || pn_ring_used(ring) == 0)
+        return false;
+    uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
+    uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
+    *left -= missing - *first;
+    *first = missing;
+    if (*left) {
+        const struct pn_piece *piece = pn_piece_of_page(rdma->lane.dest, missing);
+        uint64_t chunk = min(min(rdma->slot_size, rdma->config.lane.chunk), rdma->window / 2) / piece->page_size;
+        struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
+        next.count = min(min(*left, chunk ? chunk : 1), piece->first + piece->count - missing);
+        uint64_t wire = on_wire(piece, missing);
+        if (!has_keys(rdma, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
+            return false;
+        next.count = pn_map_span(map, missing, missing + next.count, PN_MISSING);
+        uint64_t granted = pn_grant(rdma->lane.dest, next.count * piece->page_size, piece->page_size, &rdma->lane.pause);
+        if (next.count && granted < piece->page_size)
+            return false;
+        next.count = pn_map_claim(map, missing, granted / piece->page_size, PN_MISSING, PN_COMING);
+        uint64_t begun = next.count ? begin(rdma, &next) : 0;
+        if (begun < next.count) /* no room for the rest: as if it had not been claimed, unless somebody waits for it by now */
+            pn_map_replace(map, missing + begun, next.count - begun, PN_COMING, PN_MISSING);
+        *first += begun;
+        *left -= begun;
+        ask_ahead(rdma, piece, missing);
+        if (begun < next.count)
+            return false;
+    }
+    if (!*left)
+        pn_ring_took(ring, rdma->config.lane.room_fd);
+    return true;
+}
+
+/* ---- completions ---- */
+
+static void post(struct pn_rdma *rdma, int queue_pair) {
+    struct batch *batch = &rdma->batches[queue_pair];
+    struct ibv_send_wr *bad;
+    if (!batch->count || rdma->lane.ended)
+        return;
+    int error = rdma->context->post_send(rdma->pairs[queue_pair], batch->requests, &bad);
+    if (error)
+        pn_lane_end(&rdma->lane, PN_END_BROKEN, error < 0 ? -error : error, "");
+    batch->posted += batch->count;
+    batch->count = 0;
+}
+
+static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
+    uint64_t at = on_wire(pages->piece, pages->first), end = at + (pages->count << pages->piece->shift);
+    while (at < end) {
+        struct place place = place_of(rdma, at);
+        place.chunk->reads--;
+        if (!place.chunk->reads && place.chunk->state == CHUNK_HERE && is_done(rdma, pages->piece, &place))
+            give_back(rdma, place.chunk);
+        at = place.first + place.count;
+    }
+}
+
+static void background_came(struct pn_rdma *rdma, uint64_t bytes) {
+    rdma->background -= bytes;
+    rdma->lane.in_flight += bytes; /* placing takes it off there, where it was not counted */
+    if (pn_now() - atomic_load(&rdma->lane.dest->last_fault) > QUIET_NS)
+        rdma->window = min(rdma->window + bytes, rdma->config.lane.window_max);
+}
+
+static void came(struct pn_rdma *rdma, struct under_way *read) {
+    struct want *pages = &read->pages;
+    struct pn_map *map = rdma->lane.dest->config.map;
+    rdma->batches[read->queue_pair].posted -= read->parts;
+    rdma->demand_reads -= pages->class_ == PN_DEMAND;
+    if (pages->class_ == PN_DEMAND)
+        pn_lane_adapt(&rdma->lane, pn_now() - read->since);
+    if (read->queue_pair)
+        background_came(rdma, pages->count * pages->piece->page_size);
+    pn_stats_add(map, pages->class_, PN_RUNS, 1);
+    pn_stats_add(map, pages->class_, PN_WIRE_BYTES, pages->count * pages->piece->page_size);
+    if (read->slot < 0) {
+        pn_lane_put(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count);
+    } else {
+        const char *bytes = rdma->stage + (uint64_t)read->slot * rdma->slot_size;
+        pn_lane_place(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count, bytes);
+        rdma->free_slots[rdma->free_slot_count++] = (uint16_t)read->slot;
+    }
+    let_go_of_chunks(rdma, pages);
+    rdma->free_reads[rdma->free_read_count++] = (uint16_t)(read - rdma->reads);
+}
+
+static void failed(struct pn_rdma *rdma, const struct ibv_wc *completion) {
+    if (completion->status == IBV_WC_RETRY_EXC_ERR)
+        pn_lane_end(&rdma->lane, PN_END_BROKEN, ETIMEDOUT, "");
+    else
+        pn_lane_end(&rdma->lane, PN_END_FAILED, 0, "a READ of its memory failed: %s",
+                    rdma->verbs.wc_status_str(completion->status));
+}
+
+/* Of demand all there is; of the background one at a time, for demand is to be looked at again before the next. */
+static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
+    struct ibv_wc completions[16];
+    int room = queue_pair ? 1 : 16;
+    int got = rdma->context->poll_cq(rdma->queues[queue_pair], room, completions);
+    for (int i = 0; i < got && !rdma->lane.ended; i++)
+        if (completions[i].status == IBV_WC_SUCCESS)
+            came(rdma, &rdma->reads[completions[i].wr_id]);
+        else
+            failed(rdma, &completions[i]);
+    return got > 0;
+}
+
+static void take_channel_events(struct pn_rdma *rdma) {
+    struct ibv_cq *queue;
+    void *data;
+    while (!rdma->verbs.get_cq_event(rdma->channel, &queue, &data)) {
+        rdma->verbs.ack_cq_events(queue, 1);
+        rdma->context->req_notify_cq(queue, 0);
+    }
+}
+
+/* ---- the loop ---- */
+
+static bool watch(struct pn_rdma *rdma, int fd, uint32_t events, uint32_t *watched) {
+    struct epoll_event event = {.events = events, .data.fd = fd};
+    bool is_new = *watched == UNWATCHED;
+    if (*watched == events)
+        return true;
+    *watched = events;
+    return !epoll_ctl(rdma->lane.epoll, is_new ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
+}
+
+static void act(struct pn_rdma *rdma, int fd) {
+    const struct pn_lane_config *config = &rdma->config.lane;
+    if (fd == config->stop_fd)
+        pn_lane_end(&rdma->lane, PN_END_STOPPED, 0, "");
+    else if (fd == rdma->lane.dest->config.uffd)
+        pn_lane_take_faults(&rdma->lane);
+    else if (fd == config->sock)
+        receive_keys(rdma);
+    else if (fd == rdma->channel->fd)
+        take_channel_events(rdma);
+    else
+        pn_drain_eventfd(fd);
+}
+
+/* The source may pin no more: when to ask it again. */
+static void pause_until_asking(struct pn_rdma *rdma) {
+    uint64_t now = pn_now(), left = rdma->refused_until > now ? rdma->refused_until - now : 0;
+    if (left)
+        rdma->lane.pause = min(rdma->lane.pause, left);
+}
+
+static void begin_all(struct pn_rdma *rdma) {
+    struct lane *lane = &rdma->lane;
+    bool first = true;
+    begin_wants(rdma, &rdma->demanded, &first);
+    post(rdma, 0);
+    begin_wants(rdma, &rdma->prefetched, &first);
+    post(rdma, 0);
+    uint64_t now = pn_now();
+    if (pn_lane_is_starved(lane, now))
+        rdma->window = min(STARVED_BYTES, lane->config->window_min);
+    else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
+        rdma->window = lane->config->window_min;
+    lane->pause = UINT64_MAX;
+    while (!lane->ended && begin_next(rdma, first))
+        ;
+    pause_until_asking(rdma);
+    post(rdma, 1);
+    pn_lane_flush(lane);
+}
+
+/* With processors to spare, the end of a READ that somebody waits for is looked for before sleeping. */
+static bool spin(struct pn_rdma *rdma) {
+    uint64_t until = rdma->spins && rdma->demand_reads ? pn_now() + SPIN_NS : 0;
+    while (until && pn_now() < until)
+        if (take_completions(rdma, 0))
+            return true;
+    return false;
+}
+
+static void turn(struct pn_rdma *rdma) {
+    struct lane *lane = &rdma->lane;
+    struct epoll_event ready[READY];
+    bool busy = take_completions(rdma, 0);
+    busy = take_completions(rdma, 1) || busy;
+    busy = spin(rdma) || busy;
+    if (lane->ended)
+        return;
+    begin_all(rdma);
+    watch(rdma, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events);
+    watch(rdma, lane->dest->config.uffd, can_want(lane, 3 * 64) ? EPOLLIN : 0, &lane->work_events);
+    if (busy)
+        lane->pause = 0;
+    int count = pn_lane_wait(lane, ready, READY);
+    for (int i = 0; i < count && !lane->ended; i++)
+        act(rdma, ready[i].data.fd);
+    if (lane->deferred_count && !lane->ended)
+        pn_lane_settle_deferred(lane);
+}
+
+static void loop(void *argument) {
+    struct pn_rdma *rdma = argument;
+    for (int i = 0; i < 2; i++)
+        rdma->context->req_notify_cq(rdma->queues[i], 0);
+    while (!rdma->lane.ended)
+        turn(rdma);
+}
+
+void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end) {
+    rdma->config.lane.sock = sock;
+    rdma->lane.end = end;
+    if (pn_run_loop(0, loop, rdma))
+        pn_lane_end(&rdma->lane, PN_END_NO_MEMORY, ENOMEM, "");
+}
+
+/* ---- life ---- */
+
+uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair) { return rdma->pairs[queue_pair]->qp_num; }
+
+static int make_queue_pair(struct pn_rdma *rdma, int i) {
+    rdma->queues[i] = rdma->verbs.create_cq(rdma->context, SEND_QUEUE, NULL, rdma->channel, 0);
+    if (!rdma->queues[i])
+        return -errno;
+    struct ibv_qp_init_attr attributes = {
+        .send_cq = rdma->queues[i],
+        .recv_cq = rdma->queues[i],
+        .cap = {.max_send_wr = SEND_QUEUE, .max_recv_wr = 1, .max_send_sge = 1, .max_recv_sge = 1},
+        .qp_type = IBV_QPT_RC,
+    };
+    rdma->pairs[i] = rdma->verbs.create_qp(rdma->pd, &attributes);
+    if (!rdma->pairs[i])
+        return -errno;
+    struct ibv_qp_attr start = {.qp_state = IBV_QPS_INIT, .port_num = (uint8_t)rdma->config.port};
+    return -rdma->verbs.modify_qp(rdma->pairs[i], &start,
+                                  IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
+}
+
+int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn, const struct pn_rdma_peer *peer) {
+    struct ibv_qp_attr attributes = {
+        .qp_state = IBV_QPS_RTR,
+        .path_mtu = peer->mtu,
+        .dest_qp_num = peer->number,
+        .rq_psn = peer->psn,
+        .max_dest_rd_atomic = 1,
+        .min_rnr_timer = 12,
+        .ah_attr = {.dlid = peer->lid, .is_global = 1, .port_num = (uint8_t)rdma->config.port, .hop_limit = 64,
+                    .sgid_index = (uint8_t)rdma->config.gid_index},
+    };
+    memcpy(attributes.ah_attr.dgid, peer->gid, sizeof peer->gid);
+    int error = rdma->verbs.modify_qp(rdma->pairs[queue_pair], &attributes,
+                                      IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
+                                          IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
+    if (error)
+        return -error;
+    struct ibv_qp_attr sending = {
+        .qp_state = IBV_QPS_RTS,
+        .sq_psn = psn,
+        .timeout = TIMEOUT,
+        .retry_cnt = RETRIES,
+        .rnr_retry = RETRIES,
+        .max_rd_atomic = peer->reads,
+    };
+    return -rdma->verbs.modify_qp(rdma->pairs[queue_pair], &sending,
+                                  IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+                                      IBV_QP_MAX_QP_RD_ATOMIC);
+}
+
+static int prepare_device(struct pn_rdma *rdma) {
+    int error = pn_verbs_load(&rdma->verbs);
+    if (error)
+        return error;
+    rdma->context = pn_verbs_open(&rdma->verbs, rdma->config.device);
+    if (!rdma->context || !(rdma->pd = rdma->verbs.alloc_pd(rdma->context)) ||
+        !(rdma->channel = rdma->verbs.create_comp_channel(rdma->context)))
+        return errno ? -errno : -ENODEV;
+    if (fcntl(rdma->channel->fd, F_SETFL, O_NONBLOCK))
+        return -errno;
+    for (int i = 0; i < 2 && !error; i++)
+        error = make_queue_pair(rdma, i);
+    return error;
+}
+
+static int prepare_stage(struct pn_rdma *rdma) {
+    uint64_t largest = rdma->lane.dest->config.max_page_size;
+    rdma->slot_size = largest > SLOT_BYTES ? largest : SLOT_BYTES;
+    rdma->slot_count = (uint32_t)(ARENA_BYTES / rdma->slot_size);
+    if (rdma->slot_count < MIN_SLOTS)
+        rdma->slot_count = MIN_SLOTS;
+    uint64_t size = rdma->slot_count * rdma->slot_size;
+    rdma->stage = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (rdma->stage == MAP_FAILED)
+        return -errno;
+    rdma->stage_mr = rdma->verbs.reg_mr(rdma->pd, rdma->stage, size, IBV_ACCESS_LOCAL_WRITE);
+    return rdma->stage_mr ? 0 : -errno;
+}
+
+static int prepare_memory(struct pn_rdma *rdma) {
+    uint64_t size = rdma->config.chunk_count * sizeof *rdma->chunks;
+    rdma->chunks = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    rdma->lane.outbox = malloc(OUTBOX_BYTES);
+    if (rdma->chunks == MAP_FAILED || !rdma->lane.outbox)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < READS; i++)
+        rdma->free_reads[rdma->free_read_count++] = (uint16_t)(READS - 1 - i);
+    for (uint32_t i = 0; i < rdma->slot_count; i++)
+        rdma->free_slots[rdma->free_slot_count++] = (uint16_t)i;
+    rdma->granted = AHEAD;
+    rdma->spins = sysconf(_SC_NPROCESSORS_ONLN) >= SPIN_CPUS;
+    return 0;
+}
+
+static int prepare_loop(struct pn_rdma *rdma) {
+    struct lane *lane = &rdma->lane;
+    uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED};
+    lane->sock_events = lane->work_events = UNWATCHED;
+    lane->window = PREFETCH_LEAST;
+    rdma->window = lane->config->window_min;
+    lane->ask = want;
+    lane->can_ask = can_want;
+    lane->epoll = epoll_create1(EPOLL_CLOEXEC);
+    bool ok = lane->epoll >= 0 && watch(rdma, lane->config->stop_fd, EPOLLIN, &others[0]) &&
+              watch(rdma, lane->config->work_fd, EPOLLIN, &others[1]) && watch(rdma, rdma->channel->fd, EPOLLIN, &others[2]);
+    return ok ? 0 : -errno;
+}
+
+struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
+    struct pn_rdma *rdma = calloc(1, sizeof *rdma);
+    if (!rdma) {
+        *error = -ENOMEM;
+        return NULL;
+    }
+    rdma->config = *config;
+    rdma->ring = config->lane.ring;
+    rdma->config.lane.ring = NULL; /* to what it has in common with others, this is a demand lane */
+    rdma->lane = (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .stage = MAP_FAILED, .epoll = -1};
+    rdma->stage = MAP_FAILED;
+    rdma->chunks = MAP_FAILED;
+    errno = 0;
+    *error = prepare_device(rdma);
+    *error = *error ? *error : prepare_stage(rdma);
+    *error = *error ? *error : prepare_memory(rdma);
+    *error = *error ? *error : prepare_loop(rdma);
+    if (!*error)
+        return rdma;
+    pn_rdma_free(rdma);
+    return NULL;
+}
+
+static void free_memory(struct pn_rdma *rdma) {
+    if (rdma->stage_mr)
+        rdma->verbs.dereg_mr(rdma->stage_mr);
+    if (rdma->stage != MAP_FAILED)
+        munmap(rdma->stage, rdma->slot_count * rdma->slot_size);
+    for (uint32_t number = rdma->oldest; number; number = rdma->chunks[number - 1].newer)
+        if (rdma->chunks[number - 1].local)
+            rdma->verbs.dereg_mr(rdma->chunks[number - 1].local);
+    if (rdma->chunks != MAP_FAILED)
+        munmap(rdma->chunks, rdma->config.chunk_count * sizeof *rdma->chunks);
+    if (rdma->lane.epoll >= 0)
+        close(rdma->lane.epoll);
+    free(rdma->lane.outbox);
+}
+
+/* The queue pairs go first: nothing is written to our memory after that. */
+void pn_rdma_free(struct pn_rdma *rdma) {
+    for (int i = 0; i < 2; i++) {
+        if (rdma->pairs[i])
+            rdma->verbs.destroy_qp(rdma->pairs[i]);
+        if (rdma->queues[i])
+            rdma->verbs.destroy_cq(rdma->queues[i]);
+    }
+    free_memory(rdma);
+    if (rdma->channel)
+        rdma->verbs.destroy_comp_channel(rdma->channel);
+    if (rdma->pd)
+        rdma->verbs.dealloc_pd(rdma->pd);
+    if (rdma->context)
+        rdma->verbs.close_device(rdma->context);
+    pn_verbs_unload(&rdma->verbs);
+    free(rdma);
+}

@@ -1,0 +1,21 @@
+"""Pages read out of the source's memory by the destination, over RDMA: ``rdma://HOST:PORT[?device=NAME&gid=INDEX]``.
+
+::
+
+    _constants.py   what was chosen, and why
+    _pyverbs.py     where pyverbs is, and its errors in one line
+    _path.py        which device, port and GID
+    _wire.py        what the two sides tell each other, without I/O
+    _transport.py   RdmaTransport: a TCP connection carries what is said
+    _memory.py      the source: memory registered in chunks, and the keys to them
+    _lanes.py       the destination: the loop in C, started and stopped
+    _read_lanes.py  the same in Trio and pyverbs, slow and obvious
+"""
+
+from __future__ import annotations
+
+from ._constants import PIN_LIMIT
+from ._path import default_path
+from ._transport import RdmaTransport
+
+__all__ = ["PIN_LIMIT", "RdmaTransport", "default_path"]

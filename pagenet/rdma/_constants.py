@@ -1,0 +1,20 @@
+"""The numbers of this backend."""
+
+from __future__ import annotations
+
+# Of the source's memory, registered at the same time, whoever reads it. Registered memory cannot be swapped or moved: a source
+# pins as much as destinations are at work on, not all that it has.
+PIN_LIMIT = 256 << 20
+# Keys that each connection may have in any case: who has fewer can give none back to make room, and would wait for others.
+KEYS_IN_ANY_CASE = 4
+
+# READs on their way on a queue pair. Devices do 16 and more; rdma_rxe 128.
+MAX_READS = 16
+
+# As in native/rdma.c, which says why.
+TIMEOUT = 16
+RETRIES = 6
+
+# What may be on its way while there are faults, and when there have been none for a while. A page of shared memory that the
+# background reads in place cannot be overtaken by a fault on it, so this is what such a fault may wait for.
+WINDOW_BYTES = (256 << 10, 2 << 20)

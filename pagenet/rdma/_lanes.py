@@ -1,0 +1,141 @@
+"""The destination's lanes over RDMA: a loop in C over both queue pairs, in a thread that Trio starts, stops and joins.
+
+In C, because pyverbs holds the GIL in all that it does, and a page that somebody waits for does not wait for Python.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import trio
+
+from .. import _native
+from ..background import Background
+from ..errors import ConnectionBroken, SourceLost, Unsupported, UsageError
+from ..filling import Filling
+from ..native_lanes import LoopLanes, lane_error, owned
+from ..region import Region
+from ..session import receive_exactly
+from ..target import Target
+from ..transport import Connection
+from ..uffd import UffdTarget
+from ._constants import KEYS_IN_ANY_CASE, WINDOW_BYTES
+from ._path import Path
+from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
+
+__all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "exchange"]
+
+
+class Carrier(Connection, Protocol):
+    """What carries the words: a connection with an address of this host's, and a socket to give away."""
+
+    @property
+    def local_host(self) -> str: ...
+
+    def detach(self) -> int: ...
+
+
+def can_run_in_c(target: Target) -> bool:
+    return isinstance(target, UffdTarget)
+
+
+class RdmaLanes(LoopLanes):
+    """Queue pairs for demand and background, set up over ``carriers``, the first of which carries keys from then on."""
+
+    def __init__(
+        self, filling: Filling, wire: Region, carriers: Sequence[Carrier], path: Path, background: Background, peer: str
+    ) -> None:
+        for ours, theirs in zip(filling.region.blocks, wire.blocks, strict=True):
+            if ours.page_size > max(theirs.page_size, KEYS_IN_ANY_CASE * CHUNK_SIZE):
+                raise UsageError(f"block {ours.name!r} is in pages of {ours.page_size} bytes: over RDMA, 4 MiB is the most")
+        super().__init__(filling, wire, background, rings=1)
+        self._wire = wire
+        self._carriers = carriers
+        self._path = path
+        self._peer = peer
+        self.name = f"rdma by {path}"
+
+    async def _run_loops(self) -> None:
+        try:
+            loop, sock = await self._set_up()
+        except ConnectionBroken as error:
+            raise SourceLost(f"the source is gone: {error}") from None
+        end = await trio.to_thread.run_sync(loop.run, sock, limiter=trio.CapacityLimiter(1))
+        if end.kind != _native.END_STOPPED:
+            raise lane_error(end, self._peer)
+
+    async def _set_up(self) -> tuple[_native.RdmaLoop, int]:
+        """Join both queue pairs to the source's: the loop, and the socket on which keys travel."""
+        path = self._path
+        loop = await trio.to_thread.run_sync(self._make_loop)
+        self._cleanup.callback(loop.close)
+        for number, carrier in enumerate(self._carriers):
+            psn = secrets.randbelow(1 << 24)
+            ours = Endpoint(path.gid, path.lid, loop.number(number), psn, path.mtu, path.reads)
+            theirs = await exchange(carrier, ours)
+            with _refusals(path):
+                loop.connect(
+                    number,
+                    psn,
+                    gid=theirs.gid,
+                    number=theirs.number,
+                    peer_psn=theirs.psn,
+                    lid=theirs.lid,
+                    mtu=min(path.mtu, theirs.mtu),
+                    reads=min(path.reads, theirs.reads),
+                )
+        return loop, owned(self._cleanup, self._carriers[0].detach())
+
+    def _make_loop(self) -> _native.RdmaLoop:
+        path = self._path
+        blocks, chunks = _chunk_table(self._wire)
+        with _refusals(path):
+            return _native.RdmaLoop(
+                self._dest,
+                self._stop_fd,
+                self._rings[0],
+                WINDOW_BYTES,
+                self._background.chunk,
+                device=path.device,
+                port=path.port,
+                gid_index=path.gid_index,
+                blocks=blocks,
+                chunks=chunks,
+                chunk_size=CHUNK_SIZE,
+            )
+
+
+async def exchange(connection: Connection, ours: Endpoint) -> Endpoint:
+    """Tell the source where our queue pair is: where its own is."""
+    await connection.send(ours.encode())
+    answer = bytearray(ENDPOINT.size)
+    await receive_exactly(connection, memoryview(answer))
+    return Endpoint.decode(bytes(answer))
+
+
+def _chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
+    """For each block its first page, pages, page size and first chunk; and how many chunks there are."""
+    blocks, chunks = [], 0
+    for first, block in zip(wire.first_pages, wire.blocks, strict=False):
+        pages = block.size // block.page_size
+        blocks.append((first, pages, block.page_size, chunks))
+        chunks += -(-pages // chunk_pages(block.page_size))
+    return blocks, chunks
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """What the device refuses, as :exc:`Unsupported` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        hint = ""
+        if error.errno == errno.ENOENT:
+            hint = " (is libibverbs there? Debian: apt install ibverbs-providers)"
+        elif error.errno == errno.ENOMEM:
+            hint = " (it takes locked memory: `ulimit -l unlimited`, or CAP_IPC_LOCK)"
+        raise Unsupported(f"cannot use {path} for RDMA: {error.strerror}{hint}") from None

@@ -1,0 +1,54 @@
+"""pyverbs, wherever it is, and what it says when something fails."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from typing import Any
+
+from ..errors import Unsupported
+
+__all__ = ["load", "translated"]
+
+# A virtual environment does not look here, and pyverbs is not to be had from PyPI for the libibverbs of most systems.
+SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
+
+
+def load(name: str) -> Any:
+    """The module ``pyverbs.name``. :exc:`Unsupported` if there is none for this Python."""
+    _find_package()
+    try:
+        return importlib.import_module(f"pyverbs.{name}")
+    except ImportError as error:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        raise Unsupported(
+            f"RDMA takes pyverbs for this Python {version}, and it cannot be imported ({error}): "
+            "install it (Debian: apt install python3-pyverbs ibverbs-providers)"
+        ) from None
+
+
+def _find_package() -> None:
+    if "pyverbs" in sys.modules or importlib.util.find_spec("pyverbs") is not None:
+        return
+    spec = PathFinder.find_spec("pyverbs", [SYSTEM_PACKAGES])
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["pyverbs"] = module
+        spec.loader.exec_module(module)
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """:exc:`OSError`, with what was done and why it failed, for errors of pyverbs."""
+    errors = load("pyverbs_error")
+    try:
+        yield
+    except errors.PyverbsError as error:
+        number = getattr(error, "error_code", 0) or errno.EIO
+        raise OSError(number, f"cannot {doing}: {os.strerror(number)}") from None

@@ -1,0 +1,162 @@
+"""``rdma://HOST:PORT``: what is said goes over a connection of another transport, to that host and port."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import SplitResult, parse_qsl
+
+from ..errors import PagenetError, SourceUnreachable, UsageError
+from ..transport import Buffer, Listener, Transport
+from ._lanes import Carrier, RdmaLanes, can_run_in_c
+from ._memory import RegisteredMemory, serve_reads
+from ._path import Path, Wanted, check_device, choose_path
+from ._read_lanes import ReadLanes
+
+if TYPE_CHECKING:
+    from ..background import Background
+    from ..filling import Filling
+    from ..lane import LaneKind, Lanes
+    from ..region import Region
+    from ..source import Source
+
+_SHAPE = "say rdma://HOST:PORT, with ?device=NAME and &gid=INDEX if need be"
+
+
+class RdmaConnection:
+    """A :class:`~pagenet.transport.Connection`, and :class:`~pagenet.transport.OneSided`. Owns ``carrier``."""
+
+    def __init__(self, carrier: Carrier, wanted: Wanted) -> None:
+        self.carrier = carrier
+        self._wanted = wanted
+        self._path: Path | None = None
+        self.peer = _renamed(carrier.peer)
+
+    def __repr__(self) -> str:
+        return f"<RdmaConnection by way of {self.carrier!r}>"
+
+    async def send(self, *buffers: Buffer) -> None:
+        await self.carrier.send(*buffers)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        return await self.carrier.receive_into(buffer)
+
+    def close(self) -> None:
+        self.carrier.close()
+
+    @property
+    def path(self) -> Path:
+        if self._path is None:
+            self._path = choose_path(self._wanted, self.carrier.local_host)
+        return self._path
+
+    def find_path(self) -> str:
+        return str(self.path)
+
+    def open_memory(self, source: Source, pin_limit: int) -> RegisteredMemory:
+        return RegisteredMemory(source, self.path, pin_limit)
+
+    async def serve_reads(self, memory: Any, unread: bytes) -> None:
+        assert isinstance(memory, RegisteredMemory)
+        await serve_reads(self, self.path, memory, unread)
+
+    def make_lanes(
+        self, filling: Filling, wire: Region, connections: Sequence[Any], background: Background, kind: LaneKind
+    ) -> Lanes:
+        if len(connections) > 2:
+            raise UsageError("over RDMA the background has one queue pair, which fills the network: leave --background-lanes")
+        if kind != "trio" and can_run_in_c(filling.target):
+            carriers = [connection.carrier for connection in connections]
+            return RdmaLanes(filling, wire, carriers, self.path, background, self.peer)
+        if kind == "native":
+            raise UsageError("lanes in C need memory behind a userfaultfd: use lane trio")
+        return ReadLanes(filling, wire, connections, self.path, background)
+
+
+class RdmaListener:
+    """A :class:`~pagenet.transport.Listener`. Owns ``carrier``."""
+
+    def __init__(self, carrier: Listener, wanted: Wanted) -> None:
+        self._carrier = carrier
+        self._wanted = wanted
+        self.uri = _renamed(carrier.uri)
+
+    async def accept(self) -> RdmaConnection:
+        carrier: Any = await self._carrier.accept()
+        return RdmaConnection(carrier, self._wanted)
+
+    def close(self) -> None:
+        self._carrier.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class RdmaTransport:
+    """A :class:`~pagenet.transport.Transport`. ``carrier`` is the one for ``tcp://``, whose host and port this one has.
+
+    ``?device=`` and ``&gid=`` name a device and the index of one of its GIDs, on the side that is given them: a listener's URI,
+    as others are to dial it, is without.
+    """
+
+    def __init__(self, carrier: Transport) -> None:
+        self._carrier = carrier
+
+    async def dial(self, uri: SplitResult) -> RdmaConnection:
+        """:exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        wanted = _wanted(uri)
+        check_device(wanted)
+        try:
+            carrier: Any = await self._carrier.dial(_carriers(uri))
+        except (UsageError, SourceUnreachable) as error:
+            raise _reworded(error) from error
+        return RdmaConnection(carrier, wanted)
+
+    async def listen(self, uri: SplitResult) -> RdmaListener:
+        """:exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        wanted = _wanted(uri)
+        check_device(wanted)
+        try:
+            carrier = await self._carrier.listen(_carriers(uri))
+        except UsageError as error:
+            raise _reworded(error) from error
+        return RdmaListener(carrier, wanted)
+
+    def is_private(self, uri: SplitResult) -> bool:
+        _wanted(uri)
+        try:
+            return self._carrier.is_private(_carriers(uri))
+        except UsageError as error:
+            raise _reworded(error) from error
+
+
+def _wanted(uri: SplitResult) -> Wanted:
+    values: dict[str, str] = {}
+    try:
+        pairs = parse_qsl(uri.query, keep_blank_values=True, strict_parsing=True) if uri.query else []
+    except ValueError:
+        raise UsageError(f"{uri.geturl()}: what is {uri.query!r} for? {_SHAPE}") from None
+    for name, value in pairs:
+        if name not in ("device", "gid") or name in values or not value:
+            raise UsageError(f"{uri.geturl()}: what is {f'{name}={value}'!r} for? {_SHAPE}")
+        values[name] = value
+    gid = values.get("gid")
+    if gid is not None and not (gid.isascii() and gid.isdecimal() and int(gid) < 256):
+        raise UsageError(f"{uri.geturl()}: {gid!r} is no index of a GID, a number from 0 to 255")
+    return Wanted(values.get("device"), None if gid is None else int(gid))
+
+
+def _carriers(uri: SplitResult) -> SplitResult:
+    return uri._replace(scheme="tcp", query="")
+
+
+def _renamed(uri: str) -> str:
+    return uri.replace("tcp://", "rdma://", 1)
+
+
+def _reworded(error: PagenetError) -> PagenetError:
+    return type(error)(str(error).replace("tcp://", "rdma://"))

@@ -1,0 +1,176 @@
+"""What the two sides tell each other on a lane, after its hello, with no I/O in it. ``docs/protocol.md`` is the specification.
+
+First each says where its queue pair is, the destination first: an :class:`Endpoint`. From then on the destination asks for keys
+to chunks of the region, and gives them back; the source answers the asking, in order.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ..errors import RemoteProtocolError
+from ..protocol import MAX_REASON_BYTES, printable
+from ..region import Region, Run
+
+__all__ = [
+    "CHUNK_SIZE",
+    "Answer",
+    "Asking",
+    "Endpoint",
+    "Key",
+    "Kind",
+    "chunk_pages",
+    "chunk_run",
+    "decode_answer",
+    "decode_askings",
+    "encode_key",
+    "encode_word",
+    "read_key",
+]
+
+MAGIC = b"PGRD"
+VERSION = 1
+ENDPOINT = struct.Struct("<4sBBBB16sHHII")  # magic, version, mtu, reads, reserved, gid, lid, reserved, number, psn
+KEY_HEADER = struct.Struct("<IB3xQII")  # reserved, kind, first page, pages, length of what follows
+KEY = struct.Struct("<QII")  # address, key, reserved; then a bit for each page that is zero
+ZERO_MAP_BYTES = 32
+# What one key is for. Registering costs a system call and the pinning of each page, so many pages share it; and it is done when
+# the first of them is wanted, so few do. 1 MiB was Yabusame's choice; others were not measured.
+CHUNK_SIZE = 1 << 20
+SMALLEST_MTU, LARGEST_MTU = 1, 5
+
+
+class Kind(IntEnum):
+    # destination to source
+    ASK = 1
+    RETURN = 2
+
+
+class Answer(IntEnum):
+    # source to destination
+    HERE = 1
+    ZERO = 2
+    REFUSED = 3
+    FAILED = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One side's queue pair. ``mtu``: the verbs' number of the largest packet; ``reads``: that it does at once."""
+
+    gid: bytes
+    lid: int
+    number: int
+    psn: int
+    mtu: int
+    reads: int
+
+    def encode(self) -> bytes:
+        return ENDPOINT.pack(MAGIC, VERSION, self.mtu, self.reads, 0, self.gid, self.lid, 0, self.number, self.psn)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Endpoint:
+        magic, version, mtu, reads, _, gid, lid, _, number, psn = ENDPOINT.unpack(data)
+        if magic != MAGIC:
+            raise RemoteProtocolError("the peer does not speak of RDMA: say rdma:// on both sides, or on none")
+        if version != VERSION:
+            raise RemoteProtocolError(f"the peer speaks of RDMA in version {version}; this pagenet knows version {VERSION}")
+        if not SMALLEST_MTU <= mtu <= LARGEST_MTU or not reads or number >= 1 << 24 or psn >= 1 << 24:
+            raise RemoteProtocolError("the peer's queue pair makes no sense")
+        return cls(gid, lid, number, psn, mtu, reads)
+
+
+# ---- chunks ----
+
+
+def chunk_pages(page_size: int) -> int:
+    """Pages in a chunk: a page that is larger is a chunk of its own."""
+    return max(1, CHUNK_SIZE // page_size)
+
+
+def chunk_run(region: Region, page: int) -> Run:
+    """The chunk that ``page`` is in."""
+    index = region.block_index(page)
+    pages = chunk_pages(region.blocks[index].page_size)
+    first = region.first_pages[index] + (page - region.first_pages[index]) // pages * pages
+    return Run(first, min(pages, region.first_pages[index + 1] - first))
+
+
+# ---- keys ----
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    kind: Kind
+    run: Run
+
+    def encode(self) -> bytes:
+        return KEY_HEADER.pack(0, self.kind, self.run.first, self.run.count, 0)
+
+
+def decode_askings(unread: bytearray, region: Region) -> Iterator[Asking]:
+    """All whole ones at the beginning of ``unread``, which are taken out of it."""
+    while len(unread) >= KEY_HEADER.size:
+        _, kind, first, count, length = KEY_HEADER.unpack_from(unread)
+        del unread[: KEY_HEADER.size]
+        run = Run(first, count)
+        if kind not in (Kind.ASK, Kind.RETURN) or length:
+            raise RemoteProtocolError("the peer asks for no key, nor gives one back")
+        if not region.contains(run) or chunk_run(region, first) != run:
+            raise RemoteProtocolError(f"the peer asks for the key to {count} pages from page {first} on: that is no chunk")
+        yield Asking(Kind(kind), run)
+
+
+def encode_key(run: Run, address: int, key: int, zero_map: bytes) -> bytes:
+    """``zero_map``: a bit for each page that is zero, or nothing if that is not known."""
+    zeros = zero_map.ljust(ZERO_MAP_BYTES, b"\0") if zero_map else b""
+    return KEY_HEADER.pack(0, Answer.HERE, run.first, run.count, KEY.size + len(zeros)) + KEY.pack(address, key, 0) + zeros
+
+
+def encode_word(answer: Answer, run: Run, reason: str = "") -> bytes:
+    text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
+    return KEY_HEADER.pack(0, answer, run.first, run.count, len(text)) + text
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The answer to an asking: ``address`` and ``key`` if ``answer`` is HERE, a ``reason`` if it is FAILED."""
+
+    answer: Answer
+    run: Run
+    address: int = 0
+    key: int = 0
+    zero_map: bytes = b""
+    reason: str = ""
+
+    def is_zero(self, page: int) -> bool:
+        """Whether that page is known to be zero."""
+        bit = page - self.run.first
+        return self.answer is Answer.ZERO or bool(self.zero_map and self.zero_map[bit // 8] >> bit % 8 & 1)
+
+
+def decode_answer(header: bytes) -> tuple[Answer, Run, int]:
+    """And the length of what follows, for :func:`read_key`."""
+    _, answer, first, count, length = KEY_HEADER.unpack(header)
+    if answer not in set(Answer):
+        raise RemoteProtocolError(f"the peer's answer about a key is of kind {answer}, which is unknown")
+    lengths: tuple[int, ...] | range = (0,)
+    if answer == Answer.HERE:
+        lengths = (KEY.size, KEY.size + ZERO_MAP_BYTES)
+    elif answer == Answer.FAILED:
+        lengths = range(MAX_REASON_BYTES + 1)
+    if length not in lengths:
+        raise RemoteProtocolError(f"the peer's answer about a key is {length} bytes long")
+    return Answer(answer), Run(first, count), length
+
+
+def read_key(answer: Answer, run: Run, body: bytes) -> Key:
+    if answer is Answer.FAILED:
+        return Key(answer, run, reason=printable(body.decode(errors="replace")))
+    if answer is not Answer.HERE:
+        return Key(answer, run)
+    address, key, _ = KEY.unpack_from(body)
+    return Key(answer, run, address, key, body[KEY.size :])
