@@ -59,7 +59,11 @@ class Filling:
         self._started = time.monotonic()
         self._seconds: float | None = None
         if self.residency.is_recovered:
-            self._recover()
+            try:
+                self._recover()
+            except BaseException:
+                self.residency.close()
+                raise
         else:
             for run in _between(target.scope(), self.region.pages):
                 self.residency.set(run, State.OUTSIDE)

@@ -48,12 +48,14 @@ from pagenet import (
     UffdSocket,
     Unsupported,
     UsageError,
+    _native,
     serve,
 )
 from pagenet._native import Mapped
+from pagenet.residency import State
 from pagenet.target import Outcome
 from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
-from pagenet.uffd._handshake import MAX_HANDSHAKE_BYTES
+from pagenet.uffd._handshake import MAX_HANDSHAKE_BYTES, Note
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
@@ -446,6 +448,74 @@ async def test_three_descriptors_in_three_pieces(reception: Reception) -> None:
         owner.send(piece, owner.uffd.fd)
         await trio.testing.wait_all_tasks_blocked()
     await check_refused(reception, owner, "more than two descriptors")
+
+
+def map_of(stack: ExitStack, flags: int = os.MFD_ALLOW_SEALING) -> int:
+    """What an owner makes for the map of its pages."""
+    file = os.memfd_create(_native.MAP_NAME, os.MFD_CLOEXEC | flags)
+    stack.callback(os.close, file)
+    return file
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+async def test_map_of_pages(with_file: bool, reception: Reception) -> None:
+    """In either order with the file behind the memory, and without it."""
+    with ExitStack() as stack:
+        memory, file = memfd_of(stack, SIZE), map_of(stack)
+        reception.connect(fd=memory).hand_over(file, *([memory] if with_file else []))
+        await reception.attached.wait()
+        assert reception.target is not None
+        assert reception.target.placement == ("continue" if with_file else "copy")
+        with reception.target.open_residency(b"source") as residency:
+            residency.set(Run(3, 1), State.RESIDENT)
+            found = _native.find_map(file)
+            assert (found.pages, found.done, found.finished) == (SIZE // PAGE, 1, False)
+            assert Note.decode(found.note).source == b"source"
+            with pytest.raises(BlockingIOError):
+                _native.lock_map(file)
+            with pytest.raises(PermissionError):
+                os.ftruncate(file, 0)
+
+
+async def test_map_that_is_not_empty(reception: Reception) -> None:
+    with ExitStack() as stack:
+        file = map_of(stack)
+        os.write(file, b"x")
+        owner = reception.connect()
+        owner.hand_over(file)
+        await check_refused(reception, owner, "is not empty: its transfer is to be resumed, not begun")
+
+
+async def test_map_that_another_process_uses(reception: Reception) -> None:
+    with ExitStack() as stack:
+        file = map_of(stack)
+        stack.callback(os.close, _native.lock_map(file))
+        owner = reception.connect()
+        owner.hand_over(file)
+        await check_refused(reception, owner, "the owner's map of pages is in use, or not to be had")
+
+
+async def test_two_maps(reception: Reception) -> None:
+    with ExitStack() as stack:
+        owner = reception.connect()
+        owner.hand_over(map_of(stack), map_of(stack))
+        await check_refused(reception, owner, "carries two maps of its pages")
+
+
+async def test_map_that_cannot_be_sealed(reception: Reception) -> None:
+    """Its owner could take it from under our feet."""
+    with ExitStack() as stack:
+        reception.connect().hand_over(map_of(stack, 0))
+        await reception.attached.wait()
+        assert reception.target is not None
+        with pytest.raises(HandshakeError, match="cannot be used: Operation not permitted"):
+            reception.target.open_residency(b"source")
+
+
+@pytest.mark.parametrize("note", [b"", b"[]", b"{", b'{"source": "x"}', b'{"source": "00", "shared": true, "mappings": []}'])
+def test_note_that_makes_no_sense(note: bytes) -> None:
+    with pytest.raises(HandshakeError):
+        Note.decode(note)
 
 
 @pytest.mark.parametrize("features", [Feature.EVENT_FORK, Feature.EVENT_REMAP])

@@ -8,12 +8,18 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import pytest
 from migrations import check_goes_on, migrate_command, status_of
 from processes import run, wait_in_faults
 from vm import VM, bare_command, check_unbroken, needs_guest, ram_of, run_vm
+
+from pagenet import Block, Region, UsageError
+from pagenet.qemu import connect_qmp, describe
+from pagenet.qemu.machine import ram_of as find_ram
+from pagenet.uffd import AttachedOwner
 
 pytestmark = needs_guest
 
@@ -170,3 +176,24 @@ async def test_both_have_one_file(tmp_path: Path) -> None:
             assert await status_of(b.qmp) == "inmigrate"
             await check_goes_on(a.serial)
             check_unbroken(a.serial)
+
+
+async def test_attached_twice(tmp_path: Path) -> None:
+    """As after a pagenet that was killed before the guest came. QEMU is as it was once both have let go."""
+    async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
+        async with connect_qmp(b.qmp) as qmp:
+            found = find_ram(b.pid, await describe(qmp))
+        region = Region([Block("ram", found.mapping.size)])
+        assert found.file is not None
+        with closing(AttachedOwner(b.pid, found.mapping, found.file)) as first:
+            target = await first.attach(region)
+            target.close(target.scope())
+            with closing(AttachedOwner(b.pid, found.mapping, found.file)) as second:
+                with pytest.raises(UsageError, match="somebody else has begun to; start that process again"):
+                    await second.attach(region)
+                await second.uproot()
+            await first.uproot()
+            target = await first.attach(region)
+            target.close(target.scope())
+            await first.uproot()
+        assert await status_of(b.qmp) == "inmigrate"

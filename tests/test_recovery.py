@@ -23,7 +23,7 @@ from processes import (
     write_pattern,
 )
 
-from pagenet import AbandonedOwner, Block, HandshakeError, Region, Run, UsageError, _native
+from pagenet import AbandonedOwner, Block, HandshakeError, OwnerGone, Region, Run, UsageError, _native
 from pagenet.filling import Filling
 from pagenet.protocol import Class
 from pagenet.residency import Residency, State
@@ -246,6 +246,21 @@ def test_two_at_once(left: Left) -> None:
     with pytest.raises(BlockingIOError):
         left.fill()
     filling.close()
+    left.fill().close()
+
+
+def test_owner_that_ends_meanwhile(left: Left, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = left.fill()
+    dead.residency.set(Run(3, 1), State.READY)
+    dead.close()
+
+    def gone(*_: object, **__: object) -> None:
+        raise OwnerGone("the owner of the memory is gone")
+
+    monkeypatch.setattr(UffdTarget, "publish", gone)
+    with pytest.raises(OwnerGone):
+        left.fill()
+    monkeypatch.undo()
     left.fill().close()
 
 

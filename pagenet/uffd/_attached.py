@@ -146,6 +146,8 @@ class AttachedOwner:
             uffd.register(self._mapping.address, self._mapping.size, Mode.MISSING)
         except OSError as error:
             what = f"the memory of process {self.pid} at {self._mapping.address:#x}"
+            if error.errno == errno.EBUSY:  # and was killed before the guest came: else it would be resumed
+                raise UsageError(f"cannot watch {what}: somebody else has begun to; start that process again") from None
             raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
         return uffd
 
