@@ -98,11 +98,17 @@ def fewer_devices(directory: Path) -> list[str]:
     return bare_command(directory, "b")
 
 
+def other_device_order(directory: Path) -> list[str]:
+    return bare_command(directory, "b", extra=["-device", "virtio-balloon-pci", *RNG])
+
+
 @pytest.mark.parametrize(("command", "says"), [
     (other_cpu_count, "the number of CPUs differs: 1 at the source, 2 at the destination"),
     (other_ram_size, "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
     (other_machine_type, "the machine type differs: pc-i440fx-7.2-machine at the source, pc-q35-7.2-machine at the"),
     (fewer_devices, "QEMU cannot load the guest's devices"),
+    (fewer_devices, "Unknown savevm section or instance '0000:00:02.0/virtio-rng'"),
+    (other_device_order, "Unknown savevm section or instance '0000:00:02.0/virtio-rng'"),
 ])  # fmt: skip
 async def test_destination_is_another_machine(command: Callable[[Path], list[str]], says: str, tmp_path: Path) -> None:
     async with run_vm(bare_command(tmp_path, "a", extra=RNG), tmp_path, "a") as a:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +20,7 @@ from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import tell_faults, telling
+from ..protocol import printable
 from ..pulling import Transfer, pull
 from ..source import open_source
 from ..transport import Connection
@@ -38,6 +41,8 @@ _CANNOT_LOAD = "QEMU cannot load the guest's devices: does the command line name
 _HANDSHAKE_TIMEOUT = 5.0
 # From the end of its monitor to its own.
 _END_TIMEOUT = 5.0
+# Of what QEMU says on its stderr: a few lines.
+_KEPT_BYTES = 600
 
 
 class Arrival:
@@ -53,6 +58,29 @@ class Arrival:
         await self.transfer.wait_complete()
 
 
+class _Complaints:
+    """What QEMU says on its stderr. It passes through ours for as long as the event loop runs, and the last of it explains
+    QEMU's end, which nothing else does."""
+
+    def __init__(self) -> None:
+        self._last = b""
+        self.ended = trio.Event()
+
+    async def pass_on(self, stream: trio.abc.ReceiveStream) -> None:
+        try:
+            async with stream:
+                async for data in stream:
+                    self._last = (self._last + bytes(data))[-_KEPT_BYTES:]
+                    with suppress(OSError):  # nobody reads ours
+                        os.write(sys.stderr.fileno(), data)
+        finally:
+            self.ended.set()
+
+    def __str__(self) -> str:
+        lines = [line for line in self._last.decode(errors="replace").splitlines() if line.strip()]
+        return printable(f"; it says: {' '.join(lines)}") if lines else ""
+
+
 class _Started:
     """The QEMU is our child."""
 
@@ -61,9 +89,15 @@ class _Started:
         self.process = process
         self.owner = owner
         self._prepared = prepared
+        self.complaints = _Complaints()
+        assert process.stderr is not None
+        # QEMU outlives the block that it was started in.
+        trio.lowlevel.spawn_system_task(self.complaints.pass_on, process.stderr)
 
     async def wait(self) -> None:
         await self.process.wait()
+        with trio.move_on_after(_END_TIMEOUT):  # a child of its own may hold its stderr
+            await self.complaints.ended.wait()
 
     def has_ended(self) -> bool:
         return self.process.returncode is not None
@@ -81,9 +115,10 @@ class _Started:
 
 
 class _Attached:
-    """The QEMU is somebody else's."""
+    """The QEMU is somebody else's, and so is its stderr."""
 
     process = None
+    complaints = ""
 
     def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
         self.pid = pid
@@ -236,7 +271,7 @@ async def _arriving(
 
 async def _start(prepared: Incoming) -> trio.Process:
     try:
-        return await trio.lowlevel.open_process(prepared.command, env=prepared.environment)
+        return await trio.lowlevel.open_process(prepared.command, env=prepared.environment, stderr=subprocess.PIPE)
     except OSError as error:
         raise UsageError(f"cannot start {prepared.command[0]}: {error.strerror}") from None
 
@@ -277,7 +312,7 @@ async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator
 
 
 def _end_of(qemu: _Qemu, is_loading: bool) -> OwnerGone:
-    return OwnerGone(_CANNOT_LOAD if is_loading else qemu.how())
+    return OwnerGone(f"{_CANNOT_LOAD if is_loading else qemu.how()}{qemu.complaints}")
 
 
 class _Arriving:
@@ -372,7 +407,9 @@ class _Arriving:
             "MIGRATION", where=lambda data: data["status"] in ("completed", "failed"), patience=_STEP_TIMEOUT
         )
         if event.data["status"] != "completed":
-            raise PagenetError(_CANNOT_LOAD)
+            with trio.move_on_after(_END_TIMEOUT):  # it ends by itself, and says why
+                await self._qemu.wait()
+            raise PagenetError(f"{_CANNOT_LOAD}{self._qemu.complaints}")
         self.is_loading = False
 
 

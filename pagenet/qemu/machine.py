@@ -16,8 +16,9 @@ from .qmp import Qmp, QmpError
 __all__ = ["CAPABILITIES", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_source"]
 
 #: What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it does, has the destination
-#: confirm that the devices' state was loaded, and waits for us with the guest stopped.
-CAPABILITIES = ("x-ignore-shared", "events", "return-path", "pause-before-switchover")
+#: confirm that the devices' state was loaded, and waits for us with the guest stopped. The destination takes its disks (and
+#: their locks) no sooner than it runs: until then the source may go on, and needs them.
+CAPABILITIES = ("x-ignore-shared", "events", "return-path", "pause-before-switchover", "late-block-activate")
 # x-ignore-shared came with 4.0, and 8.1 narrowed it to RAM that has a name.
 _OLDEST = (5, 0, 0)
 # Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet has it send.
