@@ -156,13 +156,17 @@ async def test_source_that_stands_still(tmp_path: Path) -> None:
     ("-nodefaults", "-incoming", "leave -incoming out"),
     ("size=67108864", "size=many", "is not a size"),
     ("-nodefaults", "-daemonize", "leave -daemonize out"),
+    ("-nodefaults", "--daemonize", "leave -daemonize out"),
     ("-nodefaults", "mem-lock=on", "leave mem-lock=on out"),
+    ("-nodefaults", "-mem-prealloc", "leave -mem-prealloc out"),
+    ("-no-reboot -name", "-device vfio-pci,host=1:0.0 -name", "leave vfio-pci,host=1:0.0 out"),
+    ("-no-reboot -name", "-netdev vhost-user,id=n -name", "leave vhost-user,id=n out"),
 ])  # fmt: skip
 def test_command_lines_that_cannot_receive(old: str, new: str, says: str, tmp_path: Path) -> None:
     command = bare_command(tmp_path, "b")
     try:
         with pytest.raises(UsageError, match=says):
-            prepare_incoming([word.replace(old, new) for word in command], tmp_path / "monitor", tmp_path / "uffd")
+            prepare_incoming(" ".join(command).replace(old, new).split(), tmp_path / "monitor", tmp_path / "uffd")
     finally:
         ram_of(command).unlink()
 

@@ -14,10 +14,17 @@ from ._preload import preload_library
 
 __all__ = ["Incoming", "prepare_incoming"]
 
+_WAITS = "it would wait for all of the RAM, which is yet to come"
 _UNWANTED = {
     "-incoming": "pagenet-qemu adds its own",
     "-daemonize": "pagenet-qemu stays with it until it ends",
-    "mem-lock=on": "it would wait for all of its RAM, which is yet to come",
+    "-mem-prealloc": _WAITS,
+    "mem-lock=on": _WAITS,
+}
+# Parts of a word.
+_UNWANTED_DEVICES = {
+    "vfio-": _WAITS,
+    "vhost-user": "its process would read zeros where pages are yet to come: QEMU's alone waits for them",
 }
 _HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
 
@@ -48,9 +55,7 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
     Its RAM's file is made if it is not there, and left alone otherwise. :exc:`~pagenet.errors.UsageError` for a command line
     that makes no sense as a destination.
     """
-    for flag, why in _UNWANTED.items():
-        if any(flag in word.split(",") for word in command):
-            raise UsageError(f"leave {flag} out of QEMU's arguments: {why}")
+    _check_wanted(command)
     options = _ram_options(command)
     ram, size = Path(options["mem-path"]), _parse_size(options["size"])
     if options.get("share") not in ("on", "yes", "true"):
@@ -69,10 +74,27 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
     return Incoming([*command, *added], {**os.environ, **variables}, ram, is_new, added)
 
 
+def _check_wanted(command: Sequence[str]) -> None:
+    words = [_one_dash(word) for word in command]
+    for word, why in _UNWANTED.items():
+        if any(word in text.split(",") for text in words):
+            raise UsageError(f"leave {word} out of QEMU's arguments: {why}")
+    for flag, value in pairwise(words):
+        for part, why in _UNWANTED_DEVICES.items():
+            if flag in ("-device", "-netdev", "-chardev") and part in value:
+                raise UsageError(f"leave {value} out of QEMU's arguments: {why}")
+
+
+def _one_dash(word: str) -> str:
+    """QEMU takes options with either number of them."""
+    return word[1:] if word.startswith("--") else word
+
+
 def _ram_options(command: Sequence[str]) -> dict[str, str]:
     """Of the memory backend that the machine names."""
-    objects = [_parse_options(value) for flag, value in pairwise(command) if flag in ("-object", "--object")]
-    machines = [_parse_options(value) for flag, value in pairwise(command) if flag in ("-machine", "-M")]
+    words = [_one_dash(word) for word in command]
+    objects = [_parse_options(value) for flag, value in pairwise(words) if flag == "-object"]
+    machines = [_parse_options(value) for flag, value in pairwise(words) if flag in ("-machine", "-M")]
     names = [machine["memory-backend"] for machine in machines if "memory-backend" in machine]
     backends = [options for options in objects if names and options.get("id") == names[-1]]
     if not backends or backends[0].get("") != "memory-backend-file" or not {"mem-path", "size"} <= backends[0].keys():
