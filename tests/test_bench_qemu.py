@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,15 @@ def test_story_that_is_broken(next_: int) -> None:
 
 def test_garbled_heartbeat() -> None:
     assert not Story.of(said((1.0, 0, 100), rest="HB seq="), said((2.0, 1, 200))).unbroken
+
+
+def test_wrong_page() -> None:
+    before, after = said((1.0, 0, 100)), Serial("guest", Path("nowhere"))
+    after.feed(b"HB seq=1 t=0 w=200 dw=0 bad=3 sweeps=0 sw=0 gap_us=0\r\n", 2.0)
+    story = Story.of(before, after)
+    assert (story.unbroken, story.bad) == (True, 3)
+    assert not replace(migration("pagenet", 14.1, 12.0), story=story).is_right
+    assert migration("pagenet", 14.1, 12.0).is_right
 
 
 def migration(method: str, completed: float | None, end: float) -> Migration:
