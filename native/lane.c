@@ -147,7 +147,7 @@ static void prefetch_more(struct lane *lane) {
 
 /* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
 static void adapt_window(struct lane *lane, uint64_t latency) {
-    lane->best += lane->best / 256; /* the path may change */
+    lane->best += lane->best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
     if (!lane->best || latency < lane->best)
         lane->best = latency;
     if (latency > 2 * lane->best)

@@ -620,6 +620,11 @@ class Window:
         return (int(first[0]), count) if count else None
 
     @property
+    def pending(self) -> int:
+        """Stretches of pages that it wants and that nobody has asked for yet."""
+        return int(self.window.newest - self.window.oldest)
+
+    @property
     def level(self) -> int:
         """The window that the next area gets is about 2 to the power of a sixteenth of this."""
         return int(self.window.level)

@@ -201,7 +201,7 @@ async def states(source: Path, lane: LaneKind, pages: Sequence[int]) -> list[lis
             for page in pages:
                 await memory.read(page * PAGE, 1)
                 with trio.fail_after(20):
-                    while under_way(transfer.filling.residency):  # noqa: ASYNC110
+                    while transfer.filling.window.pending or under_way(transfer.filling.residency):  # noqa: ASYNC110
                         await trio.sleep(0.001)
                 seen.append(runs_in(transfer.filling.residency, MISSING))
             transfer.set_background("linear")
@@ -212,7 +212,7 @@ async def states(source: Path, lane: LaneKind, pages: Sequence[int]) -> list[lis
 
 
 def under_way(residency: Residency) -> bool:
-    return any(residency.find(state, 0) is not None for state in (REQUESTED, State.PLACING))
+    return any(residency.find(state, 0) is not None for state in (REQUESTED, State.PLACING, State.READY))
 
 
 def runs_in(residency: Residency, state: State) -> list[Run]:
