@@ -303,6 +303,16 @@ uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uin
     return granted;
 }
 
+void pn_refund(struct pn_dest *dest, uint64_t bytes) {
+    pthread_mutex_lock(&dest->limiting);
+    if (dest->rate && dest->rate != UINT64_MAX) {
+        double ns = duration(bytes, dest->rate);
+        dest->paid_until -= ns < (double)dest->paid_until ? (uint64_t)ns : dest->paid_until;
+        dest->next_grant -= ns / PEAK < (double)dest->next_grant ? (uint64_t)(ns / PEAK) : dest->next_grant;
+    }
+    pthread_mutex_unlock(&dest->limiting);
+}
+
 /* ---- what was faulted on ---- */
 
 void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) {

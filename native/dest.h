@@ -59,6 +59,8 @@ void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
 /* How much of `wanted` bytes of background, in whole pages, may be asked for now: 0 if none yet, and then *wait is how many ns
  * from now on to look again (UINT64_MAX: when told to). What is granted counts as asked for. */
 uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait);
+/* Pages that were asked for took so many bytes less on the wire than in memory. */
+void pn_refund(struct pn_dest *dest, uint64_t bytes);
 /* Tell whoever waits for it that everything is in place, if it is. */
 void pn_check_done(struct pn_dest *dest);
 

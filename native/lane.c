@@ -541,8 +541,12 @@ static void begin_reply(struct lane *lane) {
     count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)
         return;
-    if (!is_demand(lane))
-        note_density(lane, lane->current.count * piece->page_size, sizeof *reply + reply->length);
+    if (!is_demand(lane)) {
+        uint64_t size = lane->current.count * piece->page_size, wire = sizeof *reply + reply->length;
+        note_density(lane, size, wire);
+        if (wire < size)
+            pn_refund(lane->dest, size - wire);
+    }
     slot->next += reply->count;
     if (reply->encoding == PN_ZEROS)
         place_staged(lane, lane->current.count, NULL);

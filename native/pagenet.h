@@ -248,7 +248,7 @@ struct pn_dest_config {
 struct pn_dest;
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config); /* NULL: no memory. Borrows all that config points to. */
 void pn_dest_free(struct pn_dest *dest);
-/* How many bytes of background may be asked for in a second, on all lanes together: 0 for no limit; UINT64_MAX to ask for none.
+/* How many bytes of background may come over the wire in a second, on all lanes together: 0 for no limit; UINT64_MAX to ask for none.
  * A lane that waits looks again when its work_fd is written. From any thread. */
 void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second);
 

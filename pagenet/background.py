@@ -143,3 +143,11 @@ class Background:
             now, seconds = trio.current_time(), size / self._max_bandwidth
             self._paid_until = max(self._paid_until, now - MAKE_UP) + seconds
             self._next_turn = max(self._next_turn, now - CATCH_UP) + seconds / PEAK
+
+    def refund(self, size: int) -> None:
+        """What was asked for took so many bytes less on the wire than it has in memory."""
+        if self._max_bandwidth is not None:
+            seconds = size / self._max_bandwidth
+            self._paid_until -= seconds
+            self._next_turn -= seconds / PEAK
+            self._limited.unpark_all()

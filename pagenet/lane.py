@@ -110,8 +110,10 @@ class _Pusher:
                 self._lane.request_nowait(Class.BACKGROUND, part)
                 self._background.pay(size)
 
-    def _note_arrival(self, size: int) -> None:
+    def _note_arrival(self, size: int, wire_bytes: int) -> None:
         self._in_flight -= size
+        if wire_bytes < size:
+            self._background.refund(size - wire_bytes)
         self._arrived.set()
 
 
@@ -123,13 +125,17 @@ class TrioLane:
     """
 
     def __init__(
-        self, connection: Connection, filling: Filling, wire: Region, on_bytes_done: Callable[[int], None] = lambda size: None
+        self,
+        connection: Connection,
+        filling: Filling,
+        wire: Region,
+        on_done: Callable[[int, int], None] = lambda size, wire_bytes: None,
     ) -> None:
         self._connection = connection
         self._filling = filling
         self._wire = wire
         self._requests = OutstandingRequests(wire, filling.encodings)
-        self._on_bytes_done = on_bytes_done
+        self._on_done = on_done  # told of bytes in memory, and what they were on the wire
         self._outbox = bytearray()
         self._asked = trio.Event()
 
@@ -199,8 +205,9 @@ class TrioLane:
         first = self._filling.region.first_pages[index] + (reply.run.first - self._wire.first_pages[index] >> shift)
         run = Run(first, reply.run.count >> shift)
         data = None if reply.encoding is Encoding.ZERO else pages
-        self._filling.arrived(reply.class_, run, data, LANE_HEADER_SIZE + reply.length, reply.encoding is Encoding.LZ4)
-        self._on_bytes_done(self._filling.region.size_of(run))
+        wire_bytes = LANE_HEADER_SIZE + reply.length
+        self._filling.arrived(reply.class_, run, data, wire_bytes, reply.encoding is Encoding.LZ4)
+        self._on_done(self._filling.region.size_of(run), wire_bytes)
 
 
 def _text(reason: memoryview) -> str:

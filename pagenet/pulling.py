@@ -113,7 +113,7 @@ class Transfer:
 
     @property
     def max_bandwidth(self) -> int | None:
-        """Bytes of untouched pages a second; None: no limit."""
+        """Bytes a second that untouched pages may take on the wire; None: no limit."""
         return self._background.max_bandwidth
 
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
@@ -166,7 +166,7 @@ async def pull(
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
     ``background``: the order in which untouched pages come: ``hot`` (first what is near the faults), ``follow`` (on from the
     last fault), ``linear``, ``recorded=FILE`` (as ``record`` wrote it, then ``hot``), or ``off`` to bring touched pages only.
-    ``max_bandwidth``: bytes of them a second. These may be changed while it runs (:meth:`Transfer.set_background`).
+    ``max_bandwidth``: bytes of them a second, on the wire. Both may be changed while it runs (:meth:`Transfer.set_background`).
     ``start_background``: ``after=SECONDS``, or ``rate=N``: begin once fewer than N faults have come within a second (looked at
     ten times a second); both count from when faults are answered (None: at once).
     ``record``: a file that the order in which threads waited for pages is written to at the end, merged with what it has of

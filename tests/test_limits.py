@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pagenet.background_start import Start, parse_start
 from pagenet.cli import pull as pull_cli
 from pagenet.rates import parse_rate, rate_words
 
-SIZE = 96 << 20
+SIZE = 128 << 20
 SLICE = 0.01  # s
 
 
@@ -123,37 +125,83 @@ async def rate_of(transfer: Transfer, seconds: float) -> float:
     return (after - before) / (at - began)
 
 
+class Canary:
+    """Finds out whether this machine gives threads of the background's niceness a processor when they want one."""
+
+    PATIENCE = 0.012  # s: more, and what is measured is the machine
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.worst = 0.0
+
+    def _watch(self) -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 10))
+        while not self._ended.is_set():
+            before = time.monotonic()
+            time.sleep(0.002)
+            self.worst = max(self.worst, time.monotonic() - before - 0.002)
+
+    @property
+    def is_well(self) -> bool:
+        return self.worst <= self.PATIENCE
+
+    def __enter__(self) -> Canary:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+async def check_once(measure: Callable[[], Awaitable[tuple[bool, object]]], what: str) -> None:
+    """That it is so at least once: a machine that is busy with other things may hold up whatever it likes, at any moment."""
+    seen: list[object] = []
+    for _ in range(12):
+        with Canary() as canary:
+            is_so, measured = await measure()
+        if is_so:
+            return
+        if canary.is_well:
+            seen.append(measured)
+        if len(seen) == 4:
+            pytest.fail(f"{what}: {seen}")
+    pytest.skip("needs a machine that is less busy: threads wait for a processor all the time")
+
+
 @pytest.mark.parametrize(("lane", "lanes"), [("native", 1), ("native", 2), ("trio", 1)])
 async def test_smooth(lane: str, lanes: int, source: str) -> None:
-    rate = 16_000_000
+    rate = 8_000_000
     async with (
         run_server(source) as (_, uri),
         pulled(uri, lane, max_bandwidth=rate, background_lanes=lanes) as (transfer, _),
     ):
         await trio.sleep(0.1)  # the first pages are on their way
-        tries = []
-        for _ in range(10):  # a machine that is busy with other things may hold up the source, and let go of it, at any moment
+
+        async def measure() -> tuple[bool, object]:
             found = await slices(transfer, 1.0)
-            average = sum(size for _, size in found) / sum(length for length, _ in found)
-            tries.append((max(size / length for length, size in found) / rate, average / rate))
-            if tries[-1][0] <= 2 and 0.9 <= tries[-1][1] <= 1.1:
-                return
-        pytest.fail(f"highest slice, and average, as shares of the limit: {tries}")
+            average = sum(size for _, size in found) / sum(length for length, _ in found) / rate
+            highest = max(size / length for length, size in found) / rate
+            return highest <= 2 and 0.9 <= average <= 1.1, (highest, average)
+
+        await check_once(measure, "highest slice, and average, as shares of the limit")
 
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_changed_while_it_runs(lane: str, source: str) -> None:
     async with transfer_of(source, lane, max_bandwidth=4_000_000) as (transfer, _):
-        ratios = []
-        for _ in range(5):
+
+        async def measure() -> tuple[bool, object]:
             transfer.set_max_bandwidth(4_000_000)
             await trio.sleep(0.05)
             slow = await rate_of(transfer, 0.3)
             transfer.set_max_bandwidth(20_000_000)
-            ratios.append(await rate_of(transfer, 0.3) / slow)
-            if 4 <= ratios[-1] <= 6:
-                return
-        pytest.fail(f"five times as much let through so many times as much: {ratios}")
+            ratio = await rate_of(transfer, 0.3) / slow
+            return 4 <= ratio <= 6, ratio
+
+        await check_once(measure, "a limit five times as high let through so many times as much")
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -170,6 +218,24 @@ async def test_a_limit_that_was_next_to_nothing_is_forgotten(lane: str, source: 
         with trio.fail_after(20):
             while transfer.statistics().background.pages < asked + 100:  # noqa: ASYNC110
                 await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_what_is_not_on_the_wire_does_not_count(lane: str, tmp_path: Path) -> None:
+    source, rate = tmp_path / "source", 500_000
+    words = b"".join(b"%d " % number for number in range(200_000))  # which LZ4 halves, at least
+    source.write_bytes(words[: 1 << 20] + bytes(3 << 20))
+    async with pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server:
+        memory = pagenet.OwnMemory("anonymous")
+        try:
+            async with pull(server.uri, memory, lane=lane, background="linear", compress="lz4", max_bandwidth=rate) as transfer:
+                with trio.fail_after(60):
+                    await transfer.wait_complete()
+                done = transfer.statistics()
+        finally:
+            memory.close()
+    assert done.wire_bytes <= rate * (done.seconds + 0.1)
+    assert done.size >= 2 * rate * done.seconds
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -218,12 +284,12 @@ async def test_begins_after_a_while(lane: str, small: str) -> None:
     async with transfer_of(small, lane, start_background="after=0.3") as (transfer, memory):
         assert not transfer.background_begun
         await memory.read(PAGE, 1)  # what is touched does not wait
-        assert transfer.statistics().demand.pages == 1
+        assert transfer.statistics().background.requests == 0
         with trio.fail_after(20):
             await transfer.wait_complete()
         assert time.monotonic() - began >= 0.3
         assert transfer.background_begun
-        assert transfer.statistics().background.pages == (4 << 20) // PAGE - 1
+        assert transfer.statistics().demand.pages == 1
 
 
 @pytest.mark.parametrize("lane", LANES)

@@ -178,6 +178,7 @@ def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _source(status: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("state", status["state"]), ("region", f"{status['pages']} pages, {status['bytes'] / _MIB:.1f} MiB")]
+    rows.append(("asked for", f"{status['pages_asked']} pages, {status['pages_demanded']} of them waited for"))
     if status["uri"]:
         rows.append(("listens on", status["uri"]))
     return rows + [("destination", peer) for peer in status["destinations"]]

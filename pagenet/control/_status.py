@@ -90,11 +90,15 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
 
 def server_status(server: Server) -> dict[str, object]:
     """A source's."""
+    asked = server.statistics()
     return {
         "state": "serving" if server.sessions else "waiting",
         "uri": server.uri or None,
         "pages": server.region.pages,
         "bytes": server.region.size,
+        "pages_asked": asked.asked,
+        "pages_demanded": asked.demanded,
+        "seconds": round(asked.seconds, 3),
         "destinations": server.peers,
         "complete": server.is_complete,
     }
