@@ -491,8 +491,10 @@ static uint64_t begin(struct pn_rdma *rdma, const struct want *want) {
         part.count = alike(rdma, part.piece, part.first, want->count - done, &zero);
         uint64_t begun = part.count;
         if (zero) {
-            if (part.class_ == PN_BACKGROUND) /* which is counted apart */
+            if (part.class_ == PN_BACKGROUND) { /* which is counted apart, and takes nothing of a limited link here */
                 rdma->lane.in_flight += part.count * part.piece->page_size;
+                pn_refund(rdma->lane.dest, part.count * part.piece->page_size);
+            }
             pn_lane_place(&rdma->lane, part.class_, part.piece, part.first, part.count, NULL);
             pn_stats_add(rdma->lane.dest->config.map, part.class_, PN_RUNS, 1);
         } else {
@@ -676,10 +678,11 @@ static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
     return got > 0;
 }
 
-static void take_channel_events(struct pn_rdma *rdma) {
+/* One, which asks for the next: if there is another already, epoll says so again. */
+static void take_channel_event(struct pn_rdma *rdma) {
     struct ibv_cq *queue;
     void *data;
-    while (!rdma->verbs.get_cq_event(rdma->channel, &queue, &data)) {
+    if (!rdma->verbs.get_cq_event(rdma->channel, &queue, &data)) {
         rdma->verbs.ack_cq_events(queue, 1);
         rdma->context->req_notify_cq(queue, 0);
     }
@@ -705,7 +708,7 @@ static void act(struct pn_rdma *rdma, int fd) {
     else if (fd == config->sock)
         receive_keys(rdma);
     else if (fd == rdma->channel->fd)
-        take_channel_events(rdma);
+        take_channel_event(rdma);
     else
         pn_drain_eventfd(fd);
 }
@@ -749,8 +752,9 @@ static bool spin(struct pn_rdma *rdma) {
 static void turn(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
     struct epoll_event ready[READY];
-    bool busy = take_completions(rdma, 0);
-    busy = take_completions(rdma, 1) || busy;
+    while (take_completions(rdma, 0) && !lane->ended)
+        ;
+    bool busy = !lane->ended && take_completions(rdma, 1);
     busy = spin(rdma) || busy;
     if (lane->ended)
         return;

@@ -23,6 +23,7 @@ from ._plot import check_plot, plot_latencies, plot_work
 from ._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
 from ._qemu_guest import find_guest
 from ._qemu_methods import METHODS as QEMU_METHODS
+from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 from ._traces import TRACES
@@ -47,6 +48,8 @@ __all__ = [
     "NullResult",
     "QemuOptions",
     "QemuResult",
+    "RdmaOptions",
+    "RdmaResult",
     "Sample",
     "ScaleOptions",
     "ScaleResult",
@@ -65,6 +68,7 @@ __all__ = [
     "measure_faults",
     "measure_null",
     "measure_qemu",
+    "measure_rdma",
     "measure_scale",
     "measure_streams",
     "measure_workload",

@@ -54,10 +54,12 @@ class FaultOptions:
     size: int = 512 << 20
     memory: MemoryKind = "anonymous"
     prefetch: tuple[int, int] | None = (0, 0)
-    transport: Literal["tcp", "unix"] = "tcp"
+    transport: Literal["tcp", "unix", "rdma"] = "tcp"
     rounds: int = 5
     uri: str | None = None
     floors: str | None = None
+    #: leave out what is busy or under load, and the floors of a socket
+    only_idle: bool = False
 
 
 @dataclass(slots=True)
@@ -93,7 +95,9 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
         if size % page_size:
             raise UsageError(f"{size} bytes is not a whole number of {page_size}-byte pages")
         peer = None
-        if options.uri is None:
+        if options.only_idle:
+            pass
+        elif options.uri is None:
             peer = await stack.enter_async_context(connected_peer(options.transport, "pages", page_size))
         elif options.floors is not None:
             peer = await stack.enter_async_context(far_socket(options.floors))
@@ -136,6 +140,8 @@ class _Measure:
         if self._peer >= 0:
             result.floor.add(await self._floor(self._peer, pick, result.threads))
         result.idle.add(await self._pulled("off", pick, result))
+        if self._options.only_idle:
+            return
         if self._peer >= 0:
             async with _kept_busy():
                 result.floor_busy.add(await self._floor(self._peer, pick, result.threads))

@@ -98,7 +98,7 @@ class Served(NamedTuple):
 async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Served]:
     """``pagenet-serve`` of ``spec``, for as long as the block runs. :exc:`UsageError` if it refuses."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory:
-        listen = "tcp://127.0.0.1:0" if transport == "tcp" else f"unix:{Path(directory) / 'source'}"
+        listen = f"unix:{Path(directory) / 'source'}" if transport == "unix" else f"{transport}://127.0.0.1:0"
         command = [sys.executable, "-m", "pagenet.cli.serve", spec, "--listen", listen, "--lane", lane, "--json"]
         async with running(command) as process:
             event = json.loads(await first_line(process))

@@ -21,6 +21,8 @@ from ..bench import (
     FaultOptions,
     FaultResult,
     NullResult,
+    RdmaOptions,
+    RdmaResult,
     Sample,
     ScaleOptions,
     ScaleResult,
@@ -32,8 +34,10 @@ from ..bench import (
     measure_encodings,
     measure_faults,
     measure_null,
+    measure_rdma,
     measure_scale,
     measure_streams,
+    median,
     plot_latencies,
     serve_floors,
 )
@@ -99,7 +103,8 @@ def _parser() -> Parser:
         if name == "workload":
             add_workload_options(suite)
             continue
-        suite.add_argument("--transport", choices=["tcp", "unix"], default="tcp", help="between processes here (%(default)s)")
+        transports = ["tcp", "unix"] if name == "scale" else ["tcp", "unix", "rdma"]
+        suite.add_argument("--transport", choices=transports, default="tcp", help="between processes here (%(default)s)")
         if name == "scale":
             _add_scale_options(suite)
             continue
@@ -226,6 +231,9 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
     if not report.as_json:
         _print_environment(where)
     summary: Fields = {}
+    if getattr(options, "transport", None) == "rdma":
+        report("complete", rdma=await _rdma(options, report), environment=where)
+        return 0
     if options.suite in ("all", "fault"):
         summary["fault"] = await _fault(options, report)
     if options.suite == "stream" and (options.encoding or options.content or options.rate):
@@ -300,6 +308,37 @@ def _fault_summary(result: FaultResult) -> Fields:
 def _quantiles(sample: Sample, prefix: str = "") -> Fields:
     quantiles = {f"{prefix}{name.replace('.', '')}_us": sample.microseconds(share) for name, share in _SHARES.items()}
     return {**quantiles, f"{prefix}touches": sample.count}
+
+
+async def _rdma(options: argparse.Namespace, report: Report) -> Fields:
+    """Of faults and streams what perftest has a measure for."""
+    if options.uri is not None or options.lane != "native":
+        raise UsageError("RDMA is measured between processes here, with lanes in C")
+    wanted = RdmaOptions(size=options.size, rounds=options.rounds)
+    if "touches" in options:
+        wanted = replace(wanted, touches=options.touches)
+    result = await measure_rdma(wanted)
+    fields = _rdma_fields(result)
+    report("result", suite="rdma", **fields)
+    if not report.as_json:
+        _print_rdma(fields)
+    return fields
+
+
+def _rdma_fields(result: RdmaResult) -> Fields:
+    return {
+        "path": result.path,
+        "fault_p50_us": result.faults.idle.microseconds(0.5),
+        "fault_touches": result.faults.idle.count,
+        "ib_read_lat_us": round(median(result.read_lat), 1),
+        "floor_local_us": result.faults.floor_local.microseconds(0.5),
+        "fault_to_floor": result.fault_ratio,
+        "background_gbps": round(median(result.background), 4),
+        "ib_read_bw_gbps": round(median(result.read_bw), 4),
+        "background_to_floor": result.background_ratio,
+        "bytes": result.size,
+        "source_cpu_s": {transport: round(median(seconds), 2) for transport, seconds in result.source_cpu.items()},
+    }
 
 
 async def _stream(options: argparse.Namespace, report: Report) -> Fields:
@@ -459,6 +498,20 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
         f"or came after it was done. No measurement takes more than {LIMIT_SECONDS:g} s.",
         style="dim",
     )
+
+
+def _print_rdma(fields: Fields) -> None:
+    console = make_console()
+    console.print(f"\n[bold]RDMA by {fields['path']}[/bold]  (medians)")
+    table = make_table("", "pagenet", "perftest", "ratio")
+    table.columns[0].justify = "left"
+    floor = f"{shown(fields['ib_read_lat_us'])} + {shown(fields['floor_local_us'])}"
+    table.add_row("touch to resume, p50, us", shown(fields["fault_p50_us"]), floor, shown(fields["fault_to_floor"], "x"))
+    rates = (f"{fields[name]:.3f}" for name in ("background_gbps", "ib_read_bw_gbps"))
+    table.add_row("background, GB/s", *rates, shown(fields["background_to_floor"], "x"))
+    console.print(table)
+    cpu = ", ".join(f"{seconds:.2f} s over {transport}" for transport, seconds in fields["source_cpu_s"].items())
+    console.print(f"The source's processors, for {fields['bytes'] >> 20} MiB: {cpu}.", style="dim")
 
 
 def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> None:

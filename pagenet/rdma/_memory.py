@@ -71,6 +71,7 @@ class RegisteredMemory:
         self._blocks = source.native_blocks()
         self._files: dict[int, _native.MappedFile] = {}
         self._turn = trio.Lock()
+        self._pages = bytearray()
         with ExitStack() as stack, translated(f"use RDMA device {path.device}"):
             stack.callback(self._close_memory)
             self.context = load("device").Context(name=path.device)
@@ -129,7 +130,7 @@ class RegisteredMemory:
             copy = None if block.fd >= 0 else _native.Mapped(size)
             if copy is not None:
                 stack.callback(copy.close)
-            pages = memoryview(bytearray(size)) if copy is None else copy.buffer(0, size)
+            pages = self._room(size) if copy is None else copy.buffer(0, size)
             if not await self.source.read_into(run, pages):
                 return _Chunk(encode_word(Answer.ZERO, run))
             zero_map, is_zero = _zero_map(pages, block.page_size)
@@ -146,6 +147,12 @@ class RegisteredMemory:
                 raise OSError(errno.EFAULT, "cannot register memory for RDMA")
             stack.pop_all()
             return _Chunk(encode_key(run, address, region.rkey, zero_map), size, region, copy)
+
+    def _room(self, size: int) -> memoryview:
+        """To look at pages in. The same each time: new memory costs more than reading into it."""
+        if len(self._pages) < size:
+            self._pages = bytearray(size)
+        return memoryview(self._pages)[:size]
 
     def _address_in_file(self, index: int, run: Run) -> int:
         """Where the file is mapped for it to be registered."""

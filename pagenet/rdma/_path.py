@@ -53,6 +53,8 @@ def default_path() -> Path:
 def check_device(wanted: Wanted) -> None:
     """:exc:`Unsupported` in one line that says what to do if there is no device for it."""
     choose_path(wanted, "")
+    for name in ("addr", "cq", "enums", "mr", "pd", "qp", "wr"):  # now, and not when somebody waits for a page
+        load(name)
 
 
 def choose_path(wanted: Wanted, local_host: str) -> Path:

@@ -1,0 +1,20 @@
+"""pagenet-bench over RDMA: it runs, beside perftest, and says what it should. Figures are not judged: nothing here is quiet."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pagenet.cli.bench import main
+
+
+def test_beside_perftest(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fault", "--transport", "rdma", "--size", "2M", "--rounds", "1", "--touches", "40", "--json"]
+    assert main(arguments) == 0
+    fields = json.loads(capsys.readouterr().out.splitlines()[-1])["rdma"]
+    assert fields["path"] == "rxe0 port 1, gid 1 (10.77.0.1)"
+    assert fields["fault_touches"] == 40
+    for name in ("fault_p50_us", "ib_read_lat_us", "floor_local_us", "fault_to_floor", "background_gbps", "ib_read_bw_gbps"):
+        assert fields[name] > 0, name
+    assert set(fields["source_cpu_s"]) == {"rdma", "tcp"}
