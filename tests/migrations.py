@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from processes import Process, run
+from processes import Process, run, wait_in_faults
 from vm import Serial, bare_command, ram_of
 
 from pagenet import PagenetError
@@ -107,6 +107,12 @@ async def check_goes_on(serial: Serial) -> None:
     """The guest is well: it works, and has verified all of its memory once more."""
     await serial.wait_beats(len(serial.beats) + 1)
     await serial.wait_sweeps(serial.beats[-1].sweeps + 2)
+
+
+async def stand_still(pid: int) -> None:
+    """The guest waits for a page. One that came to all that it works on, on a slow machine, never will: that is no harm."""
+    with trio.move_on_after(5):
+        await wait_in_faults(pid, 1)
 
 
 # ---- the commands ----

@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from migrations import check_goes_on, migrate_command, status_of
-from processes import run, wait_in_faults
+from migrations import check_goes_on, migrate_command, stand_still, status_of
+from processes import run
 from vm import VM, bare_command, check_unbroken, needs_guest, ram_of, run_vm
 
 from pagenet import Block, Region, UsageError
@@ -80,7 +80,7 @@ async def test_resume(tmp_path: Path) -> None:
             await leaving.event("resumed")
             await incoming.kill()
             await leaving.event("waiting")
-            await wait_in_faults(b.pid, 1)
+            await stand_still(b.pid)
             command = attach_command(b.qmp, "--resume")
             command[command.index("--listen") + 1] = uri
             async with run(command) as resumed:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from migrations import check_goes_on, migrate_command, run_incoming
-from processes import PAGE, Process, run, serve_command, wait_in_faults
+from migrations import check_goes_on, migrate_command, run_incoming, stand_still
+from processes import PAGE, Process, run, serve_command
 from vm import Serial, bare_command, check_unbroken, needs_guest, run_vm
 
 pytestmark = needs_guest
@@ -51,7 +51,7 @@ async def test_resume(tmp_path: Path) -> None:
             await leaving.event("resumed")
             await incoming.kill()
             assert (await leaving.event("waiting"))["uri"] == uri
-            await wait_in_faults(pid, 1)
+            await stand_still(pid)
             async with run(resume_command(uri, "--pid", str(pid), *SLOWLY)) as first:
                 resuming = await first.event("resuming")
                 assert 0 < resuming["missing"] < resuming["pages"]
@@ -59,7 +59,7 @@ async def test_resume(tmp_path: Path) -> None:
                 await check_refused(resume_command(uri, "--pid", str(pid)), 2, "another pagenet is at work on the memory of")
                 await serial.wait_beats(len(serial.beats) + 1)
                 await first.kill()
-            await wait_in_faults(pid, 1)
+            await stand_still(pid)
             async with run(resume_command(uri, "--qmp", str(tmp_path / "b.qmp"))) as second:
                 assert await second.wait() == 0
                 assert second.events[-1]["event"] == "complete"

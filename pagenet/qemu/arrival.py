@@ -258,6 +258,8 @@ async def _arriving(
             async with pull(
                 listen, qemu.owner, listen=True, streams=2, held=True, on_event=check_size, **options
             ) as transfer:
+                for stream, name in zip(transfer.streams, (TALK, DEVICES), strict=True):
+                    await stream.send(name)
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over(directory / "devices")
@@ -341,8 +343,6 @@ class _Arriving:
 
     async def take_over(self, path: Path) -> None:
         talk_connection, devices = self._transfer.streams
-        await talk_connection.send(TALK)
-        await devices.send(DEVICES)
         talk = Talk(talk_connection)
         try:
             await self._agree(talk)

@@ -141,7 +141,11 @@ class _Streams:
         self._released = trio.Event()
 
     async def meet(self, connection: Connection) -> None:
-        name = await which_stream(connection)
+        name = b""
+        with trio.move_on_after(_ANSWER_TIMEOUT):
+            name = await which_stream(connection)
+        if not name:
+            raise ConnectionBroken(f"the destination opened a stream, and said nothing on it for {_ANSWER_TIMEOUT:g} s")
         if name in self._found:
             if name == TALK:
                 await Talk(connection).say("refuse", reason=_HANDED_OVER)
