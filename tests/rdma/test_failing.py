@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from pagenet.region import Run
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 3 * MIB
+#: more than is asked for ahead
+LARGE = 16 * MIB
 LISTEN = "rdma://127.0.0.1:0"
 LANES = ["native", "trio"]
 #: what an error may take that the network must be asked about; an emulated processor is given some more
@@ -31,13 +34,15 @@ SOON = 10.0
 
 
 @pytest.fixture
-def source() -> Iterator[str]:
+def source(request: pytest.FixtureRequest) -> Iterator[str]:
     path = Path("/dev/shm/source")
-    yield str(write_pattern(path, SIZE))
+    yield str(write_pattern(path, LARGE if "shrinks" in request.node.name else SIZE))
     path.unlink()
 
 
-async def fail(uri: str, path: Path, lane: str, cause: Callable[[], object] | None = None) -> tuple[PagenetError, float]:
+async def fail(
+    uri: str, path: Path, lane: str, cause: Callable[[], object] | None = None, size: int = SIZE
+) -> tuple[PagenetError, float]:
     """What a transfer ends with, and how many seconds after ``cause``, which is called in the midst of it."""
     began = time.monotonic()
 
@@ -54,7 +59,7 @@ async def fail(uri: str, path: Path, lane: str, cause: Callable[[], object] | No
     owner = UffdSocket(path)
     await owner.listen()
     try:
-        async with forked_workload(path, "--wait-complete", "--size", SIZE, "--memory", "memfd"):
+        async with forked_workload(path, "--wait-complete", "--size", size, "--memory", "memfd"):
             with trio.fail_after(60):
                 try:
                     await bring()
@@ -169,3 +174,12 @@ async def test_senseless_answers(answer: bytes, complaint: str, source: str, tmp
             error, _ = await fail(server.uri, tmp_path / "uffd.sock", "native")
         assert isinstance(error, RemoteProtocolError)
         assert complaint in str(error)
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_source_that_shrinks(lane: str, server: Server, source: str, tmp_path: Path) -> None:
+    """What it has registered can be read still; the next key is refused, and the reason told."""
+    error, took = await fail(server.uri, tmp_path / "uffd.sock", lane, lambda: os.truncate(source, PAGE), size=LARGE)
+    assert isinstance(error, SourceLost)
+    assert "the source" in str(error)
+    assert took < SOON
