@@ -383,7 +383,7 @@ static void feed(struct lane *lane) {
     lane->pause = UINT64_MAX;
     uint64_t now = pn_now();
     if (is_starved(lane, now))
-        lane->window = at_most(STARVED_BYTES, lane->config->window_min);
+        lane->window = lane->config->window_least;
     else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
         lane->window = lane->config->window_min;
     while (ask_next(lane))

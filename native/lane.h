@@ -20,7 +20,6 @@ enum {
     MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
-    STARVED_BYTES = 64 << 10, /* of background on their way while it does: two requests, so that one is always being answered */
 };
 
 struct slot {

@@ -289,7 +289,8 @@ struct pn_lane_config {
     int stop_fd;           /* eventfd */
     int work_fd;           /* eventfd: the ring has runs; -1 for demand */
     int room_fd;           /* eventfd: the ring has room; -1 for demand */
-    uint64_t window_min;   /* bytes of background that may be on their way while there are faults ... */
+    uint64_t window_least; /* bytes of background that may be on their way while the owner does little but wait, ... */
+    uint64_t window_min;   /* ... while there are faults, ... */
     uint64_t window_max;   /* ... and when there have been none for a while */
     uint64_t chunk;        /* bytes of background asked for at a time */
 };

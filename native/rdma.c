@@ -729,7 +729,7 @@ static void begin_all(struct pn_rdma *rdma) {
     post(rdma, 0);
     uint64_t now = pn_now();
     if (pn_lane_is_starved(lane, now))
-        rdma->window = min(STARVED_BYTES, lane->config->window_min);
+        rdma->window = lane->config->window_least;
     else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
         rdma->window = lane->config->window_min;
     lane->pause = UINT64_MAX;

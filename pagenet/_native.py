@@ -578,14 +578,14 @@ class Destination:
         return self._dest
 
     def run_lane(
-        self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int] = (0, 0), chunk: int = 0
+        self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int, int] = (0, 0, 0), chunk: int = 0
     ) -> End:
         """Drive one connection until it ends: the demand lane, or with a ``ring`` a background lane. Call it in a thread."""
         config = ffi.new("struct pn_lane_config *")
         config.dest, config.sock, config.stop_fd = self._dest, sock, stop_fd
         config.ring = ffi.NULL if ring is None else ring.ring
         config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
-        config.window_min, config.window_max, config.chunk = *window, chunk
+        config.window_least, config.window_min, config.window_max, config.chunk = *window, chunk
         end = ffi.new("struct pn_end *")
         lib.pn_lane_run(config, end)
         return _end_of(end)
@@ -672,7 +672,7 @@ class RdmaLoop:
         dest: Destination,
         stop_fd: int,
         ring: Ring,
-        window: tuple[int, int],
+        window: tuple[int, int, int],
         chunk: int,
         *,
         device: str,
@@ -688,7 +688,7 @@ class RdmaLoop:
         lane: Any = config.lane
         lane.dest, lane.sock, lane.stop_fd, lane.ring = dest.dest, -1, stop_fd, ring.ring
         lane.work_fd, lane.room_fd = ring.work_fd, ring.room_fd
-        (lane.window_min, lane.window_max), lane.chunk = window, chunk
+        (lane.window_least, lane.window_min, lane.window_max), lane.chunk = window, chunk
         config.blocks, config.device = table, name
         config.block_count, config.chunk_count, config.chunk_size = len(blocks), chunks, chunk_size
         config.port, config.gid_index = port, gid_index

@@ -277,7 +277,7 @@ class Rig:
     memory: Memory
     driver: Driver
     prefetch: tuple[int, int] = (0, 0)
-    window: tuple[int, int] = (UNBOUNDED, UNBOUNDED)
+    window: tuple[int, int, int] = (UNBOUNDED, UNBOUNDED, UNBOUNDED)
     #: for tests that begin with one lane alone
     start: Sequence[str] = ("demand", "background")
     buffer_size: int | None = None

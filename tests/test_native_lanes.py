@@ -653,20 +653,20 @@ def test_64_threads_fault_while_the_source_stalls(kind: Kind, make_rig: MakeRig)
     wait_until(lambda: rig.filling.statistics().fault_latency.count == 64, "all timed")
 
 
-WINDOW = (64 * PAGE, 256 * PAGE)
+NARROW, WIDE = 64 * PAGE, 256 * PAGE
 CHUNK = 16
 
 
 @pytest.mark.native
 def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) -> None:
-    rig = make_rig("copy", 4096, 8, None, window=WINDOW)
+    rig = make_rig("copy", 4096, 8, None, window=(NARROW, NARROW, WIDE))
     fed = threading.Thread(target=feed_chunks, args=(rig, range(0, 4096, CHUNK)))
     fed.start()
     peer = rig.background
     peer.wait_asked(4)
     time.sleep(0.02)
     peer.read()
-    assert in_flight(peer) == WINDOW[0], "before the first reply"
+    assert in_flight(peer) == NARROW, "before the first reply"
     largest, came = 0, 0
     while came < 2048:
         came += answer_one(peer)
@@ -674,19 +674,19 @@ def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) ->
         time.sleep(0.001)
         peer.read()
         largest = max(largest, in_flight(peer))
-    assert largest == WINDOW[1]
+    assert largest == WIDE
     touch = rig.touch(4100)
     rig.demand.wait_asked(1)
     rig.demand.send(rig.demand.answer(rig.demand.open[0], 1, zero=False)[1])
     touch.join()
     touched = time.monotonic()
-    while in_flight(peer) > WINDOW[0]:
+    while in_flight(peer) > NARROW:
         asked = len(peer.asked)
         came += answer_one(peer)
         rig.wait_came(came + 1)
         peer.read()
         if time.monotonic() - touched < 0.015:
-            assert len(peer.asked) == asked or in_flight(peer) <= WINDOW[0]
+            assert len(peer.asked) == asked or in_flight(peer) <= NARROW
     while came < 4096:
         peer.read()
         came += answer_one(peer) if peer.open else 0
@@ -808,7 +808,7 @@ def feed_until(rig: Rig, pages: int, stopped: threading.Event) -> None:
 @pytest.mark.parametrize("stall", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_while_busy(kind: Kind, stall: bool, make_rig: MakeRig, record_property: Callable[[str, object], None]) -> None:
-    rig = make_rig(kind, 1 << 14, 1, None, prefetch=(8, 8), window=(1 << 18, 1 << 20))
+    rig = make_rig(kind, 1 << 14, 1, None, prefetch=(8, 8), window=(1 << 16, 1 << 18, 1 << 20))
     busy = Busy(rig, 1 << 14)
     busy.start(stall)
     if stall:
@@ -825,7 +825,7 @@ def test_stop_while_busy(kind: Kind, stall: bool, make_rig: MakeRig, record_prop
 @pytest.mark.native
 @pytest.mark.parametrize("lane", ["demand", "background"])
 def test_connection_lost_while_busy(lane: str, make_rig: MakeRig) -> None:
-    rig = make_rig("copy", 1 << 14, 1, None, window=(1 << 18, 1 << 20))
+    rig = make_rig("copy", 1 << 14, 1, None, window=(1 << 16, 1 << 18, 1 << 20))
     busy = Busy(rig, 1 << 14)
     busy.start()
     rig.wait_came(500)
@@ -874,7 +874,7 @@ def test_owner_dies_while_busy(tmp_path: Path) -> None:
         sock, _ = listener.accept()
     with sock:
         message, (uffd,), _, _ = socket.recv_fds(sock, 8, 1)
-        rig = Rig(OtherMemory(uffd, struct.unpack("<Q", message)[0], pages), "native", window=(1 << 18, 1 << 20))
+        rig = Rig(OtherMemory(uffd, struct.unpack("<Q", message)[0], pages), "native", window=(1 << 16, 1 << 18, 1 << 20))
         with rig:
             busy = Busy(rig, pages)
             busy.calls += [Call(feed_until, rig, pages, busy.stopped)]
@@ -994,7 +994,7 @@ class Storm:
 @pytest.mark.parametrize("kind", KINDS)
 def test_storm(kind: Kind, seed: int, make_rig: MakeRig) -> None:
     pages = 1024
-    rig = make_rig(kind, pages, 1, None, prefetch=(seed, 2), window=(1 << 16, 1 << 18))
+    rig = make_rig(kind, pages, 1, None, prefetch=(seed, 2), window=(1 << 16, 1 << 16, 1 << 18))
     rig.map.set(Run(pages, 1), State.RESIDENT)
     Storm(rig, pages, seed).run()
     counts = rig.counts()
