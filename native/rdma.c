@@ -713,6 +713,11 @@ static void act(struct pn_rdma *rdma, int fd) {
         pn_drain_eventfd(fd);
 }
 
+static void take_demanded(struct pn_rdma *rdma) {
+    while (!rdma->lane.ended && take_completions(rdma, 0))
+        ;
+}
+
 /* The source may pin no more: when to ask it again. */
 static void pause_until_asking(struct pn_rdma *rdma) {
     uint64_t now = pn_now(), left = rdma->refused_until > now ? rdma->refused_until - now : 0;
@@ -725,6 +730,7 @@ static void begin_all(struct pn_rdma *rdma) {
     bool first = true;
     begin_wants(rdma, &rdma->demanded, &first);
     post(rdma, 0);
+    take_demanded(rdma); /* a near peer, or a device in software, has done it by now */
     begin_wants(rdma, &rdma->prefetched, &first);
     post(rdma, 0);
     uint64_t now = pn_now();
@@ -752,8 +758,7 @@ static bool spin(struct pn_rdma *rdma) {
 static void turn(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
     struct epoll_event ready[READY];
-    while (take_completions(rdma, 0) && !lane->ended)
-        ;
+    take_demanded(rdma);
     bool busy = !lane->ended && take_completions(rdma, 1);
     busy = spin(rdma) || busy;
     if (lane->ended)
