@@ -94,7 +94,7 @@ class LoopLanes:
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
-            nursery.start_soon(self._run_loops)
+            self._start_loops(nursery)
             for ring in self._rings:
                 nursery.start_soon(self._feed, ring)
             nursery.start_soon(self._read_faults)
@@ -108,8 +108,9 @@ class LoopLanes:
         finally:
             os.eventfd_write(self._stop_fd, 1)
 
-    async def _run_loops(self) -> None:
-        """Until they are stopped, or end with an error."""
+    def _start_loops(self, nursery: trio.Nursery) -> None:
+        """A task for each, which lasts until the loop has been stopped, or fails. In that nursery and no other: it is the
+        cancellation there that stops the loops, and so those that are left when one fails."""
         raise NotImplementedError
 
     async def _read_faults(self) -> None:
@@ -173,11 +174,10 @@ class NativeLanes(LoopLanes):
             super().__init__(filling, wire, background, len(connections) - 1)
             self._cleanup.push(stack.pop_all())
 
-    async def _run_loops(self) -> None:
+    def _start_loops(self, nursery: trio.Nursery) -> None:
         limiter = trio.CapacityLimiter(len(self._sockets))
-        async with open_failing_nursery() as nursery:
-            for sock, ring in zip(self._sockets, [None, *self._rings], strict=True):
-                nursery.start_soon(self._run_lane, limiter, sock, ring)
+        for sock, ring in zip(self._sockets, [None, *self._rings], strict=True):
+            nursery.start_soon(self._run_lane, limiter, sock, ring)
 
     async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
         drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, self._background.chunk)

@@ -59,7 +59,10 @@ class RdmaLanes(LoopLanes):
         self._peer = peer
         self.name = f"rdma by {path}"
 
-    async def _run_loops(self) -> None:
+    def _start_loops(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._run_loop)
+
+    async def _run_loop(self) -> None:
         try:
             loop, sock = await self._set_up()
         except ConnectionBroken as error:
