@@ -513,7 +513,7 @@ def test_200_connections(make_memory: MakeMemory, serve: MakeServing) -> None:
     for index, peer in enumerate(peers):
         check(peer, memory, range(index, index + 64))
     threads, memory_size = threads_and_memory()
-    assert threads == before[0]
+    assert threads <= before[0]  # one of an earlier test may end meanwhile
     assert memory_size - before[1] < 64 << 20, "200 stacks would be 1600 MiB of address space"
     for peer in peers:
         peer.sock.close()
