@@ -36,7 +36,7 @@ async def test_events_of_both_sides(tmp_path: Path) -> None:
     told = Events()
     async with (
         run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a,
-        destination(tmp_path, command=bare_command(tmp_path, "b"), max_bandwidth=4 << 20) as b,
+        destination(tmp_path, command=bare_command(tmp_path, "b"), max_bandwidth=256 << 10) as b,
     ):
         await a.serial.wait_sweeps(1)
         async with migrate(a.qmp, b.uri, on_event=told) as server:
