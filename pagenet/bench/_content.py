@@ -10,7 +10,8 @@ from itertools import cycle
 from pathlib import Path
 
 from .. import _native
-from ..errors import PagenetError, UsageError
+from ..errors import PagenetError
+from ._peers import MemoryFile
 
 __all__ = ["CONTENTS", "RATIO", "Content"]
 
@@ -26,41 +27,19 @@ _PAGE = 4096
 _MOST, _LEAST = 16 << 20, 4 << 20
 
 
-class Content:
-    """A memfd of ``size`` bytes. Close it, or use it as a context manager."""
+class Content(MemoryFile):
+    """Memory of the content of that name."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
-        self.size = size
-        self.fd = os.memfd_create("pagenet-bench", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self.fd, size)
-            pieces = _MAKERS[name]()
-            at = 0
-            while at < size and (piece := next(pieces, None)) is not None:
-                at += os.pwrite(self.fd, piece[: size - at], at)
-        except OSError as error:
-            self.close()
-            raise UsageError(f"cannot make {size} bytes of memory to move: {error.strerror}") from None
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(size)
 
-    def __enter__(self) -> Content:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    @property
-    def spec(self) -> str:
-        """How pagenet-serve is told of it."""
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
+    def _fill(self) -> None:
+        os.ftruncate(self.fd, self.size)
+        pieces = _MAKERS[self.name]()
+        at = 0
+        while at < self.size and (piece := next(pieces, None)) is not None:
+            at += os.pwrite(self.fd, piece[: self.size - at], at)
 
 
 def _random() -> Iterator[bytes]:

@@ -6,7 +6,6 @@ measured in turn, and every page is compared afterwards.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from ..protocol import Compress
 from ._content import CONTENTS, Content
 from ._environment import available_memory
 from ._figures import median
-from ._peers import first_line, running
+from ._peers import served_at
 from ._qemu_site import inside, open_link
-from .peer import python_module
+from ._task import worked
 
 __all__ = ["ENCODINGS", "EncodingOptions", "EncodingResult", "EncodingTarget", "encoding_targets", "measure_encodings"]
 
@@ -117,26 +116,18 @@ async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], s
 async def _measure(
     content: Content, rate: int | None, source: list[str], destination: list[str], address: str, options: EncodingOptions
 ) -> list[EncodingResult]:
-    where = ["--listen", f"tcp://{address}:0", "--plaintext", "--lane", options.lane]
-    serve = [*source, *python_module("pagenet.cli.serve"), content.spec, *where, "--json"]
+    where = f"tcp://{address}:0"
     results = [EncodingResult(name, content.name, rate, content.size) for name in options.encodings]
-    async with running(serve) as server:
-        event = json.loads(await first_line(server))
-        if event["event"] != "listening":
-            raise UsageError(event.get("message", "pagenet-serve did not start"))
+    async with served_at(where, content.spec, "--plaintext", "--lane", options.lane, inside=source) as server:
         for _ in range(options.rounds):
             for result in results:
-                await _pull(result, event["uri"], destination, content, options)
+                await _pull(result, server.uri, destination, content, options)
     return results
 
 
 async def _pull(result: EncodingResult, uri: str, destination: list[str], content: Content, options: EncodingOptions) -> None:
     wanted = {"uri": uri, "compress": ENCODINGS[result.encoding], "lane": options.lane, "chunk": options.chunk}
-    command = [*destination, *python_module("pagenet.bench.puller"), json.dumps({**wanted, "fd": content.fd})]
-    async with running(command, [content.fd]) as puller:
-        told = json.loads(await first_line(puller))
-    if "error" in told:
-        raise PagenetError(told["error"])
+    told = await worked("pagenet.bench.puller", {**wanted, "fd": content.fd}, content.fd, inside=destination)
     if told["bad"]:
         raise PagenetError(f"{told['bad']} MiB are not what they should be after {result.encoding} of {result.content} pages")
     result.seconds.append(told["seconds"])

@@ -7,12 +7,11 @@ import mmap
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import trio
 
@@ -21,26 +20,42 @@ from ..errors import PagenetError, UsageError
 from ..lane import LaneKind
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
-from .peer import peer_command
+from .peer import peer_command, python_module
 
-__all__ = ["Served", "Source", "connected_peer", "first_line", "memory_holder", "running", "served", "socket_pair"]
+__all__ = [
+    "MemoryFile",
+    "Served",
+    "Source",
+    "connected_peer",
+    "first_line",
+    "memory_holder",
+    "running",
+    "served",
+    "served_at",
+    "socket_pair",
+]
 
 
-class Source:
-    """Memory to be moved: a memfd of ``size`` bytes in which no two words of a page are alike, and one page in ``zero_every``
-    is zero (0: none). Close it, or use it as a context manager."""
+class MemoryFile:
+    """A memfd of ``size`` bytes to be moved. Close it, or use it as a context manager."""
 
-    def __init__(self, size: int, zero_every: int = 0) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.zero_every = zero_every
         self.fd = os.memfd_create("pagenet-bench", os.MFD_CLOEXEC)
         try:
-            write_pattern(f"/proc/self/fd/{self.fd}", size, zero_every=zero_every)
+            self._fill()
         except OSError as error:
             self.close()
             raise UsageError(f"cannot make {size} bytes of memory to move: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self) -> Source:
+    def _fill(self) -> None:
+        """Give it its size and content. :exc:`OSError` if there is not that much memory."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,6 +70,17 @@ class Source:
     def spec(self) -> str:
         """How pagenet-serve is told of it."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+
+class Source(MemoryFile):
+    """Memory in which no two words of a page are alike, and one page in ``zero_every`` is zero (0: none)."""
+
+    def __init__(self, size: int, zero_every: int = 0) -> None:
+        self.zero_every = zero_every
+        super().__init__(size)
+
+    def _fill(self) -> None:
+        write_pattern(f"/proc/self/fd/{self.fd}", self.size, zero_every=self.zero_every)
 
     def differs(self, address: int) -> int:
         """Pages at ``address`` that are not what they should be. Call it in a thread."""
@@ -99,12 +125,19 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
     """``pagenet-serve`` of ``spec``, for as long as the block runs. :exc:`UsageError` if it refuses."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory:
         listen = f"unix:{Path(directory) / 'source'}" if transport == "unix" else f"{transport}://127.0.0.1:0"
-        command = [sys.executable, "-m", "pagenet.cli.serve", spec, "--listen", listen, "--lane", lane, "--json"]
-        async with running(command) as process:
-            event = json.loads(await first_line(process))
-            if event["event"] != "listening":
-                raise UsageError(event.get("message", "pagenet-serve did not start"))
-            yield Served(event["uri"], process.pid)
+        async with served_at(listen, spec, "--lane", lane) as server:
+            yield server
+
+
+@asynccontextmanager
+async def served_at(listen: str, spec: str, *options: str, inside: Sequence[str] = ()) -> AsyncIterator[Served]:
+    """The same, where and how the caller wants it; ``inside``: what comes before its command."""
+    command = [*inside, *python_module("pagenet.cli.serve"), spec, "--listen", listen, *options, "--json"]
+    async with running(command) as process:
+        event = json.loads(await first_line(process))
+        if event["event"] != "listening":
+            raise UsageError(event.get("message", "pagenet-serve did not start"))
+        yield Served(event["uri"], process.pid)
 
 
 @asynccontextmanager

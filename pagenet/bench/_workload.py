@@ -6,7 +6,6 @@ their own in network namespaces, joined by a link; the program's memory is priva
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from array import array
@@ -17,16 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from ..errors import PagenetError, UsageError
+from ..errors import UsageError
 from ..lane import LaneKind
 from ..recording import Recorder
 from ..region import Block, Region
 from ..schedule import RECORDED
 from ._environment import available_memory
-from ._peers import Source, first_line, running
+from ._peers import Source, served_at
 from ._qemu_site import inside, open_link
+from ._task import worked
 from ._traces import TRACES, make_trace
-from .peer import python_module
 
 __all__ = ["ORDERS", "WorkloadOptions", "WorkloadResult", "WorkloadTarget", "measure_workload", "workload_targets"]
 
@@ -121,14 +120,10 @@ async def measure_workload(options: WorkloadOptions, on_result: Callable[[Worklo
 @asynccontextmanager
 async def _served(source: Source, options: WorkloadOptions) -> AsyncIterator[tuple[str, list[str]]]:
     """Where the source listens, and what comes before a destination's command."""
-    where = ["--plaintext", "--lane", options.lane, "--json"]
     async with open_link(options.rate) as link:
-        command = [*inside(link.destination), *python_module("pagenet.cli.serve"), source.spec]
-        async with running([*command, "--listen", f"tcp://{link.address}:0", *where]) as server:
-            event = json.loads(await first_line(server))
-            if event["event"] != "listening":
-                raise UsageError(event.get("message", "pagenet-serve did not start"))
-            yield event["uri"], inside(link.source)
+        where, there = f"tcp://{link.address}:0", inside(link.destination)
+        async with served_at(where, source.spec, "--plaintext", "--lane", options.lane, inside=there) as server:
+            yield server.uri, inside(link.source)
 
 
 async def _measure(
@@ -162,18 +157,10 @@ async def _measure(
                     "trace": fd,
                     "change": len(trace) // 2 if name == "phases" else 0,
                 }
-                result.rounds.append(await _played(destination, fd, told))
+                result.rounds.append(await worked("pagenet.bench.player", told, fd, inside=destination))
                 if number == options.rounds - 1:
                     on_result(result)
     return list(results.values())
-
-
-async def _played(destination: list[str], fd: int, told: dict[str, Any]) -> dict[str, Any]:
-    async with running([*destination, *python_module("pagenet.bench.player"), json.dumps(told)], [fd]) as player:
-        result: dict[str, Any] = json.loads(await first_line(player))
-    if "error" in result:
-        raise PagenetError(result["error"])
-    return result
 
 
 class _Shared:

@@ -7,10 +7,8 @@ from C, and says how that went as one JSON object.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import sys
 import time
 from array import array
 from typing import Any
@@ -18,10 +16,10 @@ from typing import Any
 import trio
 
 from .. import _native
-from ..errors import PagenetError
 from ..pulling import Transfer, pull
 from ..residency import State
 from ..uffd import OwnMemory
+from ._task import work_once
 from ._toucher import Toucher
 
 # Seconds between two looks at what is there.
@@ -121,13 +119,5 @@ async def _play(uri: str, trace: int, work_us: float, change: int, prefetch: Any
         memory.close()
 
 
-def main() -> int:
-    try:
-        print(json.dumps(trio.run(lambda: _play(**json.loads(sys.argv[1])))), flush=True)
-    except PagenetError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    work_once(_play)

@@ -6,16 +6,14 @@ be. It pulls them into memory of its own, compares them, and says what became of
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import trio
 
 from .. import _native
-from ..errors import PagenetError
 from ..pulling import pull
 from ..uffd import OwnMemory
+from ._task import work_once
 
 # Compared at a time.
 _STEP = 1 << 20
@@ -55,13 +53,5 @@ def _differs(memory: OwnMemory, fd: int, size: int) -> int:
         wanted.close()
 
 
-def main() -> int:
-    try:
-        print(json.dumps(trio.run(lambda: _pull(**json.loads(sys.argv[1])))), flush=True)
-    except PagenetError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    work_once(_pull)
