@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from .errors import ConnectionBroken, ConnectionClosed, PagenetError
+from .errors import ConnectionBroken, ConnectionClosed, PagenetError, SourceLost
 
 __all__ = ["open_failing_nursery"]
 
@@ -34,8 +34,15 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
     if len(errors) == 1:
         return errors[0]
     if errors and all(isinstance(error, PagenetError) for error in errors):
-        return min(errors, key=lambda error: isinstance(error, ConnectionBroken | ConnectionClosed))
+        return min(errors, key=_distance)
     return None
+
+
+def _distance(error: BaseException) -> int:
+    """From the cause: whoever sees it first leaves, which is the loss of the source to others, whose connections then break."""
+    if isinstance(error, ConnectionBroken | ConnectionClosed):
+        return 2
+    return 1 if isinstance(error, SourceLost) else 0
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
