@@ -106,6 +106,16 @@ def test_targets_are_held_against_the_same_trace() -> None:
     }
 
 
+def test_where_all_pages_are_alike_counts_compare_orders_with_one_window() -> None:
+    figures = {"hot": (106, 1.0), "linear": (100, 1.0), "linear 8/8": (50, 0.9)}
+    results = [WorkloadResult("random", order, 9, 9, [{"blocked": b, "stall": s}]) for order, (b, s) in figures.items()]
+    assert {(target.other, target.figure): target.met for target in workload_targets(results)} == {
+        ("1.05 x linear", "blocked"): False,
+        ("1.05 x linear", "stall"): True,
+        ("1.05 x linear 8/8", "stall"): False,
+    }
+
+
 @pytest.mark.parametrize(("recorded", "clairvoyant", "met"), [(45, 3, 1), (60, 3, 0), (500, 240, 1), (500, 220, 0)])
 def test_a_replay_is_held_against_the_best_order_and_what_starting_costs(recorded: int, clairvoyant: int, met: int) -> None:
     results = [

@@ -14,6 +14,7 @@ __all__ = ["plot_workload"]
 _STYLES = {
     "off": ("#000000", ":"),
     "linear 8/8": ("#56b4e9", "-"),
+    "linear": ("#0072b2", "-"),
     "follow 8/8": ("#cc79a7", "-"),
     "hot": ("#d55e00", "-"),
     "recorded": ("#009e73", "-"),
