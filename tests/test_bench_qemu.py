@@ -221,7 +221,7 @@ def migration(method: str, completed: float | None, end: float) -> Migration:
     after = [(end + number / 2, 21 + number, 1000 + number * 50) for number in range(20)]
     story = Story.of(said(*beats), said(*after))
     outcome = Outcome(completed, faults=7)
-    return Migration(method, 512 << 20, 0, 10.0, 10.1, 10.2, 10.25, outcome, 5 << 20, story)
+    return Migration(method, 512 << 20, 0, 10.0, 10.1, 10.2, 10.25, outcome, 5 << 20, story, 100 * 4096, 1)
 
 
 def test_figures_of_a_migration() -> None:
@@ -232,6 +232,10 @@ def test_figures_of_a_migration() -> None:
     assert one.downtime_ms() == pytest.approx(50.0)
     assert one.longest_gap_ms() == pytest.approx(2000.0)
     assert one.lost_ms() == pytest.approx(2000.0)
+    # 100 pages take 3.28 s at 1 Mbit/s; the 400 writes that belong to them would have taken 4.
+    assert one.least_lost_ms() == 0.0
+    assert replace(one, work=1000 * 4096, rate=0.5).least_lost_ms() == pytest.approx((65.536 - 40) * 1000)
+    assert replace(one, rate=None).least_lost_ms() is None
 
 
 def test_precopy_that_does_not_converge_has_no_figures() -> None:
