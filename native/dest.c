@@ -3,6 +3,7 @@
 #include "dest.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,12 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOVE_WORTHWHILE = 8, ZEROS = 64 /* pages of them written at once */ };
+enum {
+    MOVE_WORTHWHILE = 8,
+    ZEROS = 64,            /* pages of them written at once */
+    LEAVE_WORTHWHILE = 16, /* zero pages: to stop watching them costs as much as placing a few */
+    LEAVE_MOST = 16384,    /* stretches of zeros that are left alone: a process may have 65530 mappings, two for each of these */
+};
 
 /* ---- life ---- */
 
@@ -254,6 +260,35 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
     if (error == -EAGAIN)
         pn_stats_add(dest->config.map, class_, PN_DEFERRED, 1);
     return error;
+}
+
+/* Whether one more stretch of zeros may stop being watched. What goes on with the last one makes no mapping more. */
+static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
+    if (atomic_exchange(&dest->left_until, to + size) == to)
+        return true;
+    return atomic_fetch_add(&dest->left, 1) < LEAVE_MOST;
+}
+
+uint64_t pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count) {
+    struct pn_map *map = dest->config.map;
+    uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
+    if (!piece->second || dest->config.file < 0 || count < LEAVE_WORTHWHILE || !may_leave(dest, piece->address + at, size))
+        return 0;
+    lock_removal(dest);
+    bool ok = pn_map_span(map, first, first + count, PN_PLACING) == count &&
+              !fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(piece->file_offset + at), (off_t)size);
+    if (ok) {
+        pn_map_replace(map, first, count, PN_PLACING, PN_READY);
+        ok = !pn_uffd_unregister(dest->config.uffd, piece->address + at, size);
+        pn_map_replace(map, first, count, PN_READY, ok ? PN_RESIDENT : PN_PLACING);
+    }
+    if (ok) {
+        pn_stats_add(map, class_, PN_PAGES, count);
+        pn_stats_add(map, class_, PN_ZERO_PAGES, count);
+        pn_take_waiters(dest, first, count, true);
+    }
+    unlock_removal(dest);
+    return ok ? count : 0;
 }
 
 /* ---- how fast the background may be ---- */

@@ -27,11 +27,14 @@ struct pn_dest {
     atomic_uint waiter_count;
     _Atomic uint64_t last_fault; /* ns */
     _Atomic uint64_t waited; /* ns that faults have waited for pages which are in place now, all in all */
+    _Atomic uint64_t best;   /* ns that a page takes which is waited for, at best; 0: none has come. The demand lane's to write */
     pthread_mutex_t limiting; /* background lanes alone, and whoever sets the limit */
     uint64_t rate;       /* bytes of background a second; 0: no limit, UINT64_MAX: none */
     uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
     uint64_t next_grant; /* ns: not before, so that what was missed is made up for smoothly */
     char *zeros; /* one page of the largest size */
+    atomic_uint left;             /* stretches of zeros that are no longer watched */
+    _Atomic uint64_t left_until;  /* address at which the last one ends */
 };
 
 const struct pn_piece *pn_piece_of_page(const struct pn_dest *dest, uint64_t page);
@@ -51,6 +54,10 @@ uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
  * the owner's memory is changing, *done pages are dealt with; let its events be read and call again for the rest; or -errno.
  * zero: they came as a flag, which is counted. */
 int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done);
+/* Zero pages of one piece, which the caller has taken: if they are many, and in shared memory, they become a hole in the file that is
+ * no longer watched. The kernel makes zeros of what is touched of it: nothing has to be placed, and what nobody touches takes no
+ * memory. How many were dealt with: all or none. */
+uint64_t pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count);
 /* A fault waits for `page`, which is on its way. Kept to be timed: if the table is full, it is not. */
 void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */

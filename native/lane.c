@@ -147,10 +147,12 @@ static void prefetch_more(struct lane *lane) {
 
 /* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
 static void adapt_window(struct lane *lane, uint64_t latency) {
-    lane->best += lane->best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
-    if (!lane->best || latency < lane->best)
-        lane->best = latency;
-    if (latency > 2 * lane->best)
+    uint64_t best = atomic_load(&lane->dest->best);
+    best += best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
+    if (!best || latency < best)
+        best = latency;
+    atomic_store(&lane->dest->best, best);
+    if (latency > 2 * best)
         lane->window -= lane->window / 4;
     else
         lane->window += lane->window / 8;
@@ -186,16 +188,35 @@ static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
         pn_wake_waiter(lane->dest, page);
 }
 
-/* Whether the page was asked for just now, because of this fault. */
-static bool on_missing(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
-    struct pn_map *map = lane->dest->config.map;
-    bool missing = pn_map_claim(map, page, 1, PN_MISSING, PN_REQUESTED);
-    /* In a queue behind other background pages: a thread that waits does not wait for those. Who comes second is dropped. */
-    if (!missing && !pn_map_claim(map, page, 1, PN_COMING, PN_REQUESTED))
+/* Ask for it, if it is in that state. */
+static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t page, int state) {
+    if (!pn_map_claim(lane->dest->config.map, page, 1, state, PN_REQUESTED))
         return false;
-    pn_wait(lane->dest, page, now);
     ask(lane, PN_DEMAND, piece, page, 1);
-    return missing;
+    return true;
+}
+
+/* A page that the background has asked for is behind other background pages, and a thread that waits does not wait for those.
+ * But on a fast link it may be here at once, and whatever comes twice is in the way of something else: it gets a moment. */
+static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
+    if (lane->late_count < LATE)
+        lane->late[lane->late_count++] = (struct late){.page = page, .due = now + MOMENT_NS};
+    else if (can_ask(lane, 1))
+        demand(lane, piece, page, PN_COMING);
+}
+
+/* Pages that did not come within their moment are asked for. Who comes second is dropped. */
+static void demand_late(struct lane *lane) {
+    uint64_t now = lane->late_count ? pn_now() : 0;
+    int past = 0;
+    for (; past < lane->late_count && lane->late[past].due <= now && can_ask(lane, 1); past++) {
+        uint64_t page = lane->late[past].page;
+        demand(lane, pn_piece_of_page(lane->dest, page), page, PN_COMING);
+    }
+    lane->late_count -= past;
+    memmove(lane->late, lane->late + past, (size_t)lane->late_count * sizeof lane->late[0]);
+    if (past)
+        flush(lane);
 }
 
 /* Whether to prefetch around the page. */
@@ -212,14 +233,17 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
     switch (state) {
     case PN_MISSING:
-    case PN_COMING:
         if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
             pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
             return false;
         }
-        if (on_missing(lane, piece, page, now))
+        pn_wait(lane->dest, page, now);
+        if (demand(lane, piece, page, PN_MISSING))
             return true;
-        wait_for(lane, page, now); /* somebody was faster: it is on its way, or asked for by us */
+        __attribute__((fallthrough)); /* somebody was faster */
+    case PN_COMING:
+        wait_for(lane, page, now);
+        expect(lane, piece, page, now);
         return false;
     case PN_REQUESTED:
     case PN_PLACING:
@@ -320,6 +344,14 @@ static void settle_deferred(struct lane *lane) {
     }
 }
 
+/* At faults that could not be answered at once. */
+static void look_again(struct lane *lane) {
+    if (lane->deferred_count && !lane->ended)
+        settle_deferred(lane);
+    if (lane->late_count && !lane->ended)
+        demand_late(lane);
+}
+
 /* ---- runs from the schedule ---- */
 
 /* Bytes of pages that may be on their way. */
@@ -368,24 +400,36 @@ static bool ask_next(struct lane *lane) {
 }
 
 /* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows yet, and it should find the
- * link free. */
-static bool is_starved(struct lane *lane, uint64_t now) {
-    if (now - lane->looked > LOOK_NS) {
-        uint64_t waited = atomic_load(&lane->dest->waited);
-        lane->starved = waited - lane->waited > (now - lane->looked) / 2;
-        lane->waited = waited;
-        lane->looked = now;
-    }
-    return lane->starved;
+ * link free. And how fast pages come. */
+static void look(struct lane *lane, uint64_t now) {
+    uint64_t past = now - lane->looked;
+    if (past <= LOOK_NS || past <= 2 * atomic_load(&lane->dest->best)) /* what was asked for meanwhile is yet to come */
+        return;
+    uint64_t waited = atomic_load(&lane->dest->waited);
+    lane->starved = waited - lane->waited > past / 2;
+    lane->waited = waited;
+    double rate = (double)lane->arrived / (double)past, before = lane->rate * 7 / 8;
+    lane->rate = rate > before ? rate : before;
+    lane->arrived = 0;
+    lane->looked = now;
+}
+
+/* With faults about, so much of the background is on its way that the link is never idle, and hardly more: what the path holds, by
+ * the best time that a page has taken, and the rate at which pages come, and half of that. Where that is nearly nothing, requests
+ * are too small to be worth their while. */
+static uint64_t window_beside(const struct lane *lane, uint64_t least) {
+    uint64_t path = (uint64_t)(lane->rate * (double)atomic_load(&lane->dest->best) * 1.5);
+    return at_most(path > least ? path : least, lane->config->window_max);
 }
 
 static void feed(struct lane *lane) {
     lane->pause = UINT64_MAX;
     uint64_t now = pn_now();
-    if (is_starved(lane, now))
-        lane->window = lane->config->window_least;
+    look(lane, now);
+    if (lane->starved)
+        lane->window = window_beside(lane, lane->config->window_least);
     else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
-        lane->window = lane->config->window_min;
+        lane->window = window_beside(lane, lane->config->window_min);
     while (ask_next(lane))
         ;
     flush(lane);
@@ -501,6 +545,11 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
     for (uint64_t done = 0; done < pages && !lane->ended;) {
         uint64_t taken = pn_take(lane->dest, first + done, pages - done);
         const uint8_t *from = bytes ? bytes + done * piece->page_size : NULL;
+        if (!from && taken && pn_leave_zeros(lane->dest, lane->current.class_, piece, first + done, taken)) {
+            pn_check_done(lane->dest);
+            done += taken;
+            continue;
+        }
         int error = taken && piece->second ? pn_write_shared(lane->dest, piece, first + done, taken, from) : 0;
         if (error)
             end_lane(lane, PN_END_PLACING, -error, "");
@@ -513,7 +562,6 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
     arrived(lane, pages);
 }
 
-/* A header is whole: check it, and get ready for its payload. */
 /* What takes no time on the wire takes no room in the window, or a guest's free memory would come a round trip at a time. Slowly up
  * and at once down: what comes next may be of another kind. */
 static void note_density(struct lane *lane, uint64_t pages, uint64_t wire) {
@@ -521,6 +569,7 @@ static void note_density(struct lane *lane, uint64_t pages, uint64_t wire) {
     lane->dense = dense < lane->dense ? dense : at_most(at_most(dense, 2 * lane->dense), MOST_DENSE);
 }
 
+/* A header is whole: check it, and get ready for its payload. */
 static void begin_reply(struct lane *lane) {
     const struct pn_reply *reply = &lane->header;
     struct slot *slot = slot_of(lane, reply->id);
@@ -544,6 +593,7 @@ static void begin_reply(struct lane *lane) {
     if (!is_demand(lane)) {
         uint64_t size = lane->current.count * piece->page_size, wire = sizeof *reply + reply->length;
         note_density(lane, size, wire);
+        lane->arrived += wire;
         if (wire < size)
             pn_refund(lane->dest, size - wire);
     }
@@ -775,8 +825,17 @@ static void act(struct lane *lane, const struct epoll_event *event) {
         (is_demand(lane) ? receive_staged : receive_direct)(lane);
 }
 
+/* ns; UINT64_MAX: until something happens. */
+static uint64_t time_to_wait(const struct lane *lane) {
+    if (lane->deferred_count)
+        return 0;
+    uint64_t now = lane->late_count ? pn_now() : 0, due = lane->late[0].due;
+    uint64_t moment = !lane->late_count ? UINT64_MAX : due > now ? due - now : 0;
+    return at_most(lane->pause, moment);
+}
+
 static int wait_for_events(struct lane *lane, struct epoll_event *ready, int room) {
-    uint64_t wait = lane->deferred_count ? 0 : lane->pause;
+    uint64_t wait = time_to_wait(lane);
     if (wait == UINT64_MAX || !wait)
         return epoll_wait(lane->epoll, ready, room, wait ? -1 : 0);
     /* Milliseconds are too coarse to pace by: what is asked for at once stands in the way of what somebody waits for. */
@@ -798,8 +857,7 @@ static void wait_and_act(struct lane *lane) {
         act(lane, &ready[i]);
     if (lane->out_start < lane->out_end && !lane->ended)
         flush(lane);
-    if (lane->deferred_count && !lane->ended)
-        settle_deferred(lane);
+    look_again(lane);
     if (!is_demand(lane) && !lane->ended)
         feed(lane);
 }
@@ -876,7 +934,7 @@ bool pn_lane_has_room(struct lane *lane, size_t size) {
 
 bool pn_lane_take_faults(struct lane *lane) { return take_faults(lane); }
 
-void pn_lane_settle_deferred(struct lane *lane) { settle_deferred(lane); }
+void pn_lane_look_again(struct lane *lane) { look_again(lane); }
 
 void pn_lane_place(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages, const void *bytes) {
     struct slot slot = {.piece = piece};
@@ -895,7 +953,10 @@ void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, ui
 
 void pn_lane_adapt(struct lane *lane, uint64_t latency) { adapt_window(lane, latency); }
 
-bool pn_lane_is_starved(struct lane *lane, uint64_t now) { return is_starved(lane, now); }
+bool pn_lane_is_starved(struct lane *lane, uint64_t now) {
+    look(lane, now);
+    return lane->starved;
+}
 
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) { return wait_for_events(lane, ready, room); }
 

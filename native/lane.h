@@ -19,6 +19,8 @@ enum {
     PREFETCH_LEAST = 16 << 10, /* may be on its way of a window that adapts, however slow the path: 0.13 ms at 1 Gbit/s */
     MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
+    LATE = 256,
+    MOMENT_NS = 300000,  /* in which a page that the background has asked for may come before it is asked for again */
     LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
 };
 
@@ -40,6 +42,11 @@ struct current {
     uint64_t first, count; /* pages of ours, still to come */
 };
 
+/* A page that somebody waits for, and that the background has asked for. */
+struct late {
+    uint64_t page, due; /* ns: then it is asked for again */
+};
+
 struct lane {
     const struct pn_lane_config *config;
     struct pn_dest *dest;
@@ -52,9 +59,10 @@ struct lane {
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
     uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
     uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
-    uint64_t best;              /* ns that a page takes which is waited for, at best; 0: none has come */
     uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
     bool starved;
+    uint64_t arrived; /* background: bytes on the wire since then */
+    double rate;      /* bytes a ns: the most of late */
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
@@ -65,6 +73,8 @@ struct lane {
     bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
     struct pn_event deferred[EVENTS]; /* faults on pages that are in place, not answered yet: the owner's memory is changing */
     int deferred_count;
+    struct late late[LATE]; /* in the order in which they are due */
+    int late_count;
     bool ended;
     /* Lanes that do not ask by request and reply: instead of ask() and can_ask(). */
     void (*ask)(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
@@ -79,8 +89,8 @@ void pn_lane_flush(struct lane *lane);
 bool pn_lane_has_room(struct lane *lane, size_t size);
 /* Read the uffd, and ask for what is missing: false, if it had nothing to say. */
 bool pn_lane_take_faults(struct lane *lane);
-/* Answer faults again that had to wait for the owner's memory to stand still. */
-void pn_lane_settle_deferred(struct lane *lane);
+/* Answer faults again that had to wait for the owner's memory to stand still, and ask for pages that should have come by now. */
+void pn_lane_look_again(struct lane *lane);
 /* Pages of one piece that came (NULL: as zeros): those that are wanted are placed, and they are no longer in flight. */
 void pn_lane_place(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages, const void *bytes);
 /* The same of pages that the caller took before they came, into the memory behind the second mapping. */

@@ -771,8 +771,7 @@ static void turn(struct pn_rdma *rdma) {
     int count = pn_lane_wait(lane, ready, READY);
     for (int i = 0; i < count && !lane->ended; i++)
         act(rdma, ready[i].data.fd);
-    if (lane->deferred_count && !lane->ended)
-        pn_lane_settle_deferred(lane);
+    pn_lane_look_again(lane);
 }
 
 static void loop(void *argument) {

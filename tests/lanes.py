@@ -175,6 +175,10 @@ class Memory:
         how = _native.COPY
         return _native.place(self.uffd, how, self.address(page), data, self.page_size, self.page_size)
 
+    def used(self) -> int:
+        """Bytes of the shared memory that the system has had to find."""
+        return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
+
     def close(self) -> None:
         for mapped in self.mapped.values():
             mapped.close()

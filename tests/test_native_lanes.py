@@ -658,6 +658,81 @@ CHUNK = 16
 
 
 @pytest.mark.native
+def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> None:
+    """What the background has asked for may come at once. If it does not, whoever waits does not wait for it."""
+    rig = make_rig("copy", 64, 8, None)
+    rig.feed(Run(0, 64))
+    rig.background.wait_asked(1)
+    before = time.monotonic()
+    calls = [rig.touch(page) for page in (40, 3)]
+    rig.demand.wait_asked(2)
+    assert time.monotonic() - before >= 0.0003
+    assert {run for _, run in rig.demand.asked} == {Run(40, 1), Run(3, 1)}
+    rig.answer_all(rig.demand)
+    assert [call.join() for call in calls] == [content(40), content(3)]
+    rig.answer_all(rig.background)
+    rig.wait_came(64 + 2)
+    assert rig.count("dropped", BACKGROUND) == 2
+    assert rig.count("requests", DEMAND) == 2
+
+
+@pytest.mark.native
+def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
+    """A guest that only waits, far away from its source: the least window would be asked for once in each round trip."""
+    rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
+    trip, late, largest = 0.03, [], 0
+    touches = threading.Thread(target=lambda: [rig.touch(8192 + page).join() for page in range(100)])
+    fed = threading.Thread(target=feed_chunks, args=(rig, range(0, 8192, CHUNK)))
+    touches.start()
+    fed.start()
+    known: dict[int, float] = {}
+    while touches.is_alive() or fed.is_alive():
+        for peer in rig.peers:
+            peer.read()
+            for open_ in list(peer.open):
+                if time.monotonic() - known.setdefault(id(open_), time.monotonic()) >= trip:
+                    late.append(open_)
+                    peer.send(peer.answer(open_, peer.left(open_).count, zero=False)[1])
+        largest = max(largest, in_flight(rig.background))
+        time.sleep(0.0005)
+    for thread in (touches, fed):
+        thread.join()
+    assert largest == WIDE
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretch_of_zeros(kind: Kind, make_rig: MakeRig) -> None:
+    """In shared memory it becomes a hole that nobody watches: it takes no memory, and is zero for whoever touches it. A page
+    that a third party had put there, and one that was given up, are zero too."""
+    rig = make_rig(kind, 512, 8, None)
+    used = rig.memory.used()
+    rig.feed(Run(0, 512))
+    rig.background.wait_asked(512 * PAGE // CHUNK_BYTES)
+    waiting = rig.touch(70)
+    rig.demand.wait_asked(1)
+    rig.memory.remove(Run(100, 1), MADV_DONTNEED)
+    if kind in ("memfd", "allocated"):
+        assert rig.memory.target.write(Run(64, 1), memoryview(b"3" * PAGE))
+    for open_ in list(rig.background.open):
+        rig.background.send(rig.background.answer(open_, rig.background.left(open_).count, zero=True)[1])
+    rig.wait_came(512)
+    assert waiting.join() == bytes(PAGE)
+    assert rig.count("zero_pages") == 511 == rig.count("pages", BACKGROUND)
+    if kind == "memfd":
+        assert rig.memory.used() <= used + PAGE, "the page that was given up"
+    faults = rig.count("faults")
+    for page in (0, 63, 64, 100, 511):
+        assert rig.touch(page).join() == bytes(PAGE)
+    rig.memory.write(5, b"now")
+    assert rig.memory.read(5)[:4] == b"now\0"
+    if kind == "memfd":
+        assert rig.count("faults") <= faults + 1
+    rig.answer_all(rig.demand)
+    assert rig.states()[:512].count(State.RESIDENT) == 511
+
+
+@pytest.mark.native
 def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) -> None:
     rig = make_rig("copy", 4096, 8, None, window=(NARROW, NARROW, WIDE))
     fed = threading.Thread(target=feed_chunks, args=(rig, range(0, 4096, CHUNK)))

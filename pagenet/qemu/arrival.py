@@ -41,6 +41,9 @@ _CANNOT_LOAD = "QEMU cannot load the guest's devices: does the command line name
 _HANDSHAKE_TIMEOUT = 5.0
 # From the end of its monitor to its own.
 _END_TIMEOUT = 5.0
+# What a guest needs first is a few hundred pages, one after the other: its kernel's way back to whatever it was doing. For so
+# long it has the link, and the processors, to itself.
+_SETTLING = 0.1
 # Of what QEMU says on its stderr: a few lines.
 _KEPT_BYTES = 600
 
@@ -263,12 +266,27 @@ async def _arriving(
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over(directory / "devices")
-                async with telling(tell_faults, transfer, on_event):
+                async with telling(tell_faults, transfer, on_event), _settling(transfer):
                     yield Arrival(transfer, qemu.process)
     finally:
         if arriving is None or not arriving.runs_here:
             with trio.CancelScope(shield=True):
                 await qemu.give_up(arriving is not None and arriving.is_used)
+
+
+@asynccontextmanager
+async def _settling(transfer: Transfer) -> AsyncIterator[None]:
+    """Have the background go on once the guest has found its feet. The block need not wait for that."""
+
+    async def settle() -> None:
+        await trio.sleep(_SETTLING)
+        if transfer.background_paused:
+            transfer.resume_background()
+
+    async with open_failing_nursery() as nursery:
+        nursery.start_soon(settle)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 async def _start(prepared: Incoming) -> trio.Process:
@@ -376,8 +394,6 @@ class _Arriving:
         since = len(self._qmp.events)
         await self._qmp.command("cont")
         resumed = await self._qmp.wait_event("RESUME", since=since, patience=_STEP_TIMEOUT)
-        if self._transfer.background_paused:
-            self._transfer.resume_background()
         await self._guard.should_we_die("nothing")
         await talk.say("running", time=resumed.time)
         self._on_event("resumed")
