@@ -238,6 +238,68 @@ static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *pie
     return placed.error;
 }
 
+/* ---- a sample of what is prefetched ---- */
+
+/* A page that is there raises no fault, so whether a prefetched page was needed shows nowhere. But bytes in shared memory may wait
+ * there: one page in sixteen is not made visible when it has come, and its first touch is a minor fault that is answered at once,
+ * and counted. Such a page is RESIDENT all the same: a fault on one is settled from the page cache, whoever answers it. Which
+ * pages these are is a matter of their numbers, mixed, so that no stride of a program's hits all of them, or none. A page whose
+ * place in the table is taken is not part of the sample. */
+enum { SAMPLED_SHIFT = 60 }; /* a sixteenth */
+
+uint64_t pn_before_sampled(uint64_t first, uint64_t count) {
+    uint64_t before = 0;
+    while (before < count && (first + before) * 0x9e3779b97f4a7c15u >> SAMPLED_SHIFT)
+        before++;
+    return before;
+}
+
+static bool is_waited_for(struct pn_dest *dest, uint64_t page) {
+    bool found = false;
+    pthread_mutex_lock(&dest->waiting);
+    for (unsigned i = 0; i < atomic_load(&dest->waiter_count); i++)
+        found |= dest->waiters[i].page == page;
+    pthread_mutex_unlock(&dest->waiting);
+    return found;
+}
+
+/* Of a page that is PLACING, and whose bytes are in shared memory. */
+static bool hold(struct pn_dest *dest, uint64_t page, bool zero) {
+    struct pn_map *map = dest->config.map;
+    uint64_t none = 0;
+    if (is_waited_for(dest, page) || !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &none, page + 1))
+        return false;
+    atomic_fetch_add(&dest->held_count, 1);
+    pn_map_replace(map, page, 1, PN_PLACING, PN_RESIDENT);
+    pn_stats_add(map, PN_PREFETCH, PN_PAGES, 1);
+    pn_stats_add(map, PN_PREFETCH, PN_SAMPLED, 1);
+    if (zero)
+        pn_stats_add(map, PN_PREFETCH, PN_ZERO_PAGES, 1);
+    if (is_waited_for(dest, page)) /* since a moment ago */
+        pn_wake_waiter(dest, page);
+    return true;
+}
+
+bool pn_let_go(struct pn_dest *dest, uint64_t page) {
+    uint64_t held = page + 1;
+    if (!atomic_load(&dest->held_count) || !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &held, 0))
+        return false;
+    atomic_fetch_sub(&dest->held_count, 1);
+    return true;
+}
+
+void pn_dest_release(struct pn_dest *dest) {
+    for (unsigned i = 0; i < PN_HELD; i++) {
+        uint64_t page = atomic_load(&dest->held[i]) - 1;
+        if (page == UINT64_MAX || !pn_let_go(dest, page) || pn_map_state(dest->config.map, page) != PN_RESIDENT)
+            continue;
+        const struct pn_piece *piece = pn_piece_of_page(dest, page);
+        uint64_t to = piece->address + (page - piece->first) * piece->page_size;
+        /* Should it fail, the owner is changing this very page, or is gone. */
+        pn_place(dest->config.uffd, PN_CONTINUE, to, NULL, piece->page_size, piece->page_size);
+    }
+}
+
 int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done) {
     const struct pn_piece *piece = pn_piece_of_page(dest, first);
     int error = 0;
@@ -247,7 +309,12 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         uint64_t at = first + *done, here = 0;
         uint64_t placing = pn_map_span(dest->config.map, at, first + count, PN_PLACING);
         const char *from = bytes ? (const char *)bytes + *done * piece->page_size : NULL;
-        if (placing)
+        uint64_t before = class_ == PN_PREFETCH && piece->second ? pn_before_sampled(at, placing) : placing;
+        if (before < placing)
+            placing = before ? before : 1;
+        if (placing && !before && hold(dest, at, zero))
+            here = 1;
+        else if (placing)
             error = put_some(dest, class_, piece, at, placing, from, zero, &here);
         else {
             error = leave_removed(dest, piece, at);

@@ -8,7 +8,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-enum { PN_WAITERS = 1024 };
+enum { PN_WAITERS = 1024, PN_HELD = 4096 };
 
 /* A fault that waits for a page which is on its way. */
 struct pn_waiter {
@@ -33,6 +33,8 @@ struct pn_dest {
     uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
     uint64_t next_grant; /* ns: not before, so that what was missed is made up for smoothly */
     char *zeros; /* one page of the largest size */
+    _Atomic uint64_t held[PN_HELD]; /* pages of the sample that nobody has touched yet, plus one; 0: none */
+    atomic_uint held_count;
     atomic_uint left;             /* stretches of zeros that are no longer watched */
     _Atomic uint64_t left_until;  /* address at which the last one ends */
 };
@@ -63,6 +65,8 @@ void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed);
 void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
+/* Whether the page was held, which it is no more: it is being touched, or was given up. */
+bool pn_let_go(struct pn_dest *dest, uint64_t page);
 /* How much of `wanted` bytes of background, in whole pages, may be asked for now: 0 if none yet, and then *wait is how many ns
  * from now on to look again (UINT64_MAX: when told to). What is granted counts as asked for. */
 uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait);

@@ -278,10 +278,22 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
         uint64_t to = end > piece->address ? at_most(end - piece->address, piece->count * piece->page_size) : 0;
         for (uint64_t at = from / piece->page_size; at * piece->page_size < to; at++) {
             uint64_t page = piece->first + at;
+            pn_let_go(dest, page);
             if (remove_page(dest->config.map, page))
                 pn_wake_waiter(dest, page);
         }
     }
+}
+
+/* The first touch of a page that was held to see whether it is touched: nobody waited for the source. */
+static bool on_held(struct lane *lane, const struct pn_event *fault) {
+    const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
+    uint64_t page = piece ? piece->first + (fault->start - piece->address) / piece->page_size : 0;
+    if (!piece || !pn_let_go(lane->dest, page))
+        return false;
+    count(lane, PN_PREFETCH, PN_SAMPLED_USED, 1);
+    settle(lane, fault, piece, page);
+    return true;
 }
 
 static int read_events(struct lane *lane, struct pn_event *events) {
@@ -307,6 +319,8 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
     int missing_count = 0, faults = 0;
     for (int i = 0; i < got; i++)
         if (events[i].kind == PN_EVENT_PAGEFAULT) {
+            if (on_held(lane, &events[i]))
+                continue;
             faults++;
             if (on_fault(lane, &events[i], now))
                 missing[missing_count++] = events[i].start;

@@ -122,12 +122,14 @@ enum pn_counter {
     PN_LZ4_RUNS,   /* of RUNS, those that came compressed */
     PN_LZ4_BYTES,  /* of their pages */
     PN_LZ4_WIRE_BYTES, /* of WIRE_BYTES, what was received for them */
+    PN_SAMPLED,      /* of PAGES, those that were held, so that their first touch is seen: see dest.c */
+    PN_SAMPLED_USED, /* of them, those that were touched */
     PN_COUNTERS,
 };
 
 /* Latency in ns, log2 with 8 linear steps an octave: bucket of v is v below 16, else 8*(log2(v)-2) + the next 3 bits. */
 struct pn_class_stats {
-    uint64_t counters[12];
+    uint64_t counters[14];
     uint64_t latency[320];
 };
 
@@ -248,6 +250,10 @@ struct pn_dest_config {
 struct pn_dest;
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config); /* NULL: no memory. Borrows all that config points to. */
 void pn_dest_free(struct pn_dest *dest);
+/* How many of `count` pages from `first` on come before the first that the sample of prefetched pages takes. */
+uint64_t pn_before_sampled(uint64_t first, uint64_t count);
+/* No lane runs any more: let the owner see the pages of the sample that it has not touched. */
+void pn_dest_release(struct pn_dest *dest);
 /* How many bytes of background may come over the wire in a second, on all lanes together: 0 for no limit; UINT64_MAX to ask for none.
  * A lane that waits looks again when its work_fd is written. From any thread. */
 void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second);

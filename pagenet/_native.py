@@ -354,6 +354,8 @@ COUNTERS = {
     "lz4_runs": lib.PN_LZ4_RUNS,
     "lz4_bytes": lib.PN_LZ4_BYTES,
     "lz4_wire_bytes": lib.PN_LZ4_WIRE_BYTES,
+    "sampled": lib.PN_SAMPLED,
+    "sampled_used": lib.PN_SAMPLED_USED,
 }
 
 
@@ -377,7 +379,7 @@ def find_map(file: int) -> FoundMap:
     header = ffi.new("struct pn_map *")
     ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
     pages, size = int(header.pages), os.fstat(file).st_size
-    if bytes(ffi.buffer(header.magic)) != b"pagenet1" or pages > size or lib.pn_map_bytes(pages) > size:
+    if bytes(ffi.buffer(header.magic)) != b"pagenet2" or pages > size or lib.pn_map_bytes(pages) > size:
         raise ValueError("no map of pages")
     note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
     return FoundMap(pages, int(header.done), int(header.scope), bool(header.finished), note)
@@ -528,6 +530,11 @@ def _end_of(end: Any) -> End:
     return End(end.kind, end.error, ffi.string(end.text).decode(errors="replace"))
 
 
+def before_sampled(first: int, count: int) -> int:
+    """How many of ``count`` pages from ``first`` on come before the first that the sample of prefetched pages takes."""
+    return int(lib.pn_before_sampled(first, count))
+
+
 class Destination:
     """``struct pn_dest``: what the native lanes of one transfer share. Borrows the map and the descriptors."""
 
@@ -567,6 +574,10 @@ class Destination:
         if self._dest is not None:
             lib.pn_dest_free(self._dest)
             self._dest = None
+
+    def release(self) -> None:
+        """Let the owner see pages of the sample that it has not touched. Not while a lane runs."""
+        lib.pn_dest_release(self._dest)
 
     def limit_background(self, bytes_per_second: int | None) -> None:
         """None: no limit; 0: nothing more. Lanes that wait look again when their ring is woken."""

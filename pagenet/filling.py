@@ -10,11 +10,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import trio
 
 from . import _native
-from .errors import HandshakeError
+from .errors import HandshakeError, PagenetError
 from .protocol import Class, Encoding
 from .region import Run
 from .residency import Residency, State
@@ -29,6 +30,8 @@ __all__ = ["Filling"]
 PREFETCH_LIMIT = 1 << 20
 # Bytes that a window which adapts may have on their way. The lane in C tunes this; in Trio a reply costs more than a page.
 PREFETCHING = 128 << 10
+# Pages of the sample that nobody has touched yet.
+_MOST_HELD = 4096
 
 
 class Filling:
@@ -52,6 +55,7 @@ class Filling:
         self.prefetch = (0, 0)
         #: that pages are asked for in, a bit each
         self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
+        self._held = set[int]()  # pages of the sample that nobody has touched yet: see native/dest.c
         self._prefetching = 0  # bytes on their way of a window that adapts
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
@@ -103,6 +107,7 @@ class Filling:
         """Let go of everything, complete or not. Idempotent."""
         if self._last_words is None:
             self._last_words = self.statistics()
+            self._release()
             self.target.close(self.residency.missing())
             self.residency.close()
 
@@ -144,6 +149,7 @@ class Filling:
             for page in range(run.first, run.end):
                 placing = self.residency.state(page) in (State.PLACING, State.READY, State.REMOVING)
                 self.residency.set(Run(page, 1), State.REMOVING if placing else State.REMOVED)
+                self._held.discard(page)
             for page in [page for page in self._faulted_at if run.first <= page < run.end]:
                 del self._faulted_at[page]
                 self.target.wake(Run(page, 1))  # it will fault again, and get zeros
@@ -151,6 +157,12 @@ class Filling:
     def _answer(self, fault: Fault, now: int) -> int | None:
         """Do what the fault needs. The page, if this was the first that anybody heard of it."""
         page = self.target.page_of(fault)
+        if page in self._held:
+            self._held.remove(page)
+            self.residency.add(Class.PREFETCH, "sampled_used")
+            while not self.target.settle(page, fault):
+                self._drain_or_yield()
+            return None
         self.residency.add(Class.DEMAND, "faults")
         state = self.residency.state(page)
         if state not in (State.RESIDENT, State.REMOVED):
@@ -232,8 +244,11 @@ class Filling:
                     self._leave_removed(first)
                 first += 1
                 continue
+            before = _native.before_sampled(part.first, part.count) if class_ is Class.PREFETCH else part.count
+            part = Run(first, before or 1)
             skip, size = (first - run.first) * page_size, part.count * page_size
-            outcome = self._place(part, None if pages is None else pages[skip : skip + size])
+            data = None if pages is None else pages[skip : skip + size]
+            outcome = self._place(part, data) if before else self._hold(part, data)
             first += outcome.done
             done += outcome.done
             residency.add(class_, "existed", outcome.existed)
@@ -265,6 +280,26 @@ class Filling:
         residency.replace(Run(part.first, outcome.done), state, State.RESIDENT)
         residency.replace(part, State.READY, State.PLACING)
         return outcome
+
+    def _hold(self, part: Run, data: memoryview | None) -> Outcome:
+        """The same for a page of the sample: if it is in shared memory, and nobody waits for it, it stays invisible until it is
+        touched."""
+        two_steps = self._two_steps
+        if part.first in self._faulted_at or len(self._held) == _MOST_HELD:
+            return self._place(part, data)
+        if two_steps is None or not two_steps.write(part, data):
+            return self._place(part, data)
+        self.residency.replace(part, State.PLACING, State.RESIDENT)
+        self.residency.add(Class.PREFETCH, "sampled")
+        self._held.add(part.first)
+        return Outcome(1)
+
+    def _release(self) -> None:
+        """Let the owner see pages of the sample that it has not touched. What is complete is not watched any more."""
+        while self._held and not self.residency.complete:
+            assert self._two_steps is not None
+            with suppress(PagenetError):  # there may be nobody left to see them
+                self._two_steps.publish(Run(self._held.pop(), 1), again=True)
 
     def _leave_removed(self, page: int) -> None:
         """Its owner gave it up while it was being placed: what was written of it may not stay."""

@@ -92,14 +92,18 @@ class LoopLanes:
             ring.wake()
 
     async def run(self) -> None:
-        async with open_failing_nursery() as nursery:
-            nursery.start_soon(self._stop_when_cancelled)
-            self._start_loops(nursery)
-            for ring in self._rings:
-                nursery.start_soon(self._feed, ring)
-            nursery.start_soon(self._read_faults)
-            await trio.lowlevel.wait_readable(self._done_fd)
-            self._filling.check_complete()
+        try:
+            async with open_failing_nursery() as nursery:
+                nursery.start_soon(self._stop_when_cancelled)
+                self._start_loops(nursery)
+                for ring in self._rings:
+                    nursery.start_soon(self._feed, ring)
+                nursery.start_soon(self._read_faults)
+                await trio.lowlevel.wait_readable(self._done_fd)
+                self._filling.check_complete()
+        finally:
+            if not self._filling.residency.complete:  # what is complete is not watched any more
+                self._dest.release()
 
     async def _stop_when_cancelled(self) -> None:
         """Threads cannot be cancelled; the loops in them end when this descriptor becomes readable."""

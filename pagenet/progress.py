@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .pulling import Transfer
     from .serving import Server
 
-__all__ = ["Moment", "Watch", "complete_fields", "tell_faults", "tell_progress", "tell_serving", "telling"]
+__all__ = ["Moment", "Watch", "complete_fields", "rounded_share", "tell_faults", "tell_progress", "tell_serving", "telling"]
 
 EVENT_SECONDS = 0.25
 # The first of them are over soon.
@@ -149,11 +149,17 @@ def complete_fields(statistics: TransferStatistics) -> Fields:
         "zero": statistics.zero_pages,
         "bytes_wire": statistics.wire_bytes,
         "compressed": _compressed(statistics),
+        "prefetch_unused": rounded_share(statistics.prefetch_unused),
         "seconds": round(statistics.seconds, 3),
         "faults": statistics.demand.faults,
         "fault_us": _quantiles(statistics.fault_latency),
         "placement": statistics.placement,
     }
+
+
+def rounded_share(share: float | None) -> float | None:
+    """As JSON has it."""
+    return None if share is None else round(share, 3)
 
 
 def _quantiles(latency: Histogram) -> Fields:

@@ -51,7 +51,8 @@ class ClassStatistics:
     found in place already; ``dropped``: came but were no longer wanted; ``requests`` sent; ``faults`` that this class was
     asked to answer; ``deferred``: times that placing had to wait for the owner's events to be read; ``latency``: from the
     fault's event to the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed, ``lz4_bytes``
-    of pages in ``lz4_wire_bytes``.
+    of pages in ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose first touch is seen; ``sampled_used``: those
+    of them that were touched.
     """
 
     pages: int
@@ -66,6 +67,8 @@ class ClassStatistics:
     lz4_runs: int
     lz4_bytes: int
     lz4_wire_bytes: int
+    sampled: int
+    sampled_used: int
     latency: Histogram
 
 
@@ -113,6 +116,16 @@ class TransferStatistics:
         """Of all that came as bytes, and not as a flag, the share (0 to 1) that came compressed."""
         raw = self.wire_bytes - sum(class_.lz4_wire_bytes for class_ in self._classes)
         return self.lz4_bytes / (self.lz4_bytes + raw) if self.lz4_bytes else 0.0
+
+    @property
+    def prefetch_unused(self) -> float | None:
+        """Of prefetched pages, the share (0 to 1) not touched while the transfer went on, by a sample of one in sixteen.
+
+        None where that cannot be known: in private memory, where a page that has come raises no fault, and before any of the
+        sample came.
+        """
+        sampled = self.prefetch.sampled
+        return 1 - self.prefetch.sampled_used / sampled if sampled else None
 
     @property
     def _classes(self) -> tuple[ClassStatistics, ...]:

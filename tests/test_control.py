@@ -174,7 +174,8 @@ def test_any_bytes_are_a_request_or_an_error(data: bytes) -> None:
 STATUS = {
     *("program", "pid", "release", "state", "peer", "lane", "placement", "pages", "bytes", "pages_resident", "bytes_resident"),
     *("share", "seconds", "seconds_left", "bytes_per_s", "wire_bytes_per_s", "faults_per_s", "bytes_wire", "zero_pages"),
-    *("faults", "fault_us", "classes", "schedule", "begun", "paused", "max_bandwidth", "prefetch", "compressed"),
+    *("faults", "fault_us", "classes", "schedule", "begun", "paused", "max_bandwidth", "prefetch"),
+    *("prefetch_unused", "compressed"),
 }
 
 

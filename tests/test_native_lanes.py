@@ -240,13 +240,18 @@ class Play:
         add["pages"][class_] += len(wanted)
         add["dropped"][class_] += run.count - len(wanted)
         add["zero_pages"][class_] += len(wanted) if zero else 0
-        add["existed"][class_] += sum(page in self.there for page in wanted)
+        add["existed"][class_] += sum(page in self.there and not self.is_held(class_, page) for page in wanted)
         for page in wanted:
             data = content(page, self.memory.page_size)
             if self.memory.is_shared:
                 self.cache[page] = self.there[page] = data
             else:
                 self.there.setdefault(page, data)
+
+    def is_held(self, class_: Class, page: int) -> bool:
+        """Whether it is left as it is, to see whether it is touched."""
+        sampled = class_ is Class.PREFETCH and self.memory.is_shared and _native.before_sampled(page, 1) == 0
+        return sampled and all(page != waiting for waiting, _ in self.waiting)
 
     def expect_packed(self, class_: Class, size: int, wire: int) -> None:
         assert wire < size

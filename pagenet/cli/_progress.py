@@ -134,6 +134,9 @@ def print_summary(statistics: TransferStatistics) -> None:
     console.print(table)
     if statistics.lz4_ratio is not None:
         console.print(f"compressed: {statistics.lz4_share:.0%} of what came, to 1/{statistics.lz4_ratio:.1f} of its size")
+    if statistics.prefetch_unused is not None:
+        sampled = f"by a sample of {statistics.prefetch.sampled} pages"
+        console.print(f"prefetched, and not touched meanwhile: {statistics.prefetch_unused:.0%} ({sampled})")
     latency = statistics.fault_latency
     shares = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
     quantiles = ", ".join(f"{name} {_us(latency.microseconds(share))}" for name, share in shares)

@@ -212,8 +212,9 @@ def _background(status: dict[str, Any]) -> str:
 
 
 def _prefetch(status: dict[str, Any]) -> str:
-    window = status["prefetch"]
-    return "auto" if window is None else f"{window[0]},{window[1]}"
+    window, unused = status["prefetch"], status["prefetch_unused"]
+    words = "auto" if window is None else f"{window[0]},{window[1]}"
+    return words if unused is None else f"{words}; {unused:.0%} of it not touched so far"
 
 
 def _compressed(counts: dict[str, Any]) -> str:

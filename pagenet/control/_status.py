@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
+from ..progress import rounded_share
 from ..pulling import Transfer
 from ..serving import Server
 from ..statistics import ClassStatistics, Histogram, TransferStatistics
@@ -84,6 +85,7 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
         "paused": transfer.background_paused,
         "max_bandwidth": transfer.max_bandwidth,
         "prefetch": None if prefetch is None else list(prefetch),
+        "prefetch_unused": rounded_share(now.prefetch_unused),
         "compressed": _compressed(now),
     }
 
