@@ -91,6 +91,22 @@ def test_every_trace_on_loopback(lane: str) -> None:
     assert rows["sequential"]["blocked"] < rows["sequential"]["pages"] / 4
 
 
+@needs_namespaces
+@pytest.mark.parametrize("lane", ["native", "trio"])
+def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(lane: str, tmp_path: Path) -> None:
+    """All that came and was not touched was prefetched: so the bench knows what the sample is to say."""
+    recorder = Recorder(Region([Block("ram", 64 * MIB)]))
+    recorder.note(page for first in range(8, 16000, 17) for page in (first, *range(first + 1, first + 1 + first % 9)))
+    recorder.recording().save(tmp_path / "touches")
+    where = ("--rate", "none", "--bandwidth", "1", "--memory", "memfd", "--lane", lane, "--size", "64M", "--work", "1")
+    said = workload("--order", "linear 8/8", "--trace", f"recorded={tmp_path / 'touches'}", *where)
+    row = next(event for event in said if event["event"] == "result")
+    prefetched = row["came"]["prefetch"]
+    wasted = row["wasted_bytes"] // 4096 / prefetched
+    assert 0.4 < wasted < 0.95
+    assert row["prefetch_unused"] == pytest.approx(wasted, abs=0.1)
+
+
 def test_targets_are_held_against_the_same_trace() -> None:
     def result(order: str, blocked: int, trace: str = "zipf") -> WorkloadResult:
         return WorkloadResult(trace, order, 100, 100, [{"blocked": blocked, "stall": blocked / 1000, "followed": 0.1}])

@@ -1,7 +1,7 @@
 """The same touches against every order of the background, over a link of a given rate.
 
 A program touches the pages of a trace, with some work before each touch, while they come. Source and program are processes of
-their own in network namespaces, joined by a link; the program's memory is private, its pages are copied into place.
+their own in network namespaces, joined by a link.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import UsageError
 from ..lane import LaneKind
@@ -52,10 +52,15 @@ ORDERS: dict[str, _Order] = {
 }
 
 
+#: as :class:`~pagenet.uffd.OwnMemory` has them
+Memory = Literal["anonymous", "memfd"]
+
+
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """``rate``: of the link, in Mbit/s, None: loopback; ``bandwidth``: that the background is held to, in bytes a second,
-    None: not; ``touches`` None: as many as the trace usually has."""
+    """``memory``: private, or shared, where a sample tells what was prefetched in vain; ``rate``: of the link, in Mbit/s, None:
+    loopback; ``bandwidth``: that the background is held to, in bytes a second, None: not; ``touches`` None: as many as the
+    trace usually has."""
 
     lane: LaneKind = "native"
     traces: Sequence[str] = tuple(TRACES)
@@ -63,6 +68,7 @@ class WorkloadOptions:
     size: int = 1 << 30
     touches: int | None = None
     work_us: float = 50.0
+    memory: Memory = "anonymous"
     rate: int | None = 1000
     bandwidth: int | None = 60_000_000
     rounds: int = 1
@@ -153,6 +159,7 @@ async def _measure(
                 background, prefetch = ORDERS[order]
                 told = {
                     "uri": uri,
+                    "memory": options.memory,
                     "lane": options.lane,
                     "background": background + files[order] if background == RECORDED else background,
                     "prefetch": prefetch,

@@ -1,8 +1,8 @@
 """A program that works on memory while it comes: ``python -m pagenet.bench.player``, started by pagenet-bench alone.
 
-Its one argument is a JSON object: ``uri``, ``lane``, ``background``, ``prefetch``, ``max_bandwidth``, ``record``, ``work_us``,
-``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd with the pages to touch. It touches them
-from C, and says how that went as one JSON object.
+Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``, ``background``, ``prefetch``,
+``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd
+with the pages to touch. It touches them from C, and says how that went as one JSON object.
 """
 
 from __future__ import annotations
@@ -75,9 +75,11 @@ class _Watch:
         return resident - _native.bench_count(self._shared, self._set, State.RESIDENT)
 
 
-async def _play(uri: str, trace: int, work_us: float, change: int, prefetch: Any, **options: Any) -> dict[str, object]:
+async def _play(
+    uri: str, trace: int, work_us: float, change: int, prefetch: Any, memory: Any, **options: Any
+) -> dict[str, object]:
     pages = _read_trace(trace)
-    memory = OwnMemory("anonymous")
+    memory = OwnMemory(memory)
     toucher: Toucher | None = None
     try:
         window = None if prefetch is None else tuple(prefetch)
@@ -108,6 +110,7 @@ async def _play(uri: str, trace: int, work_us: float, change: int, prefetch: Any
             "to_99": watch.seconds_to(0.99),
             "followed": watch.followed,
             "wasted": wasted * mmap.PAGESIZE,
+            "prefetch_unused": statistics.prefetch_unused,
             "demand": statistics.demand.pages,
             "prefetch": statistics.prefetch.pages,
             "background": statistics.background.pages,

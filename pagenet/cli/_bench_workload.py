@@ -38,6 +38,9 @@ def add_workload_options(parser: Parser) -> None:
         "--order", type=names(ORDERS), default=tuple(ORDERS), metavar="NAME,...", help=f"of {', '.join(ORDERS)} (all)"
     )
     parser.add_argument("--size", type=parse_size, default=1 << 30, help="of the memory, in bytes or with K, M, G (1G)")
+    parser.add_argument(
+        "--memory", choices=["anonymous", "memfd"], default="anonymous", help="private, or shared (%(default)s)"
+    )
     parser.add_argument("--touches", type=count, metavar="N", help="in each trace (as many as it usually has)")
     parser.add_argument("--work", type=count, default=50, metavar="US", help="before each touch, in us (%(default)s)")
     parser.add_argument("--rate", type=_rate, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)")
@@ -67,6 +70,7 @@ async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
         orders=options.order,
         size=options.size,
         touches=options.touches,
+        memory=options.memory,
         work_us=options.work,
         rate=options.rate,
         bandwidth=None if options.bandwidth is None else options.bandwidth * 1_000_000,
@@ -88,7 +92,7 @@ async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
 
 
 def _fields(result: WorkloadResult) -> Fields:
-    figures = ("seconds", "to_50", "to_90", "to_99", "followed")
+    figures = ("seconds", "to_50", "to_90", "to_99", "followed", "prefetch_unused")
     return {
         "trace": result.trace,
         "order": result.order,
@@ -113,14 +117,14 @@ def _print_results(
 ) -> None:
     console = make_console()
     console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
-    headings = ("blocked", "stall, ms", "took, s", "50 % there, s", "90 %", "99 %", "wasted, MiB", "followed, ms")
+    headings = ("blocked", "stall, ms", "took, s", "50 % there, s", "90 %", "99 %", "wasted, MiB", "unused, %", "followed, ms")
     table = make_table("trace", "order", *headings)
     table.columns[1].justify = "left"
     for number, result in enumerate(results):
         first = not number or results[number - 1].trace != result.trace
         if first and number:
             table.add_section()
-        followed = result.figure("followed")
+        followed, unused = result.figure("followed"), result.figure("prefetch_unused")
         table.add_row(
             f"{result.trace} ({result.pages:,} pages)" if first else "",
             result.order,
@@ -128,10 +132,13 @@ def _print_results(
             shown(result.stall * 1000),
             *(_seconds(result.figure(name)) for name in ("seconds", "to_50", "to_90", "to_99")),
             shown((result.figure("wasted") or 0) / _MIB),
+            "" if unused is None else f"{100 * unused:.0f}",
             "" if followed is None else shown(followed * 1000),
         )
     console.print(table)
     console.print("Pages count as wasted that came before the trace ended, and that no touch of it is on.", style="dim")
+    if options.memory == "memfd":
+        console.print("Unused: of prefetched pages, those not touched by the end of the trace, by a sample.", style="dim")
     for target in targets:
         met = "met" if target.met else "[bold]not met[/bold]"
         value, limit = (f"{number:,.3f}".rstrip("0").rstrip(".") for number in (target.value, target.limit))
