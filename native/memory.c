@@ -8,7 +8,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -28,6 +32,37 @@ uint64_t pn_zero_run(const void *buffer, uint64_t pages, uint64_t page_size, int
     while (alike < pages && is_zero(page + alike * page_size, page_size) == *zero)
         alike++;
     return alike;
+}
+
+/* In pieces: the page may be a huge one. */
+static int is_zero_in_file(int fd, uint64_t offset, uint64_t size) {
+    char piece[4096];
+    for (uint64_t at = 0; at < size; at += sizeof piece) {
+        ssize_t got = pread(fd, piece, sizeof piece, (off_t)(offset + at));
+        if (got != (ssize_t)sizeof piece)
+            return got < 0 ? -errno : -ENODATA;
+        if (!is_zero(piece, sizeof piece))
+            return 0;
+    }
+    return 1;
+}
+
+/* A page that is not zero is nearly always known by its first word, which is all that is read of it then: copying all of the
+ * pages was most of what a source over RDMA did. */
+int64_t pn_zero_map(int fd, uint64_t offset, uint64_t pages, uint64_t page_size, uint8_t *bits) {
+    int64_t zeros = 0;
+    for (uint64_t i = 0; i < pages; i++, offset += page_size) {
+        uint64_t word;
+        ssize_t got = pread(fd, &word, sizeof word, (off_t)offset);
+        if (got != (ssize_t)sizeof word)
+            return got < 0 ? -errno : -ENODATA;
+        int zero = word ? 0 : is_zero_in_file(fd, offset, page_size);
+        if (zero < 0)
+            return zero;
+        bits[i / 8] |= (uint8_t)(zero << i % 8);
+        zeros += zero;
+    }
+    return zeros;
 }
 
 int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length) {
@@ -81,3 +116,5 @@ int pn_punch(int fd, uint64_t length) {
 int pn_populate(uint64_t address, uint64_t length) {
     return madvise((void *)(uintptr_t)address, length, MADV_POPULATE_WRITE) ? -errno : 0;
 }
+
+void pn_map_ahead(uint64_t address, uint64_t length) { madvise((void *)(uintptr_t)address, length, MADV_POPULATE_READ); }

@@ -421,6 +421,8 @@ uint64_t pn_source_asked(const struct pn_source *source, int class_);
 
 /* How many pages from buffer on are alike in being zero throughout (*zero 1) or not (*zero 0). */
 uint64_t pn_zero_run(const void *buffer, uint64_t pages, uint64_t page_size, int *zero);
+/* Set a bit (clear before) for each page of a file from offset on that is zero: how many, or -errno (-ENODATA: the file ends). */
+int64_t pn_zero_map(int fd, uint64_t offset, uint64_t pages, uint64_t page_size, uint8_t *bits);
 /* process_vm_readv, all of it: 0, or -errno (-EFAULT where part of the range is not mapped). */
 int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length);
 /* memcpy, for callers that must not touch memory themselves because it may fault while they hold a lock. */
@@ -433,6 +435,8 @@ void pn_unmap_memory(uint64_t address, uint64_t length);
 uint64_t pn_map_file(uint64_t length, int fd, int writable);
 /* Get every page of a mapping now, to write to, rather than at its first touch. -EINVAL: the kernel is older than 5.14. */
 int pn_populate(uint64_t address, uint64_t length);
+/* Map what is mapped of a file and in memory, many pages at a time; where that cannot be (before Linux 5.14), nothing happens. */
+void pn_map_ahead(uint64_t address, uint64_t length);
 /* Takes everything out of a file, which keeps its size; whoever has mapped it finds holes. */
 int pn_punch(int fd, uint64_t length);
 

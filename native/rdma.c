@@ -109,6 +109,7 @@ struct pn_rdma {
     struct ibv_pd *pd;
     struct ibv_comp_channel *channel;
     struct ibv_cq *queues[2];
+    bool armed[2]; /* the channel will say when something ends there */
     struct ibv_qp *pairs[2];
     struct ibv_mr *stage_mr;
     char *stage;
@@ -553,14 +554,20 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
     return true;
 }
 
-/* The background mostly goes on where it is: it should find the keys there when it comes. */
+/* The background mostly goes on where it is: it should find the keys there when it comes. Several are asked for at a time, so that
+ * the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
     uint32_t most = rdma->granted < AHEAD ? rdma->granted : AHEAD;
+    bool asking = false;
     for (uint32_t i = 0; i < most && at < past; i++) {
         struct place place = place_of(rdma, at);
-        if (place.chunk->state == CHUNK_FAR && !is_done(rdma, piece, &place))
+        if (place.chunk->state == CHUNK_FAR && !is_done(rdma, piece, &place)) {
+            if (!asking && i > most / 2)
+                return;
+            asking = true;
             ask_for_key(rdma, &place, false);
+        }
         at = place.first + place.count;
     }
 }
@@ -678,14 +685,37 @@ static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
     return got > 0;
 }
 
-/* One, which asks for the next: if there is another already, epoll says so again. */
+/* One: if there is another, epoll says so again. */
 static void take_channel_event(struct pn_rdma *rdma) {
     struct ibv_cq *queue;
     void *data;
     if (!rdma->verbs.get_cq_event(rdma->channel, &queue, &data)) {
         rdma->verbs.ack_cq_events(queue, 1);
-        rdma->context->req_notify_cq(queue, 0);
+        rdma->armed[queue == rdma->queues[1]] = false;
     }
+}
+
+/* Before sleeping, and only while something is on its way: most that somebody waits for has ended by then on a near device, and
+ * neither asking to be told nor being told is for nothing. What ended before it was asked for is not told. */
+static bool arm(struct pn_rdma *rdma) {
+    bool came = false;
+    for (int i = 0; i < 2 && !rdma->lane.ended; i++) {
+        if (rdma->armed[i] || !rdma->batches[i].posted)
+            continue;
+        rdma->context->req_notify_cq(rdma->queues[i], 0);
+        rdma->armed[i] = true;
+        came = take_completions(rdma, i) || came;
+    }
+    return came;
+}
+
+static void take_device_event(struct pn_rdma *rdma) {
+    struct ibv_async_event event;
+    if (rdma->verbs.get_async_event(rdma->context, &event))
+        return;
+    rdma->verbs.ack_async_event(&event);
+    if (event.type == IBV_EVENT_DEVICE_FATAL)
+        pn_lane_end(&rdma->lane, PN_END_BROKEN, ENODEV, "");
 }
 
 /* ---- the loop ---- */
@@ -709,6 +739,8 @@ static void act(struct pn_rdma *rdma, int fd) {
         receive_keys(rdma);
     else if (fd == rdma->channel->fd)
         take_channel_event(rdma);
+    else if (fd == rdma->context->async_fd)
+        take_device_event(rdma);
     else
         pn_drain_eventfd(fd);
 }
@@ -766,6 +798,9 @@ static void turn(struct pn_rdma *rdma) {
     begin_all(rdma);
     watch(rdma, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events);
     watch(rdma, lane->dest->config.uffd, can_want(lane, 3 * 64) ? EPOLLIN : 0, &lane->work_events);
+    busy = arm(rdma) || busy;
+    if (lane->ended)
+        return;
     if (busy)
         lane->pause = 0;
     int count = pn_lane_wait(lane, ready, READY);
@@ -776,8 +811,6 @@ static void turn(struct pn_rdma *rdma) {
 
 static void loop(void *argument) {
     struct pn_rdma *rdma = argument;
-    for (int i = 0; i < 2; i++)
-        rdma->context->req_notify_cq(rdma->queues[i], 0);
     while (!rdma->lane.ended)
         turn(rdma);
 }
@@ -849,7 +882,7 @@ static int prepare_device(struct pn_rdma *rdma) {
     if (!rdma->context || !(rdma->pd = rdma->verbs.alloc_pd(rdma->context)) ||
         !(rdma->channel = rdma->verbs.create_comp_channel(rdma->context)))
         return errno ? -errno : -ENODEV;
-    if (fcntl(rdma->channel->fd, F_SETFL, O_NONBLOCK))
+    if (fcntl(rdma->channel->fd, F_SETFL, O_NONBLOCK) || fcntl(rdma->context->async_fd, F_SETFL, O_NONBLOCK))
         return -errno;
     for (int i = 0; i < 2 && !error; i++)
         error = make_queue_pair(rdma, i);
@@ -887,7 +920,7 @@ static int prepare_memory(struct pn_rdma *rdma) {
 
 static int prepare_loop(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
-    uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED};
+    uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED, UNWATCHED};
     lane->sock_events = lane->work_events = UNWATCHED;
     lane->window = PREFETCH_LEAST;
     rdma->window = lane->config->window_min;
@@ -895,7 +928,8 @@ static int prepare_loop(struct pn_rdma *rdma) {
     lane->can_ask = can_want;
     lane->epoll = epoll_create1(EPOLL_CLOEXEC);
     bool ok = lane->epoll >= 0 && watch(rdma, lane->config->stop_fd, EPOLLIN, &others[0]) &&
-              watch(rdma, lane->config->work_fd, EPOLLIN, &others[1]) && watch(rdma, rdma->channel->fd, EPOLLIN, &others[2]);
+              watch(rdma, lane->config->work_fd, EPOLLIN, &others[1]) && watch(rdma, rdma->channel->fd, EPOLLIN, &others[2]) &&
+              watch(rdma, rdma->context->async_fd, EPOLLIN, &others[3]);
     return ok ? 0 : -errno;
 }
 

@@ -10,6 +10,7 @@ static const char *const NAMES[] = {
     "ibv_get_device_list", "ibv_free_device_list", "ibv_get_device_name", "ibv_open_device", "ibv_close_device",
     "ibv_alloc_pd", "ibv_dealloc_pd", "ibv_reg_mr", "ibv_dereg_mr", "ibv_create_comp_channel",
     "ibv_destroy_comp_channel", "ibv_create_cq", "ibv_destroy_cq", "ibv_get_cq_event", "ibv_ack_cq_events",
+    "ibv_get_async_event", "ibv_ack_async_event",
     "ibv_create_qp", "ibv_modify_qp", "ibv_destroy_qp", "ibv_wc_status_str",
 };
 enum { FUNCTIONS = sizeof NAMES / sizeof NAMES[0] };

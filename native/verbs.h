@@ -53,6 +53,14 @@ struct ibv_context {
     int (*req_notify_cq)(struct ibv_cq *cq, int solicited_only);
     void *unused2[12];
     int (*post_send)(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad);
+    void *unused3[6];
+    int cmd_fd, async_fd;
+};
+
+enum { IBV_EVENT_DEVICE_FATAL = 8 };
+struct ibv_async_event {
+    void *element;
+    int type;
 };
 
 struct ibv_mr {
@@ -149,6 +157,8 @@ struct pn_verbs {
     int (*destroy_cq)(struct ibv_cq *cq);
     int (*get_cq_event)(struct ibv_comp_channel *channel, struct ibv_cq **cq, void **data);
     void (*ack_cq_events)(struct ibv_cq *cq, unsigned count);
+    int (*get_async_event)(struct ibv_context *context, struct ibv_async_event *event);
+    void (*ack_async_event)(struct ibv_async_event *event);
     struct ibv_qp *(*create_qp)(struct ibv_pd *pd, struct ibv_qp_init_attr *attributes);
     int (*modify_qp)(struct ibv_qp *qp, struct ibv_qp_attr *attributes, int mask);
     int (*destroy_qp)(struct ibv_qp *qp);

@@ -221,6 +221,17 @@ def leading_alike(data: memoryview, pages: int, page_size: int) -> tuple[int, bo
     return int(count), bool(zero[0])
 
 
+def zero_map(fd: int, offset: int, pages: int, page_size: int) -> tuple[bytes, int]:
+    """A bit for each page of a file from ``offset`` on that is zero, and how many are.
+
+    :exc:`OSError`; ENODATA if it ends before.
+    """
+    bits = bytearray(-(-pages // 8))
+    count = lib.pn_zero_map(fd, offset, pages, page_size, ffi.from_buffer("uint8_t[]", bits))
+    _check(min(0, count))
+    return bytes(bits), int(count)
+
+
 def read_process(pid: int, address: int, into: memoryview) -> None:
     _check(lib.pn_read_process(pid, address, ffi.from_buffer(into), len(into)))
 
@@ -236,6 +247,11 @@ class MappedFile:
     def __init__(self, size: int, fd: int, writable: bool) -> None:
         self.size = size
         self.address = _check_address(lib.pn_map_file(size, fd, writable))
+
+    def map_ahead(self, offset: int, length: int) -> None:
+        """Enter pages into the page table, if they are in memory and the kernel can do that (from 5.14 on): cheaper than one by
+        one, as they are wanted."""
+        lib.pn_map_ahead(self.address + offset, length)
 
     def close(self) -> None:
         if self.address:

@@ -6,6 +6,7 @@ A :class:`Source` is a region and a way to read it. It is checked when it is ope
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -46,6 +47,11 @@ class _Piece(Protocol):
 
     def is_hole(self, offset: int, length: int) -> bool:
         """Whether these bytes are known to be zero without reading them."""
+        ...
+
+    def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
+        """A bit for each page that is zero, and how many are; None if it takes reading them all. :exc:`SourceLost` if they are
+        gone."""
         ...
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
@@ -96,6 +102,16 @@ class Source:
             await trio.to_thread.run_sync(piece.read, offset, into)
         return True
 
+    def zero_map(self, run: Run) -> tuple[bytes, int] | None:
+        """A bit for each page of ``run`` that is zero, and how many are. None: it takes reading them, and maybe a disk.
+
+        :exc:`SourceLost` if the memory is gone or has become shorter.
+        """
+        index = self.region.block_index(run.first)
+        piece = self._pieces[index]
+        offset = self.region.offset_of_page(run.first) - self.region.offsets[index]
+        return piece.zero_map(offset, run.count, self.region.size_of(run) // run.count)
+
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -112,6 +128,7 @@ class _FilePiece:
             raise UsageError(f"cannot open source {path}: {error.strerror}") from None
         self._path = path
         status = os.fstat(self._fd)
+        self._is_in_memory = _has_seals(self._fd)
         self.size = status.st_size
         self.identity = f"file {status.st_dev} {status.st_ino}"
         try:
@@ -166,6 +183,17 @@ class _FilePiece:
             # ENXIO: no data from there on. But a file that has become shorter says so too, and its pages are not zero.
             return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= offset + length
 
+    def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
+        if not self._is_in_memory:
+            return None
+        if self.is_hole(offset, pages * page_size):
+            return ((1 << pages) - 1).to_bytes(-(-pages // 8), "little"), pages
+        try:
+            return _native.zero_map(self._fd, offset, pages, page_size)
+        except OSError as error:
+            is_short = error.errno == errno.ENODATA
+            raise self._lost(f"it ends before byte {offset + pages * page_size}" if is_short else error.strerror) from None
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         name = printable(str(self._path))
         return _native.SourceBlock(first, self.size // page_size, page_size, 0, name, fd=self._fd, pid=0, pidfd=-1)
@@ -217,6 +245,9 @@ class _ProcessPiece:
     def is_hole(self, offset: int, length: int) -> bool:
         return False
 
+    def zero_map(self, offset: int, pages: int, page_size: int) -> None:
+        return None
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         pages = self.size // page_size
         return _native.SourceBlock(first, pages, page_size, self._start, "", fd=-1, pid=self._pid, pidfd=self._pidfd)
@@ -225,6 +256,15 @@ class _ProcessPiece:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def _has_seals(fd: int) -> bool:
+    """Which files have that are on no disk, whether any is set or not."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
 
 
 def _start_time(pid: int) -> str:

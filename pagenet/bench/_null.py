@@ -153,6 +153,9 @@ class _NullPiece:
     def is_hole(self, offset: int, length: int) -> bool:
         return True
 
+    def zero_map(self, offset: int, pages: int, page_size: int) -> None:
+        return None
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         raise NotImplementedError("lanes in C read memory, and there is none")
 

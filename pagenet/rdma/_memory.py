@@ -126,6 +126,13 @@ class RegisteredMemory:
         """Zero pages are looked for by reading the file, not where it is mapped: one that has become shorter says so."""
         index = self.source.region.block_index(run.first)
         block = self._blocks[index]
+        if (known := self.source.zero_map(run)) is not None:
+            zero_map, zeros = known
+            if zeros == run.count:
+                return _Chunk(encode_word(Answer.ZERO, run))
+            address = self._address_in_file(index, run)
+            if (region := self._register(address, size)) is not None:
+                return _Chunk(encode_key(run, address, region.rkey, zero_map), size, region)
         with ExitStack() as stack:
             copy = None if block.fd >= 0 else _native.Mapped(size)
             if copy is not None:
@@ -160,7 +167,9 @@ class RegisteredMemory:
         if index not in self._files:
             self._files[index] = _map_file(block.fd, block.pages * block.page_size)
         mapped = self._files[index]
-        return mapped.address + (run.first - block.first) * block.page_size
+        offset = (run.first - block.first) * block.page_size
+        mapped.map_ahead(offset, run.count * block.page_size)
+        return mapped.address + offset
 
     def _register(self, address: int, size: int) -> Any:
         """None: memory of this kind cannot be registered."""
