@@ -43,7 +43,7 @@ _HANDSHAKE_TIMEOUT = 5.0
 _END_TIMEOUT = 5.0
 # What a guest needs first is a few hundred pages, one after the other: its kernel's way back to whatever it was doing. For so
 # long it has the link, and the processors, to itself.
-_SETTLING = 0.1
+_SETTLING = 0.05
 # Of what QEMU says on its stderr: a few lines.
 _KEPT_BYTES = 600
 
