@@ -336,11 +336,11 @@ static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
     return atomic_fetch_add(&dest->left, 1) < LEAVE_MOST;
 }
 
-uint64_t pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count) {
+bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count) {
     struct pn_map *map = dest->config.map;
     uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
     if (!piece->second || dest->config.file < 0 || count < LEAVE_WORTHWHILE || !may_leave(dest, piece->address + at, size))
-        return 0;
+        return false;
     lock_removal(dest);
     bool ok = pn_map_span(map, first, first + count, PN_PLACING) == count &&
               !fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(piece->file_offset + at), (off_t)size);
@@ -355,7 +355,7 @@ uint64_t pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece 
         pn_take_waiters(dest, first, count, true);
     }
     unlock_removal(dest);
-    return ok ? count : 0;
+    return ok;
 }
 
 /* ---- how fast the background may be ---- */

@@ -58,8 +58,8 @@ uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
 int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done);
 /* Zero pages of one piece, which the caller has taken: if they are many, and in shared memory, they become a hole in the file that is
  * no longer watched. The kernel makes zeros of what is touched of it: nothing has to be placed, and what nobody touches takes no
- * memory. How many were dealt with: all or none. */
-uint64_t pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count);
+ * memory. False: none was dealt with. */
+bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count);
 /* A fault waits for `page`, which is on its way. Kept to be timed: if the table is full, it is not. */
 void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */

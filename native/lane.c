@@ -287,6 +287,8 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
 
 /* The first touch of a page that was held to see whether it is touched: nobody waited for the source. */
 static bool on_held(struct lane *lane, const struct pn_event *fault) {
+    if (!atomic_load(&lane->dest->held_count)) /* nearly always: no need to know which page it is */
+        return false;
     const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
     uint64_t page = piece ? piece->first + (fault->start - piece->address) / piece->page_size : 0;
     if (!piece || !pn_let_go(lane->dest, page))
@@ -552,6 +554,19 @@ static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uin
     pn_check_done(lane->dest);
 }
 
+/* Pages that are ours to write. */
+static void place_taken(struct lane *lane, const struct pn_piece *piece, uint64_t first, uint64_t pages, const uint8_t *bytes) {
+    if (!bytes && pn_leave_zeros(lane->dest, lane->current.class_, piece, first, pages)) {
+        pn_check_done(lane->dest);
+        return;
+    }
+    int error = piece->second ? pn_write_shared(lane->dest, piece, first, pages, bytes) : 0;
+    if (error)
+        end_lane(lane, PN_END_PLACING, -error, "");
+    else
+        put_all(lane, first, pages, piece->second ? NULL : bytes, !bytes);
+}
+
 /* Pages that came as bytes somewhere else than where they belong, or as zeros (NULL): those that are wanted are placed. */
 static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes) {
     const struct pn_piece *piece = lane->current.slot->piece;
@@ -559,16 +574,8 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
     for (uint64_t done = 0; done < pages && !lane->ended;) {
         uint64_t taken = pn_take(lane->dest, first + done, pages - done);
         const uint8_t *from = bytes ? bytes + done * piece->page_size : NULL;
-        if (!from && taken && pn_leave_zeros(lane->dest, lane->current.class_, piece, first + done, taken)) {
-            pn_check_done(lane->dest);
-            done += taken;
-            continue;
-        }
-        int error = taken && piece->second ? pn_write_shared(lane->dest, piece, first + done, taken, from) : 0;
-        if (error)
-            end_lane(lane, PN_END_PLACING, -error, "");
-        else if (taken)
-            put_all(lane, first + done, taken, piece->second ? NULL : from, !from);
+        if (taken)
+            place_taken(lane, piece, first + done, taken, from);
         else
             count(lane, lane->current.class_, PN_DROPPED, 1);
         done += taken ? taken : 1;

@@ -6,14 +6,14 @@ is the cause and the rest are its echoes (the lanes of a lost source all break),
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import trio
 
 from .errors import ConnectionBroken, ConnectionClosed, PagenetError, SourceLost
 
-__all__ = ["open_failing_nursery"]
+__all__ = ["open_failing_nursery", "running_beside"]
 
 
 @asynccontextmanager
@@ -27,6 +27,15 @@ async def open_failing_nursery() -> AsyncIterator[trio.Nursery]:
         if error is None:
             raise
         raise error from error.__cause__
+
+
+@asynccontextmanager
+async def running_beside(task: Callable[..., Awaitable[object]], *args: object) -> AsyncIterator[None]:
+    """The task runs for as long as the block does, at most; what it raises ends the block."""
+    async with open_failing_nursery() as nursery:
+        nursery.start_soon(task, *args)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:

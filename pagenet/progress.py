@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import trio
 
 from .events import EventHandler, ignore_events
-from .nurseries import open_failing_nursery
+from .nurseries import running_beside
 from .statistics import Histogram, ServingStatistics, TransferStatistics
 
 if TYPE_CHECKING:
@@ -132,11 +132,8 @@ async def tell_serving(server: Server, on_event: EventHandler) -> None:
 @asynccontextmanager
 async def telling(tell: Callable[[T, EventHandler], Awaitable[None]], about: T, on_event: EventHandler) -> AsyncIterator[None]:
     """One of these, for as long as the block runs."""
-    async with open_failing_nursery() as nursery:
-        if on_event is not ignore_events:
-            nursery.start_soon(tell, about, on_event)
+    async with nullcontext() if on_event is ignore_events else running_beside(tell, about, on_event):
         yield
-        nursery.cancel_scope.cancel()
 
 
 def complete_fields(statistics: TransferStatistics) -> Fields:

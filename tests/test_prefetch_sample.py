@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def memory() -> Iterator[OwnMemory]:
     made.close()
 
 
+@asynccontextmanager
+async def coming(source: Path, memory: OwnMemory, lane: LaneKind) -> AsyncIterator[Transfer]:
+    """What is touched, and eight pages on either side of it."""
+    async with (
+        pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
+        pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(8, 8)) as transfer,
+    ):
+        yield transfer
+
+
 async def touch_every_neighbourhood(memory: OwnMemory, transfer: Transfer) -> None:
     """But for the last ones: what is complete is not watched any more."""
     for page in range(8, PAGES - 100, STEP):
@@ -52,10 +63,7 @@ async def touch_every_neighbourhood(memory: OwnMemory, transfer: Transfer) -> No
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_the_share_that_was_not_touched(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
-    async with (
-        pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-        pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(8, 8)) as transfer,
-    ):
+    async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         before = transfer.statistics()
         assert before.placement == "continue"
@@ -76,10 +84,7 @@ async def test_the_share_that_was_not_touched(lane: LaneKind, source: Path, memo
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_what_is_given_up_untouched_was_not_used_and_is_zero(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
-    async with (
-        pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-        pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(8, 8)) as transfer,
-    ):
+    async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         advice, place = (MADV_REMOVE, ctypes.c_void_p(memory.address))
         await trio.to_thread.run_sync(libc.madvise, place, ctypes.c_size_t(HALF), advice)
@@ -94,10 +99,7 @@ async def test_what_is_given_up_untouched_was_not_used_and_is_zero(lane: LaneKin
 async def test_in_private_memory_it_cannot_be_known(source: Path) -> None:
     memory = OwnMemory("anonymous")
     try:
-        async with (
-            pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-            pagenet.pull(server.uri, memory, background="off", prefetch=(8, 8)) as transfer,
-        ):
+        async with coming(source, memory, "auto") as transfer:
             await memory.read(100 * PAGE, 1)
             transfer.set_background("linear")
             await transfer.wait_complete()
@@ -109,10 +111,7 @@ async def test_in_private_memory_it_cannot_be_known(source: Path) -> None:
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_when_it_is_given_up_what_came_is_there(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
-    async with (
-        pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-        pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(8, 8)) as transfer,
-    ):
+    async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         assert transfer.statistics().prefetch.sampled > 0
     assert not transfer.statistics().complete

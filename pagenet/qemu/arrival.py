@@ -18,7 +18,7 @@ import trio
 
 from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
-from ..nurseries import open_failing_nursery
+from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_faults, telling
 from ..protocol import printable
 from ..pulling import Transfer, pull
@@ -266,7 +266,7 @@ async def _arriving(
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over(directory / "devices")
-                async with telling(tell_faults, transfer, on_event), _settling(transfer):
+                async with telling(tell_faults, transfer, on_event), running_beside(_settle, transfer):
                     yield Arrival(transfer, qemu.process)
     finally:
         if arriving is None or not arriving.runs_here:
@@ -274,19 +274,11 @@ async def _arriving(
                 await qemu.give_up(arriving is not None and arriving.is_used)
 
 
-@asynccontextmanager
-async def _settling(transfer: Transfer) -> AsyncIterator[None]:
-    """Have the background go on once the guest has found its feet. The block need not wait for that."""
-
-    async def settle() -> None:
-        await trio.sleep(_SETTLING)
-        if transfer.background_paused:
-            transfer.resume_background()
-
-    async with open_failing_nursery() as nursery:
-        nursery.start_soon(settle)
-        yield
-        nursery.cancel_scope.cancel()
+async def _settle(transfer: Transfer) -> None:
+    """Have the background go on once the guest has found its feet."""
+    await trio.sleep(_SETTLING)
+    if transfer.background_paused:
+        transfer.resume_background()
 
 
 async def _start(prepared: Incoming) -> trio.Process:
