@@ -11,7 +11,7 @@ import trio
 
 from .background import CHUNK_BYTES, Background
 from .background_start import Start, begin_background, parse_start
-from .errors import HandshakeError, OwnerGone, UsageError
+from .errors import HandshakeError, OwnerGone, Unsupported, UsageError
 from .events import EventHandler, ignore_events
 from .filling import Filling
 from .lane import LaneKind, Lanes, TrioLanes
@@ -183,7 +183,8 @@ async def pull(
     :meth:`Transfer.release`, because until then the source's memory may change.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
-    :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`.
+    :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
+    :exc:`~pagenet.errors.Unsupported`.
     Events: ``listening``, ``connected``, ``owner``, ``progress`` four times a second, ``complete``.
     """
     if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
@@ -225,7 +226,7 @@ async def pull(
                     nursery.start_soon(_Run(transfer, session, lanes, plan, start, on_event).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
-            except (UsageError, HandshakeError, OwnerGone) as error:
+            except (UsageError, HandshakeError, OwnerGone, Unsupported) as error:
                 reason = str(error)
                 raise
             finally:  # after the lanes: they would take the source's farewell for its loss

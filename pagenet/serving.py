@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from . import transport
 from .errors import (
     ConnectionBroken,
     ConnectionClosed,
+    PagenetError,
     ProtocolError,
     RemoteProtocolError,
     SourceLost,
@@ -152,7 +153,7 @@ class Server:
             await self._serve_peer(MessageStream(connection))
         except ProtocolError as error:
             self._on_event("refused", peer=connection.peer, reason=str(error))
-        except ConnectionBroken as error:
+        except (ConnectionBroken, Unsupported) as error:
             self._on_event("lost", peer=connection.peer, reason=str(error))
         except ConnectionClosed:
             pass  # by the end of its session
@@ -195,7 +196,7 @@ class Server:
             began = trio.current_time()
             try:
                 return await self.dial_once(uri)
-            except (ConnectionBroken, ProtocolError, SourceUnreachable) as error:
+            except (ConnectionBroken, ProtocolError, SourceUnreachable, Unsupported) as error:
                 if not self._persists:
                     raise
                 if (reason := str(error)) != told:
@@ -279,23 +280,31 @@ class Server:
         self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
     ) -> None:
         if isinstance(connection, transport.OneSided):
-            await self._serve_reads(connection, unread)
+            await self._serve_reads(connection, unread, session)
         elif self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
                 await TrioSourceLane(connection, self._source, self._asked).run(unread)
 
-    async def _serve_reads(self, connection: transport.OneSided, unread: bytes) -> None:
+    async def _serve_reads(self, connection: transport.OneSided, unread: bytes, session: _Session) -> None:
         try:
-            path = connection.find_path()
-            if path not in self._readable:
+            memory = self._readable_by(connection)
+            async with self._telling_if_lost():
+                await connection.serve_reads(memory, unread)
+        except Unsupported as error:
+            await self._part([session], error)
+            raise
+
+    def _readable_by(self, connection: transport.OneSided) -> Any:
+        path = connection.find_path()
+        if path not in self._readable:
+            try:
                 self._readable[path] = connection.open_memory(self._source, self._pin_limit)
-                self._on_event("path", path=path)
-        except (Unsupported, OSError) as error:  # it was there when we began to listen
-            raise ConnectionBroken(str(error)) from None
-        async with self._telling_if_lost():
-            await connection.serve_reads(self._readable[path], unread)
+            except OSError as error:  # it was there when we began to listen
+                raise ConnectionBroken(str(error)) from None
+            self._on_event("path", path=path)
+        return self._readable[path]
 
     def close(self) -> None:
         """After the last connection. Idempotent."""
@@ -313,18 +322,22 @@ class Server:
 
     @asynccontextmanager
     async def _telling_if_lost(self) -> AsyncIterator[None]:
-        """Around whatever reads the source: when it is lost, every destination hears why, and may leave, before the error
-        goes on up and closes everything. The end of its connections, at once, would overtake the reason."""
+        """Around whatever reads the source: when it is lost, every destination hears why."""
         try:
             yield
         except SourceLost as error:
-            with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True):
-                async with trio.open_nursery() as nursery:
-                    for session in self._sessions.values():
-                        nursery.start_soon(self._part, session, Failure("source-lost", printable(str(error))))
+            await self._part(self._sessions.values(), error)
             raise
 
-    async def _part(self, session: _Session, failure: Failure) -> None:
+    async def _part(self, sessions: Iterable[_Session], error: PagenetError) -> None:
+        """Say why, and let them leave, before the error goes on up and closes everything. The end of the connections, at once,
+        would overtake the reason."""
+        with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True):
+            async with trio.open_nursery() as nursery:
+                for session in sessions:
+                    nursery.start_soon(self._part_with, session, Failure("source-lost", printable(str(error))))
+
+    async def _part_with(self, session: _Session, failure: Failure) -> None:
         await session.control.tell(failure)
         await session.ended.wait()
 
@@ -351,7 +364,7 @@ async def serve(
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
-    :exc:`~pagenet.errors.ConnectionBroken`.
+    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
     ``refused``, ``waiting`` (for one that is lost).
     """

@@ -108,7 +108,8 @@ class OneSided(Protocol):
         """Let the peer read, until it closes. ``unread``: what was received from it already.
 
         :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything; else what ends the connection is
-        :exc:`~pagenet.errors.ConnectionBroken` or :exc:`~pagenet.errors.RemoteProtocolError`.
+        :exc:`~pagenet.errors.ConnectionBroken`, :exc:`~pagenet.errors.RemoteProtocolError`, or
+        :exc:`~pagenet.errors.Unsupported` if this process may not do what it takes, of which the peer has been told as well.
         """
         ...
 

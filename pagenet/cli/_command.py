@@ -129,7 +129,8 @@ def add_pull_options(parser: Parser) -> None:
         "--compress",
         choices=get_args(Compress),
         default="auto",
-        help="lz4: whatever becomes smaller; auto: where link and processors make that faster (default: %(default)s)",
+        help="lz4: whatever becomes smaller; auto: where link and processors make that faster, which is never over rdma:// "
+        "(default: %(default)s)",
     )
     add_lane_option(parser)
 

@@ -25,6 +25,7 @@ from ..transport import Connection
 from ..uffd import UffdTarget
 from ._constants import KEYS_IN_ANY_CASE, WINDOW_BYTES
 from ._path import Path
+from ._pyverbs import locked_memory_hint
 from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
 
 __all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "exchange"]
@@ -136,9 +137,7 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = ""
+        hint = locked_memory_hint(error)
         if error.errno == errno.ENOENT:
             hint = " (is libibverbs there? Debian: apt install ibverbs-providers)"
-        elif error.errno == errno.ENOMEM:
-            hint = " (it takes locked memory: `ulimit -l unlimited`, or CAP_IPC_LOCK)"
         raise Unsupported(f"cannot use {path} for RDMA: {error.strerror}{hint}") from None

@@ -14,14 +14,14 @@ from typing import Any
 import trio
 
 from .. import _native
-from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
+from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost, Unsupported
 from ..region import Run
 from ..session import LAST_WORDS_TIMEOUT
 from ..source import Source
 from ..transport import Connection
 from ._constants import KEYS_IN_ANY_CASE, RETRIES, TIMEOUT
 from ._path import Path
-from ._pyverbs import load, translated
+from ._pyverbs import load, registering, translated
 from ._wire import (
     ENDPOINT,
     Answer,
@@ -99,14 +99,20 @@ class RegisteredMemory:
     async def take(self, run: Run, held: int) -> tuple[bytes, bool]:
         """The answer to an asking by somebody who has ``held`` keys, and whether it is a key, which is to be given back.
 
-        :exc:`SourceLost` if the memory cannot be read; :exc:`OSError` if it cannot be registered.
+        :exc:`SourceLost` if the memory cannot be read; :exc:`Unsupported` if this process may lock no more, though the peer
+        has fewer keys than it may have in any case; :exc:`OSError` if it cannot be registered for another reason.
         """
         async with self._turn:
             if run not in self._chunks:
                 size = self.source.region.size_of(run)
                 if held >= KEYS_IN_ANY_CASE and self._pinned + size > self._pin_limit:
                     return encode_word(Answer.REFUSED, run), False
-                chunk = await self._make_chunk(run, size)
+                try:
+                    chunk = await self._make_chunk(run, size)
+                except Unsupported:
+                    if held < KEYS_IN_ANY_CASE:
+                        raise
+                    return encode_word(Answer.REFUSED, run), False
                 if chunk.region is None:
                     return chunk.answer, False
                 self._chunks[run] = chunk
@@ -175,7 +181,7 @@ class RegisteredMemory:
         """None: memory of this kind cannot be registered."""
         access = load("enums").IBV_ACCESS_REMOTE_READ
         try:
-            with translated("register memory for RDMA"):
+            with registering():
                 return load("mr").MR(self.domain, size, access, address=address)
         except OSError as error:
             if error.errno == errno.EFAULT:
@@ -249,7 +255,7 @@ async def _answer(connection: Connection, memory: RegisteredMemory, run: Run, he
         raise RemoteProtocolError("the peer asks for a key that it has")
     try:
         answer, has_key = await memory.take(run, len(held))
-    except (SourceLost, OSError) as error:
+    except (SourceLost, Unsupported, OSError) as error:
         reason = error.strerror or "" if isinstance(error, OSError) else str(error)
         # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
         with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):

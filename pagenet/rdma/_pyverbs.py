@@ -6,6 +6,7 @@ import errno
 import importlib
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from ..errors import Unsupported
 
-__all__ = ["load", "translated"]
+__all__ = ["load", "locked_memory_hint", "registering", "translated"]
 
 # A virtual environment does not look here, and pyverbs is not to be had from PyPI for the libibverbs of most systems.
 SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
@@ -52,3 +53,25 @@ def translated(doing: str) -> Iterator[None]:
     except errors.PyverbsError as error:
         number = getattr(error, "error_code", 0) or errno.EIO
         raise OSError(number, f"cannot {doing}: {os.strerror(number)}") from None
+
+
+@contextmanager
+def registering() -> Iterator[None]:
+    """As :func:`translated`, but :exc:`Unsupported` if this process may lock no more memory."""
+    try:
+        with translated("register memory for RDMA"):
+            yield
+    except OSError as error:
+        if hint := locked_memory_hint(error):
+            raise Unsupported(f"{error.strerror}{hint}") from None
+        raise
+
+
+def locked_memory_hint(error: OSError) -> str:
+    """What to do about it, if it is the limit of locked memory that made a registration fail: the kernel says EPERM where
+    nothing at all may be locked. Else nothing."""
+    if error.errno not in (errno.ENOMEM, errno.EPERM):
+        return ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    may = "any of it" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+    return f" (RDMA locks memory, and this process may lock {may}: say `ulimit -l unlimited` before, or give it CAP_IPC_LOCK)"

@@ -26,7 +26,7 @@ from ..transport import Connection
 from ._lanes import exchange
 from ._memory import join, make_queue_pair
 from ._path import Path
-from ._pyverbs import load, translated
+from ._pyverbs import load, registering, translated
 from ._wire import KEY_HEADER, Answer, Asking, Endpoint, Key, Kind, chunk_run, decode_answer, read_key
 
 __all__ = ["ReadLanes"]
@@ -219,7 +219,7 @@ class _Buffer:
         self.size = size
         self._memory = _native.Mapped(size)
         self.address = self._memory.address
-        with translated("register memory for RDMA"):
+        with registering():
             self.mr = load("mr").MR(domain, size, load("enums").IBV_ACCESS_LOCAL_WRITE, address=self.address)
 
     def view(self, offset: int, length: int) -> memoryview:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, parse_qsl
 
 from ..errors import PagenetError, SourceUnreachable, UsageError
+from ..protocol import Encoding
 from ..transport import Buffer, Listener, Transport
 from ._lanes import Carrier, RdmaLanes, can_run_in_c
 from ._memory import RegisteredMemory, serve_reads
@@ -66,6 +67,8 @@ class RdmaConnection:
     ) -> Lanes:
         if len(connections) > 2:
             raise UsageError("over RDMA the background has one queue pair, which fills the network: leave --background-lanes")
+        if not filling.encodings >> Encoding.RAW & 1:
+            raise UsageError("over RDMA pages are READ as they are in the source's memory: leave --compress lz4 out")
         if kind != "trio" and can_run_in_c(filling.target):
             carriers = [connection.carrier for connection in connections]
             return RdmaLanes(filling, wire, carriers, self.path, background, self.peer)

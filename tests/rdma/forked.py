@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+import sys
+import tempfile
+import traceback
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import trio
 
@@ -95,3 +98,77 @@ async def _serve(source: str, listen: str, writing: int) -> None:
     async with serve(source, listen=listen) as server:
         os.write(writing, f"{server.uri}\n".encode())
         await trio.sleep_forever()
+
+
+class Command:
+    """A command of pagenet's, or the workload, in a child. Make it outside of Trio, which cannot run within itself."""
+
+    def __init__(
+        self, main: Callable[[list[str]], int], *arguments: str | int | Path, before: Callable[[], object] = lambda: None
+    ) -> None:
+        """``before``: called in the child."""
+        reading, writing = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self.pid = os.fork()
+        if not self.pid:
+            os.dup2(writing, 1)
+            os.dup2(self._errors.fileno(), 2)
+            _run_and_exit(main, [str(argument) for argument in arguments], before)
+        os.close(writing)
+        self._said = os.fdopen(reading)
+        self._status: int | None = None
+        #: what it has said so far
+        self.events: list[dict[str, Any]] = []
+
+    @property
+    def stderr(self) -> str:
+        return os.pread(self._errors.fileno(), 1 << 20, 0).decode()
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The next event of that name."""
+        for line in self._said:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name:
+                return self.events[-1]
+        raise AssertionError(f"no {name!r} event, but {self.events} and: {self.stderr}")
+
+    def wait(self) -> int:
+        """Its exit code, or minus the signal."""
+        self.events += [json.loads(line) for line in self._said]
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._status
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is None:
+            self.kill()
+        self._said.close()
+        self._errors.close()
+
+
+def _run_and_exit(main: Callable[[list[str]], int], arguments: list[str], before: Callable[[], object]) -> None:
+    status: Any = 1
+    try:
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        before()
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run_workload(arguments: list[str]) -> int:
+    """For :class:`Command`."""
+    return _native.run_workload(["workload", *arguments])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import trio
-from forked import Server, forked_workload
-from processes import huge_pages, pull_command, run, serve_command, write_blocks, write_pattern
+from forked import Command, Server, forked_workload, run_workload
+from processes import huge_pages, write_blocks, write_pattern
 
 from pagenet import (
     IntoFile,
@@ -22,6 +22,8 @@ from pagenet import (
     pull,
     serve,
 )
+from pagenet.cli.pull import main as pull_main
+from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
 from pagenet.rdma._memory import RegisteredMemory
 from pagenet.testing import check_transport
@@ -212,19 +214,18 @@ async def test_stopped_source(server: Server, tmp_path: Path) -> None:
     owner.close()
 
 
-async def test_commands(source: str, tmp_path: Path) -> None:
-    serving = serve_command(source, "--listen", LISTEN, "--once", "--rdma-pin-limit", "2M")
-    async with run(serving) as server:
-        uri = (await server.event("listening"))["uri"]
-        pulling = pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane="native")
-        async with run(pulling) as puller:
-            await puller.event("waiting")
+def test_commands(source: str, tmp_path: Path) -> None:
+    socket = tmp_path / "uffd.sock"
+    with Command(serve_main, source, "--listen", LISTEN, "--once", "--rdma-pin-limit", "2M", "--json") as server:
+        uri = server.event("listening")["uri"]
+        with Command(pull_main, uri, "--uffd-socket", socket, "--json") as puller:
+            puller.event("waiting")
             arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE)
-            async with forked_workload(tmp_path / "uffd.sock", *arguments) as workload:
-                assert (await puller.event("owner"))["lane"] == "rdma by rxe0 port 1, gid 1 (10.77.0.1)"
-                await workload.verified()
-            assert await puller.wait() == 0
-        assert await server.wait() == 0
+            with Command(run_workload, "--socket", socket, *arguments) as workload:
+                assert puller.event("owner")["lane"] == "rdma by rxe0 port 1, gid 1 (10.77.0.1)"
+                assert workload.event("verified")["bad"] == 0
+            assert puller.wait() == 0
+        assert server.wait() == 0
 
 
 # ---- a bad network ----
