@@ -123,7 +123,7 @@ static void *play(void *argument) {
     touching = true;
     for (uint64_t i = 0; i < play->count; i++) {
         const volatile char *at = (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
-        work(play->work_ns);
+        work(play->works_ns ? play->works_ns[i] : play->work_ns);
         bool blocked = !is_there(player->map, play->pages[i]);
         uint64_t start = now();
         (void)*at;

@@ -465,11 +465,11 @@ int pn_workload(int argc, char **argv);
  * already or all pages were. 0, -EFAULT when a page could never come, or -errno. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
                    uint64_t limit_ns, const struct pn_map *map);
-/* Touches the pages of a trace, one after the other, after so much work before each. blocked: touches of pages that were not there;
- * stall_ns: how long those took; done: touches so far, for others to read. */
+/* Touches the pages of a trace, one after the other, after so much work before each, or (works_ns) as much as each of them has.
+ * blocked: touches of pages that were not there; stall_ns: how long those took; done: touches so far, for others to read. */
 struct pn_play {
     uint64_t address, page_size, work_ns, count;
-    const uint64_t *pages;
+    const uint64_t *pages, *works_ns;
     uint64_t done, blocked, stall_ns;
 };
 int pn_bench_play(struct pn_play *trace, const struct pn_map *map); /* 0, -EFAULT when a page could never come, or -errno */

@@ -898,13 +898,19 @@ def bench_touch(
 
 
 class Play:
-    """``struct pn_play``: a trace of touches, and how it goes."""
+    """``struct pn_play``: a trace of touches, and how it goes. ``work_ns``: before each, or one for each of them."""
 
-    def __init__(self, address: int, page_size: int, pages: array[int], work_ns: int) -> None:
+    def __init__(self, address: int, page_size: int, pages: array[int], work_ns: int | array[int]) -> None:
         self._pages = ffi.from_buffer("uint64_t[]", pages)
         self._play = ffi.new("struct pn_play *")
         self._play.address, self._play.page_size = address, page_size
-        self._play.pages, self._play.count, self._play.work_ns = self._pages, len(pages), work_ns
+        self._play.pages, self._play.count = self._pages, len(pages)
+        if isinstance(work_ns, int):
+            self._play.work_ns = work_ns
+        else:
+            assert len(work_ns) == len(pages)
+            self._works = ffi.from_buffer("uint64_t[]", work_ns)
+            self._play.works_ns = self._works
 
     def run(self, shared: SharedMap) -> None:
         """Touch them all. Call it in a thread. ``EFAULT``: a page could never come."""

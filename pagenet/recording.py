@@ -9,7 +9,7 @@ Pages are numbered through all blocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,17 @@ import msgpack
 from .errors import UsageError
 from .region import Block, Region, Run
 
-__all__ = ["MOST_PAGES", "Recorder", "Recording", "load_recording"]
+__all__ = [
+    "FORMAT",
+    "MOST_PAGES",
+    "VERSION",
+    "Recorder",
+    "Recording",
+    "load_fields",
+    "load_recording",
+    "recording_of",
+    "save_fields",
+]
 
 FORMAT, VERSION = "pagenet-touches", 1
 _UNIT = 4096
@@ -75,22 +85,14 @@ class Recording:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """In place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
-        body = msgpack.packb(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "runs": self.runs,
-                "blocks": [list(block) for block in self.blocks],
-                "touches": list(_packed(self.order, self.seen)),
-            }
-        )
-        partial = Path(f"{os.fspath(path)}.partial")
-        try:
-            partial.write_bytes(body)
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UsageError(f"cannot write the recording {os.fspath(path)}: {error.strerror}") from None
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "runs": self.runs,
+            "blocks": [list(block) for block in self.blocks],
+            "touches": list(_packed(self.order, self.seen)),
+        }
+        save_fields(path, fields, "recording")
 
 
 class Recorder:
@@ -113,28 +115,51 @@ class Recorder:
         return range(first, first + self._region.page_size_at(page) // _UNIT)
 
 
-def load_recording(path: str | os.PathLike[str]) -> Recording:
-    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+def save_fields(path: str | os.PathLike[str], fields: dict[str, Any], what: str) -> None:
+    """As one msgpack map, in place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
+    partial = Path(f"{os.fspath(path)}.partial")
+    try:
+        partial.write_bytes(msgpack.packb(fields))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write the {what} {os.fspath(path)}: {error.strerror}") from None
+
+
+def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what: str) -> dict[str, Any]:
+    """A map that :func:`save_fields` wrote, of one of the formats in ``versions``, and of the version that is there.
+    :exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of another version."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
             body = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"cannot read the recording {name}: {error.strerror}") from None
+        raise UsageError(f"cannot read the {what} {name}: {error.strerror}") from None
     try:
         if len(body) > _MOST_BYTES:
             raise ValueError("it is too long")
         fields = msgpack.unpackb(body)
     except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
-        raise UsageError(f"{name} is not a recording, or a broken one: {str(error) or type(error).__name__}") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise UsageError(f"{name} is not a recording of pagenet's")
-    if fields.get("version") != VERSION:
-        raise UsageError(f"{name} is a recording of version {fields.get('version')!r}: this pagenet reads version {VERSION}")
+        raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
+    if not isinstance(fields, dict) or fields.get("format") not in versions:
+        raise UsageError(f"{name} is not a {what} of pagenet's")
+    known = versions[fields["format"]]
+    if fields.get("version") != known:
+        raise UsageError(f"{name} is a {what} of version {fields.get('version')!r}: this pagenet reads version {known}")
+    return fields
+
+
+def load_recording(path: str | os.PathLike[str]) -> Recording:
+    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+    return recording_of(load_fields(path, {FORMAT: VERSION}, "recording"), path)
+
+
+def recording_of(fields: dict[str, Any], path: str | os.PathLike[str]) -> Recording:
+    """What the fields of that file say. :exc:`UsageError` if they make no sense."""
     try:
         return _checked(fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{name} is a broken recording: {error}") from None
+        raise UsageError(f"{os.fspath(path)} is a broken recording: {error}") from None
 
 
 def _checked(fields: dict[str, Any]) -> Recording:

@@ -31,17 +31,17 @@ def workload(*args: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("trace", TRACES)
 def test_traces_are_what_they_say(trace: str) -> None:
-    pages = make_trace(trace, 64 * MIB, 4000)
+    pages = make_trace(trace, 64 * MIB, 4000).pages
     assert len(pages) == 4000
     assert max(pages) < 64 * MIB // 4096
-    assert pages == make_trace(trace, 64 * MIB, 4000)
+    assert pages == make_trace(trace, 64 * MIB, 4000).pages
 
 
 def test_the_usual_trace_is_the_one_that_the_targets_are_about() -> None:
-    pages = set(make_trace("zipf", 1 << 30))
+    pages = set(make_trace("zipf", 1 << 30).pages)
     assert 20_000 < len(pages) < 26_000
     assert 1200 < len({page // 64 for page in pages}) <= 1350
-    first, second = (make_trace("phases", 1 << 30)[part] for part in (slice(0, 40_000), slice(40_000, None)))
+    first, second = (make_trace("phases", 1 << 30).pages[part] for part in (slice(0, 40_000), slice(40_000, None)))
     assert max(first) < min(second)
 
 
@@ -49,7 +49,8 @@ def test_a_recorded_trace(tmp_path: Path) -> None:
     recorder = Recorder(Region([Block("ram", 8 * MIB)]))
     recorder.note([5, 3, 2000, 7])
     recorder.recording().save(tmp_path / "touches")
-    assert list(make_trace(f"recorded={tmp_path / 'touches'}", 4 * MIB)) == [5, 3, 7]
+    trace = make_trace(f"recorded={tmp_path / 'touches'}", 4 * MIB)
+    assert (list(trace.pages), trace.work_ns) == ([5, 3, 7], None)
     with pytest.raises(UsageError, match="no trace"):
         make_trace("backwards", MIB)
 

@@ -103,7 +103,11 @@ def test_sdist_can_be_worked_on(sdist: set[str]) -> None:
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")}
-    assert code == sources("pagenet") | {"pagenet/_pagenet.abi3.so", "pagenet/qemu/pagenet.preload.so"}
+    assert code == sources("pagenet") | {
+        "pagenet/_pagenet.abi3.so",
+        "pagenet/bench/pagenet.trace.so",
+        "pagenet/qemu/pagenet.preload.so",
+    }
     assert f"pagenet-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 

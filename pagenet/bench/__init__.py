@@ -27,11 +27,21 @@ from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 from ._traces import TRACES
-from ._workload import ORDERS, WorkloadOptions, WorkloadResult, WorkloadTarget, measure_workload, workload_targets
+from ._tracing import DATA, trace_program
+from ._workload import (
+    ORDERS,
+    USUAL_WORK_US,
+    WorkloadOptions,
+    WorkloadResult,
+    WorkloadTarget,
+    measure_workload,
+    workload_targets,
+)
 from ._workload_plot import plot_workload
 
 __all__ = [
     "CONTENTS",
+    "DATA",
     "ENCODINGS",
     "LIMIT_SECONDS",
     "ORDERS",
@@ -39,6 +49,7 @@ __all__ = [
     "QEMU_METHODS",
     "SOURCES",
     "TRACES",
+    "USUAL_WORK_US",
     "EncodingOptions",
     "EncodingResult",
     "EncodingTarget",
@@ -78,5 +89,6 @@ __all__ = [
     "plot_workload",
     "serve_floors",
     "targets_of",
+    "trace_program",
     "workload_targets",
 ]

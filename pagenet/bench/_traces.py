@@ -6,12 +6,14 @@ import random
 from array import array
 from collections.abc import Callable
 from itertools import accumulate
+from typing import NamedTuple
 
 from ..errors import UsageError
-from ..recording import load_recording
+from ..recording import FORMAT, VERSION, load_fields, recording_of
 from ..schedule import RECORDED
+from ._touches import TOUCHES_FORMAT, TOUCHES_VERSION, touches_of
 
-__all__ = ["TRACES", "make_trace"]
+__all__ = ["TRACES", "Trace", "make_trace"]
 
 # Touches that lie close together do so within that many pages: 256 KiB.
 _NEIGHBOURHOOD = 64
@@ -60,21 +62,40 @@ TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = 
 }
 
 
-def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) -> array[int]:
-    """Pages of 4 KiB of ``size`` bytes, in the order in which they are touched. ``recorded=FILE``: as ``--record`` wrote them.
+class Trace(NamedTuple):
+    """Pages of 4 KiB in the order in which they are touched; how many ns the program works before each, if that is known."""
+
+    pages: array[int]
+    work_ns: array[int] | None = None
+
+
+def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) -> Trace:
+    """Of ``size`` bytes of memory. ``recorded=FILE``: as ``pagenet-bench trace`` or ``--record`` wrote it.
 
     :exc:`UsageError` if there is no such trace, or nothing in it.
     """
     pages = size // 4096
     if name.startswith(RECORDED):
-        recording = load_recording(name.removeprefix(RECORDED))
-        # Whatever blocks there were then, here they lie one behind the other.
-        trace = array("Q", [page for page in recording.order if page < pages])
-        if not trace:
+        trace = _recorded(name.removeprefix(RECORDED), pages)
+        if not trace.pages:
             raise UsageError(f"{name}: no page of it lies within {size >> 20} MiB")
         return trace
     if name not in TRACES:
         raise UsageError(f"no trace {name!r}: there are {', '.join(TRACES)}, {RECORDED}FILE")
     make, usual = TRACES[name]
-    return array("Q", make(pages, usual if touches is None else touches, random.Random(seed)))
+    return Trace(array("Q", make(pages, usual if touches is None else touches, random.Random(seed))))
 
+
+def _recorded(path: str, pages: int) -> Trace:
+    """What lies within so many pages. Whatever blocks a recording has, here they lie one behind the other."""
+    fields = load_fields(path, {FORMAT: VERSION, TOUCHES_FORMAT: TOUCHES_VERSION}, "recording")
+    if fields["format"] == FORMAT:
+        return Trace(array("Q", [page for page in recording_of(fields, path).order if page < pages]))
+    inside, work_ns, work = array("Q"), array("Q"), 0
+    for page, before in touches_of(fields, path).touches:
+        work += before  # also what was done before a touch of a page that is not there
+        if page < pages:
+            inside.append(page)
+            work_ns.append(work)
+            work = 0
+    return Trace(inside, work_ns)

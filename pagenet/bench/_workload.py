@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,10 +24,20 @@ from ._environment import available_memory
 from ._peers import Source, served_at
 from ._qemu_site import inside, open_link
 from ._task import worked
-from ._traces import TRACES, make_trace
+from ._traces import TRACES, Trace, make_trace
 
-__all__ = ["ORDERS", "WorkloadOptions", "WorkloadResult", "WorkloadTarget", "measure_workload", "workload_targets"]
+__all__ = [
+    "ORDERS",
+    "USUAL_WORK_US",
+    "WorkloadOptions",
+    "WorkloadResult",
+    "WorkloadTarget",
+    "measure_workload",
+    "workload_targets",
+]
 
+#: before each touch of a trace that does not say
+USUAL_WORK_US = 50.0
 # The memory's only block, by the source's name for it: a recording is of blocks by their names.
 _BLOCK = "memory"
 
@@ -58,7 +67,8 @@ Memory = Literal["anonymous", "memfd"]
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """``memory``: private, or shared, where a sample tells what was prefetched in vain; ``rate``: of the link, in Mbit/s, None:
+    """``work_us``: before each touch, None: the program's own, where the trace has that, and else :data:`USUAL_WORK_US`;
+    ``memory``: private, or shared, where a sample tells what was prefetched in vain; ``rate``: of the link, in Mbit/s, None:
     loopback; ``bandwidth``: that the background is held to, in bytes a second, None: not; ``touches`` None: as many as the
     trace usually has."""
 
@@ -67,7 +77,7 @@ class WorkloadOptions:
     orders: Sequence[str] = tuple(ORDERS)
     size: int = 1 << 30
     touches: int | None = None
-    work_us: float = 50.0
+    work_us: float | None = None
     memory: Memory = "anonymous"
     rate: int | None = 1000
     bandwidth: int | None = 60_000_000
@@ -139,18 +149,19 @@ async def _served(source: Source, options: WorkloadOptions) -> AsyncIterator[tup
 
 async def _measure(
     name: str,
-    trace: array[int],
+    trace: Trace,
     uri: str,
     destination: list[str],
     options: WorkloadOptions,
     on_result: Callable[[WorkloadResult], None],
 ) -> list[WorkloadResult]:
     orders = [order for order in ORDERS if order in options.orders]
-    results = {order: WorkloadResult(name, order, len(trace), len(set(trace))) for order in orders}
-    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory, _Shared(trace) as fd:
+    own_work = options.work_us is None and trace.work_ns is not None
+    results = {order: WorkloadResult(name, order, len(trace.pages), len(set(trace.pages))) for order in orders}
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory, _Shared(trace, own_work) as fd:
         files = {order: str(Path(directory) / order) for order in ("recorded", "clairvoyant")}
         recorder = Recorder(Region([Block(_BLOCK, options.size)]))
-        recorder.note(trace)
+        recorder.note(trace.pages)
         recorder.recording().save(files["clairvoyant"])
         if "recorded" in orders and "off" not in orders:
             files["recorded"] = files["clairvoyant"]
@@ -165,9 +176,9 @@ async def _measure(
                     "prefetch": prefetch,
                     "max_bandwidth": options.bandwidth,
                     "record": files["recorded"] if order == "off" and not number else None,
-                    "work_us": options.work_us,
+                    "work_us": None if own_work else options.work_us or USUAL_WORK_US,
                     "trace": fd,
-                    "change": len(trace) // 2 if name == "phases" else 0,
+                    "change": len(trace.pages) // 2 if name == "phases" else 0,
                 }
                 result.rounds.append(await worked("pagenet.bench.player", told, fd, inside=destination))
                 if number == options.rounds - 1:
@@ -176,11 +187,13 @@ async def _measure(
 
 
 class _Shared:
-    """A trace in a memfd."""
+    """A trace in a memfd, with its own work behind it if that is wanted."""
 
-    def __init__(self, trace: array[int]) -> None:
+    def __init__(self, trace: Trace, own_work: bool) -> None:
         self._fd = os.memfd_create("pagenet-trace", os.MFD_CLOEXEC)
-        os.write(self._fd, trace.tobytes())
+        os.write(self._fd, trace.pages.tobytes())
+        if own_work and trace.work_ns is not None:
+            os.write(self._fd, trace.work_ns.tobytes())
 
     def __enter__(self) -> int:
         return self._fd

@@ -2,7 +2,8 @@
 
 Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``, ``background``, ``prefetch``,
 ``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd
-with the pages to touch. It touches them from C, and says how that went as one JSON object.
+with the pages to touch, behind which, if ``work_us`` is null, are the ns of work before each. It touches them from C, and says
+how that went as one JSON object.
 """
 
 from __future__ import annotations
@@ -76,15 +77,18 @@ class _Watch:
 
 
 async def _play(
-    uri: str, trace: int, work_us: float, change: int, prefetch: Any, memory: Any, **options: Any
+    uri: str, trace: int, work_us: float | None, change: int, prefetch: Any, memory: Any, **options: Any
 ) -> dict[str, object]:
     pages = _read_trace(trace)
+    work: int | array[int] = 0 if work_us is None else round(work_us * 1000)
+    if work_us is None:
+        pages, work = pages[: len(pages) // 2], pages[len(pages) // 2 :]
     memory = OwnMemory(memory)
     toucher: Toucher | None = None
     try:
         window = None if prefetch is None else tuple(prefetch)
         async with pull(uri, memory, prefetch=window, compress="none", **options) as transfer:
-            play = _native.Play(memory.address, mmap.PAGESIZE, pages, round(work_us * 1000))
+            play = _native.Play(memory.address, mmap.PAGESIZE, pages, work)
             watch = _Watch(transfer, play, pages, change)
             shared = transfer.filling.residency.shared
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..bench import (
     ORDERS,
     TRACES,
+    USUAL_WORK_US,
     WorkloadOptions,
     WorkloadResult,
     WorkloadTarget,
@@ -42,7 +43,12 @@ def add_workload_options(parser: Parser) -> None:
         "--memory", choices=["anonymous", "memfd"], default="anonymous", help="private, or shared (%(default)s)"
     )
     parser.add_argument("--touches", type=count, metavar="N", help="in each trace (as many as it usually has)")
-    parser.add_argument("--work", type=count, default=50, metavar="US", help="before each touch, in us (%(default)s)")
+    parser.add_argument(
+        "--work",
+        type=count,
+        metavar="US",
+        help=f"before each touch, in us (as the program did whose trace it is, or {USUAL_WORK_US:g})",
+    )
     parser.add_argument("--rate", type=_rate, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)")
     parser.add_argument(
         "--bandwidth", type=_rate, default=60, metavar="MB", help="that the background is held to, MB/s, or none (%(default)s)"
@@ -109,7 +115,10 @@ def _fields(result: WorkloadResult) -> Fields:
 def _title(options: WorkloadOptions) -> str:
     link = "loopback" if options.rate is None else f"{options.rate} Mbit/s"
     held = "" if options.bandwidth is None else f", background held to {options.bandwidth / 1e6:g} MB/s"
-    return f"Touches of {options.size >> 20} MiB, {options.work_us:g} µs of work between, {options.lane} lanes, {link}{held}"
+    work = f"{options.work_us or USUAL_WORK_US:g} µs of work between"
+    if options.work_us is None and any(trace.startswith(RECORDED) for trace in options.traces):
+        work = "work between as recorded"
+    return f"Touches of {options.size >> 20} MiB, {work}, {options.lane} lanes, {link}{held}"
 
 
 def _print_results(

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import trio
 
@@ -199,21 +199,29 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 class Report:
     """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone. One that has words
-    among the ``warnings`` goes to stderr too."""
+    among the ``warnings`` goes to stderr too. ``to``: instead of stdout."""
 
-    def __init__(self, prog: str, as_json: bool, words: Mapping[str, str], warnings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        prog: str,
+        as_json: bool,
+        words: Mapping[str, str],
+        warnings: Mapping[str, str] | None = None,
+        to: TextIO | None = None,
+    ) -> None:
         self.prog = prog
         self.as_json = as_json
         self._words = words
         self._warnings = warnings or {}
+        self._to = to
 
     def __call__(self, event: str, /, **fields: object) -> None:
         if event in self._warnings:
             print(f"{self.prog}: {self._warnings[event].format_map(fields)}", file=sys.stderr, flush=True)
         if self.as_json:
-            print(json.dumps({"event": event, **fields}), flush=True)
+            print(json.dumps({"event": event, **fields}), file=self._to, flush=True)
         elif event in self._words:
-            print(self._words[event].format_map(fields), flush=True)
+            print(self._words[event].format_map(fields), file=self._to, flush=True)
 
     def error(self, error: PagenetError) -> None:
         print(f"{self.prog}: {error}", file=sys.stderr, flush=True)

@@ -44,6 +44,7 @@ from ..bench import (
 from ..errors import UsageError
 from ..testing.pattern import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
+from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload
 from ._command import Parser, Report, add_lane_option, count, names, prefetch_window, run_command
 from ._tables import make_console, make_table, shown
@@ -57,6 +58,7 @@ _SUITES = {
     "stream": "How fast the background brings pages, by placement and source.",
     "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
     "workload": "The same touches against every order of the background: how many wait, and how long. Needs root.",
+    "trace": "Run a program, and write down which pages of its data it touches first, and when: a trace for workload.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
@@ -92,6 +94,9 @@ def _parser() -> Parser:
         suite = suites.add_parser(name, help=words, description=words)
         if name == "peer":
             _add_peer_options(suite)
+            continue
+        if name == "trace":
+            add_trace_options(suite)
             continue
         suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
         if name == "qemu":
@@ -220,6 +225,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
     if options.suite == "peer":
         await serve_floors(options.listen, options.size, plaintext=options.plaintext, on_event=report)
         return 0
+    if options.suite == "trace":
+        return await bench_trace(options, report)
     if getattr(options, "floors", None) is not None and options.uri is None:
         raise UsageError("--floors is for the host that --uri is on: name both")
     plot = getattr(options, "plot", None)
@@ -579,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in (*_SUITES, "-h", "--help", "--version"):
         arguments.insert(0, "all")
     options = _parser().parse_args(arguments)
-    report = Report(_PROG, options.json, _WORDS)
+    report = trace_report(_PROG, options.json) if options.suite == "trace" else Report(_PROG, options.json, _WORDS)
     return run_command(lambda: _bench(options, report), report)
 
 

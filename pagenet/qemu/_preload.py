@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import Unsupported
+from ..preload import loadable
 
 __all__ = ["preload_library"]
 
 
 def preload_library() -> Path:
-    """What to put into LD_PRELOAD. :exc:`Unsupported` if there is none, or none that the dynamic loader would take: it goes on
-    without what it cannot load, and the guest would run on zeros."""
-    path = Path(__file__).resolve().with_name("pagenet.preload.so")
-    if not path.exists():
-        raise Unsupported(f"{path} is missing: install pagenet again, or run python setup.py build_ext --inplace")
-    if any(character.isspace() or character in ":$" for character in str(path)):
-        raise Unsupported(f"LD_PRELOAD cannot name {path}: install pagenet where no space, colon or dollar is in the path")
-    return path
+    """What to put into LD_PRELOAD. :exc:`~pagenet.errors.Unsupported` if it cannot be loaded: the guest would run on zeros."""
+    return loadable(Path(__file__).resolve().with_name("pagenet.preload.so"))

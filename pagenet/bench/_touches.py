@@ -1,0 +1,73 @@
+"""The first touches of a program, and the time between them, on disk: written by ``pagenet-bench trace``.
+
+A file is one msgpack map: ``format`` ("pagenet-trace"), ``version`` (1), ``pages`` (of 4 KiB, of the program's data) and
+``touches``: numbers, two for each page that was touched, in that order: how many pages lie between it and the end of the one
+before, and how many ns the program worked before it was touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UsageError
+from ..recording import MOST_PAGES, load_fields, save_fields
+
+__all__ = ["TOUCHES_FORMAT", "TOUCHES_VERSION", "Touches", "load_touches", "touches_of"]
+
+TOUCHES_FORMAT, TOUCHES_VERSION = "pagenet-trace", 1
+# Before one touch: an hour. Who plays a trace takes as long.
+_MOST_NS = 3600 * 10**9
+
+
+@dataclass(frozen=True)
+class Touches:
+    """Of ``pages`` pages of 4 KiB: which were touched, in the order of their first touches, each with the ns of processor time
+    that the program had taken since the one before."""
+
+    pages: int
+    touches: tuple[tuple[int, int], ...]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """In place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
+        numbers = list(_packed(self.touches[:MOST_PAGES]))
+        fields = {"format": TOUCHES_FORMAT, "version": TOUCHES_VERSION, "pages": self.pages, "touches": numbers}
+        save_fields(path, fields, "trace")
+
+
+def load_touches(path: str | os.PathLike[str]) -> Touches:
+    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+    return touches_of(load_fields(path, {TOUCHES_FORMAT: TOUCHES_VERSION}, "trace"), path)
+
+
+def touches_of(fields: dict[str, Any], path: str | os.PathLike[str]) -> Touches:
+    """What the fields of that file say. :exc:`UsageError` if they make no sense."""
+    try:
+        pages, numbers = fields["pages"], fields["touches"]
+        if type(pages) is not int or not 0 < pages < 1 << 40 or not isinstance(numbers, list):
+            raise ValueError("its numbers make no sense")
+        return Touches(pages, tuple(_unpacked(numbers, pages)))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{os.fspath(path)} is a broken trace: {error}") from None
+
+
+def _packed(touches: Sequence[tuple[int, int]]) -> Iterator[int]:
+    end = 0
+    for page, work in touches:
+        yield from (page - end, min(work, _MOST_NS))
+        end = page + 1
+
+
+def _unpacked(numbers: Sequence[int], pages: int) -> Iterator[tuple[int, int]]:
+    if len(numbers) % 2 or len(numbers) > 2 * MOST_PAGES or not all(type(number) is int for number in numbers):
+        raise ValueError("its numbers make no sense")
+    end, seen = 0, set[int]()
+    for skip, work in zip(numbers[::2], numbers[1::2], strict=True):
+        page = end + skip
+        if not 0 <= page < pages or page in seen or not 0 <= work <= _MOST_NS:
+            raise ValueError("its touches make no sense")
+        seen.add(page)
+        end = page + 1
+        yield page, work
