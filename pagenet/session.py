@@ -11,7 +11,7 @@ from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError
 from .protocol import Channel, Failure, Hello, Message, MessageDecoder, Role, encode_message, negotiate, printable
 from .transport import Connection, Listener
 
-__all__ = ["MessageStream", "accept_forever", "greet", "receive_exactly", "telling"]
+__all__ = ["MessageStream", "accept_forever", "bare", "greet", "receive_exactly", "telling"]
 
 # A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a round trip.
 HELLO_TIMEOUT = 10.0
@@ -85,23 +85,28 @@ class _Rest:
     """A connection of which something was received too early."""
 
     def __init__(self, connection: Connection, unread: bytes) -> None:
-        self._connection = connection
-        self._unread = memoryview(unread)
+        self.connection = connection
+        self.unread = memoryview(unread)
         self.send = connection.send
         self.close = connection.close
 
     @property
     def peer(self) -> str:
-        return self._connection.peer
+        return self.connection.peer
 
     async def receive_into(self, buffer: memoryview) -> int:
-        if not self._unread:
-            return await self._connection.receive_into(buffer)
+        if not self.unread:
+            return await self.connection.receive_into(buffer)
         await trio.lowlevel.checkpoint()
-        count = min(len(buffer), len(self._unread))
-        buffer[:count] = self._unread[:count]
-        self._unread = self._unread[count:]
+        count = min(len(buffer), len(self.unread))
+        buffer[:count] = self.unread[:count]
+        self.unread = self.unread[count:]
         return count
+
+
+def bare(connection: Connection) -> Connection:
+    """A connection as its transport made it, if nothing that was received of it is left to be read."""
+    return connection.connection if isinstance(connection, _Rest) and not connection.unread else connection
 
 
 def _opposite(role: Role) -> Role:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import msgpack
 import pytest
@@ -15,9 +17,13 @@ from hypothesis import strategies as st
 from pagenet import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError, UsageError
 from pagenet.nurseries import open_failing_nursery
 from pagenet.qemu import MigrationRefused, connect_qmp
-from pagenet.qemu._talk import DEVICES, TALK, Talk, which_stream
+from pagenet.qemu._talk import DEVICES, TALK, Talk, give_to_qemu, which_stream
 from pagenet.qemu.command_line import _parse_options, _parse_size, prepare_incoming
+from pagenet.qemu.qmp import Qmp
+from pagenet.session import receive_exactly
+from pagenet.tcp._connection import SocketConnection
 from pagenet.testing import memory_pair
+from pagenet.transport import Connection
 
 # ---- talk ----
 
@@ -98,6 +104,35 @@ async def test_which_stream() -> None:
         await which_stream(ours)
 
 
+class Taker:
+    """Of a monitor, what takes descriptors."""
+
+    async def give(self, name: str, fd: int) -> None:
+        self.name, self.sock = name, socket.socket(fileno=os.dup(fd))
+
+
+def socket_pair() -> tuple[Connection, Connection]:
+    near, far = trio.socket.socketpair()
+    return SocketConnection(near, "far"), SocketConnection(far, "near")
+
+
+@pytest.mark.parametrize("has_socket", [True, False])
+async def test_a_connection_for_qemu(has_socket: bool) -> None:
+    """It gets the socket itself, or one behind which bytes are passed on, until both have had enough."""
+    ours, theirs = socket_pair() if has_socket else memory_pair()
+    qemu, buffer = Taker(), memoryview(bytearray(6))
+    async with open_failing_nursery() as nursery:
+        assert await give_to_qemu(cast(Qmp, qemu), ours, nursery) == f"fd:{qemu.name}"
+        with qemu.sock as sock:
+            assert os.get_blocking(sock.fileno())
+            await trio.to_thread.run_sync(sock.sendall, b"state")
+            await receive_exactly(theirs, buffer[:5])
+            assert buffer[:5] == b"state"
+            await theirs.send(b"loaded")
+            assert await trio.to_thread.run_sync(sock.recv, 6, socket.MSG_WAITALL) == b"loaded"
+    theirs.close()
+
+
 # ---- a monitor that is none ----
 
 
@@ -149,6 +184,39 @@ async def test_monitor_that_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     with pytest.raises(PagenetError, match="does another program hold the monitor"):
         await meet(tmp_path / "monitor", answer)
+
+
+async def greeting(stream: trio.SocketStream) -> None:
+    """As much of a monitor as it takes to be connected to it."""
+    await stream.send_all(b'{"QMP": {}}\n{"id": 0, "return": {}}\n')
+    await stream.receive_some(4096)
+    await trio.sleep_forever()
+
+
+async def test_error_of_a_block_that_is_cancelled_meanwhile(tmp_path: Path) -> None:
+    """The cause, which others are an echo of."""
+    path = tmp_path / "monitor"
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+
+        async def serve() -> None:
+            sock, _ = await listener.accept()
+            async with trio.SocketStream(sock) as stream:
+                await greeting(stream)
+
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(serve)
+            errors = []
+            with trio.CancelScope() as scope:
+                try:
+                    async with connect_qmp(path):
+                        scope.cancel()
+                        raise UsageError("the cause")
+                except UsageError as error:
+                    errors.append(str(error))
+            nursery.cancel_scope.cancel()
+    assert errors == ["the cause"]
 
 
 # ---- QEMU's command line ----

@@ -111,4 +111,3 @@ def main(monitor: str, pid: int) -> int:
         print(f"pagenet-qemu was killed, and its guard could not have the guest {duty}: {error}", file=sys.stderr)
         return 1
     return 0
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import msgpack
@@ -10,16 +11,19 @@ import trio
 
 from ..errors import ConnectionBroken, PagenetError, RemoteProtocolError
 from ..protocol import printable
-from ..session import receive_exactly
-from ..transport import Connection
+from ..session import bare, receive_exactly
+from ..transport import Connection, Detachable
+from .qmp import Qmp
 
-__all__ = ["DEVICES", "TALK", "MigrationRefused", "Talk", "relay", "which_stream"]
+__all__ = ["DEVICES", "TALK", "MigrationRefused", "Talk", "give_to_qemu", "which_stream"]
 
 #: the first byte that a destination sends on a stream: what it is for
 TALK, DEVICES = b"T", b"D"
 
 _MAX_MESSAGE = 64 << 10
 _PIECE = 256 << 10
+# By which QEMU knows the socket for the devices' state.
+_NAME = "pagenet-devices"
 
 
 class MigrationRefused(PagenetError):
@@ -81,7 +85,25 @@ async def which_stream(connection: Connection) -> bytes:
     return bytes(byte)
 
 
-async def relay(connection: Connection, local: trio.SocketStream) -> None:
+async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) -> str:
+    """QEMU's URI for ``connection``, whose socket it gets: nobody has to wake up to pass on what a guest that stands still
+    waits for. Where there is no socket to be had, the nursery does."""
+    connection = bare(connection)
+    if isinstance(connection, Detachable):
+        fd = connection.detach()
+    else:
+        ours, theirs = trio.socket.socketpair()
+        nursery.start_soon(_relay, connection, trio.SocketStream(ours))
+        fd = theirs.detach()
+    try:
+        os.set_blocking(fd, True)
+        await qmp.give(_NAME, fd)
+    finally:
+        os.close(fd)
+    return f"fd:{_NAME}"
+
+
+async def _relay(connection: Connection, local: trio.SocketStream) -> None:
     """Bytes in both directions between a peer and a socket of QEMU's, until both directions have ended."""
 
     async def outwards() -> None:
@@ -95,7 +117,7 @@ async def relay(connection: Connection, local: trio.SocketStream) -> None:
         await local.send_eof()
 
     try:
-        async with trio.open_nursery() as nursery:
+        async with local, trio.open_nursery() as nursery:
             nursery.start_soon(inwards)
             await outwards()
             nursery.cancel_scope.cancel()

@@ -26,7 +26,7 @@ from ..source import open_source
 from ..transport import Connection
 from ..uffd import AttachedOwner, Mapping, UffdSocket, probe
 from ._guard import Guard, guarding
-from ._talk import DEVICES, TALK, Talk, relay
+from ._talk import DEVICES, TALK, Talk, give_to_qemu
 from .command_line import Incoming, prepare_incoming
 from .machine import CAPABILITIES, Machine, describe, ram_of
 from .qmp import Qmp, connect_qmp
@@ -198,7 +198,7 @@ async def receive(
         try:
             on_event("qemu", pid=process.pid, ram=str(prepared.ram), added=" ".join(prepared.added))
             qemu = _Started(process, prepared, owner)
-            async with _arriving(qemu, monitor, Path(directory), listen, on_event, options) as arrival:
+            async with _arriving(qemu, monitor, listen, on_event, options) as arrival:
                 yield arrival
         finally:
             owner.close()
@@ -227,9 +227,8 @@ async def receive_attached(
     try:
         await qemu.owner.plant()
         on_event("attached", pid=pid, ram=ram.name)
-        with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
-            async with _arriving(qemu, Path(qmp_socket), Path(directory), listen, on_event, options) as arrival:
-                yield arrival
+        async with _arriving(qemu, Path(qmp_socket), listen, on_event, options) as arrival:
+            yield arrival
     finally:
         qemu.close()
 
@@ -243,7 +242,7 @@ async def _check_waits(qmp: Qmp, machine: Machine) -> None:
 
 @asynccontextmanager
 async def _arriving(
-    qemu: _Qemu, monitor: Path, directory: Path, listen: str, on_event: EventHandler, options: dict[str, Any]
+    qemu: _Qemu, monitor: Path, listen: str, on_event: EventHandler, options: dict[str, Any]
 ) -> AsyncIterator[Arrival]:
     arriving: _Arriving | None = None
     try:
@@ -265,7 +264,7 @@ async def _arriving(
                     await stream.send(name)
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
-                    await arriving.take_over(directory / "devices")
+                    await arriving.take_over()
                 async with telling(tell_faults, transfer, on_event), running_beside(_settle, transfer):
                     yield Arrival(transfer, qemu.process)
     finally:
@@ -351,14 +350,13 @@ class _Arriving:
         #: QEMU was told to listen to the one source that it will ever listen to
         self.is_used = False
 
-    async def take_over(self, path: Path) -> None:
+    async def take_over(self) -> None:
         talk_connection, devices = self._transfer.streams
         talk = Talk(talk_connection)
         try:
             await self._agree(talk)
             async with open_failing_nursery() as nursery:
-                await self._let_qemu_listen(path)
-                nursery.start_soon(_relay_to, path, devices)
+                await self._let_qemu_listen(devices, nursery)
                 await talk.say("ready")
                 await talk.hear("stopped")
                 self.is_loading = True
@@ -368,7 +366,6 @@ class _Arriving:
                 self._on_event("serving")
                 await talk.say("serving")
                 await self._wait_loaded()
-                await talk.say("loaded")
                 self._on_event("loaded")
                 await talk.hear("run")
                 with trio.CancelScope(shield=True):  # said, and done
@@ -403,12 +400,13 @@ class _Arriving:
             raise UsageError(difference)
         await self._qemu.empty(str(source.get("memory")))
 
-    async def _let_qemu_listen(self, path: Path) -> None:
+    async def _let_qemu_listen(self, devices: Connection, nursery: trio.Nursery) -> None:
         on = [{"capability": name, "state": True} for name in CAPABILITIES]
         await self._qmp.command("migrate-set-capabilities", capabilities=on)
+        uri = await give_to_qemu(self._qmp, devices, nursery)
         await self._guard.should_we_die("kill")
         self.is_used = True
-        await self._qmp.command("migrate-incoming", uri=f"unix:{path}")
+        await self._qmp.command("migrate-incoming", uri=uri)
 
     async def _wait_loaded(self) -> None:
         event = await self._qmp.wait_event(
@@ -419,8 +417,3 @@ class _Arriving:
                 await self._qemu.wait()
             raise PagenetError(f"{_CANNOT_LOAD}{self._qemu.complaints}")
         self.is_loading = False
-
-
-async def _relay_to(path: Path, devices: Connection) -> None:
-    async with await trio.open_unix_socket(str(path)) as local:
-        await relay(devices, local)

@@ -6,8 +6,8 @@
     check, say what machine this is    compare; "ready"
     migrate: QEMU stops the guest
     "stopped"                          answer faults from here on
-    migrate-continue: devices' state   load it, which faults; the destination's QEMU confirms
-    "run"                              "taking"; cont; "running"
+    migrate-continue: devices' state   load it, which faults; the destination's QEMU confirms to ours
+    "run"                              once it has loaded: "taking"; cont; "running"
     serve pages                        pull pages
     all there
 
@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from enum import Enum
@@ -30,7 +28,7 @@ from pathlib import Path
 
 import trio
 
-from ..errors import ConnectionBroken, OwnerGone, PagenetError
+from ..errors import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError
 from ..events import EventHandler, ignore_events
 from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
@@ -39,7 +37,7 @@ from ..serving import Server, serve
 from ..source import open_source
 from ..transport import Connection
 from ._guard import Guard, go_on, guarding
-from ._talk import DEVICES, TALK, MigrationRefused, Talk, relay, which_stream
+from ._talk import DEVICES, TALK, MigrationRefused, Talk, give_to_qemu, which_stream
 from .machine import CAPABILITIES, check_leaving, describe, ram_source
 from .qmp import Qmp, QmpEvent, connect_qmp
 
@@ -53,6 +51,8 @@ _STEP_TIMEOUT = 60.0
 # is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py; this is for a destination that has stopped.
 _ANSWER_TIMEOUT = 10.0
 _LOAD_TIMEOUT = 30.0
+# What the other side says of devices that it cannot load tells more than our QEMU does, and comes at about the same time.
+_REASON_TIMEOUT = 2.0
 # For the other side's word that it takes the guest.
 _TAKE_TIMEOUT = 30.0
 
@@ -185,23 +185,34 @@ class _Leaving:
         await self._talk.hear("ready", _STEP_TIMEOUT)
 
     async def hand_over(self, devices: Connection) -> None:
-        with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
-            path = Path(directory) / "devices"
-            async with open_failing_nursery() as nursery:
-                await nursery.start(_relay_one, path, devices)
-                stop = await self._stop(path)
-                await self._talk.say("stopped")
-                # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
+        async with open_failing_nursery() as nursery:
+            stop = await self._stop(await give_to_qemu(self._qmp, devices, nursery))
+            # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
+            async with open_failing_nursery() as both:
+                both.start_soon(self._talk.say, "stopped")
                 await self._qmp.command("migrate-continue", state="pre-switchover")
-                self._on_event("stopped")
-                await self._talk.hear("serving", _ANSWER_TIMEOUT)
-                await self._talk.hear("loaded", _LOAD_TIMEOUT)
-                await self._wait_status("completed")
-                nursery.cancel_scope.cancel()
-            await self._commit()
+            self._on_event("stopped")
+            await self._talk.hear("serving", _ANSWER_TIMEOUT)
+            nursery.start_soon(self._hear_of_failure)
+            await self._wait_loaded()
+            nursery.cancel_scope.cancel()
+        await self._commit()
         self._on_event("switchover", identity=self._server.identity.hex())
         running = await self._talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
+
+    async def _wait_loaded(self) -> None:
+        """This QEMU completes once the other one has confirmed that it has loaded everything: we need not wait for the other
+        side's word as well."""
+        try:
+            await self._wait_status("completed", _LOAD_TIMEOUT)
+        except PagenetError:
+            await trio.sleep(_REASON_TIMEOUT)
+            raise
+
+    async def _hear_of_failure(self) -> None:
+        await self._talk.hear("taking")
+        raise RemoteProtocolError("the peer takes a guest that it was not given")
 
     async def _commit(self) -> None:
         """Give the guest away: it is gone once the destination has said that it takes it."""
@@ -213,6 +224,9 @@ class _Leaving:
                 await self._talk.say("run")
                 await self._talk.hear("taking")
                 self._given = Given.YES
+            except MigrationRefused:
+                self._given = Given.NO
+                raise
             except ConnectionBroken as error:
                 # Closed from there, in good order or because the process was killed: had it said that it takes the guest, that
                 # would have come first. If it was the link that broke, it may have.
@@ -222,24 +236,24 @@ class _Leaving:
         if self._given is not Given.YES:
             raise PagenetError(f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest")
 
-    async def _stop(self, path: Path) -> QmpEvent:
+    async def _stop(self, to: str) -> QmpEvent:
         """Have QEMU begin, and stop the guest."""
         on = [{"capability": name, "state": True} for name in CAPABILITIES]
         await self._qmp.command("migrate-set-capabilities", capabilities=on)
         await self._qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED)
         await self._guard.should_we_die("resume")
         self._begun = True
-        await self._qmp.command("migrate", uri=f"unix:{path}")
+        await self._qmp.command("migrate", uri=to)
         await self._wait_status("pre-switchover")
         return await self._qmp.wait_event("STOP", since=self._since, patience=_STEP_TIMEOUT)
 
-    async def _wait_status(self, status: str) -> None:
+    async def _wait_status(self, status: str, patience: float = _STEP_TIMEOUT) -> None:
         """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
 
         def is_it(data: dict[str, object]) -> bool:
             return data["status"] in (status, "failed", "cancelled")
 
-        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=_STEP_TIMEOUT)
+        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=patience)
         if event.data["status"] != status:
             why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
             raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
@@ -259,14 +273,3 @@ class _Leaving:
         if self._begun and not isinstance(error, OwnerGone):
             await go_on(self._qmp)
         return True
-
-
-async def _relay_one(path: Path, devices: Connection, *, task_status: trio.TaskStatus[None]) -> None:
-    """Between the destination and the one connection that QEMU makes to the unix socket ``path``."""
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        await listener.bind(str(path))
-        listener.listen(1)
-        task_status.started()
-        sock, _ = await listener.accept()
-    async with trio.SocketStream(sock) as local:
-        await relay(devices, local)

@@ -62,14 +62,25 @@ class Qmp:
 
     async def command(self, name: str, /, **arguments: Any) -> Any:
         """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone."""
+        return await self._ask(name, arguments)
+
+    async def give(self, name: str, fd: int) -> None:
+        """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of :meth:`command`."""
+        await self._ask("getfd", {"fdname": name}, fd)
+
+    async def _ask(self, name: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
         number = self._next_id
         self._next_id += 1
         words: dict[str, Any] = {"execute": name, "id": number}
         if arguments:
             words["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
+        line = json.dumps(words).encode() + b"\n"
         try:
-            await self._stream.send_all(json.dumps(words).encode() + b"\n")
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if fd is not None:
+                sent = await self._stream.socket.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
+                line = line[sent:]
+            await self._stream.send_all(line)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             self._hear_of_the_end()
         answer = await self._until(lambda: self._answers.pop(number, None), f"an answer to {name}", COMMAND_TIMEOUT)
         if "error" in answer:
@@ -178,9 +189,11 @@ async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Q
                 hint = "start QEMU with -qmp unix:PATH,server=on,wait=off"
                 raise UsageError(f"no QMP monitor at {path}: {why}; {hint}") from None
             await trio.sleep(0.01)
-    async with stream, open_failing_nursery() as nursery:
-        qmp = Qmp(stream, str(path))
-        nursery.start_soon(qmp.read_forever)
-        await qmp.greet()
-        yield qmp
-        nursery.cancel_scope.cancel()
+    # Not `async with stream`: closed by one that is cancelled meanwhile, it would lose the error that the block ends with.
+    with stream.socket:
+        async with open_failing_nursery() as nursery:
+            qmp = Qmp(stream, str(path))
+            nursery.start_soon(qmp.read_forever)
+            await qmp.greet()
+            yield qmp
+            nursery.cancel_scope.cancel()
