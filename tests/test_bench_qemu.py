@@ -105,7 +105,7 @@ def is_used(directory: Path) -> bool:
 @needs_namespaces
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_when_it_is_stopped(number: int) -> None:
-    with running_bench("--methods", "pagenet", "--rate", "uncapped") as process:
+    with running_bench("--methods", "pagenet", "--rate", "none") as process:
         (monitor,) = machines(process.pid)
         assert is_used(monitor.parent)
         process.send_signal(number)

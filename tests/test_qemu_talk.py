@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagenet import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError, UsageError
-from pagenet.nurseries import open_failing_nursery
+from pagenet.nurseries import open_failing_nursery, running_beside
 from pagenet.qemu import MigrationRefused, connect_qmp
 from pagenet.qemu._talk import DEVICES, TALK, Talk, give_to_qemu, which_stream
 from pagenet.qemu.command_line import _parse_options, _parse_size, prepare_incoming
@@ -136,8 +137,9 @@ async def test_a_connection_for_qemu(has_socket: bool) -> None:
 # ---- a monitor that is none ----
 
 
-async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
-    """Connect to what listens on ``path`` and does that."""
+@asynccontextmanager
+async def answering(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[None]:
+    """Whoever connects to ``path`` first is answered so."""
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(path))
         listener.listen()
@@ -147,13 +149,14 @@ async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]
             async with trio.SocketStream(sock) as stream:
                 await answer(stream)
 
-        async with open_failing_nursery() as nursery:
-            nursery.start_soon(serve)
-            try:
-                async with connect_qmp(path):
-                    raise AssertionError("not reached")
-            finally:
-                nursery.cancel_scope.cancel()
+        async with running_beside(serve):
+            yield
+
+
+async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+    """Connect to what listens on ``path`` and does that."""
+    async with answering(path, answer), connect_qmp(path):
+        raise AssertionError("not reached")
 
 
 @pytest.mark.parametrize(("says", "error", "message"), [
@@ -195,27 +198,15 @@ async def greeting(stream: trio.SocketStream) -> None:
 
 async def test_error_of_a_block_that_is_cancelled_meanwhile(tmp_path: Path) -> None:
     """The cause, which others are an echo of."""
-    path = tmp_path / "monitor"
-    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
-        await listener.bind(str(path))
-        listener.listen()
-
-        async def serve() -> None:
-            sock, _ = await listener.accept()
-            async with trio.SocketStream(sock) as stream:
-                await greeting(stream)
-
-        async with open_failing_nursery() as nursery:
-            nursery.start_soon(serve)
-            errors = []
-            with trio.CancelScope() as scope:
-                try:
-                    async with connect_qmp(path):
-                        scope.cancel()
-                        raise UsageError("the cause")
-                except UsageError as error:
-                    errors.append(str(error))
-            nursery.cancel_scope.cancel()
+    path, errors = tmp_path / "monitor", []
+    async with answering(path, greeting):
+        with trio.CancelScope() as scope:
+            try:
+                async with connect_qmp(path):
+                    scope.cancel()
+                    raise UsageError("the cause")
+            except UsageError as error:
+                errors.append(str(error))
     assert errors == ["the cause"]
 
 

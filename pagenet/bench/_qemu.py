@@ -13,6 +13,7 @@ from typing import Literal
 
 import trio
 
+from .. import _native
 from ..errors import UsageError
 from ._environment import available_memory
 from ._qemu_guest import QEMU, Guest, GuestFiles, Machine, Story, start_machine
@@ -169,6 +170,8 @@ def _check_memory(options: QemuOptions) -> None:
 
 
 async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -> Migration:
+    # A host may have taken the memory that its guests, of which this may be one, leave free: getting it back takes long.
+    await trio.to_thread.run_sync(_native.bench_claim_memory, 2 * guest.ram)
     async with open_site(link) as site, AsyncExitStack() as stack:
         starting = start_machine(site, guest, "source", at=link.source, shared=method.shared)
         source = await stack.enter_async_context(starting)

@@ -19,7 +19,7 @@ from ..bench import (
     plot_work,
     targets_of,
 )
-from ._command import Parser, Report, count, names
+from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown
 
 __all__ = ["add_qemu_options", "bench_qemu"]
@@ -49,7 +49,7 @@ Fields = dict[str, Any]
 def add_qemu_options(parser: Parser) -> None:
     parser.add_argument("--ram", type=_rams, default=(512,), metavar="MIB,...", help="of the guest (512)")
     parser.add_argument(
-        "--rate", type=_rate, default=1000, metavar="MBIT", help="of the link; uncapped: a loopback (%(default)s)"
+        "--rate", type=count_or_none, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)"
     )
     parser.add_argument(
         "--methods",
@@ -80,10 +80,6 @@ def _rams(text: str) -> tuple[int, ...]:
         if not _MIN_RAM <= ram <= _MAX_RAM:
             raise argparse.ArgumentTypeError(f"a guest of {ram} MiB: from {_MIN_RAM} to {_MAX_RAM}")
     return rams
-
-
-def _rate(text: str) -> int | None:
-    return None if text == "uncapped" else count(text)
 
 
 def _workload(text: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ..bench import (
 )
 from ..schedule import RECORDED
 from ..testing.pattern import parse_size
-from ._command import Parser, Report, count, names
+from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown
 
 __all__ = ["add_workload_options", "bench_workload"]
@@ -49,15 +49,12 @@ def add_workload_options(parser: Parser) -> None:
         metavar="US",
         help=f"before each touch, in us (as the program did whose trace it is, or {USUAL_WORK_US:g})",
     )
-    parser.add_argument("--rate", type=_rate, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)")
     parser.add_argument(
-        "--bandwidth", type=_rate, default=60, metavar="MB", help="that the background is held to, MB/s, or none (%(default)s)"
+        "--rate", type=count_or_none, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)"
     )
+    held = "that the background is held to, MB/s, or none (%(default)s)"
+    parser.add_argument("--bandwidth", type=count_or_none, default=60, metavar="MB", help=held)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how the working set fills: FILE.svg or FILE.png")
-
-
-def _rate(text: str) -> int | None:
-    return None if text == "none" else count(text)
 
 
 def _traces(text: str) -> tuple[str, ...]:

@@ -151,6 +151,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def count_or_none(text: str) -> int | None:
+    """For argparse: a number from 1 on, or ``none``."""
+    return None if text == "none" else count(text)
+
+
 def background_order(text: str) -> str:
     """For argparse: the name of a schedule."""
     if text in SCHEDULES or (text.startswith(RECORDED) and text != RECORDED):

@@ -46,7 +46,7 @@ from ..testing.pattern import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload
-from ._command import Parser, Report, add_lane_option, count, names, prefetch_window, run_command
+from ._command import Parser, Report, add_lane_option, count, count_or_none, names, prefetch_window, run_command
 from ._tables import make_console, make_table, shown
 
 __all__ = ["main"]
@@ -208,7 +208,7 @@ def _one_of(names: Iterable[str], default: str = "all of them") -> str:
 
 
 def _rates(text: str) -> tuple[int | None, ...]:
-    return tuple(None if part == "none" else count(part) for part in text.split(","))
+    return tuple(count_or_none(part) for part in text.split(","))
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _native
-from ..errors import HandshakeError, OwnerGone, Unsupported, UsageError
+from ..errors import OwnerGone, Unsupported, UsageError
 from ..region import Region
 from ._handshake import Note
-from ._owners import MAP_LINK, Peer, wait_memory_gone
+from ._owners import MAP_LINK, taking_from, wait_memory_gone
 from ._target import UffdTarget
 from ._userfaultfd import Mode, Userfaultfd
 
@@ -111,9 +111,7 @@ class AbandonedOwner:
     async def attach(self, region: Region) -> UffdTarget:
         if self._map_fd is None:
             raise UsageError("this owner was attached before")
-        peer = Peer(self.pid, os.dup(self._pidfd))
-        fds: list[int] = []
-        try:
+        with taking_from(self.pid, self._pidfd) as (peer, fds):
             shared_fd = self._memory_file() if self._note.shared else None
             if shared_fd is not None:
                 fds.append(shared_fd)
@@ -132,13 +130,6 @@ class AbandonedOwner:
                 wait_gone=lambda: wait_memory_gone(target, peer),
                 on_close=peer.close,
             )
-        except BaseException as error:
-            peer.close()
-            for fd in fds:
-                os.close(fd)
-            if isinstance(error, HandshakeError):
-                raise UsageError(f"process {self.pid} is not to be filled from this source: {error}") from None
-            raise
         return target
 
     def _memory_file(self) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 import trio
 
 from .. import _native
-from ..errors import HandshakeError, OwnerGone, PagenetError, Unsupported, UsageError
+from ..errors import OwnerGone, PagenetError, Unsupported, UsageError
 from ..region import Region
 from ._handshake import Mapping
-from ._owners import Peer, wait_memory_gone
+from ._owners import taking_from, wait_memory_gone
 from ._target import UffdTarget
 from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd
 
@@ -99,9 +99,7 @@ class AttachedOwner:
         if self._planted is None:
             await self.plant()
         assert self._planted is not None
-        fds: list[int] = []
-        peer = Peer(self.pid, os.dup(self._pidfd))
-        try:
+        with taking_from(self.pid, self._pidfd) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
             shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
             fds.append(shared_fd)
@@ -118,13 +116,6 @@ class AttachedOwner:
                 wait_gone=lambda: wait_memory_gone(target, peer),
                 on_close=peer.close,
             )
-        except BaseException as error:
-            peer.close()
-            for fd in fds:
-                os.close(fd)
-            if isinstance(error, HandshakeError):
-                raise UsageError(f"the memory of process {self.pid} cannot be filled: {error}") from None
-            raise
         return target
 
     def _take(self, number: int, fds: list[int]) -> int:

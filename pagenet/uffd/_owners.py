@@ -7,8 +7,8 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -169,6 +169,21 @@ class Peer:
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
+
+
+@contextmanager
+def taking_from(pid: int, pidfd: int) -> Iterator[tuple[Peer, list[int]]]:
+    """The process as a :class:`Peer` of its own, and a list for what is taken out of it: all closed if the block fails. Its
+    memory not being what the source has is the caller's mistake, not the process's: :exc:`~pagenet.errors.UsageError`."""
+    peer, fds = Peer(pid, os.dup(pidfd)), list[int]()
+    try:
+        yield peer, fds
+    except BaseException as error:
+        peer.close()
+        _close_all(fds)
+        if isinstance(error, HandshakeError):
+            raise UsageError(f"the memory of process {pid} cannot be filled from this source: {error}") from None
+        raise
 
 
 class UffdSocket:
