@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import random
+import subprocess
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +16,13 @@ from pathlib import Path
 import pytest
 import trio
 from lanes import MADV_REMOVE, libc
+from processes import Process, pull_command, run, run_server, threads_in_faults, wait_in_faults
 
 import pagenet
 from pagenet import OwnMemory, Transfer, _native
 from pagenet.lane import LaneKind
 from pagenet.progress import complete_fields
+from pagenet.qemu._preload import preload_library
 from pagenet.residency import State
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
@@ -123,3 +130,86 @@ def test_no_stride_misses_the_sample(stride: int) -> None:
     pages = [page for page in range(0, 4000 * stride, stride) if _native.before_sampled(page, 1) == 0]
     assert 150 < len(pages) < 350
     assert _native.before_sampled(pages[0] + 1, 10_000) < 200
+
+
+# ---- killed while pages are held back ----
+
+# An owner that keeps its userfaultfd and the map of its pages, by the preload library. It reads the pages that it is told to.
+OWNER = """
+import hashlib, json, mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+    for line in sys.stdin:
+        first, count = map(int, line.split())
+        digest = hashlib.sha256(data[4096 * first : 4096 * (first + count)]).hexdigest()
+        print(json.dumps({"event": "read", "digest": digest}), flush=True)
+"""
+
+
+@asynccontextmanager
+async def keeping_owner(pulling: Process, socket: Path) -> AsyncIterator[Process]:
+    await pulling.event("waiting")
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="pagenet-test-") as file:
+        os.truncate(file.fileno(), SIZE)
+        status = os.stat(file.fileno())
+        variables = {
+            "LD_PRELOAD": str(preload_library()),
+            "PAGENET_UFFD_SOCKET": str(socket),
+            "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
+        }
+        async with run(
+            [sys.executable, "-c", OWNER, file.name], env=os.environ | variables, stdin=subprocess.PIPE
+        ) as owner:
+            yield owner
+
+
+async def is_right(owner: Process, content: bytes, first: int, count: int = 1) -> bool:
+    with trio.fail_after(20):
+        await owner.send(f"{first} {count}\n")
+        read = await owner.event("read")
+    return bool(read["digest"] == hashlib.sha256(content[PAGE * first : PAGE * (first + count)]).hexdigest())
+
+
+async def wait_done(pulling: Process, pages: int) -> None:
+    with trio.fail_after(20):
+        while (await pulling.event("progress"))["bytes"] < pages * PAGE:
+            pass
+
+
+@pytest.mark.parametrize("lane", ["native", "trio"])
+async def test_killed_while_pages_are_held(lane: str, source: Path, tmp_path: Path) -> None:
+    """They are nobody's but the owner's, whose map says that they are there. Without pagenet they are waited for, and are never
+    zeros; the next one answers for them, whether the owner touches them then, or is let go before."""
+    content, socket = source.read_bytes(), tmp_path / "owner.sock"
+    touched = range(8, 8 + 40 * STEP, STEP)
+    around = [page for at in touched for page in range(at - 8, at + 9) if page != at]
+    held = [page for page in around if _native.before_sampled(page, 1) == 0]
+    assert len(held) > 20
+    options = ["--prefetch", "8,8", "--background", "off"]
+    async with (
+        run_server(str(source)) as (_, uri),
+        run([*pull_command(uri, "--uffd-socket", str(socket), lane=lane), *options]) as pulling,
+        keeping_owner(pulling, socket) as owner,
+    ):
+        for page in touched:
+            assert await is_right(owner, content, page)
+        await wait_done(pulling, 40 * STEP)
+        await pulling.kill()
+        await owner.send(f"{held[0]} 1\n")
+        await wait_in_faults(owner.pid, 1)
+        async with run([*pull_command(uri, "--resume", str(owner.pid), lane=lane), *options]) as pulling:
+            with trio.fail_after(20):
+                read = await owner.event("read")
+            assert read["digest"] == hashlib.sha256(content[PAGE * held[0] : PAGE * (held[0] + 1)]).hexdigest()
+            for page in held[1:10]:
+                assert await is_right(owner, content, page)
+            await pulling.kill()
+        await owner.send(f"{held[10]} 1\n")
+        await wait_in_faults(owner.pid, 1)
+        async with run(pull_command(uri, "--resume", str(owner.pid), lane=lane)) as pulling:
+            with trio.fail_after(20):
+                await owner.event("read")
+                complete = await pulling.event("complete")
+            assert await pulling.wait() == 0
+        assert complete["pages"] == PAGES
+        assert await is_right(owner, content, 0, PAGES)
+        assert threads_in_faults(owner.pid) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -57,12 +57,18 @@ def resume_command(uri: str, pid: int, lane: str, *more: str) -> list[str]:
 
 @asynccontextmanager
 async def begun(
-    uri: str, directory: Path, memory: str, lane: str, *more: str | int, background: str = "linear"
+    uri: str,
+    directory: Path,
+    memory: str,
+    lane: str,
+    *more: str | int,
+    background: str = "linear",
+    prefetch: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Process, Process]]:
     """A pagenet-pull, and an owner that works on the memory which it fills."""
     socket = directory / "owner.sock"
     command = pull_command(uri, "--uffd-socket", str(socket), "--background", background, lane=lane)
-    async with run(command) as pulling:
+    async with run([*command, *prefetch]) as pulling:
         await pulling.event("waiting")
         options = ["--memory", memory, "--size", SIZE, "--zero-every", 16, "--keep-map", *more]
         async with run_workload(socket, *options) as owner:
@@ -83,18 +89,21 @@ async def is_killed(pulling: Process, after: float) -> bool:
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
+@pytest.mark.parametrize(("memory", "window"), [("anonymous", "0,0"), ("memfd", "0,0"), ("memfd", "8,8")])
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(300)])])
-async def test_killed_again_and_again(kills: int, memory: str, lane: str, source: str, tmp_path: Path) -> None:
-    """The owner writes to its pages, and gives some of them up, all the time. Neither is undone, and nothing is missed."""
-    longest = 0.5 / kills
+async def test_killed_again_and_again(
+    kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path
+) -> None:
+    """The owner writes to its pages, and gives some of them up, all the time. Neither is undone, and nothing is missed. What is
+    prefetched into shared memory is partly held back at that moment."""
+    longest, prefetch = 0.5 / kills, ("--prefetch", window)
     async with run_server(source) as (_, uri):
         more = ["--touches", 8 * PAGES, "--order", "random", "--write-share", 50, "--remove-share", 20, "--wait-complete"]
-        async with begun(uri, tmp_path, memory, lane, *more) as (pulling, owner):
+        async with begun(uri, tmp_path, memory, lane, *more, prefetch=prefetch) as (pulling, owner):
             going_on = await is_killed(pulling, random.uniform(0.0, longest))
             while going_on:
                 kills -= 1
-                async with run(resume_command(uri, owner.pid, lane)) as pulling:
+                async with run([*resume_command(uri, owner.pid, lane), *prefetch]) as pulling:
                     if not await begins(pulling):
                         break
                     going_on = await is_killed(pulling, random.uniform(0.0, longest) if kills > 0 else 60)
