@@ -121,9 +121,9 @@ def test_scale() -> None:
 
 def test_null() -> None:
     said = events("null", "--rounds", "1")
-    assert len(results(said, "null")) == 8
+    assert len(results(said, "null")) == 9
     assert all(result["per_second"] > 0 for result in results(said, "null"))
-    assert len(said[-1]["null"]) == 8
+    assert len(said[-1]["null"]) == 9
 
 
 FAR = {

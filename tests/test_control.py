@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 import trio
+from commands import tell_at_random
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import (
@@ -35,7 +36,7 @@ from processes import (
 import pagenet
 from pagenet import ConnectionBroken, RemoteProtocolError, SourceUnreachable, UsageError, __version__
 from pagenet.cli import ctl
-from pagenet.control import COMMANDS, ControlClient, _channel, _client, _server, connect_control, serve_control
+from pagenet.control import COMMANDS, _channel, _client, _server, connect_control, serve_control
 from pagenet.control._protocol import MAX_MESSAGE, Decoder, decode_request, encode
 
 SIZE = 4 << 20
@@ -504,18 +505,6 @@ async def test_a_killed_daemons_socket_is_replaced(source: str, tmp_path: Path) 
 # ---- every page is right, whatever is said ----
 
 
-async def command_at_random(client: ControlClient, draw: random.Random, recording: Path) -> None:
-    match draw.choice(sorted(COMMANDS.keys() - {"stop"})):
-        case "schedule":
-            await client.command("schedule", name=draw.choice(["hot", "follow", "linear", "off", f"recorded={recording}"]))
-        case "bandwidth":
-            await client.command("bandwidth", rate=draw.choice([None, 1, 100_000, 5_000_000, 1_000_000_000]))
-        case "prefetch":
-            await client.command("prefetch", window=draw.choice([None, [0, 0], [8, 8], [256, 0], [0, 256]]))
-        case name:
-            await client.command(name)
-
-
 async def record(source: str, path: Path) -> None:
     memory = pagenet.OwnMemory("memfd")
     try:
@@ -537,33 +526,20 @@ async def test_commands_at_random(lane: str, memory: str, seed: int, source: str
     path, owner, recording, draw = tmp_path / "ctl", tmp_path / "owner", tmp_path / "recording", random.Random(seed)
     await record(source, recording)
     work = ("--memory", memory, "--threads", 4, "--write-share", 30, "--touches", 3 * PAGES, "--think-us", 100, "--seed", 0)
+    work += ("--remove-share", 10)
     async with run_server(source) as (_, uri):
         options = ("--uffd-socket", str(owner), "--control", str(path), "--max-bandwidth", "1M", "--background-lanes", "2")
-        command = pull_command(uri, *options, lane=lane)
+        command = pull_command(uri, *options, "--start-background", draw.choice(["after=0.1", "rate=100"]), lane=lane)
         async with run(command) as puller:
             await puller.event("waiting")
             async with run_workload(owner, "--size", SIZE, *work) as workload:
                 await puller.event("owner")
-                with trio.move_on_after(0.7):
-                    await tell_at_random(path, draw, recording)
+                await tell_at_random(path, draw, recording, 0.7)
                 if not puller.has_ended:
                     await let_it_finish(path)
                 await check_verified(workload)
             await puller.event("complete")
             assert await puller.wait() == 0
-
-
-async def tell_at_random(path: Path, draw: random.Random, recording: Path) -> None:
-    try:
-        async with connect_control(path) as client:
-            while True:
-                await command_at_random(client, draw, recording)
-                await trio.sleep(draw.choice([0, 0.001, 0.01]))
-    except UsageError as error:
-        if "the transfer is over" not in str(error):
-            raise
-    except (ConnectionBroken, SourceUnreachable):
-        return  # the workload was faster
 
 
 async def let_it_finish(path: Path) -> None:

@@ -222,6 +222,24 @@ def test_regions_of_a_billion_pages_cost_what_is_in_use() -> None:
         bed.residency.close()
 
 
+@on("linear", 2_000_000 * 4096)
+def test_a_region_of_a_million_runs(bed: Bed) -> None:
+    """Every other page is there. What is named is missing, and each is named once, near the faults first."""
+    for page in range(0, bed.region.pages, 2):
+        bed.residency.set(Run(page, 1), State.RESIDENT)
+    pick, named = random.Random(5), set[int]()
+    for name in ("linear", "follow", "hot"):
+        bed.schedule = make_schedule(name, bed.region, bed.residency) or bed.schedule
+        for _ in range(500):
+            page = pick.randrange(10_000, bed.region.pages - 1000) | 1
+            bed.fault(page)
+            runs = bed.taken(4)
+            assert all(run.count == 1 and run.first % 2 for run in runs)
+            named |= {run.first for run in runs}
+            assert name == "linear" or any(abs(run.first - page) < 2 * AREA for run in runs)
+    assert len(named) == 3 * 500 * 4
+
+
 def test_a_ranking_is_the_sum_of_decayed_heat() -> None:
     ranking = Ranking(half_life=1.0, most=100)
     warmed = [(pick.randrange(8), number * 0.3) for pick in [random.Random(4)] for number in range(200)]
