@@ -171,15 +171,21 @@ struct pn_line { /* that faults follow: step 0 while there was but one; steps: h
     int64_t step;
     int64_t steps;
     uint64_t used;
+    uint32_t faults;
 };
 struct pn_area { /* number + 1, 0: none; level: 2^level pages around its last fault were asked for */
     uint64_t number;
     int32_t level;
+    uint32_t faults;
 };
 struct pn_want { /* [first, end) */
     uint64_t first;
     uint64_t end;
     uint64_t page_size;
+};
+struct pn_stack {
+    struct pn_want wants[128];
+    uint64_t oldest, newest;
 };
 struct pn_window {
     uint64_t fixed; /* 0: it adapts */
@@ -187,8 +193,7 @@ struct pn_window {
     int32_t level; /* of an area's first fault, in sixteenths */
     struct pn_line lines[8];
     struct pn_area areas[4096];
-    struct pn_want wants[256];
-    uint64_t oldest, newest;
+    struct pn_stack wanted[8]; /* by how many faults were there: 1 to 8 and more */
 };
 void pn_window_init(struct pn_window *window); /* which adapts */
 /* So many pages on either side, or (fixed 0) as many as seem right. From any thread, at any time. */

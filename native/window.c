@@ -47,32 +47,44 @@ void pn_window_init(struct pn_window *window) {
     window->level = FIRST_LEVEL;
 }
 
-/* ---- what is wanted: the newest first, the oldest forgotten ---- */
+/* ---- what is wanted: where most faults were first, among equals the newest first, the oldest forgotten ---- */
 
-enum { WANTS = sizeof((struct pn_window *)0)->wants / sizeof(struct pn_want) };
+enum {
+    RANKS = sizeof((struct pn_window *)0)->wanted / sizeof(struct pn_stack),
+    WANTS = sizeof((struct pn_stack *)0)->wants / sizeof(struct pn_want),
+};
 
-static void want(struct pn_window *window, uint64_t first, uint64_t end, uint64_t page_size) {
+/* `faults`: that were seen on that line, or in that area. */
+static void want(struct pn_window *window, uint32_t faults, uint64_t first, uint64_t end, uint64_t page_size) {
+    struct pn_stack *stack = &window->wanted[(faults < RANKS ? faults : RANKS) - 1];
     if (first >= end)
         return;
-    window->wants[window->newest++ % WANTS] = (struct pn_want){first, end, page_size};
-    if (window->newest - window->oldest > WANTS)
-        window->oldest = window->newest - WANTS;
+    stack->wants[stack->newest++ % WANTS] = (struct pn_want){first, end, page_size};
+    if (stack->newest - stack->oldest > WANTS)
+        stack->oldest = stack->newest - WANTS;
 }
 
-uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t bytes, uint64_t *first) {
-    while (window->newest != window->oldest) {
-        struct pn_want *newest = &window->wants[(window->newest - 1) % WANTS];
+static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t bytes, uint64_t *first) {
+    while (stack->newest != stack->oldest) {
+        struct pn_want *newest = &stack->wants[(stack->newest - 1) % WANTS];
         newest->first = pn_map_find(map, newest->first, newest->end, PN_MISSING);
         uint64_t left = newest->end - newest->first, most = bytes > newest->page_size ? bytes / newest->page_size : 1;
         uint64_t taken = pn_map_claim(map, newest->first, left < most ? left : most, PN_MISSING, PN_REQUESTED);
         *first = newest->first;
         newest->first += taken;
         if (newest->first == newest->end)
-            window->newest--;
+            stack->newest--;
         if (taken)
             return taken;
     }
     return 0;
+}
+
+uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t bytes, uint64_t *first) {
+    uint64_t taken = 0;
+    for (int rank = RANKS - 1; rank >= 0 && !taken; rank--)
+        taken = take_from(&window->wanted[rank], map, bytes, first);
+    return taken;
 }
 
 /* ---- lines ---- */
@@ -84,20 +96,20 @@ struct bounds {
 
 static uint64_t lesser(uint64_t one, uint64_t other) { return one < other ? one : other; }
 
-static void want_page(struct pn_window *window, const struct bounds *bounds, int64_t page) {
+static void want_page(struct pn_window *window, uint32_t faults, const struct bounds *bounds, int64_t page) {
     if (page >= (int64_t)bounds->first && page < (int64_t)bounds->end)
-        want(window, (uint64_t)page, (uint64_t)page + 1, bounds->page_size);
+        want(window, faults, (uint64_t)page, (uint64_t)page + 1, bounds->page_size);
 }
 
 static void want_ahead(struct pn_window *window, const struct pn_line *line, const struct bounds *bounds) {
     int64_t page = (int64_t)line->last, steps = line->steps;
     if (line->step == 1)
-        want(window, line->last + 1, lesser(line->last + 1 + (uint64_t)steps, bounds->end), bounds->page_size);
+        want(window, line->faults, line->last + 1, lesser(line->last + 1 + (uint64_t)steps, bounds->end), bounds->page_size);
     else if (line->step == -1)
-        want(window, line->last - lesser((uint64_t)steps, line->last - bounds->first), line->last, bounds->page_size);
+        want(window, line->faults, line->last - lesser((uint64_t)steps, line->last - bounds->first), line->last, bounds->page_size);
     else
         for (; steps; steps--) /* the nearest last: it goes first */
-            want_page(window, bounds, page + steps * line->step);
+            want_page(window, line->faults, bounds, page + steps * line->step);
 }
 
 static bool goes_on(const struct pn_line *line, const struct pn_map *map, int64_t distance, const struct bounds *bounds) {
@@ -119,6 +131,7 @@ static void go_on(struct pn_window *window, struct pn_line *line, uint64_t page,
         most = MOST_STEPS;
     line->steps = line->steps * 2 < most ? line->steps * 2 : most;
     line->last = page;
+    line->faults++;
     line->used = ++window->clock;
     want_ahead(window, line, bounds);
 }
@@ -142,10 +155,11 @@ static void begin_line(struct pn_window *window, uint64_t page, const struct bou
         second->step = dense ? (distance > 0 ? 1 : -1) : distance;
         second->steps = dense ? 8 : 1;
         second->last = page;
+        second->faults = 2;
         second->used = ++window->clock;
     }
     if (oldest != second)
-        *oldest = (struct pn_line){.last = page, .used = ++window->clock};
+        *oldest = (struct pn_line){.last = page, .faults = 1, .used = ++window->clock};
 }
 
 static bool follow_line(struct pn_window *window, const struct pn_map *map, uint64_t page, const struct bounds *bounds) {
@@ -162,8 +176,8 @@ static bool follow_line(struct pn_window *window, const struct pn_map *map, uint
 
 enum { AREAS = sizeof((struct pn_window *)0)->areas / sizeof(struct pn_area) };
 
-/* The exponent of how many pages to take there. */
-static int32_t level_at(struct pn_window *window, uint64_t number, int32_t highest) {
+/* The area of that number, and how many pages to take there at a fault in it: a power of two, of which `level` is the exponent. */
+static const struct pn_area *note_area(struct pn_window *window, uint64_t number, int32_t highest) {
     struct pn_area *area = &window->areas[number % AREAS];
     bool again = area->number == number + 1;
     window->level += again ? SECOND_FAULT : -FIRST_FAULT;
@@ -175,8 +189,8 @@ static int32_t level_at(struct pn_window *window, uint64_t number, int32_t highe
     int32_t level = window->level / LEVEL < highest ? window->level / LEVEL : highest;
     if (again && level < area->level + 2)
         level = area->level + 2 < highest ? area->level + 2 : highest;
-    *area = (struct pn_area){.number = number + 1, .level = level};
-    return level;
+    *area = (struct pn_area){.number = number + 1, .level = level, .faults = again ? area->faults + 1 : 1};
+    return area;
 }
 
 /* The 2^level pages that the page is one of, those behind it first. */
@@ -186,10 +200,11 @@ static void want_around(struct pn_window *window, uint64_t page, const struct bo
         return;
     uint64_t at = page - bounds->first;
     int32_t highest = 63 - __builtin_clzll(pages);
-    uint64_t count = 1ull << level_at(window, bounds->first / pages + at / pages, highest);
+    const struct pn_area *area = note_area(window, bounds->first / pages + at / pages, highest);
+    uint64_t count = 1ull << area->level;
     uint64_t first = bounds->first + at / count * count;
-    want(window, first, page, bounds->page_size);
-    want(window, page + 1, lesser(first + count, bounds->end), bounds->page_size);
+    want(window, area->faults, first, page, bounds->page_size);
+    want(window, area->faults, page + 1, lesser(first + count, bounds->end), bounds->page_size);
 }
 
 void pn_window_fault(struct pn_window *window, const struct pn_map *map, uint64_t page, uint64_t first, uint64_t end,

@@ -649,7 +649,7 @@ class Window:
     @property
     def pending(self) -> int:
         """Stretches of pages that it wants and that nobody has asked for yet."""
-        return int(self.window.newest - self.window.oldest)
+        return sum(int(stack.newest - stack.oldest) for stack in self.window.wanted)
 
     @property
     def level(self) -> int:

@@ -123,6 +123,19 @@ def test_a_fault_foretells_its_neighbourhood() -> None:
             memory.close()
 
 
+def test_what_saw_most_faults_is_asked_for_first_and_among_equals_the_newest(memory: Memory) -> None:
+    def fault(page: int) -> None:
+        assert memory.residency.claim(Run(page, 1), MISSING, REQUESTED)
+        memory.window.fault(memory.residency.shared, page, 0, memory.residency.pages, PAGE)
+
+    for area in (1000, 3000, 5000, 7000):  # too far apart for a line
+        fault(area * 2 * AREA)
+    for number, area in enumerate((1000, 3000, 1000)):
+        fault(area * 2 * AREA + 40 + number)
+    asked = [run.first // AREA // 2 for run in memory.wanted()]
+    assert list(dict.fromkeys(asked)) == [1000, 3000, 7000, 5000]
+
+
 def test_after_random_access_it_learns_again() -> None:
     memory = Memory(1 << 26)
     pick = random.Random(2)

@@ -17,6 +17,7 @@ from ._environment import environment
 from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
+from ._least import Least
 from ._null import NullResult, measure_null
 from ._peers import Source
 from ._plot import check_plot, plot_latencies, plot_work
@@ -34,6 +35,7 @@ from ._workload import (
     WorkloadOptions,
     WorkloadResult,
     WorkloadTarget,
+    least_possible,
     measure_workload,
     workload_targets,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "EncodingTarget",
     "FaultOptions",
     "FaultResult",
+    "Least",
     "Migration",
     "NullResult",
     "QemuOptions",
@@ -75,6 +78,7 @@ __all__ = [
     "encoding_targets",
     "environment",
     "find_guest",
+    "least_possible",
     "measure_encodings",
     "measure_faults",
     "measure_null",

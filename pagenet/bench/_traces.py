@@ -13,7 +13,7 @@ from ..recording import FORMAT, VERSION, load_fields, recording_of
 from ..schedule import RECORDED
 from ._touches import TOUCHES_FORMAT, TOUCHES_VERSION, touches_of
 
-__all__ = ["TRACES", "Trace", "make_trace"]
+__all__ = ["TRACES", "Trace", "alike", "make_trace"]
 
 # Touches that lie close together do so within that many pages: 256 KiB.
 _NEIGHBOURHOOD = 64
@@ -60,6 +60,11 @@ TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = 
     "phases": (_phases, 80_000),
     "random": (_random, 40_000),
 }
+
+
+def alike(name: str, pages: int) -> int | None:
+    """Within how many pages all are touched alike, if touches are drawn by the same rule from the first to the last."""
+    return {"zipf": min(_NEIGHBOURHOOD, pages), "random": pages}.get(name)
 
 
 class Trace(NamedTuple):

@@ -21,10 +21,11 @@ from ..recording import Recorder
 from ..region import Block, Region
 from ..schedule import RECORDED
 from ._environment import available_memory
+from ._least import Least, least_stall
 from ._peers import Source, served_at
 from ._qemu_site import inside, open_link
 from ._task import worked
-from ._traces import TRACES, Trace, make_trace
+from ._traces import TRACES, Trace, alike, make_trace
 
 __all__ = [
     "ORDERS",
@@ -32,6 +33,7 @@ __all__ = [
     "WorkloadOptions",
     "WorkloadResult",
     "WorkloadTarget",
+    "least_possible",
     "measure_workload",
     "workload_targets",
 ]
@@ -135,6 +137,24 @@ async def measure_workload(options: WorkloadOptions, on_result: Callable[[Worklo
             for name, trace in traces.items():
                 results += await _measure(name, trace, uri, destination, options, on_result)
     return results
+
+
+# Of what goes over an Ethernet of 1500 bytes a packet, what TCP carries.
+_PAYLOAD = 1448 / 1514
+
+
+def least_possible(options: WorkloadOptions, results: Sequence[WorkloadResult]) -> dict[str, Least]:
+    """What no order can save that does not know the trace, as far as that can be told: by trace, where ``off`` was measured,
+    whose touches say how long a page takes that nothing is in the way of."""
+    found = {}
+    for off in results:
+        same = alike(off.trace, options.size // 4096)
+        if off.order == "off" and same is not None and options.rate is not None:
+            trace = make_trace(off.trace, options.size, options.touches).pages
+            work, rate = (options.work_us or USUAL_WORK_US) / 1e6, options.rate * 1e6 / 8 * _PAYLOAD
+            each = off.stall / max(off.blocked, 1)
+            found[off.trace] = least_stall(trace, options.size // 4096, same, work, each, rate)
+    return found
 
 
 @asynccontextmanager

@@ -11,10 +11,12 @@ from ..bench import (
     ORDERS,
     TRACES,
     USUAL_WORK_US,
+    Least,
     WorkloadOptions,
     WorkloadResult,
     WorkloadTarget,
     check_plot,
+    least_possible,
     measure_workload,
     plot_workload,
     workload_targets,
@@ -80,16 +82,21 @@ async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
         rounds=options.rounds,
     )
     results = await measure_workload(wanted, lambda result: report("result", suite="workload", **_fields(result)))
-    targets = workload_targets(results)
+    targets, least = workload_targets(results), least_possible(wanted, results)
+    for trace, (blocked, stall) in least.items():
+        report("least", suite="workload", trace=trace, blocked=round(blocked), stall_seconds=round(stall, 4))
     for target in targets:
         report("target", suite="workload", **target._asdict(), met=target.met)
     if not report.as_json:
-        _print_results(results, targets, wanted)
+        _print_results(results, targets, least, wanted)
     if options.plot is not None:
         plot_workload(options.plot, results, _title(wanted))
         report("plotted", file=str(options.plot))
     return {
         "results": [_fields(result) for result in results],
+        "least": {
+            trace: {"blocked": round(blocked), "stall_seconds": round(stall, 4)} for trace, (blocked, stall) in least.items()
+        },
         "targets": [{**target._asdict(), "met": target.met} for target in targets],
     }
 
@@ -119,7 +126,7 @@ def _title(options: WorkloadOptions) -> str:
 
 
 def _print_results(
-    results: Sequence[WorkloadResult], targets: Sequence[WorkloadTarget], options: WorkloadOptions
+    results: Sequence[WorkloadResult], targets: Sequence[WorkloadTarget], least: dict[str, Least], options: WorkloadOptions
 ) -> None:
     console = make_console()
     console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
@@ -145,6 +152,8 @@ def _print_results(
     console.print("Pages count as wasted that came before the trace ended, and that no touch of it is on.", style="dim")
     if options.memory == "memfd":
         console.print("Unused: of prefetched pages, those not touched by the end of the trace, by a sample.", style="dim")
+    for trace, (blocked, stall) in least.items():
+        console.print(f"{trace}: no order that does not know it stalls for less than {stall:.3f} s, in {blocked:,.0f} touches")
     for target in targets:
         met = "met" if target.met else "[bold]not met[/bold]"
         value, limit = (f"{number:,.3f}".rstrip("0").rstrip(".") for number in (target.value, target.limit))
