@@ -387,6 +387,8 @@ uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair);
 int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn, const struct pn_rdma_peer *peer);
 /* Runs both until they end, and says why. Keys come over the non-blocking socket. */
 void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end);
+/* How often it has looked for the end of a READ before sleeping: only where there are processors to spare. After its end. */
+uint64_t pn_rdma_spun(const struct pn_rdma *rdma);
 
 /* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
 

@@ -130,6 +130,7 @@ struct pn_rdma {
     uint8_t inbox[24 + 1024];
     size_t have;
     bool spins;
+    uint64_t spun; /* times */
 };
 
 static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
@@ -780,8 +781,11 @@ static void begin_all(struct pn_rdma *rdma) {
 
 /* With processors to spare, the end of a READ that somebody waits for is looked for before sleeping. */
 static bool spin(struct pn_rdma *rdma) {
-    uint64_t until = rdma->spins && rdma->demand_reads ? pn_now() + SPIN_NS : 0;
-    while (until && pn_now() < until)
+    if (!rdma->spins || !rdma->demand_reads || rdma->lane.ended)
+        return false;
+    rdma->spun++;
+    uint64_t until = pn_now() + SPIN_NS;
+    while (pn_now() < until)
         if (take_completions(rdma, 0))
             return true;
     return false;
@@ -792,13 +796,12 @@ static void turn(struct pn_rdma *rdma) {
     struct epoll_event ready[READY];
     take_demanded(rdma);
     bool busy = !lane->ended && take_completions(rdma, 1);
-    busy = spin(rdma) || busy;
     if (lane->ended)
         return;
     begin_all(rdma);
     watch(rdma, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events);
     watch(rdma, lane->dest->config.uffd, can_want(lane, 3 * 64) ? EPOLLIN : 0, &lane->work_events);
-    busy = arm(rdma) || busy;
+    busy = spin(rdma) || arm(rdma) || busy;
     if (lane->ended)
         return;
     if (busy)
@@ -825,6 +828,8 @@ void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end) {
 /* ---- life ---- */
 
 uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair) { return rdma->pairs[queue_pair]->qp_num; }
+
+uint64_t pn_rdma_spun(const struct pn_rdma *rdma) { return rdma->spun; }
 
 static int make_queue_pair(struct pn_rdma *rdma, int i) {
     rdma->queues[i] = rdma->verbs.create_cq(rdma->context, SEND_QUEUE, NULL, rdma->channel, 0);

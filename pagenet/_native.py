@@ -740,6 +740,11 @@ class RdmaLoop:
         lib.pn_rdma_run(self._loop, sock, end)
         return _end_of(end)
 
+    @property
+    def spun(self) -> int:
+        """How often it has looked for the end of a READ before it slept. Not while it runs, nor after :meth:`close`."""
+        return int(lib.pn_rdma_spun(self._loop))
+
     def close(self) -> None:
         """Not while it runs. Idempotent."""
         if self._loop is not None:

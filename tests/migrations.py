@@ -74,15 +74,16 @@ class Destination:
 
 @asynccontextmanager
 async def destination(
-    directory: Path, name: str = "b", *, command: Sequence[str] = (), **options: Any
+    directory: Path, name: str = "b", *, command: Sequence[str] = (), listen: str = "", **options: Any
 ) -> AsyncIterator[Destination]:
     """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a kernel, or ``command``'s."""
     command = command or bare_command(directory, name)
-    there = Destination(Serial(name), directory / f"{name}.qmp", ram_of(command), f"unix:{directory / name}.sock")
+    listen = listen or f"unix:{directory / name}.sock"
+    there = Destination(Serial(name), directory / f"{name}.qmp", ram_of(command), listen)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.take, command, options)
-            await there.events.wait("listening")
+            there.uri = (await there.events.wait("listening"))["uri"]
             nursery.start_soon(there.serial.read, await trio.open_unix_socket(directory / f"{name}.serial"))
             yield there
             there.leave.set()

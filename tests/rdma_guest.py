@@ -18,7 +18,8 @@ def run_in_guest(
     *command: str | Path, options: tuple[str | Path, ...] = (), timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` there; stderr has what rdma-guest itself has to say."""
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    here = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PAGENET_GUEST_CACHE": str(_cache())}
+    environment = {**os.environ, **here}
     arguments = [RDMA_GUEST, "--timeout", str(timeout), *options, "--", *command]
     return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout + 300)
 
@@ -28,8 +29,7 @@ def guest_python() -> str:
     of the same version, else one in the cache. The C core fits both: it is built for any from 3.11 on."""
     if _version(SYSTEM_PYTHON) == f"{sys.version_info[0]}.{sys.version_info[1]}":
         return sys.executable
-    cache = Path(os.environ.get("PAGENET_GUEST_CACHE") or Path.home() / ".cache" / "pagenet-guest")
-    venv = cache / f"python-{_version(SYSTEM_PYTHON)}"
+    venv = _cache() / f"python-{_version(SYSTEM_PYTHON)}"
     python = venv / "bin" / "python"
     if not (venv / "complete").exists():
         subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--clear", "--without-pip", venv], check=True)
@@ -37,6 +37,10 @@ def guest_python() -> str:
         subprocess.run(install, check=True)
         (venv / "complete").touch()
     return str(python)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("PAGENET_GUEST_CACHE") or Path.home() / ".cache" / "pagenet-guest")
 
 
 def _version(python: str) -> str:

@@ -21,6 +21,7 @@ from ._progress import make_progress, show_until_complete
 __all__ = ["main"]
 
 _PROG = "pagenet-qemu"
+_SHAPES = "tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH"
 _WORDS = {
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
     "attached": "attached to QEMU (pid {pid}, RAM in {ram})",
@@ -51,7 +52,7 @@ def _parser() -> Parser:
     attach to a QEMU that waits already, with --qmp; or, with --resume, go on bringing the pages of a guest whose pagenet-qemu
     incoming is gone. Those two end when it has every page."""
     incoming = commands.add_parser("incoming", help="take a guest", description=words)
-    incoming.add_argument("--listen", metavar="URI", required=True, help="where the source dials: tcp://HOST:PORT, unix:PATH")
+    incoming.add_argument("--listen", metavar="URI", required=True, help=f"where the source dials: {_SHAPES}")
     incoming.add_argument("--resume", action="store_true", help="go on where another pagenet-qemu was cut off")
     incoming.add_argument("--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)")
     incoming.add_argument("--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process")
@@ -61,7 +62,7 @@ def _parser() -> Parser:
     words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
     leaving = commands.add_parser("migrate", help=words, description=words)
     leaving.add_argument("--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)")
-    leaving.add_argument("uri", metavar="URI", help="where the destination listens: tcp://HOST:PORT, unix:PATH")
+    leaving.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
     add_lane_option(leaving)
     add_control_option(leaving)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pagenet import (
     TcpTransport,
     TransferStatistics,
     UffdSocket,
+    _native,
     pull,
     serve,
 )
@@ -240,11 +242,28 @@ def bad_wire() -> Iterator[None]:
     subprocess.run(["sh", script, "down"], check=True)
 
 
-async def test_packets_are_late_and_lost(bad_wire: None, source: str, tmp_path: Path) -> None:
+@pytest.fixture
+def spun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often each loop in C has looked for the end of a READ before it slept."""
+    found: list[int] = []
+    run = _native.RdmaLoop.run
+
+    def running(self: _native.RdmaLoop, sock: int) -> _native.End:
+        end = run(self, sock)
+        found.append(self.spun)
+        return end
+
+    monkeypatch.setattr(_native.RdmaLoop, "run", running)
+    return found
+
+
+async def test_packets_are_late_and_lost(bad_wire: None, source: str, tmp_path: Path, spun: list[int]) -> None:
+    """With processors to spare, it looks for the end of a READ before it sleeps: tests/test_rdma.py runs this with four too."""
     async with serve(source, listen="rdma://10.88.0.1:0?device=rxea", plaintext=True) as server:
         before = sent_over_wire()
         statistics = await move(f"{server.uri}?device=rxeb", tmp_path / "uffd.sock", "native", "--threads", 4)
     assert sent_over_wire() - before > statistics.wire_bytes
+    assert [bool(times) for times in spun] == [os.sysconf("SC_NPROCESSORS_ONLN") >= 4]
 
 
 def sent_over_wire() -> int:
