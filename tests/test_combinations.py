@@ -97,9 +97,10 @@ async def moving(
     choice: dict[str, Any], options: dict[str, Any], memory: OwnMemory, directory: Path
 ) -> AsyncIterator[Transfer]:
     """From ``source`` in that directory, whoever dials."""
-    uri = {"tcp": "tcp://127.0.0.1:0", "unix": f"unix:{directory}/socket", "memory": f"memory://{directory.name}"}
-    listen, source = uri[choice["transport"]], str(directory / "source")
-    lane = choice["source_lane"] if choice["transport"] != "memory" else "trio"
+    uri = {"unix": f"unix:{directory}/socket", "memory": f"memory://{directory.name}"}
+    transport, source = choice["transport"], str(directory / "source")
+    listen = uri.get(transport, f"{transport}://127.0.0.1:0")
+    lane = choice["source_lane"] if transport != "memory" else "trio"
     if choice["dials"] == "destination":
         async with (
             pagenet.serve(source, listen=listen, lane=lane) as server,
@@ -163,7 +164,12 @@ def check_recorded(path: Path, statistics: TransferStatistics) -> None:
 @pytest.mark.parametrize("seed", [*range(SEEDS), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 300))])
 async def test_drawn(seed: int, tmp_path: Path) -> None:
     register("memory", MemoryTransport())
-    choice, draw = drawn(seed), random.Random(seed)
+    await check_moves(drawn(seed), seed, tmp_path)
+
+
+async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None:
+    """tests/rdma does the same."""
+    draw = random.Random(seed)
     content = make_content(choice["content"], draw)
     write_sparse(tmp_path / "source", content)
     earlier = Recorder(Region([Block("source", SIZE)]))

@@ -142,7 +142,7 @@ def test_destination_may_lock_too_little(lane: str, limit: int, source: Path, di
 
 def test_destination_may_lock_its_stage_and_no_more_of_a_large_one(source: Path, directory: Path) -> None:
     """What cannot be received where it belongs comes through the stage."""
-    limit = 17 * MIB
+    limit = 16 * MIB + 512 * KIB  # less than a chunk more
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]
         with pull_into_owner(uri, directory, "--lane", "native", before=as_nobody(limit)) as pulling:

@@ -15,6 +15,7 @@ import pytest
 import trio
 from forked import Command, run_workload
 from processes import write_pattern
+from test_combinations import check_moves, drawn
 
 import pagenet
 from pagenet import IntoFile, OwnMemory, Transfer, TransferStatistics, UsageError
@@ -127,36 +128,11 @@ async def test_nothing_is_compressed(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 20))])
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
 @pytest.mark.parametrize("lane", LANES)
-async def test_drawn_combinations(lane: str, memory: str, seed: int, source: Path) -> None:
-    draw = random.Random(f"{lane} {memory} {seed}")
-    write_pattern(source, SIZE, zero_every=draw.choice([0, 2, 7]))
-    options: dict[str, Any] = {
-        "chunk": PAGE * draw.choice([1, 3, 64, 512]),
-        "prefetch": draw.choice([None, (0, 0), (3, 2), (8, 8), (100, 100)]),
-        "background": draw.choice(["hot", "follow", "linear", "off"]),
-        "max_bandwidth": draw.choice([None, None, MIB]),
-        "start_background": draw.choice([None, "after=0.2", "rate=50"]),
-        "compress": draw.choice(["auto", "none"]),
-    }
-    async with transfer_of(source, lane, memory=memory, **options) as (transfer, owner):
-        data = bytearray(SIZE)
-        offsets = list(range(0, SIZE, SIZE // 64))
-        draw.shuffle(offsets)
-        for offset in offsets:
-            data[offset : offset + SIZE // 64] = await owner.read(offset, SIZE // 64)
-            match draw.randrange(12):
-                case 0:
-                    transfer.pause_background()
-                case 1:
-                    transfer.resume_background()
-                case 2:
-                    transfer.set_background(draw.choice(["hot", "follow", "linear", "off"]))
-                case 3:
-                    transfer.set_max_bandwidth(draw.choice([None, 100_000, 50 * MIB]))
-                case 4:
-                    transfer.set_prefetch(draw.choice([None, (0, 0), (16, 16)]))
-        assert data == source.read_bytes(), options
-        await check(transfer, owner, source)
+async def test_drawn(lane: str, memory: str, seed: int, tmp_path: Path) -> None:
+    """As tests/test_combinations.py, but for what RDMA has not."""
+    number = 1000 + 10 * seed + 2 * LANES.index(lane) + (memory == "memfd")
+    only = {"transport": "rdma", "lane": lane, "memory": memory, "background_lanes": 1, "compress": "auto"}
+    await check_moves(drawn(number) | only, number, tmp_path)
 
 
 # ---- pagenet-ctl ----
