@@ -41,6 +41,12 @@ static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
 
 /* ---- asking ---- */
 
+/* Whether it is for us to say. */
+static bool may_choose(const struct lane *lane) {
+    int both = 1 << PN_RAW | 1 << PN_LZ4;
+    return is_demand(lane) && (lane->dest->config.encodings & both) == both;
+}
+
 /* Pages of one piece, claimed by the caller. There is a free slot. */
 static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
     if (lane->ask) {
@@ -53,10 +59,11 @@ static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uin
     *slot = (struct slot){.id = slot->id + SLOTS, .class_ = (uint8_t)class_, .open = 1, .piece = piece, .next = wire};
     slot->end = wire + (pages << piece->shift);
     slot->since = class_ == PN_DEMAND ? pn_now() : 0;
+    slot->packs = may_choose(lane) && pn_prompt_packs(&lane->prompt);
     struct pn_request request = {
         .id = slot->id,
         .class_ = (uint8_t)class_,
-        .encodings = (uint8_t)lane->dest->config.encodings,
+        .encodings = (uint8_t)(lane->dest->config.encodings & ~(slot->packs ? 1 << PN_RAW : 0)),
         .unit_shift = (uint8_t)piece->shift,
         .first = wire,
         .count = (uint32_t)(pages << piece->shift),
@@ -625,8 +632,11 @@ static void begin_reply(struct lane *lane) {
 
 static void finish_reply(struct lane *lane) {
     struct slot *slot = lane->current.slot;
-    if (slot->next == slot->end)
+    if (slot->next == slot->end) {
+        if (slot->class_ == PN_DEMAND && lane->header.encoding != PN_ZEROS && may_choose(lane))
+            pn_prompt_came(&lane->prompt, slot->packs, pn_now() - slot->since);
         close_slot(lane, slot);
+    }
     lane->current = (struct current){0};
 }
 
@@ -905,6 +915,7 @@ static bool prepare(struct lane *lane) {
     }
     lane->dense = 1;
     lane->window = is_demand(lane) ? PREFETCH_LEAST : lane->config->window_min;
+    pn_prompt_init(&lane->prompt);
     lane->pause = UINT64_MAX;
     return true;
 }

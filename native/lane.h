@@ -28,6 +28,7 @@ struct slot {
     uint32_t id;
     uint8_t class_;
     uint8_t open;
+    uint8_t packs; /* asked for compressed */
     uint64_t next, end; /* pages on the wire, still to come */
     uint64_t since;     /* ns */
     const struct pn_piece *piece;
@@ -61,6 +62,7 @@ struct lane {
     uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
     uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
     bool starved;
+    struct pn_prompt prompt; /* demand */
     uint64_t arrived; /* background: bytes on the wire since then */
     double rate;      /* bytes a ns: the most of late */
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */

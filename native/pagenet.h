@@ -350,6 +350,23 @@ void pn_choice_tried(struct pn_choice *choice, uint64_t size, uint64_t length, u
 void pn_choice_resume(struct pn_choice *choice, uint64_t now);
 /* From `began` to `now` so many bytes of pages were given to the socket, as so many on the wire. */
 void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now);
+
+/* ---- prompt.c: whether pages that somebody waits for come compressed ---------------------------------------------------- */
+
+/* All zero is not a beginning: pn_prompt_init. */
+struct pn_prompt {
+    int packs;            /* pages are asked for compressed, whatever that costs; if not, as the source thinks best */
+    int is_trial;
+    uint32_t settled, count;
+    uint64_t samples[32]; /* ns that a page took, of this block */
+    double before;        /* ns that one took the other way */
+    uint64_t pause, left; /* pages between two trials, and until the next one */
+};
+void pn_prompt_init(struct pn_prompt *prompt);
+int pn_prompt_packs(const struct pn_prompt *prompt);
+/* A page that was asked for like that took so long from there into its place. Not one of zeros. */
+void pn_prompt_came(struct pn_prompt *prompt, int packs, uint64_t ns);
+
 /* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ------------------------------ */
 
 /* Pages of the region as they are numbered on the wire, and the number of the first of its chunks. */

@@ -343,6 +343,23 @@ class Choice:
         lib.pn_choice_answered(self._choice, size, wire, began, now)
 
 
+class Prompt:
+    """``struct pn_prompt``: whether pages that somebody waits for come compressed. Times in ns."""
+
+    def __init__(self) -> None:
+        self._prompt = ffi.new("struct pn_prompt *")
+        lib.pn_prompt_init(self._prompt)
+
+    @property
+    def packs(self) -> bool:
+        """Whether they are to be asked for compressed, whatever that costs."""
+        return bool(lib.pn_prompt_packs(self._prompt))
+
+    def came(self, packs: bool, nanoseconds: int) -> None:
+        """A page that was asked for like that took so long. Not one of zeros."""
+        lib.pn_prompt_came(self._prompt, packs, nanoseconds)
+
+
 # ---- residency and statistics ----
 
 STATES = {

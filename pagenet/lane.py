@@ -5,6 +5,7 @@ They are the oracle for those in C, what runs where those cannot, and what a new
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -135,6 +136,9 @@ class TrioLane:
         self._filling = filling
         self._wire = wire
         self._requests = OutstandingRequests(wire, filling.encodings)
+        both = 1 << Encoding.RAW | 1 << Encoding.LZ4
+        self._prompt = _native.Prompt() if filling.encodings & both == both else None
+        self._asked_at: dict[int, tuple[int, bool]] = {}  # pages that somebody waits for, by their requests
         self._on_done = on_done  # told of bytes in memory, and what they were on the wire
         self._outbox = bytearray()
         self._asked = trio.Event()
@@ -144,7 +148,11 @@ class TrioLane:
         index = self._filling.region.block_index(run.first)
         shift = self._unit_shift(index)
         first = self._wire.first_pages[index] + (run.first - self._filling.region.first_pages[index] << shift)
-        self._outbox += self._requests.open(class_, Run(first, run.count << shift), shift).encode()
+        packed = class_ is not Class.BACKGROUND and self._prompt is not None and self._prompt.packs
+        request = self._requests.open(class_, Run(first, run.count << shift), shift, packed)
+        if class_ is Class.DEMAND and self._prompt is not None:
+            self._asked_at[request.request_id] = time.monotonic_ns(), packed
+        self._outbox += request.encode()
         self._filling.residency.add(class_, "requests")
         self._asked.set()
 
@@ -207,7 +215,14 @@ class TrioLane:
         data = None if reply.encoding is Encoding.ZERO else pages
         wire_bytes = LANE_HEADER_SIZE + reply.length
         self._filling.arrived(reply.class_, run, data, wire_bytes, reply.encoding is Encoding.LZ4)
+        self._note_time(reply)
         self._on_done(self._filling.region.size_of(run), wire_bytes)
+
+    def _note_time(self, reply: Reply) -> None:
+        if reply.request_id in self._asked_at and not self._requests.is_open(reply.request_id):
+            at, packed = self._asked_at.pop(reply.request_id)
+            if self._prompt is not None and reply.encoding is not Encoding.ZERO:
+                self._prompt.came(packed, time.monotonic_ns() - at)
 
 
 def _text(reason: memoryview) -> str:

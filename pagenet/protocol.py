@@ -471,10 +471,12 @@ class OutstandingRequests:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, class_: Class, run: Run, unit_shift: int = 0) -> Request:
+    def open(self, class_: Class, run: Run, unit_shift: int = 0, packed: bool = False) -> Request:
+        """``packed``: it is to come compressed, whatever that costs."""
         if not self._region.contains(run):
             raise LocalProtocolError(f"{run} is not a run of the region")
-        request = Request(self._next_id, class_, run, unit_shift, self._encodings)
+        encodings = self._encodings & ~(1 << Encoding.RAW) if packed else self._encodings
+        request = Request(self._next_id, class_, run, unit_shift, encodings)
         self._next_id = (self._next_id + 1) % 2**32
         self._open[request.request_id] = _Outstanding(class_, run, 1 << unit_shift, request.may_pack)
         return request
