@@ -109,6 +109,16 @@ def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(lane: str, tmp
     assert row["prefetch_unused"] == pytest.approx(wasted, abs=0.1)
 
 
+@needs_namespaces
+def test_how_soon_a_change_of_phase_is_followed() -> None:
+    """And when how much of the working set was there: in that order."""
+    where = ("--size", "64M", "--touches", "8000", "--rate", "none", "--bandwidth", "10")
+    said = workload("--trace", "phases", "--order", "hot", *where)
+    row = next(event for event in said if event["event"] == "result")
+    assert 0 < row["to_50"] <= row["to_90"] <= row["to_99"] <= row["seconds"]
+    assert 0 <= row["followed"] < row["seconds"]
+
+
 def test_targets_are_held_against_the_same_trace() -> None:
     def result(order: str, blocked: int, trace: str = "zipf") -> WorkloadResult:
         return WorkloadResult(trace, order, 100, 100, [{"blocked": blocked, "stall": blocked / 1000, "followed": 0.1}])
