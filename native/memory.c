@@ -118,3 +118,8 @@ int pn_populate(uint64_t address, uint64_t length) {
 }
 
 void pn_map_ahead(uint64_t address, uint64_t length) { madvise((void *)(uintptr_t)address, length, MADV_POPULATE_READ); }
+
+int pn_is_hole(int fd, uint64_t offset, uint64_t size) {
+    off_t past = (off_t)(offset + size), data = lseek(fd, (off_t)offset, SEEK_DATA);
+    return data >= past || (data < 0 && errno == ENXIO && lseek(fd, 0, SEEK_END) >= past);
+}

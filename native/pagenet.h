@@ -386,7 +386,7 @@ struct pn_rdma_config {
     int port;
     int gid_index;
 };
-/* A queue pair of the source's, and where it is. */
+/* A queue pair of the other side's, and where it is. */
 struct pn_rdma_peer {
     uint8_t gid[16];
     uint32_t number;
@@ -407,8 +407,9 @@ void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end);
 /* How often it has looked for the end of a READ before sleeping: only where there are processors to spare. After its end. */
 uint64_t pn_rdma_spun(const struct pn_rdma *rdma);
 
-/* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
+/* ---- keys.c: the source over RDMA: its memory is registered as destinations ask for keys ------------------------------- */
 
+/* Pages that are served: a stretch of a file, or of a process's memory. */
 struct pn_source_block {
     uint64_t first;   /* page number */
     uint64_t pages;
@@ -419,6 +420,39 @@ struct pn_source_block {
     int pid;
     int pidfd;
 };
+struct pn_keys_config {
+    const char *device;
+    const struct pn_source_block *blocks;
+    uint64_t block_count;
+    uint64_t chunk_count;
+    uint64_t chunk_size;
+    uint64_t pin_limit;   /* bytes that are registered at a time */
+    uint32_t in_any_case; /* keys that each reader may have all the same */
+    int port;
+    int gid_index;
+};
+struct pn_keys;
+/* NULL and *error as pn_rdma_new(). Borrows what config points to. */
+struct pn_keys *pn_keys_new(const struct pn_keys_config *config, int *error);
+/* After its readers. */
+void pn_keys_free(struct pn_keys *keys);
+/* Bytes that are registered now. From any thread. */
+uint64_t pn_keys_pinned(struct pn_keys *keys);
+
+/* One connection that is given keys, and the queue pair that it reads through. */
+struct pn_reader;
+struct pn_reader *pn_reader_new(struct pn_keys *keys, int *error);
+/* Gives its keys back. */
+void pn_reader_free(struct pn_reader *reader);
+uint32_t pn_reader_number(const struct pn_reader *reader);
+int pn_reader_connect(struct pn_reader *reader, uint32_t psn, const struct pn_rdma_peer *peer);
+/* Until the peer closes its end of the non-blocking socket, or stop_fd becomes readable, or something is wrong: PN_END_FAILED if
+ * the memory is lost, PN_END_BROKEN with a text if it cannot be registered, of which the peer has been told. unread: what was
+ * received already, up to 4096 bytes. */
+void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread, uint64_t length, struct pn_end *end);
+
+/* ---- source.c: the source's half: many connections, one loop ---------------------------------------------------------- */
+
 struct pn_source;
 /* What the loops of a source tell each other of a destination's link: whether compressing pays even for a page that somebody
  * waits for. Destinations of the same number (modulo 256) share: a wrong guess costs microseconds. */
@@ -461,6 +495,8 @@ uint64_t pn_map_file(uint64_t length, int fd, int writable);
 int pn_populate(uint64_t address, uint64_t length);
 /* Map what is mapped of a file and in memory, many pages at a time; where that cannot be (before Linux 5.14), nothing happens. */
 void pn_map_ahead(uint64_t address, uint64_t length);
+/* Nothing but a hole. A file that has become shorter says so too: see its size. */
+int pn_is_hole(int fd, uint64_t offset, uint64_t size);
 /* Takes everything out of a file, which keeps its size; whoever has mapped it finds holes. */
 int pn_punch(int fd, uint64_t length);
 

@@ -3,6 +3,7 @@
  * One loop drives both queue pairs: what it does for a page of the background takes tens of microseconds, and demand is looked at
  * before each. Faults become wants; a want is started when the keys to all its chunks are there. */
 #define _GNU_SOURCE
+#include "keys.h"
 #include "lane.h"
 #include "thread.h"
 #include "verbs.h"
@@ -30,33 +31,8 @@ enum {
     REFUSED_NS = 10000000,    /* the source may pin no more: ask again after so long */
     SPIN_NS = 30000,          /* look for the end of a demanded READ for so long before sleeping, with processors to spare */
     SPIN_CPUS = 4,
-    /* A packet that is not acknowledged is sent again after 4.096 us << TIMEOUT, 0.27 s, RETRIES times: a host that is gone is
-     * noticed after 1.9 s. Seven retries would mean for ever to rdma_rxe. */
-    TIMEOUT = 16,
-    RETRIES = 6,
     READY = 8,
 };
-
-/* ---- on the wire: docs/protocol.md ---- */
-
-enum { KEY_ASK = 1, KEY_RETURN = 2 };
-enum { KEY_HERE = 1, KEY_ZERO = 2, KEY_REFUSED = 3, KEY_FAILED = 255 };
-struct key_header {
-    uint32_t number;
-    uint8_t kind;
-    uint8_t reserved[3];
-    uint64_t first; /* page */
-    uint32_t count;
-    uint32_t length; /* of what follows */
-};
-struct key {
-    uint64_t address;
-    uint32_t rkey;
-    uint32_t reserved;
-    uint64_t zero[4]; /* a bit for each page, if they are known; absent if not */
-};
-static_assert(sizeof(struct key_header) == 24 && sizeof(struct key) == 48, "sizes on the wire");
-enum { KEY_WITHOUT_ZEROS = 16 };
 
 enum chunk_state { CHUNK_FAR, CHUNK_ASKED, CHUNK_HERE, CHUNK_ZERO };
 
@@ -375,7 +351,9 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
     uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     char *start = (char *)piece->second + from * place->page_size;
-    place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, (to - from) * place->page_size, IBV_ACCESS_LOCAL_WRITE);
+    uint64_t size = (to - from) * place->page_size;
+    pn_populate((uintptr_t)start, size); /* if it can be done: else registering does it page by page, which takes twice as long */
+    place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, size, IBV_ACCESS_LOCAL_WRITE);
     return place->chunk->local;
 }
 
@@ -835,48 +813,14 @@ static int make_queue_pair(struct pn_rdma *rdma, int i) {
     rdma->queues[i] = rdma->verbs.create_cq(rdma->context, SEND_QUEUE, NULL, rdma->channel, 0);
     if (!rdma->queues[i])
         return -errno;
-    struct ibv_qp_init_attr attributes = {
-        .send_cq = rdma->queues[i],
-        .recv_cq = rdma->queues[i],
-        .cap = {.max_send_wr = SEND_QUEUE, .max_recv_wr = 1, .max_send_sge = 1, .max_recv_sge = 1},
-        .qp_type = IBV_QPT_RC,
-    };
-    rdma->pairs[i] = rdma->verbs.create_qp(rdma->pd, &attributes);
-    if (!rdma->pairs[i])
-        return -errno;
-    struct ibv_qp_attr start = {.qp_state = IBV_QPS_INIT, .port_num = (uint8_t)rdma->config.port};
-    return -rdma->verbs.modify_qp(rdma->pairs[i], &start,
-                                  IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
+    rdma->pairs[i] = pn_verbs_make_pair(&rdma->verbs, rdma->pd, rdma->queues[i], SEND_QUEUE, rdma->config.port, 0);
+    return rdma->pairs[i] ? 0 : -errno;
 }
 
 int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn, const struct pn_rdma_peer *peer) {
-    struct ibv_qp_attr attributes = {
-        .qp_state = IBV_QPS_RTR,
-        .path_mtu = peer->mtu,
-        .dest_qp_num = peer->number,
-        .rq_psn = peer->psn,
-        .max_dest_rd_atomic = 1,
-        .min_rnr_timer = 12,
-        .ah_attr = {.dlid = peer->lid, .is_global = 1, .port_num = (uint8_t)rdma->config.port, .hop_limit = 64,
-                    .sgid_index = (uint8_t)rdma->config.gid_index},
-    };
-    memcpy(attributes.ah_attr.dgid, peer->gid, sizeof peer->gid);
-    int error = rdma->verbs.modify_qp(rdma->pairs[queue_pair], &attributes,
-                                      IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-                                          IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER);
-    if (error)
-        return -error;
-    struct ibv_qp_attr sending = {
-        .qp_state = IBV_QPS_RTS,
-        .sq_psn = psn,
-        .timeout = TIMEOUT,
-        .retry_cnt = RETRIES,
-        .rnr_retry = RETRIES,
-        .max_rd_atomic = peer->reads,
-    };
-    return -rdma->verbs.modify_qp(rdma->pairs[queue_pair], &sending,
-                                  IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
-                                      IBV_QP_MAX_QP_RD_ATOMIC);
+    struct pn_verbs_join join = {.port = rdma->config.port, .gid_index = rdma->config.gid_index, .psn = psn};
+    join.reads = 1; /* the peer does none */
+    return pn_verbs_join_pair(&rdma->verbs, rdma->pairs[queue_pair], &join, peer);
 }
 
 static int prepare_device(struct pn_rdma *rdma) {

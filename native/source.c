@@ -309,13 +309,9 @@ static bool read_pages(struct pn_source *source, const struct pn_source_block *b
     return !ended && !error;
 }
 
-/* Nothing but a hole from this page on, for so many pages. A file that has become shorter says so too: see its size. */
+/* Nothing but a hole from this page on, for so many pages. */
 static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
-    if (block->pid > 0)
-        return false;
-    off_t at = (off_t)((page - block->first) * block->page_size), past = at + (off_t)(pages * block->page_size);
-    off_t data = lseek(block->fd, at, SEEK_DATA);
-    return data >= past || (data < 0 && errno == ENXIO && lseek(block->fd, 0, SEEK_END) >= past);
+    return block->pid <= 0 && pn_is_hole(block->fd, (page - block->first) * block->page_size, pages * block->page_size);
 }
 
 /* Whether the unit of a file is zero, without reading more of it than that takes. */

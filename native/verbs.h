@@ -1,4 +1,4 @@
-/* As much of libibverbs as a destination needs, loaded when it is wanted: pagenet is built, and runs, without it.
+/* As much of libibverbs as pages take, loaded when it is wanted: pagenet is built, and runs, without it.
  *
  * Layouts and numbers are those of the library's ABI, version 1.1, which has not changed since 2006. */
 #ifndef PAGENET_VERBS_H
@@ -137,7 +137,7 @@ struct ibv_qp_attr {
     uint32_t rate_limit;
 };
 
-enum { IBV_ACCESS_LOCAL_WRITE = 1 };
+enum { IBV_ACCESS_LOCAL_WRITE = 1, IBV_ACCESS_REMOTE_READ = 4 };
 
 /* The library's functions. */
 struct pn_verbs {
@@ -170,5 +170,21 @@ int pn_verbs_load(struct pn_verbs *verbs);
 void pn_verbs_unload(struct pn_verbs *verbs);
 /* NULL, with errno set, if there is no device of that name or it may not be used. */
 struct ibv_context *pn_verbs_open(const struct pn_verbs *verbs, const char *device);
+
+/* A queue pair (RC) that is not joined to any other, with room for so many work requests, all of whose ends go to one queue.
+ * access: what its peer may do. NULL, with errno set. */
+struct ibv_qp *pn_verbs_make_pair(const struct pn_verbs *verbs, struct ibv_pd *pd, struct ibv_cq *queue, uint32_t room, int port,
+                                  int access);
+/* Our side of a connection: reads that the peer may have under way, what it may do, and the number of our first packet. */
+struct pn_verbs_join {
+    int port, gid_index;
+    uint8_t reads;
+    int access;
+    uint32_t psn;
+};
+struct pn_rdma_peer;
+/* 0 or -errno. */
+int pn_verbs_join_pair(const struct pn_verbs *verbs, struct ibv_qp *pair, const struct pn_verbs_join *join,
+                       const struct pn_rdma_peer *peer);
 
 #endif

@@ -746,9 +746,7 @@ class RdmaLoop:
     def connect(
         self, queue_pair: int, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int
     ) -> None:
-        peer = ffi.new("struct pn_rdma_peer *")
-        peer.gid, peer.number, peer.psn = list(gid), number, peer_psn
-        peer.lid, peer.mtu, peer.reads = lid, mtu, reads
+        peer = _rdma_peer(gid, number, peer_psn, lid, mtu, reads)
         _check(lib.pn_rdma_connect(self._loop, queue_pair, psn, peer))
 
     def run(self, sock: int) -> End:
@@ -767,6 +765,13 @@ class RdmaLoop:
         if self._loop is not None:
             lib.pn_rdma_free(self._loop)
             self._loop = None
+
+
+def _rdma_peer(gid: bytes, number: int, psn: int, lid: int, mtu: int, reads: int) -> Any:
+    peer = ffi.new("struct pn_rdma_peer *")
+    peer.gid, peer.number, peer.psn = list(gid), number, psn
+    peer.lid, peer.mtu, peer.reads = lid, mtu, reads
+    return peer
 
 
 class Ring:
@@ -817,6 +822,13 @@ class SourceBlock:
     pidfd: int
 
 
+def _source_blocks(blocks: Sequence[SourceBlock]) -> tuple[Any, list[Any]]:
+    """As C has them, and the names that they point to."""
+    names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
+    named = zip(blocks, names, strict=True)
+    return ffi.new("struct pn_source_block[]", [{**asdict(block), "name": name} for block, name in named]), names
+
+
 class Links:
     """``struct pn_links``: what the loops of one source tell each other about destinations' links."""
 
@@ -832,9 +844,7 @@ class SourceLoop:
         self._links = links or Links()
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._last_asked = [0, 0, 0]
-        self._names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
-        named = zip(blocks, self._names, strict=True)
-        self._blocks = ffi.new("struct pn_source_block[]", [{**asdict(block), "name": name} for block, name in named])
+        self._blocks, self._names = _source_blocks(blocks)
         self._source = lib.pn_source_new(self._blocks, len(blocks), self._links.links, self.ended_fd)
         if self._source == ffi.NULL:
             os.close(self.ended_fd)
@@ -875,6 +885,74 @@ class SourceLoop:
         number, end = ffi.new("uint64_t *"), ffi.new("struct pn_end *")
         while lib.pn_source_ended(self._source, number, end):
             yield int(number[0]), _end_of(end)
+
+
+class Keys:
+    """``struct pn_keys``: a source's memory on one RDMA device, registered as destinations ask for keys. ``blocks``: files with
+    the address at which they are mapped. :exc:`OSError` as of :class:`RdmaLoop`."""
+
+    def __init__(
+        self,
+        blocks: Sequence[SourceBlock],
+        *,
+        device: str,
+        port: int,
+        gid_index: int,
+        chunks: int,
+        chunk_size: int,
+        pin_limit: int,
+        in_any_case: int,
+    ) -> None:
+        config, name = ffi.new("struct pn_keys_config *"), ffi.new("char[]", device.encode())
+        table, names = _source_blocks(blocks)
+        self._kept = (name, table, names)
+        config.device, config.blocks, config.block_count = name, table, len(blocks)
+        config.chunk_count, config.chunk_size, config.pin_limit, config.in_any_case = chunks, chunk_size, pin_limit, in_any_case
+        config.port, config.gid_index = port, gid_index
+        error = ffi.new("int *")
+        self.keys = lib.pn_keys_new(config, error)
+        _check(error[0])
+
+    @property
+    def pinned(self) -> int:
+        """Bytes that are registered now."""
+        return 0 if self.keys is None else int(lib.pn_keys_pinned(self.keys))
+
+    def close(self) -> None:
+        """After its readers. Idempotent."""
+        if self.keys is not None:
+            lib.pn_keys_free(self.keys)
+            self.keys = None
+
+
+class KeyReader:
+    """``struct pn_reader``: one connection that is given keys. :exc:`OSError` is what the device says."""
+
+    def __init__(self, keys: Keys) -> None:
+        error = ffi.new("int *")
+        self._keys = keys
+        self._reader = lib.pn_reader_new(keys.keys, error)
+        _check(error[0])
+
+    @property
+    def number(self) -> int:
+        """Of its queue pair."""
+        return int(lib.pn_reader_number(self._reader))
+
+    def connect(self, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int) -> None:
+        _check(lib.pn_reader_connect(self._reader, psn, _rdma_peer(gid, number, peer_psn, lid, mtu, reads)))
+
+    def run(self, sock: int, stop_fd: int, unread: bytes) -> End:
+        """Until it ends. Call it in a thread."""
+        end = ffi.new("struct pn_end *")
+        lib.pn_reader_run(self._reader, sock, stop_fd, unread, len(unread), end)
+        return _end_of(end)
+
+    def close(self) -> None:
+        """Gives its keys back. Not while it runs. Idempotent."""
+        if self._reader is not None:
+            lib.pn_reader_free(self._reader)
+            self._reader = None
 
 
 # ---- the test workload ----

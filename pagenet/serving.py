@@ -299,8 +299,9 @@ class Server:
     def _readable_by(self, connection: transport.OneSided) -> Any:
         path = connection.find_path()
         if path not in self._readable:
+            lane: LaneKind = "trio" if self._native is None else "native"
             try:
-                self._readable[path] = connection.open_memory(self._source, self._pin_limit)
+                self._readable[path] = connection.open_memory(self._source, self._pin_limit, lane)
             except OSError as error:  # it was there when we began to listen
                 raise ConnectionBroken(str(error)) from None
             self._on_event("path", path=path)

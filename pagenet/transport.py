@@ -99,7 +99,7 @@ class OneSided(Protocol):
         """By which device and address its pages go, for people to read. :exc:`~pagenet.errors.Unsupported` if by none."""
         ...
 
-    def open_memory(self, source: Source, pin_limit: int) -> Any:
+    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> Any:
         """Make ready to let destinations on this path read ``source``, ``pin_limit`` bytes of it at a time. What comes of it is
         for :meth:`serve_reads` of any connection on the same path, and has a ``close``."""
         ...

@@ -7,7 +7,8 @@
     _path.py        which device, port and GID
     _wire.py        what the two sides tell each other, without I/O
     _transport.py   RdmaTransport: a TCP connection carries what is said
-    _memory.py      the source: memory registered in chunks, and the keys to them
+    _keys.py        the source: its threads in C, started and stopped
+    _memory.py      the same in Trio and pyverbs: memory registered in chunks, and the keys to them
     _lanes.py       the destination: the loop in C, started and stopped
     _read_lanes.py  the same in Trio and pyverbs, slow and obvious
 """
@@ -17,5 +18,6 @@ from __future__ import annotations
 from ._constants import PIN_LIMIT
 from ._path import default_path
 from ._transport import RdmaTransport
+from ._wire import CHUNK_SIZE
 
-__all__ = ["PIN_LIMIT", "RdmaTransport", "default_path"]
+__all__ = ["CHUNK_SIZE", "PIN_LIMIT", "RdmaTransport", "default_path"]

@@ -11,7 +11,7 @@ KEYS_IN_ANY_CASE = 4
 # READs on their way on a queue pair. Devices do 16 and more; rdma_rxe 128.
 MAX_READS = 16
 
-# As in native/rdma.c, which says why.
+# As in native/verbs.c, which says why.
 TIMEOUT = 16
 RETRIES = 6
 

@@ -28,7 +28,7 @@ from ._path import Path
 from ._pyverbs import locked_memory_hint
 from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
 
-__all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "exchange"]
+__all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "chunk_table", "exchange"]
 
 
 class Carrier(Connection, Protocol):
@@ -96,7 +96,7 @@ class RdmaLanes(LoopLanes):
 
     def _make_loop(self) -> _native.RdmaLoop:
         path = self._path
-        blocks, chunks = _chunk_table(self._wire)
+        blocks, chunks = chunk_table(self._wire)
         with _refusals(path):
             return _native.RdmaLoop(
                 self._dest,
@@ -121,7 +121,7 @@ async def exchange(connection: Connection, ours: Endpoint) -> Endpoint:
     return Endpoint.decode(bytes(answer))
 
 
-def _chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
+def chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
     """For each block its first page, pages, page size and first chunk; and how many chunks there are."""
     blocks, chunks = [], 0
     for first, block in zip(wire.first_pages, wire.blocks, strict=False):

@@ -1,4 +1,4 @@
-"""The source: its memory, registered chunk by chunk as keys are asked for, for as long as a destination has them."""
+"""The source in Trio: its memory, registered chunk by chunk as keys are asked for, for as long as a destination has them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class _Chunk:
 
 
 class RegisteredMemory:
-    """``source`` on one device. Has no more than ``pin_limit`` bytes registered, but for four chunks for each connection.
+    """``source`` on one device, in Trio and pyverbs: what :class:`~._keys.NativeMemory` is in C, slow and obvious. Has no more
+    than ``pin_limit`` bytes registered, but for four chunks for each connection.
 
     Files and memfds are registered as they are, a file on a disk in the page cache. Another process's memory cannot be
     registered from here: a chunk of it is a copy.
@@ -171,7 +172,7 @@ class RegisteredMemory:
         """Where the file is mapped for it to be registered."""
         block = self._blocks[index]
         if index not in self._files:
-            self._files[index] = _map_file(block.fd, block.pages * block.page_size)
+            self._files[index] = map_file(block.fd, block.pages * block.page_size)
         mapped = self._files[index]
         offset = (run.first - block.first) * block.page_size
         mapped.map_ahead(offset, run.count * block.page_size)
@@ -189,7 +190,7 @@ class RegisteredMemory:
             raise
 
 
-def _map_file(fd: int, size: int) -> _native.MappedFile:
+def map_file(fd: int, size: int) -> _native.MappedFile:
     """The kernel (before 6.2) registers shared mappings only if they may be written, which a file on a disk is not to be: its
     pages would all become dirty. What cannot be registered is copied."""
     try:
@@ -225,9 +226,7 @@ def _zero_map(pages: memoryview, page_size: int) -> tuple[bytes, bool]:
 async def serve_reads(connection: Connection, path: Path, memory: RegisteredMemory, unread: bytes) -> None:
     """As :meth:`pagenet.transport.OneSided.serve_reads`."""
     stream = bytearray(unread)
-    await _receive_until(connection, stream, ENDPOINT.size)
-    theirs = Endpoint.decode(bytes(stream[: ENDPOINT.size]))
-    del stream[: ENDPOINT.size]
+    theirs = await receive_endpoint(connection, stream)
     held: set[Run] = set()
     try:
         with _queue_pair(memory, path, theirs) as ours:
@@ -273,10 +272,14 @@ async def _receive_more(connection: Connection, stream: bytearray) -> bool:
     return bool(count)
 
 
-async def _receive_until(connection: Connection, stream: bytearray, size: int) -> None:
-    while len(stream) < size:
+async def receive_endpoint(connection: Connection, stream: bytearray) -> Endpoint:
+    """What the peer begins with, where ``stream`` holds what it has sent already, and then what came behind."""
+    while len(stream) < ENDPOINT.size:
         if not await _receive_more(connection, stream):
             raise ConnectionBroken("the peer closed instead of saying where its queue pair is")
+    endpoint = Endpoint.decode(bytes(stream[: ENDPOINT.size]))
+    del stream[: ENDPOINT.size]
+    return endpoint
 
 
 @contextmanager

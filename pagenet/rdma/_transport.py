@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import SplitResult, parse_qsl
@@ -10,6 +11,7 @@ from urllib.parse import SplitResult, parse_qsl
 from ..errors import PagenetError, SourceUnreachable, UsageError
 from ..protocol import Encoding
 from ..transport import Buffer, Listener, Transport
+from ._keys import NativeMemory
 from ._lanes import Carrier, RdmaLanes, can_run_in_c
 from ._memory import RegisteredMemory, serve_reads
 from ._path import Path, Wanted, check_device, choose_path
@@ -32,6 +34,9 @@ class RdmaConnection:
         self.carrier = carrier
         self._wanted = wanted
         self._path: Path | None = None
+        #: once it was taken from the carrier. Open until this is closed: to close it where there is something unread would take
+        #: our last words with it
+        self._socket = ExitStack()
         self.peer = _renamed(carrier.peer)
 
     def __repr__(self) -> str:
@@ -44,6 +49,7 @@ class RdmaConnection:
         return await self.carrier.receive_into(buffer)
 
     def close(self) -> None:
+        self._socket.close()
         self.carrier.close()
 
     @property
@@ -55,12 +61,15 @@ class RdmaConnection:
     def find_path(self) -> str:
         return str(self.path)
 
-    def open_memory(self, source: Source, pin_limit: int) -> RegisteredMemory:
-        return RegisteredMemory(source, self.path, pin_limit)
+    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> NativeMemory | RegisteredMemory:
+        return (RegisteredMemory if lane == "trio" else NativeMemory)(source, self.path, pin_limit)
 
     async def serve_reads(self, memory: Any, unread: bytes) -> None:
-        assert isinstance(memory, RegisteredMemory)
-        await serve_reads(self, self.path, memory, unread)
+        if isinstance(memory, NativeMemory):
+            await memory.serve(self.carrier, unread, self._socket)
+        else:
+            assert isinstance(memory, RegisteredMemory)
+            await serve_reads(self, self.path, memory, unread)
 
     def make_lanes(
         self, filling: Filling, wire: Region, connections: Sequence[Any], background: Background, kind: LaneKind

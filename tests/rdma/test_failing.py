@@ -168,7 +168,7 @@ async def test_wrong_key(lane: str, source: str, tmp_path: Path) -> None:
         bare.begin()
         return encode_key(run, 1 << 40, 0xBAD, b""), has_key
 
-    async with serve(source, listen=LISTEN) as server:
+    async with serve(source, listen=LISTEN, lane="trio") as server:
         async with bare_read() as bare:
             with instead("take", wrong):
                 failed = await fail(server.uri, tmp_path / "uffd.sock", lane)
@@ -188,7 +188,7 @@ async def test_chunk_deregistered(lane: str, source: str, tmp_path: Path) -> Non
             self._chunks[run].close()
         return answer, has_key
 
-    async with serve(source, listen=LISTEN) as server:
+    async with serve(source, listen=LISTEN, lane="trio") as server:
         with instead("take", too_short):
             failed = await fail(server.uri, tmp_path / "uffd.sock", lane)
         assert isinstance(failed.error, SourceLost)
@@ -212,7 +212,7 @@ async def test_host_gone_without_a_word(lane: str, source: str, tmp_path: Path, 
         bare.begin()
         return await take(self, run, held)
 
-    async with serve(source, listen=LISTEN) as server, bare_read() as bare:
+    async with serve(source, listen=LISTEN, lane="trio") as server, bare_read() as bare:
         monkeypatch.setattr(_memory, "_queue_pair", elsewhere)
         with instead("take", taking):
             failed = await fail(server.uri, tmp_path / "uffd.sock", lane)
@@ -235,7 +235,7 @@ async def test_senseless_answers(answer: bytes, complaint: str, source: str, tmp
     async def senseless(self: RegisteredMemory, run: Run, held: int) -> tuple[bytes, bool]:
         return answer, False
 
-    async with serve(source, listen=LISTEN) as server:
+    async with serve(source, listen=LISTEN, lane="trio") as server:
         with instead("take", senseless):
             failed = await fail(server.uri, tmp_path / "uffd.sock", "native")
         assert isinstance(failed.error, RemoteProtocolError)

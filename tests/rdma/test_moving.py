@@ -27,6 +27,7 @@ from pagenet import (
 from pagenet.cli.pull import main as pull_main
 from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
+from pagenet.rdma._keys import NativeMemory
 from pagenet.rdma._memory import RegisteredMemory
 from pagenet.testing import check_transport
 
@@ -183,10 +184,38 @@ async def test_no_more_is_pinned_than_allowed(
 
     monkeypatch.setattr(RegisteredMemory, "take", taking)
     path = write_pattern(tmp_path / "large", LARGE, zero_every=ZERO_EVERY)
-    async with serve(str(path), listen=LISTEN, rdma_pin_limit=MIB) as server:
+    async with serve(str(path), listen=LISTEN, rdma_pin_limit=MIB, lane="trio") as server:
         await move(server.uri, tmp_path / "uffd.sock", lane, "--order", "random", "--threads", 4, size=LARGE)
     connections = 1 if lane == "native" else 2
     assert max(pinned) <= connections * KEYS_IN_ANY_CASE * MIB < LARGE
+
+
+async def test_no_more_is_pinned_than_allowed_in_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memories: list[NativeMemory] = []
+    make = NativeMemory.__init__
+
+    def making(self: NativeMemory, *args: Any) -> None:
+        make(self, *args)
+        memories.append(self)
+
+    monkeypatch.setattr(NativeMemory, "__init__", making)
+    path = write_pattern(Path("/dev/shm/large"), LARGE, zero_every=ZERO_EVERY)
+    most = 0
+    async with serve(str(path), listen=LISTEN, rdma_pin_limit=MIB) as server, trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            nonlocal most
+            while True:
+                most = max(most, *(memory.pinned for memory in memories), 0)
+                await trio.sleep(0.002)
+
+        nursery.start_soon(look)
+        await move(server.uri, tmp_path / "uffd.sock", "native", "--order", "random", "--threads", 4, size=LARGE)
+        nursery.cancel_scope.cancel()
+    [memory] = memories
+    path.unlink()
+    assert 0 < most <= KEYS_IN_ANY_CASE * MIB < LARGE
+    assert memory.pinned == 0
 
 
 # ---- a source that is a process of its own ----
