@@ -102,6 +102,11 @@ class Background:
         self._limited.unpark_all()
         self.on_limit()
 
+    @property
+    def heeds_faults(self) -> bool:
+        """Somebody may act on what :meth:`note_faults` says, or writes it down."""
+        return self._schedule is not None or bool(self.observers)
+
     def note_faults(self, pages: Sequence[int]) -> None:
         """Threads have waited for these pages, in this order."""
         now = trio.current_time()

@@ -38,8 +38,10 @@ RING_BYTES = (512 << 10, 16 << 20)
 RING_SECONDS = (0.004, 0.02)
 # Of that, in one run: the lane asks for it in smaller pieces.
 RUNS_IN_RING = 4
-# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does.
+# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does. Where nobody
+# acts on them they are but remembered for the next schedule, and the log has room for those of the longer interval.
 FAULT_SECONDS = 0.002
+UNHEEDED_FAULT_SECONDS = 0.05
 
 
 def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
@@ -123,7 +125,7 @@ class LoopLanes:
             while True:
                 while pages := self._faults.read():
                     self._background.note_faults(pages)
-                    await trio.sleep(FAULT_SECONDS)
+                    await trio.sleep(FAULT_SECONDS if self._background.heeds_faults else UNHEEDED_FAULT_SECONDS)
                 await trio.lowlevel.wait_readable(self._faults.fd)
                 os.eventfd_read(self._faults.fd)
         finally:
