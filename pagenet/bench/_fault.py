@@ -60,6 +60,8 @@ class FaultOptions:
     floors: str | None = None
     #: leave out what is busy or under load, and the floors of a socket
     only_idle: bool = False
+    #: bytes; the first touch in each area of that size is counted apart (0: none is)
+    area: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ class FaultResult:
     floor: Sample = field(default_factory=Sample)
     floor_busy: Sample = field(default_factory=Sample)
     idle: Sample = field(default_factory=Sample)
+    #: of the idle ones, the first in each area
+    first: Sample = field(default_factory=Sample)
     loaded: Sample = field(default_factory=Sample)
     busy: Sample = field(default_factory=Sample)
     #: of the pages chosen under load, those that the background had brought before their turn came, or that it left no time for
@@ -188,12 +192,22 @@ class _Measure:
                 latencies = await toucher.latencies()
                 if background != "off":
                     result.loaded_not_counted += len(pages) - len(latencies)
-                return latencies
+                return self._without_first(pages, latencies, result) if options.area else latencies
         finally:
             if toucher is not None:
                 toucher.join()
             memory.close()
         raise AssertionError("the transfer was cancelled by nobody")
+
+    def _without_first(self, pages: Sequence[int], latencies: array[int], result: FaultResult) -> array[int]:
+        """Of one thread, which has touched ``pages`` in turn."""
+        first, others, seen = array("Q"), array("Q"), set[int]()
+        for page, latency in zip(pages, latencies, strict=False):
+            area = page * self._page_size // self._options.area
+            (others if area in seen else first).append(latency)
+            seen.add(area)
+        result.first.add(first)
+        return others
 
     def _touch(self, transfer: Transfer, address: int, pages: Sequence[int], threads: int) -> Callable[[], array[int]]:
         shared_fd = transfer.filling.residency.shared.fd

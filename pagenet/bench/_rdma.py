@@ -1,7 +1,9 @@
 """Pages over RDMA beside what perftest measures of the same device: ib_read_lat and ib_read_bw, run in turn with ours.
 
 Both sides are on this host. READs of perftest's sleep until they are done, as ours do on a few processors. The floor of a fault
-is one READ of a page, and a fault answered by a bare loop in C with the page at hand.
+is one READ of a page, and a fault answered by a bare loop in C with the page at hand. perftest registers memory and joins queue
+pairs before its clock starts: so faults that wait for a chunk's key first are counted apart, and the background's clock starts
+when a first page has come.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import trio
 
+from .. import _native
 from ..errors import PagenetError, Unsupported
 from ..pulling import pull
-from ..rdma import default_path
+from ..rdma import CHUNK_SIZE, default_path
 from ..uffd import OwnMemory
-from ._fault import FaultOptions, FaultResult, measure_faults
+from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import median
-from ._peers import Source, running, served
+from ._peers import Served, Source, running, served
+from ._toucher import Toucher
 
 __all__ = ["RdmaOptions", "RdmaResult", "measure_rdma"]
 
@@ -38,15 +43,16 @@ class RdmaOptions:
 
 @dataclass(slots=True)
 class RdmaResult:
-    """Medians of the rounds. Latencies in us, rates in 10^9 bytes a second, ``source_cpu`` in seconds for ``size`` bytes by
-    transport."""
+    """Medians of the rounds. Latencies in us, rates in 10^9 bytes a second, ``set_up`` in seconds, ``source_cpu`` in seconds of
+    user and of system time for ``size`` bytes by transport."""
 
     path: str = ""
     size: int = 0
     read_lat: list[float] = field(default_factory=list)
     read_bw: list[float] = field(default_factory=list)
     background: list[float] = field(default_factory=list)
-    source_cpu: dict[str, list[float]] = field(default_factory=dict)
+    set_up: list[float] = field(default_factory=list)
+    source_cpu: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     faults: FaultResult = field(default_factory=lambda: FaultResult(1))
 
     @property
@@ -70,20 +76,22 @@ async def measure_rdma(options: RdmaOptions) -> RdmaResult:
     path = default_path()
     result = RdmaResult(str(path), options.size)
     fault = FaultOptions(
-        threads=(1,), touches=options.touches, size=options.size, transport="rdma", rounds=1, only_idle=True
+        threads=(1,), touches=options.touches, size=options.size, transport="rdma", rounds=1, only_idle=True, area=CHUNK_SIZE
     )
     for _ in range(options.rounds):
         result.read_lat.append(await _perftest("ib_read_lat", path.device, path.gid_index, PAGE, 1000, column=4))
         [faults] = await measure_faults(fault)
         result.faults.floor_local.rounds += faults.floor_local.rounds
         result.faults.idle.rounds += faults.idle.rounds
+        result.faults.first.rounds += faults.first.rounds
         mbps = await _perftest("ib_read_bw", path.device, path.gid_index, CHUNK, 200, column=3)
         result.read_bw.append(mbps * 2**20 / 1e9)
         for transport in ("rdma", "tcp"):
-            seconds, cpu = await _pull_all(options.size, transport)
-            result.source_cpu.setdefault(transport, []).append(cpu)
+            pulled = await _pull_all(options.size, transport)
+            result.source_cpu.setdefault(transport, []).append(pulled.cpu)
             if transport == "rdma":
-                result.background.append(options.size / seconds / 1e9)
+                result.background.append(options.size / pulled.seconds / 1e9)
+                result.set_up.append(pulled.set_up)
     return result
 
 
@@ -117,23 +125,43 @@ def _is_number(word: str) -> bool:
     return word.replace(".", "", 1).isdecimal()
 
 
-async def _pull_all(size: int, transport: str) -> tuple[float, float]:
-    """All of it in the background, into shared memory: seconds, and seconds of the source's processors."""
+class _Pulled(NamedTuple):
+    set_up: float
+    seconds: float
+    #: of the source's process, user and system
+    cpu: tuple[float, float]
+
+
+async def _pull_all(size: int, transport: Literal["rdma", "tcp"]) -> _Pulled:
+    """All of it in the background, into shared memory: from when a first page has come."""
     with Source(size) as source:
         async with served(source.spec, transport, "native") as serving:
-            before = _cpu_seconds(serving.pid)
             memory = OwnMemory("memfd")
             try:
-                async with pull(serving.uri, memory, background="linear", prefetch=(0, 0)) as transfer:
-                    await transfer.wait_complete()
-                cpu = _cpu_seconds(serving.pid) - before
+                pulled = await _pull_from(serving, memory)
                 if bad := await trio.to_thread.run_sync(source.differs, memory.address):
                     raise PagenetError(f"{bad} pages are not what they should be after a transfer over {transport}")
             finally:
                 memory.close()
-    return transfer.statistics().seconds, cpu
+    return pulled
 
 
-def _cpu_seconds(pid: int) -> float:
+async def _pull_from(serving: Served, memory: OwnMemory) -> _Pulled:
+    before, began = _cpu_seconds(serving.pid), trio.current_time()
+    async with pull(serving.uri, memory, background="off", prefetch=(0, 0)) as transfer:
+        toucher = Toucher(lambda: _native.bench_touch(memory.address, PAGE, [0], 1, LIMIT_SECONDS))
+        try:
+            await toucher.latencies()
+            begins = trio.current_time()
+            transfer.set_background("linear")
+            await transfer.wait_complete()
+        finally:
+            toucher.join()
+        ended = trio.current_time()
+    user, system = (now - then for now, then in zip(_cpu_seconds(serving.pid), before, strict=True))
+    return _Pulled(begins - began, ended - begins, (user, system))
+
+
+def _cpu_seconds(pid: int) -> tuple[float, float]:
     fields: Sequence[str] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    return int(fields[11]) / _TICKS, int(fields[12]) / _TICKS

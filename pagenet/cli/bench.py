@@ -332,11 +332,18 @@ async def _rdma(options: argparse.Namespace, report: Report) -> Fields:
     return fields
 
 
+def _cpu_of(rounds: Sequence[tuple[float, float]]) -> Fields:
+    user, system = (round(median(seconds), 2) for seconds in zip(*rounds, strict=True))
+    return {"user": user, "system": system}
+
+
 def _rdma_fields(result: RdmaResult) -> Fields:
     return {
         "path": result.path,
         "fault_p50_us": result.faults.idle.microseconds(0.5),
         "fault_touches": result.faults.idle.count,
+        "first_in_chunk_p50_us": result.faults.first.microseconds(0.5),
+        "first_in_chunk_touches": result.faults.first.count,
         "ib_read_lat_us": round(median(result.read_lat), 1),
         "floor_local_us": result.faults.floor_local.microseconds(0.5),
         "fault_to_floor": result.fault_ratio,
@@ -344,7 +351,8 @@ def _rdma_fields(result: RdmaResult) -> Fields:
         "ib_read_bw_gbps": round(median(result.read_bw), 4),
         "background_to_floor": result.background_ratio,
         "bytes": result.size,
-        "source_cpu_s": {transport: round(median(seconds), 2) for transport, seconds in result.source_cpu.items()},
+        "set_up_s": round(median(result.set_up), 3),
+        "source_cpu_s": {transport: _cpu_of(rounds) for transport, rounds in result.source_cpu.items()},
     }
 
 
@@ -514,10 +522,16 @@ def _print_rdma(fields: Fields) -> None:
     table.columns[0].justify = "left"
     floor = f"{shown(fields['ib_read_lat_us'])} + {shown(fields['floor_local_us'])}"
     table.add_row("touch to resume, p50, us", shown(fields["fault_p50_us"]), floor, shown(fields["fault_to_floor"], "x"))
+    table.add_row("the same, first in its chunk", shown(fields["first_in_chunk_p50_us"]), "-", "-")
     rates = (f"{fields[name]:.3f}" for name in ("background_gbps", "ib_read_bw_gbps"))
     table.add_row("background, GB/s", *rates, shown(fields["background_to_floor"], "x"))
     console.print(table)
-    cpu = ", ".join(f"{seconds:.2f} s over {transport}" for transport, seconds in fields["source_cpu_s"].items())
+    set_up = f"From the call to the first page: {fields['set_up_s']:.2f} s, which the background's rate is without."
+    console.print(set_up, style="dim")
+    cpu = ", ".join(
+        f"{used['user']:.2f} s user and {used['system']:.2f} s system over {transport}"
+        for transport, used in fields["source_cpu_s"].items()
+    )
     console.print(f"The source's processors, for {fields['bytes'] >> 20} MiB: {cpu}.", style="dim")
 
 
