@@ -202,6 +202,17 @@ def test_story_that_is_broken(next_: int) -> None:
     assert not Story.of(said((1.0, 0, 100), (2.0, 1, 200)), said((5.0, next_, 230))).unbroken
 
 
+@pytest.mark.parametrize("again", [1, 3])
+def test_character_that_is_said_again(again: int) -> None:
+    """QEMU's serial port may repeat what it was saying as the guest was stopped, wherever in the line that was."""
+    line = "HB seq=2 t=0 w=300 dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r"
+    for cut in range(1, len(line) + 1):
+        before = said((1.0, 0, 100), (2.0, 1, 200), rest=line[:cut])
+        story = Story.of(before, said((6.0, 3, 330), first=line[cut - 1] * again + line[cut:] + "\n"))
+        assert story.unbroken, line[:cut]
+        assert [(beat.seq, beat.bad, beat.sweeps) for beat in story.beats[2:]] == [(2, 0, 0), (3, 0, 0)]
+
+
 def test_garbled_heartbeat() -> None:
     assert not Story.of(said((1.0, 0, 100), rest="HB seq="), said((2.0, 1, 200))).unbroken
 

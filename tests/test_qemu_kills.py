@@ -84,10 +84,17 @@ async def until(is_so: Callable[[], bool]) -> None:
 def guard_of(pid: int) -> int:
     """The process that stands by for the one of that id."""
     children = [child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)]
-    guards = [child for child in children if b"pagenet.qemu._guard" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    guards = [child for child in children if b"pagenet.qemu._guard" in command_of(child)]
     if not guards:
         raise ProcessLookupError
     return guards[0]
+
+
+def command_of(pid: int) -> bytes:
+    """Nothing if it has ended by now."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def children_of(pid: int, task: str) -> list[int]:
@@ -147,6 +154,10 @@ async def outcome(move: Move, victim: str) -> str:
         return "runs at the source" if there == "gone" else "runs at the source, and a QEMU that stands still is left"
     if there in ("running", "silent"):
         return await outcome_there(move)
+    if victim == "incoming" and there == "paused":
+        # It had said that it takes the guest, and not yet told its guard to have it run.
+        assert "waiting" in move.complaints, f"it stands still, and nobody says so: {move.complaints}"
+        return "stands still at the destination, which has it; said so"
     assert there == "gone", f"the destination's QEMU is left: {there}"
     if victim in QEMUS:
         assert here == ("gone" if victim == "source QEMU" else "postmigrate")

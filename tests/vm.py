@@ -26,6 +26,8 @@ import pytest
 import trio
 from processes import run
 
+from pagenet.bench._qemu_guest import joined_line
+
 QEMU = "qemu-system-x86_64"
 BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
 
@@ -268,27 +270,25 @@ def check_unbroken(*serials: Serial) -> None:
     """The guest has gone from each of them to the next without missing a heartbeat or finding a wrong page."""
     for serial in serials:
         assert serial.lines, f"{serial.name} has said nothing; {serial.describe()}"
-    beats = []
-    for line in joined(serials):
-        beat = parse_beat(line)
-        assert beat or not line.text.startswith("HB"), f"garbled: {line.text!r}"
-        if beat:
-            assert beat.bad == 0, f"wrong pages: {line.text!r}"
-            beats.append(beat)
-    for before, after in itertools.pairwise(beats):
-        assert after.seq == before.seq + 1, f"heartbeat {after.seq} came after {before.seq}"
-
-
-def joined(serials: Sequence[Serial]) -> list[Line]:
-    """The whole lines of all of them. A move may cut one in two: its end then comes out of the next machine."""
-    lines: list[Line] = []
+    beats: list[Beat] = []
     cut = ""
     for serial in serials:
         for line in serial.lines:
-            lines.append(Line(line.time, (cut + line.text).removesuffix("\r")))
+            text = joined_line(cut, line.text, lambda text: goes_on(beats, text))
             cut = ""
+            if beat := parse_beat(Line(line.time, text)):
+                assert beat.bad == 0, f"wrong pages: {text!r}"
+                assert goes_on(beats, text), f"heartbeat {beat.seq} came after {beats[-1].seq}"
+                beats.append(beat)
+            else:
+                assert not text.startswith("HB"), f"garbled: {text!r}"
         cut += serial.rest
-    return lines
+
+
+def goes_on(beats: Sequence[Beat], text: str) -> bool:
+    """Whether that is the heartbeat after the last of those."""
+    beat = parse_beat(Line(0.0, text))
+    return beat is not None and (not beats or beat.seq == beats[-1].seq + 1)
 
 
 # ---- a machine ----

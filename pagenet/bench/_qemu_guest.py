@@ -9,7 +9,7 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +141,22 @@ def _beat(line: Line) -> Beat | None:
     return Beat(line.time, *map(int, found.groups())) if found else None
 
 
+def _goes_on(beats: Sequence[Beat], text: str) -> bool:
+    """Whether that is the heartbeat after the last of those."""
+    beat = _beat(Line(0.0, text))
+    return beat is not None and (not beats or beat.seq == beats[-1].seq + 1)
+
+
+def joined_line(before: str, after: str, makes_sense: Callable[[str], bool]) -> str:
+    """A line whose end comes out of another machine than its beginning. A QEMU whose serial port was held up may have said the
+    last character once more, here or there, and more than once: what makes sense is what was said."""
+    last = before[-1:]
+    head, tail = before.rstrip(last), after.lstrip(last)
+    most = len(before) + len(after) - len(head) - len(tail)
+    readings = ((head + last * count + tail).rstrip("\r") for count in range(most, 0, -1))
+    return next(filter(makes_sense, readings), (before + after).rstrip("\r"))
+
+
 class Serial(Words):
     """What comes out of a machine's serial port."""
 
@@ -183,18 +199,20 @@ class Story:
 
     @classmethod
     def of(cls, *serials: Serial) -> Story:
-        """A move may cut a line in two: its end then comes out of the next machine."""
-        lines: list[Line] = []
-        cut = ""
+        """Of a guest that was in all of these machines, one after the other."""
+        beats: list[Beat] = []
+        whole, cut = True, ""
         for serial in serials:
             for line in serial.lines:
-                lines.append(Line(line.time, cut + line.text))
+                said = Line(line.time, joined_line(cut, line.text, lambda text: _goes_on(beats, text)))
+                if beat := _beat(said):
+                    whole = whole and _goes_on(beats, said.text)
+                    beats.append(beat)
+                else:
+                    whole = whole and not said.text.startswith(("HB", "BAD"))
                 cut = ""
             cut += serial.rest.decode(errors="replace")
-        said = [(line, _beat(line)) for line in lines]
-        beats = [beat for _, beat in said if beat]
-        whole = all(beat or not line.text.startswith(("HB", "BAD")) for line, beat in said)
-        return cls(beats, whole and all(after.seq == before.seq + 1 for before, after in itertools.pairwise(beats)))
+        return cls(beats, whole)
 
     @property
     def bad(self) -> int:
