@@ -634,7 +634,7 @@ static void finish_reply(struct lane *lane) {
     struct slot *slot = lane->current.slot;
     if (slot->next == slot->end) {
         if (slot->class_ == PN_DEMAND && lane->header.encoding != PN_ZEROS && may_choose(lane))
-            pn_prompt_came(&lane->prompt, slot->packs, pn_now() - slot->since);
+            pn_prompt_came(&lane->prompt, slot->packs, (pn_now() - slot->since) * 4096 / slot->piece->page_size);
         close_slot(lane, slot);
     }
     lane->current = (struct current){0};

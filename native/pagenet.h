@@ -358,13 +358,13 @@ struct pn_prompt {
     int packs;            /* pages are asked for compressed, whatever that costs; if not, as the source thinks best */
     int is_trial;
     uint32_t settled, count;
-    uint64_t samples[32]; /* ns that a page took, of this block */
-    double before;        /* ns that one took the other way */
+    uint64_t samples[32]; /* ns that 4 KiB took, of this block */
+    double before;        /* ns that they took the other way */
     uint64_t pause, left; /* pages between two trials, and until the next one */
 };
 void pn_prompt_init(struct pn_prompt *prompt);
 int pn_prompt_packs(const struct pn_prompt *prompt);
-/* A page that was asked for like that took so long from there into its place. Not one of zeros. */
+/* A page that was asked for like that took so long for each of its 4 KiB, from there into its place. Not one of zeros. */
 void pn_prompt_came(struct pn_prompt *prompt, int packs, uint64_t ns);
 
 /* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ------------------------------ */

@@ -14,7 +14,7 @@ enum {
     COUNTED = SAMPLES * 3 / 4, /* the fastest: what the others waited for was a processor */
     FIRST_PAUSE = 256,  /* pages: what was found in the first moments, or while the machine was busy, is soon looked at again */
     MOST_PAUSE = 65536,
-    WORTH_NS = 60000,   /* as loopback and the fastest networks are: nothing to be gained */
+    WORTH_NS = 60000,   /* for 4 KiB, of a huge page too; less is loopback, or a fast network: nothing to be gained */
 };
 #define BETTER 0.9
 

@@ -356,7 +356,7 @@ class Prompt:
         return bool(lib.pn_prompt_packs(self._prompt))
 
     def came(self, packs: bool, nanoseconds: int) -> None:
-        """A page that was asked for like that took so long. Not one of zeros."""
+        """A page that was asked for like that took so long for each of its 4 KiB. Not one of zeros."""
         lib.pn_prompt_came(self._prompt, packs, nanoseconds)
 
 

@@ -222,7 +222,8 @@ class TrioLane:
         if reply.request_id in self._asked_at and not self._requests.is_open(reply.request_id):
             at, packed = self._asked_at.pop(reply.request_id)
             if self._prompt is not None and reply.encoding is not Encoding.ZERO:
-                self._prompt.came(packed, time.monotonic_ns() - at)
+                took = time.monotonic_ns() - at
+                self._prompt.came(packed, took * 4096 // self._wire.size_of(reply.run))
 
 
 def _text(reason: memoryview) -> str:
