@@ -210,7 +210,8 @@ async def test_destination_stops(tmp_path: Path) -> None:
         await until(lambda: move.leaving.has_ended)
         os.kill(move.incoming.pid, signal.SIGKILL)
         assert await outcome(move, "incoming") == "runs at the source"
-        assert " for 10 s\n" in move.leaving.stderr
+        # Stopped later than was meant, it has yet to load the devices' state, which may take longer.
+        assert " for 10 s\n" in move.leaving.stderr or " for 30 s\n" in move.leaving.stderr
 
 
 @needs_cable
