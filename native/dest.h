@@ -29,7 +29,7 @@ struct pn_dest {
     _Atomic uint64_t waited; /* ns that faults have waited for pages which are in place now, all in all */
     _Atomic uint64_t best;   /* ns that a page takes which is waited for, at best; 0: none has come. The demand lane's to write */
     pthread_mutex_t limiting; /* background lanes alone, and whoever sets the limit */
-    uint64_t rate;       /* bytes of background a second; 0: no limit, UINT64_MAX: none */
+    _Atomic uint64_t rate;    /* bytes of background a second; 0: no limit, UINT64_MAX: none */
     uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
     uint64_t next_grant; /* ns: not before, so that what was missed is made up for smoothly */
     char *zeros; /* one page of the largest size */

@@ -152,8 +152,24 @@ static void prefetch_more(struct lane *lane) {
     flush(lane);
 }
 
+/* Somebody has waited so long until now. Pages that several wait for at once overlap: it is a share of time, at most all. */
+static void note_waiting(struct lane *lane, uint64_t latency) {
+    uint64_t now = pn_now(), past = now - lane->replied;
+    double share = latency < past ? (double)latency / (double)past : 1;
+    lane->waiting += (share - lane->waiting) / 64;
+    lane->replied = now;
+}
+
+/* What may be on its way however long that makes pages take. An owner that does little but wait waits for a page a little longer, and
+ * for fewer pages; one that mostly works only waits longer. Where the background takes all that the link carries, more of this
+ * is less of that, and a guest loses by it. */
+static uint64_t least_prefetch(const struct lane *lane) {
+    return lane->waiting > 0.6 && atomic_load(&lane->dest->rate) ? PREFETCH_STARVED : PREFETCH_LEAST;
+}
+
 /* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
 static void adapt_window(struct lane *lane, uint64_t latency) {
+    note_waiting(lane, latency);
     uint64_t best = atomic_load(&lane->dest->best);
     best += best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
     if (!best || latency < best)
@@ -163,7 +179,8 @@ static void adapt_window(struct lane *lane, uint64_t latency) {
         lane->window -= lane->window / 4;
     else
         lane->window += lane->window / 8;
-    lane->window = lane->window < PREFETCH_LEAST ? PREFETCH_LEAST : at_most(lane->window, PREFETCH_LIMIT);
+    uint64_t least = least_prefetch(lane);
+    lane->window = lane->window < least ? least : at_most(lane->window, PREFETCH_LIMIT);
 }
 
 static void put_off(struct lane *lane, const struct pn_event *fault) {

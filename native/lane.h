@@ -17,6 +17,7 @@ enum {
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
     PREFETCH_LEAST = 8 << 10, /* may be on its way of a window that adapts, however slow the path: 0.07 ms at 1 Gbit/s */
+    PREFETCH_STARVED = 32 << 10, /* the same, while the owner does little but wait and the background leaves some of the link */
     MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LATE = 256,
@@ -60,6 +61,8 @@ struct lane {
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
     uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
     uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
+    uint64_t replied; /* demand: when the last page came that somebody waited for */
+    double waiting;   /* demand: the share of time that somebody waits, of late */
     uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
     bool starved;
     struct pn_prompt prompt; /* demand */

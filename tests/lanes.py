@@ -395,6 +395,9 @@ class NativeDriver:
     def feed(self, run: Run) -> None:
         self.ring.push(run.first, run.count)
 
+    def limit(self, bytes_per_second: int | None) -> None:
+        self._dest.limit_background(bytes_per_second)
+
     def wait_complete(self) -> None:
         assert poll(self.done_fd, select.POLLIN, PATIENCE), "not complete"
 

@@ -19,7 +19,22 @@ from pathlib import Path
 
 import pytest
 import trio
-from lanes import MADV_DONTNEED, MADV_REMOVE, PAGE, Call, Driver, Kind, Memory, Open, Peer, Rig, content, poll, wait_until
+from lanes import (
+    MADV_DONTNEED,
+    MADV_REMOVE,
+    PAGE,
+    Call,
+    Driver,
+    Kind,
+    Memory,
+    NativeDriver,
+    Open,
+    Peer,
+    Rig,
+    content,
+    poll,
+    wait_until,
+)
 from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
@@ -703,6 +718,33 @@ def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
     for thread in (touches, fed):
         thread.join()
     assert largest == WIDE
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("limit", "least", "most"), [(None, 4, 16), (1 << 30, 28, 48)])
+def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(
+    limit: int | None, least: int, most: int, make_rig: MakeRig
+) -> None:
+    """All comes at once for a while, and then late: so the window has as little on its way as it may."""
+    rig = make_rig("copy", 8192, 1, None)
+    rig.filling.prefetch = None
+    assert isinstance(rig.lanes, NativeDriver)
+    rig.lanes.limit(limit)
+    pages = random.Random(1).sample(range(2048), 300)
+    touches = rig.call(lambda: [rig.memory.read(page) for page in pages])
+    known: dict[int, float] = {}
+    largest = 0
+    while touches.is_running:
+        rig.demand.read()
+        for open_ in list(rig.demand.open):
+            waited = time.monotonic() - known.setdefault(open_.request.request_id, time.monotonic())
+            late = 0.008 if open_.request.class_ == DEMAND else 0.02
+            if rig.count("faults") <= 20 or waited > late:
+                rig.demand.send(rig.demand.answer(open_, rig.demand.left(open_).count, zero=False)[1])
+        if rig.count("faults") > 100:
+            largest = max(largest, in_flight(rig.demand))
+        time.sleep(0.0002)
+    assert least << 10 <= largest <= most << 10
 
 
 @pytest.mark.native
