@@ -352,7 +352,8 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     char *start = (char *)piece->second + from * place->page_size;
     uint64_t size = (to - from) * place->page_size;
-    pn_populate((uintptr_t)start, size); /* if it can be done: else registering does it page by page, which takes twice as long */
+    if (!pn_in_place(rdma->lane.dest, piece)) /* else its pages are there */
+        pn_populate((uintptr_t)start, size); /* if it can be done: registering does it page by page, which takes longer */
     place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, size, IBV_ACCESS_LOCAL_WRITE);
     return place->chunk->local;
 }

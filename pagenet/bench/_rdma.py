@@ -51,6 +51,7 @@ class RdmaResult:
     read_lat: list[float] = field(default_factory=list)
     read_bw: list[float] = field(default_factory=list)
     background: list[float] = field(default_factory=list)
+    background_allocated: list[float] = field(default_factory=list)
     set_up: list[float] = field(default_factory=list)
     source_cpu: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     faults: FaultResult = field(default_factory=lambda: FaultResult(1))
@@ -69,6 +70,10 @@ class RdmaResult:
     @property
     def background_ratio(self) -> float:
         return round(median(self.background) / median(self.read_bw), 2)
+
+    @property
+    def background_allocated_ratio(self) -> float:
+        return round(median(self.background_allocated) / median(self.read_bw), 2)
 
 
 async def measure_rdma(options: RdmaOptions) -> RdmaResult:
@@ -92,6 +97,8 @@ async def measure_rdma(options: RdmaOptions) -> RdmaResult:
             if transport == "rdma":
                 result.background.append(options.size / pulled.seconds / 1e9)
                 result.set_up.append(pulled.set_up)
+        pulled = await _pull_all(options.size, "rdma", allocate=True)
+        result.background_allocated.append(options.size / pulled.seconds / 1e9)
     return result
 
 
@@ -132,11 +139,12 @@ class _Pulled(NamedTuple):
     cpu: tuple[float, float]
 
 
-async def _pull_all(size: int, transport: Literal["rdma", "tcp"]) -> _Pulled:
-    """All of it in the background, into shared memory: from when a first page has come."""
+async def _pull_all(size: int, transport: Literal["rdma", "tcp"], allocate: bool = False) -> _Pulled:
+    """All of it in the background, into shared memory, which with ``allocate`` has its pages before: from when a first page has
+    come."""
     with Source(size) as source:
         async with served(source.spec, transport, "native") as serving:
-            memory = OwnMemory("memfd")
+            memory = OwnMemory("memfd", allocate=allocate)
             try:
                 pulled = await _pull_from(serving, memory)
                 if bad := await trio.to_thread.run_sync(source.differs, memory.address):

@@ -350,6 +350,8 @@ def _rdma_fields(result: RdmaResult) -> Fields:
         "background_gbps": round(median(result.background), 4),
         "ib_read_bw_gbps": round(median(result.read_bw), 4),
         "background_to_floor": result.background_ratio,
+        "background_allocated_gbps": round(median(result.background_allocated), 4),
+        "background_allocated_to_floor": result.background_allocated_ratio,
         "bytes": result.size,
         "set_up_s": round(median(result.set_up), 3),
         "source_cpu_s": {transport: _cpu_of(rounds) for transport, rounds in result.source_cpu.items()},
@@ -523,8 +525,9 @@ def _print_rdma(fields: Fields) -> None:
     floor = f"{shown(fields['ib_read_lat_us'])} + {shown(fields['floor_local_us'])}"
     table.add_row("touch to resume, p50, us", shown(fields["fault_p50_us"]), floor, shown(fields["fault_to_floor"], "x"))
     table.add_row("the same, first in its chunk", shown(fields["first_in_chunk_p50_us"]), "-", "-")
-    rates = (f"{fields[name]:.3f}" for name in ("background_gbps", "ib_read_bw_gbps"))
-    table.add_row("background, GB/s", *rates, shown(fields["background_to_floor"], "x"))
+    for name, label in (("background", "background, GB/s"), ("background_allocated", "the same, memory allocated before")):
+        rates = (f"{fields[rate]:.3f}" for rate in (f"{name}_gbps", "ib_read_bw_gbps"))
+        table.add_row(label, *rates, shown(fields[f"{name}_to_floor"], "x"))
     console.print(table)
     set_up = f"From the call to the first page: {fields['set_up_s']:.2f} s, which the background's rate is without."
     console.print(set_up, style="dim")

@@ -17,7 +17,7 @@ def test_beside_perftest(capsys: pytest.CaptureFixture[str]) -> None:
     assert fields["fault_touches"] == 38
     assert fields["first_in_chunk_touches"] == 2
     faults = ("fault_p50_us", "first_in_chunk_p50_us", "ib_read_lat_us", "floor_local_us", "fault_to_floor")
-    for name in (*faults, "background_gbps", "ib_read_bw_gbps", "set_up_s"):
+    for name in (*faults, "background_gbps", "background_allocated_gbps", "ib_read_bw_gbps", "set_up_s"):
         assert fields[name] > 0, name
     assert set(fields["source_cpu_s"]) == {"rdma", "tcp"}
     assert set(fields["source_cpu_s"]["rdma"]) == {"user", "system"}
