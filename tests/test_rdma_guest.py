@@ -29,6 +29,12 @@ def test_time_is_over() -> None:
     assert (done.returncode, done.stderr) == (124, "rdma-guest: no end after 2 s\n")
 
 
+def test_clock_that_counts_instructions() -> None:
+    """Who sleeps executes none."""
+    done = run_in_guest("sleep", "600", options=("--icount",), timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_tools_are_missing(tmp_path: Path) -> None:
     code = "import os, rdma; os.access = lambda *_: False; rdma.main(['x'])"
     environment = {"PYTHONPATH": str(RDMA_GUEST.parent / "guest")}
@@ -37,8 +43,10 @@ def test_tools_are_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"), [((), "there is no command to run"), (("--wire", "x", "true"), "--wire x: say listen:PATH")]
-)
+    ("arguments", "complaint"),
+    [((), "there is no command to run"), (("--wire", "x", "true"), "--wire x: say listen:PATH"),
+     (("--icount", "--cpus", "2", "true"), "--icount is for one processor")],
+)  # fmt: skip
 def test_usage(arguments: tuple[str, ...], complaint: str) -> None:
     done = subprocess.run([RDMA_GUEST, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

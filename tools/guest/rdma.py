@@ -33,6 +33,8 @@ from build import Failure, default_cache, run
 
 TIMED_OUT, NOT_RUN, PANICKED = 124, 125, 126
 KERNEL_PACKAGE = "linux-image-amd64"  # not the cloud one, which has neither RDMA nor 9p
+FREE = ["-accel", "tcg,thread=multi"]
+COUNTING = ["-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off"]
 HERE = Path(__file__).parent
 INIT, START = HERE / "rdma-init.sh", HERE / "rdma-start.sh"
 DIRECTORIES = ["bin", "dev", "host", "layer", "modules", "proc", "root", "sys"]
@@ -173,7 +175,7 @@ def qemu_command(kernel: Path, initrd: Path, exchange: Path, options: argparse.N
         ]  # fmt: skip
     return [
         tool("qemu-system-x86_64"), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
+        "-machine", "q35", *(COUNTING if options.icount else FREE), "-cpu", "max",
         "-smp", str(options.cpus), "-m", str(options.memory),
         "-kernel", str(kernel), "-initrd", str(initrd), "-append", " ".join(words),
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
@@ -234,11 +236,14 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=1536, metavar="MIB", help="of the guest [%(default)s]")
     # With two, and the host's processors busy, everything is slower: each waits for the other's emulation.
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of the guest [%(default)s]")
+    parser.add_argument("--icount", action="store_true", help="its clock counts instructions, of 2 ns, and does not go by ours")
     parser.add_argument("--exchange", type=Path, metavar="DIR", help="what the guest sees as /mnt/exchange, writable")
     parser.add_argument("--address", default="10.77.0.1", metavar="IP", help="of the guest's RDMA device, /24 [%(default)s]")
     parser.add_argument("--wire", metavar="listen:PATH|dial:PATH", help="join two guests by the unix socket PATH")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="absolute, or in the guest's PATH")
     options = parser.parse_args(argv)
+    if options.icount and options.cpus != 1:
+        parser.error("--icount is for one processor")
     options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not options.command:
         parser.error("there is no command to run")
