@@ -17,7 +17,7 @@ enum {
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
     PREFETCH_LEAST = 8 << 10, /* may be on its way of a window that adapts, however slow the path: 0.07 ms at 1 Gbit/s */
-    PREFETCH_STARVED = 24 << 10, /* the same, while the owner does little but wait and the background leaves some of the link */
+    PREFETCH_STARVED = 16 << 10, /* the same, while the owner waits much and the background leaves some of the link */
     MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
     QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LATE = 256,

@@ -112,7 +112,7 @@ def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(lane: str, tmp
 @needs_namespaces
 def test_how_soon_a_change_of_phase_is_followed() -> None:
     """And when how much of the working set was there: in that order."""
-    where = ("--size", "64M", "--touches", "8000", "--rate", "none", "--bandwidth", "10")
+    where = ("--size", "64M", "--touches", "30000", "--rate", "none", "--bandwidth", "10")
     said = workload("--trace", "phases", "--order", "hot", *where)
     row = next(event for event in said if event["event"] == "result")
     assert 0 < row["to_50"] <= row["to_90"] <= row["to_99"] <= row["seconds"]

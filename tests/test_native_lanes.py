@@ -721,7 +721,7 @@ def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize(("limit", "least", "most"), [(None, 4, 16), (1 << 30, 20, 40)])
+@pytest.mark.parametrize(("limit", "least", "most"), [(None, 4, 16), (1 << 30, 20, 32)])
 def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(
     limit: int | None, least: int, most: int, make_rig: MakeRig
 ) -> None:
