@@ -363,7 +363,7 @@ bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *pie
 /* 0.3 ms' worth at a time: on a link no faster than the limit, a page that somebody waits for waits no longer than that for the
  * background before it. What a lane that had to wait for a processor, or for the link, missed meanwhile is made up for: of the
  * last 50 ms, so the rate is kept; at a quarter more than the rate, so no 10 ms see twice of it. */
-enum { GRANT_NS = 300000, CATCH_UP_NS = 2000000, MAKE_UP_NS = 50000000 };
+enum { GRANT_NS = 300000, CATCH_UP_NS = 500000, MAKE_UP_NS = 50000000 };
 #define PEAK 1.25
 
 void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) {

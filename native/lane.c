@@ -152,27 +152,35 @@ static void prefetch_more(struct lane *lane) {
     flush(lane);
 }
 
-/* Somebody has waited so long until now. Pages that several wait for at once overlap: it is a share of time, at most all. */
-static void note_waiting(struct lane *lane, uint64_t latency) {
-    uint64_t now = pn_now(), past = now - lane->replied;
-    double share = latency < past ? (double)latency / (double)past : 1;
-    lane->waiting += (share - lane->waiting) / 64;
-    lane->replied = now;
+/* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows yet, and it should find the
+ * link free. And how fast pages come. */
+static void look(struct lane *lane, uint64_t now) {
+    uint64_t past = now - lane->looked;
+    if (past <= LOOK_NS || past <= 2 * atomic_load(&lane->dest->best)) /* what was asked for meanwhile is yet to come */
+        return;
+    uint64_t waited = atomic_load(&lane->dest->waited);
+    double share = (double)(waited - lane->waited) / (double)past; /* of several threads at once: more than all */
+    lane->starved = share > 0.5;
+    lane->waiting += ((share < 1 ? share : 1) - lane->waiting) / 4;
+    lane->waited = waited;
+    double rate = (double)lane->arrived / (double)past, before = lane->rate * 7 / 8;
+    lane->rate = rate > before ? rate : before;
+    lane->arrived = 0;
+    lane->looked = now;
 }
 
-/* What may be on its way however long that makes pages take. An owner that waits much waits for a page a little longer, and for fewer
- * pages; one that mostly works only waits longer. Both numbers were tried side by side: of 4634 touches that block and 1.58 s that
- * they take with a window of 8 pages either way, 2400 and 0.72 s are left with 24 KiB at 0.6, 2130 and 0.85 s with 20 KiB at 0.4, and
- * 2240 to 2280 and 0.78 to 0.80 s with these. Where the background takes all that the link carries, more of this
- * is less of that, and a guest loses by it. */
-#define WAITS_MUCH 0.39
+/* Bytes that may be on their way of a window that adapts, however long that makes pages take. Where the background is held to a rate, and
+ * so leaves some of the link, an owner waits for each page the longer, and for the fewer pages, the more it waits. Where the background
+ * takes all that the link carries, more of this is less of that, and a guest loses by it. */
 static uint64_t least_prefetch(const struct lane *lane) {
-    return lane->waiting > WAITS_MUCH && atomic_load(&lane->dest->rate) ? PREFETCH_STARVED : PREFETCH_LEAST;
+    double much = lane->waiting - WAITS_MUCH;
+    bool room = atomic_load(&lane->dest->rate) && much > 0;
+    return PREFETCH_LEAST + (room ? (uint64_t)(lane->rate * WIDEN_NS * much) : 0);
 }
 
 /* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
 static void adapt_window(struct lane *lane, uint64_t latency) {
-    note_waiting(lane, latency);
+    look(lane, pn_now());
     uint64_t best = atomic_load(&lane->dest->best);
     best += best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
     if (!best || latency < best)
@@ -442,21 +450,6 @@ static bool ask_next(struct lane *lane) {
     return true;
 }
 
-/* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows yet, and it should find the
- * link free. And how fast pages come. */
-static void look(struct lane *lane, uint64_t now) {
-    uint64_t past = now - lane->looked;
-    if (past <= LOOK_NS || past <= 2 * atomic_load(&lane->dest->best)) /* what was asked for meanwhile is yet to come */
-        return;
-    uint64_t waited = atomic_load(&lane->dest->waited);
-    lane->starved = waited - lane->waited > past / 2;
-    lane->waited = waited;
-    double rate = (double)lane->arrived / (double)past, before = lane->rate * 7 / 8;
-    lane->rate = rate > before ? rate : before;
-    lane->arrived = 0;
-    lane->looked = now;
-}
-
 /* With faults about, so much of the background is on its way that the link is never idle, and hardly more: what the path holds, by
  * the best time that a page has taken, and the rate at which pages come, and half of that. Where that is nearly nothing, requests
  * are too small to be worth their while. */
@@ -465,14 +458,25 @@ static uint64_t window_beside(const struct lane *lane, uint64_t least) {
     return at_most(path > least ? path : least, lane->config->window_max);
 }
 
+/* Beside an owner that waits, a background that is held to a rate has on its way what keeps that up, and nothing more that a page
+ * which somebody waits for stands behind. */
+static uint64_t least_beside(const struct lane *lane) {
+    uint64_t rate = atomic_load(&lane->dest->rate), usual = lane->starved ? lane->config->window_least : lane->config->window_min;
+    double path = 1.5 * (double)atomic_load(&lane->dest->best);
+    double limited = (double)rate / 1e9 * (path > LIMITED_NS ? path : LIMITED_NS);
+    return rate && lane->waiting > WAITS && limited < (double)usual ? (uint64_t)limited : usual;
+}
+
+/* While nobody has faulted of late the window grows by itself. */
+static void narrow(struct lane *lane, uint64_t now, uint64_t *window) {
+    look(lane, now);
+    if (lane->starved || now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
+        *window = window_beside(lane, least_beside(lane));
+}
+
 static void feed(struct lane *lane) {
     lane->pause = UINT64_MAX;
-    uint64_t now = pn_now();
-    look(lane, now);
-    if (lane->starved)
-        lane->window = window_beside(lane, lane->config->window_least);
-    else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
-        lane->window = window_beside(lane, lane->config->window_min);
+    narrow(lane, pn_now(), &lane->window);
     while (ask_next(lane))
         ;
     flush(lane);
@@ -638,10 +642,11 @@ static void begin_reply(struct lane *lane) {
     count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)
         return;
+    uint64_t wire = sizeof *reply + reply->length;
+    lane->arrived += wire;
     if (!is_demand(lane)) {
-        uint64_t size = lane->current.count * piece->page_size, wire = sizeof *reply + reply->length;
+        uint64_t size = lane->current.count * piece->page_size;
         note_density(lane, size, wire);
-        lane->arrived += wire;
         if (wire < size)
             pn_refund(lane->dest, size - wire);
     }
@@ -1005,10 +1010,7 @@ void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, ui
 
 void pn_lane_adapt(struct lane *lane, uint64_t latency) { adapt_window(lane, latency); }
 
-bool pn_lane_is_starved(struct lane *lane, uint64_t now) {
-    look(lane, now);
-    return lane->starved;
-}
+void pn_lane_narrow(struct lane *lane, uint64_t now, uint64_t *window) { narrow(lane, now, window); }
 
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) { return wait_for_events(lane, ready, room); }
 

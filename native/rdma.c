@@ -633,6 +633,7 @@ static void came(struct pn_rdma *rdma, struct under_way *read) {
         background_came(rdma, pages->count * pages->piece->page_size);
     pn_stats_add(map, pages->class_, PN_RUNS, 1);
     pn_stats_add(map, pages->class_, PN_WIRE_BYTES, pages->count * pages->piece->page_size);
+    rdma->lane.arrived += pages->count * pages->piece->page_size;
     if (read->slot < 0) {
         pn_lane_put(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count);
     } else {
@@ -745,11 +746,7 @@ static void begin_all(struct pn_rdma *rdma) {
     take_demanded(rdma); /* a near peer, or a device in software, has done it by now */
     begin_wants(rdma, &rdma->prefetched, &first);
     post(rdma, 0);
-    uint64_t now = pn_now();
-    if (pn_lane_is_starved(lane, now))
-        rdma->window = lane->config->window_least;
-    else if (now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
-        rdma->window = lane->config->window_min;
+    pn_lane_narrow(lane, pn_now(), &rdma->window);
     lane->pause = UINT64_MAX;
     while (!lane->ended && begin_next(rdma, first))
         ;

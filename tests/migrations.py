@@ -154,5 +154,12 @@ async def kill_machine(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     with trio.CancelScope(shield=True):
-        while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # noqa: ASYNC110
+        while command_of(pid):  # noqa: ASYNC110
             await trio.sleep(0.01)
+
+
+def command_of(pid: int) -> bytes:
+    """With its arguments; nothing if it has ended by now."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""

@@ -721,30 +721,55 @@ def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize(("limit", "least", "most"), [(None, 4, 16), (1 << 30, 20, 32)])
-def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(
-    limit: int | None, least: int, most: int, make_rig: MakeRig
-) -> None:
-    """All comes at once for a while, and then late: so the window has as little on its way as it may."""
+def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(make_rig: MakeRig) -> None:
+    """All comes at once for a while, then what is waited for comes late: so the window has as little on its way as it may."""
     rig = make_rig("copy", 8192, 1, None)
     rig.filling.prefetch = None
     assert isinstance(rig.lanes, NativeDriver)
-    rig.lanes.limit(limit)
     pages = random.Random(1).sample(range(2048), 300)
     touches = rig.call(lambda: [rig.memory.read(page) for page in pages])
     known: dict[int, float] = {}
-    largest = 0
+    largest = {"flat out": 0, "held to a rate": 0}
     while touches.is_running:
         rig.demand.read()
         for open_ in list(rig.demand.open):
             waited = time.monotonic() - known.setdefault(open_.request.request_id, time.monotonic())
-            late = 0.008 if open_.request.class_ == DEMAND else 0.02
+            late = 0.008 if open_.request.class_ == DEMAND else 0.0005
             if rig.count("faults") <= 20 or waited > late:
                 rig.demand.send(rig.demand.answer(open_, rig.demand.left(open_).count, zero=False)[1])
-        if rig.count("faults") > 100:
-            largest = max(largest, in_flight(rig.demand))
+        background = "flat out" if rig.count("faults") <= 110 else "held to a rate"
+        rig.lanes.limit(None if background == "flat out" else 1 << 30)
+        if rig.count("faults") > 60:
+            largest[background] = max(largest[background], in_flight(rig.demand))
         time.sleep(0.0002)
-    assert least << 10 <= largest <= most << 10
+    assert 4 << 10 <= largest["flat out"] <= 16 << 10
+    assert largest["flat out"] < largest["held to a rate"] <= 64 << 10
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("waits", [True, False])
+def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(waits: bool, make_rig: MakeRig) -> None:
+    """Its pages are 20 ms on their way, so 80 of them are what the rate allows."""
+    rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
+    assert isinstance(rig.lanes, NativeDriver)
+    rig.lanes.limit(80 * PAGE * 50)
+    touches = rig.call(lambda: [rig.memory.read(8192 + page) for page in range(100 if waits else 10)])
+    rig.feed(Run(0, 8192))
+    known: dict[tuple[int, int], float] = {}
+    largest = 0
+    while touches.is_running or rig.count("pages", BACKGROUND) < 200:
+        for peer in rig.peers:
+            peer.read()
+            for open_ in list(peer.open):
+                request = open_.request
+                waited = time.monotonic() - known.setdefault((request.class_, request.request_id), time.monotonic())
+                late = 0.02 if request.class_ == BACKGROUND else 0.005 if rig.count("faults") > 10 else 0
+                if waited >= late:
+                    peer.send(peer.answer(open_, peer.left(open_).count, zero=False)[1])
+        if touches.is_running == waits and (not waits or rig.count("faults") > 40):
+            largest = max(largest, in_flight(rig.background))
+        time.sleep(0.0002)
+    assert largest <= 8 * PAGE if waits else largest >= 32 * PAGE
 
 
 @pytest.mark.native

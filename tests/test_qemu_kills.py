@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 from cable import CUTS, Cable, Cut, needs_cable, plugged_cable
-from migrations import check_goes_on, migrate_command, run_incoming, status_of
+from migrations import check_goes_on, command_of, migrate_command, run_incoming, status_of
 from processes import Process, run
 from vm import VM, Serial, bare_command, check_unbroken, needs_guest, run_vm
 
@@ -88,13 +88,6 @@ def guard_of(pid: int) -> int:
     if not guards:
         raise ProcessLookupError
     return guards[0]
-
-
-def command_of(pid: int) -> bytes:
-    """Nothing if it has ended by now."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
 
 
 def children_of(pid: int, task: str) -> list[int]:
