@@ -458,13 +458,18 @@ static uint64_t window_beside(const struct lane *lane, uint64_t least) {
     return at_most(path > least ? path : least, lane->config->window_max);
 }
 
+static bool prefetches(const struct lane *lane) {
+    uint32_t forward, backward;
+    return !pn_window_fixed(lane->dest->config.window, &forward, &backward) || forward || backward;
+}
+
 /* Beside an owner that waits, a background that is held to a rate has on its way what keeps that up, and nothing more that a page
- * which somebody waits for stands behind. */
+ * which somebody waits for stands behind. Where nothing is prefetched, all that comes before it is touched is the background's. */
 static uint64_t least_beside(const struct lane *lane) {
     uint64_t rate = atomic_load(&lane->dest->rate), usual = lane->starved ? lane->config->window_least : lane->config->window_min;
     double path = 1.5 * (double)atomic_load(&lane->dest->best);
     double limited = (double)rate / 1e9 * (path > LIMITED_NS ? path : LIMITED_NS);
-    return rate && lane->waiting > WAITS && limited < (double)usual ? (uint64_t)limited : usual;
+    return rate && lane->waiting > WAITS && limited < (double)usual && prefetches(lane) ? (uint64_t)limited : usual;
 }
 
 /* While nobody has faulted of late the window grows by itself. */

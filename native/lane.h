@@ -23,12 +23,12 @@ enum {
     MOMENT_NS = 300000,  /* in which a page that the background has asked for may come before it is asked for again */
     LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
     LIMITED_NS = 150000, /* of its rate: what a background that is held to one has on its way, beside an owner that waits */
-    WIDEN_NS = 900000,   /* of the link: what a window that adapts may have on its way then, if the owner did nothing but wait */
+    WIDEN_NS = 750000,   /* of the link: what a window that adapts may have on its way then, if the owner did nothing but wait */
 };
 
 /* Shares of time. From where on an owner waits; and from where on waiting for fewer pages is worth waiting longer for each. Found side
  * by side with those times, over 1 Gbit/s and 100 Mbit/s (pagenet-bench workload: zipf, sequential, random). */
-#define WAITS 0.08
+#define WAITS 0.06
 #define WAITS_MUCH 0.2
 
 struct slot {
