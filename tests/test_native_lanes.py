@@ -720,13 +720,14 @@ def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
     assert largest == WIDE
 
 
-@pytest.mark.native
 def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(make_rig: MakeRig) -> None:
-    """All comes at once for a while, then what is waited for comes late: so the window has as little on its way as it may."""
+    """All comes at once for a while, then what is waited for comes late: so the window has as little on its way as it may.
+
+    How much more depends on how fast the rest comes, which is slow under a sanitizer."""
     rig = make_rig("copy", 8192, 1, None)
     rig.filling.prefetch = None
     assert isinstance(rig.lanes, NativeDriver)
-    pages = random.Random(1).sample(range(2048), 300)
+    pages = random.Random(1).sample(range(8192), 500)
     touches = rig.call(lambda: [rig.memory.read(page) for page in pages])
     known: dict[int, float] = {}
     largest = {"flat out": 0, "held to a rate": 0}
@@ -734,14 +735,14 @@ def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(mak
         rig.demand.read()
         for open_ in list(rig.demand.open):
             waited = time.monotonic() - known.setdefault(open_.request.request_id, time.monotonic())
-            late = 0.008 if open_.request.class_ == DEMAND else 0.0005
-            if rig.count("faults") <= 20 or waited > late:
+            late = 0.004 if open_.request.class_ == DEMAND else 0
+            if rig.count("faults") <= 20 or waited >= late:
                 rig.demand.send(rig.demand.answer(open_, rig.demand.left(open_).count, zero=False)[1])
-        background = "flat out" if rig.count("faults") <= 110 else "held to a rate"
+        background = "flat out" if rig.count("faults") <= 160 else "held to a rate"
         rig.lanes.limit(None if background == "flat out" else 1 << 30)
         if rig.count("faults") > 60:
             largest[background] = max(largest[background], in_flight(rig.demand))
-        time.sleep(0.0002)
+        time.sleep(0)
     assert 4 << 10 <= largest["flat out"] <= 16 << 10
     assert largest["flat out"] < largest["held to a rate"] <= 64 << 10
 
