@@ -26,9 +26,9 @@ import pytest
 import trio
 from processes import run
 
+from pagenet.bench._kvm import QEMU, find_kvm_cpu
 from pagenet.bench._qemu_guest import joined_line
 
-QEMU = "qemu-system-x86_64"
 BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
 
 MISSING = [tool for tool in (QEMU, "apt-get", "dpkg-deb", "gcc") if not shutil.which(tool)]
@@ -118,7 +118,7 @@ def _command(
     options = {
         "-name": name,
         "-accel": accel,
-        "-cpu": "max",
+        "-cpu": find_kvm_cpu() if accel == "kvm" else "max",
         "-smp": str(smp),
         "-m": f"{memory >> 20}M",
         "-machine": "pc,memory-backend=ram0",

@@ -19,6 +19,7 @@ import trio
 
 from ..errors import PagenetError, UsageError
 from ..qemu import Qmp, connect_qmp
+from ._kvm import QEMU, find_kvm_cpu
 from ._qemu_site import Line, Site, Words, killing
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
     "start_machine",
 ]
 
-QEMU = "qemu-system-x86_64"
 #: between two heartbeats, if nothing keeps the guest from working
 BEAT_MS = 10
 # An emulated guest on a busy host boots slowly.
@@ -74,7 +74,7 @@ def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[s
     options = {
         "-name": name,
         "-accel": guest.accel,
-        "-cpu": "host" if guest.accel == "kvm" else "max",
+        "-cpu": find_kvm_cpu() if guest.accel == "kvm" else "max",
         "-smp": str(guest.cpus),
         "-m": f"{mib}M",
         "-machine": "pc,memory-backend=ram0",
