@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -102,13 +103,16 @@ def other_device_order(directory: Path) -> list[str]:
     return bare_command(directory, "b", extra=["-device", "virtio-balloon-pci", *RNG])
 
 
+PC, Q35 = r"pc-i440fx-\d+\.\d+-machine", r"pc-q35-\d+\.\d+-machine"  # whatever QEMU's version
+
+
 @pytest.mark.parametrize(("command", "says"), [
     (other_cpu_count, "the number of CPUs differs: 1 at the source, 2 at the destination"),
     (other_ram_size, "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
-    (other_machine_type, "the machine type differs: pc-i440fx-7.2-machine at the source, pc-q35-7.2-machine at the"),
+    (other_machine_type, f"the machine type differs: {PC} at the source, {Q35} at the destination"),
     (fewer_devices, "QEMU cannot load the guest's devices"),
-    (fewer_devices, "Unknown savevm section or instance '0000:00:02.0/virtio-rng'"),
-    (other_device_order, "Unknown savevm section or instance '0000:00:02.0/virtio-rng'"),
+    (fewer_devices, r"Unknown savevm section or instance '0000:00:02\.0/virtio-rng'"),
+    (other_device_order, r"Unknown savevm section or instance '0000:00:02\.0/virtio-rng'"),
 ])  # fmt: skip
 async def test_destination_is_another_machine(command: Callable[[Path], list[str]], says: str, tmp_path: Path) -> None:
     async with run_vm(bare_command(tmp_path, "a", extra=RNG), tmp_path, "a") as a:
@@ -120,8 +124,8 @@ async def test_destination_is_another_machine(command: Callable[[Path], list[str
             await b.ended.wait()
             assert await status_of(b.qmp) == "gone"
             assert b.ram.stat().st_size == 0, "the next try would find bytes in it"
-        assert says in str(raised.value)
-        assert says in str(b.error)
+        assert re.search(says, str(raised.value))
+        assert re.search(says, str(b.error))
         assert await status_of(a.qmp) == "running"
         await check_goes_on(a.serial)
         check_unbroken(a.serial)

@@ -104,6 +104,9 @@ def uncompressed(bzimage: Path, cwd: Path) -> bytes:
 
 
 def initrd(unpacked: Path, work: Path) -> bytes:
+    # depmod looks in lib/modules; since Debian 13 the package has that in usr, where lib is a link to on a whole system.
+    if not (unpacked / "lib").exists():
+        (unpacked / "lib").symlink_to("usr/lib")
     [version] = os.listdir(unpacked / "lib/modules")
     run("depmod", "-b", unpacked, version, cwd=work)
     entries = [build.entry(1 + i, name, build.DIRECTORY) for i, name in enumerate(DIRECTORIES)]
