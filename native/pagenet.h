@@ -68,11 +68,11 @@ struct pn_planted {
     int map;
     int refused;
 };
-/* Stops the process's main thread for a moment. -EPERM: it may not be traced; -EBUSY: it is stopped; -ENOEXEC: it is not 64-bit
+/* Stops the main thread of process pid for a moment, which is the one behind pidfd: a number may become another's. -EPERM: it may not be traced; -EBUSY: it is stopped; -ENOEXEC: it is not 64-bit
  * code; -ESRCH: it has ended; -ETIMEDOUT: it does not stop; -ENOSYS: not on this machine. It is left as it was. */
-int pn_plant(int pid, const char *device, struct pn_planted *planted);
+int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted);
 /* Closes both there. */
-int pn_uproot(int pid, const struct pn_planted *planted);
+int pn_uproot(int pid, int pidfd, const struct pn_planted *planted);
 
 /* ---- place.c: the one place that knows what EEXIST, EAGAIN, ENOENT and partial results mean ------------------- */
 

@@ -155,19 +155,20 @@ class Planted:
     refused: int
 
 
-def plant(pid: int, device: str) -> Planted:
-    """Have process ``pid`` open a userfaultfd, and a memfd for the map of pages. Call it in a thread.
+def plant(pid: int, pidfd: int, device: str) -> Planted:
+    """Have process ``pid``, which is the one behind ``pidfd``, open a userfaultfd, and a memfd for the
+    map of pages. Call it in a thread.
 
     :exc:`OSError` if it cannot be traced, as of ``pn_plant``; it is then as it was.
     """
     planted = ffi.new("struct pn_planted *")
-    _check(lib.pn_plant(pid, device.encode(), planted))
+    _check(lib.pn_plant(pid, pidfd, device.encode(), planted))
     return Planted(planted.uffd, planted.map, -planted.refused)
 
 
-def uproot(pid: int, planted: Planted) -> None:
+def uproot(pid: int, pidfd: int, planted: Planted) -> None:
     """Have it close them again. Call it in a thread."""
-    _check(lib.pn_uproot(pid, ffi.new("struct pn_planted *", astuple(planted))))
+    _check(lib.pn_uproot(pid, pidfd, ffi.new("struct pn_planted *", astuple(planted))))
 
 
 def punch(fd: int, length: int) -> None:
@@ -397,6 +398,18 @@ MAP_NAME = "pagenet-residency"
 MAX_NOTE = 256 << 10
 
 
+def _is_small_memfd(file: int) -> bool:
+    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other file
+    might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
+    if fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return os.fstatvfs(file).f_bsize == mmap.PAGESIZE
+
+
 class FoundMap(NamedTuple):
     """What a map says of itself, whoever uses it. ``finished``: there is nothing left to do."""
 
@@ -408,7 +421,9 @@ class FoundMap(NamedTuple):
 
 
 def find_map(file: int) -> FoundMap:
-    """The map in ``file``. :exc:`ValueError` if there is none."""
+    """The map in ``file``, which anybody may have made up. :exc:`ValueError` if there is none."""
+    if not _is_small_memfd(file):
+        raise ValueError("no memfd of small pages")
     header = ffi.new("struct pn_map *")
     ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
     pages, size = int(header.pages), os.fstat(file).st_size
@@ -421,8 +436,11 @@ def find_map(file: int) -> FoundMap:
 def lock_map(file: int) -> int:
     """``file``, opened anew: no other process gets it so as long as that is open.
 
-    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it.
+    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it; other
+    :exc:`OSError` if it is no memfd of small pages, or not open to read and to write: opened anew it would be, for root.
     """
+    if not _is_small_memfd(file):
+        _check(-errno.EINVAL)
     ours = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,7 +63,8 @@ class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
 
     ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there; ``recover``: a dead destination has
-    left one in it. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
+    left one in it, with that
+    note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
     its threads waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory
     is this process's.
     """
@@ -76,7 +77,7 @@ class UffdTarget:
         *,
         shared_fd: int | None = None,
         map_fd: int | None = None,
-        recover: bool = False,
+        recover: Note | None = None,
         own: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
@@ -140,12 +141,12 @@ class UffdTarget:
         if self._map_fd is None:
             return Residency(self.region.pages)
         note = Note(source, self._second is not None, tuple(self._mappings))
-        if self._recover and (was := Note.decode(_native.find_map(self._map_fd).note).source) != source:
-            other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
+        if self._recover is not None and self._recover.source != source:
+            other = f"{source.hex()[:8]} instead of {self._recover.source.hex()[:8]}"
             raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
         file, self._map_fd = self._map_fd, None  # the map's to close
         try:
-            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover)
+            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover is not None)
         except OSError as error:
             raise HandshakeError(f"the owner's memfd for the map of its pages cannot be used: {error.strerror}") from None
 

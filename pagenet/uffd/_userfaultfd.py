@@ -124,7 +124,7 @@ class Userfaultfd:
     @classmethod
     def received(cls, fd: int) -> Userfaultfd:
         """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it is something else."""
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        if not is_userfaultfd(fd):
             raise ValueError("the file descriptor is not a userfaultfd")
         os.set_blocking(fd, False)  # a blocking one polls POLLERR for ever
         return cls(fd, _enabled_features(fd))
@@ -164,6 +164,11 @@ class Userfaultfd:
     def settle(self, fault: Fault, address: int, zeros: _native.Buffer, page_size: int) -> _native.Placed:
         """Answer ``fault`` on the page at ``address``, which was placed, or given up, before. ``error`` as in :meth:`place`."""
         return _native.settle(self.fd, address, fault.minor, zeros, page_size)
+
+
+def is_userfaultfd(fd: int) -> bool:
+    """No file can have this name: theirs begin with a slash."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
 
 
 def _typed(event: _native.NativeEvent) -> Event:
