@@ -39,6 +39,7 @@ __all__ = [
     "SourceBlock",
     "SourceLoop",
     "Window",
+    "answer_outside",
     "bench_claims",
     "bench_count",
     "bench_fault_floor",
@@ -59,6 +60,8 @@ __all__ = [
     "read_process",
     "run_workload",
     "same_file",
+    "seal_size",
+    "store",
     "take_descriptor",
     "uffd_api",
     "uffd_open",
@@ -171,6 +174,11 @@ def uproot(pid: int, pidfd: int, planted: Planted) -> None:
     _check(lib.pn_uproot(pid, pidfd, ffi.new("struct pn_planted *", astuple(planted))))
 
 
+def store(address: int, data: Buffer) -> None:
+    """Write to memory of this process that may be gone: :exc:`OSError` (EFAULT) then, and no signal."""
+    _check(lib.pn_store(address, ffi.from_buffer(data), len(data)))
+
+
 def punch(fd: int, length: int) -> None:
     """Take the first ``length`` bytes out of a file, and leave a hole."""
     _check(lib.pn_punch(fd, length))
@@ -206,6 +214,11 @@ def place(uffd: int, how: int, address: int, data: Buffer | None, length: int, p
 
 def settle(uffd: int, address: int, minor: bool, zeros: Buffer, page_size: int) -> Placed:
     return _placed(lib.pn_settle(uffd, address, minor, ffi.from_buffer(zeros), page_size))
+
+
+def answer_outside(uffd: int, address: int, flags: int, zero: bool) -> int:
+    """0, or the errno: ``EAGAIN`` or ``ESRCH``, as of :func:`place`."""
+    return -int(lib.pn_answer_outside(uffd, address, flags, zero))
 
 
 def _placed(result: Any) -> Placed:
@@ -390,6 +403,7 @@ COUNTERS = {
     "lz4_wire_bytes": lib.PN_LZ4_WIRE_BYTES,
     "sampled": lib.PN_SAMPLED,
     "sampled_used": lib.PN_SAMPLED_USED,
+    "outside_faults": lib.PN_OUTSIDE_FAULTS,
 }
 
 
@@ -410,6 +424,20 @@ def _is_small_memfd(file: int) -> bool:
     return os.fstatvfs(file).f_bsize == mmap.PAGESIZE
 
 
+def seal_size(file: int) -> bool:
+    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of it may
+    be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole with."""
+    try:
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError:  # not to be sealed at all, or any more
+        pass
+    try:
+        sealed = bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+    return sealed and os.fstatvfs(file).f_bsize == mmap.PAGESIZE
+
+
 class FoundMap(NamedTuple):
     """What a map says of itself, whoever uses it. ``finished``: there is nothing left to do."""
 
@@ -427,7 +455,7 @@ def find_map(file: int) -> FoundMap:
     header = ffi.new("struct pn_map *")
     ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
     pages, size = int(header.pages), os.fstat(file).st_size
-    if bytes(ffi.buffer(header.magic)) != b"pagenet2" or pages > size or lib.pn_map_bytes(pages) > size:
+    if bytes(ffi.buffer(header.magic)) != b"pagenet3" or pages > size or lib.pn_map_bytes(pages) > size:
         raise ValueError("no map of pages")
     note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
     return FoundMap(pages, int(header.done), int(header.scope), bool(header.finished), note)
@@ -597,6 +625,8 @@ class Destination:
         uffd: int,
         how: int,
         file: int,
+        sealed: bool = False,
+        outside_is_zero: bool = False,
         removes: bool,
         done_fd: int,
         window: Window,
@@ -611,6 +641,7 @@ class Destination:
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
+        config.sealed, config.outside_is_zero = sealed, outside_is_zero
         self._window = window
         config.window = window.window
         self._faults = faults

@@ -157,6 +157,9 @@ class Filling:
     def _answer(self, fault: Fault, now: int) -> int | None:
         """Do what the fault needs. The page, if this was the first that anybody heard of it."""
         page = self.target.page_of(fault)
+        if page is None:
+            self._answer_outside(fault)
+            return None
         if page in self._held:
             self._held.remove(page)
             self.residency.add(Class.PREFETCH, "sampled_used")
@@ -180,6 +183,12 @@ class Filling:
                 while not self.target.settle(page, fault):
                     self._drain_or_yield()
         return None
+
+    def _answer_outside(self, fault: Fault) -> None:
+        self.residency.add(Class.DEMAND, "faults")
+        self.residency.add(Class.DEMAND, "outside_faults")
+        while not self.target.settle(None, fault):
+            self._drain_or_yield()
 
     def _prefetch_around(self, page: int) -> None:
         """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken; or for what the

@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Self
 
 from . import _native
+from .errors import HandshakeError
 from .region import Run
 from .statistics import ClassStatistics, Histogram
 
@@ -82,7 +83,10 @@ class Residency:
         self.shared.finish()
 
     def state(self, page: int) -> State:
-        return State(self.shared.state(page))
+        try:
+            return State(self.shared.state(page))
+        except ValueError:
+            raise HandshakeError(f"the owner has written to the map of its pages: page {page} has no state") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
         """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
@@ -124,7 +128,7 @@ class Residency:
             count = self.shared.span(first, end, state)
             if state in _UNDER_WAY:
                 yield Run(first, count)
-            first += count
+            first += count or 1  # whoever else writes to the map may have changed it since
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
         self.shared.add(class_, _native.COUNTERS[counter], amount)

@@ -106,6 +106,7 @@ class AbandonedOwner:
                 shared_fd=shared_fd,
                 map_fd=map_fd,
                 recover=self._note,
+                outside_is_zero=self._note.outside_is_zero,
                 keeps_uffd=lambda: True,
                 wait_gone=lambda: wait_memory_gone(target, peer),
                 on_close=peer.close,

@@ -19,7 +19,7 @@ from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
-from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
+from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_handshake
 from ._process import OtherProcess, is_memory_file, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
@@ -267,7 +267,7 @@ async def _allocate(target: UffdTarget) -> None:
 async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:
     message, fds = await _receive_handshake(sock)
     try:
-        mappings = parse_mappings(message)
+        mappings, outside_is_zero = parse_handshake(message)
         uffd = _uffd_of(fds)
         shared_fd, map_fd = _more_of(fds)
         peer = Peer.of(sock)
@@ -286,6 +286,7 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
             region,
             shared_fd=shared_fd,
             map_fd=map_fd,
+            outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
             wait_gone=lambda: wait_memory_gone(target, peer),
             on_close=let_go,

@@ -29,6 +29,8 @@ from ._userfaultfd import Event, Fault, Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
 
+# In the words of native/lane.c.
+_NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
 _HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
 
 
@@ -55,6 +57,8 @@ class NativeMemory:
     uffd: int
     how: int
     file: int
+    sealed: bool
+    outside_is_zero: bool
     removes: bool
     pieces: list[_native.Piece]
 
@@ -66,7 +70,7 @@ class UffdTarget:
     left one in it, with that
     note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
     its threads waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory
-    is this process's.
+    is this process's. ``outside_is_zero``: what the owner announced nothing about reads as zero; else it is poisoned.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class UffdTarget:
         map_fd: int | None = None,
         recover: Note | None = None,
         own: bool = False,
+        outside_is_zero: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
         on_close: Callable[[], None] = lambda: None,
@@ -91,6 +96,7 @@ class UffdTarget:
         self._map_fd = map_fd
         self._recover = recover
         self._mappings = mappings
+        self._outside_is_zero = outside_is_zero
         self.region = check_mappings(mappings, region)
         if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
             raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
@@ -101,6 +107,8 @@ class UffdTarget:
         self._second: _native.Mapped | None = None
         #: whether the second mapping's page tables are there, or must be used all the same: hugetlbfs has no write()
         self._in_place = self.region.max_page_size > mmap.PAGESIZE
+        #: storing through the second mapping is never a SIGBUS
+        self._sealed = shared_fd is not None and (own or _native.seal_size(shared_fd))
         self.placement = self._choose_placement(own)
         self._zeros = _native.Mapped(self.region.max_page_size)
 
@@ -140,7 +148,7 @@ class UffdTarget:
     def open_residency(self, source: bytes) -> Residency:
         if self._map_fd is None:
             return Residency(self.region.pages)
-        note = Note(source, self._second is not None, tuple(self._mappings))
+        note = Note(source, self._second is not None, tuple(self._mappings), self._outside_is_zero)
         if self._recover is not None and self._recover.source != source:
             other = f"{source.hex()[:8]} instead of {self._recover.source.hex()[:8]}"
             raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
@@ -156,13 +164,13 @@ class UffdTarget:
     def read_events(self) -> list[Event]:
         return self._uffd.read()
 
-    def page_of(self, fault: Fault) -> int:
+    def page_of(self, fault: Fault) -> int | None:
         at = bisect_right(self._addresses, fault.address) - 1
         if at >= 0:
             piece = self._by_address[at]
             if fault.address - piece.address < piece.size:
                 return piece.run.first + (fault.address - piece.address) // piece.page_size
-        raise HandshakeError(f"the owner faults at {fault.address:#x}, outside the mappings it announced")
+        return None
 
     def pages_between(self, start: int, end: int) -> Sequence[Run]:
         runs = []
@@ -193,7 +201,10 @@ class UffdTarget:
     def publish(self, run: Run, *, again: bool = False) -> Outcome:
         return self._place(run, _native.CONTINUE, None, given_up=again)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
+        if page is None:
+            error = self._uffd.answer_outside(fault, self._outside_is_zero)
+            return not self._retry(error, fault.address)
         piece, _ = next(self._parts(Run(page, 1)))
         address = piece.address_of(page)
         settled = self._uffd.settle(fault, address, self._zeros.buffer(0, self._zeros.size), piece.page_size)
@@ -226,6 +237,8 @@ class UffdTarget:
             uffd=self._uffd.fd,
             how=_HOW[self.placement],
             file=-1 if self._shared_fd is None or self._in_place else self._shared_fd,
+            sealed=self._sealed,
+            outside_is_zero=self._outside_is_zero,
             removes=bool(self._uffd.features & (Feature.EVENT_REMOVE | Feature.EVENT_UNMAP)),
             pieces=[self._native_piece(piece, wire) for piece in self._pieces],
         )
@@ -246,9 +259,17 @@ class UffdTarget:
 
     def _write_shared(self, run: Run, data: memoryview | None) -> None:
         assert self._second is not None
-        size = self.region.size_of(run)
-        view = self._second.buffer(self.region.offset_of_page(run.first), size)
-        view[:] = bytes(size) if data is None else data
+        size, offset = self.region.size_of(run), self.region.offset_of_page(run.first)
+        content = bytes(size) if data is None else data
+        if self._sealed:
+            self._second.buffer(offset, size)[:] = content
+            return
+        try:
+            _native.store(self._second.address + offset, content)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise HandshakeError(_NOT_THERE) from None
+            raise PagenetError(f"cannot write to the owner's memory file: {error.strerror}") from None
 
     def _place(self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False) -> Outcome:
         """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have the page any more."""
@@ -288,6 +309,8 @@ class UffdTarget:
                 return True
             case errno.ESRCH:
                 raise OwnerGone("the owner of the memory is gone")
+            case errno.EFAULT if self._second is not None:
+                raise HandshakeError(_NOT_THERE)
         raise PagenetError(f"cannot place a page at {address:#x} of the owner: {os.strerror(error)}")
 
     async def wait_gone(self) -> None:

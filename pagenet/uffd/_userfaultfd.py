@@ -61,6 +61,8 @@ class Fault:
     write: bool
     minor: bool
     thread: int
+    #: a write to a page that its owner has protected
+    protected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,12 @@ class Userfaultfd:
         """Answer ``fault`` on the page at ``address``, which was placed, or given up, before. ``error`` as in :meth:`place`."""
         return _native.settle(self.fd, address, fault.minor, zeros, page_size)
 
+    def answer_outside(self, fault: Fault, zero: bool) -> int:
+        """Poison the page that ``fault`` waits for, or make it one of zeros: whatever the page size is there. An errno as in
+        :meth:`place`, or 0."""
+        flags = _FLAG_WP * fault.protected | _FLAG_MINOR * fault.minor
+        return _native.answer_outside(self.fd, fault.address, flags, zero)
+
 
 def is_userfaultfd(fd: int) -> bool:
     """No file can have this name: theirs begin with a slash."""
@@ -174,7 +182,8 @@ def is_userfaultfd(fd: int) -> bool:
 def _typed(event: _native.NativeEvent) -> Event:
     match event.kind:
         case 0x12:
-            return Fault(event.start, bool(event.flags & _FLAG_WRITE), bool(event.flags & _FLAG_MINOR), event.thread)
+            write, protected, minor = (bool(event.flags & flag) for flag in (_FLAG_WRITE, _FLAG_WP, _FLAG_MINOR))
+            return Fault(event.start, write, minor, event.thread, protected)
         case 0x13:
             return Forked(event.fd)
         case 0x14:
