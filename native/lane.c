@@ -33,6 +33,9 @@ static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const 
     va_end(arguments);
 }
 
+/* The map may be in a file that the owner has, too. */
+#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+
 static bool is_demand(const struct lane *lane) { return !lane->config->ring; }
 
 static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
@@ -297,8 +300,13 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     case PN_REMOVING:
         wait_for(lane, page, now);
         return false;
-    default:
+    case PN_RESIDENT:
+    case PN_REMOVED:
+    case PN_POISONED:
         settle(lane, fault, piece, page);
+        return false;
+    default:
+        end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)page);
         return false;
     }
 }
@@ -447,6 +455,10 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
+        if (!piece) {
+            end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)missing);
+            return false;
+        }
         uint64_t bytes = at_most(lane->config->chunk, lane->window / 2); /* one request is answered while the next one travels */
         uint64_t chunk = piece->page_size < bytes ? bytes / piece->page_size : 1;
         uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);

@@ -12,7 +12,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -427,10 +427,8 @@ def _is_small_memfd(file: int) -> bool:
 def seal_size(file: int) -> bool:
     """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of it may
     be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole with."""
-    try:
+    with suppress(OSError):  # not to be sealed at all, or any more
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    except OSError:  # not to be sealed at all, or any more
-        pass
     try:
         sealed = bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:
@@ -495,6 +493,8 @@ class SharedMap:
                 os.ftruncate(self.fd, size + len(note))
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # by no one, under our feet
                 os.pwrite(self.fd, note, size)
+            if not fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                _check(-errno.EPERM)
             if os.fstat(self.fd).st_size < size:
                 _check(-errno.EINVAL)
             self._memory = Mapped(size, self.fd)

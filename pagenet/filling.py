@@ -77,6 +77,10 @@ class Filling:
         """Go on where a destination has died: with the pages that it had under way, and with those who waited for it."""
         assert self._two_steps is not None
         residency = self.residency
+        if residency.scope != sum(run.count for run in self.target.scope()) or any(
+            residency.find(State.OUTSIDE, run.first, run.end) is not None for run in self.target.scope()
+        ):
+            raise HandshakeError("the owner has written to the map of its pages: it is not that of its mappings")
         while (first := residency.find(State.READY, 0)) is not None:
             ready = residency.span(Run(first, self.target.piece_of(first).end - first), State.READY)
             outcome = self._two_steps.publish(Run(first, ready), again=True)

@@ -86,7 +86,8 @@ class Residency:
         try:
             return State(self.shared.state(page))
         except ValueError:
-            raise HandshakeError(f"the owner has written to the map of its pages: page {page} has no state") from None
+            what = f"page {page} is in no state that it can be in"
+            raise HandshakeError(f"the owner has written to the map of its pages: {what}") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
         """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""

@@ -604,10 +604,27 @@ async def test_file_of_private_memory_is_not_used(reception: Reception) -> None:
 
 
 async def test_address_where_nothing_is_mapped(reception: Reception) -> None:
-    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
     owner = reception.connect()
     owner.send(json.dumps([owner.mapping(base_host_virt_addr=1 << 46)]).encode(), owner.uffd.fd)
+    await check_refused(reception, owner, "the owner's userfaultfd does not watch its memory at 0x400000000000")
+
+
+async def test_memory_that_another_userfaultfd_watches(reception: Reception) -> None:
+    owner = reception.connect()
+    other = Userfaultfd.open()
+    try:
+        owner.send(json.dumps([owner.mapping()]).encode(), other.fd)
+        await check_refused(reception, owner, "does not watch its memory")
+    finally:
+        other.close()
+
+
+async def test_memory_that_was_unmapped_since(reception: Reception) -> None:
+    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
+    owner = reception.connect()
+    owner.hand_over()
     await reception.attached.wait()
+    owner.memory.close()
     assert reception.target is not None
     assert reception.target.place(Run(0, 64), memoryview(bytes(SIZE))) == Outcome(placed=0, absent=64)
 

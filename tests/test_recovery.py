@@ -180,13 +180,14 @@ NEW, OLD = b"n" * PAGE, b"o" * PAGE
 
 def test_what_every_state_becomes(left: Left) -> None:
     dead = left.fill()
-    for state in State:
+    states = [state for state in State if state is not State.OUTSIDE]  # which no page is that is mapped
+    for state in states:
         dead.residency.set(Run(state, 1), state)
     os.pwrite(left.memory, NEW, State.READY * PAGE)
     os.pwrite(left.memory, NEW, State.REMOVING * PAGE)
     dead.close()
     alive = left.fill()
-    became = {state: alive.residency.state(state) for state in State}
+    became = {state: alive.residency.state(state) for state in states}
     assert became == {
         State.MISSING: State.MISSING,
         State.COMING: State.MISSING,
@@ -196,10 +197,9 @@ def test_what_every_state_becomes(left: Left) -> None:
         State.RESIDENT: State.RESIDENT,
         State.REMOVING: State.REMOVED,
         State.REMOVED: State.REMOVED,
-        State.OUTSIDE: State.OUTSIDE,
         State.POISONED: State.POISONED,
     }
-    assert (alive.residency.scope, alive.residency.done) == (15, 5)
+    assert (alive.residency.scope, alive.residency.done) == (16, 5)
     assert left.read(State.READY) == NEW
     assert os.pread(left.memory, PAGE, State.REMOVING * PAGE) == bytes(PAGE)
     alive.close()
@@ -279,6 +279,38 @@ def test_map_of_another_size(left: Left) -> None:
         pass
     with pytest.raises(HandshakeError, match="cannot be used: Invalid argument"):
         left.fill()
+
+
+@pytest.mark.parametrize(("state", "says"), [(255, "cannot be used: Invalid argument"), (State.OUTSIDE, "not that of its")])
+def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) -> None:
+    left.fill().close()
+    os.pwrite(left.map, bytes([state]), _native.lib.pn_map_bytes(3))
+    with pytest.raises(HandshakeError, match=says):
+        left.fill()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + bytes(5000)])
+def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
+    file = os.memfd_create("map", os.MFD_CLOEXEC)
+    try:
+        os.write(file, garbage)
+        if garbage[:8] != b"pagenet3" or garbage[-1]:
+            with pytest.raises(ValueError, match="no map|match"):
+                _native.find_map(file)
+        else:
+            assert _native.find_map(file).pages == 0
+    finally:
+        os.close(file)
+
+
+def test_state_that_no_page_can_have(left: Left) -> None:
+    """Its owner has the map open, too, and writes to it while pages come."""
+    filling = left.fill()
+    os.pwrite(left.map, b"\xff", _native.lib.pn_map_bytes(3))
+    with pytest.raises(HandshakeError, match="the owner has written to the map of its pages: page 3"):
+        filling.residency.state(3)
+    os.pwrite(left.map, b"\0", _native.lib.pn_map_bytes(3))
+    filling.close()
 
 
 def test_map_that_cannot_be_sealed() -> None:

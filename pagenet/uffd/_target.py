@@ -101,6 +101,7 @@ class UffdTarget:
         if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
             raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
         self._pieces = sorted(self._cut(mappings), key=lambda piece: piece.run.first)
+        self._check_watched()
         self._firsts = [piece.run.first for piece in self._pieces]
         self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
         self._addresses = [piece.address for piece in self._by_address]
@@ -116,6 +117,18 @@ class UffdTarget:
         for mapping in mappings:
             for run, address in mapping_pieces(mapping, self.region):
                 yield _Piece(run, address, mapping.page_size)
+
+    def _check_watched(self) -> None:
+        """Pages that nobody can place would be taken for pages that are not mapped. What is watched already
+        stays so; the kernel refuses memory that another userfaultfd watches, and one that is not set up."""
+        for piece in self._pieces:
+            try:
+                self._uffd.register(piece.address, piece.size, Mode.MISSING)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    raise HandshakeError("the owner of the memory is gone") from None
+                what = f"the owner's userfaultfd does not watch its memory at {piece.address:#x}"
+                raise HandshakeError(f"{what}: {error.strerror}") from None
 
     def _choose_placement(self, own: bool) -> str:
         if self._shared_fd is not None:
@@ -296,7 +309,10 @@ class UffdTarget:
         first = run.first
         at = bisect_right(self._firsts, first) - 1
         while first < run.end:
-            piece = self._pieces[at]
+            piece = self._pieces[at] if 0 <= at < len(self._pieces) else None
+            if piece is None or not piece.run.first <= first < piece.run.end:
+                what = f"page {first} is in no mapping"
+                raise HandshakeError(f"the owner has written to the map of its pages: {what}")
             end = min(run.end, piece.run.end)
             yield piece, Run(first, end - first)
             first, at = end, at + 1
