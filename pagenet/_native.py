@@ -451,7 +451,8 @@ def find_map(file: int) -> FoundMap:
     if not _is_small_memfd(file):
         raise ValueError("no memfd of small pages")
     header = ffi.new("struct pn_map *")
-    ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
+    if os.preadv(file, [ffi.buffer(header)], 0) < ffi.sizeof(header[0]):
+        raise ValueError("no map of pages")
     pages, size = int(header.pages), os.fstat(file).st_size
     if bytes(ffi.buffer(header.magic)) != b"pagenet3" or pages > size or lib.pn_map_bytes(pages) > size:
         raise ValueError("no map of pages")

@@ -38,7 +38,7 @@ class State(IntEnum):
     READY = _native.STATES["ready"]
 
 
-_UNDER_WAY = (State.MISSING, State.COMING, State.REQUESTED, State.PLACING, State.READY, State.REMOVING)
+_DONE_WITH = (State.RESIDENT, State.REMOVED, State.OUTSIDE, State.POISONED)
 
 
 class Residency:
@@ -125,9 +125,9 @@ class Residency:
 
     def _missing_between(self, first: int, end: int) -> Iterator[Run]:
         while first < end:
-            state = self.state(first)
+            state = self.shared.state(first)
             count = self.shared.span(first, end, state)
-            if state in _UNDER_WAY:
+            if state not in _DONE_WITH:
                 yield Run(first, count)
             first += count or 1  # whoever else writes to the map may have changed it since
 

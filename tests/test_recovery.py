@@ -289,16 +289,13 @@ def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) ->
         left.fill()
 
 
-@pytest.mark.parametrize("garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + bytes(5000)])
+@pytest.mark.parametrize("garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + b"\xff" * 50000])
 def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
     file = os.memfd_create("map", os.MFD_CLOEXEC)
     try:
         os.write(file, garbage)
-        if garbage[:8] != b"pagenet3" or garbage[-1]:
-            with pytest.raises(ValueError, match="no map|match"):
-                _native.find_map(file)
-        else:
-            assert _native.find_map(file).pages == 0
+        with pytest.raises(ValueError, match="no map of pages"):
+            _native.find_map(file)
     finally:
         os.close(file)
 
@@ -309,6 +306,7 @@ def test_state_that_no_page_can_have(left: Left) -> None:
     os.pwrite(left.map, b"\xff", _native.lib.pn_map_bytes(3))
     with pytest.raises(HandshakeError, match="the owner has written to the map of its pages: page 3"):
         filling.residency.state(3)
+    assert filling.residency.missing() == [Run(0, 16)]  # nobody is to read zeros there
     os.pwrite(left.map, b"\0", _native.lib.pn_map_bytes(3))
     filling.close()
 
