@@ -101,6 +101,8 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 class Memory:
     """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it."""
 
+    _outside: _native.Mapped | None = None
+
     def __init__(
         self,
         kind: Kind,
@@ -110,7 +112,6 @@ class Memory:
         *,
         outside_is_zero: bool = False,
     ) -> None:
-        self._outside: _native.Mapped | None = None
         self.kind = kind
         self.page_size = (2 << 20) if kind == "hugetlb" else PAGE
         self.wire = Region([Block("low", low * self.page_size), Block("high", high * self.page_size)])
