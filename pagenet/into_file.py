@@ -76,7 +76,7 @@ class FileTarget:
                 raise PagenetError(f"cannot write {self._partial}: {error.strerror}") from None
         return Outcome(placed=run.count)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
         raise NotImplementedError("a file has no faults")
 
     def wake(self, run: Run) -> None:

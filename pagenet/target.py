@@ -60,8 +60,8 @@ class Target(Protocol):
         """The pages that lie at the owner's addresses [start, end)."""
         ...
 
-    def page_of(self, fault: Fault) -> int:
-        """The page that a fault waits for."""
+    def page_of(self, fault: Fault) -> int | None:
+        """The page that a fault waits for. None: it is outside of what the owner announced."""
         ...
 
     def piece_of(self, page: int) -> Run:
@@ -75,8 +75,10 @@ class Target(Protocol):
         """
         ...
 
-    def settle(self, page: int, fault: Fault) -> bool:
-        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before.
+    def settle(self, page: int | None, fault: Fault) -> bool:
+        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before. None: it
+        is outside of what the owner announced; whoever waits there is told by SIGBUS, or gets zeros if the
+        owner wants that, or waits on where the kernel can do neither.
 
         False: the owner's memory is changing. Read its events, all of them, and call again.
         """

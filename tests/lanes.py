@@ -101,7 +101,17 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 class Memory:
     """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it."""
 
-    def __init__(self, kind: Kind, low: int = 10, high: int = 8, hole: int | None = 5) -> None:
+    _outside: _native.Mapped | None = None
+
+    def __init__(
+        self,
+        kind: Kind,
+        low: int = 10,
+        high: int = 8,
+        hole: int | None = 5,
+        *,
+        outside_is_zero: bool = False,
+    ) -> None:
         self.kind = kind
         self.page_size = (2 << 20) if kind == "hugetlb" else PAGE
         self.wire = Region([Block("low", low * self.page_size), Block("high", high * self.page_size)])
@@ -122,12 +132,28 @@ class Memory:
             self.wire,
             shared_fd=None if self._fd < 0 else os.dup(self._fd),
             own=kind == "move",
+            outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: True,
             wait_gone=trio.sleep_forever,
         )
         self.region = self.target.region
         if kind == "allocated":
             self.target.allocate(0, self.region.size)
+
+    def map_outside(self, pages: int) -> int:
+        """The address of memory that the userfaultfd watches, too, and that is not announced."""
+        flags = os.MFD_HUGETLB if self.kind == "hugetlb" else 0
+        fd = os.memfd_create("outside", os.MFD_CLOEXEC | flags) if self.is_shared else -1
+        size = pages * self.page_size
+        try:
+            if fd >= 0:
+                os.ftruncate(fd, size)
+            self._outside = _native.Mapped(size, fd, alignment=self.page_size)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        self._uffd.register(self._outside.address, size, Mode.MISSING)
+        return self._outside.address
 
     def _open_file(self) -> int:
         if self.kind in ("copy", "move"):
@@ -182,6 +208,8 @@ class Memory:
     def close(self) -> None:
         for mapped in self.mapped.values():
             mapped.close()
+        if self._outside is not None:
+            self._outside.close()
         if self._fd >= 0:
             os.close(self._fd)
 
@@ -380,6 +408,8 @@ class NativeDriver:
             uffd=memory.uffd,
             how=memory.how,
             file=memory.file,
+            sealed=memory.sealed,
+            outside_is_zero=memory.outside_is_zero,
             removes=memory.removes,
             done_fd=self.done_fd,
             window=rig.filling.window,

@@ -203,7 +203,7 @@ class _NullMemory:
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         return Outcome(placed=run.count)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
         raise NotImplementedError("nobody touches what is not there")
 
     def wake(self, run: Run) -> None: ...

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,9 @@ class _Attached:
     process = None
     complaints = ""
 
-    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+    def __init__(self, pid: int, mapping: Mapping) -> None:
         self.pid = pid
-        self.owner = AttachedOwner(pid, mapping, file)
-        self._file = file
+        self.owner = AttachedOwner(pid, mapping)
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> None:
@@ -141,7 +140,7 @@ class _Attached:
     async def empty(self, source: str) -> None:
         """Firmware, and whatever else it has put into its RAM, gives way to what the source has there: unless that is the very
         same memory."""
-        with open_source(self._file) as ours:
+        with open_source(self.owner.file) as ours:
             if ours.identity.hex() == source:
                 raise UsageError("both QEMUs have the same file for their RAM: give the destination one of its own")
         await trio.to_thread.run_sync(self.owner.empty)
@@ -220,10 +219,8 @@ async def receive_attached(
         machine = await describe(qmp)
         await _check_waits(qmp, machine)
         pid = qmp.pid
-        ram = ram_of(pid, machine)
-    if ram.file is None:
-        raise UsageError(f"QEMU (pid {pid}) holds no file for its RAM: give it a memory-backend-memfd or memory-backend-file")
-    qemu = _Attached(pid, ram.mapping, ram.file)
+        with closing(ram_of(pid, machine)) as ram:
+            qemu = _Attached(pid, ram.mapping)
     try:
         await qemu.owner.plant()
         on_event("attached", pid=pid, ram=ram.name)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import Unsupported, UsageError
-from ..uffd import Mapped, Mapping, file_behind, mapped_at
+from ..protocol import printable
+from ..uffd import Mapped, Mapping, OtherProcess
 from .qmp import Qmp, QmpError
 
 __all__ = ["CAPABILITIES", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_source"]
@@ -127,12 +128,17 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """A machine's RAM in a QEMU that runs: where it is mapped, and the ``file`` behind it as QEMU holds it (/proc/PID/fd/N; it
-    may have no name any more, or one that means another file here; None: it holds none). ``name``: for people."""
+    """A machine's RAM in a QEMU that runs: where it is mapped, and the ``file`` behind it, a descriptor
+    taken from QEMU (it may have no name any more, or one that means another file here; None: it holds
+    none). ``name``: for people."""
 
     mapping: Mapping
-    file: str | None
+    file: int | None
     name: str
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
 
 
 def ram_of(pid: int, machine: Machine) -> Ram:
@@ -142,12 +148,13 @@ def ram_of(pid: int, machine: Machine) -> Ram:
         hint = f"start it with share=on for {machine.backend}" if is_named else f"start it with {_HINT}"
         raise UsageError(f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}")
     try:
-        found = next((start for start, size in _shared(mapped_at(pid)) if size == machine.ram), None)
-        if found is None:
-            raise UsageError(f"found no shared mapping of {machine.ram} bytes in QEMU (pid {pid})")
-        file = file_behind(pid, found)
-        name = str(Path(file).readlink()) if file else f"pid {pid}"
-        page_size = max(os.statvfs(file).f_bsize, mmap.PAGESIZE) if file else mmap.PAGESIZE
+        with closing(OtherProcess(pid)) as qemu:
+            found = next((start for start, size in _shared(qemu.maps()) if size == machine.ram), None)
+            if found is None:
+                raise UsageError(f"found no shared mapping of {machine.ram} bytes in QEMU (pid {pid})")
+            file = qemu.take_file([Mapping(found, machine.ram, 0, mmap.PAGESIZE)])
+        name = f"pid {pid}" if file is None else printable(os.readlink(f"/proc/self/fd/{file}"))
+        page_size = mmap.PAGESIZE if file is None else max(os.fstatvfs(file).f_bsize, mmap.PAGESIZE)
     except OSError as error:
         hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
         raise Unsupported(f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}") from None
@@ -169,8 +176,10 @@ def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
             yield first.start, end - first.start
 
 
-def ram_source(pid: int, machine: Machine) -> str:
-    """What :func:`pagenet.serve` is to be given for the RAM of a QEMU that runs as ``pid``: the file that it holds open, or its
-    addresses. Raises what :func:`ram_of` does."""
-    ram = ram_of(pid, machine)
-    return ram.file or f"pid:{pid}:{ram.mapping.address:#x}+{ram.mapping.size:#x}"
+@contextmanager
+def ram_source(pid: int, machine: Machine) -> Iterator[str]:
+    """What :func:`pagenet.open_source` is to be given, while the block runs, for the RAM of a QEMU that
+    runs as ``pid``: the file that it holds open, or its addresses. Raises what :func:`ram_of` does."""
+    with closing(ram_of(pid, machine)) as ram:
+        here = f"pid:{pid}:{ram.mapping.address:#x}+{ram.mapping.size:#x}"
+        yield here if ram.file is None else f"/proc/self/fd/{ram.file}"

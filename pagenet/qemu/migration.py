@@ -90,9 +90,10 @@ async def migrate(
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
         await check_leaving(qmp, machine)
-    spec = ram_source(pid, machine)
+    with ram_source(pid, machine) as spec:
+        opened = open_source(spec)
     streams = _Streams()
-    with open_source(spec) as source:
+    with opened as source:
         ours = {**machine.as_message(), "memory": source.identity.hex()}
         # What this memory holds from the switchover on: after another one it holds something else.
         source.identity = os.urandom(16)

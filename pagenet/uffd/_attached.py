@@ -14,8 +14,9 @@ from ..errors import OwnerGone, PagenetError, Unsupported, UsageError
 from ..region import Region
 from ._handshake import Mapping
 from ._owners import taking_from, wait_memory_gone
+from ._process import OtherProcess
 from ._target import UffdTarget
-from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd
+from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd, is_userfaultfd
 
 __all__ = ["AttachedOwner"]
 
@@ -28,32 +29,38 @@ _WHY_NOT = {
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mapping``, which is all of ``file`` (/proc/PID/fd/N).
+    """The shared memory of process ``pid`` at ``mapping``, which is all of the file that it holds open.
 
     Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
     """
 
-    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+    def __init__(self, pid: int, mapping: Mapping) -> None:
         self.pid = pid
         self._mapping = mapping
-        self._pidfd = -1
-        self._file = -1
         self._planted: _native.Planted | None = None
+        self._file = -1
         try:
-            self._pidfd = os.pidfd_open(pid)
-            self._file = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-            self._check_access()
+            self._process = OtherProcess(pid)
         except OSError as error:
-            self.close()
             raise self._refused(error) from None
-
-    def _check_access(self) -> None:
-        """Taking a descriptor needs what attaching does, and stops nobody; whether it is open does not matter."""
         try:
-            os.close(_native.take_descriptor(self._pidfd, 0))
+            self._file = self._take_file()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_file(self) -> int:
+        """Needs what attaching does, and stops nobody."""
+        try:
+            file = self._process.take_file([self._mapping])
         except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
+            raise self._refused(error) from None
+        if file is None:
+            raise UsageError(
+                f"process {self.pid} holds no file open, to read and to write, for its memory at "
+                f"{self._mapping.address:#x}: give it a memory-backend-memfd or memory-backend-file"
+            )
+        return file
 
     def _refused(self, error: OSError) -> PagenetError:
         if error.errno in (errno.ESRCH, errno.ENOENT):
@@ -66,7 +73,7 @@ class AttachedOwner:
     async def plant(self) -> None:
         """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
         try:
-            planted = await trio.to_thread.run_sync(_native.plant, self.pid, DEVICE)
+            planted = await trio.to_thread.run_sync(_native.plant, self.pid, self._process.pidfd, DEVICE)
         except OSError as error:
             raise self._refused(error) from None
         if planted.refused in (errno.EPERM, errno.EACCES):
@@ -86,7 +93,12 @@ class AttachedOwner:
         if self._planted is not None:
             planted, self._planted = self._planted, None
             with trio.CancelScope(shield=True), suppress(OSError):  # it has ended
-                await trio.to_thread.run_sync(_native.uproot, self.pid, planted)
+                await trio.to_thread.run_sync(_native.uproot, self.pid, self._process.pidfd, planted)
+
+    @property
+    def file(self) -> str:
+        """The file behind the memory, as this process holds it."""
+        return f"/proc/self/fd/{self._file}"
 
     def empty(self) -> None:
         """What the process has put into its memory so far gives way to what comes."""
@@ -99,11 +111,11 @@ class AttachedOwner:
         if self._planted is None:
             await self.plant()
         assert self._planted is not None
-        with taking_from(self.pid, self._pidfd) as (peer, fds):
+        with taking_from(self._process) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
             shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
             fds.append(shared_fd)
-            fds.append(locked := _native.lock_map(map_fd))
+            fds.append(locked := self._lock(map_fd))
             fds.remove(map_fd)
             os.close(map_fd)
             target = UffdTarget(
@@ -120,12 +132,21 @@ class AttachedOwner:
 
     def _take(self, number: int, fds: list[int]) -> int:
         try:
-            fds.append(_native.take_descriptor(self._pidfd, number))
+            fds.append(self._process.take(number))
         except OSError as error:
             raise self._refused(error) from None
         return fds[-1]
 
+    def _lock(self, map_fd: int) -> int:
+        try:
+            return _native.lock_map(map_fd)
+        except OSError as error:
+            what = f"process {self.pid} has closed what it was given for the map of pages"
+            raise UsageError(f"{what}: {error.strerror}") from None
+
     def _watch(self, fd: int) -> Userfaultfd:
+        if not is_userfaultfd(fd):  # another thread of it may have put something else there meanwhile
+            raise UsageError(f"process {self.pid} has closed the userfaultfd that it was given")
         features = Feature.EVENT_REMOVE
         try:
             try:
@@ -144,7 +165,7 @@ class AttachedOwner:
 
     def close(self) -> None:
         """Idempotent. A process that was attached stays so."""
-        for fd in (self._pidfd, self._file):
-            if fd >= 0:
-                os.close(fd)
-        self._pidfd = self._file = -1
+        self._process.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
