@@ -142,7 +142,10 @@ class UffdTarget:
         note = Note(source, self._second is not None, tuple(self._mappings))
         if self._recover and (was := Note.decode(_native.find_map(self._map_fd).note).source) != source:
             other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
-            raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
+            raise UsageError(
+                f"this source is not the one whose pages were coming, but another machine's, or was changed since ({other}): "
+                f"if it holds the same bytes, serve it with --identity {was.hex()}"
+            )
         file, self._map_fd = self._map_fd, None  # the map's to close
         try:
             return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover)
