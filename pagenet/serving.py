@@ -377,8 +377,9 @@ async def serve(
     application's own bytes; its connection is closed when the call returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
-    the block, when the memory is gone, or a stored file was written to; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
-    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
+    the block, when the memory is gone, or a stored file was written to; with ``connect`` also
+    :exc:`~pagenet.errors.SourceUnreachable` and :exc:`~pagenet.errors.ConnectionBroken`, and
+    :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
     ``refused``, ``waiting`` (for one that is lost).
     """

@@ -585,16 +585,19 @@ async def test_file_changed_while_served(change: str, lanes: Any, tmp_path: Path
     path, memory = tmp_path / "file", OwnMemory("memfd")
     path.write_bytes(CONTENT)
 
-    async def wait_lost(uri: str) -> None:
-        with pytest.raises(SourceLost, match="the source cannot go on: source .* was changed while it was served"):
-            async with pull(uri, memory, lane=lanes, background="off") as transfer:
-                CHANGES[change](path)
-                await transfer.wait_complete()
+    async def change_while_pulling(uri: str) -> None:
+        async with pull(uri, memory, lane=lanes, background="off") as transfer:
+            CHANGES[change](path)
+            await transfer.wait_complete()
+
+    async def change_while_serving() -> None:
+        async with serve(str(path), listen=f"unix:{tmp_path}/socket", lane=lanes) as server:
+            with pytest.raises(SourceLost, match=r"the source cannot go on: source .* was changed while it was served"):
+                await change_while_pulling(server.uri)
+            await trio.sleep_forever()
 
     with pytest.raises(SourceLost, match="file was changed while it was served"):
-        async with serve(str(path), listen=f"unix:{tmp_path}/socket", lane=lanes) as server:
-            await wait_lost(server.uri)
-            await trio.sleep_forever()
+        await change_while_serving()
     memory.close()
 
 
