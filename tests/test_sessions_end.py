@@ -447,7 +447,8 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
-    """A source whose file has been cut: where it listens. It raises :exc:`SourceLost`, and nothing else, in the end."""
+    """A source whose file has been cut, which nobody notices before a page is asked for: where it listens. It raises
+    :exc:`SourceLost`, and nothing else, in the end."""
 
     async def serve(task_status: trio.TaskStatus[str]) -> None:
         async with pagenet.serve(str(ram), listen=uri, lane="trio") as server:  # a clock that jumps waits for no thread
@@ -459,8 +460,10 @@ async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
         with pytest.raises(SourceLost, match="cannot be read any more"):
             await serve(task_status)
 
-    async with trio.open_nursery() as nursery:
-        yield await nursery.start(expect_lost)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagenet.Source, "watch", lambda source: trio.sleep_forever())
+        async with trio.open_nursery() as nursery:
+            yield await nursery.start(expect_lost)
 
 
 @asynccontextmanager
