@@ -460,10 +460,8 @@ async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
         with pytest.raises(SourceLost, match="cannot be read any more"):
             await serve(task_status)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pagenet.Source, "watch", lambda source: trio.sleep_forever())
-        async with trio.open_nursery() as nursery:
-            yield await nursery.start(expect_lost)
+    async with trio.open_nursery() as nursery:
+        yield await nursery.start(expect_lost)
 
 
 @asynccontextmanager
