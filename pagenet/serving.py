@@ -246,6 +246,8 @@ class Server:
         try:
             match await session.control.receive():
                 case Bye(complete):
+                    if complete:
+                        await self._check_unchanged(session)
                     self._on_event("complete" if complete else "left", peer=session.control.connection.peer)
                     if complete:
                         self._completed.set()
@@ -321,6 +323,17 @@ class Server:
 
     # ---- the end of the source ----
 
+    async def watch_source(self) -> None:
+        """Until it changes: what destinations have of it by then, and what they would get, are of no one moment."""
+        async with self._telling_if_lost():
+            await self._source.watch()
+
+    async def _check_unchanged(self, session: _Session) -> None:
+        """Before a destination counts as complete: it may have got pages since the last look."""
+        session.ended.set()
+        async with self._telling_if_lost():
+            self._source.check_unchanged()
+
     @asynccontextmanager
     async def _telling_if_lost(self) -> AsyncIterator[None]:
         """Around whatever reads the source: when it is lost, every destination hears why."""
@@ -364,8 +377,9 @@ async def serve(
     application's own bytes; its connection is closed when the call returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
-    the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
-    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
+    the block, when the memory is gone, or a stored file was written to; with ``connect`` also
+    :exc:`~pagenet.errors.SourceUnreachable` and :exc:`~pagenet.errors.ConnectionBroken`, and
+    :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
     ``refused``, ``waiting`` (for one that is lost).
     """
@@ -387,6 +401,7 @@ async def serve(
             meet_peers = partial(server.dial, connect)
         async with open_failing_nursery() as nursery:
             nursery.start_soon(server.run_native_lanes)
+            nursery.start_soon(server.watch_source)
             nursery.start_soon(meet_peers)
             yield server
             nursery.cancel_scope.cancel()

@@ -125,6 +125,15 @@ class Recoverable(Protocol):
         ...
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """What else a target has whose pages must be on a disk before it may be let go."""
+
+    async def wait_stored(self) -> None:
+        """Every page is in place: return when they are there to stay. Given up before, or never called: none of them are."""
+        ...
+
+
 class Owner(Protocol):
     """Somebody whose memory is to be filled, before it is known how large it must be."""
 

@@ -80,6 +80,7 @@ GOOD = {"format": "pagenet-touches", "version": 1, "runs": 1, "blocks": [["ram",
         (msgpack.packb(GOOD) + b"\x00", "not a recording"),
         (msgpack.packb([1, 2]), "not a recording of pagenet's"),
         (msgpack.packb({"format": "another"}), "not a recording of pagenet's"),
+        *[(msgpack.packb({**GOOD, "format": format}), "not a recording of pagenet's") for format in ([], {}, None, 1, b"x")],
         (msgpack.packb({**GOOD, "version": 2}), "version 2: this pagenet reads version 1"),
         *[
             (msgpack.packb({**GOOD, **wrong}), "broken recording")

@@ -417,3 +417,41 @@ async def test_root_is_not_lent_out(how: str, lane: str, file_of_roots: Path, tm
             assert f"the memory of process {forger.pid} is not what its map of pages says" in resumed.stderr
             assert resumed.stderr.count("\n") == 1
     assert file_of_roots.read_bytes() == before
+
+
+async def resumed_from(server_arguments: Sequence[str], owner: Process, lane: str) -> tuple[int, str]:
+    """How a destination ends that goes on from there, and what it says."""
+    async with run_server(*server_arguments) as (_, uri), run(resume_command(uri, owner.pid, lane)) as pulling:
+        return await pulling.wait(), pulling.stderr
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_file_that_was_written_to_is_another_source(lane: str, tmp_path: Path) -> None:
+    """Refused in one line, which says under which identity the same bytes would be taken."""
+    source = write_pattern(tmp_path / "source", SIZE, zero_every=16)
+    touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
+    async with run_server(str(source)) as (_, uri), begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner):
+        await pulling.kill()
+        body = source.read_bytes()
+        source.write_bytes(body)
+        code, complaint = await resumed_from([str(source)], owner, lane)
+        assert (code, complaint.count("\n")) == (2, 1), complaint
+        assert "was changed since" in complaint
+        identity = complaint.split("--identity ")[1].split()[0]
+        assert (await resumed_from([str(source), "--identity", identity], owner, lane))[0] == 0
+        await check_verified(owner)
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_copy_of_the_same_name_is_the_same_source(lane: str, tmp_path: Path) -> None:
+    one = write_pattern(tmp_path / "one", SIZE, zero_every=16)
+    other = write_pattern(tmp_path / "other", SIZE, zero_every=16)
+    touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
+    async with (
+        run_server(str(one), "--identity", "build 42") as (_, uri),
+        begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner),
+    ):
+        await pulling.kill()
+        assert (await resumed_from([str(other), "--identity", "build 43"], owner, lane))[0] == 2
+        assert (await resumed_from([str(other), "--identity", "build 42"], owner, lane))[0] == 0
+        await check_verified(owner)

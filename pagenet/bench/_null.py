@@ -167,6 +167,8 @@ class _NullPiece:
     def zero_map(self, offset: int, pages: int, page_size: int) -> None:
         return None
 
+    def check_unchanged(self) -> None: ...
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         raise NotImplementedError("lanes in C read memory, and there is none")
 

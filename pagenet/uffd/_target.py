@@ -162,9 +162,12 @@ class UffdTarget:
         if self._map_fd is None:
             return Residency(self.region.pages)
         note = Note(source, self._second is not None, tuple(self._mappings), self._outside_is_zero)
-        if self._recover is not None and self._recover.source != source:
-            other = f"{source.hex()[:8]} instead of {self._recover.source.hex()[:8]}"
-            raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
+        if self._recover is not None and (was := self._recover.source) != source:
+            other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
+            raise UsageError(
+                f"this source is not the one whose pages were coming, but another machine's, or was changed since ({other}): "
+                f"if it holds the same bytes, serve it with --identity {was.hex()}"
+            )
         file, self._map_fd = self._map_fd, None  # the map's to close
         try:
             return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover is not None)
