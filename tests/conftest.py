@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import time
@@ -48,11 +49,34 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count:6}  {outcome}")
 
 
+@functools.cache
+def uffd_refusal() -> str:
+    """Why this user may not use userfaultfd here; nothing if it may."""
+    import pagenet.uffd
+
+    try:
+        pagenet.uffd.probe()
+    except pagenet.Unsupported as error:
+        return str(error)
+    return ""
+
+
+def skip_if_refused(report: pytest.TestReport, item: pytest.Item) -> None:
+    """A test that failed because this user may not use userfaultfd, which its failure says, could not run."""
+    said = report.longreprtext + "".join(text for _, text in report.sections)
+    if (reason := uffd_refusal()) and reason.partition(":")[0] in said:
+        path, line, _ = item.location
+        report.outcome = "skipped"
+        report.longrepr = (path, (line or 0) + 1, f"Skipped: {reason}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.when == "call":
         item.stash[_call_failed] = report.failed
+    if report.failed:
+        skip_if_refused(report, item)
     return report
 
 
@@ -70,13 +94,9 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def uffd_permitted() -> None:
-    """For tests of which userfaultfd is a part."""
-    import pagenet.uffd
-
-    try:
-        pagenet.uffd.probe()
-    except pagenet.Unsupported as error:
-        pytest.skip(str(error))
+    """For tests of which userfaultfd is a part, and whose failure without it would not say so."""
+    if reason := uffd_refusal():
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["trio", "native"])
