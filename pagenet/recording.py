@@ -141,12 +141,14 @@ def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what:
         fields: Any = msgpack.unpackb(body)
     except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
         raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
-    found = fields.get("format") if isinstance(fields, dict) else None
-    if not isinstance(found, str) or found not in versions:  # it may be a list, which cannot be looked up
+    kind = fields.get("format") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in versions:
         raise UsageError(f"{name} is not a {what} of pagenet's")
-    known = versions[found]
-    if fields.get("version") != known:
-        raise UsageError(f"{name} is a {what} of version {fields.get('version')!r}: this pagenet reads version {known}")
+    version, known = fields.get("version"), versions[kind]
+    if type(version) is not int:  # not shown: the repr of a deep structure recurses too far
+        raise UsageError(f"{name} is a broken {what}: its version is no number")
+    if version != known:
+        raise UsageError(f"{name} is a {what} of version {version}: this pagenet reads version {known}")
     return dict(fields)
 
 

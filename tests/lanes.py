@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import trio
 
-from pagenet import Block, Region, Run, _native
+from pagenet import Block, Region, RemoteProtocolError, Run, SourceLost, _native
 from pagenet.background import CHUNK_BYTES, Background
 from pagenet.filling import Filling
 from pagenet.lane import TrioLanes
@@ -99,7 +99,8 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 
 
 class Memory:
-    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it."""
+    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it.
+    ``page_size``: pages that its owner wants whole, even if the system's are smaller."""
 
     _outside: _native.Mapped | None = None
 
@@ -110,10 +111,11 @@ class Memory:
         high: int = 8,
         hole: int | None = 5,
         *,
+        page_size: int | None = None,
         outside_is_zero: bool = False,
     ) -> None:
         self.kind = kind
-        self.page_size = (2 << 20) if kind == "hugetlb" else PAGE
+        self.page_size = page_size or ((2 << 20) if kind == "hugetlb" else PAGE)
         self.wire = Region([Block("low", low * self.page_size), Block("high", high * self.page_size)])
         runs = [Run(low, high), Run(0, low if hole is None else hole)]
         if hole is not None:
@@ -431,6 +433,9 @@ class NativeDriver:
     def wait_complete(self) -> None:
         assert poll(self.done_fd, select.POLLIN, PATIENCE), "not complete"
 
+    def is_running(self, lane: str) -> bool:
+        return self.running[lane].is_running
+
     def end_of(self, lane: str) -> _native.End:
         return self.running[lane].join()
 
@@ -455,6 +460,7 @@ class TrioDriver:
         self._sockets = [demand, background]
         self._started = threading.Event()
         self._thread: Call | None = None
+        self._end: _native.End | None = None
 
     def start(self, lane: str) -> None:
         if self._thread is None:
@@ -481,11 +487,28 @@ class TrioDriver:
     def wait_complete(self) -> None:
         wait_until(self._rig.filling.completed.is_set, "completion")
 
+    def is_running(self, lane: str) -> bool:
+        return self._thread is not None and self._thread.is_running
+
+    def end_of(self, lane: str) -> _native.End:
+        """Of both, as of a loop in C: they end together, with what one of them raises."""
+        assert self._thread is not None
+        try:
+            self._thread.join()
+        except RemoteProtocolError as error:
+            self._end = _native.End(_native.END_PROTOCOL, 0, str(error))
+        except SourceLost as error:
+            kind = _native.END_FAILED if str(error).startswith("the source cannot go on") else _native.END_CLOSED
+            self._end = _native.End(kind, 0, str(error))
+        assert self._end is not None, "they were stopped"
+        return self._end
+
     def stop(self) -> None:
         with suppress(trio.RunFinishedError):
             trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
         assert self._thread is not None
-        self._thread.join()
+        if self._end is None:
+            self._thread.join()
 
     def close(self) -> None:
         for sock in self._sockets:
