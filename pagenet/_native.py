@@ -930,6 +930,10 @@ class SourceLoop:
         """Pages that were asked for in that class, so far."""
         return self._last_asked[class_] if self._source is None else int(lib.pn_source_asked(self._source, class_))
 
+    def kept(self) -> int:
+        """Bytes that are kept now because sockets are full, of all connections."""
+        return 0 if self._source is None else int(lib.pn_source_kept(self._source))
+
     def ended(self) -> Iterator[tuple[int, End]]:
         """Connections that have ended since the last call, and why."""
         number, end = ffi.new("uint64_t *"), ffi.new("struct pn_end *")

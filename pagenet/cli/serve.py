@@ -11,10 +11,10 @@ import trio
 
 from ..control import Control
 from ..rdma import PIN_LIMIT
-from ..serving import serve
+from ..serving import MAX_LANES, MAX_SESSIONS, serve
 from ..source import Source, named_identity, open_source
 from ..testing.pattern import parse_size
-from ._command import Parser, Report, add_lane_option
+from ._command import Parser, Report, add_lane_option, count
 from ._control import add_control_option, run_controlled
 
 __all__ = ["main"]
@@ -60,6 +60,20 @@ def _parser() -> Parser:
         metavar="SIZE",
         help="memory that rdma:// may register, and so pin, at a time (default: 256M)",
     )
+    parser.add_argument(
+        "--max-sessions",
+        type=count,
+        default=MAX_SESSIONS,
+        metavar="N",
+        help="destinations that are served at a time where they dial; more are refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-lanes",
+        type=count,
+        default=MAX_LANES,
+        metavar="N",
+        help="connections beside control that each of them may have (default: %(default)s)",
+    )
     add_lane_option(parser)
     add_control_option(parser)
     return parser
@@ -90,6 +104,8 @@ async def _serve_source(
         plaintext=options.plaintext,
         lane=options.lane,
         rdma_pin_limit=options.rdma_pin_limit,
+        max_sessions=options.max_sessions,
+        max_lanes=options.max_lanes,
         on_event=report,
     ) as server:
         control.subject = server
