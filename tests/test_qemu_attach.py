@@ -182,13 +182,13 @@ async def test_attached_twice(tmp_path: Path) -> None:
     """As after a pagenet that was killed before the guest came. QEMU is as it was once both have let go."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         async with connect_qmp(b.qmp) as qmp:
-            found = find_ram(b.pid, await describe(qmp))
+            (found,) = find_ram(b.pid, await describe(qmp))
         region = Region([Block("ram", found.mapping.size)])
         assert found.file is not None
-        with closing(AttachedOwner(b.pid, found.mapping, found.file)) as first:
+        with closing(AttachedOwner(b.pid, [found.mapping], [found.file])) as first:
             target = await first.attach(region)
             target.close(target.scope())
-            with closing(AttachedOwner(b.pid, found.mapping, found.file)) as second:
+            with closing(AttachedOwner(b.pid, [found.mapping], [found.file])) as second:
                 with pytest.raises(UsageError, match="somebody else has begun to; start that process again"):
                     await second.attach(region)
                 await second.uproot()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,20 +29,21 @@ _WHY_NOT = {
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mapping``, which is all of ``file`` (/proc/PID/fd/N).
+    """The shared memory of process ``pid`` at ``mappings``, each of which is all of one of ``files`` (/proc/PID/fd/N).
 
     Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
     """
 
-    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+    def __init__(self, pid: int, mappings: Sequence[Mapping], files: Sequence[str]) -> None:
         self.pid = pid
-        self._mapping = mapping
+        self._mappings = mappings
         self._pidfd = -1
-        self._file = -1
+        self._files: list[int] = []
         self._planted: _native.Planted | None = None
         try:
             self._pidfd = os.pidfd_open(pid)
-            self._file = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            for file in files:
+                self._files.append(os.open(file, os.O_RDWR | os.O_CLOEXEC))
             self._check_access()
         except OSError as error:
             self.close()
@@ -91,7 +93,8 @@ class AttachedOwner:
     def empty(self) -> None:
         """What the process has put into its memory so far gives way to what comes."""
         try:
-            _native.punch(self._file, self._mapping.size)
+            for file, mapping in zip(self._files, self._mappings, strict=True):
+                _native.punch(file, mapping.size)
         except OSError as error:
             raise UsageError(f"cannot empty the memory of process {self.pid}: {error.strerror}") from None
 
@@ -101,14 +104,17 @@ class AttachedOwner:
         assert self._planted is not None
         with taking_from(self.pid, self._pidfd) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
-            shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
-            fds.append(shared_fd)
+            # Flat offsets are those of a file only where there is one.
+            shared_fd = os.dup(self._files[0]) if len(self._files) == 1 else None
+            if shared_fd is not None:
+                fds.append(shared_fd)
+            map_fd = self._take(self._planted.map, fds)
             fds.append(locked := _native.lock_map(map_fd))
             fds.remove(map_fd)
             os.close(map_fd)
             target = UffdTarget(
                 uffd,
-                [self._mapping],
+                self._mappings,
                 region,
                 shared_fd=shared_fd,
                 map_fd=locked,
@@ -127,6 +133,7 @@ class AttachedOwner:
 
     def _watch(self, fd: int) -> Userfaultfd:
         features = Feature.EVENT_REMOVE
+        what = f"the memory of process {self.pid}"
         try:
             try:
                 _native.uffd_api(fd, features)
@@ -134,9 +141,10 @@ class AttachedOwner:
                 features = NO_FEATURES
                 _native.uffd_api(fd, features)
             uffd = Userfaultfd(fd, features)
-            uffd.register(self._mapping.address, self._mapping.size, Mode.MISSING)
+            for mapping in self._mappings:
+                what = f"the memory of process {self.pid} at {mapping.address:#x}"
+                uffd.register(mapping.address, mapping.size, Mode.MISSING)
         except OSError as error:
-            what = f"the memory of process {self.pid} at {self._mapping.address:#x}"
             if error.errno == errno.EBUSY:  # and was killed before the guest came: else it would be resumed
                 raise UsageError(f"cannot watch {what}: somebody else has begun to; start that process again") from None
             raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
@@ -144,7 +152,7 @@ class AttachedOwner:
 
     def close(self) -> None:
         """Idempotent. A process that was attached stays so."""
-        for fd in (self._pidfd, self._file):
+        for fd in (self._pidfd, *self._files):
             if fd >= 0:
                 os.close(fd)
-        self._pidfd = self._file = -1
+        self._pidfd, self._files = -1, []
