@@ -182,14 +182,13 @@ async def test_attached_twice(tmp_path: Path) -> None:
     """As after a pagenet that was killed before the guest came. QEMU is as it was once both have let go."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         async with connect_qmp(b.qmp) as qmp:
-            found = find_ram(b.pid, await describe(qmp))
-            found.close()
+            with find_ram(b.pid, await describe(qmp)) as (found,):
+                assert found.file is not None
         region = Region([Block("ram", found.mapping.size)])
-        assert found.file is not None
-        with closing(AttachedOwner(b.pid, found.mapping)) as first:
+        with closing(AttachedOwner(b.pid, [found.mapping])) as first:
             target = await first.attach(region)
             target.close(target.scope())
-            with closing(AttachedOwner(b.pid, found.mapping)) as second:
+            with closing(AttachedOwner(b.pid, [found.mapping])) as second:
                 with pytest.raises(UsageError, match="somebody else has begun to; start that process again"):
                     await second.attach(region)
                 await second.uproot()

@@ -250,7 +250,7 @@ def test_ram_file(exists: bool, tmp_path: Path) -> None:
         ram.touch()
     backend = f"memory-backend-file,id=r,size=1M,mem-path={ram},share=on"
     incoming = prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "m", tmp_path / "u")
-    assert incoming.ram == ram
+    assert incoming.rams == [ram]
     assert ram.stat().st_size == 1 << 20
     monitor = f"unix:{tmp_path / 'm'},server=on,wait=off"
     assert incoming.command[5:] == incoming.added == ["-incoming", "defer", "-S", "-qmp", monitor]

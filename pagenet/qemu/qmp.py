@@ -65,9 +65,17 @@ class Qmp:
         """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone."""
         return await self._ask(name, arguments)
 
+    async def monitor(self, line: str) -> str:
+        """What the monitor for people says to that line. Errors as of :meth:`command`."""
+        return str(await self.command("human-monitor-command", command_line=line)).replace("\r\n", "\n")
+
     async def give(self, name: str, fd: int) -> None:
         """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of :meth:`command`."""
         await self._ask("getfd", {"fdname": name}, fd)
+
+    async def give_set(self, fd: int) -> int:
+        """The same, by a number that stands for a file (``/dev/fdset/NUMBER``) until ``remove-fd``."""
+        return int((await self._ask("add-fd", {}, fd))["fdset-id"])
 
     async def _ask(self, name: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
         number = self._next_id

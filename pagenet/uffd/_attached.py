@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -29,36 +31,38 @@ _WHY_NOT = {
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mapping``, which is all of the file that it holds open.
+    """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it holds open.
 
     Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
     """
 
-    def __init__(self, pid: int, mapping: Mapping) -> None:
+    def __init__(self, pid: int, mappings: Sequence[Mapping]) -> None:
         self.pid = pid
-        self._mapping = mapping
+        self._mappings = mappings
         self._planted: _native.Planted | None = None
-        self._file = -1
+        #: behind each of them
+        self._files: list[int] = []
         try:
             self._process = OtherProcess(pid)
         except OSError as error:
             raise self._refused(error) from None
         try:
-            self._file = self._take_file()
+            for mapping in mappings:
+                self._files.append(self._take_file(mapping))
         except BaseException:
             self.close()
             raise
 
-    def _take_file(self) -> int:
+    def _take_file(self, mapping: Mapping) -> int:
         """Needs what attaching does, and stops nobody."""
         try:
-            file = self._process.take_file([self._mapping])
+            file = self._process.take_file([replace(mapping, offset=0)])
         except OSError as error:
             raise self._refused(error) from None
         if file is None:
             raise UsageError(
                 f"process {self.pid} holds no file open, to read and to write, for its memory at "
-                f"{self._mapping.address:#x}: give it a memory-backend-memfd or memory-backend-file"
+                f"{mapping.address:#x}: give it a memory-backend-memfd or memory-backend-file"
             )
         return file
 
@@ -96,14 +100,15 @@ class AttachedOwner:
                 await trio.to_thread.run_sync(_native.uproot, self.pid, self._process.pidfd, planted)
 
     @property
-    def file(self) -> str:
-        """The file behind the memory, as this process holds it."""
-        return f"/proc/self/fd/{self._file}"
+    def files(self) -> list[str]:
+        """The files behind the memory, as this process holds them."""
+        return [f"/proc/self/fd/{file}" for file in self._files]
 
     def empty(self) -> None:
         """What the process has put into its memory so far gives way to what comes."""
         try:
-            _native.punch(self._file, self._mapping.size)
+            for file, mapping in zip(self._files, self._mappings, strict=True):
+                _native.punch(file, mapping.size)
         except OSError as error:
             raise UsageError(f"cannot empty the memory of process {self.pid}: {error.strerror}") from None
 
@@ -113,14 +118,17 @@ class AttachedOwner:
         assert self._planted is not None
         with taking_from(self._process) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
-            shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
-            fds.append(shared_fd)
+            # Offsets in the region are those of a file only where there is one.
+            shared_fd = os.dup(self._files[0]) if len(self._files) == 1 else None
+            if shared_fd is not None:
+                fds.append(shared_fd)
+            map_fd = self._take(self._planted.map, fds)
             fds.append(locked := self._lock(map_fd))
             fds.remove(map_fd)
             os.close(map_fd)
             target = UffdTarget(
                 uffd,
-                [self._mapping],
+                self._mappings,
                 region,
                 shared_fd=shared_fd,
                 map_fd=locked,
@@ -148,6 +156,7 @@ class AttachedOwner:
         if not is_userfaultfd(fd):  # another thread of it may have put something else there meanwhile
             raise UsageError(f"process {self.pid} has closed the userfaultfd that it was given")
         features = Feature.EVENT_REMOVE
+        what = f"the memory of process {self.pid}"
         try:
             try:
                 _native.uffd_api(fd, features)
@@ -155,9 +164,10 @@ class AttachedOwner:
                 features = NO_FEATURES
                 _native.uffd_api(fd, features)
             uffd = Userfaultfd(fd, features)
-            uffd.register(self._mapping.address, self._mapping.size, Mode.MISSING)
+            for mapping in self._mappings:
+                what = f"the memory of process {self.pid} at {mapping.address:#x}"
+                uffd.register(mapping.address, mapping.size, Mode.MISSING)
         except OSError as error:
-            what = f"the memory of process {self.pid} at {self._mapping.address:#x}"
             if error.errno == errno.EBUSY:  # and was killed before the guest came: else it would be resumed
                 raise UsageError(f"cannot watch {what}: somebody else has begun to; start that process again") from None
             raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
@@ -166,6 +176,5 @@ class AttachedOwner:
     def close(self) -> None:
         """Idempotent. A process that was attached stays so."""
         self._process.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        while self._files:
+            os.close(self._files.pop())
