@@ -44,7 +44,7 @@ def use_recording(path: Path) -> None:
 
 def use_touches(path: Path) -> None:
     touches = load_touches(path)
-    assert all(0 <= page < touches.pages and 0 <= work for page, work in touches.touches)
+    assert all(0 <= page < touches.pages and work >= 0 for page, work in touches.touches)
     touches.save(path)
     assert load_touches(path) == touches
 
