@@ -138,10 +138,11 @@ def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what:
     name = os.fspath(path)
     body = read_whole(path, _MOST_BYTES, what)
     try:
-        fields: Any = msgpack.unpackb(body)
+        found: object = msgpack.unpackb(body)
     except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
         raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
-    kind = fields.get("format") if isinstance(fields, dict) else None
+    fields: dict[str, Any] = found if isinstance(found, dict) else {}
+    kind = fields.get("format")
     if not isinstance(kind, str) or kind not in versions:
         raise UsageError(f"{name} is not a {what} of pagenet's")
     version, known = fields.get("version"), versions[kind]

@@ -34,7 +34,7 @@ class Fuzz:
 
     def rounds(self, count: int) -> Iterator[random.Random]:
         """``count`` of them, fewer under a sanitizer; what fails is said to have done so in the last one that was begun."""
-        began, most = time.monotonic(), max(count // 10, 1) if SANITIZED else count
+        began, most = time.monotonic(), max(count // 3, 1) if SANITIZED else count
         while self.done < most if self.seconds is None else time.monotonic() - began < self.seconds:
             self.said = f"round {self.done}: --fuzz-seed {self.seed + self.done}"
             yield random.Random(self.seed + self.done)
