@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from migrations import check_goes_on, migrate_command, stand_still, status_of
 from processes import run
-from vm import VM, bare_command, check_unbroken, needs_guest, ram_of, run_vm
+from vm import VM, bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
 from pagenet import Block, Region, UsageError
 from pagenet.qemu import connect_qmp, describe
 from pagenet.qemu.machine import ram_of as find_ram
 from pagenet.uffd import AttachedOwner
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 WAITS = ("-incoming", "defer")
 #: runs a command without CAP_SYS_PTRACE

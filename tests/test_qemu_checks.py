@@ -130,7 +130,8 @@ def test_no_room_for_the_ram(tmp_path: Path) -> None:
 AS_NOBODY = """
 import os, sys
 from pagenet.cli.qemu import main
-os.setgroups([]), os.setgid(65534), os.setuid(65534)
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -16,13 +16,13 @@ import trio
 from cable import needs_cable, plugged_cable
 from migrations import check_goes_on, destination, incoming_command, migrate_command, run_incoming
 from processes import run
-from vm import Beat, Serial, bare_command, check_unbroken, needs_guest, qemu_command, ram_of, run_vm
+from vm import Beat, Serial, bare_command, check_unbroken, needs_migration, qemu_command, ram_of, run_vm
 
 from pagenet import PagenetError, Unsupported
 from pagenet.bench._kvm import find_kvm_cpu
 from pagenet.qemu import Qmp, connect_qmp, migrate
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 
 # ---- devices ----

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from migrations import check_goes_on, migrate_command, status_of
 from processes import run
-from vm import bare_command, check_unbroken, in_memfd, needs_guest, qemu_version, run_vm
+from vm import bare_command, check_unbroken, in_memfd, needs_migration, qemu_version, run_vm
 
 pytestmark = [
-    needs_guest,
+    *needs_migration,
     pytest.mark.skipif(qemu_version() < (8, 1), reason="QEMU before 8.1 leaves out every shared RAM"),
 ]
 

@@ -33,6 +33,8 @@ BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
 
 MISSING = [tool for tool in (QEMU, "apt-get", "dpkg-deb", "gcc") if not shutil.which(tool)]
 needs_guest = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+#: for a guest that moves
+needs_migration = [needs_guest, pytest.mark.usefixtures("uffd_permitted")]
 
 # A guest that is emulated on a loaded machine takes its time, and one that hangs should not take the whole test's.
 PATIENCE = 60.0
