@@ -140,13 +140,59 @@ def named_identity(text: str) -> bytes:
     return hashlib.sha256(b"named\n" + os.fsencode(text)).digest()[:16]
 
 
+_DESCRIPTOR = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd/(\d+)")
+
+
+def _descriptor_named(path: str) -> tuple[int, int] | None:
+    """The process and the number, if ``path`` is a descriptor's of a process: /proc/PID/fd/N, by whatever way it is spelt."""
+    directory, name = os.path.split(os.path.abspath(path))
+    match = _DESCRIPTOR.fullmatch(os.path.join(os.path.realpath(directory), name))
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _open_file(path: str) -> int:
+    """For reading. :exc:`OSError`."""
+    # Non-blocking: a FIFO would wait for its writer, instead of being turned away.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = _descriptor_named(path)
+    if descriptor is None or descriptor[0] == os.getpid():
+        return os.open(path, flags)
+    taken = _take_descriptor(*descriptor)
+    try:
+        if not stat.S_ISREG(os.fstat(taken).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file, nor a memfd")
+        if fcntl.fcntl(taken, fcntl.F_GETFL) & (os.O_WRONLY | os.O_PATH):
+            raise OSError(errno.EBADF, "that process may not read it either")
+        # An own place in the file: looking for holes moves it, and theirs is not ours to move.
+        return os.open(f"/proc/self/fd/{taken}", flags)
+    finally:
+        os.close(taken)
+
+
+def _take_descriptor(pid: int, number: int) -> int:
+    """A duplicate of another process's descriptor, which may do what that one may. Opened by its name it could do whatever
+    this user may: root would read what an unprivileged process only has a handle of."""
+    try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            return _native.take_descriptor(pidfd, number)
+        finally:
+            os.close(pidfd)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EBADF):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        if error.errno == errno.EPERM:
+            hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
+            raise PermissionError(errno.EPERM, f"{error.strerror}; {hint}") from None
+        raise
+
+
 def _is_of_a_process(path: str, status: os.stat_result) -> bool:
     """Memory rather than a stored file: named as a process has it (/proc/PID/fd/N), or without a name (a memfd).
 
     It is not watched: the kernel sets its time of change at a fault for writing, also where nothing is written then (KVM and
     virtual devices pin pages so), and an alarm that is false costs a guest."""
-    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
-    return status.st_nlink == 0 or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", directory) is not None
+    return status.st_nlink == 0 or _descriptor_named(path) is not None
 
 
 def _boot_id() -> str:
@@ -158,8 +204,7 @@ class _FilePiece:
 
     def __init__(self, path: str) -> None:
         try:
-            # Non-blocking: a FIFO would wait for its writer, instead of being turned away below.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = _open_file(path)
         except OSError as error:
             raise UsageError(f"cannot open source {path}: {error.strerror}") from None
         self._path = path

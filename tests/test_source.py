@@ -423,8 +423,56 @@ def test_without_permission(shared_holder: Holder) -> None:
             f"cannot open source {file.name}: Permission denied",
             f"cannot read process {shared_holder.pid} at {shared_holder.address:#x}: Operation not permitted "
             "(it takes the same user and ptrace access, or CAP_SYS_PTRACE)",
-            f"cannot open source {descriptor}: Permission denied",
+            f"cannot open source {descriptor}: Operation not permitted; run as root, or as its user with ptrace access "
+            "(kernel.yama.ptrace_scope=0)",
         ]
+
+
+# Holds a file in that way only, and then is an ordinary user.
+HANDLE_HOLDER = """
+import os, sys
+fd = os.open(sys.argv[1], getattr(os, sys.argv[2]))
+if os.getuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+print(fd, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("access", ["O_PATH", "O_WRONLY"])
+def test_descriptor_that_its_process_may_not_read(access: str, tmp_path: Path) -> None:
+    """Whoever serves it, even root, may not either: a handle of a file is no permission."""
+    path = tmp_path / "secret"
+    path.write_bytes(CONTENT)
+    with subprocess.Popen(
+        [sys.executable, "-c", HANDLE_HOLDER, str(path), access], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        descriptor = f"/proc/{process.pid}/fd/{int(process.stdout.readline())}"
+        with pytest.raises(UsageError, match=f"^cannot open source {descriptor}: that process may not read it either$"):
+            open_source(descriptor)
+        process.kill()
+
+
+# Says where it is in its file, whenever it is asked.
+POSITION_HOLDER = """
+import os, sys
+fd = os.memfd_create("held")
+os.write(fd, bytes(20480))
+os.lseek(fd, 7, os.SEEK_SET)
+print(fd, flush=True)
+sys.stdin.readline()
+print(os.lseek(fd, 0, os.SEEK_CUR), flush=True)
+"""
+
+
+def test_place_of_the_process_in_its_file_stays() -> None:
+    with subprocess.Popen([sys.executable, "-c", POSITION_HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        with open_source(f"/proc/{process.pid}/fd/{int(process.stdout.readline())}") as source:
+            assert source.zero_map(Run(0, PAGES)) is not None  # looks for holes
+        told, _ = process.communicate(b"\n")
+        assert told == b"7\n"
 
 
 # ---- what happens to a source while it is served ----
