@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,6 +126,44 @@ def test_no_room_for_the_ram(tmp_path: Path) -> None:
             prepare_incoming([word.replace("size=67108864", "size=64T") for word in command], tmp_path / "a", tmp_path / "b")
     finally:
         ram_of(command).unlink()
+
+
+def plant_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def plant_hard_link(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def plant_fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def plant_file(path: Path, victim: Path) -> None:
+    path.touch()
+    os.chown(path, 65534, -1)
+
+
+@pytest.mark.parametrize(("plant", "says"), [
+    (plant_link, "cannot make the destination's RAM {}: it is a symbolic link: name the file itself"),
+    (plant_hard_link, "{} is another user's file, or has another name too: remove it, or name another one"),
+    (plant_fifo, "{} is not a regular file: name another one for the destination's RAM"),
+    (plant_file, "{} is another user's file, or has another name too: remove it, or name another one"),
+])  # fmt: skip
+def test_planted_where_ram_is_to_be(plant: Callable[[Path, Path], None], says: str, tmp_path: Path) -> None:
+    """Nothing that another user has put there is followed, made longer, waited for, or used."""
+    if plant is plant_file and os.geteuid():
+        pytest.skip("needs root, to give a file to another user")
+    ram, victim = tmp_path / "ram", tmp_path / "victim"
+    victim.touch()
+    plant(ram, victim)
+    backend = f"memory-backend-file,id=r,size=8M,mem-path={ram},share=on"
+    with pytest.raises(UsageError) as raised:
+        prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "a", tmp_path / "b")
+    assert str(raised.value) == says.format(ram)
+    assert victim.stat().st_size == 0
+    assert ram.is_symlink() or ram.exists()
 
 
 AS_NOBODY = """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,20 +33,88 @@ _ON = ("on", "yes", "true", "y")
 _HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
 
 
+@dataclass(frozen=True, slots=True)
+class _RamFile:
+    """A file for QEMU's RAM, which was made here if ``is_new``, and was empty if not."""
+
+    path: Path
+    device: int
+    inode: int
+    is_new: bool
+
+    @classmethod
+    def make(cls, path: Path, size: int) -> _RamFile:
+        """:exc:`UsageError` for a name that something else has: anybody may write in /dev/shm, and nobody is to read a guest's
+        RAM."""
+        try:
+            fd, is_new = _open_ram(path)
+            try:
+                status = os.fstat(fd)
+                _check_ram(path, status, size)
+                if not status.st_size:
+                    os.ftruncate(fd, size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            is_link = error.errno == errno.ELOOP
+            why = "it is a symbolic link: name the file itself" if is_link else error.strerror
+            raise UsageError(f"cannot make the destination's RAM {path}: {why}") from None
+        return cls(path, status.st_dev, status.st_ino, is_new)
+
+    def undo(self) -> None:
+        """Empty, or not there: unless there is another file by now."""
+        with suppress(OSError):
+            fd = os.open(self.path, _RAM_FLAGS)
+            try:
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) == (self.device, self.inode):
+                    os.ftruncate(fd, 0)
+                    if self.is_new:
+                        self.path.unlink()
+            finally:
+                os.close(fd)
+
+
+# What is planted under the name is neither followed nor waited for.
+_RAM_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def _open_ram(path: Path) -> tuple[int, bool]:
+    try:
+        return os.open(path, _RAM_FLAGS | os.O_CREAT | os.O_EXCL, 0o600), True
+    except FileExistsError:
+        return os.open(path, _RAM_FLAGS), False
+
+
+def _check_ram(path: Path, status: os.stat_result, size: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path} is not a regular file: name another one for the destination's RAM")
+    if status.st_uid not in (0, os.geteuid()) or status.st_nlink != 1:
+        raise UsageError(f"{path} is another user's file, or has another name too: remove it, or name another one")
+    if status.st_blocks:
+        raise UsageError(f"{path} holds bytes already: remove it, if no other machine uses it, or name another file")
+    if status.st_size not in (0, size):
+        raise UsageError(f"{path} is {status.st_size} bytes long, and the destination's RAM {size}: remove it")
+
+
 @dataclass(slots=True)
 class Incoming:
     """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``rams``: the files
-    behind its RAM, in the order of the backends' ids, and ``new`` those of them that were made here."""
+    behind its RAM, in the order of the backends' ids."""
 
     command: list[str]
     environment: dict[str, str]
-    rams: list[Path]
-    new: set[Path]
-    added: list[str] = field(default_factory=list)
+    files: list[_RamFile]
+    added: list[str]
+
+    @property
+    def rams(self) -> list[Path]:
+        return [file.path for file in self.files]
 
     def undo(self) -> None:
         """The guest did not come: leave the RAM's files as they were, which is empty, or not there."""
-        _undo(self.rams, self.new)
+        for file in self.files:
+            file.undo()
 
 
 def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
@@ -56,30 +126,21 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
     """
     _check_wanted(command)
     backends = [_parse_backend(options) for options in _ram_options(command)]
-    rams = [ram for ram, _ in backends]
     _check_room(backends)
-    new = {ram for ram in rams if not ram.exists()}
-    made: list[os.stat_result] = []
+    made: list[_RamFile] = []
     try:
-        made.extend(_create(ram, size) for ram, size in backends)
+        made.extend(_RamFile.make(ram, size) for ram, size in backends)
     except UsageError:
-        _undo(rams[: len(made)], new)
+        for file in made:
+            file.undo()
         raise
     added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
     variables = {
         "LD_PRELOAD": ":".join(filter(None, [str(preload_library()), os.environ.get("LD_PRELOAD", "")])),
         "PAGENET_UFFD_SOCKET": str(uffd_socket),
-        "PAGENET_UFFD_FILES": ",".join(f"{status.st_dev}:{status.st_ino}" for status in made),
+        "PAGENET_UFFD_FILES": ",".join(f"{file.device}:{file.inode}" for file in made),
     }
-    return Incoming([*command, *added], {**os.environ, **variables}, rams, new, added)
-
-
-def _undo(rams: Sequence[Path], new: set[Path]) -> None:
-    for ram in rams:
-        with suppress(FileNotFoundError):
-            os.truncate(ram, 0)
-            if ram in new:
-                ram.unlink()
+    return Incoming([*command, *added], {**os.environ, **variables}, made, added)
 
 
 def _check_wanted(command: Sequence[str]) -> None:
@@ -177,16 +238,3 @@ def _check_room(backends: Sequence[tuple[Path, int]]) -> None:
             raise UsageError(f"the destination's RAM is {wanted[device]} bytes, and {ram.parent} has room for {room}: {hint}")
 
 
-def _create(ram: Path, size: int) -> os.stat_result:
-    try:
-        with open(ram, "ab") as file:
-            status = os.fstat(file.fileno())
-            if status.st_blocks:
-                raise UsageError(f"{ram} holds bytes already: remove it, if no other machine uses it, or name another file")
-            if not status.st_size:
-                file.truncate(size)
-    except OSError as error:
-        raise UsageError(f"cannot make the destination's RAM {ram}: {error.strerror}") from None
-    if status.st_size not in (0, size):
-        raise UsageError(f"{ram} is {status.st_size} bytes long, and the destination's RAM {size}: remove it")
-    return status
