@@ -1,8 +1,8 @@
 /* The source's half of the native lanes: requests in, pages out, any number of connections in one loop.
  *
  * A connection costs its struct and its socket's buffers; page bytes go through a buffer of the loop's, or by sendfile
- * straight from the file. Of pages that a full socket refuses, where they are is noted, and they are read again. What is
- * kept is a header, or one chunk that was compressed. */
+ * straight from the file. Of a reply no more is made at a time than a chunk, and only what a full socket refuses of that is
+ * kept, in a buffer of its connection's own: the rest is read once the socket takes more. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 #include "thread.h"
@@ -29,13 +29,13 @@
 
 enum {
     REQUESTS = 128,          /* taken from a socket at a time */
-    CHUNK = 256 << 10,       /* read, or looked through for zeros, at a time: larger ones leave the cache before they are sent */
+    CHUNK = 128 << 10,       /* read, looked through for zeros, or compressed at a time: both sides have it in the cache then; and
+                                as much, with its headers, is kept of a connection at most */
     SENDFILE_MIN = 64 << 10, /* below, one read and one send are cheaper than a send and a sendfile */
-    TURN = CHUNK,            /* bytes of work for one connection before the others have theirs */
+    TURN = 256 << 10,        /* bytes of work for one connection before the others have theirs */
     PACK_WORK = 4,           /* compressing a byte counts for so many; reading and sending it is one */
     REQUEST_WORK = 512,      /* what a request takes whatever it asks for, as bytes */
     MAX_RUNS = CHUNK / 4096,
-    LZ4_BLOCK = 128 << 10,   /* compressed at a time: both sides have it in the cache then; and kept at most, with its headers */
     KEPT_UNITS = 16 << 20,   /* kept of all connections beyond which larger units go as they are: nothing of those is kept */
     FIRST_LOOK = 4 << 10,    /* of a larger unit: most that are not zero are not so from the beginning */
     SAMPLE = 32 << 10,       /* compressed to see what that would be like */
@@ -421,37 +421,40 @@ static bool send_kept(struct pn_source *source, struct conn *conn) {
     return !conn->full;
 }
 
-/* So many bytes of the reply that was begun, or -1. */
-static ssize_t send_from_file(struct pn_source *source, struct conn *conn, size_t size) {
+static void send_from_file(struct pn_source *source, struct conn *conn, size_t size) {
     off_t at = (off_t)conn->at;
     ssize_t sent;
-    source->work += size;
     do {
         sent = sendfile(conn->sock, conn->block->fd, &at, size);
     } while (sent < 0 && errno == EINTR);
-    if (sent < 0 && errno == EAGAIN)
-        return 0;
-    if (sent < 0)
+    if (sent < 0 && errno != EAGAIN)
         end_conn(source, conn, PN_END_BROKEN, errno, "");
     else if (sent == 0) /* the header promised more than there is: this connection can only be cut */
         lose_end(source, conn->block, conn->at);
-    return sent > 0 ? sent : -1;
+    conn->full = sent < (ssize_t)size;
+    source->work += size;
+    if (sent <= 0)
+        return;
+    conn->at += (uint64_t)sent;
+    conn->left -= (uint64_t)sent;
 }
 
-static ssize_t send_by_copy(struct pn_source *source, struct conn *conn, size_t size) {
+static void send_by_copy(struct pn_source *source, struct conn *conn, size_t size) {
     struct iovec part = {source->buffer, size};
-    return read_bytes(source, conn->block, conn->at, source->buffer, size) ? try_send(source, conn, &part, 1, 0) : -1;
+    if (!read_bytes(source, conn->block, conn->at, source->buffer, size))
+        return;
+    conn->at += size;
+    conn->left -= size;
+    send_or_keep(source, conn, &part, 1, 0);
 }
 
 /* Some more pages of the reply that was begun. */
 static void send_pages(struct pn_source *source, struct conn *conn) {
     size_t size = at_most(conn->left, CHUNK);
-    ssize_t sent = conn->by_sendfile ? send_from_file(source, conn, size) : send_by_copy(source, conn, size);
-    if (sent < 0)
-        return;
-    conn->at += (uint64_t)sent;
-    conn->left -= (uint64_t)sent;
-    conn->full = (size_t)sent < size;
+    if (conn->by_sendfile)
+        send_from_file(source, conn, size);
+    else
+        send_by_copy(source, conn, size);
 }
 
 static struct pn_reply reply_to(const struct pn_request *request, uint8_t encoding, uint64_t pages, uint64_t length) {
@@ -531,7 +534,7 @@ static void add_reply(struct batch *batch, struct conn *conn, uint8_t encoding, 
 /* Pages that are not zero, in blocks of whole units, each compressed if that makes it smaller. */
 static void add_packed(struct pn_source *source, struct batch *batch, struct conn *conn, uint8_t *at, uint64_t pages,
                        uint64_t page_size, uint64_t unit, uint8_t **to) {
-    uint64_t most = LZ4_BLOCK / page_size / unit * unit;
+    uint64_t most = CHUNK / page_size / unit * unit;
     for (uint64_t here; pages; pages -= here, at += here * page_size) {
         here = !most ? unit : pages < most ? pages : most;
         size_t size = here * page_size, length = pack(source, conn, at, size, *to);
@@ -541,44 +544,6 @@ static void add_packed(struct pn_source *source, struct batch *batch, struct con
             add_reply(batch, conn, PN_RAW, here, at, size);
         *to += length;
     }
-}
-
-/* The reply of which the socket took `sent` bytes is gone on with from the memory. */
-static void note_place(struct pn_source *source, struct conn *conn, const struct pn_source_block *block,
-                       struct pn_reply *reply, size_t sent) {
-    size_t header = at_most(sent, sizeof *reply), rest = sizeof *reply + reply->length - sent;
-    struct iovec part = {reply, sizeof *reply};
-    conn->block = block;
-    conn->left = at_most(rest, reply->length);
-    conn->at = offset_of(block, reply->first) + reply->length - conn->left;
-    conn->by_sendfile = false;
-    if (header < sizeof *reply)
-        keep(source, conn, &part, 1, header);
-}
-
-/* Replies of which the socket took nothing are as if they had never been made. */
-static void take_back(struct conn *conn, const struct pn_reply *reply) {
-    conn->wire -= sizeof *reply + reply->length;
-    conn->bytes -= reply->length;
-    conn->request.first -= reply->count;
-    conn->request.count += reply->count;
-}
-
-static void send_as_they_are(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, struct batch *batch) {
-    ssize_t sent = try_send(source, conn, batch->parts, batch->count, 0);
-    if (sent < 0)
-        return;
-    size_t whole = 0, part;
-    int first = 0;
-    while (first < batch->runs && (part = sizeof batch->replies[0] + batch->replies[first].length, whole + part <= (size_t)sent)) {
-        whole += part;
-        first++;
-    }
-    conn->full = first < batch->runs;
-    if (conn->full && whole < (size_t)sent)
-        note_place(source, conn, block, &batch->replies[first++], (size_t)sent - whole);
-    while (batch->runs > first)
-        take_back(conn, &batch->replies[--batch->runs]);
 }
 
 /* Read the pages, and send headers and payload of all stretches at once. */
@@ -607,10 +572,7 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn, const st
         at += size;
         left -= run;
     }
-    if (to > source->packed)
-        send_or_keep(source, conn, batch.parts, batch.count, 0);
-    else
-        send_as_they_are(source, conn, block, &batch);
+    send_or_keep(source, conn, batch.parts, batch.count, 0);
 }
 
 /* Pages that are not zero, without keeping any of them. */
@@ -687,7 +649,7 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
     const struct pn_request *request = &conn->request;
     const struct pn_source_block *block = block_of(source, request->first);
     bool packing = packs(source, conn);
-    uint64_t unit = 1ull << request->unit_shift, most = (packing ? LZ4_BLOCK : CHUNK) / block->page_size / unit * unit;
+    uint64_t unit = 1ull << request->unit_shift, most = CHUNK / block->page_size / unit * unit;
     uint64_t pages = request->count < most ? request->count : most ? most : unit, size = pages * block->page_size;
     bool is_large = conn->scanned || (!most && !(packing && may_pack(source, conn, size)));
     if (!is_large && (block->pid > 0 || size < SENDFILE_MIN)) /* a hole reads as zeros: no need to ask for it */
