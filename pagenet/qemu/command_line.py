@@ -126,7 +126,8 @@ def _parse_backend(options: dict[str, str]) -> tuple[Path, int]:
 
 
 def _parse_options(value: str) -> dict[str, str]:
-    """``first,name=value,...``: the first, which may lack its name, is under "". QEMU writes a comma in a value twice. Or JSON."""
+    """``first,name=value,...``, or JSON: the first, which may lack its name, is under "". QEMU writes a comma in a value
+    twice."""
     if value.startswith("{"):
         return _parse_json(value)
     parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
