@@ -14,7 +14,7 @@ All numbers are big-endian. QEMU's own names: ``migration/savevm.c``, ``migratio
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConnectionBroken, PagenetError
@@ -23,6 +23,8 @@ from ..transport import Connection
 
 __all__ = [
     "PAGE",
+    "PIECE",
+    "Memory",
     "RamBlock",
     "changed_pages",
     "devices_of",
@@ -45,8 +47,11 @@ _RAM_SECTION = 0x70616765
 _RAM_VERSION = 4
 _ZERO, _SIZES, _BYTES, _EOS, _SAME_BLOCK = 0x02, 0x04, 0x08, 0x10, 0x20
 _ZEROS = bytes(PAGE)
-# Compared at once: what has not changed is nearly all.
-_PIECE = 16 * PAGE
+#: bytes that are compared at once: what has not changed is nearly all
+PIECE = 16 * PAGE
+
+#: what a block holds: pieces of it by their offsets. One that is not there is zero.
+Memory = Mapping[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,28 +89,31 @@ def _section_end() -> bytes:
     return struct.pack(">QBI", _EOS, _FOOTER, _RAM_SECTION)
 
 
-def every_page(block: RamBlock, memory: bytearray) -> list[bytes]:
+def every_page(block: RamBlock, memory: Memory) -> list[bytes]:
     return _records(block, memory, range(0, block.size, PAGE))
 
 
-def changed_pages(block: RamBlock, before: bytearray, now: bytearray) -> list[bytes]:
+def changed_pages(block: RamBlock, before: Memory, now: Memory) -> list[bytes]:
     """Those of ``block`` in which its ``now`` differs from its ``before``."""
-    if before == now:
-        return []
     offsets = [
         offset
-        for piece in range(0, block.size, _PIECE)
-        if before[piece : piece + _PIECE] != now[piece : piece + _PIECE]
-        for offset in range(piece, min(piece + _PIECE, block.size), PAGE)
-        if before[offset : offset + PAGE] != now[offset : offset + PAGE]
+        for piece in sorted(before.keys() | now.keys())
+        if before.get(piece) != now.get(piece)
+        for offset in range(piece, min(piece + PIECE, block.size), PAGE)
+        if _page(before, offset) != _page(now, offset)
     ]
     return _records(block, now, offsets)
 
 
-def _records(block: RamBlock, memory: bytearray, offsets: Iterable[int]) -> list[bytes]:
+def _page(memory: Memory, offset: int) -> bytes:
+    piece = memory.get(offset - offset % PIECE)
+    return piece[offset % PIECE : offset % PIECE + PAGE] if piece is not None else _ZEROS
+
+
+def _records(block: RamBlock, memory: Memory, offsets: Iterable[int]) -> list[bytes]:
     records, name, flags = [], _named(block.name), 0
     for offset in offsets:
-        page = memory[offset : offset + PAGE]
+        page = _page(memory, offset)
         is_zero = page == _ZEROS
         head = struct.pack(">Q", offset | flags | (_ZERO if is_zero else _BYTES))
         records.append(head + name + (b"\0" if is_zero else page))

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from io import FileIO
 from itertools import chain
 from typing import Protocol
 
@@ -24,7 +25,20 @@ from .. import _native
 from ..errors import PagenetError, UsageError
 from ..session import bare
 from ..transport import Connection
-from ._stream import PAGE, RamBlock, changed_pages, devices_of, every_page, opening, ram_end, ram_start, wait_confirmed
+from ..uffd import Mapped, OtherProcess
+from ._stream import (
+    PAGE,
+    PIECE,
+    Memory,
+    RamBlock,
+    changed_pages,
+    devices_of,
+    every_page,
+    opening,
+    ram_end,
+    ram_start,
+    wait_confirmed,
+)
 from ._talk import give_to_qemu
 from .machine import CAPABILITIES, Machine
 from .qmp import Qmp, QmpEvent
@@ -37,6 +51,10 @@ _UNLIMITED = 10**12
 STEP_TIMEOUT = 60.0
 # Memory of devices is read twice, and kept: what is larger was meant to be the guest's.
 _MAX_BLOCKS_BYTES = 1 << 30
+_CLOSE_TIMEOUT = 1.0
+_ZEROS = bytes(PIECE)
+# The last byte of a page's entry in /proc/PID/pagemap.
+_HAS_PAGE = 0x40
 _SAVE = "xen-save-devices-state"
 _INSTEAD = "use -object memory-backend-file,id=ID,size=SIZE,mem-path=/dev/shm/NAME,share=on"
 
@@ -58,6 +76,10 @@ class Way(Protocol):
 
     async def wait_loaded(self, patience: float) -> None:
         """Until the destination's QEMU has it. :exc:`~pagenet.errors.PagenetError` if it has not."""
+        ...
+
+    async def close(self) -> None:
+        """Whatever has become of it."""
         ...
 
 
@@ -89,6 +111,9 @@ class Migration:
         """This QEMU completes once the other one has confirmed that it has loaded everything."""
         await self._wait_status("completed", patience)
 
+    async def close(self) -> None:
+        """QEMU has closed what it was given."""
+
     async def _wait_status(self, status: str, patience: float) -> None:
         """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
 
@@ -108,34 +133,34 @@ class Saved:
         self._qmp = qmp
         self._connection = bare(devices)
         self._machine = machine
-        self._blocks: list[RamBlock] = []
-        self._sent: list[bytearray] = []
-        self._state = b""
+        self._memory = _DeviceMemory(qmp.pid, [])
+        self._sent: list[Memory] = []
+        self._file = _SavedFile()
+        self._number: int | None = None
 
     async def prepare(self) -> None:
-        self._blocks = await _device_memory(self._qmp, self._machine)
-        self._sent = await self._read_blocks()
-        pages = chain.from_iterable(map(every_page, self._blocks, self._sent))
+        blocks = await _blocks_of(self._qmp, self._machine)
+        self._memory = _DeviceMemory(self._qmp.pid, blocks)
+        self._sent = await self._memory.read()
+        pages = chain.from_iterable(map(every_page, blocks, self._sent))
         kind = self._machine.kind.removesuffix("-machine")
-        await self._send([opening(kind, ["x-ignore-shared"]), *ram_start(self._blocks, pages)])
+        await self._send([opening(kind, ["x-ignore-shared"]), *ram_start(blocks, pages)])
+        self._number = await self._qmp.give_set(self._file.writable)
 
     async def stop(self) -> QmpEvent:
         since = len(self._qmp.events)
         await self._qmp.command("stop")
         stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
-        with closing(_Memory()) as saved:
-            number = await self._qmp.give_set(saved.writable)
-            # With live=False it lets go of the disks too, which the destination is to have; cont takes them back.
-            await self._qmp.command(_SAVE, filename=f"/dev/fdset/{number}", live=False)
-            await self._qmp.command("remove-fd", fdset_id=number)
-            self._state = devices_of(saved.read())
+        # With live=False it lets go of the disks too, which the destination is to have; cont takes them back.
+        await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=False)
         return stop
 
     async def send(self) -> None:
-        if await _device_memory(self._qmp, self._machine) != self._blocks:
+        blocks = self._memory.blocks
+        if await _blocks_of(self._qmp, self._machine) != blocks:
             raise PagenetError("QEMU's devices have changed while the guest was about to leave: try again")
-        pages = chain.from_iterable(map(changed_pages, self._blocks, self._sent, await self._read_blocks()))
-        await self._send([*ram_end(pages), self._state])
+        pages = chain.from_iterable(map(changed_pages, blocks, self._sent, await self._memory.read()))
+        await self._send([*ram_end(pages), devices_of(self._file.read())])
 
     async def wait_loaded(self, patience: float) -> None:
         with trio.move_on_after(patience):
@@ -143,25 +168,69 @@ class Saved:
             return
         raise PagenetError(f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices' state")
 
+    async def close(self) -> None:
+        self._file.close()
+        if self._number is not None:
+            with trio.move_on_after(_CLOSE_TIMEOUT, shield=True), suppress(PagenetError):
+                await self._qmp.command("remove-fd", fdset_id=self._number)
+
     async def _send(self, parts: Sequence[bytes]) -> None:
         with trio.move_on_after(STEP_TIMEOUT):
             await self._connection.send(b"".join(parts))
             return
         raise PagenetError(f"the destination's QEMU did not take the devices' memory for {STEP_TIMEOUT:g} s")
 
-    async def _read_blocks(self) -> list[bytearray]:
-        return [await trio.to_thread.run_sync(self._read, block) for block in self._blocks]
 
-    def _read(self, block: RamBlock) -> bytearray:
-        memory = bytearray(block.size)
+class _DeviceMemory:
+    """The memory of QEMU's devices, read while the guest runs and once more when it stands still."""
+
+    def __init__(self, pid: int, blocks: Sequence[RamBlock]) -> None:
+        self.blocks = blocks
+        self._pid = pid
+        self._private: list[bool] = []
+
+    async def read(self) -> list[Memory]:
         try:
-            _native.read_process(self._qmp.pid, block.address, memoryview(memory))
+            return await trio.to_thread.run_sync(self._read_blocks)
         except OSError as error:
-            raise PagenetError(f"cannot read QEMU's {block.name} (pid {self._qmp.pid}): {error.strerror}") from None
-        return memory
+            what = f"the memory of QEMU's devices (pid {self._pid})"
+            raise PagenetError(f"cannot read {what}: {error.strerror}") from None
+
+    def _read_blocks(self) -> list[Memory]:
+        if not self._private:
+            with closing(OtherProcess(self._pid)) as qemu:
+                mapped = [part for part in qemu.maps() if part.mode.endswith("p") and not part.inode]
+            self._private = [_is_within(block, mapped) for block in self.blocks]
+        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
+            return [
+                self._read(block, _used(block, pagemap) if private else range(0, block.size, PIECE))
+                for block, private in zip(self.blocks, self._private, strict=True)
+            ]
+
+    def _read(self, block: RamBlock, offsets: Iterable[int]) -> Memory:
+        found = {}
+        for offset in offsets:
+            piece = bytearray(min(PIECE, block.size - offset))
+            _native.read_process(self._pid, block.address + offset, memoryview(piece))
+            if piece != _ZEROS[: len(piece)]:
+                found[offset] = bytes(piece)
+        return found
 
 
-class _Memory:
+def _is_within(block: RamBlock, mapped: Sequence[Mapped]) -> bool:
+    return any(part.start <= block.address and block.address + block.size <= part.end for part in mapped)
+
+
+def _used(block: RamBlock, pagemap: FileIO) -> list[int]:
+    """Offsets of the pieces of ``block``, which is private to QEMU, that are not known to be zero: nobody has written to what
+    has no page, in memory or swapped out. Video memory is large, and hardly used."""
+    entries = os.pread(pagemap.fileno(), block.size // PAGE * 8, block.address // PAGE * 8)
+    pages = entries[7::8]
+    step = PIECE // PAGE
+    return [at * PAGE for at in range(0, len(pages), step) if max(pages[at : at + step]) >= _HAS_PAGE]
+
+
+class _SavedFile:
     """A file for QEMU to write into, of which it gets a descriptor: it takes one that can do nothing else."""
 
     def __init__(self) -> None:
@@ -180,7 +249,7 @@ class _Memory:
 _BLOCK = re.compile(r"^ *(\S*) +\d+ \w+ +0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+ +0x([0-9a-f]+) +r[ow] *$", re.MULTILINE)
 
 
-async def _device_memory(qmp: Qmp, machine: Machine) -> list[RamBlock]:
+async def _blocks_of(qmp: Qmp, machine: Machine) -> list[RamBlock]:
     """All memory of that QEMU which is migrated and is in no memory backend."""
     backends = {backend.address for backend in machine.backends}
     told = await qmp.monitor("info ramblock")
@@ -213,7 +282,7 @@ async def _why_not_saved(qmp: Qmp, machine: Machine) -> str | None:
     capabilities = await qmp.command("query-migrate-capabilities")
     if any(known["state"] for known in capabilities if known["capability"] == "dirty-bitmaps"):
         return "dirty bitmaps are to go along (capability dirty-bitmaps)"
-    size = sum(block.size for block in await _device_memory(qmp, machine))
+    size = sum(block.size for block in await _blocks_of(qmp, machine))
     if size > _MAX_BLOCKS_BYTES or size % PAGE:
         return f"its devices have {size} bytes of memory of their own"
     return None

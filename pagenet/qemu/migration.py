@@ -197,21 +197,29 @@ class _Leaving:
         async with open_failing_nursery() as nursery:
             leaves_out = self._machine.leaves_out_ram
             way = Migration(self._qmp, devices, nursery) if leaves_out else Saved(self._qmp, devices, self._machine)
-            await way.prepare()
-            stop = await self._stop(way)
-            # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
-            async with open_failing_nursery() as both:
-                both.start_soon(self.talk.say, "stopped")
-                await way.send()
-            self._on_event("stopped")
-            await self.talk.hear("serving", _ANSWER_TIMEOUT)
-            nursery.start_soon(self._hear_of_failure)
-            await self._wait_loaded(way)
+            try:
+                stop = await self._send_devices(way, nursery)
+            finally:
+                await way.close()
             nursery.cancel_scope.cancel()
         await self._commit()
         self._on_event("switchover", identity=self._server.identity.hex())
         running = await self.talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
+
+    async def _send_devices(self, way: Way, nursery: trio.Nursery) -> QmpEvent:
+        """The guest's stop. When this returns, the other side has everything but pages."""
+        await way.prepare()
+        stop = await self._stop(way)
+        # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
+        async with open_failing_nursery() as both:
+            both.start_soon(self.talk.say, "stopped")
+            await way.send()
+        self._on_event("stopped")
+        await self.talk.hear("serving", _ANSWER_TIMEOUT)
+        nursery.start_soon(self._hear_of_failure)
+        await self._wait_loaded(way)
+        return stop
 
     async def _stop(self, way: Way) -> QmpEvent:
         await self._guard.should_we_die("resume")
