@@ -11,11 +11,14 @@ import trio
 
 from .errors import RemoteProtocolError
 
-__all__ = ["MAX_STRANGERS", "Admission", "raise_descriptor_limit", "spare_descriptors"]
+__all__ = ["GRACE", "MAX_STRANGERS", "Admission", "raise_descriptor_limit", "spare_descriptors"]
 
 #: Connections whose peers have not said hello. Each costs a task and 100 KiB at most (half a hello, and what it is received
 #: into), so all of them 50 MiB. A peer that connects while others do so 1,000 times a second has half a second to say hello.
 MAX_STRANGERS = 512
+
+#: Seconds that a stranger has at the limit of connections, before it makes room. A hello comes within a round trip.
+GRACE = 0.5
 
 # Of the descriptors that this process may have, so many are for what it does besides: a control socket, a file to open.
 _RESERVED = 32
@@ -25,14 +28,14 @@ class Admission:
     """Counts connections and strangers, which are those among them whose peers have not said hello.
 
     Whoever comes when there are ``max_strangers`` takes the place of the one who has been silent for longest. When there are
-    ``max_connections``, a stranger goes too; without one, whoever comes waits in the listener's backlog.
+    ``max_connections``, a stranger goes too, after GRACE; without one, whoever comes waits in the listener's backlog.
     """
 
     def __init__(self, max_connections: int, max_strangers: int = MAX_STRANGERS) -> None:
         self._max_connections = max_connections
         self._max_strangers = max_strangers
         self._connections = 0
-        self._strangers: dict[trio.CancelScope, None] = {}  # in the order in which they came
+        self._strangers: dict[trio.CancelScope, float] = {}  # when they came, in that order
         self._left = trio.Event()
 
     @property
@@ -46,9 +49,11 @@ class Admission:
     async def wait_place(self) -> None:
         """Return once another connection may be accepted."""
         while self._connections >= self._max_connections:
-            self._evict()
             self._left = trio.Event()
-            await self._left.wait()
+            with trio.move_on_at(min(self._strangers.values(), default=trio.current_time()) + GRACE) as waiting:
+                await self._left.wait()
+            if waiting.cancelled_caught:
+                self._evict()
 
     @contextmanager
     def connection(self) -> Iterator[None]:
@@ -66,7 +71,7 @@ class Admission:
         if len(self._strangers) >= self._max_strangers:
             self._evict()
         with trio.CancelScope() as scope:
-            self._strangers[scope] = None
+            self._strangers[scope] = trio.current_time()
             try:
                 yield
             finally:

@@ -63,15 +63,51 @@ class TrioSourceLane:
             decoder.feed(buffer[:count])
 
     async def _answer(self, request: Request) -> None:
-        began = time.monotonic_ns()
         try:
-            pages = await self._read(request.run)
+            if self._source.region.size_of(request.run) > MAX_REQUEST_BYTES:
+                await self._answer_in_pieces(request)
+            else:
+                await self._answer_at_once(request)
+        except _Cut as error:
+            raise SourceLost(str(error)) from None
         except SourceLost as error:
             reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
             # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
             with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
                 await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
             raise
+
+    async def _answer_in_pieces(self, request: Request) -> None:
+        """A single unit, of up to a gigabyte: a piece of it is in memory at a time, whether the peer reads or not. It is read
+        twice, since its header says whether all of it is zero."""
+        run = request.run
+        if await self._is_zero(run):
+            await self._connection.send(_reply(request, Encoding.ZERO, run, 0))
+            return
+        await self._connection.send(_reply(request, Encoding.RAW, run, self._source.region.size_of(run)))
+        for piece in self._pieces_of(run):
+            size = self._source.region.size_of(piece)
+            try:
+                pages = await self._read(piece)
+            except SourceLost as error:
+                raise _Cut(str(error)) from None
+            await self._connection.send(bytes(size) if pages is None else pages)
+
+    async def _is_zero(self, run: Run) -> bool:
+        for piece in self._pieces_of(run):
+            pages = await self._read(piece)
+            if pages is not None and not _native.leading_alike(pages, 1, len(pages))[1]:
+                return False
+        return True
+
+    def _pieces_of(self, run: Run) -> Iterator[Run]:
+        step = max(MAX_REQUEST_BYTES // self._source.region.page_size_at(run.first), 1)
+        for first in range(run.first, run.end, step):
+            yield Run(first, min(step, run.end - first))
+
+    async def _answer_at_once(self, request: Request) -> None:
+        began = time.monotonic_ns()
+        pages = await self._read(request.run)
         if pages is None:
             await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
             return
@@ -94,9 +130,9 @@ class TrioSourceLane:
     async def _read(self, run: Run) -> memoryview | None:
         """The pages, until the next read; None if they are known to be zero."""
         size = self._source.region.size_of(run)
-        pages = memoryview(bytearray(size)) if len(self._pages) < size else self._pages[:size]
-        if len(self._pages) < size <= MAX_REQUEST_BYTES:  # a single unit may be a gigabyte: that is not kept
-            self._pages = pages
+        if len(self._pages) < size:
+            self._pages = memoryview(bytearray(size))
+        pages = self._pages[:size]
         return pages if await self._source.read_into(run, pages) else None
 
     def _replies(self, request: Request, pages: memoryview, packing: bool) -> Iterator[transport.Buffer]:
@@ -121,6 +157,10 @@ class TrioSourceLane:
                 yield _reply(request, Encoding.RAW, run, size)
                 yield part
             done += size
+
+
+class _Cut(Exception):
+    """The source was lost in the middle of a payload: whatever is sent now would be taken for pages."""
 
 
 def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:
