@@ -139,7 +139,7 @@ async def test_oldest_stranger_makes_room() -> None:
     gone: list[int] = []
 
     async def be_silent(number: int, task_status: trio.TaskStatus[None]) -> None:
-        with pytest.raises(RemoteProtocolError, match="^the peer sent no hello, and others wanted its place$"):
+        with pytest.raises(RemoteProtocolError, match=r"^the peer sent no hello, and others wanted its place$"):
             await admission_of_silent(admission, task_status)
         gone.append(number)
 
