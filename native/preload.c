@@ -153,8 +153,8 @@ static void open_uffd(void) {
     device = device ? device : DEVICE;
     int opened = above_stdio(pn_uffd_open(device, 0));
     if (opened == -EPERM || opened == -EACCES)
-        give_up("may not use userfaultfd: run as root, give this user access to %s (setfacl -m u:%u:rw %s), or set "
-                "vm.unprivileged_userfaultfd (sysctl vm.unprivileged_userfaultfd=1)", device, geteuid(), device);
+        give_up("may not use userfaultfd: run as root, give this user access to %s (setfacl -m u:%u:rw %s, of "
+                "Debian's package acl), or set vm.unprivileged_userfaultfd (sysctl vm.unprivileged_userfaultfd=1)", device, geteuid(), device);
     if (opened < 0)
         give_up("cannot open a userfaultfd: %s: the kernel needs CONFIG_USERFAULTFD", strerror(-opened));
     uint64_t features;

@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 from processes import Process, run, wait_in_faults
-from vm import Serial, bare_command, ram_of
+from vm import Serial, bare_command, rams_of
 
 from pagenet import PagenetError
 from pagenet.qemu import Arrival, connect_qmp, receive
@@ -26,11 +26,22 @@ PATIENCE = 60.0
 
 @dataclass
 class Events:
+    """``ended``: there will be no more, because of ``error`` if that is why."""
+
     said: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     news: trio.Event = field(default_factory=trio.Event)
+    ended: bool = False
+    error: BaseException | None = None
 
     def __call__(self, event: str, /, **fields: Any) -> None:
         self.said.append((event, fields))
+        self._tell()
+
+    def end(self, error: BaseException | None) -> None:
+        self.ended, self.error = True, error
+        self._tell()
+
+    def _tell(self) -> None:
         self.news.set()
         self.news = trio.Event()
 
@@ -40,8 +51,9 @@ class Events:
 
     async def wait(self, name: str) -> dict[str, Any]:
         with trio.fail_after(PATIENCE):
-            while name not in self.names:
+            while name not in self.names and not self.ended:
                 await self.news.wait()
+        assert name in self.names, f"ended before {name!r}, after {self.names}: {self.error!r}"
         return dict(self.said)[name]
 
 
@@ -51,7 +63,7 @@ class Destination:
 
     serial: Serial
     qmp: Path
-    ram: Path
+    rams: list[Path]
     uri: str
     events: Events = field(default_factory=Events)
     arrival: Arrival | None = None
@@ -59,12 +71,18 @@ class Destination:
     ended: trio.Event = field(default_factory=trio.Event)
     leave: trio.Event = field(default_factory=trio.Event)
 
+    @property
+    def ram(self) -> Path:
+        (ram,) = self.rams
+        return ram
+
     async def take(self, command: Sequence[str], options: dict[str, Any]) -> None:
         try:
             async with receive(command, listen=self.uri, on_event=self.events, **options) as self.arrival:
                 await self.arrival.wait_complete()
         except PagenetError as error:
             self.error = error
+        self.events.end(self.error)
         self.ended.set()
         await self.leave.wait()
         if self.arrival is not None:
@@ -79,7 +97,7 @@ async def destination(
     """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a kernel, or ``command``'s."""
     command = command or bare_command(directory, name)
     listen = listen or f"unix:{directory / name}.sock"
-    there = Destination(Serial(name), directory / f"{name}.qmp", ram_of(command), listen)
+    there = Destination(Serial(name), directory / f"{name}.qmp", rams_of(command), listen)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.take, command, options)
@@ -90,7 +108,8 @@ async def destination(
             if not there.ended.is_set() and there.arrival is None:
                 nursery.cancel_scope.cancel()  # nobody came
     finally:
-        ram_of(command).unlink(missing_ok=True)
+        for ram in rams_of(command):
+            ram.unlink(missing_ok=True)
 
 
 async def status_of(monitor: Path) -> str:
@@ -117,6 +136,11 @@ async def stand_still(pid: int) -> None:
 
 
 # ---- the commands ----
+
+
+def attach_command(monitor: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--qmp", str(monitor)]
+    return [*command, "--listen", "tcp://127.0.0.1:0", *options]
 
 
 def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[str]:
@@ -147,7 +171,8 @@ async def run_incoming(
             finally:
                 await kill_machine(pid)
     finally:
-        ram_of(command).unlink(missing_ok=True)
+        for ram in rams_of(command):
+            ram.unlink(missing_ok=True)
 
 
 async def kill_machine(pid: int) -> None:

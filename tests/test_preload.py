@@ -416,6 +416,7 @@ async def test_user_without_access(ram: Path, tmp_path: Path) -> None:
     if os.stat("/dev/userfaultfd").st_mode & stat.S_IRWXO:
         pytest.skip("/dev/userfaultfd lets every user in")
     reason = f"may not use userfaultfd: run as root, give this user access to /dev/userfaultfd (setfacl -m u:{NOBODY}:rw"
+    reason += " /dev/userfaultfd, of Debian's package acl)"
     await check_gives_up(reason, variables(tmp_path / "nobody.sock", [ram]), ram, uid=NOBODY)
 
 

@@ -131,6 +131,15 @@ async def test_destination_is_another_machine(command: Callable[[Path], list[str
         check_unbroken(a.serial)
 
 
+async def test_destination_that_has_ended(tmp_path: Path) -> None:
+    """Who waits for what it says hears of its end instead."""
+    command = [*bare_command(tmp_path, "b"), "-device", "nonsense"]
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        async with destination(tmp_path, command=command):
+            raise AssertionError("not reached")
+    assert raised.group_contains(AssertionError, match="ended before 'listening', .*QEMU has ended with exit status 1")
+
+
 async def test_nobody_there(tmp_path: Path) -> None:
     async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a:
         with pytest.raises(SourceUnreachable):

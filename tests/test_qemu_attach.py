@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from migrations import check_goes_on, migrate_command, stand_still, status_of
+from migrations import attach_command, check_goes_on, migrate_command, stand_still, status_of
 from processes import run
 from vm import VM, bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
@@ -35,11 +35,6 @@ SLOWLY = ("--background", "off", "--prefetch", "0,0")
 
 def machine(directory: Path, name: str, *, incoming: Sequence[str] = ()) -> list[str]:
     return bare_command(directory, name, memory=128 << 20, work=96, extra=incoming)
-
-
-def attach_command(monitor: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--qmp", str(monitor)]
-    return [*command, "--listen", "tcp://127.0.0.1:0", *options]
 
 
 @asynccontextmanager

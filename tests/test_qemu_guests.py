@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 from cable import needs_cable, plugged_cable
-from migrations import check_goes_on, destination, incoming_command, migrate_command, run_incoming
+from migrations import attach_command, check_goes_on, destination, incoming_command, migrate_command, run_incoming
 from processes import run
 from vm import Beat, Serial, bare_command, check_unbroken, needs_migration, qemu_command, ram_of, run_vm
 
@@ -229,6 +229,25 @@ async def test_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
             assert f"Uid:\t{NOBODY}\t{NOBODY}" in Path(f"/proc/{incoming.events[0]['pid']}/status").read_text()
             await check_goes_on(serial)
             check_unbroken(a.serial, serial)
+
+
+@needs_users
+async def test_attaching_to_an_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose QEMU may open the node that PAGENET_UFFD_DEVICE names, and no other."""
+    with nobodys_directory() as directory:
+        monkeypatch.setenv("PAGENET_UFFD_DEVICE", str(directory / "userfaultfd"))
+        waiting = nobodys(bare_command(directory, "b", extra=["-incoming", "defer"]))
+        async with (
+            run_vm(bare_command(directory, "a"), directory, "a") as a,
+            run_vm([*AS_NOBODY, *waiting], directory, "b") as b,
+            run(attach_command(b.qmp)) as incoming,
+        ):
+            uri = (await incoming.event("listening"))["uri"]
+            async with run(migrate_command(a.qmp, uri)) as leaving:
+                assert await leaving.wait() == 0, leaving.stderr
+            assert await incoming.wait() == 0, incoming.stderr
+            await check_goes_on(b.serial)
+            check_unbroken(a.serial, b.serial)
 
 
 @needs_users

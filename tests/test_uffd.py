@@ -233,6 +233,7 @@ def test_user_without_access_is_told_what_to_change() -> None:
     (line,) = result.stderr.splitlines()
     assert line.startswith("userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable for it")
     assert "setfacl -m u:" in line
+    assert "of Debian's package acl" in line
     assert "vm.unprivileged_userfaultfd=1" in line
     assert "CAP_SYS_PTRACE" in line
 

@@ -154,7 +154,7 @@ def ram_of(command: Sequence[str]) -> Path:
 
 def rams_of(command: Sequence[str]) -> list[Path]:
     """The files behind guest RAM: one, or one for each node, or none for a memfd."""
-    return [Path(name) for name in re.findall(r"mem-path=([^,\s]+)", " ".join(command))]
+    return [Path(name) for name in re.findall(r"mem-path(?:=|\":\")([^,\s\"]+)", " ".join(command))]
 
 
 def in_memfd(command: Sequence[str]) -> list[str]:

@@ -132,7 +132,11 @@ class _Attached:
         await trio.lowlevel.wait_readable(self._pidfd)
 
     def has_ended(self) -> bool:
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        """Of a process that ends, its memory goes first, and that is what others notice: its arguments are in there."""
+        try:
+            return not Path(f"/proc/{self.pid}/cmdline").read_bytes() or bool(select.select([self._pidfd], [], [], 0)[0])
+        except OSError:
+            return True
 
     def how(self) -> str:
         return "QEMU has ended"

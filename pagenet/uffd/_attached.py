@@ -30,6 +30,10 @@ _WHY_NOT = {
 }
 
 
+# What there is room for on the stack of the process.
+_MAX_DEVICE = 255
+
+
 class AttachedOwner:
     """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it holds open.
 
@@ -76,14 +80,17 @@ class AttachedOwner:
 
     async def plant(self) -> None:
         """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
+        device = os.environ.get("PAGENET_UFFD_DEVICE", DEVICE)
+        if len(os.fsencode(device)) > _MAX_DEVICE:
+            raise UsageError(f"PAGENET_UFFD_DEVICE is longer than {_MAX_DEVICE} bytes: name a device node with a shorter path")
         try:
-            planted = await trio.to_thread.run_sync(_native.plant, self.pid, self._process.pidfd, DEVICE)
+            planted = await trio.to_thread.run_sync(_native.plant, self.pid, self._process.pidfd, device)
         except OSError as error:
             raise self._refused(error) from None
         if planted.refused in (errno.EPERM, errno.EACCES):
             raise Unsupported(
-                f"process {self.pid} may not use userfaultfd: run it as root, give its user access to {DEVICE} (setfacl -m "
-                f"u:{self._user()}:rw {DEVICE}), or set sysctl vm.unprivileged_userfaultfd=1"
+                f"process {self.pid} may not use userfaultfd: run it as root, give its user access to {device} (setfacl -m "
+                f"u:{self._user()}:rw {device}, of Debian's package acl), or set sysctl vm.unprivileged_userfaultfd=1"
             )
         if planted.refused:
             raise Unsupported(f"process {self.pid} cannot have a userfaultfd: {os.strerror(planted.refused)}")

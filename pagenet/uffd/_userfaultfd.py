@@ -202,7 +202,8 @@ def _open(user_mode_only: bool) -> int:
         if error.errno in (errno.EPERM, errno.EACCES):
             raise Unsupported(
                 f"userfaultfd is not permitted to this user: make {DEVICE} readable and writable for it (setfacl -m "
-                f"u:{os.getuid()}:rw {DEVICE}), or set sysctl vm.unprivileged_userfaultfd=1, or give CAP_SYS_PTRACE"
+                f"u:{os.getuid()}:rw {DEVICE}, of Debian's package acl), or set sysctl vm.unprivileged_userfaultfd=1, or give "
+                "CAP_SYS_PTRACE"
             ) from None
         if error.errno == errno.ENOSYS:
             raise Unsupported("this kernel is built without CONFIG_USERFAULTFD") from None
