@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from migrations import attach_command, check_goes_on, migrate_command, status_of
-from processes import run
+from processes import Process, run
 from vm import VM, bare_command, check_unbroken, in_memfd, needs_migration, qemu_version, run_vm
 
 from pagenet import PagenetError, UsageError
@@ -82,19 +82,20 @@ def narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def two(make: Callable[..., list[str]], directory: Path, *extra: str) -> AsyncIterator[tuple[VM, VM, str]]:
+async def two(make: Callable[..., list[str]], directory: Path, *extra: str) -> AsyncIterator[tuple[VM, VM, Process, str]]:
+    """A machine with further devices, and one without that waits for it."""
     async with (
         run_vm(make(directory, "a", *extra), directory, "a") as a,
         run_vm(make(directory, "b", *WAITS), directory, "b") as b,
         run(attach_command(b.qmp)) as incoming,
     ):
         await a.serial.wait_sweeps(1)
-        yield a, b, (await incoming.event("listening"))["uri"]
+        yield a, b, incoming, (await incoming.event("listening"))["uri"]
 
 
 @pytest.mark.usefixtures("narrowed")
 async def test_saved_devices(tmp_path: Path) -> None:
-    async with two(in_memory, tmp_path) as (a, b, uri):
+    async with two(in_memory, tmp_path) as (a, b, _, uri):
         async with migrate(a.qmp, uri) as server:
             await server.wait_complete()
         await check_goes_on(b.serial)
@@ -104,11 +105,14 @@ async def test_saved_devices(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("narrowed")
 async def test_destination_cannot_load(tmp_path: Path) -> None:
     """The guest goes on, with its devices as they were."""
-    async with two(in_memory, tmp_path, "-device", "virtio-rng-pci") as (a, b, uri):
+    async with two(in_memory, tmp_path, "-device", "virtio-rng-pci") as (a, b, incoming, uri):
         with pytest.raises(MigrationRefused) as raised:
             async with migrate(a.qmp, uri):
                 raise AssertionError("not reached")
         assert "cannot load the guest's devices" in str(raised.value)
+        assert await incoming.wait() == 5
+        assert incoming.stderr.count("\n") == 1
+        assert "cannot load the guest's devices" in incoming.stderr
         assert await status_of(b.qmp) == "gone"
         await check_goes_on(a.serial)
         check_unbroken(a.serial)
@@ -122,7 +126,7 @@ async def test_failure_after_the_stop(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PagenetError("no further")
 
     monkeypatch.setattr(devices.Saved, "send", fails)
-    async with two(in_memory, tmp_path) as (a, _, uri):
+    async with two(in_memory, tmp_path) as (a, _, _, uri):
         with pytest.raises(PagenetError, match="no further"):
             async with migrate(a.qmp, uri):
                 raise AssertionError("not reached")

@@ -129,14 +129,14 @@ class _Attached:
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> None:
-        await trio.lowlevel.wait_readable(self._pidfd)
+        own = os.dup(self._pidfd)  # Trio lets one task wait for a descriptor, and there may be two
+        try:
+            await trio.lowlevel.wait_readable(own)
+        finally:
+            os.close(own)
 
     def has_ended(self) -> bool:
-        """Of a process that ends, its memory goes first, and that is what others notice: its arguments are in there."""
-        try:
-            return not Path(f"/proc/{self.pid}/cmdline").read_bytes() or bool(select.select([self._pidfd], [], [], 0)[0])
-        except OSError:
-            return True
+        return bool(select.select([self._pidfd], [], [], 0)[0])
 
     def how(self) -> str:
         return "QEMU has ended"
