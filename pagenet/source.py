@@ -157,7 +157,12 @@ def _open_file(path: str) -> int:
     descriptor = _descriptor_named(path)
     if descriptor is None or descriptor[0] == os.getpid():
         return os.open(path, flags)
-    taken = _take_descriptor(*descriptor)
+    try:
+        taken = _take_descriptor(*descriptor)
+    except PermissionError:
+        if not _is_ours(descriptor[0]):
+            raise
+        return os.open(path, flags)
     try:
         if not stat.S_ISREG(os.fstat(taken).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file, nor a memfd")
@@ -167,6 +172,12 @@ def _open_file(path: str) -> int:
         return os.open(f"/proc/self/fd/{taken}", flags)
     finally:
         os.close(taken)
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether it is a process of this user's, who has no more rights than it has. Taking from it may be forbidden all the same
+    (kernel.yama.ptrace_scope)."""
+    return os.geteuid() != 0 and os.stat(f"/proc/{pid}").st_uid == os.geteuid()
 
 
 def _take_descriptor(pid: int, number: int) -> int:
