@@ -18,6 +18,7 @@ from namespaces import needs_namespaces
 
 from pagenet.bench import Sample
 from pagenet.bench._far import order_bytes, order_pages
+from pagenet.bench.attacker import ATTACKS
 from pagenet.cli.bench import main
 
 SMALL_FAULT = ("--size", "16M", "--touches", "200", "--rounds", "1", "--threads", "1,3")
@@ -117,6 +118,14 @@ def test_scale() -> None:
     # One byte of the map for each page at least; of the rest, what a small region cannot hide.
     assert 1 <= large["destination_bytes_per_page"] < 400
     assert 0 <= large["source_bytes_per_page"] < 400
+
+
+def test_hostile() -> None:
+    """Every attack is on, and an honest destination gets its pages beside it."""
+    said = events("hostile", "--rounds", "1")
+    rows = {result["attack"]: result for result in results(said, "hostile")}
+    assert set(rows) == set(said[-1]["hostile"]) == {"alone", *ATTACKS}
+    assert all(row["p50_us"] > 0 and row["p99_to_alone"] > 0 for row in rows.values())
 
 
 def test_null() -> None:

@@ -17,6 +17,7 @@ from ._environment import environment
 from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
+from ._hostile import MOST_BESIDE, HostileOptions, HostileResult, measure_hostile
 from ._least import Least
 from ._null import NullResult, measure_null
 from ._peers import Source
@@ -46,6 +47,7 @@ __all__ = [
     "DATA",
     "ENCODINGS",
     "LIMIT_SECONDS",
+    "MOST_BESIDE",
     "ORDERS",
     "PLACEMENTS",
     "QEMU_METHODS",
@@ -57,6 +59,8 @@ __all__ = [
     "EncodingTarget",
     "FaultOptions",
     "FaultResult",
+    "HostileOptions",
+    "HostileResult",
     "Least",
     "Migration",
     "NullResult",
@@ -81,6 +85,7 @@ __all__ = [
     "least_possible",
     "measure_encodings",
     "measure_faults",
+    "measure_hostile",
     "measure_null",
     "measure_qemu",
     "measure_rdma",

@@ -21,7 +21,7 @@ from ..session import receive_exactly
 from ..transport import Connection, Detachable
 from ._peers import Source
 
-__all__ = ["far_socket", "order_bytes", "order_pages", "serve_floors"]
+__all__ = ["blocking", "far_socket", "order_bytes", "order_pages", "serve_floors"]
 
 _ORDER = struct.Struct("<4s4xQQ")
 _PAGES, _BYTES = b"page", b"byte"
@@ -52,7 +52,7 @@ async def _answer(
     peer = connection.peer
     try:
         work = await _order(connection, memory)
-        async with _blocking(connection) as sock:
+        async with blocking(connection) as sock:
             await trio.to_thread.run_sync(work, sock.fileno(), limiter=limiter)
     except (PagenetError, trio.TooSlowError) as error:
         on_event("refused", peer=peer, reason=str(error) or f"it asked for nothing for {_ORDER_TIMEOUT:g} s")
@@ -76,7 +76,7 @@ async def _order(connection: Connection, memory: _native.Mapped) -> Callable[[in
 
 
 @asynccontextmanager
-async def _blocking(connection: Connection) -> AsyncIterator[socket.socket]:
+async def blocking(connection: Connection) -> AsyncIterator[socket.socket]:
     """The connection's socket, for a loop in C in a thread, which a cancellation has to shut down to end."""
     if not isinstance(connection, Detachable):
         raise UsageError(f"{connection.peer}: the floors need a transport over sockets")
@@ -110,7 +110,7 @@ async def far_socket(uri: str) -> AsyncIterator[socket.socket]:
     """A blocking connection to the ``pagenet-bench peer`` there, of the kind that pagenet would use. It waits for an order."""
     connection = await transport.dial(uri)
     try:
-        async with _blocking(connection) as sock:
+        async with blocking(connection) as sock:
             yield sock
     finally:
         connection.close()

@@ -13,6 +13,7 @@ from ..bench import (
     CONTENTS,
     ENCODINGS,
     LIMIT_SECONDS,
+    MOST_BESIDE,
     PLACEMENTS,
     SOURCES,
     EncodingOptions,
@@ -20,6 +21,8 @@ from ..bench import (
     EncodingTarget,
     FaultOptions,
     FaultResult,
+    HostileOptions,
+    HostileResult,
     NullResult,
     RdmaOptions,
     RdmaResult,
@@ -33,6 +36,7 @@ from ..bench import (
     environment,
     measure_encodings,
     measure_faults,
+    measure_hostile,
     measure_null,
     measure_rdma,
     measure_scale,
@@ -59,6 +63,7 @@ _SUITES = {
     "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
     "workload": "The same touches against every order of the background: how many wait, and how long. Needs root.",
     "trace": "Run a program, and write down which pages of its data it touches first, and when: a trace for workload.",
+    "hostile": "How long an honest destination waits for a page while another peer attacks the same source.",
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
@@ -71,7 +76,7 @@ _WORDS = {
 }
 
 MAX_THREADS = 256
-_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "null": 3, "qemu": 3, "workload": 1}
+_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "hostile": 5, "null": 3, "qemu": 3, "workload": 1}
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 #: of the table: what, in words, and what it is beside
@@ -101,7 +106,7 @@ def _parser() -> Parser:
         suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
         if name == "qemu":
             add_qemu_options(suite)
-        if name in ("null", "qemu"):
+        if name in ("hostile", "null", "qemu"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -251,6 +256,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["scale"] = await _scale(options, report)
     if options.suite == "null":
         summary["null"] = await _null(options, report)
+    if options.suite == "hostile":
+        summary["hostile"] = await _hostile(options, report)
     if options.suite == "qemu":
         summary["qemu"] = await bench_qemu(options, report)
     if options.suite == "workload":
@@ -461,6 +468,21 @@ def _scale_summary(result: ScaleResult, first: ScaleResult) -> Fields:
     }
 
 
+async def _hostile(options: argparse.Namespace, report: Report) -> Fields:
+    alone, *attacked = await measure_hostile(HostileOptions(rounds=options.rounds))
+    rows = [_hostile_fields(result, alone) for result in (alone, *attacked)]
+    for row in rows:
+        report("result", suite="hostile", **row)
+    if not report.as_json:
+        _print_hostile(rows)
+    return {row["attack"]: row for row in rows}
+
+
+def _hostile_fields(result: HostileResult, alone: HostileResult) -> Fields:
+    ratios = {f"{name}_to_alone": result.latencies.ratio(alone.latencies, share) for name, share in _SHARES.items()}
+    return {"attack": result.attack or "alone", **_quantiles(result.latencies), **ratios}
+
+
 async def _null(options: argparse.Namespace, report: Report) -> Fields:
     results = await measure_null(rounds=options.rounds)
     for result in results:
@@ -588,6 +610,15 @@ def _print_scale(rows: Sequence[Fields]) -> None:
         ratios = [shown(row[name], "x first") for name in ("p50_to_first", "p99_to_first")]
         weights = [f"{row[name]:.2f}" for name in ("source_bytes_per_page", "destination_bytes_per_page")]
         table.add_row(str(row["bytes"] >> 20), shown(row["p50_us"]), shown(row["p99_us"]), *ratios, *weights)
+    make_console().print(table)
+
+
+def _print_hostile(rows: Sequence[Fields]) -> None:
+    table = make_table("beside", "p50 µs", "p99 µs", "p50 is", "p99 is", f"p99 at most {MOST_BESIDE:g}x")
+    for row in rows:
+        ratios = [shown(row[f"{name}_to_alone"], "x alone") for name in ("p50", "p99")]
+        met = "" if row["attack"] == "alone" else "met" if row["p99_to_alone"] <= MOST_BESIDE else "missed"
+        table.add_row(row["attack"], shown(row["p50_us"]), shown(row["p99_us"]), *ratios, met)
     make_console().print(table)
 
 
