@@ -34,7 +34,6 @@ static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const 
 }
 
 /* The map may be in a file that the owner has, too. */
-#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
 
 static bool is_demand(const struct lane *lane) { return !lane->config->ring; }
 

@@ -7,6 +7,9 @@
 
 struct epoll_event;
 
+/* Of a page, as an unsigned long long. */
+#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+
 #define UNWATCHED 0xffffffffu /* no event mask of epoll's */
 
 enum {

@@ -567,6 +567,10 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(rdma->lane.dest, missing);
+        if (!piece) {
+            pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)missing);
+            return false;
+        }
         uint64_t chunk = min(min(rdma->slot_size, rdma->config.lane.chunk), rdma->window / 2) / piece->page_size;
         struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
         next.count = min(min(*left, chunk ? chunk : 1), piece->first + piece->count - missing);
