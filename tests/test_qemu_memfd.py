@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from migrations import attach_command, check_goes_on, migrate_command, status_of
 from processes import Process, run
+from test_qemu_guests import BLOCKS, echoing, screen, wait_devices, with_devices
 from vm import VM, bare_command, check_unbroken, in_memfd, needs_migration, qemu_version, run_vm
 
 from pagenet import PagenetError, UsageError
@@ -54,6 +55,26 @@ async def test_twice(tmp_path: Path) -> None:
         assert [await status_of(vm.qmp) for vm in (a, b, c)] == ["paused", "paused", "running"]
         check_unbroken(a.serial, b.serial, c.serial)
         assert device_bytes(a.pid, await blocks_of(a)) == device_bytes(c.pid, await blocks_of(c))
+
+
+@needs_addresses
+@pytest.mark.timeout(300)
+async def test_devices(tmp_path: Path) -> None:
+    """On a kernel and two CPUs, with a display, a network and a disk, which goes along."""
+    (tmp_path / "disk").touch()
+    os.truncate(tmp_path / "disk", BLOCKS * 4096)
+    async with (
+        echoing(tmp_path / "echo"),
+        run_vm(in_memfd(with_devices(tmp_path, "a")), tmp_path, "a") as a,
+        run_vm([*in_memfd(with_devices(tmp_path, "b")), *WAITS], tmp_path, "b") as b,
+    ):
+        before = await wait_devices(a.serial)
+        await go(a, b)
+        await wait_devices(b.serial, before)
+        shown = await screen(a.qmp, tmp_path)
+        assert shown == await screen(b.qmp, tmp_path)
+        assert len(set(shown)) == 256
+        check_unbroken(a.serial, b.serial)
 
 
 async def blocks_of(vm: VM) -> list[RamBlock]:

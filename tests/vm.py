@@ -165,7 +165,12 @@ def in_memfd(command: Sequence[str]) -> list[str]:
 
 @functools.cache
 def qemu_version() -> tuple[int, ...]:
-    told = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    """Of the QEMU that is installed; (0, 0) if none is."""
+    if not shutil.which(QEMU):
+        return 0, 0
+    # Under a sanitizer its runtime is preloaded into whatever is started, and QEMU is not made for that.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    told = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True, env=environment).stdout
     found = re.search(r"version (\d+)\.(\d+)", told)
     assert found, told
     return int(found[1]), int(found[2])
