@@ -7,6 +7,9 @@
 
 struct epoll_event;
 
+/* The map may be in a file that the owner has, too. */
+#define PN_WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+
 #define UNWATCHED 0xffffffffu /* no event mask of epoll's */
 
 enum {
