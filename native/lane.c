@@ -33,8 +33,6 @@ static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const 
     va_end(arguments);
 }
 
-/* The map may be in a file that the owner has, too. */
-
 static bool is_demand(const struct lane *lane) { return !lane->config->ring; }
 
 static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
@@ -305,21 +303,24 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         settle(lane, fault, piece, page);
         return false;
     default:
-        end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)page);
+        end_lane(lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)page);
         return false;
     }
 }
 
 /* In one step each, so that a lane which takes the page meanwhile has either taken it before or does not get it: PLACING becomes
- * REMOVING and is left to whoever places it, however often it is given up until then; all else becomes REMOVED. */
+ * REMOVING and is left to whoever places it, however often it is given up until then; all else becomes REMOVED. Lanes change a
+ * page's state a few times; whoever does it more often is the owner, who then gets what it may get. */
 static bool remove_page(struct pn_map *map, uint64_t page) {
-    for (;;) {
+    for (int tries = 0; tries < 64; tries++) {
         int state = pn_map_state(map, page);
         if (state == PN_REMOVING)
             return false;
         if (pn_map_claim(map, page, 1, state, state == PN_PLACING ? PN_REMOVING : PN_REMOVED))
             return state != PN_PLACING;
     }
+    pn_map_set(map, page, 1, PN_REMOVED);
+    return true;
 }
 
 /* The owner gave up [start, end). */
@@ -455,7 +456,7 @@ static bool ask_next(struct lane *lane) {
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
         if (!piece) {
-            end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)missing);
+            end_lane(lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)missing);
             return false;
         }
         uint64_t bytes = at_most(lane->config->chunk, lane->window / 2); /* one request is answered while the next one travels */
@@ -468,8 +469,9 @@ static bool ask_next(struct lane *lane) {
         uint64_t taken = pn_map_claim(map, missing, granted, PN_MISSING, PN_COMING);
         if (taken)
             ask(lane, PN_BACKGROUND, piece, missing, taken);
-        *first += taken;
-        *left -= taken;
+        uint64_t past = taken ? taken : 1; /* none: somebody else has taken that page since it was found */
+        *first += past;
+        *left -= past;
     }
     if (!*left)
         pn_ring_took(ring, lane->config->room_fd);

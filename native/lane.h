@@ -7,8 +7,8 @@
 
 struct epoll_event;
 
-/* Of a page, as an unsigned long long. */
-#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+/* The map may be in a file that the owner has, too. */
+#define PN_WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
 
 #define UNWATCHED 0xffffffffu /* no event mask of epoll's */
 

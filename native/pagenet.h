@@ -162,6 +162,8 @@ void pn_map_set(struct pn_map *map, uint64_t first, uint64_t count, int to);
 uint64_t pn_map_replace(struct pn_map *map, uint64_t first, uint64_t count, int from, int to);
 /* First page of [first, end) that is in that state, or end. */
 uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int state);
+/* First page of [first, end) that is neither RESIDENT nor REMOVED nor POISONED, or end. */
+uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end);
 /* How many pages from first on, below end, are in that state without a gap. */
 uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state);
 uint64_t pn_map_done(const struct pn_map *map);
@@ -241,6 +243,7 @@ struct pn_piece {
 
 struct pn_dest_config {
     struct pn_map *map;
+    uint64_t scope;                 /* pages that are to become resident, whatever the map says by now */
     const struct pn_piece *pieces;  /* ascending by first */
     const uint32_t *by_address;     /* their indices, ascending by address */
     uint64_t piece_count;
@@ -251,7 +254,7 @@ struct pn_dest_config {
     int sealed;                     /* storing through the second mapping is never a SIGBUS: the file cannot become shorter */
     int outside_is_zero;            /* what the owner announced nothing about reads as zero; else it is poisoned */
     int removes;                    /* the uffd reports REMOVE or UNMAP events */
-    int done_fd;                    /* eventfd, written once every page of the scope is in place */
+    int done_fd;                    /* eventfd, written once every page of the scope is in place, if the map is right */
     struct pn_window *window;       /* prefetch: the demand lane's */
     struct pn_fault_log *faults;    /* NULL: nobody wants to know */
     int faults_fd;                  /* eventfd of its reader */

@@ -568,7 +568,7 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(rdma->lane.dest, missing);
         if (!piece) {
-            pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)missing);
+            pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)missing);
             return false;
         }
         uint64_t chunk = min(min(rdma->slot_size, rdma->config.lane.chunk), rdma->window / 2) / piece->page_size;
@@ -585,8 +585,9 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
         uint64_t begun = next.count ? begin(rdma, &next) : 0;
         if (begun < next.count) /* no room for the rest: as if it had not been claimed, unless somebody waits for it by now */
             pn_map_replace(map, missing + begun, next.count - begun, PN_COMING, PN_MISSING);
-        *first += begun;
-        *left -= begun;
+        uint64_t past = next.count ? begun : 1; /* none: somebody else has taken that page since it was found */
+        *first += past;
+        *left -= past;
         ask_ahead(rdma, piece, missing);
         if (begun < next.count)
             return false;

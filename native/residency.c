@@ -1,5 +1,8 @@
 /* The residency map: one byte a page, changed by compare-and-swap alone, so that lanes in threads and in other processes
- * agree on who may ask for a page and who may write it. Counters are relaxed atomics: they order nothing. */
+ * agree on who may ask for a page and who may write it. Counters of statistics are relaxed atomics: they order nothing.
+ *
+ * The owner of the memory may have the map, too, and write to it at any time. So nothing in it is used as a size or an offset:
+ * callers say how many pages there are, every loop is bounded by that, and a state is only compared. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -16,14 +19,19 @@ static void add(uint64_t *counter, uint64_t amount) {
     atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_relaxed);
 }
 
+/* Whoever sees the count sees the states that were counted. */
+static void add_in_order(uint64_t *counter, uint64_t amount) {
+    atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_release);
+}
+
 static bool is_done(int state) { return state == PN_RESIDENT || state == PN_REMOVED || state == PN_POISONED; }
 
 /* Keeps `scope` and `done` exact: each page's transition is one atomic step, and is counted by whoever made it. */
 static void account(struct pn_map *map, int from, int to, uint64_t pages) {
     if (pages && is_done(to) != is_done(from))
-        add(&map->done, is_done(to) ? pages : -pages);
+        add_in_order(&map->done, is_done(to) ? pages : -pages);
     if (pages && (to == PN_OUTSIDE) != (from == PN_OUTSIDE))
-        add(&map->scope, to == PN_OUTSIDE ? -pages : pages);
+        add_in_order(&map->scope, to == PN_OUTSIDE ? -pages : pages);
 }
 
 /* Eight pages are one aligned word: runs are longer than that, and a step for each page is a tenth of what placing it costs. */
@@ -119,6 +127,18 @@ uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int
         else
             return page - first;
     }
+}
+
+uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end) {
+    while (first < end) {
+        if (is_whole(first, end) && atomic_load_explicit(eight(map, first), memory_order_acquire) == eight_times(PN_RESIDENT))
+            first += 8;
+        else if (is_done(pn_map_state(map, first)))
+            first++;
+        else
+            break;
+    }
+    return first;
 }
 
 uint64_t pn_map_done(const struct pn_map *map) {

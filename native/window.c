@@ -71,7 +71,7 @@ static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t b
         uint64_t left = newest->end - newest->first, most = bytes > newest->page_size ? bytes / newest->page_size : 1;
         uint64_t taken = pn_map_claim(map, newest->first, left < most ? left : most, PN_MISSING, PN_REQUESTED);
         *first = newest->first;
-        newest->first += taken;
+        newest->first += taken || !left ? taken : 1; /* somebody else has taken that page since it was found */
         if (newest->first == newest->end)
             stack->newest--;
         if (taken)

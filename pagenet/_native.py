@@ -410,6 +410,8 @@ COUNTERS = {
 #: as it stands in /proc/PID/fd
 MAP_NAME = "pagenet-residency"
 MAX_NOTE = 256 << 10
+# More than any counter comes to. Three of them fit what JSON and msgpack can say.
+_MOST_COUNTED = 1 << 60
 
 
 def _is_small_memfd(file: int) -> bool:
@@ -483,6 +485,9 @@ class SharedMap:
 
     ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own. ``recover``: it has one already,
     whose users are dead. :exc:`OSError`: it is no such memfd, or no map of so many pages.
+
+    Whoever else has the memfd may write to it at any time: the number of pages, and how many of them are to become resident,
+    are kept here, and never read from it again.
     """
 
     def __init__(self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False) -> None:
@@ -508,6 +513,8 @@ class SharedMap:
         except BaseException:
             self.close()
             raise
+        #: pages that are to become resident
+        self.scope = pages
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -515,10 +522,6 @@ class SharedMap:
             self._memory.close()
             os.close(self.fd)
             self.fd = -1
-
-    @property
-    def scope(self) -> int:
-        return int(self.map.scope)
 
     @property
     def done(self) -> int:
@@ -542,6 +545,9 @@ class SharedMap:
     def span(self, first: int, end: int, state: int) -> int:
         return int(lib.pn_map_span(self.map, first, end, state))
 
+    def unsettled(self, first: int, end: int) -> int:
+        return int(lib.pn_map_unsettled(self.map, first, end))
+
     def touched(self, first: int) -> tuple[int, int]:
         """Where from ``first`` on the next pages begin, and end, that are not all "missing" for want of ever being touched."""
         header, pages = lib.pn_map_bytes(0), self.pages
@@ -551,7 +557,8 @@ class SharedMap:
             if error.errno != errno.ENXIO:  # nothing more but holes
                 raise
             return pages, pages
-        return start, min(pages, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header)
+        # A hole may have been made there meanwhile. It is looked at all the same, so that the caller comes to an end.
+        return start, min(pages, max(start + 1, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header))
 
     @property
     def finished(self) -> bool:
@@ -568,10 +575,10 @@ class SharedMap:
         lib.pn_stats_latency(self.map, class_, nanoseconds)
 
     def counters(self, class_: int) -> list[int]:
-        return list(self.map.classes[class_].counters)
+        return [min(int(value), _MOST_COUNTED) for value in self.map.classes[class_].counters]
 
     def latencies(self, class_: int) -> list[int]:
-        return list(self.map.classes[class_].latency)
+        return [min(int(value), _MOST_COUNTED) for value in self.map.classes[class_].latency]
 
 
 # ---- native lanes ----
@@ -639,6 +646,7 @@ class Destination:
         self._by_address = ffi.new("uint32_t[]", order)
         config = ffi.new("struct pn_dest_config *")
         config.map, config.pieces, config.by_address = shared.map, self._pieces, self._by_address
+        config.scope = shared.scope
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import trio
@@ -62,37 +62,43 @@ class Filling:
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
-        if self.residency.is_recovered:
-            try:
+        try:
+            self.residency.confine(target.scope())
+            if self.residency.is_recovered:
                 self._recover()
-            except BaseException:
-                self.residency.close()
-                raise
-        else:
-            for run in _between(target.scope(), self.region.pages):
-                self.residency.set(run, State.OUTSIDE)
-        self.check_complete()
+            self.check_complete()
+        except BaseException:
+            self.residency.close()
+            raise
 
     def _recover(self) -> None:
         """Go on where a destination has died: with the pages that it had under way, and with those who waited for it."""
+        for run in self.target.scope():
+            self._publish_ready(run)
+        for run in self.target.scope():
+            self._leave_all_removed(run)
+            self.target.wake(run)  # faults that were read, and never answered, come again
+
+    def _publish_ready(self, run: Run) -> None:
+        """From the first page to the last, once: the owner may write to the map meanwhile."""
         assert self._two_steps is not None
-        residency = self.residency
-        if residency.scope != sum(run.count for run in self.target.scope()) or any(
-            residency.find(State.OUTSIDE, run.first, run.end) is not None for run in self.target.scope()
-        ):
-            raise HandshakeError("the owner has written to the map of its pages: it is not that of its mappings")
-        while (first := residency.find(State.READY, 0)) is not None:
-            ready = residency.span(Run(first, self.target.piece_of(first).end - first), State.READY)
+        residency, first = self.residency, run.first
+        while (found := residency.find(State.READY, first, run.end)) is not None:
+            first = found
+            ready = residency.span(Run(first, run.end - first), State.READY) or 1
             outcome = self._two_steps.publish(Run(first, ready), again=True)
             # If it is not there, its owner gave it up after it was published: a fault on it will get zeros, as any other.
             residency.set(Run(first, outcome.done), State.RESIDENT)
             residency.add(Class.BACKGROUND, "pages", outcome.done)
+            first += outcome.done
             if outcome.again:
                 self._drain_or_yield()
-        while (page := residency.find(State.REMOVING, 0)) is not None:
+
+    def _leave_all_removed(self, run: Run) -> None:
+        first = run.first
+        while (page := self.residency.find(State.REMOVING, first, run.end)) is not None:
             self._leave_removed(page)
-        for run in self.target.scope():
-            self.target.wake(run)  # faults that were read, and never answered, come again
+            first = page + 1
 
     @property
     def prefetch(self) -> tuple[int, int] | None:
@@ -309,7 +315,7 @@ class Filling:
 
     def _release(self) -> None:
         """Let the owner see pages of the sample that it has not touched. What is complete is not watched any more."""
-        while self._held and not self.residency.complete:
+        while self._held and not self.completed.is_set():
             assert self._two_steps is not None
             with suppress(PagenetError):  # there may be nobody left to see them
                 self._two_steps.publish(Run(self._held.pop(), 1), again=True)
@@ -342,8 +348,10 @@ class Filling:
         self.residency.add(class_, "lz4_wire_bytes", wire_bytes)
 
     def check_complete(self) -> None:
-        """Set :attr:`completed` if every page is in place."""
+        """Set :attr:`completed` if every page is in place. :exc:`~pagenet.errors.HandshakeError` if that is what the owner has
+        made of the map."""
         if self._seconds is None and self.residency.complete:
+            self.residency.check_complete()
             self._seconds = time.monotonic() - self._started
             self.completed.set()
 
@@ -365,14 +373,3 @@ class Filling:
             prefetch=residency.statistics(Class.PREFETCH),
             background=residency.statistics(Class.BACKGROUND),
         )
-
-
-def _between(scope: Sequence[Run], pages: int) -> Iterator[Run]:
-    """What ``scope`` leaves out. The map is not touched where it need not be: a stranger says how large the region is."""
-    end = 0
-    for run in sorted(scope, key=lambda run: run.first):
-        if end < run.first:
-            yield Run(end, run.first - end)
-        end = max(end, run.end)
-    if end < pages:
-        yield Run(end, pages - end)

@@ -104,6 +104,7 @@ class _Pusher:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
             await self._background.wait_turn()
+            await trio.lowlevel.checkpoint()  # what a run names may not be missing any more, time and again
             run = await self._background.next_run(self._background.turn_bytes)
             for part in self._filling.claim(run):
                 size = self._filling.region.size_of(part)

@@ -103,10 +103,12 @@ class LoopLanes:
                 for ring in self._rings:
                     nursery.start_soon(self._feed, ring)
                 nursery.start_soon(self._read_faults)
-                await trio.lowlevel.wait_readable(self._done_fd)
-                self._filling.check_complete()
+                while not self._filling.completed.is_set():  # whoever else writes to the map may have it said too early
+                    await trio.lowlevel.wait_readable(self._done_fd)
+                    os.eventfd_read(self._done_fd)
+                    self._filling.check_complete()
         finally:
-            if not self._filling.residency.complete:  # what is complete is not watched any more
+            if not self._filling.completed.is_set():  # what is complete is not watched any more
                 self._dest.release()
 
     async def _stop_when_cancelled(self) -> None:

@@ -8,7 +8,7 @@ write it. Never backwards: a page that its owner gave up is REMOVED for good.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Self
 
@@ -38,7 +38,8 @@ class State(IntEnum):
     READY = _native.STATES["ready"]
 
 
-_DONE_WITH = (State.RESIDENT, State.REMOVED, State.OUTSIDE, State.POISONED)
+_DONE_WITH = (State.RESIDENT, State.REMOVED, State.POISONED)
+_WROTE = "the owner has written to the map of its pages"
 
 
 class Residency:
@@ -54,6 +55,7 @@ class Residency:
         #: for lanes in C
         self.shared = _native.SharedMap(pages, note, file, recover=recover)
         self.is_recovered = recover
+        self._scope: Sequence[Run] = (Run(0, pages),)
 
     def close(self) -> None:
         self.shared.close()
@@ -64,19 +66,41 @@ class Residency:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def confine(self, scope: Sequence[Run]) -> None:
+        """Nothing is to become resident but ``scope``: all else is OUTSIDE. Of a map that was recovered, it is so.
+
+        :exc:`HandshakeError` if it is not.
+        """
+        self._scope = sorted(scope, key=lambda run: run.first)
+        self.shared.scope = sum(run.count for run in scope)
+        for run in _between(self._scope, self.pages):
+            if not self.is_recovered:
+                self.set(run, State.OUTSIDE)
+            elif self.span(run, State.OUTSIDE) < run.count:
+                raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
+        if self.is_recovered and any(self.find(State.OUTSIDE, run.first, run.end) is not None for run in scope):
+            raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
+
     @property
     def scope(self) -> int:
-        """Pages that are to become resident: all but those OUTSIDE."""
+        """Pages that are to become resident: all but those OUTSIDE. Kept in this process alone."""
         return self.shared.scope
 
     @property
     def done(self) -> int:
-        """Pages of the scope that are RESIDENT, REMOVED or POISONED."""
-        return self.shared.done
+        """Pages of the scope that are RESIDENT, REMOVED or POISONED, as far as the map's counter is right."""
+        return min(self.shared.done, self.scope)
 
     @property
     def complete(self) -> bool:
         return self.done == self.scope
+
+    def check_complete(self) -> None:
+        """It is :attr:`complete`. :exc:`HandshakeError` if not every page of the scope is RESIDENT, REMOVED or POISONED. Looks
+        at each: once, at the end."""
+        for run in self._scope:
+            if (page := self.shared.unsettled(run.first, run.end)) < run.end:
+                raise HandshakeError(f"{_WROTE}: it counts all of them as in place, and page {page} is not")
 
     def finish(self) -> None:
         """The source knows that everything is in place: whoever finds the map has nothing left to do."""
@@ -87,7 +111,7 @@ class Residency:
             return State(self.shared.state(page))
         except ValueError:
             what = f"page {page} is in no state that it can be in"
-            raise HandshakeError(f"the owner has written to the map of its pages: {what}") from None
+            raise HandshakeError(f"{_WROTE}: {what}") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
         """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
@@ -111,25 +135,27 @@ class Residency:
         return self.shared.span(run.first, run.end, state)
 
     def missing(self) -> list[Run]:
-        """The pages that are neither in place nor given up, as runs."""
-        runs: list[Run] = []
-        first = 0
-        while first < self.pages:
+        """The pages of the scope that are neither in place nor given up, as runs of which each lies within one of its own."""
+        return [run for part in self._scope for run in self._missing_of(part)]
+
+    def _missing_of(self, part: Run) -> Iterator[Run]:
+        first = part.first
+        while first < part.end:
             # Looking at what was never touched would cost memory, and a region may be far larger than what came of it.
-            start, end = self.shared.touched(first)
+            start, end = (min(page, part.end) for page in self.shared.touched(first))
             if first < start:
-                runs.append(Run(first, start - first))
-            runs += self._missing_between(start, end)
+                yield Run(first, start - first)
+            yield from self._missing_between(start, end)
             first = end
-        return runs
 
     def _missing_between(self, first: int, end: int) -> Iterator[Run]:
         while first < end:
             state = self.shared.state(first)
             count = self.shared.span(first, end, state)
+            count = count or 1  # whoever else writes to the map has changed it since
             if state not in _DONE_WITH:
                 yield Run(first, count)
-            first += count or 1  # whoever else writes to the map may have changed it since
+            first += count
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
         self.shared.add(class_, _native.COUNTERS[counter], amount)
@@ -141,3 +167,15 @@ class Residency:
         counters = self.shared.counters(class_)
         values = {name: counters[index] for name, index in _native.COUNTERS.items()}
         return ClassStatistics(**values, latency=Histogram(tuple(self.shared.latencies(class_))))
+
+
+def _between(scope: Sequence[Run], pages: int) -> Iterator[Run]:
+    """What ``scope``, in order, leaves out. The map is not touched where it need not be: a stranger says how large the
+    region is."""
+    end = 0
+    for run in scope:
+        if end < run.first:
+            yield Run(end, run.first - end)
+        end = max(end, run.end)
+    if end < pages:
+        yield Run(end, pages - end)

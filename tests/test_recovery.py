@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -362,40 +360,6 @@ async def test_of_another_user(source: str, tmp_path: Path) -> None:
 
 # ---- owners that lie ----
 
-
-def map_of(owner: Process) -> int:
-    """The memfd in which it keeps the map of its pages."""
-    for path in Path(f"/proc/{owner.pid}/fd").iterdir():
-        if _native.MAP_NAME in os.readlink(path):
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    raise AssertionError("it keeps none")
-
-
-def scribble(file: int, seed: int) -> None:
-    """Anything, anywhere: in the counters, and in the states of pages."""
-    order = random.Random(seed)
-    with mmap.mmap(file, 0) as shared:
-        for _ in range(20_000):
-            at = order.randrange(64) if order.random() < 0.1 else order.randrange(len(shared))
-            shared[at] = order.choice([order.randrange(16), order.randrange(256)])
-
-
-@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
-@pytest.mark.parametrize("lane", LANES)
-async def test_map_that_is_scribbled_over_meanwhile(lane: str, memory: str, source: str, tmp_path: Path) -> None:
-    """It costs that transfer, and nothing else: no signal, no traceback, and whoever is told to stop does."""
-    async with run_server(source) as (server, uri):
-        async with begun(uri, tmp_path, memory, lane, background="linear") as (pulling, owner):
-            file = map_of(owner)
-            try:
-                await trio.to_thread.run_sync(scribble, file, 5)
-            finally:
-                os.close(file)
-            pulling.send_signal(signal.SIGTERM)
-            assert await pulling.wait() in (0, 1, 6, -signal.SIGTERM)
-            assert pulling.stderr.count("\n") <= 1, pulling.stderr
-            assert "Traceback" not in pulling.stderr
-        assert not server.has_ended
 
 # An unprivileged process that says it was being filled: a map of pages and the note beside it, a userfaultfd, and a file of
 # root's that it may read. Its arguments: the file, the source's identity, and what it has mapped.

@@ -76,6 +76,7 @@ class ReadLanes:
         while True:
             await lane.wait_idle(WINDOW_CHUNKS)
             await self._background.wait_turn()
+            await trio.lowlevel.checkpoint()  # what a run names may not be missing any more, time and again
             run = await self._background.next_run(self._background.turn_bytes)
             for part in self._filling.claim(run):
                 lane.request_nowait(Class.BACKGROUND, part)
