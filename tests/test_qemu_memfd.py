@@ -32,6 +32,18 @@ def with_display(directory: Path, name: str, *extra: str) -> list[str]:
     return in_memory(directory, name, "-device", "VGA", "-device", "virtio-net-pci", *extra)
 
 
+def with_disk(directory: Path, name: str, *extra: str) -> list[str]:
+    """One that both machines see, and that only one of them may have at a time: QEMU locks it."""
+    (directory / "disk").touch()
+    os.truncate(directory / "disk", 1 << 20)
+    disk = f"file={directory / 'disk'},format=raw,if=none,id=disk,cache=none"
+    return in_memory(directory, name, "-drive", disk, "-device", "virtio-blk-pci,drive=disk", *extra)
+
+
+def locks(path: Path) -> int:
+    return Path("/proc/locks").read_text().count(f":{path.stat().st_ino} ")
+
+
 async def go(here: VM, there: VM) -> None:
     async with run(attach_command(there.qmp)) as incoming:
         uri = (await incoming.event("listening"))["uri"]
@@ -116,7 +128,7 @@ async def two(make: Callable[..., list[str]], directory: Path, *extra: str) -> A
 
 @pytest.mark.usefixtures("narrowed")
 async def test_saved_devices(tmp_path: Path) -> None:
-    async with two(in_memory, tmp_path) as (a, b, _, uri):
+    async with two(with_disk, tmp_path) as (a, b, _, uri):
         async with migrate(a.qmp, uri) as server:
             await server.wait_complete()
         await check_goes_on(b.serial)
@@ -147,11 +159,14 @@ async def test_failure_after_the_stop(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PagenetError("no further")
 
     monkeypatch.setattr(devices.Saved, "send", fails)
-    async with two(in_memory, tmp_path) as (a, _, _, uri):
+    async with two(with_disk, tmp_path) as (a, b, _, uri):
+        held = locks(tmp_path / "disk")
         with pytest.raises(PagenetError, match="no further"):
             async with migrate(a.qmp, uri):
                 raise AssertionError("not reached")
         await check_goes_on(a.serial)
+        assert await status_of(b.qmp) == "gone"
+        assert locks(tmp_path / "disk") == held > 0
         check_unbroken(a.serial)
 
 

@@ -151,8 +151,8 @@ class Saved:
         since = len(self._qmp.events)
         await self._qmp.command("stop")
         stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
-        # With live=False it lets go of the disks too, which the destination is to have; cont takes them back.
-        await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=False)
+        # With live=True it lets go of the disks too, which the destination is to have; cont takes them back.
+        await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=True)
         return stop
 
     async def send(self) -> None:
