@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 import pagenet
-from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, SourceLost, UsageError, transport
+from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, SourceLost, SourceUnreachable, UsageError, transport
 from pagenet._native import Packer
 from pagenet.protocol import (
     FRAME_HEADER,
@@ -334,6 +334,60 @@ async def serve_at(uri: str, path: Path, events: Events) -> None:
 async def expect_source_lost(action: Callable[[], Any]) -> None:
     with pytest.raises(SourceLost):
         await action()
+
+
+# ---- limits ----
+
+
+async def test_more_sessions_than_there_may_be(somewhere: str, memory_file: Path, tmp_path: Path) -> None:
+    """One is refused, with the reason and the option; a session that ends makes room."""
+    events = Events()
+    async with pagenet.serve(str(memory_file), listen=somewhere, on_event=events, max_sessions=1) as server:
+        served = Served(server, events, tmp_path / "copy")
+        async with connected(served.uri) as (control, lane):
+            with pytest.raises(SourceUnreachable, match=r"is busy: 1 destinations are served already.*--max-sessions"):
+                await served.pull()
+            await lane.send(request(1, 1))
+            await control.send(Bye(False))  # whoever was served already does not notice
+            await events.wait("left")
+        await served.pull()
+    await events.check_one("refused", "--max-sessions")
+
+
+async def test_more_lanes_than_there_may_be(somewhere: str, memory_file: Path) -> None:
+    events = Events()
+    async with (
+        pagenet.serve(str(memory_file), listen=somewhere, on_event=events, max_lanes=1) as server,
+        connected(server.uri) as (control, lane),
+    ):
+        session = next(iter(server._sessions))
+        another = await transport.dial(server.uri)
+        with pytest.raises(SourceUnreachable, match=r"is busy: a session may have 1 lanes.*--max-lanes"):
+            await greet(MessageStream(another), Hello(Role.DESTINATION, Channel.BACKGROUND, session))
+        another.close()
+        await lane.send(request(1, 1))
+        await control.send(Bye(False))
+        await events.wait("left")
+    await events.check_one("refused", "--max-lanes")
+
+
+@pytest.mark.parametrize("data", [b"", hello(Role.DESTINATION)[:-1]], ids=["nothing", "half a hello"])
+async def test_silent_peers_make_room(served: Served, mock_clock: trio.testing.MockClock, data: bytes) -> None:
+    """By a clock that stands still: at the limit the oldest goes, and nobody's time is up."""
+    served.server.admission._max_strangers = 3
+    silent = []
+    for number in range(3):
+        silent.append(await transport.dial(served.uri))
+        await silent[-1].send(data)
+        while served.server.admission.strangers <= number:
+            await trio.lowlevel.checkpoint()
+    newcomer = await transport.dial(served.uri)
+    assert b"others wanted its place" in await until_closed(silent[0])
+    await served.events.check_one("refused", "others wanted its place")
+    assert served.server.admission.strangers == 3
+    for connection in (*silent, newcomer):
+        connection.close()
+    await served.pull()
 
 
 # ---- sources that break the rules ----

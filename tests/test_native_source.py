@@ -703,3 +703,46 @@ def start_processes(stopped: threading.Event) -> int:
         subprocess.run(["/bin/true"], preexec_fn=lambda: time.sleep(0.002), check=True)
         count += 1
     return count
+
+
+# ---- units as large as a peer likes, that it does not read ----
+
+HUGE_SHIFT = 16
+HUGE_UNIT = PAGE << HUGE_SHIFT  # 256 MiB
+KEPT_MOST = 132 << 10  # a chunk that was compressed, and its headers
+
+
+@pytest.fixture
+def huge_source(tmp_path: Path) -> Sparse:
+    """One unit of 256 MiB that does not compress, in a file that has 4 MiB of it and holes: none of it is zero as a whole."""
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.write(random.Random(1).randbytes(4 << 20))
+        file.truncate(HUGE_UNIT)
+    return Sparse(str(path), frozenset(), HUGE_UNIT // PAGE)
+
+
+def resident() -> int:
+    """Bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+@pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_MAYBE, LZ4_ALWAYS], ids=["raw", "lz4 maybe", "lz4 always"])
+@pytest.mark.parametrize("count", [1, 16])
+def test_huge_units_that_nobody_reads(
+    count: int, encodings: int, huge_source: Sparse, make_memory: MakeMemory, serve: MakeServing
+) -> None:
+    """They cost the source what small ones do, and other destinations get their pages meanwhile."""
+    serving = serve(huge_source)
+    before = resident()
+    peers = [serving.connect(buffer_size=1 << 14, encodings=encodings) for _ in range(count)]
+    for peer in peers:
+        peer.ask(0, HUGE_UNIT // PAGE, Class.BACKGROUND, HUGE_SHIFT)
+    for peer in peers:
+        peer.receive(1)  # it has been begun, and the socket is full before it is done
+    other = serving.connect()
+    for page in range(8):
+        other.ask(page, 1)
+        assert other.reply().run == Run(page, 1)
+    assert serving.loop.kept() <= count * KEPT_MOST
+    assert resident() - before < HUGE_UNIT // 4
