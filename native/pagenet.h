@@ -484,7 +484,7 @@ int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
 /* Pages that were asked for in that class, so far. From any thread. */
 uint64_t pn_source_asked(const struct pn_source *source, int class_);
 /* Bytes that are kept now because sockets were full, of all connections: of each a header, or a chunk that was compressed
- * (128 KiB), or a larger unit that was, as long as all keep less than 16 MiB. From any thread. */
+ * (256 KiB), or a larger unit that was, as long as all keep less than 16 MiB. From any thread. */
 uint64_t pn_source_kept(const struct pn_source *source);
 
 /* ---- memory.c: looking at page bytes where Python must not ------------------------------------------------------ */
