@@ -49,7 +49,7 @@ from .rdma import PIN_LIMIT
 from .region import Region
 from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from .source import Source, open_source
-from .source_lane import TrioSourceLane
+from .source_lane import LARGE_UNITS, TrioSourceLane
 from .statistics import ServingStatistics
 
 __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
@@ -112,7 +112,9 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
-        self._asked: Counter[Class] = Counter()  # by lanes in Trio
+        # of lanes in Trio
+        self._asked: Counter[Class] = Counter()
+        self._large_units = trio.Semaphore(LARGE_UNITS)
         self._started = time.monotonic()
         #: where peers may dial; empty if this side dials
         self.uri = ""
@@ -327,7 +329,7 @@ class Server:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source, self._asked).run(unread)
+                await TrioSourceLane(connection, self._source, self._asked, self._large_units).run(unread)
 
     async def _serve_reads(self, connection: transport.OneSided, unread: bytes, session: _Session) -> None:
         try:

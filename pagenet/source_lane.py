@@ -14,7 +14,6 @@ from .errors import ConnectionBroken, ConnectionClosed, SourceLost
 from .protocol import (
     MAX_LZ4_BYTES,
     MAX_REASON_BYTES,
-    MAX_REQUEST_BYTES,
     Class,
     Encoding,
     Reply,
@@ -25,10 +24,13 @@ from .region import Run
 from .session import LAST_WORDS_TIMEOUT
 from .source import Source
 
-__all__ = ["TrioSourceLane"]
+__all__ = ["LARGE_UNITS", "TrioSourceLane"]
 
 _RECEIVE_SIZE = 16 << 10
+_CHUNK = 256 << 10  # kept at most of what a peer does not read, and as much again where it is compressed
 _LZ4_BLOCK = 128 << 10
+#: Units beyond a chunk that may be kept to be compressed, of all lanes: 2 MiB each. More travel as they are.
+LARGE_UNITS = 8
 _SAMPLE = 32 << 10  # compressed to see what that would be like
 
 
@@ -39,8 +41,17 @@ class TrioSourceLane:
     not.
     """
 
-    def __init__(self, connection: transport.Connection, source: Source, asked: Counter[Class] | None = None) -> None:
+    def __init__(
+        self,
+        connection: transport.Connection,
+        source: Source,
+        asked: Counter[Class] | None = None,
+        large_units: trio.Semaphore | None = None,
+    ) -> None:
         self._connection = connection
+        self._large_units = large_units or trio.Semaphore(LARGE_UNITS)
+        self._next = Run(0, 0)  # of the request at hand, what no reply has been made for
+        self._streaming = False  # a reply was begun
         self._asked = Counter() if asked is None else asked  # pages, by class
         self._source = source
         self._pages = memoryview(bytearray())
@@ -64,55 +75,46 @@ class TrioSourceLane:
 
     async def _answer(self, request: Request) -> None:
         try:
-            if self._source.region.size_of(request.run) > MAX_REQUEST_BYTES:
-                await self._answer_in_pieces(request)
-            else:
-                await self._answer_at_once(request)
-        except _Cut as error:
-            raise SourceLost(str(error)) from None
+            for run in self._chunks(request):
+                await self._answer_run(request, run)
         except SourceLost as error:
-            reason = str(error).encode(errors="replace")[:MAX_REASON_BYTES]
             # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
             with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
-                await self._connection.send(_reply(request, Encoding.FAILED, request.run, len(reason)), reason)
+                await self._tell_lost(request, str(error))
             raise
 
-    async def _answer_in_pieces(self, request: Request) -> None:
-        """A single unit, of up to a gigabyte: a piece of it is in memory at a time, whether the peer reads or not. It is read
-        twice, since its header says whether all of it is zero."""
-        run = request.run
-        if await self._is_zero(run):
+    def _chunks(self, request: Request) -> Iterator[Run]:
+        """Whole units, no more of them at a time than are kept for a peer that does not read."""
+        unit = 1 << request.unit_shift
+        most = max(_CHUNK // self._page_size(request.run) // unit, 1) * unit
+        for first in range(request.run.first, request.run.end, most):
+            self._next = Run(first, request.run.end - first)
+            yield Run(first, min(most, request.run.end - first))
+
+    async def _tell_lost(self, request: Request, reason: str) -> None:
+        if not self._streaming:  # else what is sent now would be taken for pages
+            text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
+            await self._connection.send(_reply(request, Encoding.FAILED, self._next, len(text)), text)
+
+    async def _answer_run(self, request: Request, run: Run) -> None:
+        size = self._source.region.size_of(run)
+        choosing = request.may_pack and not request.must_pack and request.class_ is Class.BACKGROUND
+        packing = request.must_pack or (choosing and self._choice.packs)
+        if size <= _CHUNK:
+            await self._answer_chunk(request, run, packing, choosing)
+        elif packing and size <= MAX_LZ4_BYTES and self._large_units.value:
+            async with self._large_units:
+                await self._answer_chunk(request, run, packing, choosing)
+        else:
+            await self._stream(request, run)
+
+    async def _answer_chunk(self, request: Request, run: Run, packing: bool, choosing: bool) -> None:
+        began = time.monotonic_ns()
+        pages = await self._read(run)
+        if pages is None:
             await self._connection.send(_reply(request, Encoding.ZERO, run, 0))
             return
-        await self._connection.send(_reply(request, Encoding.RAW, run, self._source.region.size_of(run)))
-        for piece in self._pieces_of(run):
-            size = self._source.region.size_of(piece)
-            try:
-                pages = await self._read(piece)
-            except SourceLost as error:
-                raise _Cut(str(error)) from None
-            await self._connection.send(bytes(size) if pages is None else pages)
-
-    async def _is_zero(self, run: Run) -> bool:
-        for piece in self._pieces_of(run):
-            pages = await self._read(piece)
-            if pages is not None and not _native.leading_alike(pages, 1, len(pages))[1]:
-                return False
-        return True
-
-    def _pieces_of(self, run: Run) -> Iterator[Run]:
-        step = max(MAX_REQUEST_BYTES // self._source.region.page_size_at(run.first), 1)
-        for first in range(run.first, run.end, step):
-            yield Run(first, min(step, run.end - first))
-
-    async def _answer_at_once(self, request: Request) -> None:
-        began = time.monotonic_ns()
-        pages = await self._read(request.run)
-        if pages is None:
-            await self._connection.send(_reply(request, Encoding.ZERO, request.run, 0))
-            return
-        choosing = request.may_pack and not request.must_pack and request.class_ is Class.BACKGROUND
-        buffers = list(self._replies(request, pages, request.must_pack or (choosing and self._choice.packs)))
+        buffers = list(self._replies(request, run, pages, packing))
         if choosing and self._choice.wants_sample(began):
             self._pack(pages[:_SAMPLE])
         working = time.monotonic_ns() - began
@@ -120,6 +122,32 @@ class TrioSourceLane:
         if choosing:
             now = time.monotonic_ns()
             self._choice.answered(len(pages), sum(map(len, buffers)), now - working, now)
+
+    async def _stream(self, request: Request, unit: Run) -> None:
+        """A unit of which no more than a piece is kept: looked through first, and read again to be sent."""
+        if await self._is_zero(unit):
+            await self._connection.send(_reply(request, Encoding.ZERO, unit, 0))
+            return
+        self._streaming = True
+        await self._connection.send(_reply(request, Encoding.RAW, unit, self._source.region.size_of(unit)))
+        for piece in self._pieces(unit):
+            await self._connection.send(await self._read(piece) or bytes(self._source.region.size_of(piece)))
+        self._streaming = False
+
+    async def _is_zero(self, unit: Run) -> bool:
+        for piece in self._pieces(unit):
+            pages = await self._read(piece)
+            if pages is not None and not _native.leading_alike(pages, 1, len(pages))[1]:
+                return False
+            await trio.lowlevel.checkpoint()
+        return True
+
+    def _pieces(self, unit: Run) -> Iterator[Run]:
+        most = _CHUNK // self._page_size(unit)
+        return (Run(first, min(most, unit.end - first)) for first in range(unit.first, unit.end, most))
+
+    def _page_size(self, run: Run) -> int:
+        return self._source.region.size_of(run) // run.count
 
     def _pack(self, pages: memoryview) -> memoryview | None:
         began = time.monotonic_ns()
@@ -130,14 +158,14 @@ class TrioSourceLane:
     async def _read(self, run: Run) -> memoryview | None:
         """The pages, until the next read; None if they are known to be zero."""
         size = self._source.region.size_of(run)
-        if len(self._pages) < size:
-            self._pages = memoryview(bytearray(size))
-        pages = self._pages[:size]
+        pages = memoryview(bytearray(size)) if len(self._pages) < size else self._pages[:size]
+        if len(self._pages) < size <= _CHUNK:  # a larger one is not kept
+            self._pages = pages
         return pages if await self._source.read_into(run, pages) else None
 
-    def _replies(self, request: Request, pages: memoryview, packing: bool) -> Iterator[transport.Buffer]:
-        """Headers and payloads that cover the request: units that are zero as a flag, the others as they are or compressed."""
-        page_size = len(pages) // request.run.count
+    def _replies(self, request: Request, whole: Run, pages: memoryview, packing: bool) -> Iterator[transport.Buffer]:
+        """Headers and payloads that cover the run: units that are zero as a flag, the others as they are or compressed."""
+        page_size = len(pages) // whole.count
         unit = page_size << request.unit_shift
         done = 0
         while done < len(pages):
@@ -146,7 +174,7 @@ class TrioSourceLane:
             if not zero and packing:
                 size = min(size, max(_LZ4_BLOCK // unit, 1) * unit)
             part = pages[done : done + size]
-            run = Run(request.run.first + done // page_size, size // page_size)
+            run = Run(whole.first + done // page_size, size // page_size)
             packed = self._pack(part) if packing and not zero and size <= MAX_LZ4_BYTES else None
             if zero:
                 yield _reply(request, Encoding.ZERO, run, 0)
@@ -157,10 +185,6 @@ class TrioSourceLane:
                 yield _reply(request, Encoding.RAW, run, size)
                 yield part
             done += size
-
-
-class _Cut(Exception):
-    """The source was lost in the middle of a payload: whatever is sent now would be taken for pages."""
 
 
 def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:
