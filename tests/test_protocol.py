@@ -847,7 +847,7 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
             await session.open_lane(Channel.BACKGROUND)
             await lane.send(requests.open(Class.DEMAND, Run(512, 512), unit_shift=9).encode())
             assert await receive_reply(lane, requests) == b"c" * (2 << 20)
-            os.truncate("ram", 1 << 20)
+            os.truncate("ram", 0)
             await lane.send(requests.open(Class.DEMAND, Run(0, 512), unit_shift=9).encode())
             assert b"cannot be read any more" in await receive_reply(lane, requests)
             with pytest.raises(pagenet.SourceLost, match="cannot be read any more"):
