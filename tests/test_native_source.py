@@ -409,6 +409,141 @@ def test_units_too_large_to_be_compressed(tmp_path: Path, serve: MakeServing) ->
         assert peer.pages[1023] == b"text" * (PAGE // 4)
 
 
+# ---- what is kept for peers that do not read ----
+
+KEPT = (256 << 10) + 64 * LANE_HEADER_SIZE  # of one connection
+LARGE_KEPT = 16 << 20  # of all, of larger units that were compressed
+
+
+def large_memory(pages: int, first: bytes = b"1") -> Sparse:
+    """Zeros that were written, so that there is no hole, between a first and a last byte."""
+    fd = os.memfd_create("large", os.MFD_CLOEXEC)
+    os.ftruncate(fd, pages * PAGE)
+    for offset in range(0, pages * PAGE, 1 << 20):
+        os.pwrite(fd, bytes(1 << 20), offset)
+    os.pwrite(fd, first, 0)
+    os.pwrite(fd, b"2", pages * PAGE - 1)
+    return Sparse(f"/proc/self/fd/{fd}", frozenset(), pages)
+
+
+def close_large(memory: Sparse) -> None:
+    os.close(int(memory.path.rpartition("/")[2]))
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_ALWAYS])
+def test_large_unit_that_is_not_read_costs_no_more_than_a_small_one(encodings: int, tcp: bool, serve: MakeServing) -> None:
+    """64 MiB each."""
+    shift, count = 14, 8
+    memory = large_memory(1 << shift)
+    serving = serve(memory)
+    before = resident()
+    peers = [serving.connect(encodings=encodings, tcp=tcp) for _ in range(count)]
+    for peer in peers:
+        peer.ask(0, 1 << shift, unit_shift=shift)
+    for peer in peers:
+        assert peer.requests.reply(peer.receive(LANE_HEADER_SIZE)).encoding is Encoding.RAW
+    other = serving.connect()
+    other.ask(0, 1)
+    other.fetch()  # and nobody waits for them
+    assert serving.loop.kept() <= count * KEPT
+    assert resident() - before < count * (PAGE << shift) // 8
+    got = peers[0].receive(PAGE << shift)
+    assert (got[:1], got[-1:]) == (b"1", b"2")
+    assert not any(got[1:-1])
+    close_large(memory)
+
+
+def resident() -> int:
+    """Bytes of memory that are this process's own."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"RssAnon:\s*(\d+) kB", status)
+    assert match
+    return int(match[1]) << 10
+
+
+@pytest.mark.parametrize("first", [b"1", b"\0"])
+def test_large_unit_is_zero_or_it_is_not(first: bytes, serve: MakeServing) -> None:
+    memory = large_memory(4096, first)
+    peer = serve(memory).connect(encodings=LZ4_ALWAYS)
+    for unit in range(0, 4096, 1024):
+        peer.ask(unit, 1024, unit_shift=10)
+        peer.fetch()
+    shown = [(reply.run, reply.encoding) for reply in peer.replies if reply.encoding is not Encoding.ZERO]
+    raw = [Run(0, 1024)] if first == b"1" else []
+    assert shown == [(run, Encoding.RAW) for run in [*raw, Run(3072, 1024)]]
+    assert (peer.pages[0][:1], peer.pages[4095][-1:]) == (first, b"2")
+    close_large(memory)
+
+
+def test_large_units_are_compressed_as_long_as_little_is_kept(tmp_path: Path, serve: MakeServing) -> None:
+    """Half of each unit is random, so that 1 MiB of 2 is kept: for some of them, and the others travel as they are."""
+    path, order = tmp_path / "units", random.Random(3)
+    half = order.randbytes(1 << 20)
+    path.write_bytes(half + b"text" * (1 << 18))
+    serving = serve(Sparse(str(path), frozenset()))
+    peers = [serving.connect(encodings=LZ4_ALWAYS, buffer_size=4096) for _ in range(40)]
+    for peer in peers:
+        peer.ask(0, 512, unit_shift=9)
+        peer.sock.recv(1, socket.MSG_PEEK)
+    other = serving.connect()
+    other.ask(0, 1)
+    other.fetch()
+    kept = serving.loop.kept()
+    assert LARGE_KEPT // 2 < kept <= LARGE_KEPT + len(peers) * KEPT
+    for peer in peers:
+        peer.fetch()
+        assert b"".join(peer.pages[page] for page in range(512)) == half + b"text" * (1 << 18)
+    assert {peer.replies[0].encoding for peer in peers} == {Encoding.LZ4, Encoding.RAW}
+    assert serving.loop.kept() == 0
+
+
+def test_nothing_is_kept_of_connections_that_are_gone(make_memory: MakeMemory, serve: MakeServing) -> None:
+    serving = serve(make_memory("memfd"))
+    peers = [serving.connect(buffer_size=4096, encodings=encodings) for encodings in (RAW_OR_ZERO, LZ4_ALWAYS) * 5]
+    for peer in peers:
+        for _ in range(20):
+            peer.ask(0, PAGES)
+        peer.reply()
+    assert 0 < serving.loop.kept() <= len(peers) * KEPT
+    for peer in peers:
+        serving.loop.remove(peer.number)
+        serving.wait_end(peer)
+    assert serving.loop.kept() == 0
+
+
+class Weighing:
+    """A connection that takes everything, and notes how much it was given at a time."""
+
+    peer = "a pair of scales"
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self.sent: list[int] = []
+
+    async def send(self, *buffers: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.append(sum(map(len, buffers)))
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        await trio.lowlevel.checkpoint()
+        count, self._request = len(self._request), b""
+        buffer[:count] = Request(0, Class.DEMAND, Run(0, 4096), 12, LZ4_ALWAYS).encode()[:count]
+        return count
+
+    def close(self) -> None: ...
+
+
+def test_lane_in_trio_sends_large_units_in_pieces() -> None:
+    memory = large_memory(4096)
+    with open_source(memory.path) as source:
+        scales = Weighing(bytes(LANE_HEADER_SIZE))
+        trio.run(TrioSourceLane(scales, source).run, b"")
+    assert sum(scales.sent) == LANE_HEADER_SIZE + 4096 * PAGE
+    assert max(scales.sent) <= KEPT
+    close_large(memory)
+
+
 @pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_ALWAYS])
 @pytest.mark.parametrize("kind", ["holes", "memfd holes"])
 def test_serving_does_not_fill_holes(kind: str, encodings: int, make_memory: MakeMemory, serve: MakeServing) -> None:

@@ -328,6 +328,18 @@ def no_file_descriptor_left() -> Iterator[None]:
         yield
 
 
+async def test_accept_takes_one_file_descriptor() -> None:
+    """Where another was needed for a moment, each peer was accepted, and reset."""
+    with await listen() as listener, closing(await dial(listener.uri)) as near:
+        spare = os.open(os.devnull, os.O_RDONLY)
+        with no_file_descriptor_left():
+            os.close(spare)
+            far = await listener.accept()
+        with closing(far):
+            await near.send(b"x")
+            assert await far.receive_into(memoryview(bytearray(1))) == 1
+
+
 async def test_accept_waits_for_file_descriptors() -> None:
     accepted = trio.Event()
 
