@@ -62,8 +62,7 @@ async def check_pulls(uri: str, path: Path) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_huge_units_that_nobody_reads(lane: str, large: Path) -> None:
-    """Each request is 24 bytes. Were what it asks for kept, eight of them would cost half a gigabyte. A lane in Trio has 4 MiB
-    of the unit, and one in C no more than a chunk."""
+    """Each request is 24 bytes. Were what it asks for kept, eight of them would cost half a gigabyte."""
     async with run_server(str(large), "--lane", lane) as (server, uri):
         await check_pulls(uri, large)  # from here on nothing is allocated that any transfer takes
         before = private_memory(server.pid)
@@ -75,7 +74,7 @@ async def test_huge_units_that_nobody_reads(lane: str, large: Path) -> None:
                 await connection.send(request.encode())
                 await receive_exactly(connection, memoryview(bytearray(LANE_HEADER_SIZE)))  # and not a byte of the pages
             await check_pulls(uri, large)
-            assert private_memory(server.pid) - before < (UNIT if lane == "trio" else UNIT // 8)
+            assert private_memory(server.pid) - before < UNIT // 4
 
 
 @pytest.mark.parametrize("lane", LANES)
