@@ -56,8 +56,8 @@ __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
 
 StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 
-#: Of a source that listens, unless it is told otherwise. Of a lane whose peer does not read at most 260 KiB are kept, so of all
-#: of them 520 MiB, and 32 MiB of large units.
+#: Of a source that listens, unless it is told otherwise. Of a lane whose peer does not read 258 KiB are kept at most, so of all
+#: of them 516 MiB, and 32 MiB of larger units.
 MAX_SESSIONS = 128
 MAX_LANES = 16
 

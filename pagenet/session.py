@@ -80,8 +80,9 @@ class MessageStream:
         unread = self.unread()
         return _Rest(self.connection, unread) if unread else self.connection
 
-    async def receive_hello(self, role: Role) -> Hello:
-        """The peer's hello, in time, in that role, and in a version that we speak."""
+    async def receive_hello(self, role: Role, dialled: bool = False) -> Hello:
+        """The peer's hello, in time, in that role, and in a version that we speak. ``dialled``: it is an answer to ours, which
+        may be that the peer is busy: :exc:`~pagenet.errors.SourceUnreachable`."""
         try:
             with trio.fail_after(HELLO_TIMEOUT):
                 message = await self.receive()
@@ -93,7 +94,7 @@ class MessageStream:
                 if message.role is not role:
                     raise RemoteProtocolError(f"the peer is a {message.role.value} too: one side serves, the other pulls")
                 return message
-            case Failure("busy", text):
+            case Failure("busy", text) if dialled:
                 raise SourceUnreachable(f"{self.connection.peer} is busy: {text}")
             case Failure():
                 raise RemoteProtocolError(f"the peer refused: {message.text}")
@@ -148,7 +149,7 @@ async def greet(stream: MessageStream, ours: Hello) -> Hello:
     # Whoever has answered for a lane takes what comes next for lane headers.
     async with telling(stream) if ours.channel is Channel.CONTROL else nullcontext():
         await stream.send(ours)
-        theirs = await stream.receive_hello(_opposite(ours.role))
+        theirs = await stream.receive_hello(_opposite(ours.role), dialled=ours.role is Role.DESTINATION)
         if theirs.channel is not ours.channel:
             raise RemoteProtocolError(f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}")
         return theirs

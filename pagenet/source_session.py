@@ -71,9 +71,9 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
     """A session with the source that listens on ``uri``. :exc:`~pagenet.errors.SourceUnreachable` if there is none."""
     connections: list[Connection] = []
 
-    async def dial(ours: Hello) -> tuple[Hello, MessageStream]:
-        connections.append(await transport.dial(uri))
-        stream = MessageStream(connections[-1])
+    async def converse(connection: Connection, ours: Hello) -> tuple[Hello, MessageStream]:
+        connections.append(connection)
+        stream = MessageStream(connection)
         try:
             return await greet(stream, ours), stream
         except ConnectionBroken as error:
@@ -81,12 +81,13 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
     async def open_lane(channel: Channel) -> Connection:
         try:
-            return _lane_stream(*await dial(Hello(Role.DESTINATION, channel, hello.session)))
+            connection = await transport.dial(uri)
         except SourceUnreachable as error:  # it was there a moment ago
             raise SourceLost(f"the source is gone: {error}") from None
+        return _lane_stream(*await converse(connection, Hello(Role.DESTINATION, channel, hello.session)))
 
     try:
-        hello, stream = await dial(Hello(Role.DESTINATION, Channel.CONTROL))
+        hello, stream = await converse(await transport.dial(uri), Hello(Role.DESTINATION, Channel.CONTROL))
         async with telling(stream):
             session = SourceSession(stream, hello, open_lane)
         yield session

@@ -168,6 +168,9 @@ async def test_lanes_are_counted(memory_file: str) -> None:
                 await greet(lane, ours)
             with pytest.raises(SourceUnreachable, match=r"a session may have 3 lanes.*--background-lanes.*--max-lanes"):
                 await greet(one_more, ours)
+        with pytest.raises(SourceUnreachable, match="a session may have 3 lanes"):
+            async with pagenet.pull(server.uri, pagenet.OwnMemory(), background_lanes=3) as transfer:
+                await transfer.wait_complete()
 
 
 async def test_peer_that_does_not_read_the_answer(

@@ -155,6 +155,7 @@ STRANGERS: dict[str, tuple[bytes, bool, str, str]] = {
     "a lane": (hello(Role.DESTINATION, Channel.DEMAND, session=SESSION), False, "refused", "session that does not exist"),
     "a lane of nothing": (hello(Role.DESTINATION, Channel.DEMAND), False, "refused", "session that does not exist"),
     "bye": (encode_message(Bye(True)), False, "refused", "first message is not a hello"),
+    "busy itself": (encode_message(Failure("busy", "no")), False, "refused", "the peer refused: no"),
     "a failure": (encode_message(Failure("x", "not\nyou")), False, "refused", "the peer refused: not?you"),
 }  # fmt: skip
 

@@ -438,7 +438,7 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)
             await lane.run(b"")
-        assert len(lane._pages) == PAGE
+        assert len(lane._pages) <= 256 << 10
     ours.close()
 
 

@@ -110,7 +110,7 @@ async def test_as_many_sessions_as_there_may_be(small: Path) -> None:
 
 async def test_as_many_lanes_as_there_may_be(small: Path) -> None:
     async with run_server(str(small), "--max-lanes", "2") as (_, uri):
-        for lanes, code in (("2", 4), ("1", 0)):
+        for lanes, code in (("2", 3), ("1", 0)):
             into = str(small.with_name("copy"))
             async with run(pull_command(uri, "--into", into, "--background-lanes", lanes, lane="native")) as pulling:
                 assert await pulling.wait() == code
