@@ -575,10 +575,16 @@ class SharedMap:
         lib.pn_stats_latency(self.map, class_, nanoseconds)
 
     def counters(self, class_: int) -> list[int]:
-        return [min(int(value), _MOST_COUNTED) for value in self.map.classes[class_].counters]
+        return _clamped(self.map.classes[class_].counters)
 
     def latencies(self, class_: int) -> list[int]:
-        return [min(int(value), _MOST_COUNTED) for value in self.map.classes[class_].latency]
+        return _clamped(self.map.classes[class_].latency)
+
+
+def _clamped(counters: Any) -> list[int]:
+    """Of numbers that the owner may have written: each once read, none more than a counter comes to."""
+    values: list[int] = ffi.unpack(counters, len(counters))
+    return values if max(values) <= _MOST_COUNTED else [min(value, _MOST_COUNTED) for value in values]
 
 
 # ---- native lanes ----

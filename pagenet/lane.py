@@ -104,9 +104,11 @@ class _Pusher:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
             await self._background.wait_turn()
-            await trio.lowlevel.checkpoint()  # what a run names may not be missing any more, time and again
             run = await self._background.next_run(self._background.turn_bytes)
-            for part in self._filling.claim(run):
+            parts = list(self._filling.claim(run))
+            if not parts:  # time and again, if the owner writes to the map
+                await trio.lowlevel.checkpoint()
+            for part in parts:
                 size = self._filling.region.size_of(part)
                 self._in_flight += size
                 self._lane.request_nowait(Class.BACKGROUND, part)

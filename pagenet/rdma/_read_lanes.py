@@ -76,9 +76,11 @@ class ReadLanes:
         while True:
             await lane.wait_idle(WINDOW_CHUNKS)
             await self._background.wait_turn()
-            await trio.lowlevel.checkpoint()  # what a run names may not be missing any more, time and again
             run = await self._background.next_run(self._background.turn_bytes)
-            for part in self._filling.claim(run):
+            parts = list(self._filling.claim(run))
+            if not parts:  # time and again, if the owner writes to the map
+                await trio.lowlevel.checkpoint()
+            for part in parts:
                 lane.request_nowait(Class.BACKGROUND, part)
                 self._background.pay(self._filling.region.size_of(part))
 
