@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <linux/sockios.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -787,6 +788,13 @@ static void take_turn(struct pn_source *source, struct conn *conn) {
 
 /* ---- the loop ---- */
 
+/* sendfile() that was reset half way returns what it had sent, and takes the error with it: the end that recv() then sees is none. */
+static bool was_reset(const struct conn *conn) {
+    struct tcp_info info;
+    socklen_t size = sizeof info;
+    return !getsockopt(conn->sock, IPPROTO_TCP, TCP_INFO, &info, &size) && info.tcpi_state == TCP_CLOSE;
+}
+
 static void receive(struct pn_source *source, struct conn *conn) {
     memmove(conn->in, conn->in + conn->in_start, conn->in_end - conn->in_start);
     conn->in_end -= conn->in_start;
@@ -798,6 +806,8 @@ static void receive(struct pn_source *source, struct conn *conn) {
         conn->in_end += (size_t)got;
     else if (got < 0 && errno != EAGAIN && errno != EINTR)
         end_conn(source, conn, PN_END_BROKEN, errno, "");
+    else if (got == 0 && was_reset(conn))
+        end_conn(source, conn, PN_END_BROKEN, ECONNRESET, "");
     else if (got == 0 && conn->in_end % sizeof(struct pn_request))
         end_conn(source, conn, PN_END_PROTOCOL, 0, "the peer closed in the middle of a request");
     else if (got == 0)
