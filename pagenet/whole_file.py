@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import stat
+import threading
 from contextlib import ExitStack, suppress
 from typing import Self
 
@@ -127,7 +128,11 @@ class WholeFile:
     async def wait_committed(self) -> None:
         """As :meth:`commit`, for a file that the disk may take a while for."""
         try:
-            await trio.to_thread.run_sync(_sync_and_close, os.dup(self._fd), abandon_on_cancel=True)
+            sync = _Sync(os.dup(self._fd))
+            try:
+                await trio.to_thread.run_sync(sync.run, abandon_on_cancel=True)
+            finally:
+                sync.abandon()
             self._take_name()
         except OSError as error:
             raise self._failed(error) from None
@@ -155,12 +160,31 @@ class WholeFile:
         self._directory = self._fd = -1
 
 
-def _sync_and_close(fd: int) -> None:
-    # A descriptor of its own: nobody waits for this thread once it is given up, and the number may be another file's by then.
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+class _Sync:
+    """What a thread does with a descriptor of its own, which whoever waits for it may abandon at any moment: even before the
+    thread has begun."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._is_taken = False
+
+    def _take(self) -> bool:
+        """Whether the descriptor is the caller's to close: whoever asks first."""
+        with self._lock:
+            was_taken, self._is_taken = self._is_taken, True
+        return not was_taken
+
+    def run(self) -> None:
+        if self._take():
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+
+    def abandon(self) -> None:
+        if self._take():
+            os.close(self._fd)
 
 
 def read_whole(path: str | os.PathLike[str], most: int, what: str) -> bytes:

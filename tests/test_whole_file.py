@@ -111,6 +111,18 @@ def test_the_mode_is_what_was_said_less_the_umask(mode: int, making: str, tmp_pa
     assert stat.S_IMODE((tmp_path / "note").stat().st_mode) == mode & ~0o027
 
 
+async def test_cancelled_before_the_thread_begins(tmp_path: Path) -> None:
+    """Nothing is left open of what the thread would have had."""
+    with WholeFile(tmp_path / "file", "file") as file:
+        before = set(os.listdir("/proc/self/fd"))
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await file.wait_committed()
+        assert scope.cancelled_caught
+        assert set(os.listdir("/proc/self/fd")) == before
+    assert not list(tmp_path.iterdir())
+
+
 async def test_the_disk_is_waited_for_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that never ends holds up nobody, and leaves nothing."""
     began, go_on = trio.Event(), trio.lowlevel.current_trio_token()
