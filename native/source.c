@@ -46,6 +46,12 @@ enum {
     SAMPLE = 32 << 10,       /* compressed to see what that would be like */
 };
 
+struct notice {
+    struct notice *next;
+    uint64_t id;
+    struct pn_end end;
+};
+
 struct conn {
     struct conn *next;
     uint64_t id;
@@ -68,13 +74,8 @@ struct conn {
     bool idle; /* has answered all that was asked */
     struct pn_choice choice;
     uint64_t bytes, wire; /* of the chunk being answered: of pages that are not zero, and what is sent */
+    struct notice *notice; /* of its end, made with it: an end that could not be told would be waited for without end */
     bool ended;
-};
-
-struct notice {
-    struct notice *next;
-    uint64_t id;
-    struct pn_end end;
 };
 
 struct command {
@@ -154,6 +155,7 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
 static void free_conn(struct conn *conn) {
     close(conn->sock);
     free(conn->kept);
+    free(conn->notice);
     free(conn);
 }
 
@@ -216,12 +218,12 @@ static bool is_local(int sock) {
 }
 
 int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link, const void *unread, uint64_t length) {
-    struct conn *conn = calloc(1, sizeof *conn);
-    if (!conn)
-        return -ENOMEM;
-    if (length > sizeof conn->in) {
-        free(conn);
+    struct conn *conn;
+    if (length > sizeof conn->in)
         return -EMSGSIZE;
+    if (!(conn = calloc(1, sizeof *conn)) || !(conn->notice = calloc(1, sizeof *conn->notice))) {
+        free(conn);
+        return -ENOMEM;
     }
     conn->id = id;
     conn->sock = sock;
@@ -232,8 +234,10 @@ int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link
     memcpy(conn->in, unread, length);
     conn->in_end = length;
     int error = command(source, conn, id);
-    if (error)
+    if (error) {
+        free(conn->notice);
         free(conn);
+    }
     return error;
 }
 
@@ -266,9 +270,8 @@ static void end_conn(struct pn_source *source, struct conn *conn, enum pn_end_ki
     if (conn->ended)
         return;
     conn->ended = true;
-    struct notice *notice = calloc(1, sizeof *notice);
-    if (!notice)
-        return;
+    struct notice *notice = conn->notice;
+    conn->notice = NULL;
     notice->id = conn->id;
     notice->end.kind = kind;
     notice->end.error = error;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -32,12 +32,16 @@ __all__ = [
     "write_fields",
 ]
 
+Collected = TypeVar("Collected", list[Any], dict[Any, Any])
+
 FORMAT, VERSION = "pagenet-touches", 1
 _UNIT = 4096
 # Pages that are remembered: 4 GiB of them. A working set that is larger is not worth an order.
 MOST_PAGES = 1 << 20
-# Of a file that is believed at all: nobody has written a larger one.
+# Of a file that is believed at all: nobody has written a larger one, or one of more values. The second bounds what a file takes
+# in memory: a byte may be an empty list, of 64 bytes.
 _MOST_BYTES = 64 << 20
+_MOST_VALUES = 4 * MOST_PAGES
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what:
     name = os.fspath(path)
     body = read_whole(path, _MOST_BYTES, what)
     try:
-        found: object = msgpack.unpackb(body)
+        found = _unpack(body)
     except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
         raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
     fields: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -151,6 +155,20 @@ def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what:
     if version != known:
         raise UsageError(f"{name} is a {what} of version {version}: this pagenet reads version {known}")
     return dict(fields)
+
+
+def _unpack(body: bytes) -> object:
+    left = _MOST_VALUES
+
+    def count(values: Collected) -> Collected:
+        nonlocal left
+        left -= 1 + len(values)
+        if left < 0:
+            raise ValueError("it has more values than any that pagenet writes")
+        return values
+
+    found: object = msgpack.unpackb(body, list_hook=count, object_hook=count, max_array_len=_MOST_VALUES)
+    return found
 
 
 def load_recording(path: str | os.PathLike[str]) -> Recording:

@@ -70,6 +70,12 @@ def workload_command(*args: str) -> list[str]:
     return [sys.executable, "-c", WORKLOAD, str(_pagenet.__file__), *args]
 
 
+def plant_pagenet(directory: Path) -> None:
+    """A package of that name in ``directory``, which leaves a file ``imported`` there if anything imports it."""
+    (directory / "pagenet").mkdir()
+    (directory / "pagenet" / "__init__.py").write_text(f"open({str(directory / 'imported')!r}, 'w'); raise SystemExit(9)\n")
+
+
 def pull(
     uri: str, owner: pagenet.UffdSocket | pagenet.OwnMemory | pagenet.IntoFile, *, lane: str, **options: Any
 ) -> AbstractAsyncContextManager[pagenet.Transfer]:

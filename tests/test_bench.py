@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 from namespaces import needs_namespaces
+from processes import plant_pagenet
 
+from pagenet import PagenetError
 from pagenet.bench import Sample
 from pagenet.bench._far import order_bytes, order_pages
+from pagenet.bench._peers import running
 from pagenet.bench.attacker import ATTACKS
 from pagenet.cli.bench import main
 
@@ -55,6 +58,20 @@ def test_all_ends_with_one_object_of_figures_and_floors() -> None:
     assert {"kernel", "page_size", "congestion_control", "cpus", "mtu_lo", "lane", "pagenet"} <= last["environment"].keys()
 
 
+async def test_a_child_that_ends_at_once_has_said_why() -> None:
+    async with running(["sh", "-c", "echo first >&2; echo why >&2"]) as child:
+        with pytest.raises(PagenetError, match="ended at once: why$"):
+            await child.first_line()
+
+
+def test_children_are_of_this_pagenet_and_not_of_one_that_lies_here(tmp_path: Path) -> None:
+    plant_pagenet(tmp_path)
+    command = [sys.executable, "-P", "-m", "pagenet.cli.bench", "stream", "--size", "4M", "--rounds", "1"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not (tmp_path / "imported").exists()
+
+
 @pytest.mark.parametrize(
     ("lane", "memory", "placement", "threads"),
     [
@@ -71,7 +88,9 @@ def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) 
         assert (result["lane"], result["transport"]) == (lane, "unix")
         assert result["placement"] in placement
         idle = result["idle"]
-        assert idle["touches"] == idle["floor_touches"] == idle["floor_local_touches"] == 200
+        assert 0 < idle["touches"] <= 200  # all of them, unless the machine is so busy that time is up
+        assert 0 < idle["floor_touches"] <= 200
+        assert 0 < idle["floor_local_touches"] <= 200
         assert 0 < idle["floor_p50_us"] <= idle["floor_p99_us"] <= idle["floor_p999_us"]
         assert 0 < idle["p50_us"] <= idle["p99_us"] <= idle["p999_us"]
         assert result["loaded"]["touches"] + result["loaded"]["not_counted"] == 200

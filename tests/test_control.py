@@ -630,6 +630,33 @@ async def test_what_is_no_daemon(says: bytes, error: type[Exception], reason: st
     assert "\n" not in str(caught.value)
 
 
+SOURCE = {"program": "x", "release": "1", "pid": 1, "state": "running", "destinations": [], "pages": 1, "bytes": 4096}
+
+
+@pytest.mark.parametrize("status", [
+    {},
+    {**SOURCE, "destinations": ["x"]},
+    {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "", "destinations": 5},
+    {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "", "bytes": "many"},
+    {"program": "x", "release": "1", "pid": 1, "schedule": "hot"},
+    {"program": "x", "release": "1", "pid": 1, "schedule": "hot", "seconds_left": None, "fault_us": [1]},
+])  # fmt: skip
+async def test_a_status_that_makes_no_sense(status: dict[str, Any], tmp_path: Path) -> None:
+    async with impostor(tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})):
+        code, out, err = await told_by(ctl_command(tmp_path / "ctl", "status"))
+    assert (code, out, err.count("\n")) == (6, "", 1)
+    assert "the status of the daemon makes no sense" in err
+
+
+async def test_a_status_is_shown_as_text_alone(tmp_path: Path) -> None:
+    status = {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "[/red] \x1b[2J", "destinations": ["[link=x]\n"]}
+    async with impostor(tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})):
+        code, out, err = await told_by(ctl_command(tmp_path / "ctl", "status"))
+    assert (code, err) == (0, "")
+    assert "[/red] ?[2J" in out
+    assert "[link=x]?" in out
+
+
 async def test_a_daemon_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_client, "ANSWER_TIMEOUT", 0.05)
     async with impostor(tmp_path / "ctl", encode(HELLO), stays=True):

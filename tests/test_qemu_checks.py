@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from migrations import check_goes_on, status_of
-from processes import run
+from processes import plant_pagenet, run
 from vm import bare_command, check_unbroken, needs_guest, ram_of, run_vm
 
 from pagenet import UsageError
 from pagenet.cli.qemu import main
 from pagenet.qemu import Backend, Machine, connect_qmp, migrate, prepare_incoming
+from pagenet.qemu._guard import guarding
 
 MACHINE = Machine(
     version=(7, 2, 22),
@@ -45,6 +46,16 @@ def test_machines_that_differ(change: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize("version", [(7, 2, 0), (7, 2, 99), (5, 0, 0)])
 def test_destination_of_the_same_version_or_newer(version: tuple[int, int, int]) -> None:
     assert MACHINE.difference(replace(MACHINE, version=version).as_message()) is None
+
+
+async def test_the_guard_is_of_this_pagenet_and_not_of_one_that_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_pagenet(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    async with guarding(tmp_path / "monitor", os.getpid()):
+        pass
+    assert not (tmp_path / "imported").exists()
 
 
 # ---- at the source ----

@@ -120,6 +120,18 @@ def test_a_broken_file_is_one_line(body: bytes, words: str, tmp_path: Path, caps
     assert path.read_bytes() == body
 
 
+@pytest.mark.parametrize("body", [[[]] * 30, [[[]] * 3] * 8, [{}] * 30, [{str(number): number} for number in range(15)]])
+def test_a_file_has_no_more_values_than_are_ever_written(
+    body: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "touches"
+    path.write_bytes(msgpack.packb({**GOOD, "more": body}))
+    load_recording(path)
+    monkeypatch.setattr("pagenet.recording._MOST_VALUES", 31)
+    with pytest.raises(UsageError, match="more values than any that pagenet writes"):
+        load_recording(path)
+
+
 def test_no_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unix:/nowhere", "--into", str(tmp_path / "x"), "--background", f"recorded={tmp_path / 'none'}"]) == 2
     assert "cannot read the recording" in capsys.readouterr().err

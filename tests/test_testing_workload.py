@@ -182,7 +182,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_runs_on_this_python() -> None:
-    assert workload_command("--help") == [sys.executable, "-m", "pagenet.testing.workload", "--help"]
+    assert workload_command("--help") == [sys.executable, "-P", "-m", "pagenet.testing.workload", "--help"]
 
 
 def test_help() -> None:

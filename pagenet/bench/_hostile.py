@@ -23,7 +23,7 @@ from ..source_session import dial_source
 from ..transport import Detachable
 from ._far import blocking
 from ._figures import Sample
-from ._peers import Source, first_line, running, served
+from ._peers import Source, running, served
 from .attacker import ATTACKS, attacker_command
 
 __all__ = ["MOST_BESIDE", "HostileOptions", "HostileResult", "measure_hostile"]
@@ -69,8 +69,8 @@ async def _attacked(attack: str, uri: str) -> AsyncIterator[None]:
     if not attack:
         yield
         return
-    async with running(attacker_command(attack, uri)) as process:
-        await first_line(process)
+    async with running(attacker_command(attack, uri)) as attacker:
+        await attacker.first_line()
         yield
 
 

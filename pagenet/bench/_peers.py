@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import IO, NamedTuple, Self
 
 import trio
 
 from .. import _native
 from ..errors import PagenetError, UsageError
 from ..lane import LaneKind
+from ..protocol import printable
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
 from .peer import peer_command, python_module
@@ -27,7 +28,6 @@ __all__ = [
     "Served",
     "Source",
     "connected_peer",
-    "first_line",
     "memory_holder",
     "running",
     "served",
@@ -87,32 +87,45 @@ class Source(MemoryFile):
         return _native.pattern_differs(address, self.size // mmap.PAGESIZE, mmap.PAGESIZE, 0, self.zero_every)
 
 
+class Child:
+    """A process that the bench started. Made by :func:`running`."""
+
+    def __init__(self, process: trio.Process, errors: IO[bytes]) -> None:
+        self.process = process
+        self._errors = errors
+
+    async def first_line(self) -> str:
+        """What it says first. :exc:`PagenetError`, with the last of its complaints, if it ends instead."""
+        assert self.process.stdout is not None
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            if not (more := await self.process.stdout.receive_some()):
+                raise PagenetError(f"a process that the bench started ended at once{self._complaint()}")
+            line += more
+        return line.decode()
+
+    def _complaint(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((f": {printable(line)}" for line in reversed(lines) if line.strip()), "")
+
+
 @asynccontextmanager
-async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[trio.Process]:
+async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[Child]:
     """A process, for as long as the block runs."""
-    process = await trio.lowlevel.open_process(
-        list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=fds
-    )
-    try:
-        yield process
-    finally:
-        with trio.CancelScope(shield=True):
-            process.kill()
-            await process.wait()
-            for stream in (process.stdin, process.stdout):
-                assert stream is not None
-                await stream.aclose()
-
-
-async def first_line(process: trio.Process) -> str:
-    """What it says first. :exc:`PagenetError` if it ends instead."""
-    assert process.stdout is not None
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        if not (more := await process.stdout.receive_some()):
-            raise PagenetError("a process that the bench started ended at once")
-        line += more
-    return line.decode()
+    with tempfile.TemporaryFile() as errors:
+        process = await trio.lowlevel.open_process(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, pass_fds=fds
+        )
+        try:
+            yield Child(process, errors)
+        finally:
+            with trio.CancelScope(shield=True):
+                process.kill()
+                await process.wait()
+                for stream in (process.stdin, process.stdout):
+                    assert stream is not None
+                    await stream.aclose()
 
 
 class Served(NamedTuple):
@@ -133,19 +146,19 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
 async def served_at(listen: str, spec: str, *options: str, inside: Sequence[str] = ()) -> AsyncIterator[Served]:
     """The same, where and how the caller wants it; ``inside``: what comes before its command."""
     command = [*inside, *python_module("pagenet.cli.serve"), spec, "--listen", listen, *options, "--json"]
-    async with running(command) as process:
-        event = json.loads(await first_line(process))
+    async with running(command) as server:
+        event = json.loads(await server.first_line())
         if event["event"] != "listening":
             raise UsageError(event.get("message", "pagenet-serve did not start"))
-        yield Served(event["uri"], process.pid)
+        yield Served(event["uri"], server.process.pid)
 
 
 @asynccontextmanager
 async def memory_holder(source: Source) -> AsyncIterator[str]:
     """A process that has the same bytes in private memory: the source's name for it."""
-    async with running(peer_command("memory", source.fd, source.size), [source.fd]) as process:
-        address = int(await first_line(process))
-        yield f"pid:{process.pid}:{address:#x}+{source.size:#x}"
+    async with running(peer_command("memory", source.fd, source.size), [source.fd]) as holder:
+        address = int(await holder.first_line())
+        yield f"pid:{holder.process.pid}:{address:#x}+{source.size:#x}"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,6 +23,7 @@ import trio
 
 from ..errors import PagenetError, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
+from .peer import python_module
 
 __all__ = ["Daemon", "Line", "Link", "Site", "Words", "check_tools", "inside", "killing", "open_link", "open_site"]
 
@@ -265,7 +265,7 @@ class Site:
     async def daemon(self, *arguments: str, at: int) -> AsyncIterator[Daemon]:
         """``pagenet-qemu --json`` with these arguments."""
         name = f"pagenet-qemu {arguments[0]}"
-        command = [sys.executable, "-m", "pagenet.cli.qemu", arguments[0], "--json", *arguments[1:]]
+        command = [*python_module("pagenet.cli.qemu"), arguments[0], "--json", *arguments[1:]]
         async with self.running(command, name, at, subprocess.PIPE) as process:
             assert process.stdout is not None
             daemon = Daemon(name, process, self.errors(name))

@@ -25,7 +25,8 @@ READY = b"."
 
 
 def python_module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
+    """The command that runs it, of this pagenet: not of one that lies in the current directory."""
+    return [sys.executable, "-P", "-m", name]
 
 
 def peer_command(role: str, *numbers: int) -> list[str]:

@@ -6,16 +6,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import trio
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ..control import ControlClient, connect_control
-from ..errors import ConnectionBroken
+from ..errors import ConnectionBroken, RemoteProtocolError
+from ..protocol import printable
 from ..rates import rate_words
 from ..schedule import RECORDED, SCHEDULES
 from ._command import Parser, Report, background_order, prefetch_window, rate, run_command
@@ -160,16 +163,32 @@ class _Lines:
 def _done(command: str, answer: dict[str, Any]) -> str:
     if command == "stop":
         return "stopping"
-    return f"background: {_background(answer)}; prefetch: {_prefetch(answer)}"
+    with _understood():
+        return printable(f"background: {_background(answer)}; prefetch: {_prefetch(answer)}")
 
 
 def _words(status: dict[str, Any]) -> Table:
+    with _understood():
+        rows = [("daemon", f"{status['program']} {status['release']}, process {status['pid']}"), *_rows(status)]
     table = Table.grid(padding=(0, 2))
-    table.add_row("daemon", f"{status['program']} {status['release']}, process {status['pid']}")
-    rows = _destination if "schedule" in status else _source if "destinations" in status else _starting
-    for name, text in rows(status):
-        table.add_row(name, text)
+    for name, text in rows:
+        table.add_row(name, Text(printable(text)))
     return table
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Who listens on that socket may be anybody: what its status lacks, or has in another shape, is its own mistake."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RemoteProtocolError(f"the status of the daemon makes no sense: {type(error).__name__}") from None
+
+
+def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    if "schedule" in status:
+        return _destination(status)
+    return _source(status) if "destinations" in status else _starting(status)
 
 
 def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:

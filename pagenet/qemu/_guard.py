@@ -48,7 +48,7 @@ class Guard:
 async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
     """A guard over the QEMU ``pid`` with the QMP socket ``monitor``. It has nothing to do once the block ends."""
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-c", _PROGRAM, str(monitor), str(pid)],
+        [sys.executable, "-P", "-c", _PROGRAM, str(monitor), str(pid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is for us alone

@@ -21,7 +21,7 @@ _SHIFTS = {"K": 10, "M": 20, "G": 30}
 
 def pattern_command(*args: str) -> list[str]:
     """The command line that writes a pattern with ``args``, on this Python."""
-    return [sys.executable, "-m", "pagenet.testing.pattern", *args]
+    return [sys.executable, "-P", "-m", "pagenet.testing.pattern", *args]
 
 
 def parse_size(text: str) -> int:

@@ -17,7 +17,7 @@ __all__ = ["workload_command"]
 
 def workload_command(*args: str) -> list[str]:
     """The command line that runs the workload with ``args``, on this Python."""
-    return [sys.executable, "-m", "pagenet.testing.workload", *args]
+    return [sys.executable, "-P", "-m", "pagenet.testing.workload", *args]
 
 
 def main() -> int:
