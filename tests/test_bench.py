@@ -60,7 +60,7 @@ def test_all_ends_with_one_object_of_figures_and_floors() -> None:
 
 async def test_a_child_that_ends_at_once_has_said_why() -> None:
     async with running(["sh", "-c", "echo first >&2; echo why >&2"]) as child:
-        with pytest.raises(PagenetError, match="ended at once: why$"):
+        with pytest.raises(PagenetError, match=r"ended at once: why$"):
             await child.first_line()
 
 
