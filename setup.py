@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # The libraries for LD_PRELOAD, and the source of each.
-PRELOADED = {"pagenet.qemu.preload": "native/preload.c", "pagenet.bench.trace": "native/trace.c"}
+PRELOADED = {"pagenet.qemu.preload": "native/preload.c", "pagenet.bench.workload.trace": "native/trace.c"}
 
 
 class BuildExt(build_ext):

@@ -1,5 +1,7 @@
 """Move the live memory of a running machine after the machine has moved: touched pages at once, the rest behind them."""
 
+from .destination.into_file import IntoFile
+from .destination.pulling import Transfer, pull
 from .errors import (
     ConnectionBroken,
     ConnectionBusy,
@@ -16,12 +18,10 @@ from .errors import (
     UsageError,
 )
 from .events import EventHandler
-from .into_file import IntoFile
-from .pulling import Transfer, pull
 from .rdma import RdmaTransport
 from .region import Block, Region, Run
-from .serving import Server, serve
-from .source import Source, open_source
+from .source.memory import Source, open_source
+from .source.serving import Server, serve
 from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
 from .transport import register

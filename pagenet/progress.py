@@ -14,8 +14,8 @@ from .nurseries import running_beside
 from .statistics import Histogram, ServingStatistics, TransferStatistics
 
 if TYPE_CHECKING:
-    from .pulling import Transfer
-    from .serving import Server
+    from .destination.pulling import Transfer
+    from .source.serving import Server
 
 __all__ = ["Moment", "Watch", "complete_fields", "rounded_share", "tell_faults", "tell_progress", "tell_serving", "telling"]
 

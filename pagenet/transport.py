@@ -19,11 +19,11 @@ from urllib.parse import SplitResult, urlsplit
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .background import Background
-    from .filling import Filling
-    from .lane import LaneKind, Lanes
+    from .background.pacing import Background
+    from .destination.filling import Filling
+    from .destination.trio_lanes import LaneKind, Lanes
     from .region import Region
-    from .source import Source
+    from .source.memory import Source
 
 __all__ = [
     "Buffer",

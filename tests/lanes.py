@@ -21,9 +21,9 @@ from typing import Any, Literal
 import trio
 
 from pagenet import Block, Region, RemoteProtocolError, Run, SourceLost, _native
-from pagenet.background import CHUNK_BYTES, Background
-from pagenet.filling import Filling
-from pagenet.lane import TrioLanes
+from pagenet.background.pacing import CHUNK_BYTES, Background
+from pagenet.destination.filling import Filling
+from pagenet.destination.trio_lanes import TrioLanes
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, Reply, Request, RequestDecoder
 from pagenet.residency import State
 from pagenet.tcp._connection import SocketConnection

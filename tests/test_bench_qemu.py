@@ -17,9 +17,9 @@ import pytest
 from namespaces import MISSING, needs_namespaces
 from vm import guest_files, needs_guest
 
-from pagenet.bench._qemu import Migration, QemuOptions, QemuResult, targets_of
-from pagenet.bench._qemu_guest import GuestFiles, Serial, Story
-from pagenet.bench._qemu_methods import Outcome
+from pagenet.bench.qemu._qemu import Migration, QemuOptions, QemuResult, targets_of
+from pagenet.bench.qemu._qemu_guest import GuestFiles, Serial, Story
+from pagenet.bench.qemu._qemu_methods import Outcome
 from pagenet.cli.bench import main
 
 SMALL = ("--ram", "160", "--workload", "30,10", "--rounds", "1")

@@ -13,11 +13,11 @@ import pytest
 from namespaces import needs_namespaces
 
 from pagenet import UsageError
+from pagenet.background.recording import Recorder
 from pagenet.bench import ORDERS, TRACES, WorkloadResult, workload_targets
-from pagenet.bench._least import least_stall
-from pagenet.bench._traces import alike, make_trace
+from pagenet.bench.workload._least import least_stall
+from pagenet.bench.workload._traces import alike, make_trace
 from pagenet.cli.bench import main
-from pagenet.recording import Recorder
 from pagenet.region import Block, Region
 
 MIB = 1 << 20
@@ -171,7 +171,7 @@ def test_a_replay_is_held_against_the_best_order_and_what_starting_costs(recorde
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr("pagenet.bench._qemu_site.check_tools", lambda *tools: None)
+    monkeypatch.setattr("pagenet.bench._site.check_tools", lambda *tools: None)
     assert main(["workload", "--trace", "zipf", "--size", "16M", "--touches", "10"]) == 7
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -16,8 +16,8 @@ from lanes import MADV_REMOVE, libc
 
 import pagenet
 from pagenet import OwnMemory, Transfer, TransferStatistics, register
+from pagenet.background.recording import Recorder, load_recording
 from pagenet.control import serve_control
-from pagenet.recording import Recorder, load_recording
 from pagenet.region import Block, Region
 from pagenet.testing import MemoryTransport
 

@@ -36,18 +36,8 @@ from processes import (
     write_pattern,
 )
 
-from pagenet import (
-    IntoFile,
-    OwnMemory,
-    Server,
-    TransferStatistics,
-    UffdSocket,
-    UsageError,
-    _native,
-    register,
-    serve,
-)
-from pagenet.background import CHUNK_BYTES
+from pagenet import IntoFile, OwnMemory, Server, TransferStatistics, UffdSocket, UsageError, _native, register, serve
+from pagenet.background.pacing import CHUNK_BYTES
 from pagenet.session import receive_exactly
 from pagenet.testing import MemoryTransport
 from pagenet.transport import Connection

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagenet import Block, HandshakeError, Region, Run
-from pagenet.filling import Filling
+from pagenet.destination.filling import Filling
 from pagenet.protocol import Class
 from pagenet.residency import State
 from pagenet.target import Outcome

@@ -12,9 +12,9 @@ from fuzzing import Fuzz, is_one_line, mutated
 from test_fuzz_words import as_msgpack, odd
 
 from pagenet import Block, Region, UsageError
-from pagenet.bench._touches import Touches, load_touches
-from pagenet.bench._traces import make_trace
-from pagenet.recording import Recording, load_recording
+from pagenet.background.recording import Recording, load_recording
+from pagenet.bench.workload._touches import Touches, load_touches
+from pagenet.bench.workload._traces import make_trace
 
 BLOCKS = (("ram", 64 << 12), ("rom", 8 << 12))
 REGION = Region([Block("rom", 8 << 12), Block("ram", 32 << 12)])

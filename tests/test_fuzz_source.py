@@ -18,8 +18,8 @@ from lanes import PAGE, PATIENCE, Call, content, wait_until
 
 from pagenet import ConnectionBroken, RemoteProtocolError, Run, _native, open_source
 from pagenet.protocol import LANE_HEADER_SIZE, MAX_REQUEST_BYTES, REPLY_HEADER, REQUEST_HEADER, Encoding
-from pagenet.source import Source
-from pagenet.source_lane import TrioSourceLane
+from pagenet.source.memory import Source
+from pagenet.source.trio_lane import TrioSourceLane
 from pagenet.tcp._connection import SocketConnection
 
 pytestmark = pytest.mark.native

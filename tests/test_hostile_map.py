@@ -17,7 +17,7 @@ from pagenet._pagenet import ffi, lib
 from processes import LANES, PAGE, Process, pull_command, run, run_server, run_workload, write_pattern
 
 from pagenet import Block, HandshakeError, Region, Run, _native
-from pagenet.filling import Filling
+from pagenet.destination.filling import Filling
 from pagenet.progress import complete_fields
 from pagenet.residency import State
 

@@ -16,9 +16,9 @@ from processes import LANES, PAGE, check_verified, pull, pull_command, run, run_
 
 import pagenet
 from pagenet import Transfer, UsageError
-from pagenet.background_start import Start, parse_start
+from pagenet.background.start import Start, parse_start
 from pagenet.cli import pull as pull_cli
-from pagenet.rates import parse_rate, rate_words
+from pagenet.cli._rates import parse_rate, rate_words
 
 SIZE = 128 << 20
 SLICE = 0.01  # s

@@ -43,7 +43,7 @@ from lanes import (
 from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
-from pagenet.background import CHUNK_BYTES
+from pagenet.background.pacing import CHUNK_BYTES
 from pagenet.protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply
 from pagenet.residency import State
 from pagenet.uffd import Feature, Userfaultfd, probe

@@ -21,8 +21,8 @@ from lanes import PAGE, PATIENCE, RAW_OR_ZERO, Call, wait_until
 
 from pagenet import Run, _native, open_source
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, Request
-from pagenet.source import Source
-from pagenet.source_lane import TrioSourceLane
+from pagenet.source.memory import Source
+from pagenet.source.trio_lane import TrioSourceLane
 from pagenet.tcp._connection import SocketConnection
 
 pytestmark = pytest.mark.native
@@ -273,9 +273,7 @@ def ask_and_fetch(peer: Peer, requests: Sequence[tuple[int, int, int]]) -> None:
 def coverage(peer: Peer) -> list[tuple[int, int, Encoding]]:
     """Per request (by id) and page. Where replies are cut is nobody's business."""
     return [
-        (reply.request_id, page, reply.encoding)
-        for reply in peer.replies
-        for page in range(reply.run.first, reply.run.end)
+        (reply.request_id, page, reply.encoding) for reply in peer.replies for page in range(reply.run.first, reply.run.end)
     ]
 
 

@@ -20,7 +20,7 @@ from processes import Process, pull_command, run, run_server, threads_in_faults,
 
 import pagenet
 from pagenet import OwnMemory, Transfer, _native
-from pagenet.lane import LaneKind
+from pagenet.destination.trio_lanes import LaneKind
 from pagenet.progress import complete_fields
 from pagenet.qemu._preload import preload_library
 from pagenet.residency import State
@@ -156,9 +156,7 @@ async def keeping_owner(pulling: Process, socket: Path) -> AsyncIterator[Process
             "PAGENET_UFFD_SOCKET": str(socket),
             "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
         }
-        async with run(
-            [sys.executable, "-c", OWNER, file.name], env=os.environ | variables, stdin=subprocess.PIPE
-        ) as owner:
+        async with run([sys.executable, "-c", OWNER, file.name], env=os.environ | variables, stdin=subprocess.PIPE) as owner:
             yield owner
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import pagenet
 from pagenet import Block, LocalProtocolError, Region, RemoteProtocolError, Run, protocol, transport
+from pagenet.destination.source_session import accept_source
 from pagenet.protocol import (
     FRAME_HEADER,
     LANE_HEADER_SIZE,
@@ -49,7 +50,6 @@ from pagenet.protocol import (
     printable,
 )
 from pagenet.session import receive_exactly
-from pagenet.source_session import accept_source
 from pagenet.testing import MemoryConnection, MemoryTransport
 
 SESSION = bytes(range(16))

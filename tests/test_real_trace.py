@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from namespaces import needs_namespaces
 
-from pagenet.bench._touches import Touches, load_touches
-from pagenet.bench._traces import make_trace
+from pagenet.bench.workload._touches import Touches, load_touches
+from pagenet.bench.workload._traces import make_trace
 from pagenet.cli.bench import main
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")

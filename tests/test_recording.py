@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import pagenet
 from pagenet import Block, Region, Run, UsageError
+from pagenet.background.recording import Recorder, Recording, load_recording
+from pagenet.background.schedule import Recorded
 from pagenet.cli.pull import main
-from pagenet.lane import LaneKind
-from pagenet.recording import Recorder, Recording, load_recording
+from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import Residency, State
-from pagenet.schedule import Recorded
 
 MIB = 1 << 20
 PAGE = 4096
@@ -121,9 +121,7 @@ def test_a_broken_file_is_one_line(body: bytes, words: str, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("body", [[[]] * 30, [[[]] * 3] * 8, [{}] * 30, [{str(number): number} for number in range(15)]])
-def test_a_file_has_no_more_values_than_are_ever_written(
-    body: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_has_no_more_values_than_are_ever_written(body: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "touches"
     path.write_bytes(msgpack.packb({**GOOD, "more": body}))
     load_recording(path)
@@ -180,9 +178,7 @@ async def test_a_transfer_is_recorded_and_replayed(lane: LaneKind, tmp_path: Pat
         try:
             async with (
                 pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-                pagenet.pull(
-                    server.uri, memory, lane=lane, background="off", prefetch=(0, 0), record=str(path)
-                ) as transfer,
+                pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(0, 0), record=str(path)) as transfer,
             ):
                 for page in pages:
                     await memory.read(page * PAGE, 1)

@@ -25,7 +25,7 @@ from processes import (
 )
 
 from pagenet import AbandonedOwner, Block, HandshakeError, OwnerGone, Region, Run, UsageError, _native, open_source
-from pagenet.filling import Filling
+from pagenet.destination.filling import Filling
 from pagenet.protocol import Class
 from pagenet.residency import Residency, State
 from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
@@ -92,9 +92,7 @@ async def is_killed(pulling: Process, after: float) -> bool:
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("memory", "window"), [("anonymous", "0,0"), ("memfd", "0,0"), ("memfd", "8,8")])
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(300)])])
-async def test_killed_again_and_again(
-    kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path
-) -> None:
+async def test_killed_again_and_again(kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path) -> None:
     """The owner writes to its pages, and gives some of them up, all the time. Neither is undone, and nothing is missed. What is
     prefetched into shared memory is partly held back at that moment."""
     longest, prefetch = 0.5 / kills, ("--prefetch", window)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagenet import Block, Region, Run, UsageError
+from pagenet.background._heat import Ranking
+from pagenet.background._hot import MOST_AREAS, Hot
+from pagenet.background.schedule import SCHEDULES, Schedule, make_schedule
 from pagenet.residency import Residency, State
-from pagenet.schedule import SCHEDULES, Schedule, make_schedule
-from pagenet.schedule._heat import Ranking
-from pagenet.schedule._hot import MOST_AREAS, Hot
 
 MIB = 1 << 20
 AREA = 64

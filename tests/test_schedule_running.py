@@ -15,7 +15,7 @@ import trio
 
 import pagenet
 from pagenet import Transfer, UsageError, _native
-from pagenet.lane import LaneKind
+from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import State
 
 LANES: list[LaneKind] = ["native", "trio"]

@@ -16,8 +16,9 @@ import trio.testing
 
 import pagenet
 from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, Run, SourceLost, UffdSocket, UsageError, transport
-from pagenet.filling import Filling
-from pagenet.into_file import FileTarget
+from pagenet.destination.filling import Filling
+from pagenet.destination.into_file import FileTarget
+from pagenet.destination.source_session import LANE_TIMEOUT
 from pagenet.protocol import (
     MAX_REQUEST_BYTES,
     Bye,
@@ -34,9 +35,8 @@ from pagenet.protocol import (
 )
 from pagenet.region import MAX_PAGES
 from pagenet.residency import Residency, State
-from pagenet.serving import TrioSourceLane
 from pagenet.session import LAST_WORDS_TIMEOUT, MessageStream, greet
-from pagenet.source_session import LANE_TIMEOUT
+from pagenet.source.serving import TrioSourceLane
 from pagenet.testing import MemoryConnection, MemoryTransport, memory_pair
 from pagenet.unix_socket import UnixSocketFile
 

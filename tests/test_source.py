@@ -21,7 +21,7 @@ import trio
 from processes import HUGE_PAGE, LANES, PAGE, huge_pages, pull
 
 from pagenet import Block, IntoFile, OwnMemory, Region, Run, Source, SourceLost, UsageError, open_source, serve
-from pagenet.source import named_identity
+from pagenet.source.memory import named_identity
 
 PAGES = 5
 

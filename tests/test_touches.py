@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from namespaces import needs_namespaces
 
 from pagenet import UsageError
-from pagenet.bench._touches import Touches, load_touches
-from pagenet.bench._traces import make_trace
+from pagenet.bench.workload._touches import Touches, load_touches
+from pagenet.bench.workload._traces import make_trace
 from pagenet.cli.bench import main
 
 PAGES = 1000

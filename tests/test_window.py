@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import pagenet
 from pagenet import Run, _native
-from pagenet.lane import LaneKind
+from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import Residency, State
 
 PAGE = 4096

@@ -27,7 +27,7 @@ import trio
 from processes import run
 
 from pagenet.bench._kvm import QEMU, find_kvm_cpu
-from pagenet.bench._qemu_guest import joined_line
+from pagenet.bench.qemu._qemu_guest import joined_line
 
 BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
 

@@ -18,19 +18,19 @@ from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
 from ._hostile import MOST_BESIDE, HostileOptions, HostileResult, measure_hostile
-from ._least import Least
 from ._null import NullResult, measure_null
 from ._peers import Source
 from ._plot import check_plot, plot_latencies, plot_work
-from ._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
-from ._qemu_guest import find_guest
-from ._qemu_methods import METHODS as QEMU_METHODS
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
-from ._traces import TRACES
-from ._tracing import DATA, trace_program
-from ._workload import (
+from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
+from .qemu._qemu_guest import find_guest
+from .qemu._qemu_methods import METHODS as QEMU_METHODS
+from .workload._least import Least
+from .workload._traces import TRACES
+from .workload._tracing import DATA, trace_program
+from .workload._workload import (
     ORDERS,
     USUAL_WORK_US,
     WorkloadOptions,
@@ -40,7 +40,7 @@ from ._workload import (
     measure_workload,
     workload_targets,
 )
-from ._workload_plot import plot_workload
+from .workload._workload_plot import plot_workload
 
 __all__ = [
     "CONTENTS",

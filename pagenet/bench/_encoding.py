@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
-from ..lane import LaneKind
 from ..protocol import Compress
 from ._content import CONTENTS, Content
 from ._environment import available_memory
 from ._figures import median
 from ._peers import served_at
-from ._qemu_site import inside, open_link
+from ._site import inside, open_link
 from ._task import worked
 
 __all__ = ["ENCODINGS", "EncodingOptions", "EncodingResult", "EncodingTarget", "encoding_targets", "measure_encodings"]

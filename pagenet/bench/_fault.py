@@ -21,16 +21,16 @@ from typing import Literal
 import trio
 
 from .. import _native
+from ..destination.pulling import Transfer, pull
+from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, SourceLost, Unsupported, UsageError
-from ..lane import LaneKind
 from ..nurseries import open_failing_nursery
-from ..pulling import Transfer, pull
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
 from ._far import far_socket, order_pages
 from ._figures import Sample
 from ._peers import Source, connected_peer, served
-from ._toucher import Toucher
+from .workload._toucher import Toucher
 
 __all__ = ["LIMIT_SECONDS", "FaultOptions", "FaultResult", "MemoryKind", "measure_faults"]
 
@@ -160,9 +160,7 @@ class _Measure:
     async def _floor(self, peer: int, pick: random.Random, threads: int) -> array[int]:
         with _bare_memory(self._options.memory, self._size, self._page_size) as (memory, uffd):
             pages = self._pages(pick)
-            toucher = Toucher(
-                lambda: _native.bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS)
-            )
+            toucher = Toucher(lambda: _native.bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS))
             stop = os.eventfd(0, os.EFD_CLOEXEC)
             try:
                 async with open_failing_nursery() as nursery:
@@ -181,9 +179,7 @@ class _Measure:
         memory = OwnMemory(options.memory)
         toucher: Toucher | None = None
         try:
-            async with pull(
-                self._uri, memory, background=background, lane=options.lane, prefetch=options.prefetch
-            ) as transfer:
+            async with pull(self._uri, memory, background=background, lane=options.lane, prefetch=options.prefetch) as transfer:
                 self._check(transfer, result)
                 # The background goes from the first page to the last. What it reaches last it leaves to us longest.
                 first = 0 if background == "off" else transfer.region.pages // 2

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import trio
 
+from ..destination.source_session import dial_source
 from ..errors import PagenetError
 from ..protocol import LANE_HEADER_SIZE, Channel, Class, Request
 from ..region import Run
-from ..source_session import dial_source
 from ..transport import Detachable
 from ._far import blocking
 from ._figures import Sample

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import trio
 
 from .. import _native, transport
+from ..background.schedule import Hot
+from ..destination.pulling import pull
 from ..protocol import (
     Channel,
     Class,
@@ -23,12 +25,10 @@ from ..protocol import (
     Role,
     encode_message,
 )
-from ..pulling import pull
 from ..region import Block, Region, Run
 from ..residency import Residency, State
-from ..schedule import Hot
-from ..serving import serve
-from ..source import Source
+from ..source.memory import Source
+from ..source.serving import serve
 from ..target import Outcome, Target
 from ..testing import MemoryTransport
 from ..uffd import Event, Fault

@@ -16,8 +16,8 @@ from typing import IO, NamedTuple, Self
 import trio
 
 from .. import _native
+from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
-from ..lane import LaneKind
 from ..protocol import printable
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..whole_file import WholeFile
 from ._fault import FaultResult
 from ._figures import Sample
-from ._qemu import Migration, QemuResult
+from .qemu._qemu import Migration, QemuResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,14 +17,14 @@ from typing import Literal, NamedTuple
 import trio
 
 from .. import _native
+from ..destination.pulling import pull
 from ..errors import PagenetError, Unsupported
-from ..pulling import pull
 from ..rdma import CHUNK_SIZE, default_path
 from ..uffd import OwnMemory
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import median
 from ._peers import Served, Source, running, served
-from ._toucher import Toucher
+from .workload._toucher import Toucher
 
 __all__ = ["RdmaOptions", "RdmaResult", "measure_rdma"]
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from .. import _native
+from ..destination.pulling import pull
+from ..destination.trio_lanes import LaneKind
 from ..errors import UsageError
-from ..lane import LaneKind
-from ..pulling import pull
 from ..uffd import OwnMemory
 from ._figures import Sample
 from ._peers import Served, served
-from ._toucher import Toucher
+from .workload._toucher import Toucher
 
 __all__ = ["ScaleOptions", "ScaleResult", "measure_scale"]
 

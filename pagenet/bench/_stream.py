@@ -20,10 +20,10 @@ from typing import Literal
 import trio
 
 from .. import _native
+from ..destination.pulling import pull
+from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
 from ..events import EventHandler
-from ..lane import LaneKind
-from ..pulling import pull
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
 from ._far import far_socket, order_bytes
@@ -117,9 +117,7 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
                 uri = (await stack.enter_async_context(served(zeros.spec, options.transport, options.lane))).uri
                 share = 1 / options.zero_every
                 variants += [_Variant(result, uri, zeros) for result in _results(options, "file", share)]
-            sender = await stack.enter_async_context(
-                connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd])
-            )
+            sender = await stack.enter_async_context(connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd]))
             if await trio.to_thread.run_sync(sender.recv, len(READY)) != READY:
                 raise PagenetError("the floor's sender ended at once")
             floors = _Floors(options, partial(_near_sender, sender, options.transport))
@@ -177,9 +175,7 @@ _Sender = Callable[[], AbstractAsyncContextManager[tuple[socket.socket, Callable
 
 
 @asynccontextmanager
-async def _near_sender(
-    peer: socket.socket, transport: str
-) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
+async def _near_sender(peer: socket.socket, transport: str) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
     with socket_pair(transport) as (ours, theirs):
 
         def order(length: int, chunk: int) -> None:

@@ -14,10 +14,10 @@ import trio
 
 from .. import transport
 from ..admission import raise_descriptor_limit
+from ..destination.source_session import SourceSession, dial_source
 from ..errors import PagenetError
 from ..protocol import Channel, Class, Encoding, Request
 from ..region import Run
-from ..source_session import SourceSession, dial_source
 from ..transport import Connection
 from .peer import python_module
 

@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from .. import _native
-from ..pulling import pull
+from ..destination.pulling import pull
 from ..uffd import OwnMemory
 from ._task import work_once
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..background.schedule import RECORDED
 from ..bench import (
     ORDERS,
     TRACES,
@@ -21,7 +22,6 @@ from ..bench import (
     plot_workload,
     workload_targets,
 )
-from ..schedule import RECORDED
 from ..testing.pattern import parse_size
 from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown

@@ -13,12 +13,12 @@ from typing import Any, TextIO, get_args
 import trio
 
 from .. import __version__
-from ..background_start import parse_start
+from ..background.schedule import RECORDED, SCHEDULES
+from ..background.start import parse_start
 from ..errors import PagenetError, UsageError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
-from ..rates import parse_rate
-from ..schedule import RECORDED, SCHEDULES
+from ._rates import parse_rate
 
 __all__ = [
     "EXIT_CODES",

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from ..destination.pulling import Transfer
 from ..progress import Moment, Watch
-from ..pulling import Transfer
-from ..serving import Server
+from ..source.serving import Server
 from ..statistics import ServingStatistics, TransferStatistics
 from ._command import Report
 

@@ -16,12 +16,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..background.schedule import RECORDED, SCHEDULES
 from ..control import ControlClient, connect_control
 from ..errors import ConnectionBroken, RemoteProtocolError
 from ..protocol import printable
-from ..rates import rate_words
-from ..schedule import RECORDED, SCHEDULES
 from ._command import Parser, Report, background_order, prefetch_window, rate, run_command
+from ._rates import rate_words
 from ._tables import make_console
 
 __all__ = ["main"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from ..control import Control
+from ..destination.into_file import IntoFile
+from ..destination.pulling import pull
 from ..errors import HandshakeError
-from ..into_file import IntoFile
-from ..pulling import pull
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import Parser, Report, add_pull_options, count, pull_options

@@ -10,8 +10,8 @@ from contextlib import closing
 import trio
 
 from ..control import Control
+from ..destination.pulling import pull
 from ..errors import UsageError
-from ..pulling import pull
 from ..qemu import migrate, monitor_pid, receive, receive_attached
 from ..uffd import AbandonedOwner
 from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options

@@ -11,8 +11,8 @@ import trio
 
 from ..control import Control
 from ..rdma import PIN_LIMIT
-from ..serving import MAX_LANES, MAX_SESSIONS, serve
-from ..source import Source, named_identity, open_source
+from ..source.memory import Source, named_identity, open_source
+from ..source.serving import MAX_LANES, MAX_SESSIONS, serve
 from ..testing.pattern import parse_size
 from ._command import Parser, Report, add_lane_option, count
 from ._control import add_control_option, run_controlled
@@ -94,9 +94,7 @@ async def _serve(options: argparse.Namespace, report: Report, control: Control) 
         await _serve_source(source, options, report, control)
 
 
-async def _serve_source(
-    source: Source | list[str], options: argparse.Namespace, report: Report, control: Control
-) -> None:
+async def _serve_source(source: Source | list[str], options: argparse.Namespace, report: Report, control: Control) -> None:
     async with serve(
         source,
         listen=options.listen,

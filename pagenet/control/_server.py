@@ -10,13 +10,13 @@ from functools import partial
 import trio
 
 from .. import __version__, transport
+from ..destination.pulling import Transfer
 from ..errors import ConnectionBroken, RemoteProtocolError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..protocol import printable
-from ..pulling import Transfer
-from ..serving import Server
 from ..session import accept_forever
+from ..source.serving import Server
 from ..tcp import UnixTransport
 from ._channel import ControlChannel, address_of
 from ._protocol import COMMANDS, OLDEST_VERSION, VERSION, Fields, Request, decode_request

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import trio
 
+from ..destination.pulling import Transfer
 from ..progress import rounded_share
-from ..pulling import Transfer
-from ..serving import Server
+from ..source.serving import Server
 from ..statistics import ClassStatistics, Histogram, TransferStatistics
 
 __all__ = ["Rates", "server_status", "transfer_status"]

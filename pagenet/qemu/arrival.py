@@ -16,13 +16,13 @@ from typing import Any
 
 import trio
 
+from ..destination.pulling import Transfer, pull
 from ..errors import OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_faults, telling
 from ..protocol import printable
-from ..pulling import Transfer, pull
-from ..source import open_source
+from ..source.memory import open_source
 from ..transport import Connection
 from ..uffd import AttachedOwner, Mapping, UffdSocket, probe
 from ._guard import Guard, guarding
@@ -259,9 +259,7 @@ async def _arriving(
             if isinstance(qemu, _Started):
                 await _wait_handed_over(qemu.owner)
             check_size = partial(_check_size, machine, on_event)
-            async with pull(
-                listen, qemu.owner, listen=True, streams=2, held=True, on_event=check_size, **options
-            ) as transfer:
+            async with pull(listen, qemu.owner, listen=True, streams=2, held=True, on_event=check_size, **options) as transfer:
                 for stream, name in zip(transfer.streams, (TALK, DEVICES), strict=True):
                     await stream.send(name)
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time

@@ -10,10 +10,10 @@ from dataclasses import replace
 import trio
 
 from .. import _native
+from ..destination.native_lanes import owned
 from ..errors import ConnectionBroken, RemoteProtocolError, SourceLost, Unsupported
-from ..native_lanes import owned
 from ..nurseries import open_failing_nursery
-from ..source import Source
+from ..source.memory import Source
 from ._constants import KEYS_IN_ANY_CASE
 from ._lanes import Carrier, chunk_table
 from ._memory import map_file, receive_endpoint
@@ -76,9 +76,7 @@ class NativeMemory:
         try:
             reader = _native.KeyReader(self._keys)
             stack.callback(reader.close)
-            reader.connect(
-                psn, gid=theirs.gid, number=theirs.number, peer_psn=theirs.psn, lid=theirs.lid, mtu=mtu, reads=reads
-            )
+            reader.connect(psn, gid=theirs.gid, number=theirs.number, peer_psn=theirs.psn, lid=theirs.lid, mtu=mtu, reads=reads)
         except OSError as error:
             raise ConnectionBroken(f"cannot join the peer's queue pair from {path}: {error.strerror}") from None
         return reader, Endpoint(path.gid, path.lid, reader.number, psn, mtu, reads)

@@ -14,10 +14,10 @@ from typing import Protocol
 import trio
 
 from .. import _native
-from ..background import Background
+from ..background.pacing import Background
+from ..destination.filling import Filling
+from ..destination.native_lanes import LoopLanes, lane_error, owned
 from ..errors import ConnectionBroken, SourceLost, Unsupported, UsageError
-from ..filling import Filling
-from ..native_lanes import LoopLanes, lane_error, owned
 from ..region import Region
 from ..session import receive_exactly
 from ..target import Target

@@ -17,7 +17,7 @@ from .. import _native
 from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost, Unsupported
 from ..region import Run
 from ..session import LAST_WORDS_TIMEOUT
-from ..source import Source
+from ..source.memory import Source
 from ..transport import Connection
 from ._constants import KEYS_IN_ANY_CASE, RETRIES, TIMEOUT
 from ._path import Path

@@ -14,10 +14,10 @@ from typing import Any
 import trio
 
 from .. import _native
-from ..background import Background
+from ..background.pacing import Background
+from ..destination.filling import Filling
+from ..destination.trio_lanes import WINDOW_CHUNKS
 from ..errors import ConnectionBroken, SourceLost, Unsupported
-from ..filling import Filling
-from ..lane import WINDOW_CHUNKS
 from ..nurseries import open_failing_nursery
 from ..protocol import Class
 from ..region import Region, Run

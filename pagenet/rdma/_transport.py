@@ -18,11 +18,11 @@ from ._path import Path, Wanted, check_device, choose_path
 from ._read_lanes import ReadLanes
 
 if TYPE_CHECKING:
-    from ..background import Background
-    from ..filling import Filling
-    from ..lane import LaneKind, Lanes
+    from ..background.pacing import Background
+    from ..destination.filling import Filling
+    from ..destination.trio_lanes import LaneKind, Lanes
     from ..region import Region
-    from ..source import Source
+    from ..source.memory import Source
 
 _SHAPE = "say rdma://HOST:PORT, with ?device=NAME and &gid=INDEX if need be"
 

@@ -14,16 +14,7 @@ import trio
 from forked import Command, Server, forked_workload, run_workload
 from processes import huge_pages, write_blocks, write_pattern
 
-from pagenet import (
-    IntoFile,
-    RdmaTransport,
-    TcpTransport,
-    TransferStatistics,
-    UffdSocket,
-    _native,
-    pull,
-    serve,
-)
+from pagenet import IntoFile, RdmaTransport, TcpTransport, TransferStatistics, UffdSocket, _native, pull, serve
 from pagenet.cli.pull import main as pull_main
 from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
@@ -171,9 +162,7 @@ async def test_source_that_dials(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_no_more_is_pinned_than_allowed(
-    lane: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_more_is_pinned_than_allowed(lane: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
     take = RegisteredMemory.take
 

@@ -19,10 +19,10 @@ from test_combinations import check_moves, drawn
 
 import pagenet
 from pagenet import IntoFile, OwnMemory, Transfer, TransferStatistics, UsageError
+from pagenet.background.recording import load_recording
 from pagenet.cli import ctl
 from pagenet.cli.pull import main as pull
 from pagenet.cli.serve import main as serve
-from pagenet.recording import load_recording
 from pagenet.residency import State
 
 MIB = 1 << 20

@@ -15,16 +15,16 @@ from functools import partial
 
 import trio
 
-from . import _native
-from .background import Background
-from .errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
+from .. import _native
+from ..background.pacing import Background
+from ..errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
+from ..nurseries import open_failing_nursery
+from ..protocol import printable
+from ..region import Region, Run
+from ..target import Target
+from ..transport import Connection, Detachable
+from ..uffd import UffdTarget
 from .filling import Filling
-from .nurseries import open_failing_nursery
-from .protocol import printable
-from .region import Region, Run
-from .target import Target
-from .transport import Connection, Detachable
-from .uffd import UffdTarget
 
 __all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
@@ -175,9 +175,7 @@ class NativeLanes(LoopLanes):
 
     name = "native"
 
-    def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
-    ) -> None:
+    def __init__(self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background) -> None:
         self._peer = connections[0].peer
         with ExitStack() as stack:
             self._sockets = [_detached(stack, connection) for connection in connections]

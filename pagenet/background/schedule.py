@@ -9,7 +9,6 @@ there already, a byte each, in C.
 from __future__ import annotations
 
 from ..errors import UsageError
-from ..recording import load_recording
 from ..region import Region
 from ..residency import Residency
 from ._follow import Follow
@@ -17,6 +16,7 @@ from ._hot import Hot
 from ._linear import Linear
 from ._recorded import Recorded
 from ._schedule import Schedule
+from .recording import load_recording
 
 __all__ = ["RECORDED", "SCHEDULES", "Follow", "Hot", "Linear", "Recorded", "Schedule", "check_schedule", "make_schedule"]
 

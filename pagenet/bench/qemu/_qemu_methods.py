@@ -10,9 +10,9 @@ from typing import Protocol
 
 import trio
 
-from ..qemu import Qmp, QmpEvent
+from ...qemu import Qmp, QmpEvent
+from .._site import Daemon, Site
 from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machine
-from ._qemu_site import Daemon, Site
 
 __all__ = ["METHODS", "OURS", "Method", "Outcome", "monotonic"]
 
@@ -64,9 +64,7 @@ class _Qemu:
     _uri: str = ""
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
-        starting = start_machine(
-            site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=self.shared
-        )
+        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=self.shared)
         machine = await stack.enter_async_context(starting)
         blocktime = ("postcopy-blocktime",) if self.postcopy else ()
         await _enable(machine.qmp, *self._capabilities(), *blocktime)
@@ -148,9 +146,7 @@ class _Pagenet:
         assert self._site is not None
         assert self._incoming is not None
         link = self._site.link
-        leaving = self._site.daemon(
-            "migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source
-        )
+        leaving = self._site.daemon("migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source)
         async with leaving as daemon:
             await daemon.event("resumed", patience)
             completed, complete = await self._incoming.event("complete", patience)

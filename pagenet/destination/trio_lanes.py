@@ -11,15 +11,15 @@ from typing import Literal, Protocol
 
 import trio
 
-from . import _native
-from .background import Background
-from .errors import ConnectionBroken, RemoteProtocolError, SourceLost
+from .. import _native
+from ..background.pacing import Background
+from ..errors import ConnectionBroken, RemoteProtocolError, SourceLost
+from ..nurseries import open_failing_nursery
+from ..protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply, printable
+from ..region import Region, Run
+from ..session import receive_exactly
+from ..transport import Connection
 from .filling import Filling
-from .nurseries import open_failing_nursery
-from .protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply, printable
-from .region import Region, Run
-from .session import receive_exactly
-from .transport import Connection
 
 __all__ = ["LaneKind", "Lanes", "TrioLane", "TrioLanes"]
 
@@ -56,9 +56,7 @@ class TrioLanes:
 
     name = "trio"
 
-    def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background
-    ) -> None:
+    def __init__(self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background) -> None:
         self._filling = filling
         self._demand = TrioLane(connections[0], filling, wire)
         self._pushers = [_Pusher(connection, filling, wire, background) for connection in connections[1:]]

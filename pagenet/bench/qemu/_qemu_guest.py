@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple
 
 import trio
 
-from ..errors import PagenetError, UsageError
-from ..qemu import Qmp, connect_qmp
-from ._kvm import QEMU, find_kvm_cpu
-from ._qemu_site import Line, Site, Words, killing
+from ...errors import PagenetError, UsageError
+from ...qemu import Qmp, connect_qmp
+from .._kvm import QEMU, find_kvm_cpu
+from .._site import Line, Site, Words, killing
 
 __all__ = [
     "BEAT_MS",
@@ -108,7 +108,7 @@ def find_guest(kernel: Path | None, initrd: Path | None, accel: str) -> GuestFil
 
 
 def _built(accel: str) -> GuestFiles:
-    builder = Path(__file__).parents[2] / "tools" / "guest" / "build.py"
+    builder = Path(__file__).parents[3] / "tools" / "guest" / "build.py"
     if not builder.is_file():
         raise UsageError("there is no guest to move: name one by --kernel and --initrd (pagenet's sources have tools/guest)")
     done = subprocess.run([sys.executable, str(builder)], capture_output=True, text=True)
@@ -287,4 +287,3 @@ async def _connect(path: Path, pidfd: int, serial: Serial) -> trio.SocketStream:
         except OSError:
             await trio.sleep(0.005)  # QEMU is not that far yet
     raise PagenetError(f"QEMU has ended at once{serial.complaint()}")
-

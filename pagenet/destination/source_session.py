@@ -7,14 +7,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from . import transport
-from .admission import Admission, spare_descriptors
-from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
-from .events import EventHandler
-from .nurseries import open_failing_nursery
-from .protocol import Bye, Channel, Failure, Hello, Role, printable
-from .session import MessageStream, accept_forever, greet, telling
-from .transport import Connection
+from .. import transport
+from ..admission import Admission, spare_descriptors
+from ..errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
+from ..events import EventHandler
+from ..nurseries import open_failing_nursery
+from ..protocol import Bye, Channel, Failure, Hello, Role, printable
+from ..session import MessageStream, accept_forever, greet, telling
+from ..transport import Connection
 
 __all__ = ["SourceSession", "accept_source", "dial_source"]
 

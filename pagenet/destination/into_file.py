@@ -8,10 +8,10 @@ from pathlib import Path
 
 import trio
 
-from .region import Region, Run
-from .target import Outcome, Target
-from .uffd import Event, Fault
-from .whole_file import WholeFile
+from ..region import Region, Run
+from ..target import Outcome, Target
+from ..uffd import Event, Fault
+from ..whole_file import WholeFile
 
 __all__ = ["IntoFile"]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from ..errors import UsageError
-from ..recording import FORMAT, VERSION, load_fields, recording_of
-from ..schedule import RECORDED
+from ...background.recording import FORMAT, VERSION, load_fields, recording_of
+from ...background.schedule import RECORDED
+from ...errors import UsageError
 from ._touches import TOUCHES_FORMAT, TOUCHES_VERSION, touches_of
 
 __all__ = ["TRACES", "Trace", "alike", "make_trace"]

@@ -15,16 +15,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from ..errors import UsageError
-from ..lane import LaneKind
-from ..recording import Recorder
-from ..region import Block, Region
-from ..schedule import RECORDED
-from ._environment import available_memory
+from ...background.recording import Recorder
+from ...background.schedule import RECORDED
+from ...destination.trio_lanes import LaneKind
+from ...errors import UsageError
+from ...region import Block, Region
+from .._environment import available_memory
+from .._peers import Source, served_at
+from .._site import inside, open_link
+from .._task import worked
 from ._least import Least, least_stall
-from ._peers import Source, served_at
-from ._qemu_site import inside, open_link
-from ._task import worked
 from ._traces import TRACES, Trace, alike, make_trace
 
 __all__ = [
@@ -200,7 +200,7 @@ async def _measure(
                     "trace": fd,
                     "change": len(trace.pages) // 2 if name == "phases" else 0,
                 }
-                result.rounds.append(await worked("pagenet.bench.player", told, fd, inside=destination))
+                result.rounds.append(await worked("pagenet.bench.workload.player", told, fd, inside=destination))
                 if number == options.rounds - 1:
                     on_result(result)
     return list(results.values())

@@ -9,24 +9,24 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from .background import CHUNK_BYTES, Background
-from .background_start import Start, begin_background, parse_start
-from .errors import HandshakeError, OwnerGone, Unsupported, UsageError
-from .events import EventHandler, ignore_events
+from ..background.pacing import CHUNK_BYTES, Background
+from ..background.recording import Recorder, Recording, load_recording, recording_file
+from ..background.schedule import Schedule, check_schedule, make_schedule
+from ..background.start import Start, begin_background, parse_start
+from ..errors import HandshakeError, OwnerGone, Unsupported, UsageError
+from ..events import EventHandler, ignore_events
+from ..nurseries import open_failing_nursery
+from ..progress import complete_fields, tell_progress
+from ..protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
+from ..region import Region
+from ..statistics import TransferStatistics
+from ..target import Owner, Stored, Target
+from ..transport import Connection, OneSided
+from ..whole_file import WholeFile
 from .filling import Filling
-from .lane import LaneKind, Lanes, TrioLanes
 from .native_lanes import NativeLanes, can_run_natively
-from .nurseries import open_failing_nursery
-from .progress import complete_fields, tell_progress
-from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
-from .recording import Recorder, Recording, load_recording, recording_file
-from .region import Region
-from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
-from .statistics import TransferStatistics
-from .target import Owner, Stored, Target
-from .transport import Connection, OneSided
-from .whole_file import WholeFile
+from .trio_lanes import LaneKind, Lanes, TrioLanes
 
 __all__ = ["Transfer", "pull"]
 
@@ -39,9 +39,7 @@ MAX_BACKGROUND_LANES = MAX_LANES - 1  # and one for demand
 class Transfer:
     """A region on its way here. Made by :func:`pull`."""
 
-    def __init__(
-        self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection], background: Background
-    ) -> None:
+    def __init__(self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection], background: Background) -> None:
         self.filling = filling
         self._background = background
         #: to the source's ``on_stream``, for the application's own bytes

@@ -20,10 +20,10 @@ from typing import Protocol, Self
 
 import trio
 
-from . import _native
-from .errors import SourceLost, UsageError
-from .protocol import printable
-from .region import Block, Region, Run
+from .. import _native
+from ..errors import SourceLost, UsageError
+from ..protocol import printable
+from ..region import Block, Region, Run
 
 __all__ = ["Source", "named_identity", "open_source"]
 
@@ -342,9 +342,7 @@ class _ProcessPiece:
         except OSError as error:
             refused = error.errno == errno.EPERM
             hint = " (it takes the same user and ptrace access, or CAP_SYS_PTRACE)" if refused else ""
-            raise SourceLost(
-                f"cannot read process {self._pid} at {self._start + offset:#x}: {error.strerror}{hint}"
-            ) from None
+            raise SourceLost(f"cannot read process {self._pid} at {self._start + offset:#x}: {error.strerror}{hint}") from None
         # The number may have gone to another process meanwhile; not while ours was still there after the read.
         if select.select([self._pidfd], [], [], 0)[0]:
             raise SourceLost(f"process {self._pid} has ended")

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
-from ..recording import MOST_PAGES, load_fields, write_fields
-from ..whole_file import WholeFile
+from ...background.recording import MOST_PAGES, load_fields, write_fields
+from ...errors import UsageError
+from ...whole_file import WholeFile
 
 __all__ = ["TOUCHES_FORMAT", "TOUCHES_VERSION", "Touches", "load_touches", "touches_file", "touches_of"]
 

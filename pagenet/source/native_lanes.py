@@ -11,12 +11,12 @@ from itertools import count
 
 import trio
 
-from . import _native
-from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
-from .nurseries import open_failing_nursery
-from .protocol import LANE_HEADER_SIZE, Channel, Class
-from .source import Source
-from .transport import Detachable
+from .. import _native
+from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
+from ..nurseries import open_failing_nursery
+from ..protocol import LANE_HEADER_SIZE, Channel, Class
+from ..transport import Detachable
+from .memory import Source
 
 __all__ = ["MAX_UNREAD", "NativeSourceLanes"]
 

@@ -1,4 +1,4 @@
-"""A program that works on memory while it comes: ``python -m pagenet.bench.player``, started by pagenet-bench alone.
+"""A program that works on memory while it comes: ``python -m pagenet.bench.workload.player``, started by pagenet-bench alone.
 
 Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``, ``background``, ``prefetch``,
 ``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd
@@ -16,11 +16,11 @@ from typing import Any
 
 import trio
 
-from .. import _native
-from ..pulling import Transfer, pull
-from ..residency import State
-from ..uffd import OwnMemory
-from ._task import work_once
+from ... import _native
+from ...destination.pulling import Transfer, pull
+from ...residency import State
+from ...uffd import OwnMemory
+from .._task import work_once
 from ._toucher import Toucher
 
 # Seconds between two looks at what is there.

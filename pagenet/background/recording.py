@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from .errors import UsageError
-from .region import Block, Region, Run
-from .whole_file import WholeFile, read_whole
+from ..errors import UsageError
+from ..region import Block, Region, Run
+from ..whole_file import WholeFile, read_whole
 
 __all__ = [
     "FORMAT",

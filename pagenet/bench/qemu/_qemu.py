@@ -13,12 +13,12 @@ from typing import Literal
 
 import trio
 
-from .. import _native
-from ..errors import UsageError
-from ._environment import available_memory
+from ... import _native
+from ...errors import UsageError
+from .._environment import available_memory
+from .._site import Link, check_tools, open_link, open_site
 from ._qemu_guest import QEMU, Guest, GuestFiles, Machine, Story, start_machine
 from ._qemu_methods import METHODS, OURS, Method, Outcome, monotonic
-from ._qemu_site import Link, check_tools, open_link, open_site
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
 
@@ -257,4 +257,3 @@ def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Targ
 
 def _ratio(words: str, figure: float | None, other: float | None, limit: float) -> list[Target]:
     return [] if figure is None or not other else [Target(words, figure / other, limit)]
-

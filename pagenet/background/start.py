@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import trio
 
-from .background import Background
-from .errors import UsageError
+from ..errors import UsageError
+from .pacing import Background
 
 __all__ = ["Start", "begin_background", "parse_start"]
 

@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import trio
 
-from . import _native, transport
-from .errors import ConnectionBroken, ConnectionClosed, SourceLost
-from .protocol import (
+from .. import _native, transport
+from ..errors import ConnectionBroken, ConnectionClosed, SourceLost
+from ..protocol import (
     MAX_LZ4_BYTES,
     MAX_REASON_BYTES,
     Class,
@@ -20,9 +20,9 @@ from .protocol import (
     Request,
     RequestDecoder,
 )
-from .region import Run
-from .session import LAST_WORDS_TIMEOUT
-from .source import Source
+from ..region import Run
+from ..session import LAST_WORDS_TIMEOUT
+from .memory import Source
 
 __all__ = ["LARGE_UNITS", "TrioSourceLane"]
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import trio
 
-from . import transport
-from .admission import Admission, spare_descriptors
-from .errors import (
+from .. import transport
+from ..admission import Admission, spare_descriptors
+from ..destination.trio_lanes import LaneKind
+from ..errors import (
     ConnectionBroken,
     ConnectionClosed,
     PagenetError,
@@ -30,11 +31,9 @@ from .errors import (
     Unsupported,
     UsageError,
 )
-from .events import EventHandler, ignore_events
-from .lane import LaneKind
-from .native_source import MAX_UNREAD, NativeSourceLanes
-from .nurseries import open_failing_nursery
-from .protocol import (
+from ..events import EventHandler, ignore_events
+from ..nurseries import open_failing_nursery
+from ..protocol import (
     LZ4,
     MAX_DESTINATION_MESSAGE,
     Bye,
@@ -45,12 +44,13 @@ from .protocol import (
     Role,
     printable,
 )
-from .rdma import PIN_LIMIT
-from .region import Region
-from .session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
-from .source import Source, open_source
-from .source_lane import LARGE_UNITS, TrioSourceLane
-from .statistics import ServingStatistics
+from ..rdma import PIN_LIMIT
+from ..region import Region
+from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
+from ..statistics import ServingStatistics
+from .memory import Source, open_source
+from .native_lanes import MAX_UNREAD, NativeSourceLanes
+from .trio_lane import LARGE_UNITS, TrioSourceLane
 
 __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
 
@@ -320,9 +320,7 @@ class Server:
             finally:
                 session.lanes.discard(lane)
 
-    async def _run_lane(
-        self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
-    ) -> None:
+    async def _run_lane(self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session) -> None:
         if isinstance(connection, transport.OneSided):
             await self._serve_reads(connection, unread, session)
         elif self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:

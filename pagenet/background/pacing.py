@@ -8,8 +8,8 @@ from math import inf
 
 import trio
 
-from .errors import UsageError
-from .region import Run
+from ..errors import UsageError
+from ..region import Run
 from .schedule import Schedule
 
 __all__ = ["CHUNK_BYTES", "Background"]

@@ -14,14 +14,14 @@ from contextlib import suppress
 
 import trio
 
-from . import _native
-from .errors import HandshakeError, PagenetError
-from .protocol import Class, Encoding
-from .region import Run
-from .residency import Residency, State
-from .statistics import TransferStatistics
-from .target import Outcome, Recoverable, Target
-from .uffd import Fault, Forked, Remapped, Removed, Unmapped
+from .. import _native
+from ..errors import HandshakeError, PagenetError
+from ..protocol import Class, Encoding
+from ..region import Run
+from ..residency import Residency, State
+from ..statistics import TransferStatistics
+from ..target import Outcome, Recoverable, Target
+from ..uffd import Fault, Forked, Remapped, Removed, Unmapped
 
 __all__ = ["Filling"]
 
@@ -245,9 +245,7 @@ class Filling:
                 yield Run(first, count)
             first += count or 1
 
-    def arrived(
-        self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int, was_packed: bool = False
-    ) -> None:
+    def arrived(self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int, was_packed: bool = False) -> None:
         """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
         if was_packed:
             self._count_packed(class_, self.region.size_of(run), wire_bytes)

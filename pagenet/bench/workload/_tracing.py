@@ -16,14 +16,14 @@ from typing import NamedTuple, Self
 
 import trio
 
-from ..errors import PagenetError, UsageError
-from ..events import EventHandler
-from ..native_lanes import owned
-from ..nurseries import running_beside
-from ..preload import loadable
-from ..uffd import Feature, Userfaultfd
-from ..whole_file import WholeFile
-from ._environment import available_memory
+from ...destination.native_lanes import owned
+from ...errors import PagenetError, UsageError
+from ...events import EventHandler
+from ...nurseries import running_beside
+from ...preload import loadable
+from ...uffd import Feature, Userfaultfd
+from ...whole_file import WholeFile
+from .._environment import available_memory
 from ._touches import Touches, touches_file
 
 __all__ = ["DATA", "trace_program"]

@@ -1,0 +1,1 @@
+"""How a running guest fares that moves, by QEMU's own means and by pagenet's."""

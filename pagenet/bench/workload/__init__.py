@@ -1,0 +1,1 @@
+"""How a program fares that works on memory while it comes, and how its touches are recorded."""

@@ -1,0 +1,1 @@
+"""What has the pages: the memory that is read, the sessions with destinations, and the lanes that answer them."""
