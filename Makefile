@@ -32,5 +32,5 @@ $(STAMP): $(BUILT_FROM) tools/bootstrap
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pagenet/*.so pagenet/qemu/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info pagenet/*.so pagenet/*/*.so pagenet/*/*/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find pagenet native tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -42,7 +42,7 @@ struct touch {
     uint64_t work_ns;
 };
 
-/* Behind the touches, of which there are as many as pages, is a byte for each page: whether it was touched. pagenet/bench/_tracing.py
+/* Behind the touches, of which there are as many as pages, is a byte for each page: whether it was touched. pagenet/bench/workload/_tracing.py
  * makes and reads it. */
 struct trace {
     uint64_t device, inode, pages;

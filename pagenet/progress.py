@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from .events import EventHandler, ignore_events
 from .nurseries import running_beside
 from .statistics import Histogram, ServingStatistics, TransferStatistics
-
-if TYPE_CHECKING:
-    from .destination.pulling import Transfer
-    from .source.serving import Server
 
 __all__ = ["Moment", "Watch", "complete_fields", "rounded_share", "tell_faults", "tell_progress", "tell_serving", "telling"]
 
@@ -39,6 +35,18 @@ class Counted(Protocol):
     def size(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+
+
+class Filled(Protocol):
+    """A transfer, as far as its progress goes."""
+
+    def statistics(self) -> TransferStatistics: ...
+
+
+class Serving(Protocol):
+    """A source, as far as its progress goes."""
+
+    def statistics(self) -> ServingStatistics: ...
 
 
 S = TypeVar("S", bound=Counted)
@@ -91,7 +99,7 @@ class Watch(Generic[S]):
         )
 
 
-async def tell_progress(transfer: Transfer, on_event: EventHandler) -> None:
+async def tell_progress(transfer: Filled, on_event: EventHandler) -> None:
     """``progress`` events at intervals, until cancelled."""
     watch = Watch(transfer.statistics)
     while True:
@@ -108,7 +116,7 @@ async def tell_progress(transfer: Transfer, on_event: EventHandler) -> None:
         )
 
 
-async def tell_faults(transfer: Transfer, on_event: EventHandler) -> None:
+async def tell_faults(transfer: Filled, on_event: EventHandler) -> None:
     """A ``fault`` event for all faults of an interval together, if there were any: a word about each would cost more than
     answering it does."""
     before = transfer.statistics()
@@ -120,7 +128,7 @@ async def tell_faults(transfer: Transfer, on_event: EventHandler) -> None:
         before = now
 
 
-async def tell_serving(server: Server, on_event: EventHandler) -> None:
+async def tell_serving(server: Serving, on_event: EventHandler) -> None:
     """``progress`` events of a source whose one destination gets every page from it, until cancelled."""
     watch: Watch[ServingStatistics] = Watch(server.statistics)
     while True:

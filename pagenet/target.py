@@ -1,18 +1,79 @@
-"""Where pages go: what the destination's lanes ask of the memory, or the file, that they fill."""
+"""Where pages go: what lanes ask of the memory, or the file, that they fill, and what its owner does meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from .region import Region, Run
+from .residency import Residency
 
-if TYPE_CHECKING:  # the targets in uffd/ need this module
-    from .residency import Residency
-    from .uffd import Event, Fault
+__all__ = [
+    "Event",
+    "Fault",
+    "Forked",
+    "Outcome",
+    "Owner",
+    "Recoverable",
+    "Remapped",
+    "Removed",
+    "Target",
+    "Unmapped",
+]
 
-__all__ = ["Outcome", "Owner", "Recoverable", "Target"]
+
+# ---- what happens to the memory of an owner ----
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A thread waits for the page at ``address``. ``minor``: the page cache has it, the page table does not."""
+
+    address: int
+    write: bool
+    minor: bool
+    thread: int
+    #: a write to a page that its owner has protected
+    protected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """The owner gave up [start, end): it reads as zero from now on."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """The owner unmapped [start, end)."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remapped:
+    """The owner moved ``length`` bytes from ``start`` to ``to``."""
+
+    start: int
+    to: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """The owner forked; ``uffd`` watches the child, and is the reader's to close."""
+
+    uffd: int
+
+
+Event = Fault | Removed | Unmapped | Remapped | Forked
+
+
+# ---- where pages go ----
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 A backend is a :class:`Transport`: it dials a URI and listens on one. What comes out is a :class:`Connection`, an ordered,
 reliable stream of bytes in both directions. Both fill the caller's buffers and send the caller's buffers, so that page
 bytes pass by reference. What only some backends can do is an interface of its own: :class:`Detachable` gives away the
-file descriptor underneath, for loops in C that want to drive it themselves; of a :class:`OneSided` connection the destination
-reads the source's memory itself.
+file descriptor underneath, for loops in C that want to drive it themselves. Beside some connections the destination reads the
+source's memory itself: what each side asks of those is the side's own (``source/lanes.py``, ``destination/lanes.py``).
 
 Backends register under their URI scheme; :func:`dial` and :func:`listen` pick one.
 """
@@ -13,24 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 from urllib.parse import SplitResult, urlsplit
 
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .background.pacing import Background
-    from .destination.filling import Filling
-    from .destination.trio_lanes import LaneKind, Lanes
-    from .region import Region
-    from .source.memory import Source
 
 __all__ = [
     "Buffer",
     "Connection",
     "Detachable",
+    "LaneKind",
     "Listener",
-    "OneSided",
     "Transport",
     "dial",
     "listen",
@@ -39,6 +32,8 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview
+#: which lanes drive a connection: loops in C, tasks in Trio, or the former where they can
+LaneKind = Literal["auto", "native", "trio"]
 
 
 class Connection(Protocol):
@@ -82,41 +77,6 @@ class Detachable(Protocol):
 
     def detach(self) -> int:
         """Give the non-blocking socket's file descriptor to the caller, who closes it. The connection is then closed."""
-        ...
-
-
-@runtime_checkable
-class OneSided(Protocol):
-    """A connection beside which the destination reads pages out of the source's memory itself. It carries but the words that
-    this takes."""
-
-    @property
-    def peer(self) -> str:
-        """As :attr:`Connection.peer`."""
-        ...
-
-    def find_path(self) -> str:
-        """By which device and address its pages go, for people to read. :exc:`~pagenet.errors.Unsupported` if by none."""
-        ...
-
-    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> Any:
-        """Make ready to let destinations on this path read ``source``, ``pin_limit`` bytes of it at a time. What comes of it is
-        for :meth:`serve_reads` of any connection on the same path, and has a ``close``."""
-        ...
-
-    async def serve_reads(self, memory: Any, unread: bytes) -> None:
-        """Let the peer read, until it closes. ``unread``: what was received from it already.
-
-        :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything; else what ends the connection is
-        :exc:`~pagenet.errors.ConnectionBroken`, :exc:`~pagenet.errors.RemoteProtocolError`, or
-        :exc:`~pagenet.errors.Unsupported` if this process may not do what it takes, of which the peer has been told as well.
-        """
-        ...
-
-    def make_lanes(
-        self, filling: Filling, wire: Region, connections: Sequence[Any], background: Background, kind: LaneKind
-    ) -> Lanes:
-        """The destination's lanes over ``connections``, which are all of this kind."""
         ...
 
 

@@ -136,7 +136,7 @@ async def test_silent_peers_hold_up_nobody(mock_clock: trio.testing.MockClock, m
 async def small_server(memory_file: str, events: Events) -> AsyncIterator[pagenet.Server]:
     """Of 20 strangers at most."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pagenet.serving.Admission", lambda most: Admission(most, 20))
+        patch.setattr("pagenet.source.serving.Admission", lambda most: Admission(most, 20))
         async with pagenet.serve(memory_file, listen="tcp://127.0.0.1:0", on_event=events) as server:
             yield server
 

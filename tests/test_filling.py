@@ -1,4 +1,4 @@
-"""pagenet/filling.py: what becomes of faults, pages and removals, in any order, on a memory that is not the kernel's."""
+"""What becomes of faults, pages and removals, in any order, on a memory that is not the kernel's."""
 
 from __future__ import annotations
 
@@ -138,9 +138,13 @@ class Filled:
     def __init__(self, memory: FakeMemory) -> None:
         self.memory = memory
         self.filling = Filling(memory)
-        #: what it asked for on the demand lane
-        self.asked: list[tuple[Class, Run]] = []
-        self.filling.ask = lambda class_, run: self.asked.append((class_, run))
+        self._asked: list[tuple[Class, Run]] = []
+
+    @property
+    def asked(self) -> list[tuple[Class, Run]]:
+        """What it asked for on the demand lane, from the beginning."""
+        self._asked += self.filling.take_wanted()
+        return self._asked
 
     @property
     def demanded(self) -> list[int]:
@@ -690,7 +694,7 @@ def test_fork_is_refused_and_its_descriptor_closed(filled: Filled) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1_000_000)
     time = SimpleNamespace(monotonic_ns=lambda: clock.now, monotonic=lambda: clock.now / 1e9)
-    monkeypatch.setattr("pagenet.filling.time", time)
+    monkeypatch.setattr("pagenet.destination.filling.time", time)
     return clock
 
 
@@ -754,7 +758,6 @@ class Play:
         self.outstanding: list[tuple[Class, Run]] = []
         self.asked: list[tuple[Class, int]] = []
         self.interruptions: list[Run] = []
-        self.filled.filling.ask = self.ask
         self.filled.memory.before_placing = self.interrupt
 
     def ask(self, class_: Class, run: Run) -> None:
@@ -785,6 +788,8 @@ class Play:
                 memory.give_up(run)
             case "give up while placing", Run() as run:
                 self.interruptions.append(run)
+        for wanted in filling.take_wanted():
+            self.ask(*wanted)
         assert filling.completed.is_set() == filling.residency.complete
 
     def finish(self) -> None:

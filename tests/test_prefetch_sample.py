@@ -20,10 +20,10 @@ from processes import Process, pull_command, run, run_server, threads_in_faults,
 
 import pagenet
 from pagenet import OwnMemory, Transfer, _native
-from pagenet.destination.trio_lanes import LaneKind
 from pagenet.progress import complete_fields
 from pagenet.qemu._preload import preload_library
 from pagenet.residency import State
+from pagenet.transport import LaneKind
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
 

@@ -16,8 +16,8 @@ from pagenet import Block, Region, Run, UsageError
 from pagenet.background.recording import Recorder, Recording, load_recording
 from pagenet.background.schedule import Recorded
 from pagenet.cli.pull import main
-from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import Residency, State
+from pagenet.transport import LaneKind
 
 MIB = 1 << 20
 PAGE = 4096
@@ -125,7 +125,7 @@ def test_a_file_has_no_more_values_than_are_ever_written(body: object, tmp_path:
     path = tmp_path / "touches"
     path.write_bytes(msgpack.packb({**GOOD, "more": body}))
     load_recording(path)
-    monkeypatch.setattr("pagenet.recording._MOST_VALUES", 31)
+    monkeypatch.setattr("pagenet.background.recording._MOST_VALUES", 31)
     with pytest.raises(UsageError, match="more values than any that pagenet writes"):
         load_recording(path)
 

@@ -15,8 +15,8 @@ import trio
 
 import pagenet
 from pagenet import Transfer, UsageError, _native
-from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import State
+from pagenet.transport import LaneKind
 
 LANES: list[LaneKind] = ["native", "trio"]
 SIZE = 8 << 20

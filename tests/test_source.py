@@ -1,4 +1,4 @@
-"""pagenet/source.py: every kind of source, what is wrong with some, and what may happen to one while it is served."""
+"""pagenet/source/memory.py: every kind of source, what is wrong with some, and what may happen to one while it is served."""
 
 from __future__ import annotations
 

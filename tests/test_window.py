@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import pagenet
 from pagenet import Run, _native
-from pagenet.destination.trio_lanes import LaneKind
 from pagenet.residency import Residency, State
+from pagenet.transport import LaneKind
 
 PAGE = 4096
 AREA = 64

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 
 import trio
@@ -45,8 +46,7 @@ class Background:
         self._paid_until = self._next_turn = -inf
         #: told of each batch of pages that threads waited for, in their order
         self.observers: list[Callable[[Sequence[int]], None]] = []
-        #: called when the background was paused or resumed, or may be faster or slower: by whoever drives the lanes
-        self.on_limit: Callable[[], None] = lambda: None
+        self._on_change: list[Callable[[], None]] = []
 
     @property
     def schedule(self) -> Schedule | None:
@@ -78,19 +78,32 @@ class Background:
                 schedule.note_faults([page], at)
         self._waiting.unpark_all()
 
+    @contextmanager
+    def telling(self, on_change: Callable[[], None]) -> Iterator[None]:
+        """Call ``on_change`` whenever pause, begin or limit change, for as long as the block runs."""
+        self._on_change.append(on_change)
+        try:
+            yield
+        finally:
+            self._on_change.remove(on_change)
+
+    def _tell(self) -> None:
+        for on_change in self._on_change:
+            on_change()
+
     def pause(self) -> None:
         """Ask for nothing more; what was asked for comes."""
         self._paused = True
-        self.on_limit()
+        self._tell()
 
     def resume(self) -> None:
         self._paused = False
-        self.on_limit()
+        self._tell()
         self._waiting.unpark_all()
 
     def begin(self) -> None:
         self._begun = True
-        self.on_limit()
+        self._tell()
         self._waiting.unpark_all()
 
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
@@ -100,7 +113,7 @@ class Background:
         self._max_bandwidth = bytes_per_second
         self._paid_until = self._next_turn = -inf  # at the former rate that may be hours away
         self._limited.unpark_all()
-        self.on_limit()
+        self._tell()
 
     @property
     def heeds_faults(self) -> bool:

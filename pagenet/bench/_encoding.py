@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
 from ..protocol import Compress
+from ..transport import LaneKind
 from ._content import CONTENTS, Content
 from ._environment import available_memory
 from ._figures import median

@@ -22,9 +22,9 @@ import trio
 
 from .. import _native
 from ..destination.pulling import Transfer, pull
-from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, SourceLost, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
+from ..transport import LaneKind
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
 from ._far import far_socket, order_pages

@@ -16,11 +16,11 @@ from typing import IO, NamedTuple, Self
 import trio
 
 from .. import _native
-from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
 from ..protocol import printable
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
+from ..transport import LaneKind
 from .peer import peer_command, python_module
 
 __all__ = [

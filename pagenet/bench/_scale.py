@@ -19,8 +19,8 @@ from typing import Literal
 
 from .. import _native
 from ..destination.pulling import pull
-from ..destination.trio_lanes import LaneKind
 from ..errors import UsageError
+from ..transport import LaneKind
 from ..uffd import OwnMemory
 from ._figures import Sample
 from ._peers import Served, served

@@ -21,9 +21,9 @@ import trio
 
 from .. import _native
 from ..destination.pulling import pull
-from ..destination.trio_lanes import LaneKind
 from ..errors import PagenetError, UsageError
 from ..events import EventHandler
+from ..transport import LaneKind
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
 from ._far import far_socket, order_bytes

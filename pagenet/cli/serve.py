@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import trio
 
 from ..control import Control
-from ..rdma import PIN_LIMIT
+from ..source.lanes import PIN_LIMIT
 from ..source.memory import Source, named_identity, open_source
 from ..source.serving import MAX_LANES, MAX_SESSIONS, serve
 from ..testing.pattern import parse_size

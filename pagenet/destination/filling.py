@@ -1,7 +1,7 @@
 """The destination's state, and what may be done to it: faults come in, pages come in, the owner gives pages up.
 
-No method waits. Each leaves residency, target and the list of waiting faults agreeing with each other, so lanes written as
-Trio tasks may call them in any order.
+No method waits, and none asks for pages: :meth:`Filling.take_wanted` says what is to be asked for. Each leaves residency,
+target and the list of waiting faults agreeing with each other, so lanes written as Trio tasks may call them in any order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import trio
@@ -20,8 +20,7 @@ from ..protocol import Class, Encoding
 from ..region import Run
 from ..residency import Residency, State
 from ..statistics import TransferStatistics
-from ..target import Outcome, Recoverable, Target
-from ..uffd import Fault, Forked, Remapped, Removed, Unmapped
+from ..target import Fault, Forked, Outcome, Recoverable, Remapped, Removed, Target, Unmapped
 
 __all__ = ["Filling"]
 
@@ -46,10 +45,6 @@ class Filling:
         self._two_steps = target if isinstance(target, Recoverable) else None
         self.residency = self._two_steps.open_residency(source) if self._two_steps else Residency(self.region.pages)
         self.completed = trio.Event()
-        #: asks for pages on the demand lane; set by whoever drives it
-        self.ask: Callable[[Class, Run], None] = lambda class_, run: None
-        #: told of each page that a thread waits for
-        self.on_fault: Callable[[int], None] = lambda page: None
         #: what is asked for around a page that somebody waits for
         self.window = _native.Window()
         self.prefetch = (0, 0)
@@ -59,6 +54,8 @@ class Filling:
         self._prefetching = 0  # bytes on their way of a window that adapts
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
+        self._wanted: list[tuple[Class, Run]] = []
+        self._faulted: list[int] = []
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
@@ -138,6 +135,16 @@ class Filling:
             self._prefetch_more()
         self.check_complete()
 
+    def take_wanted(self) -> list[tuple[Class, Run]]:
+        """What is to be asked for on the demand lane, in that order, since this was last called."""
+        wanted, self._wanted = self._wanted, []
+        return wanted
+
+    def take_faulted(self) -> list[int]:
+        """The pages that threads wait for, or waited for, since this was last called."""
+        faulted, self._faulted = self._faulted, []
+        return faulted
+
     def _drain(self) -> None:
         """Read all events. Removals take effect at once, and faults wait: answering one may need another drain."""
         while events := self.target.read_events():
@@ -179,13 +186,13 @@ class Filling:
         self.residency.add(Class.DEMAND, "faults")
         state = self.residency.state(page)
         if state not in (State.RESIDENT, State.REMOVED):
-            self.on_fault(page)
+            self._faulted.append(page)
         match state:
             case State.MISSING | State.COMING:
                 # COMING: it stands in a queue behind other background pages. Who comes second is dropped.
                 self.residency.set(Run(page, 1), State.REQUESTED)
                 self._faulted_at[page] = now
-                self.ask(Class.DEMAND, Run(page, 1))
+                self._wanted.append((Class.DEMAND, Run(page, 1)))
                 return page if state is State.MISSING else None
             case State.REQUESTED | State.PLACING:
                 self._faulted_at.setdefault(page, now)
@@ -215,7 +222,7 @@ class Filling:
             before -= 1
         for run in (self._claim(behind), self._claim(Run(page - before, before))):
             if run.count:
-                self.ask(Class.PREFETCH, run)
+                self._wanted.append((Class.PREFETCH, run))
 
     def _prefetch_more(self) -> None:
         """What the window wants, a little at a time: all that is on its way stands before the next page that is waited for."""
@@ -224,7 +231,7 @@ class Filling:
         ):
             run = Run(*found)
             self._prefetching += self.region.size_of(run)
-            self.ask(Class.PREFETCH, run)
+            self._wanted.append((Class.PREFETCH, run))
 
     def _claim(self, run: Run) -> Run:
         return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))

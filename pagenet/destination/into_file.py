@@ -9,8 +9,7 @@ from pathlib import Path
 import trio
 
 from ..region import Region, Run
-from ..target import Outcome, Target
-from ..uffd import Event, Fault
+from ..target import Event, Fault, Outcome, Target
 from ..whole_file import WholeFile
 
 __all__ = ["IntoFile"]

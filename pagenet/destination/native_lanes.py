@@ -82,8 +82,7 @@ class LoopLanes:
                 encodings=filling.encodings,
             )
             stack.callback(self._dest.close)
-            background.on_limit = self._limit
-            stack.callback(setattr, background, "on_limit", lambda: None)
+            stack.enter_context(background.telling(self._limit))
             self._limit()
             self._cleanup = stack.pop_all()
 

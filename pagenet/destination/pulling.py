@@ -21,12 +21,13 @@ from ..protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encoding
 from ..region import Region
 from ..statistics import TransferStatistics
 from ..target import Owner, Stored, Target
-from ..transport import Connection, OneSided
+from ..transport import Connection, LaneKind
 from ..whole_file import WholeFile
 from .filling import Filling
+from .lanes import Lanes, OneSided
 from .native_lanes import NativeLanes, can_run_natively
 from .source_session import SourceSession, accept_source, dial_source
-from .trio_lanes import LaneKind, Lanes, TrioLanes
+from .trio_lanes import TrioLanes
 
 __all__ = ["Transfer", "pull"]
 

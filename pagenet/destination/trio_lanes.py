@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
 
 import trio
 
@@ -21,34 +20,11 @@ from ..session import receive_exactly
 from ..transport import Connection
 from .filling import Filling
 
-__all__ = ["LaneKind", "Lanes", "TrioLane", "TrioLanes"]
-
-LaneKind = Literal["auto", "native", "trio"]
+__all__ = ["WINDOW_CHUNKS", "TrioLane", "TrioLanes", "act_on_faults", "read_events_forever"]
 
 # How many chunks of the background may be on their way on each lane: enough to keep a loopback connection busy while one is
 # placed.
 WINDOW_CHUNKS = 4
-
-
-class Lanes(Protocol):
-    """All that brings pages in one transfer."""
-
-    @property
-    def name(self) -> str:
-        """``native`` or ``trio``."""
-        ...
-
-    async def run(self) -> None:
-        """Answer faults and bring what the schedule says, until cancelled.
-
-        :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.ProtocolError`,
-        :exc:`~pagenet.errors.HandshakeError` (the owner did what it may not).
-        """
-        ...
-
-    def close(self) -> None:
-        """Give back what they own. Not while they run. Idempotent."""
-        ...
 
 
 class TrioLanes:
@@ -58,34 +34,56 @@ class TrioLanes:
 
     def __init__(self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background) -> None:
         self._filling = filling
-        self._demand = TrioLane(connections[0], filling, wire)
-        self._pushers = [_Pusher(connection, filling, wire, background) for connection in connections[1:]]
-        filling.ask = self._demand.request_nowait
-        filling.on_fault = lambda page: background.note_faults([page])
+        self._background = background
+        self._demand = TrioLane(connections[0], filling, wire, self._note_arrival)
+        self._pushers = [
+            _Pusher(connection, filling, wire, background, self._act) for connection in connections[1:]
+        ]
 
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._demand.run)
             for pusher in self._pushers:
                 nursery.start_soon(pusher.run)
-            if self._filling.target.event_fd is not None:
-                await self._read_events(self._filling.target.event_fd)
+            await read_events_forever(self._filling, self._act)
 
-    async def _read_events(self, event_fd: int) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(event_fd)
-            self._filling.read_events()
+    def _act(self) -> None:
+        act_on_faults(self._filling, self._demand.request_nowait, self._background)
+
+    def _note_arrival(self, size: int, wire_bytes: int) -> None:
+        self._act()
 
     def close(self) -> None:
         """Nothing is theirs."""
 
 
+def act_on_faults(filling: Filling, ask: Callable[[Class, Run], None], background: Background) -> None:
+    """After whatever may have read the owner's events: ask for what is wanted now, and say what was faulted on."""
+    for class_, run in filling.take_wanted():
+        ask(class_, run)
+    if faulted := filling.take_faulted():
+        background.note_faults(faulted)
+
+
+async def read_events_forever(filling: Filling, act: Callable[[], None]) -> None:
+    """Until cancelled; what nobody touches has no events. ``act``: called when some were read."""
+    if filling.target.event_fd is None:
+        return
+    while True:
+        await trio.lowlevel.wait_readable(filling.target.event_fd)
+        filling.read_events()
+        act()
+
+
 class _Pusher:
     """A background lane that takes its work from the schedule."""
 
-    def __init__(self, connection: Connection, filling: Filling, wire: Region, background: Background) -> None:
+    def __init__(
+        self, connection: Connection, filling: Filling, wire: Region, background: Background, act: Callable[[], None]
+    ) -> None:
         self._filling = filling
         self._background = background
+        self._act = act  # called when pages came
         self._lane = TrioLane(connection, filling, wire, self._note_arrival)
         self._in_flight = 0
         self._arrived = trio.Event()
@@ -117,6 +115,7 @@ class _Pusher:
         if wire_bytes < size:
             self._background.refund(size - wire_bytes)
         self._arrived.set()
+        self._act()
 
 
 class TrioLane:
@@ -131,7 +130,7 @@ class TrioLane:
         connection: Connection,
         filling: Filling,
         wire: Region,
-        on_done: Callable[[int, int], None] = lambda size, wire_bytes: None,
+        on_done: Callable[[int, int], None],
     ) -> None:
         self._connection = connection
         self._filling = filling

@@ -28,14 +28,13 @@ from pathlib import Path
 
 import trio
 
-from ..destination.trio_lanes import LaneKind
 from ..errors import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import tell_serving, telling
 from ..source.memory import open_source
 from ..source.serving import Server, serve
-from ..transport import Connection
+from ..transport import Connection, LaneKind
 from ._guard import Guard, go_on, guarding
 from ._talk import DEVICES, TALK, MigrationRefused, Talk, which_stream
 from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way

@@ -15,9 +15,8 @@
 
 from __future__ import annotations
 
-from ._constants import PIN_LIMIT
 from ._path import default_path
 from ._transport import RdmaTransport
 from ._wire import CHUNK_SIZE
 
-__all__ = ["CHUNK_SIZE", "PIN_LIMIT", "RdmaTransport", "default_path"]
+__all__ = ["CHUNK_SIZE", "RdmaTransport", "default_path"]

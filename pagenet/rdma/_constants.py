@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-# Of the source's memory, registered at the same time, whoever reads it. Registered memory cannot be swapped or moved: a source
-# pins as much as destinations are at work on, not all that it has.
-PIN_LIMIT = 256 << 20
 # Keys that each connection may have in any case: who has fewer can give none back to make room, and would wait for others.
 KEYS_IN_ANY_CASE = 4
 

@@ -55,7 +55,7 @@ class NativeMemory:
         self._cleanup.close()
 
     async def serve(self, carrier: Carrier, unread: bytes, keep: ExitStack) -> None:
-        """As :meth:`pagenet.transport.OneSided.serve_reads`. ``keep``: closes the socket, which ``carrier`` does no more."""
+        """As :meth:`pagenet.source.lanes.OneSided.serve_reads`. ``keep``: closes the socket, which ``carrier`` does no more."""
         stream = bytearray(unread)
         theirs = await receive_endpoint(carrier, stream)
         with ExitStack() as stack:

@@ -224,7 +224,7 @@ def _zero_map(pages: memoryview, page_size: int) -> tuple[bytes, bool]:
 
 
 async def serve_reads(connection: Connection, path: Path, memory: RegisteredMemory, unread: bytes) -> None:
-    """As :meth:`pagenet.transport.OneSided.serve_reads`."""
+    """As :meth:`pagenet.source.lanes.OneSided.serve_reads`."""
     stream = bytearray(unread)
     theirs = await receive_endpoint(connection, stream)
     held: set[Run] = set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ import trio
 from .. import _native
 from ..background.pacing import Background
 from ..destination.filling import Filling
-from ..destination.trio_lanes import WINDOW_CHUNKS
+from ..destination.trio_lanes import WINDOW_CHUNKS, act_on_faults, read_events_forever
 from ..errors import ConnectionBroken, SourceLost, Unsupported
 from ..nurseries import open_failing_nursery
 from ..protocol import Class
@@ -46,10 +46,7 @@ class ReadLanes:
         self._filling = filling
         self._background = background
         self._path = path
-        self._demand, *others = [_ReadLane(connection, filling, wire, path) for connection in connections]
-        self._pushers = others
-        filling.ask = self._demand.request_nowait
-        filling.on_fault = lambda page: background.note_faults([page])
+        self._demand, *self._pushers = [_ReadLane(connection, filling, wire, path, self._act) for connection in connections]
 
     @property
     def name(self) -> str:
@@ -64,13 +61,10 @@ class ReadLanes:
             for lane in self._pushers:
                 nursery.start_soon(lane.run)
                 nursery.start_soon(self._feed, lane)
-            if self._filling.target.event_fd is not None:
-                await self._read_events(self._filling.target.event_fd)
+            await read_events_forever(self._filling, self._act)
 
-    async def _read_events(self, event_fd: int) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(event_fd)
-            self._filling.read_events()
+    def _act(self) -> None:
+        act_on_faults(self._filling, self._demand.request_nowait, self._background)
 
     async def _feed(self, lane: _ReadLane) -> None:
         while True:
@@ -88,7 +82,10 @@ class ReadLanes:
 class _ReadLane:
     """One queue pair: runs are read one after the other, into memory from which they are placed."""
 
-    def __init__(self, connection: Connection, filling: Filling, wire: Region, path: Path) -> None:
+    def __init__(
+        self, connection: Connection, filling: Filling, wire: Region, path: Path, act: Callable[[], None]
+    ) -> None:
+        self._act = act  # called when pages came
         self._connection = connection
         self._filling = filling
         self._wire = wire
@@ -141,6 +138,7 @@ class _ReadLane:
             pages = await self._fetch(part)
             mine = Run(ours + (part.first - wires >> shift), part.count >> shift)
             self._filling.arrived(class_, mine, pages, 0 if pages is None else len(pages))
+            self._act()
 
     def _unit_shift(self, block: int) -> int:
         ours, wires = self._filling.region.blocks[block].page_size, self._wire.blocks[block].page_size

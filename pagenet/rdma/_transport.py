@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import SplitResult, parse_qsl
 
+from ..background.pacing import Background
+from ..destination.filling import Filling
+from ..destination.lanes import Lanes
 from ..errors import PagenetError, SourceUnreachable, UsageError
 from ..protocol import Encoding
-from ..transport import Buffer, Listener, Transport
+from ..region import Region
+from ..source.memory import Source
+from ..transport import Buffer, LaneKind, Listener, Transport
 from ._keys import NativeMemory
 from ._lanes import Carrier, RdmaLanes, can_run_in_c
 from ._memory import RegisteredMemory, serve_reads
 from ._path import Path, Wanted, check_device, choose_path
 from ._read_lanes import ReadLanes
 
-if TYPE_CHECKING:
-    from ..background.pacing import Background
-    from ..destination.filling import Filling
-    from ..destination.trio_lanes import LaneKind, Lanes
-    from ..region import Region
-    from ..source.memory import Source
-
 _SHAPE = "say rdma://HOST:PORT, with ?device=NAME and &gid=INDEX if need be"
 
 
 class RdmaConnection:
-    """A :class:`~pagenet.transport.Connection`, and :class:`~pagenet.transport.OneSided`. Owns ``carrier``."""
+    """A :class:`~pagenet.transport.Connection` that is one-sided, as both sides want it. Owns ``carrier``."""
 
     def __init__(self, carrier: Carrier, wanted: Wanted) -> None:
         self.carrier = carrier

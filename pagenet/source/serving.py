@@ -19,7 +19,6 @@ import trio
 
 from .. import transport
 from ..admission import Admission, spare_descriptors
-from ..destination.trio_lanes import LaneKind
 from ..errors import (
     ConnectionBroken,
     ConnectionClosed,
@@ -44,10 +43,11 @@ from ..protocol import (
     Role,
     printable,
 )
-from ..rdma import PIN_LIMIT
 from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
+from ..transport import LaneKind
+from .lanes import PIN_LIMIT, OneSided
 from .memory import Source, open_source
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
 from .trio_lane import LARGE_UNITS, TrioSourceLane
@@ -321,7 +321,7 @@ class Server:
                 session.lanes.discard(lane)
 
     async def _run_lane(self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session) -> None:
-        if isinstance(connection, transport.OneSided):
+        if isinstance(connection, OneSided):
             await self._serve_reads(connection, unread, session)
         elif self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
@@ -329,7 +329,7 @@ class Server:
             async with self._telling_if_lost():
                 await TrioSourceLane(connection, self._source, self._asked, self._large_units).run(unread)
 
-    async def _serve_reads(self, connection: transport.OneSided, unread: bytes, session: _Session) -> None:
+    async def _serve_reads(self, connection: OneSided, unread: bytes, session: _Session) -> None:
         try:
             memory = self._readable_by(connection)
             async with self._telling_if_lost():
@@ -338,7 +338,7 @@ class Server:
             await self._part([session], error)
             raise
 
-    def _readable_by(self, connection: transport.OneSided) -> Any:
+    def _readable_by(self, connection: OneSided) -> Any:
         path = connection.find_path()
         if path not in self._readable:
             lane: LaneKind = "trio" if self._native is None else "native"

@@ -1,23 +1,13 @@
 """Everything that touches userfaultfd: the descriptor, its events, owners and their handshake, placement."""
 
+from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
 from ._process import Mapped, OtherProcess
 from ._target import UffdTarget
-from ._userfaultfd import (
-    Event,
-    Fault,
-    Feature,
-    Forked,
-    Mode,
-    Remapped,
-    Removed,
-    Unmapped,
-    Userfaultfd,
-    probe,
-)
+from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
 __all__ = [
     "AbandonedOwner",

@@ -23,9 +23,9 @@ from .. import _native
 from ..errors import HandshakeError, OwnerGone, PagenetError, UsageError
 from ..region import Region, Run
 from ..residency import Residency
-from ..target import Outcome
+from ..target import Event, Fault, Outcome
 from ._handshake import Mapping, Note, check_mappings, mapping_pieces
-from ._userfaultfd import Event, Fault, Feature, Mode, Userfaultfd
+from ._userfaultfd import Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
 

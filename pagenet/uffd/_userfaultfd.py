@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 
 from .. import _native
 from ..errors import Unsupported
+from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 
-__all__ = ["Event", "Fault", "Feature", "Forked", "Mode", "Remapped", "Removed", "Unmapped", "Userfaultfd", "probe"]
+__all__ = ["Feature", "Mode", "Userfaultfd", "probe"]
 
 DEVICE = "/dev/userfaultfd"
 
@@ -51,53 +51,6 @@ class Mode(IntFlag):
 
 
 _FLAG_WRITE, _FLAG_WP, _FLAG_MINOR = 1, 2, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A thread waits for the page at ``address``. ``minor``: the page cache has it, the page table does not."""
-
-    address: int
-    write: bool
-    minor: bool
-    thread: int
-    #: a write to a page that its owner has protected
-    protected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """The owner gave up [start, end): it reads as zero from now on."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unmapped:
-    """The owner unmapped [start, end)."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Remapped:
-    """The owner moved ``length`` bytes from ``start`` to ``to``."""
-
-    start: int
-    to: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forked:
-    """The owner forked; ``uffd`` watches the child, and is the reader's to close."""
-
-    uffd: int
-
-
-Event = Fault | Removed | Unmapped | Remapped | Forked
 
 
 class Userfaultfd:

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 from ...background.recording import Recorder
 from ...background.schedule import RECORDED
-from ...destination.trio_lanes import LaneKind
 from ...errors import UsageError
 from ...region import Block, Region
+from ...transport import LaneKind
 from .._environment import available_memory
 from .._peers import Source, served_at
 from .._site import inside, open_link
