@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but make: tools/bootstrap finds or installs the rest.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint pytest dist clean
+.PHONY: demo test check lint pytest dist clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,11 +12,16 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.c native/*.h native/*.
 demo: $(STAMP)
 	$(PY) tools/demo.py $(DEMOARGS)
 
+# Everything, in parts, several at a time; or, in one piece, what TESTARGS says.
 test: lint pytest
 
 pytest: $(STAMP)
 	sh tools/bootstrap $(VENV) --tests
-	$(PY) -m pytest $(TESTARGS)
+	$(if $(TESTARGS),$(PY) -m pytest $(TESTARGS),$(PY) tools/test $(PARTS))
+
+# What takes no root and no other process: within a minute or two.
+check: lint
+	$(PY) -m pytest -q tests/unit
 
 lint: $(STAMP)
 	$(PY) -m ruff check

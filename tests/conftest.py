@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 import hypothesis
 import pytest
 from fuzzing import SOAK_SECONDS, Fuzz
-from leaks import GRACE, left_behind, orphans, snapshot
+from leaks import GRACE, left_behind, orphans, own_mounts, snapshot
 
 # On a loaded machine or under a sanitizer, an example that is slow is not one that is wrong.
 hypothesis.settings.register_profile("pagenet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    own_mounts()
     if config.option.fuzz_seed is None:
         config.option.fuzz_seed = random.SystemRandom().randrange(1 << 40)
 

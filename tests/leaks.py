@@ -1,11 +1,13 @@
 """What a test leaves behind: a snapshot before, a comparison after.
 
-Three of the six kinds (files in /dev/shm, mounts, network namespaces) belong to the host, not to this process. When
-other programs of the same host come and go at the same time, ``PAGENET_TEST_SHARED_HOST=1`` leaves those three out.
+Three of the six kinds (files in /dev/shm, mounts, network namespaces) belong to the host, not to this process. As root, the
+tests have mounts of their own, so that several runs of them do not see each other. Without, other programs of the same host
+come and go at the same time: ``PAGENET_TEST_SHARED_HOST=1`` leaves those three out.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import time
@@ -15,6 +17,21 @@ from pathlib import Path
 
 # A thread that Python has joined may still be a moment away from its end in the kernel, and a killed child from its.
 GRACE = 0.5
+
+
+CLONE_NEWNS = 0x20000
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18
+
+
+def own_mounts() -> bool:
+    """A mount namespace for this process, with an empty /dev/shm and no named network namespace; False if it may have none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+        return False
+    for path in ("/dev/shm", "/run/netns"):
+        if os.path.isdir(path) and libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=1777"):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Everything that can be chosen, drawn together, and changed while it runs: each page is right, whatever the choice."""
+"""Everything that can be chosen, drawn together, and changed while it runs."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 from commands import tell_at_random
 from lanes import MADV_REMOVE, libc
 
 import pagenet
-from pagenet import OwnMemory, Transfer, TransferStatistics, register
+from pagenet import OwnMemory, Transfer, TransferStatistics
 from pagenet.background.recording import Recorder, load_recording
 from pagenet.control import serve_control
 from pagenet.region import Block, Region
-from pagenet.testing import MemoryTransport
-
-pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 PAGE = 4096
 PAGES = 1024
 SIZE = PAGES * PAGE
 MADV_DONTNEED = 4
-
 SEEDS = 20
 RECORDED = "recorded=FILE"
 CHOICES: dict[str, Sequence[Any]] = {
@@ -161,14 +156,8 @@ def check_recorded(path: Path, statistics: TransferStatistics) -> None:
     assert statistics.demand.faults == 0 or recording.order
 
 
-@pytest.mark.parametrize("seed", [*range(SEEDS), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 300))])
-async def test_drawn(seed: int, tmp_path: Path) -> None:
-    register("memory", MemoryTransport())
-    await check_moves(drawn(seed), seed, tmp_path)
-
-
 async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    """tests/rdma does the same."""
+    """tests/rdma/inside does the same."""
     draw = random.Random(seed)
     content = make_content(choice["content"], draw)
     write_sparse(tmp_path / "source", content)
@@ -207,8 +196,3 @@ async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None
     check_counted(transfer.statistics(), count > 0, choice["memory"] != "anonymous")
     if choice["record"]:
         check_recorded(tmp_path / "recording", transfer.statistics())
-
-
-def test_each_is_drawn() -> None:
-    for name, choices in CHOICES.items():
-        assert {str(drawn(seed)[name]) for seed in range(SEEDS)} == {str(one) for one in choices}

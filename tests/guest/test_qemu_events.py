@@ -18,7 +18,7 @@ from pagenet.qemu import migrate
 
 pytestmark = needs_migration
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "qemu.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "qemu.md"
 SOURCE = ["connected", "stopped", "switchover", "resumed", "complete"]
 DESTINATION = ["qemu", "listening", "connected", "owner", "serving", "loaded", "resumed", "complete"]
 

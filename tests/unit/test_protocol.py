@@ -744,7 +744,7 @@ def test_any_reply_is_refused_or_fits(
 
 # ---- docs/protocol.md ----
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 
 Flows = dict[str, bytes]  # "control, destination to source" -> all that was sent that way
 

@@ -1,4 +1,4 @@
-"""RDMA: in a guest that has a device, the tests of tests/rdma; here, what needs none."""
+"""RDMA: in a guest that has a device, the tests of tests/rdma/inside; here, what needs none."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ from pagenet.rdma._wire import (
     read_key,
 )
 
+#: what runs in the guest
+INSIDE = ROOT / "tests" / "rdma" / "inside"
 #: few guests run all of them: one takes longer to start than most of them do
 PATIENCE = 480
 #: half of them, by the time they take
-FIRST = [ROOT / "tests" / "rdma" / name for name in ("test_moving.py", "test_failing.py")]
+FIRST = [INSIDE / name for name in ("test_moving.py", "test_failing.py")]
 REGION = Region([Block("a", (1 << 20) + 8192, 4096), Block("b", 4 << 20, 2 << 20)])
 
 
@@ -66,7 +68,7 @@ def test_in_guests_with_a_device() -> None:
     # What is imported there is compiled here: an emulated processor takes long for that, and keeps nothing.
     subprocess.run([sys.executable, "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True)
     guest_files()  # there is no network there
-    others = [path for path in sorted((ROOT / "tests" / "rdma").glob("test_*.py")) if path not in FIRST]
+    others = [path for path in sorted(INSIDE.glob("test_*.py")) if path not in FIRST]
     with ThreadPoolExecutor(2) as threads:
         runs = [
             threads.submit(run_tests, 1, *FIRST),

@@ -8,8 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from fuzzing import Fuzz, is_one_line, mutated
-from test_fuzz_words import as_msgpack, odd
+from fuzzing import Fuzz, as_msgpack, is_one_line, mutated, odd
 
 from pagenet import Block, Region, UsageError
 from pagenet.background.recording import Recording, load_recording

@@ -153,7 +153,7 @@ except BaseException as error:
 
 
 def run_own_memory(uri: str, kind: str, lane: str) -> AbstractAsyncContextManager[Process]:
-    return run([sys.executable, "-c", OWN_MEMORY, uri, kind, lane, str(Path(__file__).parent)])
+    return run([sys.executable, "-c", OWN_MEMORY, uri, kind, lane, str(Path(__file__).parents[1])])
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from devices import BLOCKS, echoing, screen, wait_devices, with_devices
 from migrations import attach_command, check_goes_on, migrate_command, status_of
 from processes import Process, run
-from test_qemu_guests import BLOCKS, echoing, screen, wait_devices, with_devices
 from vm import VM, bare_command, check_unbroken, in_memfd, needs_migration, qemu_version, run_vm
 
 from pagenet import PagenetError, UsageError

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 import trio
-from fuzzing import Fuzz, fragments, is_one_line, mutated
+from fuzzing import Fuzz, as_msgpack, fragments, is_one_line, mutated, odd
 
 from pagenet import Block, HandshakeError, PagenetError, Region, RemoteProtocolError, Run
 from pagenet.control import _protocol as control
@@ -37,51 +37,12 @@ ROUNDS = 3000
 REGION = Region([Block("a", (1 << 20) + 8192), Block("b", 6 << 20, 2 << 20)])
 
 
-def nested(depth: int) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
-def odd_value(pick: random.Random) -> Any:
-    return pick.choice([
-        None, True, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0.5, float("nan"), float("inf"), 1e300, "",
-        "\x1b[2J\n", "\ud800", "x" * 5000, [], {}, [None], {"a": {}}, nested(300), nested(900), [0] * 300,
-        "demand", "source", "4096",
-    ])  # fmt: skip
 
 
-def odd(pick: random.Random, value: Any) -> Any:
-    """``value`` with something in it that was not expected there."""
-    if isinstance(value, dict) and value and pick.random() < 0.9:
-        changed, key = dict(value), pick.choice(list(value))
-        if pick.random() < 0.2:
-            del changed[key]
-        elif pick.random() < 0.1:
-            changed[pick.choice(["", "x", "\x1b"])] = odd_value(pick)
-        else:
-            changed[key] = odd(pick, changed[key])
-        return changed
-    if isinstance(value, list) and value and pick.random() < 0.8:
-        changed, at = list(value), pick.randrange(len(value))
-        changed[at] = odd(pick, changed[at])
-        return pick.choice([changed, changed, changed[:at], changed * 2])
-    if isinstance(value, int) and pick.random() < 0.5:
-        return value + pick.choice([-1, 1, 4096, 2**32, 2**62, 2**64])
-    return odd_value(pick)
 
 
-def as_msgpack(pick: random.Random, value: Any) -> bytes:
-    try:
-        if isinstance(value, dict) and pick.random() < 0.05:  # deeper than the packer goes
-            key = pick.choice([*value, "text"])
-            rest = {name: value[name] for name in value if name != key}
-            inside = msgpack.packb(key) + b"\x91" * pick.choice([600, 900, 990, 1020]) + b"\0"
-            return bytes([0x81 + len(rest)]) + bytes(msgpack.packb(rest))[1:] + inside
-        return bytes(msgpack.packb(value, unicode_errors="surrogatepass"))
-    except (ValueError, OverflowError):  # too deep, or too large a number
-        return b"\xc1"
 
 
 def check(decode: Callable[[], object], *errors: type[PagenetError]) -> None:

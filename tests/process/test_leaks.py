@@ -171,7 +171,7 @@ def test_orphans_are_known_by_their_environment(sleeper: subprocess.Popen[bytes]
 
 
 def run_pytest(directory: Path, source: str) -> subprocess.CompletedProcess[str]:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for name in ("conftest.py", "fuzzing.py", "leaks.py"):
         shutil.copy(here / name, directory)
     (directory / "test_it.py").write_text(source)

@@ -1,4 +1,4 @@
-"""These tests need an RDMA device: tests/test_rdma.py runs them in a guest that has one. Elsewhere they are not collected."""
+"""These tests need an RDMA device: ../test_rdma.py runs them in a guest that has one. Elsewhere they are not collected."""
 
 from __future__ import annotations
 

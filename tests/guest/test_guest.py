@@ -215,7 +215,7 @@ trio.run(main, Path(sys.argv[1]))
 
 @needs_guest
 async def test_nothing_outlives_a_killed_test(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", ABANDONED, str(tmp_path)]
     async with run(command, env={**os.environ, "PYTHONPATH": paths}) as test:
         said = await test.line()

@@ -17,7 +17,7 @@ from pagenet.errors import Unsupported
 from pagenet.testing.pattern import pattern_command, write_pattern
 from pagenet.uffd import probe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "tools" / "demo.py"
 SIZE = 64 << 20
 PAGES = SIZE // 4096

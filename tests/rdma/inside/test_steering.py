@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import trio
+from combinations import check_moves, drawn
 from forked import Command, run_workload
 from processes import write_pattern
-from test_combinations import check_moves, drawn
 
 import pagenet
 from pagenet import IntoFile, OwnMemory, Transfer, TransferStatistics, UsageError

@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(300)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: left out of the copy that is built: made by tools, or by earlier builds that could lend this one their files
 NOT_SOURCE = shutil.ignore_patterns(
