@@ -1,3 +1,4 @@
+import glob
 import os
 import shlex
 
@@ -31,7 +32,15 @@ def preloaded(name, source):
     )  # fmt: skip
 
 
+# Made by tools/generate, from the parsers of the commands.
+PAGES = {
+    "share/man/man1": "docs/man/*.1",
+    "share/bash-completion/completions": "docs/completion/bash/*",
+    "share/zsh/site-functions": "docs/completion/zsh/*",
+}
+
 setup(
+    data_files=[(directory, sorted(glob.glob(names))) for directory, names in PAGES.items()],
     cffi_modules=["native/build_ffi.py:ffibuilder"],
     ext_modules=[preloaded(*library) for library in PRELOADED.items()],
     cmdclass={"build_ext": BuildExt},
