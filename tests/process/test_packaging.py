@@ -106,6 +106,7 @@ def test_sdist_has_all_of(sdist: set[str], directory: str) -> None:
 
 def test_sdist_can_be_worked_on(sdist: set[str]) -> None:
     assert {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"} <= sdist
+    assert {"CONTRIBUTING.md", "SECURITY.md", ".pre-commit-config.yaml"} <= sdist
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
