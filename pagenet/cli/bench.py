@@ -46,7 +46,7 @@ from ..bench import (
     serve_floors,
 )
 from ..errors import UsageError
-from ..testing.pattern import parse_size
+from ..sizes import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload

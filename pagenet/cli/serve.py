@@ -10,10 +10,10 @@ from contextlib import ExitStack
 import trio
 
 from ..control import Control
+from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
 from ..source.memory import Source, named_identity, open_source
 from ..source.serving import MAX_LANES, MAX_SESSIONS, serve
-from ..testing.pattern import parse_size
 from ._command import Parser, Report, add_lane_option, count
 from ._control import add_control_option, run_controlled
 

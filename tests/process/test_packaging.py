@@ -114,6 +114,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     code = {name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")}
     assert code == sources("pagenet") | {
         "pagenet/_pagenet.abi3.so",
+        "pagenet/_pagenet_testing.abi3.so",
         "pagenet/bench/workload/pagenet.trace.so",
         "pagenet/qemu/pagenet.preload.so",
     } | {f"{SHARED}/{page}" for page in PAGES}
