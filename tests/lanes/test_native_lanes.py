@@ -38,6 +38,7 @@ from lanes import (
     content,
     libc,
     poll,
+    wait_others_ran,
     wait_until,
 )
 from processes import huge_pages
@@ -435,8 +436,10 @@ def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int
     if kind != "allocated":
         writer.join()
     rig.wait_faults(1)
-    time.sleep(0.05)  # for what must not happen: the write goes through, and the rest of the page comes over it
-    rig.background.send(data[half:])
+    # What must not happen: the write goes through, and the rest of the page comes over it.
+    rest = rig.background.trickle(data[half:])
+    assert writer.is_running == (kind == "allocated")
+    rig.background.send(rest)
     writer.join()
     rig.wait_came(4)
     wait_until(lambda: rig.states()[10:14] == [State.REMOVED] * 2 + [State.RESIDENT] * 2, "the states")
@@ -457,7 +460,7 @@ def test_placing_waits_for_the_reader_of_events(kind: Kind, make_rig: MakeRig) -
     wait_until(lambda: poll(rig.memory.uffd, select.POLLIN), "the event")
     rig.answer_all(rig.background)
     wait_until(lambda: State.PLACING in rig.states(), "pages taken")
-    time.sleep(0.02)
+    wait_others_ran(0.005)
     assert State.RESIDENT not in rig.states()
     assert removal.is_running
     rig.lanes.start("demand")
@@ -666,11 +669,13 @@ def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
         rig.map.set(Run(page, 1), State.RESIDENT)
     rig.feed(Run(0, pages))
     rig.background.wait_asked(4096)
-    time.sleep(0.02)
+    first = rig.background.answer(rig.background.open[0], 1, zero=False)[1]
+    rest = rig.background.trickle(first)
     rig.background.read()
     assert len(rig.background.asked) == 4096
+    rig.background.send(rest)
     order = random.Random(1)
-    came = 0
+    came = 1
     while came < pages // 2:
         rig.background.read()
         batch = order.sample(rig.background.open, min(1000, len(rig.background.open)))
@@ -695,17 +700,16 @@ def test_more_faults_than_requests_may_be_open(make_rig: MakeRig) -> None:
             touched += 1
 
     toucher = rig.call(touch_all)
-    faults = 0
-    while rig.count("faults") < 1302:
-        rig.wait_faults(faults + 1)
-        assert rig.memory.place(1 + 3 * faults, content(1)).placed == PAGE
-        faults += 1
-        if faults == 1302:
-            break
+    for fault in range(1302):
+        rig.wait_faults(fault + 1)
+        assert rig.memory.place(1 + 3 * fault, content(1)).placed == PAGE
     rig.demand.wait_asked(3 * 1302)
-    time.sleep(0.02)
+    wait_until(lambda: poll(rig.memory.uffd, select.POLLIN), "one more fault")
+    rest = rig.demand.trickle(rig.demand.answer(rig.demand.open[0], 1, zero=False)[1])
     assert rig.count("faults") == 1302, "no room for three requests of each of 64 faults more"
+    assert poll(rig.memory.uffd, select.POLLIN)
     assert toucher.is_running
+    rig.demand.send(rest)
     while toucher.is_running:
         rig.answer_all(rig.demand)
         time.sleep(0.0002)
@@ -876,10 +880,13 @@ def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) ->
     fed.start()
     peer = rig.background
     peer.wait_asked(4)
-    time.sleep(0.02)
+    wait_until(lambda: len(rig.lanes.ring) > 0, "more to ask for")
+    run, data = peer.answer(peer.open[0], CHUNK, zero=False)
+    rest = peer.trickle(data)
     peer.read()
-    assert in_flight(peer) == NARROW, "before the first reply"
-    largest, came = 0, 0
+    assert in_flight(peer) + run.count * PAGE == NARROW, "before the first reply"
+    peer.send(rest)
+    largest, came = 0, run.count
     while came < 2048:
         came += answer_one(peer)
         rig.wait_came(came)
