@@ -1,4 +1,4 @@
-"""How fast the background is, and when it begins: on lanes of both kinds, and by the machine's clock.
+"""How fast the background is, and when it begins: on lanes of both kinds, by the machine's clock.
 In virtual time: unit/test_pacing.py."""
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize(("lane", "lanes"), [("native", 1), ("native", 2), ("trio", 1)])
 async def test_kept(lane: str, lanes: int, source: str) -> None:
-    """By all lanes together. How smoothly, and that it is not less either, is asked in virtual time."""
+    """By all lanes together. How smoothly, and that it is not less, is asked in virtual time."""
     rate = 8_000_000
     async with (
         run_server(source) as (_, uri),
@@ -147,7 +147,7 @@ async def test_kept(lane: str, lanes: int, source: str) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_changed_while_it_runs(lane: str, source: str) -> None:
-    """A limit five times as high lets more through than the former one does, and no more than itself."""
+    """A limit five times as high lets more through than the former one, and no more than itself."""
     slow, fast = 1_000_000, 5_000_000
     async with transfer_of(source, lane, max_bandwidth=slow) as (transfer, _):
         allowance = Allowance(transfer, slow)

@@ -245,8 +245,9 @@ async def test_another_window_from_now_on(lane: str, source: str, tmp_path: Path
 async def test_time_left_follows_the_rate(source: str, tmp_path: Path) -> None:
     path = tmp_path / "ctl"
     async with controlled_transfer(source, path, start_background=None, max_bandwidth=200_000), connect_control(path) as client:
-        await trio.sleep(0.5)
-        status = await client.command("status")
+        with trio.fail_after(20):
+            while not (status := await client.command("status"))["bytes_per_s"]:  # noqa: ASYNC110
+                await trio.sleep(0.01)
         rest = status["bytes"] - status["bytes_resident"]
         assert status["seconds_left"] == pytest.approx(rest / status["bytes_per_s"], rel=0.05)
 

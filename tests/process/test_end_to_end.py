@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -869,7 +869,9 @@ async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> No
             pull(server.uri, owner, lane=lane, held=True) as transfer,
         ):
             await wait_in_faults(workload.pid, 2)
-            await trio.sleep(0.05)
+            with closing(OwnMemory()) as other:  # meanwhile, moved from its first page to its last
+                async with pull(server.uri, other, lane=lane) as moving:
+                    await moving.wait_complete()
             assert transfer.statistics().demand.requests == transfer.statistics().background.requests == 0
             transfer.release()
             await transfer.wait_complete()
