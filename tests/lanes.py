@@ -373,6 +373,12 @@ class Rig:
             self.memory.close()
 
     @property
+    def native(self) -> NativeDriver:
+        """For tests of what lanes in C alone have."""
+        assert isinstance(self.lanes, NativeDriver)
+        return self.lanes
+
+    @property
     def peers(self) -> tuple[Peer, Peer]:
         return self.demand, self.background
 
@@ -458,7 +464,8 @@ class NativeDriver:
         return self.running[lane].is_running
 
     def end_of(self, lane: str) -> _native.End:
-        return self.running[lane].join()
+        end: _native.End = self.running[lane].join()
+        return end
 
     def stop(self) -> list[_native.End]:
         os.eventfd_write(self.stop_fd, 1)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -166,10 +167,10 @@ class Vmm:
 
 
 @asynccontextmanager
-async def vmm(environment: dict[str, str], *files: Path, **options: int | Sequence[int]) -> AsyncIterator[Vmm]:
+async def vmm(environment: dict[str, str], *files: Path, **options: Any) -> AsyncIterator[Vmm]:
     read_end, write_end = os.pipe()
     try:
-        async with run_vmm(environment, *files, stdin=read_end, **options) as process:  # type: ignore[arg-type]
+        async with run_vmm(environment, *files, stdin=read_end, **options) as process:
             yield Vmm(process, write_end)
     finally:
         os.close(read_end)

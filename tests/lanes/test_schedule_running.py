@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -32,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def transfer_of(
-    source: Path, lane: LaneKind, background: str, **options: int
+    source: Path, lane: LaneKind, background: str, **options: Any
 ) -> AsyncIterator[tuple[Transfer, pagenet.OwnMemory]]:
     memory = pagenet.OwnMemory("anonymous")
     try:
@@ -155,8 +156,14 @@ def test_the_log_of_faults_keeps_order_and_counts_what_it_drops() -> None:
 
 def test_no_wakeup_is_lost_between_reading_and_sleeping() -> None:
     log = _native.FaultLog()
-    total, got = 20_000, []
-    writer = threading.Thread(target=lambda: [log.write(page) for page in range(total)])
+    total = 20_000
+    got: list[int] = []
+
+    def write() -> None:
+        for page in range(total):
+            log.write(page)
+
+    writer = threading.Thread(target=write)
     watch = select.poll()
     watch.register(log.fd, select.POLLIN)
     try:

@@ -358,18 +358,17 @@ async def test_background_lanes(memory: str, listens: str, source: str, tmp_path
     await owner.listen()
     arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--memory", memory, "--order", "random")
     uri = f"unix:{tmp_path / 'source.sock'}"
-    options = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
+    options: dict[str, Any] = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
     try:
         async with run_workload(tmp_path / "uffd.sock", *arguments) as workload:
-            where = {"listen": uri} if listens == "source" else {"connect": uri}
             if listens == "source":
-                async with serve(source, **where) as server, pull(server.uri, owner, **options) as transfer:
+                async with serve(source, listen=uri) as server, pull(server.uri, owner, **options) as transfer:
                     await transfer.wait_complete()
             else:
                 async with trio.open_nursery() as nursery:
 
                     async def push() -> None:
-                        async with serve(source, **where) as server:
+                        async with serve(source, connect=uri) as server:
                             await server.wait_complete()
 
                     nursery.start_soon(push)
