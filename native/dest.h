@@ -1,6 +1,7 @@
 /* What the files of the destination's half share, and nobody else sees. */
 #ifndef PAGENET_DEST_H
 #define PAGENET_DEST_H
+#include "pace.h"
 #include "pagenet.h"
 #include "thread.h"
 
@@ -25,13 +26,8 @@ struct pn_dest {
     pthread_mutex_t waiting;
     struct pn_waiter waiters[PN_WAITERS];
     atomic_uint waiter_count;
-    _Atomic uint64_t last_fault; /* ns */
-    _Atomic uint64_t waited; /* ns that faults have waited for pages which are in place now, all in all */
-    _Atomic uint64_t best;   /* ns that a page takes which is waited for, at best; 0: none has come. The demand lane's to write */
-    pthread_mutex_t limiting; /* background lanes alone, and whoever sets the limit */
-    _Atomic uint64_t rate;    /* bytes of background a second; 0: no limit, UINT64_MAX: none */
-    uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
-    uint64_t next_grant; /* ns: not before, so that what was missed is made up for smoothly */
+    struct pn_pace_shared pace;
+    pthread_mutex_t limiting;    /* of pace: paid_until, next_grant. Background lanes alone, and whoever sets the limit */
     char *zeros; /* one page of the largest size */
     _Atomic uint64_t held[PN_HELD]; /* pages of the sample that nobody has touched yet, plus one; 0: none */
     atomic_uint held_count;

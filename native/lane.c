@@ -70,7 +70,7 @@ static void ask(struct lane *lane, int class_, const struct pn_piece *piece, uin
     };
     memcpy(lane->outbox + lane->out_end, &request, sizeof request);
     lane->out_end += sizeof request;
-    lane->in_flight += pages * piece->page_size;
+    pn_pace_sent(&lane->pace, class_, pages * piece->page_size);
     count(lane, class_, PN_REQUESTS, 1);
 }
 
@@ -117,7 +117,7 @@ static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ?
 /* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
 static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint32_t forward_, uint32_t backward_) {
     struct pn_map *map = lane->dest->config.map;
-    uint64_t limit = PREFETCH_LIMIT / piece->page_size;
+    uint64_t limit = pn_tunables.prefetch_most / piece->page_size;
     uint64_t forward = at_most(forward_, piece->first + piece->count - page - 1);
     uint64_t backward = at_most(at_most(backward_, page - piece->first), limit);
     uint64_t taken = pn_map_claim(map, page + 1, at_most(forward, limit), PN_MISSING, PN_REQUESTED);
@@ -141,57 +141,14 @@ static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t p
 
 /* What the window wants, a little at a time: all that is on its way stands before the next page that somebody waits for. */
 static void prefetch_more(struct lane *lane) {
-    uint64_t first, taken;
-    while (lane->in_flight < lane->window && can_ask(lane, 1)) {
-        uint64_t room = lane->window - lane->in_flight;
+    uint64_t first, taken, room;
+    while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && can_ask(lane, 1)) {
         taken = pn_window_next(lane->dest->config.window, lane->dest->config.map, room, &first);
         if (!taken)
             break;
         ask(lane, PN_PREFETCH, pn_piece_of_page(lane->dest, first), first, taken);
     }
     flush(lane);
-}
-
-/* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows yet, and it should find the
- * link free. And how fast pages come. */
-static void look(struct lane *lane, uint64_t now) {
-    uint64_t past = now - lane->looked;
-    if (past <= LOOK_NS || past <= 2 * atomic_load(&lane->dest->best)) /* what was asked for meanwhile is yet to come */
-        return;
-    uint64_t waited = atomic_load(&lane->dest->waited);
-    double share = (double)(waited - lane->waited) / (double)past; /* of several threads at once: more than all */
-    lane->starved = share > 0.5;
-    lane->waiting += ((share < 1 ? share : 1) - lane->waiting) / 4;
-    lane->waited = waited;
-    double rate = (double)lane->arrived / (double)past, before = lane->rate * 7 / 8;
-    lane->rate = rate > before ? rate : before;
-    lane->arrived = 0;
-    lane->looked = now;
-}
-
-/* Bytes that may be on their way of a window that adapts, however long that makes pages take. Where the background is held to a rate, and
- * so leaves some of the link, an owner waits for each page the longer, and for the fewer pages, the more it waits. Where the background
- * takes all that the link carries, more of this is less of that, and a guest loses by it. */
-static uint64_t least_prefetch(const struct lane *lane) {
-    double much = lane->waiting - WAITS_MUCH;
-    bool room = atomic_load(&lane->dest->rate) && much > 0;
-    return PREFETCH_LEAST + (room ? (uint64_t)(lane->rate * WIDEN_NS * much) : 0);
-}
-
-/* A page that somebody waited for came after so long. It may take twice as long as it takes at best, no more. */
-static void adapt_window(struct lane *lane, uint64_t latency) {
-    look(lane, pn_now());
-    uint64_t best = atomic_load(&lane->dest->best);
-    best += best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
-    if (!best || latency < best)
-        best = latency;
-    atomic_store(&lane->dest->best, best);
-    if (latency > 2 * best)
-        lane->window -= lane->window / 4;
-    else
-        lane->window += lane->window / 8;
-    uint64_t least = least_prefetch(lane);
-    lane->window = lane->window < least ? least : at_most(lane->window, PREFETCH_LIMIT);
 }
 
 static void put_off(struct lane *lane, const struct pn_event *fault) {
@@ -235,7 +192,7 @@ static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t pag
  * But on a fast link it may be here at once, and whatever comes twice is in the way of something else: it gets a moment. */
 static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
     if (lane->late_count < LATE)
-        lane->late[lane->late_count++] = (struct late){.page = page, .due = now + MOMENT_NS};
+        lane->late[lane->late_count++] = (struct late){.page = page, .due = pn_pace_due(now)};
     else if (can_ask(lane, 1))
         demand(lane, piece, page, PN_COMING);
 }
@@ -365,7 +322,7 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
             end_lane(lane, PN_END_OWNER_WRONG, 0, "the owner forked, or moved memory, while it was being filled");
         }
     if (faults) {
-        atomic_store(&lane->dest->last_fault, now);
+        pn_pace_faulted(&lane->dest->pace, now);
         count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
     }
     flush(lane); /* pages that are waited for go first: the window around them is asked for while they travel */
@@ -405,26 +362,12 @@ static void look_again(struct lane *lane) {
 
 /* ---- runs from the schedule ---- */
 
-/* Bytes of pages that may be on their way. */
-static uint64_t room_for(const struct lane *lane) {
-    uint64_t most = lane->window > lane->config->window_max ? lane->window : lane->config->window_max;
-    return at_most(lane->window * lane->dense, most);
-}
-
-void pn_ring_took(struct pn_ring *ring, int room_fd) {
-    /* Before the look: either we see wake_at, or its writer this. */
-    atomic_store((_Atomic uint64_t *)&ring->head, ring->head + 1);
-    uint64_t wake_at = __atomic_load_n(&ring->wake_at, __ATOMIC_SEQ_CST);
-    if (!wake_at || pn_ring_used(ring) <= wake_at)
-        eventfd_write(room_fd, 1);
-}
-
 /* The next piece of the run at the ring's head that is missing, as far as the window allows. False: nothing to ask for now. */
 static bool ask_next(struct lane *lane) {
     struct pn_ring *ring = lane->config->ring;
     struct pn_map *map = lane->dest->config.map;
     uint64_t head = ring->head;
-    if (lane->in_flight >= room_for(lane) || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
+    if (!pn_pace_room(&lane->pace, PN_BACKGROUND) || pn_ring_used(ring) == 0 || !can_ask(lane, 1))
         return false;
     uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
     uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
@@ -432,9 +375,8 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
-        uint64_t bytes = at_most(lane->config->chunk, lane->window / 2); /* one request is answered while the next one travels */
-        uint64_t chunk = piece->page_size < bytes ? bytes / piece->page_size : 1;
-        uint64_t most = at_most(at_most(*left, chunk), piece->first + piece->count - missing);
+        uint64_t most = at_most(*left, pn_pace_request_pages(&lane->pace, piece->page_size));
+        most = at_most(most, piece->first + piece->count - missing);
         most = pn_map_span(map, missing, missing + most, PN_MISSING);
         uint64_t granted = pn_grant(lane->dest, most * piece->page_size, piece->page_size, &lane->pause) / piece->page_size;
         if (most && !granted)
@@ -450,56 +392,19 @@ static bool ask_next(struct lane *lane) {
     return true;
 }
 
-/* With faults about, so much of the background is on its way that the link is never idle, and hardly more: what the path holds, by
- * the best time that a page has taken, and the rate at which pages come, and half of that. Where that is nearly nothing, requests
- * are too small to be worth their while. */
-static uint64_t window_beside(const struct lane *lane, uint64_t least) {
-    uint64_t path = (uint64_t)(lane->rate * (double)atomic_load(&lane->dest->best) * 1.5);
-    return at_most(path > least ? path : least, lane->config->window_max);
-}
-
 static bool prefetches(const struct lane *lane) {
     uint32_t forward, backward;
     return !pn_window_fixed(lane->dest->config.window, &forward, &backward) || forward || backward;
 }
 
-/* Beside an owner that waits, a background that is held to a rate has on its way what keeps that up, and nothing more that a page
- * which somebody waits for stands behind. Where nothing is prefetched, all that comes before it is touched is the background's. */
-static uint64_t least_beside(const struct lane *lane) {
-    uint64_t rate = atomic_load(&lane->dest->rate), usual = lane->starved ? lane->config->window_least : lane->config->window_min;
-    double path = 1.5 * (double)atomic_load(&lane->dest->best);
-    double limited = (double)rate / 1e9 * (path > LIMITED_NS ? path : LIMITED_NS);
-    return rate && lane->waiting > WAITS && limited < (double)usual && prefetches(lane) ? (uint64_t)limited : usual;
-}
-
-/* While nobody has faulted of late the window grows by itself. */
-static void narrow(struct lane *lane, uint64_t now, uint64_t *window) {
-    look(lane, now);
-    if (lane->starved || now - atomic_load(&lane->dest->last_fault) <= QUIET_NS)
-        *window = window_beside(lane, least_beside(lane));
-}
+void pn_lane_look(struct lane *lane) { pn_pace_look(&lane->pace, pn_now(), prefetches(lane)); }
 
 static void feed(struct lane *lane) {
     lane->pause = UINT64_MAX;
-    narrow(lane, pn_now(), &lane->window);
+    pn_lane_look(lane);
     while (ask_next(lane))
         ;
     flush(lane);
-}
-
-int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count_) {
-    uint64_t tail = ring->tail;
-    if (tail - atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire) == RING)
-        return -EAGAIN;
-    ring->first[tail % RING] = first;
-    ring->count[tail % RING] = count_;
-    atomic_store_explicit((_Atomic uint64_t *)&ring->tail, tail + 1, memory_order_release);
-    return 0;
-}
-
-uint64_t pn_ring_used(const struct pn_ring *ring) {
-    return atomic_load_explicit((_Atomic uint64_t *)&ring->tail, memory_order_acquire) -
-           atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire);
 }
 
 /* ---- replies ---- */
@@ -560,10 +465,7 @@ static void arrived(struct lane *lane, uint64_t pages) {
     struct current *current = &lane->current;
     current->first += pages;
     current->count -= pages;
-    lane->in_flight -= pages * current->slot->piece->page_size;
-    /* Nobody has faulted for a while, and the peer keeps up: let more be on its way. */
-    if (!is_demand(lane) && pn_now() - atomic_load(&lane->dest->last_fault) > QUIET_NS)
-        lane->window = at_most(lane->window + pages * current->slot->piece->page_size, lane->config->window_max);
+    pn_pace_came(&lane->pace, current->class_, pages * current->slot->piece->page_size, pn_now());
 }
 
 /* Places pages that were taken, whatever their owner does meanwhile. */
@@ -616,14 +518,16 @@ static void place_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes
             count(lane, lane->current.class_, PN_DROPPED, 1);
         done += taken ? taken : 1;
     }
-    arrived(lane, pages);
 }
 
-/* What takes no time on the wire takes no room in the window, or a guest's free memory would come a round trip at a time. Slowly up
- * and at once down: what comes next may be of another kind. */
-static void note_density(struct lane *lane, uint64_t pages, uint64_t wire) {
-    uint64_t dense = pages / wire ? pages / wire : 1;
-    lane->dense = dense < lane->dense ? dense : at_most(at_most(dense, 2 * lane->dense), MOST_DENSE);
+static void waited(struct lane *lane, uint64_t since) {
+    uint64_t now = pn_now();
+    pn_pace_waited(&lane->pace, now - since, now);
+}
+
+static void come_staged(struct lane *lane, uint64_t pages, const uint8_t *bytes) {
+    place_staged(lane, pages, bytes);
+    arrived(lane, pages);
 }
 
 /* A header is whole: check it, and get ready for its payload. */
@@ -642,22 +546,18 @@ static void begin_reply(struct lane *lane) {
         .count = reply->count >> piece->shift,
     };
     if (slot->class_ == PN_DEMAND)
-        adapt_window(lane, pn_now() - slot->since);
+        waited(lane, slot->since);
     count(lane, slot->class_, PN_RUNS, 1);
     count(lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)
         return;
     uint64_t wire = sizeof *reply + reply->length;
-    lane->arrived += wire;
-    if (!is_demand(lane)) {
-        uint64_t size = lane->current.count * piece->page_size;
-        note_density(lane, size, wire);
-        if (wire < size)
-            pn_refund(lane->dest, size - wire);
-    }
+    uint64_t spared = pn_pace_wire(&lane->pace, slot->class_, lane->current.count * piece->page_size, wire);
+    if (spared)
+        pn_refund(lane->dest, spared);
     slot->next += reply->count;
     if (reply->encoding == PN_ZEROS)
-        place_staged(lane, lane->current.count, NULL);
+        come_staged(lane, lane->current.count, NULL);
 }
 
 static void finish_reply(struct lane *lane) {
@@ -681,7 +581,7 @@ static void use_packed(struct lane *lane, const uint8_t *bytes) {
     count(lane, current->class_, PN_LZ4_RUNS, 1);
     count(lane, current->class_, PN_LZ4_BYTES, size);
     count(lane, current->class_, PN_LZ4_WIRE_BYTES, sizeof lane->header + current->packed);
-    place_staged(lane, pages, lane->unpacked);
+    come_staged(lane, pages, lane->unpacked);
     finish_reply(lane);
 }
 
@@ -717,7 +617,7 @@ static size_t use(struct lane *lane, const uint8_t *bytes, size_t length) {
     uint64_t page_size = lane->current.slot->piece->page_size;
     uint64_t pages = at_most(length / page_size, lane->current.count);
     if (pages)
-        place_staged(lane, pages, bytes);
+        come_staged(lane, pages, bytes);
     if (!lane->current.count)
         finish_reply(lane);
     return pages * page_size;
@@ -773,7 +673,7 @@ static void finish_piece(struct lane *lane) {
         put_all(lane, lane->current.first, pages, NULL, false);
         arrived(lane, pages);
     } else {
-        place_staged(lane, pages, lane->stage);
+        come_staged(lane, pages, lane->stage);
     }
     if (!lane->current.count)
         finish_reply(lane);
@@ -923,6 +823,15 @@ static void wait_and_act(struct lane *lane) {
         feed(lane);
 }
 
+void pn_lane_init_pace(struct lane *lane) {
+    const struct pn_lane_config *config = lane->config;
+    lane->pace.window_least = config->window_least;
+    lane->pace.window_min = config->window_min;
+    lane->pace.window_max = config->window_max;
+    lane->pace.chunk = config->chunk;
+    pn_pace_init(&lane->pace, &lane->dest->pace);
+}
+
 static bool prepare(struct lane *lane) {
     uint64_t page_size = lane->dest->config.max_page_size;
     lane->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -943,8 +852,7 @@ static bool prepare(struct lane *lane) {
         lane->slots[i].id = i;
         lane->free_slots[lane->free_count++] = SLOTS - 1 - i;
     }
-    lane->dense = 1;
-    lane->window = is_demand(lane) ? PREFETCH_LEAST : lane->config->window_min;
+    pn_lane_init_pace(lane);
     pn_prompt_init(&lane->prompt);
     lane->pause = UINT64_MAX;
     return true;
@@ -1009,13 +917,8 @@ void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, ui
     struct slot slot = {.piece = piece};
     lane->current = (struct current){.slot = &slot, .class_ = (uint8_t)class_, .first = first, .count = pages};
     put_all(lane, first, pages, NULL, false);
-    arrived(lane, pages);
     lane->current = (struct current){0};
 }
-
-void pn_lane_adapt(struct lane *lane, uint64_t latency) { adapt_window(lane, latency); }
-
-void pn_lane_narrow(struct lane *lane, uint64_t now, uint64_t *window) { narrow(lane, now, window); }
 
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) { return wait_for_events(lane, ready, room); }
 
