@@ -28,7 +28,7 @@ static int init_locks(struct pn_dest *dest) {
     pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     pthread_rwlock_init(&dest->removal, &kind);
     pthread_rwlockattr_destroy(&kind);
-    return pthread_mutex_init(&dest->waiting, NULL) || pthread_mutex_init(&dest->limiting, NULL);
+    return pthread_mutex_init(&dest->limiting, NULL);
 }
 
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
@@ -48,7 +48,6 @@ struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
 void pn_dest_free(struct pn_dest *dest) {
     munmap(dest->zeros, dest->config.max_page_size);
     pthread_rwlock_destroy(&dest->removal);
-    pthread_mutex_destroy(&dest->waiting);
     pthread_mutex_destroy(&dest->limiting);
     free(dest);
 }
@@ -79,38 +78,48 @@ const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address)
 
 /* ---- who waits ---- */
 
-void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
-    pthread_mutex_lock(&dest->waiting);
-    unsigned used = atomic_load(&dest->waiter_count), i = 0;
-    while (i < used && dest->waiters[i].page != page)
-        i++;
-    if (i == used && used < PN_WAITERS) { /* the first fault on a page counts: its thread has waited longest */
-        dest->waiters[i] = (struct pn_waiter){.page = page, .since = since};
-        atomic_store(&dest->waiter_count, used + 1);
+/* Where to put it; NULL: it is there already, or there is no room. */
+static struct pn_waiter *free_waiter(struct pn_dest *dest, uint64_t page, unsigned *end) {
+    struct pn_waiter *found = NULL;
+    for (unsigned i = *end; i-- > 0;) {
+        uint64_t there = atomic_load(&dest->waiters[i].page);
+        if (there == page + 1)
+            return NULL; /* the first fault on a page counts: its thread has waited longest */
+        if (!there)
+            found = &dest->waiters[i];
     }
-    pthread_mutex_unlock(&dest->waiting);
+    return found || *end == PN_WAITERS ? found : &dest->waiters[(*end)++];
+}
+
+void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
+    unsigned end = atomic_load(&dest->waiter_end);
+    while (end && !atomic_load(&dest->waiters[end - 1].page))
+        end--;
+    struct pn_waiter *waiter = free_waiter(dest, page, &end);
+    atomic_store(&dest->waiter_end, end);
+    if (!waiter)
+        return;
+    atomic_store(&waiter->since, since);
+    atomic_fetch_add(&dest->waiter_count, 1); /* first: who sees the page takes it off again */
+    atomic_store(&waiter->page, page + 1);
 }
 
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed) {
     if (!atomic_load(&dest->waiter_count))
         return;
     uint64_t now = pn_now();
-    pthread_mutex_lock(&dest->waiting);
-    unsigned used = atomic_load(&dest->waiter_count);
-    for (unsigned i = 0; i < used;) {
+    for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++) {
         struct pn_waiter *waiter = &dest->waiters[i];
-        if (waiter->page - first >= count) {
-            i++;
+        uint64_t page = atomic_load(&waiter->page), since = atomic_load(&waiter->since);
+        if (!page || page - 1 - first >= count || !atomic_compare_exchange_strong(&waiter->page, &page, 0))
             continue;
-        }
+        atomic_fetch_sub(&dest->waiter_count, 1);
         if (placed) {
-            pn_stats_latency(dest->config.map, PN_DEMAND, now - waiter->since);
-            pn_pace_in_place(&dest->pace, now - waiter->since);
+            uint64_t waited = now > since ? now - since : 0; /* it may have come since we looked at the clock */
+            pn_stats_latency(dest->config.map, PN_DEMAND, waited);
+            pn_pace_in_place(&dest->pace, waited);
         }
-        *waiter = dest->waiters[--used];
     }
-    atomic_store(&dest->waiter_count, used);
-    pthread_mutex_unlock(&dest->waiting);
 }
 
 void pn_wake_waiter(struct pn_dest *dest, uint64_t page) {
@@ -255,12 +264,12 @@ uint64_t pn_before_sampled(uint64_t first, uint64_t count) {
 }
 
 static bool is_waited_for(struct pn_dest *dest, uint64_t page) {
-    bool found = false;
-    pthread_mutex_lock(&dest->waiting);
-    for (unsigned i = 0; i < atomic_load(&dest->waiter_count); i++)
-        found |= dest->waiters[i].page == page;
-    pthread_mutex_unlock(&dest->waiting);
-    return found;
+    if (!atomic_load(&dest->waiter_count))
+        return false;
+    for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++)
+        if (atomic_load(&dest->waiters[i].page) == page + 1)
+            return true;
+    return false;
 }
 
 /* Of a page that is PLACING, and whose bytes are in shared memory. */

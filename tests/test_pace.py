@@ -1,5 +1,5 @@
-"""How much is in flight, and at which rate: native/pace.c on a simulated link, in virtual time. Nothing here depends on how fast the
-machine is."""
+"""How much is in flight, and at which rate: native/pace.c on a simulated link, in virtual time.
+Nothing here depends on how fast the machine is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
 from pagenet._pagenet import ffi, lib
 
 PAGE = 4096
@@ -21,7 +20,7 @@ NARROW, WIDE = 64 * PAGE, 256 * PAGE
 
 @dataclass
 class Link:
-    """Two loops of one destination (demand and background) at the end of a link: so many bytes a second, so long there and back.
+    """Two loops of one destination (demand, background) at the end of a link: so many bytes a second, so long there and back.
     The source answers in the order in which it was asked."""
 
     rate: int = 125_000_000
