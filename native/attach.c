@@ -17,6 +17,7 @@
 #include <elf.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -43,6 +44,7 @@ enum { USER_CODE = 0x33, RED_ZONE = 128, SCRATCH = 256, PATIENCE_MS = 5000, SYSC
 
 struct guest {
     int pid;
+    int pidfd;
     int memory; /* /proc/PID/mem */
     struct user_regs_struct before;
     uint64_t mask;
@@ -160,10 +162,18 @@ static int open_memory(const struct guest *guest) {
     return memory < 0 ? -errno : memory;
 }
 
+/* A number is nobody else's for as long as its process is there: what we trace is what the pidfd stands for. */
+static int check_alive(const struct guest *guest) {
+    struct pollfd gone = {.fd = guest->pidfd, .events = POLLIN};
+    return poll(&gone, 1, 0) ? -ESRCH : 0;
+}
+
 static int enter(struct guest *guest) {
     if (ptrace(PTRACE_SEIZE, guest->pid, NULL, (void *)PTRACE_O_TRACESYSGOOD))
         return -errno;
-    int error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno : wait_interrupted(guest);
+    int error = check_alive(guest);
+    if (!error)
+        error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno : wait_interrupted(guest);
     if (!error && (guest->memory = open_memory(guest)) < 0)
         error = guest->memory;
     if (!error)
@@ -285,20 +295,20 @@ static int run_task(struct task *task) {
     return task->result;
 }
 
-int pn_plant(int pid, const char *device, struct pn_planted *planted) {
-    struct task task = {.guest = {.pid = pid, .memory = -1}, .device = device, .planted = planted};
+int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted) {
+    struct task task = {.guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .device = device, .planted = planted};
     return run_task(&task);
 }
 
-int pn_uproot(int pid, const struct pn_planted *planted) {
+int pn_uproot(int pid, int pidfd, const struct pn_planted *planted) {
     struct pn_planted copy = *planted;
-    struct task task = {.guest = {.pid = pid, .memory = -1}, .planted = &copy, .remove = true};
+    struct task task = {.guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .planted = &copy, .remove = true};
     return run_task(&task);
 }
 
 #else
 
-int pn_plant(int pid, const char *device, struct pn_planted *planted) { return -ENOSYS; }
-int pn_uproot(int pid, const struct pn_planted *planted) { return -ENOSYS; }
+int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted) { return -ENOSYS; }
+int pn_uproot(int pid, int pidfd, const struct pn_planted *planted) { return -ENOSYS; }
 
 #endif

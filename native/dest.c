@@ -185,6 +185,25 @@ static int write_zeros(struct pn_dest *dest, uint64_t offset, uint64_t pages, ui
     return error;
 }
 
+int pn_clear(const struct pn_dest *dest, uint64_t to, uint64_t size) {
+    uint64_t most = dest->config.max_page_size;
+    int error = 0;
+    if (dest->config.sealed)
+        memset((void *)(uintptr_t)to, 0, size);
+    for (uint64_t at = 0; at < size && !dest->config.sealed && !error; at += most)
+        error = pn_store(to + at, dest->zeros, size - at < most ? size - at : most);
+    return error;
+}
+
+/* A store to a page that the owner has cut off its file is a SIGBUS. The kernel's own stores are errors then: a system call more,
+ * where nothing says that this cannot be. */
+static int store(const struct pn_dest *dest, uint64_t to, const void *bytes, uint64_t size) {
+    if (!dest->config.sealed)
+        return pn_store(to, bytes, size);
+    memcpy((void *)(uintptr_t)to, bytes, size);
+    return 0;
+}
+
 int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count, const void *bytes) {
     uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
     if (dest->config.file >= 0 && !bytes)
@@ -193,11 +212,7 @@ int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t
         struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
         return write_file(dest->config.file, piece->file_offset + at, &part, 1);
     }
-    if (bytes)
-        memcpy((void *)(piece->second + at), bytes, size);
-    else
-        memset((void *)(piece->second + at), 0, size);
-    return 0;
+    return bytes ? store(dest, piece->second + at, bytes, size) : pn_clear(dest, piece->second + at, size);
 }
 
 /* The owner gave the page up while its bytes were on their way. Nobody touched the owner's page table since: the bytes are in

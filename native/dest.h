@@ -47,6 +47,8 @@ static inline bool pn_in_place(const struct pn_dest *dest, const struct pn_piece
 }
 /* Bytes (NULL: zeros) into the memory behind a piece that has a second mapping. 0 or -errno. */
 int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count, const void *bytes);
+/* Zeros through the second mapping. 0 or -errno (-EFAULT: the owner has made its file shorter). */
+int pn_clear(const struct pn_dest *dest, uint64_t to, uint64_t size);
 /* The pages of [first, first + count) that are wanted and follow first without a gap become the caller's to write: how many. */
 uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
 /* Put `count` pages from `first` on, which the caller has taken and which lie in one piece, into place: bytes (COPY, MOVE),

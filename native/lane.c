@@ -33,6 +33,9 @@ static void end_lane(struct lane *lane, enum pn_end_kind kind, int error, const 
     va_end(arguments);
 }
 
+/* The map may be in a file that the owner has, too. */
+#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+
 static bool is_demand(const struct lane *lane) { return !lane->config->ring; }
 
 static void count(struct lane *lane, int class_, int counter, uint64_t amount) {
@@ -172,6 +175,17 @@ static void settle(struct lane *lane, const struct pn_event *fault, const struct
         end_lane(lane, PN_END_PLACING, -placed.error, "");
 }
 
+/* What the owner announced nothing about is not the source's. Whoever touches it is told, or gets zeros if the owner wants that; all
+ * other pages go on coming. */
+static void answer_outside(struct lane *lane, const struct pn_event *fault) {
+    const struct pn_dest_config *config = &lane->dest->config;
+    int error = pn_answer_outside(config->uffd, fault->start, fault->flags, config->outside_is_zero);
+    if (error == -EAGAIN)
+        put_off(lane, fault);
+    else if (error)
+        end_lane(lane, PN_END_OWNER_GONE, 0, "");
+}
+
 /* A page that is on its way, and waited for. If it arrived just now, its thread was woken by that. */
 static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
     pn_wait(lane->dest, page, now);
@@ -215,8 +229,8 @@ static void demand_late(struct lane *lane) {
 static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t now) {
     const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
     if (!piece) {
-        end_lane(lane, PN_END_OWNER_WRONG, 0, "the owner faults at %#llx, outside the mappings it announced",
-                 (unsigned long long)fault->start);
+        count(lane, PN_DEMAND, PN_OUTSIDE_FAULTS, 1);
+        answer_outside(lane, fault);
         return false;
     }
     uint64_t page = piece->first + (fault->start - piece->address) / piece->page_size;
@@ -243,8 +257,13 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     case PN_REMOVING:
         wait_for(lane, page, now);
         return false;
-    default:
+    case PN_RESIDENT:
+    case PN_REMOVED:
+    case PN_POISONED:
         settle(lane, fault, piece, page);
+        return false;
+    default:
+        end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)page);
         return false;
     }
 }
@@ -348,6 +367,10 @@ static void settle_deferred(struct lane *lane) {
     lane->deferred_count = 0;
     for (int i = 0; i < faults_count; i++) {
         const struct pn_piece *piece = pn_piece_at(lane->dest, faults[i].start);
+        if (!piece) {
+            answer_outside(lane, &faults[i]);
+            continue;
+        }
         settle(lane, &faults[i], piece, piece->first + (faults[i].start - piece->address) / piece->page_size);
     }
 }
@@ -375,6 +398,10 @@ static bool ask_next(struct lane *lane) {
     *first = missing;
     if (*left) {
         const struct pn_piece *piece = pn_piece_of_page(lane->dest, missing);
+        if (!piece) {
+            end_lane(lane, PN_END_OWNER_WRONG, 0, WROTE, (unsigned long long)missing);
+            return false;
+        }
         uint64_t most = at_most(*left, pn_pace_request_pages(&lane->pace, piece->page_size));
         most = at_most(most, piece->first + piece->count - missing);
         most = pn_map_span(map, missing, missing + most, PN_MISSING);
@@ -461,6 +488,16 @@ static bool check_reply(struct lane *lane, const struct pn_reply *reply, const s
     return true;
 }
 
+/* EFAULT: pages of the file behind the memory, which were there, are not. */
+static void end_placing(struct lane *lane, int error) {
+    if (error == -ESRCH)
+        end_lane(lane, PN_END_OWNER_GONE, 0, "");
+    else if (error == -EFAULT)
+        end_lane(lane, PN_END_OWNER_WRONG, 0, "the owner made its memory file shorter, or it is not the one that it has mapped");
+    else
+        end_lane(lane, PN_END_PLACING, -error, "");
+}
+
 static void arrived(struct lane *lane, uint64_t pages) {
     struct current *current = &lane->current;
     current->first += pages;
@@ -483,10 +520,8 @@ static void put_all(struct lane *lane, uint64_t first, uint64_t pages, const uin
             struct pollfd stop = {.fd = lane->config->stop_fd, .events = POLLIN};
             if (poll(&stop, 1, 0) > 0)
                 end_lane(lane, PN_END_STOPPED, 0, "");
-        } else if (error == -ESRCH) {
-            end_lane(lane, PN_END_OWNER_GONE, 0, "");
         } else if (error) {
-            end_lane(lane, PN_END_PLACING, -error, "");
+            end_placing(lane, error);
         }
     }
     pn_check_done(lane->dest);
@@ -500,7 +535,7 @@ static void place_taken(struct lane *lane, const struct pn_piece *piece, uint64_
     }
     int error = piece->second ? pn_write_shared(lane->dest, piece, first, pages, bytes) : 0;
     if (error)
-        end_lane(lane, PN_END_PLACING, -error, "");
+        end_placing(lane, error);
     else
         put_all(lane, first, pages, piece->second ? NULL : bytes, !bytes);
 }
@@ -751,6 +786,8 @@ static void receive_direct(struct lane *lane) {
         came(lane, (size_t)got, wanted);
     else if (got == 0)
         end_lane(lane, PN_END_CLOSED, 0, "");
+    else if (errno == EFAULT)
+        end_placing(lane, -errno);
     else if (errno != EAGAIN && errno != EINTR)
         end_lane(lane, PN_END_BROKEN, errno, "");
 }
@@ -893,6 +930,8 @@ void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char
     va_end(arguments);
     end_lane(lane, kind, error, "%s", text);
 }
+
+void pn_lane_end_placing(struct lane *lane, int error) { end_placing(lane, error); }
 
 void pn_lane_flush(struct lane *lane) { flush(lane); }
 

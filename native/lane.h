@@ -74,6 +74,8 @@ struct lane {
 
 /* What this lane is about to end with, unless it has a reason to end already. */
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
+/* With why pages could not be put into place, as -errno. */
+void pn_lane_end_placing(struct lane *lane, int error);
 /* Send what is in the outbox, as far as the socket takes it. */
 void pn_lane_flush(struct lane *lane);
 /* Room in the outbox for `size` bytes. */

@@ -79,6 +79,20 @@ int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length) {
     return 0;
 }
 
+int pn_store(uint64_t to, const void *from, uint64_t length) {
+    while (length) {
+        struct iovec local = {.iov_base = (void *)(uintptr_t)from, .iov_len = length};
+        struct iovec remote = {.iov_base = (void *)(uintptr_t)to, .iov_len = length};
+        ssize_t put = process_vm_writev(getpid(), &local, 1, &remote, 1, 0);
+        if (put <= 0)
+            return put < 0 ? -errno : -EFAULT;
+        from = (const char *)from + put;
+        to += (uint64_t)put;
+        length -= (uint64_t)put;
+    }
+    return 0;
+}
+
 void pn_copy(void *to, const void *from, uint64_t length) { memcpy(to, from, length); }
 
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment) {

@@ -68,11 +68,11 @@ struct pn_planted {
     int map;
     int refused;
 };
-/* Stops the process's main thread for a moment. -EPERM: it may not be traced; -EBUSY: it is stopped; -ENOEXEC: it is not 64-bit
+/* Stops the main thread of process pid for a moment, which is the one behind pidfd: a number may become another's. -EPERM: it may not be traced; -EBUSY: it is stopped; -ENOEXEC: it is not 64-bit
  * code; -ESRCH: it has ended; -ETIMEDOUT: it does not stop; -ENOSYS: not on this machine. It is left as it was. */
-int pn_plant(int pid, const char *device, struct pn_planted *planted);
+int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted);
 /* Closes both there. */
-int pn_uproot(int pid, const struct pn_planted *planted);
+int pn_uproot(int pid, int pidfd, const struct pn_planted *planted);
 
 /* ---- place.c: the one place that knows what EEXIST, EAGAIN, ENOENT and partial results mean ------------------- */
 
@@ -91,6 +91,9 @@ struct pn_placed {
 struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length, uint64_t page_size);
 /* Answer a fault on a page that was placed, or given up, before: with what the page cache has (a minor fault), else zeros. */
 struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, uint64_t page_size);
+/* Answer a fault at an address that the owner announced nothing about: poison its page, or (zero) make it one of zeros.
+ * flags: the event's. 0, -EAGAIN and -ESRCH as above; what cannot be answered is left waiting, and is 0 too. */
+int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero);
 
 /* ---- residency.c: the destination's map of pages, in memory that threads and processes share ------------------- */
 
@@ -124,12 +127,13 @@ enum pn_counter {
     PN_LZ4_WIRE_BYTES, /* of WIRE_BYTES, what was received for them */
     PN_SAMPLED,      /* of PAGES, those that were held, so that their first touch is seen: see dest.c */
     PN_SAMPLED_USED, /* of them, those that were touched */
+    PN_OUTSIDE_FAULTS, /* of FAULTS, those at addresses that the owner announced nothing about */
     PN_COUNTERS,
 };
 
 /* Latency in ns, log2 with 8 linear steps an octave: bucket of v is v below 16, else 8*(log2(v)-2) + the next 3 bits. */
 struct pn_class_stats {
-    uint64_t counters[14];
+    uint64_t counters[15];
     uint64_t latency[320];
 };
 
@@ -244,6 +248,8 @@ struct pn_dest_config {
     int uffd;
     int how;                        /* enum pn_how of pages that are not zero: COPY, MOVE or CONTINUE */
     int file;                       /* behind the second mapping: pages are written to it; -1: through the mapping */
+    int sealed;                     /* storing through the second mapping is never a SIGBUS: the file cannot become shorter */
+    int outside_is_zero;            /* what the owner announced nothing about reads as zero; else it is poisoned */
     int removes;                    /* the uffd reports REMOVE or UNMAP events */
     int done_fd;                    /* eventfd, written once every page of the scope is in place */
     struct pn_window *window;       /* prefetch: the demand lane's */
@@ -474,6 +480,9 @@ void pn_source_stop(struct pn_source *source);
 int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
 /* Pages that were asked for in that class, so far. From any thread. */
 uint64_t pn_source_asked(const struct pn_source *source, int class_);
+/* Bytes that are kept now because sockets were full, of all connections: of each a header, or a chunk that was compressed
+ * (128 KiB), or a larger unit that was, as long as all keep less than 16 MiB. From any thread. */
+uint64_t pn_source_kept(const struct pn_source *source);
 
 /* ---- memory.c: looking at page bytes where Python must not ------------------------------------------------------ */
 
@@ -483,6 +492,8 @@ uint64_t pn_zero_run(const void *buffer, uint64_t pages, uint64_t page_size, int
 int64_t pn_zero_map(int fd, uint64_t offset, uint64_t pages, uint64_t page_size, uint8_t *bits);
 /* process_vm_readv, all of it: 0, or -errno (-EFAULT where part of the range is not mapped). */
 int pn_read_process(int pid, uint64_t address, void *buffer, uint64_t length);
+/* memcpy to memory of this process that may be gone, for which the kernel says -EFAULT, and no signal comes. 0 or -errno. */
+int pn_store(uint64_t to, const void *from, uint64_t length);
 /* memcpy, for callers that must not touch memory themselves because it may fault while they hold a lock. */
 void pn_copy(void *to, const void *from, uint64_t length);
 /* mmap of read-write memory: private anonymous (fd -1) or shared with the file. The address, or -errno cast to unsigned.

@@ -13,6 +13,7 @@
 #include "pagenet.h"
 
 #include <errno.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_t length, uint64_t page_size) {
@@ -80,4 +81,32 @@ struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, 
     if (minor && placed.error == -EFAULT)
         placed.error = pn_uffd_wake(uffd, to, page_size);
     return placed;
+}
+
+/* hugetlbfs has no ZEROPAGE, and this is memory whose page size nobody has told us. */
+static struct pn_placed place_huge_zero(int uffd, uint64_t to, uint64_t page_size) {
+    struct pn_placed placed = {.error = -ENOMEM};
+    void *zeros = mmap(NULL, page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (zeros == MAP_FAILED)
+        return placed;
+    placed = pn_place(uffd, PN_COPY, to, zeros, page_size, page_size);
+    munmap(zeros, page_size);
+    return placed;
+}
+
+static struct pn_placed place_outside(int uffd, uint64_t to, uint64_t page_size, int minor, int zero) {
+    if (zero && !minor && page_size > (uint64_t)sysconf(_SC_PAGESIZE))
+        return place_huge_zero(uffd, to, page_size);
+    return pn_place(uffd, minor ? PN_CONTINUE : zero ? PN_ZERO : PN_POISON, to, NULL, page_size, page_size);
+}
+
+/* EINVAL: pages are larger there, or (all sizes) the kernel cannot poison. A write to a page that the owner has protected itself
+ * is for nobody to answer. */
+int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero) {
+    enum { WP = 2, MINOR = 4 };
+    static const uint64_t sizes[] = {4096, 2 << 20, 1 << 30};
+    int error = flags & WP ? 0 : -EINVAL;
+    for (unsigned i = 0; i < sizeof sizes / sizeof sizes[0] && error == -EINVAL; i++)
+        error = place_outside(uffd, address & ~(sizes[i] - 1), sizes[i], flags & MINOR ? 1 : 0, zero).error;
+    return error == -EAGAIN || error == -ESRCH ? error : 0;
 }

@@ -396,7 +396,9 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
         use_chunk(rdma, place.chunk);
         /* A chunk of zeros has no key: what comes there is cleared. */
         if (place.chunk->state == CHUNK_ZERO) {
-            memset((void *)(uintptr_t)to, 0, count * place.page_size);
+            int error = pn_clear(rdma->lane.dest, to, count * place.page_size);
+            if (error)
+                pn_lane_end_placing(&rdma->lane, error);
         } else {
             uint64_t from = place.chunk->address + (at - place.first) * place.page_size;
             add_part(batch, to, lkey, from, place.chunk->rkey, count * place.page_size);

@@ -1,7 +1,8 @@
 /* The source's half of the native lanes: requests in, pages out, any number of connections in one loop.
  *
- * A connection costs its struct and its sockets' buffers; page bytes go through a buffer of the loop's, or by sendfile
- * straight from the file. Only what a full socket refuses is kept, in a buffer of its connection's own. */
+ * A connection costs its struct and its socket's buffers; page bytes go through a buffer of the loop's, or by sendfile
+ * straight from the file. Of pages that a full socket refuses, where they are is noted, and they are read again. What is
+ * kept is a header, or one chunk that was compressed. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 #include "thread.h"
@@ -30,9 +31,13 @@ enum {
     REQUESTS = 128,          /* taken from a socket at a time */
     CHUNK = 256 << 10,       /* read, or looked through for zeros, at a time: larger ones leave the cache before they are sent */
     SENDFILE_MIN = 64 << 10, /* below, one read and one send are cheaper than a send and a sendfile */
-    TURNS = 4,               /* chunks for one connection before the next has its turn */
+    TURN = CHUNK,            /* bytes of work for one connection before the others have theirs */
+    PACK_WORK = 4,           /* compressing a byte counts for so many; reading and sending it is one */
+    REQUEST_WORK = 512,      /* what a request takes whatever it asks for, as bytes */
     MAX_RUNS = CHUNK / 4096,
-    LZ4_BLOCK = 128 << 10,   /* compressed at a time: both sides have it in the cache then */
+    LZ4_BLOCK = 128 << 10,   /* compressed at a time: both sides have it in the cache then; and kept at most, with its headers */
+    KEPT_UNITS = 16 << 20,   /* kept of all connections beyond which larger units go as they are: nothing of those is kept */
+    FIRST_LOOK = 4 << 10,    /* of a larger unit: most that are not zero are not so from the beginning */
     SAMPLE = 32 << 10,       /* compressed to see what that would be like */
 };
 
@@ -44,11 +49,15 @@ struct conn {
     uint8_t in[REQUESTS * sizeof(struct pn_request)];
     size_t in_start, in_end;
     struct pn_request request; /* being answered: pages from `first`, `count` of them are left */
-    uint8_t *kept;             /* bytes the socket had no room for */
-    size_t kept_start, kept_end;
-    const struct pn_source_block *file; /* then so much of this one's file */
-    off_t file_at;
-    size_t file_left;
+    uint8_t *kept;             /* bytes that the socket had no room for */
+    size_t kept_start, kept_size;
+    const struct pn_source_block *block; /* then, of the reply that was begun, so many bytes from there on */
+    uint64_t at, left;
+    bool by_sendfile;
+    uint64_t scanned; /* bytes of the unit at hand that are zero, as far as it was looked through */
+    bool full;        /* the socket refused something, and has not said since that it has room */
+    struct conn *next_waiting; /* for its turn */
+    bool waits;
     bool is_local; /* the peer is on this host, as far as its address says */
     uint8_t link;
     bool idle; /* has answered all that was asked */
@@ -73,20 +82,25 @@ struct pn_source {
     const struct pn_source_block *blocks;
     uint64_t block_count;
     int epoll, wake_fd, ended_fd;
+    bool background;
     bool stopped;
     pthread_mutex_t lock; /* commands, ended, stopped */
     struct command *commands, **last_command;
     struct notice *ended, **last_ended;
     struct conn *conns;
+    struct conn *waiting, **last_waiting; /* that could go on at once, in the order of their turns */
     struct pn_end *end; /* why the loop ends, once it does */
     bool lost;
-    uint8_t *buffer; /* CHUNK bytes, or one unit if that is larger */
-    size_t buffer_size;
+    uint8_t *buffer; /* a chunk, or what is compressed at a time */
     uint8_t *packed; /* what the buffer becomes when compressed */
+    uint64_t work;   /* done in this turn, in bytes */
+    _Atomic uint64_t kept; /* bytes, of all connections */
     void *pack_state;
     struct pn_links *links;
     _Atomic uint64_t asked[PN_BACKGROUND + 1]; /* pages, by class */
 };
+
+static size_t at_most(uint64_t size, size_t limit) { return size < limit ? (size_t)size : limit; }
 
 /* One stretch of a chunk: zero or not. */
 struct stretch {
@@ -101,12 +115,13 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
     if (!source)
         return NULL;
     *source = (struct pn_source){
-        .blocks = blocks, .block_count = count, .ended_fd = ended_fd, .buffer_size = CHUNK,
-        .epoll = epoll_create1(EPOLL_CLOEXEC), .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .buffer = malloc(CHUNK),
+        .blocks = blocks, .block_count = count, .ended_fd = ended_fd,
+        .epoll = epoll_create1(EPOLL_CLOEXEC), .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .buffer = malloc(PN_MAX_LZ4_BYTES),
         .packed = malloc(PN_MAX_LZ4_BYTES), .pack_state = malloc(pn_pack_state()), .links = links,
     };
     source->last_command = &source->commands;
     source->last_ended = &source->ended;
+    source->last_waiting = &source->waiting;
     pthread_mutex_init(&source->lock, NULL);
     struct epoll_event wake = {.events = EPOLLIN, .data.ptr = NULL};
     if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer || !source->packed || !source->pack_state ||
@@ -294,8 +309,10 @@ static bool read_file(struct pn_source *source, const struct pn_source_block *bl
     return true;
 }
 
-static bool read_pages(struct pn_source *source, const struct pn_source_block *block, uint64_t page, uint8_t *into, size_t size) {
-    uint64_t offset = (page - block->first) * block->page_size;
+static uint64_t offset_of(const struct pn_source_block *block, uint64_t page) { return (page - block->first) * block->page_size; }
+
+static bool read_bytes(struct pn_source *source, const struct pn_source_block *block, uint64_t offset, uint8_t *into, size_t size) {
+    source->work += size;
     if (block->pid <= 0)
         return read_file(source, block, offset, into, size);
     int error = pn_read_process(block->pid, block->address + offset, into, size);
@@ -311,17 +328,17 @@ static bool read_pages(struct pn_source *source, const struct pn_source_block *b
 
 /* Nothing but a hole from this page on, for so many pages. */
 static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
-    return block->pid <= 0 && pn_is_hole(block->fd, (page - block->first) * block->page_size, pages * block->page_size);
+    return block->pid <= 0 && pn_is_hole(block->fd, offset_of(block, page), pages * block->page_size);
 }
 
 /* Whether the unit of a file is zero, without reading more of it than that takes. */
 static int unit_is_zero(struct pn_source *source, const struct pn_source_block *block, uint64_t page, size_t size) {
-    uint64_t word, offset = (page - block->first) * block->page_size;
+    uint64_t word, offset = offset_of(block, page);
     if (!read_file(source, block, offset, (uint8_t *)&word, sizeof word))
         return -1;
     if (word)
         return 0;
-    if (!read_file(source, block, offset, source->buffer, size))
+    if (!read_bytes(source, block, offset, source->buffer, size))
         return -1;
     int zero;
     pn_zero_run(source->buffer, 1, size, &zero);
@@ -337,30 +354,11 @@ static void append(struct stretch *stretches, int *count, uint64_t pages, int ze
 
 /* ---- sending ---- */
 
-/* Bytes that the socket refused, to be sent before anything else. */
-static bool keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count, size_t sent) {
-    size_t rest = 0;
-    for (int i = 0; i < count; i++)
-        rest += parts[i].iov_len;
-    conn->kept = malloc(rest); /* which is more than there is to keep, and simple */
-    if (!conn->kept) {
-        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
-        return false;
-    }
-    conn->kept_start = conn->kept_end = 0;
-    for (int i = 0; i < count; i++) {
-        size_t skip = sent < parts[i].iov_len ? sent : parts[i].iov_len;
-        memcpy(conn->kept + conn->kept_end, (uint8_t *)parts[i].iov_base + skip, parts[i].iov_len - skip);
-        conn->kept_end += parts[i].iov_len - skip;
-        sent -= skip;
-    }
-    return true;
-}
-
-static ssize_t try_send(struct pn_source *source, struct conn *conn, struct msghdr *message, int flags) {
+static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
     ssize_t sent;
     do {
-        sent = sendmsg(conn->sock, message, MSG_DONTWAIT | MSG_NOSIGNAL | flags);
+        sent = sendmsg(conn->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL | flags);
     } while (sent < 0 && errno == EINTR);
     if (sent < 0 && errno != EAGAIN) {
         end_conn(source, conn, PN_END_BROKEN, errno, "");
@@ -369,62 +367,97 @@ static ssize_t try_send(struct pn_source *source, struct conn *conn, struct msgh
     return sent < 0 ? 0 : sent;
 }
 
-static bool send_parts(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
-    size_t total = 0;
+static void forget_kept(struct pn_source *source, struct conn *conn) {
+    atomic_fetch_sub_explicit(&source->kept, conn->kept_size, memory_order_relaxed);
+    free(conn->kept);
+    conn->kept = NULL;
+    conn->kept_start = conn->kept_size = 0;
+}
+
+static size_t size_of(const struct iovec *parts, int count) {
+    size_t size = 0;
     for (int i = 0; i < count; i++)
-        total += parts[i].iov_len;
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
-    ssize_t sent = try_send(source, conn, &message, flags);
+        size += parts[i].iov_len;
+    return size;
+}
+
+/* Bytes that the socket refused, to be sent before anything else. */
+static void keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count, size_t sent) {
+    size_t size = size_of(parts, count), rest = size - at_most(sent, size);
+    conn->kept = malloc(rest);
+    if (!conn->kept) {
+        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        size_t skip = at_most(sent, parts[i].iov_len), left = parts[i].iov_len - skip;
+        memcpy(conn->kept + conn->kept_size, (uint8_t *)parts[i].iov_base + skip, left);
+        conn->kept_size += left;
+        sent -= skip;
+    }
+    atomic_fetch_add_explicit(&source->kept, rest, memory_order_relaxed);
+}
+
+/* Whether all of it was taken, and more would be. */
+static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
+    ssize_t sent = try_send(source, conn, parts, count, flags);
     if (sent < 0)
         return false;
-    return (size_t)sent == total || keep(source, conn, parts, count, (size_t)sent);
+    conn->full = (size_t)sent < size_of(parts, count);
+    if (conn->full)
+        keep(source, conn, parts, count, (size_t)sent);
+    return !conn->full;
 }
 
 static bool send_kept(struct pn_source *source, struct conn *conn) {
-    struct iovec part = {conn->kept + conn->kept_start, conn->kept_end - conn->kept_start};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    ssize_t sent = try_send(source, conn, &message, conn->file_left ? MSG_MORE : 0);
+    struct iovec part = {conn->kept + conn->kept_start, conn->kept_size - conn->kept_start};
+    ssize_t sent = try_send(source, conn, &part, 1, conn->left ? MSG_MORE : 0);
     if (sent < 0)
         return false;
     conn->kept_start += (size_t)sent;
-    if (conn->kept_start == conn->kept_end) {
-        free(conn->kept);
-        conn->kept = NULL;
-    }
-    return !conn->kept;
+    conn->full = conn->kept_start < conn->kept_size;
+    if (!conn->full)
+        forget_kept(source, conn);
+    return !conn->full;
 }
 
-static bool send_file(struct pn_source *source, struct conn *conn) {
-    while (conn->file_left) {
-        ssize_t sent = sendfile(conn->sock, conn->file->fd, &conn->file_at, conn->file_left);
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent < 0 && errno == EAGAIN)
-            return false;
-        if (sent < 0)
-            end_conn(source, conn, PN_END_BROKEN, errno, "");
-        else if (sent == 0) /* the header promised more than there is: this connection can only be cut */
-            lose_end(source, conn->file, (uint64_t)conn->file_at);
-        if (sent <= 0)
-            return false;
-        conn->file_left -= (size_t)sent;
-    }
-    return true;
+/* So many bytes of the reply that was begun, or -1. */
+static ssize_t send_from_file(struct pn_source *source, struct conn *conn, size_t size) {
+    off_t at = (off_t)conn->at;
+    ssize_t sent;
+    source->work += size;
+    do {
+        sent = sendfile(conn->sock, conn->block->fd, &at, size);
+    } while (sent < 0 && errno == EINTR);
+    if (sent < 0 && errno == EAGAIN)
+        return 0;
+    if (sent < 0)
+        end_conn(source, conn, PN_END_BROKEN, errno, "");
+    else if (sent == 0) /* the header promised more than there is: this connection can only be cut */
+        lose_end(source, conn->block, conn->at);
+    return sent > 0 ? sent : -1;
 }
 
-/* Whether nothing waits for the socket any more. */
-static bool flush(struct pn_source *source, struct conn *conn) {
-    if (conn->kept && !send_kept(source, conn))
-        return false;
-    return send_file(source, conn);
+static ssize_t send_by_copy(struct pn_source *source, struct conn *conn, size_t size) {
+    struct iovec part = {source->buffer, size};
+    return read_bytes(source, conn->block, conn->at, source->buffer, size) ? try_send(source, conn, &part, 1, 0) : -1;
+}
+
+/* Some more pages of the reply that was begun. */
+static void send_pages(struct pn_source *source, struct conn *conn) {
+    size_t size = at_most(conn->left, CHUNK);
+    ssize_t sent = conn->by_sendfile ? send_from_file(source, conn, size) : send_by_copy(source, conn, size);
+    if (sent < 0)
+        return;
+    conn->at += (uint64_t)sent;
+    conn->left -= (uint64_t)sent;
+    conn->full = (size_t)sent < size;
 }
 
 static struct pn_reply reply_to(const struct pn_request *request, uint8_t encoding, uint64_t pages, uint64_t length) {
     return (struct pn_reply){.id = request->id, .class_ = request->class_, .encoding = encoding, .first = request->first,
                              .count = (uint32_t)pages, .length = (uint32_t)length};
 }
-
-static size_t at_most(size_t size, size_t limit) { return size < limit ? size : limit; }
 
 static void advance(struct pn_request *request, uint64_t pages) {
     request->first += pages;
@@ -435,9 +468,8 @@ static void tell_lost(struct pn_source *source, struct conn *conn) {
     size_t length = strnlen(source->end->text, PN_MAX_REASON_BYTES);
     struct pn_reply reply = reply_to(&conn->request, PN_FAILED, conn->request.count, length);
     struct iovec parts[] = {{&reply, sizeof reply}, {source->end->text, length}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-    if (!conn->kept && !conn->file_left)
-        try_send(source, conn, &message, 0);
+    if (!conn->kept && !conn->left)
+        try_send(source, conn, parts, 2, 0);
 }
 
 /* ---- answering ---- */
@@ -447,7 +479,7 @@ static void answer_zero(struct pn_source *source, struct conn *conn, uint64_t pa
     struct iovec part = {&reply, sizeof reply};
     conn->wire += sizeof reply;
     advance(&conn->request, pages);
-    send_parts(source, conn, &part, 1, 0);
+    send_or_keep(source, conn, &part, 1, 0);
 }
 
 /* Whether the request's next pages are to be compressed. */
@@ -465,6 +497,7 @@ static bool packs(const struct pn_source *source, const struct conn *conn) {
 /* Compress pages, if that makes them smaller: into how many bytes, or 0. */
 static size_t pack(struct pn_source *source, struct conn *conn, const uint8_t *pages, size_t size, uint8_t *to) {
     uint64_t began = pn_now(), length = pn_pack(source->pack_state, pages, size, to);
+    source->work += PACK_WORK * size;
     pn_choice_tried(&conn->choice, size, length, pn_now() - began);
     return length;
 }
@@ -501,7 +534,7 @@ static void add_packed(struct pn_source *source, struct batch *batch, struct con
     uint64_t most = LZ4_BLOCK / page_size / unit * unit;
     for (uint64_t here; pages; pages -= here, at += here * page_size) {
         here = !most ? unit : pages < most ? pages : most;
-        size_t size = here * page_size, length = size <= PN_MAX_LZ4_BYTES ? pack(source, conn, at, size, *to) : 0;
+        size_t size = here * page_size, length = pack(source, conn, at, size, *to);
         if (length)
             add_reply(batch, conn, PN_LZ4, here, *to, length);
         else
@@ -510,10 +543,48 @@ static void add_packed(struct pn_source *source, struct batch *batch, struct con
     }
 }
 
+/* The reply of which the socket took `sent` bytes is gone on with from the memory. */
+static void note_place(struct pn_source *source, struct conn *conn, const struct pn_source_block *block,
+                       struct pn_reply *reply, size_t sent) {
+    size_t header = at_most(sent, sizeof *reply), rest = sizeof *reply + reply->length - sent;
+    struct iovec part = {reply, sizeof *reply};
+    conn->block = block;
+    conn->left = at_most(rest, reply->length);
+    conn->at = offset_of(block, reply->first) + reply->length - conn->left;
+    conn->by_sendfile = false;
+    if (header < sizeof *reply)
+        keep(source, conn, &part, 1, header);
+}
+
+/* Replies of which the socket took nothing are as if they had never been made. */
+static void take_back(struct conn *conn, const struct pn_reply *reply) {
+    conn->wire -= sizeof *reply + reply->length;
+    conn->bytes -= reply->length;
+    conn->request.first -= reply->count;
+    conn->request.count += reply->count;
+}
+
+static void send_as_they_are(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, struct batch *batch) {
+    ssize_t sent = try_send(source, conn, batch->parts, batch->count, 0);
+    if (sent < 0)
+        return;
+    size_t whole = 0, part;
+    int first = 0;
+    while (first < batch->runs && (part = sizeof batch->replies[0] + batch->replies[first].length, whole + part <= (size_t)sent)) {
+        whole += part;
+        first++;
+    }
+    conn->full = first < batch->runs;
+    if (conn->full && whole < (size_t)sent)
+        note_place(source, conn, block, &batch->replies[first++], (size_t)sent - whole);
+    while (batch->runs > first)
+        take_back(conn, &batch->replies[--batch->runs]);
+}
+
 /* Read the pages, and send headers and payload of all stretches at once. */
 static void answer_by_copy(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
                            uint64_t unit, bool packing) {
-    if (!read_pages(source, block, conn->request.first, source->buffer, pages * block->page_size))
+    if (!read_bytes(source, block, offset_of(block, conn->request.first), source->buffer, pages * block->page_size))
         return;
     struct batch batch;
     batch.runs = batch.count = 0;
@@ -536,7 +607,31 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn, const st
         at += size;
         left -= run;
     }
-    send_parts(source, conn, batch.parts, batch.count, 0);
+    if (to > source->packed)
+        send_or_keep(source, conn, batch.parts, batch.count, 0);
+    else
+        send_as_they_are(source, conn, block, &batch);
+}
+
+/* Pages that are not zero, without keeping any of them. */
+static void stream_pages(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages) {
+    uint64_t size = pages * block->page_size, at = offset_of(block, conn->request.first);
+    struct pn_reply reply = reply_to(&conn->request, PN_RAW, pages, size);
+    struct iovec part = {&reply, sizeof reply};
+    if (wants_sample(conn)) {
+        if (!read_bytes(source, block, at, source->buffer, at_most(size, SAMPLE)))
+            return;
+        pack(source, conn, source->buffer, at_most(size, SAMPLE), source->packed);
+    }
+    conn->bytes += size;
+    conn->wire += sizeof reply + size;
+    conn->block = block;
+    conn->at = at;
+    conn->left = size;
+    conn->by_sendfile = block->pid <= 0 && !conn->is_local;
+    advance(&conn->request, pages);
+    if (send_or_keep(source, conn, &part, 1, MSG_MORE))
+        send_pages(source, conn);
 }
 
 /* One stretch of the chunk: look where it ends, then let the kernel send it from the file. */
@@ -551,55 +646,56 @@ static void answer_by_sendfile(struct pn_source *source, struct conn *conn, cons
             return;
         append(stretches, &count, unit, zero);
     }
-    if (stretches[0].zero) {
+    if (stretches[0].zero)
         answer_zero(source, conn, stretches[0].pages);
-        return;
-    }
-    size_t size = stretches[0].pages * block->page_size;
-    if (size < SENDFILE_MIN) { /* splintered by zero pages: not worth a sendfile each */
+    else if (stretches[0].pages * block->page_size < SENDFILE_MIN) /* splintered by zero pages: not worth a sendfile each */
         answer_by_copy(source, conn, block, pages, unit, false);
-        return;
-    }
-    struct pn_reply reply = reply_to(&conn->request, PN_RAW, stretches[0].pages, size);
-    struct iovec part = {&reply, sizeof reply};
-    if (wants_sample(conn)) {
-        if (!read_pages(source, block, conn->request.first, source->buffer, at_most(size, SAMPLE)))
-            return;
-        pack(source, conn, source->buffer, at_most(size, SAMPLE), source->packed);
-    }
-    conn->bytes += size;
-    conn->wire += sizeof reply + size;
-    conn->file = block;
-    conn->file_at = (off_t)((conn->request.first - block->first) * block->page_size);
-    conn->file_left = size;
-    advance(&conn->request, stretches[0].pages);
-    if (send_parts(source, conn, &part, 1, MSG_MORE) && !conn->kept)
-        send_file(source, conn);
+    else
+        stream_pages(source, conn, block, stretches[0].pages);
 }
 
-static bool make_room(struct pn_source *source, size_t size) {
-    if (size <= source->buffer_size)
-        return true;
-    uint8_t *larger = realloc(source->buffer, size);
-    if (!larger)
+/* A unit that is too large to be looked through at once: a piece of it in each turn, until it is known whether it is zero. */
+static void answer_unit(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t unit) {
+    uint64_t size = unit * block->page_size, at = offset_of(block, conn->request.first) + conn->scanned;
+    size_t piece = at_most(size - conn->scanned, conn->scanned ? CHUNK : FIRST_LOOK);
+    int zero;
+    if (!read_bytes(source, block, at, source->buffer, piece))
+        return;
+    pn_zero_run(source->buffer, 1, piece, &zero);
+    conn->scanned += piece;
+    if (zero && conn->scanned < size)
+        return;
+    conn->scanned = 0;
+    if (zero)
+        answer_zero(source, conn, unit);
+    else
+        stream_pages(source, conn, block, unit);
+}
+
+/* Whether this unit, which is larger than what is compressed at a time, may be: it takes a destination that waits milliseconds, and
+ * what a full socket refuses of it is kept. */
+static bool may_pack(const struct pn_source *source, const struct conn *conn, uint64_t size) {
+    if (size > PN_MAX_LZ4_BYTES || atomic_load_explicit(&source->kept, memory_order_relaxed) + size > KEPT_UNITS)
         return false;
-    source->buffer = larger;
-    source->buffer_size = size;
+    for (const struct conn *other = source->conns; other && !source->background; other = other->next)
+        if (other->link != conn->link)
+            return false;
     return true;
 }
 
 static void answer_pages(struct pn_source *source, struct conn *conn) {
     const struct pn_request *request = &conn->request;
     const struct pn_source_block *block = block_of(source, request->first);
-    uint64_t unit = 1ull << request->unit_shift, most = CHUNK / block->page_size / unit * unit;
-    uint64_t pages = request->count < most ? request->count : most ? most : unit;
     bool packing = packs(source, conn);
-    if (!make_room(source, unit * block->page_size))
-        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
-    else if (block->pid > 0 || pages * block->page_size < SENDFILE_MIN) /* a hole reads as zeros: no need to ask for it */
+    uint64_t unit = 1ull << request->unit_shift, most = (packing ? LZ4_BLOCK : CHUNK) / block->page_size / unit * unit;
+    uint64_t pages = request->count < most ? request->count : most ? most : unit, size = pages * block->page_size;
+    bool is_large = conn->scanned || (!most && !(packing && may_pack(source, conn, size)));
+    if (!is_large && (block->pid > 0 || size < SENDFILE_MIN)) /* a hole reads as zeros: no need to ask for it */
         answer_by_copy(source, conn, block, pages, unit, packing);
-    else if (is_hole(block, request->first, request->count))
+    else if (!conn->scanned && is_hole(block, request->first, request->count))
         answer_zero(source, conn, request->count);
+    else if (is_large) /* once begun, it is gone on with, whatever has become of the choice to compress */
+        answer_unit(source, conn, block, unit);
     else if (packing || conn->is_local) /* sendfile would leave the copying, from cold memory, to the destination's busier loop */
         answer_by_copy(source, conn, block, pages, unit, packing);
     else
@@ -672,6 +768,7 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
     if (!check_request(source, conn, &conn->request))
         return false;
     atomic_fetch_add_explicit(&source->asked[conn->request.class_], conn->request.count, memory_order_relaxed);
+    source->work += REQUEST_WORK;
     return true;
 }
 
@@ -679,18 +776,32 @@ uint64_t pn_source_asked(const struct pn_source *source, int class_) {
     return atomic_load_explicit(&source->asked[class_], memory_order_relaxed);
 }
 
-/* True: it could go on at once, but others have their turn. */
-static bool answer(struct pn_source *source, struct conn *conn) {
-    for (int turn = 0; turn < TURNS && !conn->ended && !source->lost; turn++) {
-        if (!flush(source, conn))
-            return false;
-        if (!next_request(source, conn)) {
-            conn->idle = true;
-            return false;
-        }
+uint64_t pn_source_kept(const struct pn_source *source) {
+    return atomic_load_explicit(&source->kept, memory_order_relaxed);
+}
+
+static bool has_work(const struct conn *conn) {
+    return conn->kept || conn->left || conn->request.count || conn->in_end - conn->in_start >= sizeof conn->request;
+}
+
+static bool can_go_on(const struct conn *conn) { return has_work(conn) && !conn->full && !conn->ended; }
+
+/* One step: what was begun comes first. */
+static void answer(struct pn_source *source, struct conn *conn) {
+    if (conn->kept)
+        send_kept(source, conn);
+    else if (conn->left)
+        send_pages(source, conn);
+    else if (next_request(source, conn))
         answer_chunk(source, conn);
-    }
-    return true;
+}
+
+/* Until the socket is full, there is nothing to do, or it is the others' turn. */
+static void take_turn(struct pn_source *source, struct conn *conn) {
+    for (source->work = 0; can_go_on(conn) && source->work < TURN && !source->lost;)
+        answer(source, conn);
+    if (!has_work(conn))
+        conn->idle = true;
 }
 
 /* ---- the loop ---- */
@@ -712,34 +823,72 @@ static void receive(struct pn_source *source, struct conn *conn) {
         end_conn(source, conn, PN_END_CLOSED, 0, "");
 }
 
+static void wait_for_turn(struct pn_source *source, struct conn *conn) {
+    if (conn->waits)
+        return;
+    conn->waits = true;
+    conn->next_waiting = NULL;
+    *source->last_waiting = conn;
+    source->last_waiting = &conn->next_waiting;
+}
+
+static void stop_waiting(struct pn_source *source, struct conn *conn) {
+    if (!conn->waits)
+        return;
+    struct conn **at = &source->waiting;
+    while (*at != conn)
+        at = &(*at)->next_waiting;
+    if (!(*at = conn->next_waiting))
+        source->last_waiting = at;
+    conn->waits = false;
+}
+
 static void forget(struct pn_source *source, struct conn *conn) {
     struct conn **at = &source->conns;
     while (*at != conn)
         at = &(*at)->next;
     *at = conn->next;
+    stop_waiting(source, conn);
+    forget_kept(source, conn);
     /* Closing would do, but not while a child that was forked just now, and has not yet become another program, holds a copy. */
     epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock, NULL);
     free_conn(conn);
 }
 
-static void watch(struct pn_source *source, struct conn *conn, bool more) {
-    bool busy = more || conn->kept || conn->file_left;
-    bool full = conn->in_end - conn->in_start == sizeof conn->in;
-    uint32_t events = (full ? 0 : EPOLLIN) | (busy ? EPOLLOUT : 0);
+static void watch(struct pn_source *source, struct conn *conn) {
+    bool has_room = conn->in_end - conn->in_start < sizeof conn->in;
+    uint32_t events = (has_room ? EPOLLIN : 0) | (conn->full ? EPOLLOUT : 0);
     struct epoll_event event = {.events = events, .data.ptr = conn};
     if (events != conn->events)
         epoll_ctl(source->epoll, EPOLL_CTL_MOD, conn->sock, &event);
     conn->events = events;
 }
 
-static void serve(struct pn_source *source, struct conn *conn, bool readable) {
-    if (readable)
-        receive(source, conn);
-    bool more = answer(source, conn);
-    if (conn->ended)
+static void serve(struct pn_source *source, struct conn *conn) {
+    take_turn(source, conn);
+    if (conn->ended) {
         forget(source, conn);
-    else
-        watch(source, conn, more);
+        return;
+    }
+    if (can_go_on(conn))
+        wait_for_turn(source, conn);
+    watch(source, conn);
+}
+
+/* Who had nothing to do is served at once: a page that was asked for just now does not wait until all of a large unit, or of
+ * many, was sent to others. Who has is served in its turn. */
+static void heed(struct pn_source *source, struct conn *conn, uint32_t events) {
+    bool had_work = has_work(conn);
+    if (events & ~(uint32_t)EPOLLIN)
+        conn->full = false;
+    if (events & ~(uint32_t)EPOLLOUT)
+        receive(source, conn);
+    if (had_work && can_go_on(conn)) {
+        wait_for_turn(source, conn);
+        watch(source, conn);
+    } else {
+        serve(source, conn);
+    }
 }
 
 static void add(struct pn_source *source, struct conn *conn) {
@@ -749,7 +898,7 @@ static void add(struct pn_source *source, struct conn *conn) {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
     if (epoll_ctl(source->epoll, EPOLL_CTL_ADD, conn->sock, &event))
         end_conn(source, conn, PN_END_BROKEN, errno, "");
-    serve(source, conn, false);
+    serve(source, conn);
 }
 
 static void remove_by_id(struct pn_source *source, uint64_t id) {
@@ -786,13 +935,18 @@ static void loop(void *argument) {
     struct epoll_event events[64];
     bool go_on = true;
     while (go_on && !source->lost) {
-        int count = epoll_wait(source->epoll, events, 64, -1);
+        int count = epoll_wait(source->epoll, events, 64, source->waiting ? 0 : -1);
         bool commands = false;
         for (int i = 0; i < count && !source->lost; i++)
             if (events[i].data.ptr)
-                serve(source, events[i].data.ptr, events[i].events & ~(uint32_t)EPOLLOUT);
+                heed(source, events[i].data.ptr, events[i].events);
             else
                 commands = true;
+        struct conn *next = source->waiting;
+        if (next && !source->lost) {
+            stop_waiting(source, next);
+            serve(source, next);
+        }
         if (commands) /* last: they may take away a connection that has an event here */
             go_on = obey(source);
     }
@@ -801,6 +955,7 @@ static void loop(void *argument) {
 void pn_source_run(struct pn_source *source, int background, struct pn_end *end) {
     *end = (struct pn_end){.kind = PN_END_STOPPED};
     source->end = end;
+    source->background = background;
     int error = pn_run_loop(background, loop, source);
     if (error)
         lose(source, "no thread to serve from: %s", strerror(-error));

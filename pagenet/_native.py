@@ -12,7 +12,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "SourceBlock",
     "SourceLoop",
     "Window",
+    "answer_outside",
     "bench_claims",
     "bench_count",
     "bench_fault_floor",
@@ -59,6 +60,8 @@ __all__ = [
     "read_process",
     "run_workload",
     "same_file",
+    "seal_size",
+    "store",
     "take_descriptor",
     "uffd_api",
     "uffd_open",
@@ -155,19 +158,25 @@ class Planted:
     refused: int
 
 
-def plant(pid: int, device: str) -> Planted:
-    """Have process ``pid`` open a userfaultfd, and a memfd for the map of pages. Call it in a thread.
+def plant(pid: int, pidfd: int, device: str) -> Planted:
+    """Have process ``pid``, which is the one behind ``pidfd``, open a userfaultfd, and a memfd for the
+    map of pages. Call it in a thread.
 
     :exc:`OSError` if it cannot be traced, as of ``pn_plant``; it is then as it was.
     """
     planted = ffi.new("struct pn_planted *")
-    _check(lib.pn_plant(pid, device.encode(), planted))
+    _check(lib.pn_plant(pid, pidfd, device.encode(), planted))
     return Planted(planted.uffd, planted.map, -planted.refused)
 
 
-def uproot(pid: int, planted: Planted) -> None:
+def uproot(pid: int, pidfd: int, planted: Planted) -> None:
     """Have it close them again. Call it in a thread."""
-    _check(lib.pn_uproot(pid, ffi.new("struct pn_planted *", astuple(planted))))
+    _check(lib.pn_uproot(pid, pidfd, ffi.new("struct pn_planted *", astuple(planted))))
+
+
+def store(address: int, data: Buffer) -> None:
+    """Write to memory of this process that may be gone: :exc:`OSError` (EFAULT) then, and no signal."""
+    _check(lib.pn_store(address, ffi.from_buffer(data), len(data)))
 
 
 def punch(fd: int, length: int) -> None:
@@ -205,6 +214,11 @@ def place(uffd: int, how: int, address: int, data: Buffer | None, length: int, p
 
 def settle(uffd: int, address: int, minor: bool, zeros: Buffer, page_size: int) -> Placed:
     return _placed(lib.pn_settle(uffd, address, minor, ffi.from_buffer(zeros), page_size))
+
+
+def answer_outside(uffd: int, address: int, flags: int, zero: bool) -> int:
+    """0, or the errno: ``EAGAIN`` or ``ESRCH``, as of :func:`place`."""
+    return -int(lib.pn_answer_outside(uffd, address, flags, zero))
 
 
 def _placed(result: Any) -> Placed:
@@ -389,12 +403,37 @@ COUNTERS = {
     "lz4_wire_bytes": lib.PN_LZ4_WIRE_BYTES,
     "sampled": lib.PN_SAMPLED,
     "sampled_used": lib.PN_SAMPLED_USED,
+    "outside_faults": lib.PN_OUTSIDE_FAULTS,
 }
 
 
 #: as it stands in /proc/PID/fd
 MAP_NAME = "pagenet-residency"
 MAX_NOTE = 256 << 10
+
+
+def _is_small_memfd(file: int) -> bool:
+    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other file
+    might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
+    if fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return os.fstatvfs(file).f_bsize == mmap.PAGESIZE
+
+
+def seal_size(file: int) -> bool:
+    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of it may
+    be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole with."""
+    with suppress(OSError):  # not to be sealed at all, or any more
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    try:
+        sealed = bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+    return sealed and os.fstatvfs(file).f_bsize == mmap.PAGESIZE
 
 
 class FoundMap(NamedTuple):
@@ -408,11 +447,14 @@ class FoundMap(NamedTuple):
 
 
 def find_map(file: int) -> FoundMap:
-    """The map in ``file``. :exc:`ValueError` if there is none."""
+    """The map in ``file``, which anybody may have made up. :exc:`ValueError` if there is none."""
+    if not _is_small_memfd(file):
+        raise ValueError("no memfd of small pages")
     header = ffi.new("struct pn_map *")
-    ffi.buffer(header)[:] = os.pread(file, ffi.sizeof(header[0]), 0)
+    if os.preadv(file, [ffi.buffer(header)], 0) < ffi.sizeof(header[0]):
+        raise ValueError("no map of pages")
     pages, size = int(header.pages), os.fstat(file).st_size
-    if bytes(ffi.buffer(header.magic)) != b"pagenet2" or pages > size or lib.pn_map_bytes(pages) > size:
+    if bytes(ffi.buffer(header.magic)) != b"pagenet3" or pages > size or lib.pn_map_bytes(pages) > size:
         raise ValueError("no map of pages")
     note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
     return FoundMap(pages, int(header.done), int(header.scope), bool(header.finished), note)
@@ -421,8 +463,11 @@ def find_map(file: int) -> FoundMap:
 def lock_map(file: int) -> int:
     """``file``, opened anew: no other process gets it so as long as that is open.
 
-    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it.
+    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it; other
+    :exc:`OSError` if it is no memfd of small pages, or not open to read and to write: opened anew it would be, for root.
     """
+    if not _is_small_memfd(file):
+        _check(-errno.EINVAL)
     ours = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -449,6 +494,8 @@ class SharedMap:
                 os.ftruncate(self.fd, size + len(note))
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # by no one, under our feet
                 os.pwrite(self.fd, note, size)
+            if not fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                _check(-errno.EPERM)
             if os.fstat(self.fd).st_size < size:
                 _check(-errno.EINVAL)
             self._memory = Mapped(size, self.fd)
@@ -582,6 +629,8 @@ class Destination:
         uffd: int,
         how: int,
         file: int,
+        sealed: bool = False,
+        outside_is_zero: bool = False,
         removes: bool,
         done_fd: int,
         window: Window,
@@ -596,6 +645,7 @@ class Destination:
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
+        config.sealed, config.outside_is_zero = sealed, outside_is_zero
         self._window = window
         config.window = window.window
         self._faults = faults
@@ -882,6 +932,10 @@ class SourceLoop:
     def asked(self, class_: int) -> int:
         """Pages that were asked for in that class, so far."""
         return self._last_asked[class_] if self._source is None else int(lib.pn_source_asked(self._source, class_))
+
+    def kept(self) -> int:
+        """Bytes that are kept now because sockets are full, of all connections."""
+        return 0 if self._source is None else int(lib.pn_source_kept(self._source))
 
     def ended(self) -> Iterator[tuple[int, End]]:
         """Connections that have ended since the last call, and why."""

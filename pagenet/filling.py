@@ -77,6 +77,10 @@ class Filling:
         """Go on where a destination has died: with the pages that it had under way, and with those who waited for it."""
         assert self._two_steps is not None
         residency = self.residency
+        if residency.scope != sum(run.count for run in self.target.scope()) or any(
+            residency.find(State.OUTSIDE, run.first, run.end) is not None for run in self.target.scope()
+        ):
+            raise HandshakeError("the owner has written to the map of its pages: it is not that of its mappings")
         while (first := residency.find(State.READY, 0)) is not None:
             ready = residency.span(Run(first, self.target.piece_of(first).end - first), State.READY)
             outcome = self._two_steps.publish(Run(first, ready), again=True)
@@ -157,6 +161,9 @@ class Filling:
     def _answer(self, fault: Fault, now: int) -> int | None:
         """Do what the fault needs. The page, if this was the first that anybody heard of it."""
         page = self.target.page_of(fault)
+        if page is None:
+            self._answer_outside(fault)
+            return None
         if page in self._held:
             self._held.remove(page)
             self.residency.add(Class.PREFETCH, "sampled_used")
@@ -180,6 +187,12 @@ class Filling:
                 while not self.target.settle(page, fault):
                     self._drain_or_yield()
         return None
+
+    def _answer_outside(self, fault: Fault) -> None:
+        self.residency.add(Class.DEMAND, "faults")
+        self.residency.add(Class.DEMAND, "outside_faults")
+        while not self.target.settle(None, fault):
+            self._drain_or_yield()
 
     def _prefetch_around(self, page: int) -> None:
         """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken; or for what the

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import trio
 
-from .errors import PagenetError, UsageError
 from .region import Region, Run
 from .target import Outcome, Target
 from .uffd import Event, Fault
+from .whole_file import WholeFile
 
 __all__ = ["IntoFile"]
 
 
 class IntoFile:
-    """Fill a file. It appears under its name when every page is in it, and not before."""
+    """Fill a file. It appears under its name when every page is in it, and on the disk, and not before."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -34,19 +34,12 @@ class FileTarget:
 
     def __init__(self, path: Path, region: Region) -> None:
         self.region = region
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._file = WholeFile(path, "file")
         try:
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is not a regular file")
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise UsageError(f"cannot create {self._partial}: {error.strerror}") from None
-        try:
-            os.ftruncate(self._fd, region.size)
-        except OSError as error:
-            self.close([Run(0, 1)])
-            raise UsageError(f"cannot make {self._partial} {region.size} bytes long: {error.strerror}") from None
+            self._file.resize(region.size)
+        except BaseException:
+            self._file.close()
+            raise
 
     def scope(self) -> Sequence[Run]:
         region = self.region
@@ -67,16 +60,10 @@ class FileTarget:
 
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         if data is not None:
-            offset = self.region.offset_of_page(run.first)
-            try:
-                while data:
-                    written = os.pwrite(self._fd, data, offset)
-                    data, offset = data[written:], offset + written
-            except OSError as error:
-                raise PagenetError(f"cannot write {self._partial}: {error.strerror}") from None
+            self._file.write(data, self.region.offset_of_page(run.first))
         return Outcome(placed=run.count)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
         raise NotImplementedError("a file has no faults")
 
     def wake(self, run: Run) -> None:
@@ -88,12 +75,8 @@ class FileTarget:
     async def wait_gone(self) -> None:
         await trio.sleep_forever()
 
+    async def wait_stored(self) -> None:
+        await self._file.wait_committed()
+
     def close(self, missing: Sequence[Run]) -> None:
-        if self._fd < 0:
-            return
-        os.close(self._fd)
-        self._fd = -1
-        if missing:
-            self._partial.unlink(missing_ok=True)
-        else:
-            self._partial.replace(self._path)
+        self._file.close()

@@ -71,6 +71,8 @@ class LoopLanes:
                 uffd=memory.uffd,
                 how=memory.how,
                 file=memory.file,
+                sealed=memory.sealed,
+                outside_is_zero=memory.outside_is_zero,
                 removes=memory.removes,
                 done_fd=self._done_fd,
                 window=filling.window,

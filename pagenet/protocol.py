@@ -53,6 +53,8 @@ MAGIC = b"PGNT"
 FRAME_HEADER = struct.Struct("<4sHHI")  # magic, version of the framing, reserved (0), body length
 # 4096 blocks with names of 255 four-byte characters would be 4.2 MB; real tables are a few kilobytes.
 MAX_MESSAGE = 2 << 20
+#: A destination has no block table to send: this is all that a source keeps of a peer that it knows nothing of.
+MAX_DESTINATION_MESSAGE = 64 << 10
 REQUEST_HEADER = struct.Struct("<IBBBBQII")  # id, class, encodings, unit shift, reserved, first, count, reserved
 REPLY_HEADER = struct.Struct("<IBBHQII")  # id, class, encoding, reserved, first, count, length
 LANE_HEADER_SIZE = 24
@@ -188,10 +190,12 @@ class MessageDecoder:
 
     :meth:`feed` bytes as they come, then iterate over :meth:`messages`. What follows the last message wanted is in
     :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything that is not a message; nothing comes after it.
+    ``limit``: bytes of a message's body.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self.unread = bytearray()
+        self._limit = limit
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         self.unread += data
@@ -204,8 +208,8 @@ class MessageDecoder:
         _, framing, _, length = FRAME_HEADER.unpack_from(self.unread)
         if framing != 1:
             raise RemoteProtocolError(f"the peer frames its messages in version {framing}; this pagenet knows version 1")
-        if length > MAX_MESSAGE:
-            raise RemoteProtocolError(f"the peer announces a message of {length} bytes (limit {MAX_MESSAGE})")
+        if length > self._limit:
+            raise RemoteProtocolError(f"the peer announces a message of {length} bytes (limit {self._limit})")
         end = FRAME_HEADER.size + length
         if len(self.unread) < end:
             return None

@@ -19,13 +19,14 @@ from .native_lanes import NativeLanes, can_run_natively
 from .nurseries import open_failing_nursery
 from .progress import complete_fields, tell_progress
 from .protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
-from .recording import Recorder, Recording, load_recording
+from .recording import Recorder, Recording, load_recording, recording_file
 from .region import Region
 from .schedule import Schedule, check_schedule, make_schedule
 from .source_session import SourceSession, accept_source, dial_source
 from .statistics import TransferStatistics
-from .target import Owner, Target
+from .target import Owner, Stored, Target
 from .transport import Connection, OneSided
+from .whole_file import WholeFile
 
 __all__ = ["Transfer", "pull"]
 
@@ -192,11 +193,10 @@ async def pull(
     if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
         raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
     check_schedule(background)
-    recorded = _earlier(record)
     start = Start() if start_background is None else parse_start(start_background)
     channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
-    async with sessions as session:
+    async with _recording_to(record) as recording, sessions as session:
         filling: Filling | None = None
         reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
@@ -210,10 +210,10 @@ async def pull(
                     connections = [await session.open_lane(channel) for channel in channels]
                     plan = Background(_schedule(background, filling), chunk, begun=start == Start())
                     plan.set_max_bandwidth(max_bandwidth)
-                    if record is not None:
+                    if recording is not None:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
-                        cleanup.callback(_save, recorder, recorded, record)
+                        cleanup.callback(_save, recorder, *recording)
                     pages_go_over, others = connections[: 1 + background_lanes], connections[1 + background_lanes :]
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     nursery.cancel_scope.cancel()
@@ -257,13 +257,23 @@ def _schedule(background: str, filling: Filling) -> Schedule | None:
     return make_schedule(background, filling.region, filling.residency)
 
 
-def _earlier(path: str | os.PathLike[str] | None) -> Recording | None:
-    return load_recording(path) if path is not None and os.path.exists(path) else None
+@asynccontextmanager
+async def _recording_to(path: str | os.PathLike[str] | None) -> AsyncIterator[tuple[Recording | None, WholeFile] | None]:
+    """What earlier runs have left there, and the file that takes its place: refused before anything has moved."""
+    if path is None:
+        yield None
+        return
+    with recording_file(path) as file:
+        yield _earlier(path), file
 
 
-def _save(recorder: Recorder, earlier: Recording | None, path: str | os.PathLike[str]) -> None:
+def _earlier(path: str | os.PathLike[str]) -> Recording | None:
+    return load_recording(path) if os.path.exists(path) else None
+
+
+def _save(recorder: Recorder, earlier: Recording | None, file: WholeFile) -> None:
     now = recorder.recording()
-    (now if earlier is None else earlier.merge(now)).save(path)
+    (now if earlier is None else earlier.merge(now)).write(file)
 
 
 class _Run:
@@ -297,6 +307,8 @@ class _Run:
                 nursery.start_soon(tell_progress, self._transfer, self._on_event)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
+        if isinstance(self._filling.target, Stored):
+            await self._filling.target.wait_stored()
         self._filling.finish()
         await self._session.say_bye(complete=True)
         self._filling.residency.finish()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from .errors import UsageError
 from .region import Block, Region, Run
+from .whole_file import WholeFile, read_whole
 
 __all__ = [
     "FORMAT",
@@ -27,8 +27,9 @@ __all__ = [
     "Recording",
     "load_fields",
     "load_recording",
+    "recording_file",
     "recording_of",
-    "save_fields",
+    "write_fields",
 ]
 
 FORMAT, VERSION = "pagenet-touches", 1
@@ -84,7 +85,12 @@ class Recording:
         return list(dict.fromkeys(region.page_at_offset(page * _UNIT) for page in moved.order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
+        """In place of what is there, whole or not at all. :exc:`PagenetError` if it cannot be written."""
+        with recording_file(path) as file:
+            self.write(file)
+
+    def write(self, file: WholeFile) -> None:
+        """As the whole of ``file``."""
         fields = {
             "format": FORMAT,
             "version": VERSION,
@@ -92,7 +98,7 @@ class Recording:
             "blocks": [list(block) for block in self.blocks],
             "touches": list(_packed(self.order, self.seen)),
         }
-        save_fields(path, fields, "recording")
+        write_fields(file, fields)
 
 
 class Recorder:
@@ -115,38 +121,36 @@ class Recorder:
         return range(first, first + self._region.page_size_at(page) // _UNIT)
 
 
-def save_fields(path: str | os.PathLike[str], fields: dict[str, Any], what: str) -> None:
-    """As one msgpack map, in place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
-    partial = Path(f"{os.fspath(path)}.partial")
-    try:
-        partial.write_bytes(msgpack.packb(fields))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write the {what} {os.fspath(path)}: {error.strerror}") from None
+def recording_file(path: str | os.PathLike[str]) -> WholeFile:
+    """What a :class:`Recording` is written into. :exc:`UsageError` if there can be none."""
+    return WholeFile(path, "recording")
+
+
+def write_fields(file: WholeFile, fields: dict[str, Any]) -> None:
+    """As one msgpack map, and done."""
+    file.write(msgpack.packb(fields))
+    file.commit()
 
 
 def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what: str) -> dict[str, Any]:
-    """A map that :func:`save_fields` wrote, of one of the formats in ``versions``, and of the version that is there.
+    """A map that :func:`write_fields` wrote, of one of the formats in ``versions``, and of the version that is there.
     :exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of another version."""
     name = os.fspath(path)
+    body = read_whole(path, _MOST_BYTES, what)
     try:
-        with open(path, "rb") as file:
-            body = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read the {what} {name}: {error.strerror}") from None
-    try:
-        if len(body) > _MOST_BYTES:
-            raise ValueError("it is too long")
-        fields = msgpack.unpackb(body)
+        found: object = msgpack.unpackb(body)
     except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
         raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
-    if not isinstance(fields, dict) or fields.get("format") not in versions:
+    fields: dict[str, Any] = found if isinstance(found, dict) else {}
+    kind = fields.get("format")
+    if not isinstance(kind, str) or kind not in versions:
         raise UsageError(f"{name} is not a {what} of pagenet's")
-    known = versions[fields["format"]]
-    if fields.get("version") != known:
-        raise UsageError(f"{name} is a {what} of version {fields.get('version')!r}: this pagenet reads version {known}")
-    return fields
+    version, known = fields.get("version"), versions[kind]
+    if type(version) is not int:  # not shown: the repr of a deep structure recurses too far
+        raise UsageError(f"{name} is a broken {what}: its version is no number")
+    if version != known:
+        raise UsageError(f"{name} is a {what} of version {version}: this pagenet reads version {known}")
+    return dict(fields)
 
 
 def load_recording(path: str | os.PathLike[str]) -> Recording:

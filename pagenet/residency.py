@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Self
 
 from . import _native
+from .errors import HandshakeError
 from .region import Run
 from .statistics import ClassStatistics, Histogram
 
@@ -37,7 +38,7 @@ class State(IntEnum):
     READY = _native.STATES["ready"]
 
 
-_UNDER_WAY = (State.MISSING, State.COMING, State.REQUESTED, State.PLACING, State.READY, State.REMOVING)
+_DONE_WITH = (State.RESIDENT, State.REMOVED, State.OUTSIDE, State.POISONED)
 
 
 class Residency:
@@ -82,7 +83,11 @@ class Residency:
         self.shared.finish()
 
     def state(self, page: int) -> State:
-        return State(self.shared.state(page))
+        try:
+            return State(self.shared.state(page))
+        except ValueError:
+            what = f"page {page} is in no state that it can be in"
+            raise HandshakeError(f"the owner has written to the map of its pages: {what}") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
         """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
@@ -120,11 +125,11 @@ class Residency:
 
     def _missing_between(self, first: int, end: int) -> Iterator[Run]:
         while first < end:
-            state = self.state(first)
+            state = self.shared.state(first)
             count = self.shared.span(first, end, state)
-            if state in _UNDER_WAY:
+            if state not in _DONE_WITH:
                 yield Run(first, count)
-            first += count
+            first += count or 1  # whoever else writes to the map may have changed it since
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
         self.shared.add(class_, _native.COUNTERS[counter], amount)

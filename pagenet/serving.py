@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from . import transport
+from .admission import Admission, spare_descriptors
 from .errors import (
     ConnectionBroken,
     ConnectionClosed,
@@ -35,6 +36,7 @@ from .native_source import MAX_UNREAD, NativeSourceLanes
 from .nurseries import open_failing_nursery
 from .protocol import (
     LZ4,
+    MAX_DESTINATION_MESSAGE,
     Bye,
     Channel,
     Class,
@@ -50,11 +52,15 @@ from .source import Source, open_source
 from .source_lane import TrioSourceLane
 from .statistics import ServingStatistics
 
-__all__ = ["Server", "StreamHandler", "serve"]
+__all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
 
 StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 
-_RECEIVE_SIZE = 16 << 10
+#: Of a source that listens, unless it is told otherwise. Of a lane whose peer does not read at most 130 KiB are kept, so of all
+#: of them 260 MiB, and 32 MiB of large units.
+MAX_SESSIONS = 128
+MAX_LANES = 16
+
 # Between two attempts to reach a destination that was lost: a daemon that is started again is there within a second, and one
 # that takes a day costs no more than a packet now and then.
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 2.0
@@ -69,6 +75,16 @@ class _Session:
     #: the control connection has nothing more to say
     ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[trio.CancelScope] = field(default_factory=set)
+    #: lanes whose hello was accepted and that have not ended
+    lane_count: int = 0
+
+    @contextmanager
+    def lane(self) -> Iterator[None]:
+        self.lane_count += 1
+        try:
+            yield
+        finally:
+            self.lane_count -= 1
 
 
 class Server:
@@ -81,8 +97,12 @@ class Server:
         on_stream: StreamHandler | None,
         on_event: EventHandler,
         pin_limit: int,
+        max_sessions: int,
+        max_lanes: int,
     ) -> None:
         self._source = source
+        self._max_sessions, self._max_lanes = max_sessions, max_lanes
+        self.admission = Admission(spare_descriptors())
         self._pin_limit = pin_limit
         #: the source as destinations may read it themselves, for each path on which they do
         self._readable: dict[str, Any] = {}
@@ -150,7 +170,7 @@ class Server:
     async def meet(self, connection: transport.Connection) -> None:
         """One connection, from its hello to its end. What a peer does wrong ends with it, in one line."""
         try:
-            await self._serve_peer(MessageStream(connection))
+            await self._serve_peer(MessageStream(connection, MAX_DESTINATION_MESSAGE))
         except ProtocolError as error:
             self._on_event("refused", peer=connection.peer, reason=str(error))
         except (ConnectionBroken, Unsupported) as error:
@@ -162,21 +182,41 @@ class Server:
 
     async def _serve_peer(self, stream: MessageStream) -> None:
         async with telling(stream):
-            hello = await stream.receive_hello(Role.DESTINATION)
-            if hello.channel is not Channel.CONTROL:
-                session = self._session_of(hello)
-                await stream.send(self._hello(hello.channel, session))
-        if hello.channel is not Channel.CONTROL:
-            return await self._serve_lane(hello.channel, stream, session)
-        with self._new_session(stream) as session:
-            await stream.send(self._hello(Channel.CONTROL, session))
-            self._on_event("connected", peer=stream.connection.peer)
-            await self._serve_control(session)
+            with self.admission.stranger():
+                hello = await stream.receive_hello(Role.DESTINATION)
+            session = self._session_of(hello)
+        if reason := self._too_many(session):
+            await stream.tell(Failure("busy", reason))
+            self._on_event("refused", peer=stream.connection.peer, reason=reason)
+        elif session is None:
+            await self._serve_session(stream)
+        else:
+            with session.lane():
+                await stream.answer(self._hello(hello.channel, session))
+                await self._serve_lane(hello.channel, stream, session)
 
-    def _session_of(self, hello: Hello) -> _Session:
+    def _session_of(self, hello: Hello) -> _Session | None:
+        if hello.channel is Channel.CONTROL:
+            return None
         if hello.session not in self._sessions:
             raise RemoteProtocolError("the peer opens a lane for a session that does not exist (any more)")
         return self._sessions[hello.session]
+
+    def _too_many(self, session: _Session | None) -> str | None:
+        """Why there cannot be another lane of that session, or (None) another session."""
+        if session is None and len(self._sessions) >= self._max_sessions:
+            limit = self._max_sessions
+            return f"{limit} destinations are served already: wait until one is done, or raise --max-sessions there"
+        if session is not None and session.lane_count >= self._max_lanes:
+            limit = self._max_lanes
+            return f"a session may have {limit} lanes: ask for fewer --background-lanes, or raise --max-lanes there"
+        return None
+
+    async def _serve_session(self, control: MessageStream) -> None:
+        with self._new_session(control) as session:
+            await control.answer(self._hello(Channel.CONTROL, session))
+            self._on_event("connected", peer=control.connection.peer)
+            await self._serve_control(session)
 
     # ---- destinations that we dial ----
 
@@ -210,7 +250,7 @@ class Server:
     async def dial_once(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done. :exc:`ConnectionBroken` if it leaves before."""
         connection = await transport.dial(uri)
-        stream = MessageStream(connection)
+        stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
         with self._new_session(stream) as session:
             try:
                 hello = await greet(stream, self._hello(Channel.CONTROL, session))
@@ -228,7 +268,7 @@ class Server:
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
         connection = await transport.dial(uri)
         try:
-            stream = MessageStream(connection)
+            stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
             await greet(stream, self._hello(channel, session))
             await self._serve_lane(channel, stream, session)
         except (ConnectionBroken, RemoteProtocolError):
@@ -246,6 +286,8 @@ class Server:
         try:
             match await session.control.receive():
                 case Bye(complete):
+                    if complete:
+                        await self._check_unchanged(session)
                     self._on_event("complete" if complete else "left", peer=session.control.connection.peer)
                     if complete:
                         self._completed.set()
@@ -321,6 +363,17 @@ class Server:
 
     # ---- the end of the source ----
 
+    async def watch_source(self) -> None:
+        """Until it changes: what destinations have of it by then, and what they would get, are of no one moment."""
+        async with self._telling_if_lost():
+            await self._source.watch()
+
+    async def _check_unchanged(self, session: _Session) -> None:
+        """Before a destination counts as complete: it may have got pages since the last look."""
+        session.ended.set()
+        async with self._telling_if_lost():
+            self._source.check_unchanged()
+
     @asynccontextmanager
     async def _telling_if_lost(self) -> AsyncIterator[None]:
         """Around whatever reads the source: when it is lost, every destination hears why."""
@@ -352,6 +405,8 @@ async def serve(
     plaintext: bool = False,
     lane: LaneKind = "auto",
     rdma_pin_limit: int = PIN_LIMIT,
+    max_sessions: int = MAX_SESSIONS,
+    max_lanes: int = MAX_LANES,
     on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
@@ -360,12 +415,14 @@ async def serve(
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
     ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto`` (loops in C, for connections
     over sockets), or ``trio`` (the same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be
-    registered for RDMA, and so pinned, at a time. ``on_stream``: called with each stream that a destination opens for the
-    application's own bytes; its connection is closed when the call returns.
+    registered for RDMA, and so pinned, at a time. ``max_sessions``: destinations that a listener serves at a time, and
+    ``max_lanes`` of each, streams included; more are refused. ``on_stream``: called with each stream that a destination opens
+    for the application's own bytes; its connection is closed when the call returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
-    the block, when the memory is gone; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
-    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
+    the block, when the memory is gone, or a stored file was written to; with ``connect`` also
+    :exc:`~pagenet.errors.SourceUnreachable` and :exc:`~pagenet.errors.ConnectionBroken`, and
+    :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
     ``refused``, ``waiting`` (for one that is lost).
     """
@@ -375,18 +432,19 @@ async def serve(
         native = None if lane == "trio" else NativeSourceLanes(opened)
         if native is not None:
             cleanup.callback(native.close)
-        server = Server(opened, native, on_stream, on_event, rdma_pin_limit)
+        server = Server(opened, native, on_stream, on_event, rdma_pin_limit, max_sessions, max_lanes)
         cleanup.callback(server.close)
         if listen is not None:
             listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
             server.uri = listener.uri
             on_event("listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size)
-            meet_peers = partial(accept_forever, listener, server.meet)
+            meet_peers = partial(accept_forever, listener, server.meet, server.admission)
         else:
             assert connect is not None
             meet_peers = partial(server.dial, connect)
         async with open_failing_nursery() as nursery:
             nursery.start_soon(server.run_native_lanes)
+            nursery.start_soon(server.watch_source)
             nursery.start_soon(meet_peers)
             yield server
             nursery.cancel_scope.cancel()

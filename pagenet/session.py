@@ -7,8 +7,20 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 
 import trio
 
-from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError
-from .protocol import Channel, Failure, Hello, Message, MessageDecoder, Role, encode_message, negotiate, printable
+from .admission import Admission, spare_descriptors
+from .errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceUnreachable
+from .protocol import (
+    MAX_MESSAGE,
+    Channel,
+    Failure,
+    Hello,
+    Message,
+    MessageDecoder,
+    Role,
+    encode_message,
+    negotiate,
+    printable,
+)
 from .transport import Connection, Listener
 
 __all__ = ["MessageStream", "accept_forever", "bare", "greet", "receive_exactly", "telling"]
@@ -22,11 +34,11 @@ _RECEIVE_SIZE = 16 << 10
 
 
 class MessageStream:
-    """Whole messages over a connection, which it borrows."""
+    """Whole messages over a connection, which it borrows. ``limit``: bytes of one that the peer sends."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, limit: int = MAX_MESSAGE) -> None:
         self.connection = connection
-        self._decoder = MessageDecoder()
+        self._decoder = MessageDecoder(limit)
         # Goodbyes come from whichever task notices the end first, and another may be telling the peer what it did wrong.
         self._sending = trio.Lock()
 
@@ -38,6 +50,13 @@ class MessageStream:
         """Send what is of no use to us, if the peer can still hear it."""
         with trio.move_on_after(LAST_WORDS_TIMEOUT), suppress(ConnectionBroken, ConnectionClosed):
             await self.send(message)
+
+    async def answer(self, hello: Hello) -> None:
+        """Say hello to a peer that has said so. It must read that in time."""
+        with trio.move_on_after(HELLO_TIMEOUT) as waiting:
+            await self.send(hello)
+        if waiting.cancelled_caught:
+            raise ConnectionBroken(f"the peer did not read the answer to its hello for {HELLO_TIMEOUT:g} s")
 
     async def receive(self) -> Message | None:
         """The next message; None when the peer has closed."""
@@ -74,6 +93,8 @@ class MessageStream:
                 if message.role is not role:
                     raise RemoteProtocolError(f"the peer is a {message.role.value} too: one side serves, the other pulls")
                 return message
+            case Failure("busy", text):
+                raise SourceUnreachable(f"{self.connection.peer} is busy: {text}")
             case Failure():
                 raise RemoteProtocolError(f"the peer refused: {message.text}")
             case None:
@@ -143,8 +164,18 @@ async def telling(stream: MessageStream) -> AsyncIterator[None]:
         raise
 
 
-async def accept_forever(listener: Listener, meet: Callable[[Connection], Awaitable[None]]) -> None:
-    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's mistakes out."""
+async def accept_forever(
+    listener: Listener, meet: Callable[[Connection], Awaitable[None]], admission: Admission | None = None
+) -> None:
+    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's mistakes out. For more than
+    there are file descriptors, or ``admission`` says, the rest wait in the listener's backlog."""
+    places = admission or Admission(spare_descriptors())
+
+    async def meet_counted(connection: Connection) -> None:
+        with places.connection():
+            await meet(connection)
+
     async with trio.open_nursery() as nursery:
         while True:
-            nursery.start_soon(meet, await listener.accept())
+            await places.wait_place()
+            nursery.start_soon(meet_counted, await listener.accept())

@@ -25,7 +25,10 @@ from .errors import SourceLost, UsageError
 from .protocol import printable
 from .region import Block, Region, Run
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "named_identity", "open_source"]
+
+# Between two looks at whether a file was changed, which is one fstat() of each.
+_WATCH_SECONDS = 0.1
 
 _MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 
@@ -58,6 +61,10 @@ class _Piece(Protocol):
         """Where lanes in C find it, as pages of that size from number ``first`` on."""
         ...
 
+    def check_unchanged(self) -> None:
+        """:exc:`SourceLost` if it is known to hold something else than when it was opened."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -68,7 +75,8 @@ class Source:
         self._pieces = [piece for _, piece in pieces]
         self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
         identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
-        #: 16 bytes that are the same for the same memory, however often it is opened, and differ for any other
+        #: 16 bytes that are the same for the same memory, however often it is opened, and differ for any other, and for a
+        #: stored file that was written to since; :func:`named_identity` makes them of a name that somebody gives the content
         self.identity = hashlib.sha256(identity.encode()).digest()[:16]
 
     def __enter__(self) -> Self:
@@ -81,6 +89,17 @@ class Source:
         """Idempotent."""
         for piece in self._pieces:
             piece.close()
+
+    def check_unchanged(self) -> None:
+        """:exc:`SourceLost` if a stored file was written to since it was opened, as its size and time of change tell."""
+        for piece in self._pieces:
+            piece.check_unchanged()
+
+    async def watch(self) -> None:
+        """Until cancelled: raise what :meth:`check_unchanged` does as soon as it does."""
+        while True:
+            self.check_unchanged()
+            await trio.sleep(_WATCH_SECONDS)
 
     def native_blocks(self) -> list[_native.SourceBlock]:
         """What lanes in C need to know."""
@@ -113,6 +132,23 @@ class Source:
         return piece.zero_map(offset, run.count, self.region.size_of(run) // run.count)
 
 
+def named_identity(text: str) -> bytes:
+    """Of content that its operator calls ``text``: 32 hexadecimal digits are an identity as it is, and anything else is a name,
+    the same on every host."""
+    if re.fullmatch(r"[0-9A-Fa-f]{32}", text):
+        return bytes.fromhex(text)
+    return hashlib.sha256(b"named\n" + os.fsencode(text)).digest()[:16]
+
+
+def _is_of_a_process(path: str, status: os.stat_result) -> bool:
+    """Memory rather than a stored file: named as a process has it (/proc/PID/fd/N), or without a name (a memfd).
+
+    It is not watched: the kernel sets its time of change at a fault for writing, also where nothing is written then (KVM and
+    virtual devices pin pages so), and an alarm that is false costs a guest."""
+    directory = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    return status.st_nlink == 0 or re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", directory) is not None
+
+
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -131,6 +167,9 @@ class _FilePiece:
         self._is_in_memory = _has_seals(self._fd)
         self.size = status.st_size
         self.identity = f"file {status.st_dev} {status.st_ino}"
+        self._changed_at = None if _is_of_a_process(path, status) else status.st_mtime_ns
+        if self._changed_at is not None:
+            self.identity += f" {status.st_size} {status.st_mtime_ns}"
         try:
             self._check(status)
         except BaseException:
@@ -194,6 +233,18 @@ class _FilePiece:
             is_short = error.errno == errno.ENODATA
             raise self._lost(f"it ends before byte {offset + pages * page_size}" if is_short else error.strerror) from None
 
+    def check_unchanged(self) -> None:
+        status = os.fstat(self._fd)
+        if self._changed_at is None:
+            return
+        if status.st_size < self.size:
+            return  # whoever asks for what is gone is told that, which says more
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._changed_at):
+            raise SourceLost(
+                f"source {self._path} was changed while it was served: serve what it holds now as another source, to "
+                "destinations that begin anew"
+            )
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         name = printable(str(self._path))
         return _native.SourceBlock(first, self.size // page_size, page_size, 0, name, fd=self._fd, pid=0, pidfd=-1)
@@ -247,6 +298,9 @@ class _ProcessPiece:
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> None:
         return None
+
+    def check_unchanged(self) -> None:
+        pass  # it is expected to stand still, and nothing would tell
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         pages = self.size // page_size

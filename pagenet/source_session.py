@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import trio
 
 from . import transport
+from .admission import Admission, spare_descriptors
 from .errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
 from .events import EventHandler
 from .nurseries import open_failing_nursery
@@ -104,6 +105,7 @@ class _Reception:
         self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in lanes}
         self._session: bytes | None = None
         self._connections: list[Connection] = []
+        self.admission = Admission(spare_descriptors())
 
     def close(self) -> None:
         for connection in self._connections:
@@ -119,7 +121,8 @@ class _Reception:
         stream = MessageStream(connection)
         try:
             async with telling(stream):
-                hello = await stream.receive_hello(Role.SOURCE)
+                with self.admission.stranger():
+                    hello = await stream.receive_hello(Role.SOURCE)
                 await self._welcome(hello, stream)
         except (ProtocolError, ConnectionBroken) as error:
             self._on_event("refused", peer=connection.peer, reason=str(error))
@@ -159,7 +162,7 @@ async def accept_source(
         reception = _Reception(lanes, on_event)
         stack.callback(reception.close)
         nursery = await stack.enter_async_context(open_failing_nursery())
-        nursery.start_soon(accept_forever, listener, reception.meet)
+        nursery.start_soon(accept_forever, listener, reception.meet, reception.admission)
         hello, stream = await reception.sources.receive()
         yield SourceSession(stream, hello, reception.open_lane)
         nursery.cancel_scope.cancel()

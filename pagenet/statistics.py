@@ -52,7 +52,8 @@ class ClassStatistics:
     asked to answer; ``deferred``: times that placing had to wait for the owner's events to be read; ``latency``: from the
     fault's event to the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed, ``lz4_bytes``
     of pages in ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose first touch is seen; ``sampled_used``: those
-    of them that were touched.
+    of them that were touched. ``outside_faults``: of the faults, those at addresses that the owner announced
+    nothing about.
     """
 
     pages: int
@@ -69,6 +70,7 @@ class ClassStatistics:
     lz4_wire_bytes: int
     sampled: int
     sampled_used: int
+    outside_faults: int
     latency: Histogram
 
 

@@ -60,8 +60,8 @@ class Target(Protocol):
         """The pages that lie at the owner's addresses [start, end)."""
         ...
 
-    def page_of(self, fault: Fault) -> int:
-        """The page that a fault waits for."""
+    def page_of(self, fault: Fault) -> int | None:
+        """The page that a fault waits for. None: it is outside of what the owner announced."""
         ...
 
     def piece_of(self, page: int) -> Run:
@@ -75,8 +75,10 @@ class Target(Protocol):
         """
         ...
 
-    def settle(self, page: int, fault: Fault) -> bool:
-        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before.
+    def settle(self, page: int | None, fault: Fault) -> bool:
+        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before. None: it
+        is outside of what the owner announced; whoever waits there is told by SIGBUS, or gets zeros if the
+        owner wants that, or waits on where the kernel can do neither.
 
         False: the owner's memory is changing. Read its events, all of them, and call again.
         """
@@ -120,6 +122,15 @@ class Recoverable(Protocol):
     def publish(self, run: Run, *, again: bool = False) -> Outcome:
         """The second half of placing pages. ``again``: it may have been done before, which does no harm; a page that its owner
         has given up since counts as absent."""
+        ...
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """What else a target has whose pages must be on a disk before it may be let go."""
+
+    async def wait_stored(self) -> None:
+        """Every page is in place: return when they are there to stay. Given up before, or never called: none of them are."""
         ...
 
 

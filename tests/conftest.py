@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import random
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
+from fuzzing import SOAK_SECONDS, Fuzz
 from leaks import GRACE, left_behind, orphans, snapshot
 
 # On a loaded machine or under a sanitizer, an example that is slow is not one that is wrong.
@@ -17,22 +20,38 @@ hypothesis.settings.register_profile("pagenet", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("pagenet")
 
 _call_failed = pytest.StashKey[bool]()
+_fuzz_tests = pytest.StashKey[int]()
+_fuzz = pytest.StashKey[Fuzz]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="run the tests marked soak too")
+    parser.addoption("--soak", action="store_true", help="run the tests marked soak too, and fuzz for an hour")
+    parser.addoption("--fuzz-seed", type=int, metavar="N", help="of the first round of each fuzzer; a failure names its own")
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=SOAK_SECONDS, metavar="S", help="with --soak: for all fuzzers together"
+    )
 
 
-def pytest_report_header() -> str:
-    """Names the build of the C core under test: installed, in place, or a sanitizer's."""
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.fuzz_seed is None:
+        config.option.fuzz_seed = random.SystemRandom().randrange(1 << 40)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Names the build of the C core under test (installed, in place, or a sanitizer's), and what the fuzzers begin with."""
     try:
-        return f"C core: {importlib.import_module('pagenet._pagenet').__file__}"
+        core = f"C core: {importlib.import_module('pagenet._pagenet').__file__}"
     except ImportError as error:
-        return f"C core: none ({error})"
+        core = f"C core: none ({error})"
+    return [core, f"fuzzers: --fuzz-seed {config.option.fuzz_seed}"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    fuzzers = [item for item in items if "fuzz" in getattr(item, "fixturenames", ())]
+    config.stash[_fuzz_tests] = len(fuzzers)
     if config.getoption("--soak"):
+        for item in fuzzers:
+            item.add_marker(pytest.mark.timeout(2 * config.option.fuzz_seconds / len(fuzzers) + 120))
         return
     soak = [item for item in items if item.get_closest_marker("soak")]
     if soak:
@@ -46,6 +65,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     outcomes = Counter(value for report in reports for name, value in report.user_properties if name == "outcome")
     for outcome, count in sorted(outcomes.items()):
         terminalreporter.write_line(f"{count:6}  {outcome}")
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "rounds" and terminalreporter.config.getoption("--soak"):
+                terminalreporter.write_line(f"{value:9} rounds of {report.nodeid}")
+
+
+@functools.cache
+def uffd_refusal() -> str:
+    """Why this user may not use userfaultfd here; nothing if it may."""
+    import pagenet.uffd
+
+    try:
+        pagenet.uffd.probe()
+    except pagenet.Unsupported as error:
+        return str(error)
+    return ""
+
+
+def skip_if_refused(report: pytest.TestReport, item: pytest.Item) -> None:
+    """A test that failed because this user may not use userfaultfd, which its failure says, could not run."""
+    said = report.longreprtext + "".join(text for _, text in report.sections)
+    if (reason := uffd_refusal()) and reason.partition(":")[0] in said:
+        path, line, _ = item.location
+        report.outcome = "skipped"
+        report.longrepr = (path, (line or 0) + 1, f"Skipped: {reason}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -53,6 +97,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.when == "call":
         item.stash[_call_failed] = report.failed
+        if (fuzz := item.stash.get(_fuzz, None)) is not None:
+            report.user_properties.append(("rounds", fuzz.done))
+            report.sections.append(("the last round of this fuzzer", fuzz.said))
+    if report.failed:
+        skip_if_refused(report, item)
     return report
 
 
@@ -70,13 +119,19 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def uffd_permitted() -> None:
-    """For tests of which userfaultfd is a part."""
-    import pagenet.uffd
+    """For tests of which userfaultfd is a part, and whose failure without it would not say so."""
+    if reason := uffd_refusal():
+        pytest.skip(reason)
 
-    try:
-        pagenet.uffd.probe()
-    except pagenet.Unsupported as error:
-        pytest.skip(str(error))
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Rounds to try something in. With ``--soak`` all such tests share the time."""
+    config = request.config
+    seconds = config.option.fuzz_seconds / config.stash[_fuzz_tests] if config.getoption("--soak") else None
+    fuzz = Fuzz(config.option.fuzz_seed, seconds)
+    request.node.stash[_fuzz] = fuzz
+    return fuzz
 
 
 @pytest.fixture(params=["trio", "native"])

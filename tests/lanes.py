@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import trio
 
-from pagenet import Block, Region, Run, _native
+from pagenet import Block, Region, RemoteProtocolError, Run, SourceLost, _native
 from pagenet.background import CHUNK_BYTES, Background
 from pagenet.filling import Filling
 from pagenet.lane import TrioLanes
@@ -99,11 +99,23 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 
 
 class Memory:
-    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it."""
+    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it.
+    ``page_size``: pages that its owner wants whole, even if the system's are smaller."""
 
-    def __init__(self, kind: Kind, low: int = 10, high: int = 8, hole: int | None = 5) -> None:
+    _outside: _native.Mapped | None = None
+
+    def __init__(
+        self,
+        kind: Kind,
+        low: int = 10,
+        high: int = 8,
+        hole: int | None = 5,
+        *,
+        page_size: int | None = None,
+        outside_is_zero: bool = False,
+    ) -> None:
         self.kind = kind
-        self.page_size = (2 << 20) if kind == "hugetlb" else PAGE
+        self.page_size = page_size or ((2 << 20) if kind == "hugetlb" else PAGE)
         self.wire = Region([Block("low", low * self.page_size), Block("high", high * self.page_size)])
         runs = [Run(low, high), Run(0, low if hole is None else hole)]
         if hole is not None:
@@ -122,12 +134,28 @@ class Memory:
             self.wire,
             shared_fd=None if self._fd < 0 else os.dup(self._fd),
             own=kind == "move",
+            outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: True,
             wait_gone=trio.sleep_forever,
         )
         self.region = self.target.region
         if kind == "allocated":
             self.target.allocate(0, self.region.size)
+
+    def map_outside(self, pages: int) -> int:
+        """The address of memory that the userfaultfd watches, too, and that is not announced."""
+        flags = os.MFD_HUGETLB if self.kind == "hugetlb" else 0
+        fd = os.memfd_create("outside", os.MFD_CLOEXEC | flags) if self.is_shared else -1
+        size = pages * self.page_size
+        try:
+            if fd >= 0:
+                os.ftruncate(fd, size)
+            self._outside = _native.Mapped(size, fd, alignment=self.page_size)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        self._uffd.register(self._outside.address, size, Mode.MISSING)
+        return self._outside.address
 
     def _open_file(self) -> int:
         if self.kind in ("copy", "move"):
@@ -182,6 +210,8 @@ class Memory:
     def close(self) -> None:
         for mapped in self.mapped.values():
             mapped.close()
+        if self._outside is not None:
+            self._outside.close()
         if self._fd >= 0:
             os.close(self._fd)
 
@@ -380,6 +410,8 @@ class NativeDriver:
             uffd=memory.uffd,
             how=memory.how,
             file=memory.file,
+            sealed=memory.sealed,
+            outside_is_zero=memory.outside_is_zero,
             removes=memory.removes,
             done_fd=self.done_fd,
             window=rig.filling.window,
@@ -400,6 +432,9 @@ class NativeDriver:
 
     def wait_complete(self) -> None:
         assert poll(self.done_fd, select.POLLIN, PATIENCE), "not complete"
+
+    def is_running(self, lane: str) -> bool:
+        return self.running[lane].is_running
 
     def end_of(self, lane: str) -> _native.End:
         return self.running[lane].join()
@@ -425,6 +460,7 @@ class TrioDriver:
         self._sockets = [demand, background]
         self._started = threading.Event()
         self._thread: Call | None = None
+        self._end: _native.End | None = None
 
     def start(self, lane: str) -> None:
         if self._thread is None:
@@ -451,11 +487,28 @@ class TrioDriver:
     def wait_complete(self) -> None:
         wait_until(self._rig.filling.completed.is_set, "completion")
 
+    def is_running(self, lane: str) -> bool:
+        return self._thread is not None and self._thread.is_running
+
+    def end_of(self, lane: str) -> _native.End:
+        """Of both, as of a loop in C: they end together, with what one of them raises."""
+        assert self._thread is not None
+        try:
+            self._thread.join()
+        except RemoteProtocolError as error:
+            self._end = _native.End(_native.END_PROTOCOL, 0, str(error))
+        except SourceLost as error:
+            kind = _native.END_FAILED if str(error).startswith("the source cannot go on") else _native.END_CLOSED
+            self._end = _native.End(kind, 0, str(error))
+        assert self._end is not None, "they were stopped"
+        return self._end
+
     def stop(self) -> None:
         with suppress(trio.RunFinishedError):
             trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
         assert self._thread is not None
-        self._thread.join()
+        if self._end is None:
+            self._thread.join()
 
     def close(self) -> None:
         for sock in self._sockets:

@@ -78,6 +78,25 @@ def heard(process: subprocess.Popen[str]) -> dict[str, object]:
     return words
 
 
+@contextmanager
+def pidfd_of(pid: int) -> Iterator[int]:
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def plant(pid: int) -> _native.Planted:
+    with pidfd_of(pid) as pidfd:
+        return _native.plant(pid, pidfd, DEVICE)
+
+
+def uproot(pid: int, planted: _native.Planted) -> None:
+    with pidfd_of(pid) as pidfd:
+        _native.uproot(pid, pidfd, planted)
+
+
 def links(pid: int) -> list[str]:
     return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
@@ -88,12 +107,12 @@ def test_nothing_is_noticed(does: str) -> None:
         ready = heard(process)
         time.sleep(0.05)  # it may be there by now; if not, that is another moment as good
         for _ in range(20):
-            planted = _native.plant(process.pid, DEVICE)
+            planted = plant(process.pid)
             assert planted.refused == 0
             there = links(process.pid)
             assert "anon_inode:[userfaultfd]" in there
             assert "/memfd:pagenet-residency (deleted)" in there
-            _native.uproot(process.pid, planted)
+            uproot(process.pid, planted)
         if does == "read":
             assert process.stdin is not None
             process.stdin.write("x")
@@ -111,7 +130,7 @@ def test_nothing_is_noticed(does: str) -> None:
 def test_descriptors_are_made_there() -> None:
     with victim("read") as process:
         heard(process)
-        planted = _native.plant(process.pid, DEVICE)
+        planted = plant(process.pid)
         pidfd = os.pidfd_open(process.pid)
         uffd, file = (_native.take_descriptor(pidfd, number) for number in (planted.uffd, planted.map))
         try:
@@ -124,7 +143,7 @@ def test_descriptors_are_made_there() -> None:
 
 def error_of(pid: int) -> int:
     with pytest.raises(OSError) as raised:  # noqa: PT011 - it is all about errno
-        _native.plant(pid, DEVICE)
+        plant(pid)
     return raised.value.errno or 0
 
 
@@ -148,7 +167,7 @@ def test_process_that_is_traced_already() -> None:
             other.stdout.readline()
             assert error_of(process.pid) == errno.EPERM
             other.kill()
-        assert _native.plant(process.pid, DEVICE).refused == 0
+        assert plant(process.pid).refused == 0
 
 
 def test_process_that_has_ended() -> None:
@@ -156,6 +175,18 @@ def test_process_that_has_ended() -> None:
         process.kill()
         process.wait()
         assert error_of(process.pid) == errno.ESRCH
+
+
+def test_number_that_is_another_process_by_now() -> None:
+    """The pidfd is of one that has ended; it was left alone, and so is the one of that number."""
+    with victim("poll") as ended, victim("poll") as process:
+        assert heard(ended)["event"] == heard(process)["event"] == "ready"
+        with pidfd_of(ended.pid) as pidfd:
+            ended.kill()
+            ended.wait()
+            with pytest.raises(ProcessLookupError):
+                _native.plant(process.pid, pidfd, DEVICE)
+        assert heard(process)["answer"] == 0
 
 
 def test_userfaultfd_is_refused_there() -> None:
@@ -167,6 +198,6 @@ def test_userfaultfd_is_refused_there() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         before = sorted(links(process.pid))
-        assert _native.plant(process.pid, DEVICE).refused == errno.EPERM
+        assert plant(process.pid).refused == errno.EPERM
         assert sorted(links(process.pid)) == before
         process.kill()

@@ -206,6 +206,7 @@ def test_plot(suffix: str, magic: bytes, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(magic)
 
 
+@pytest.mark.usefixtures("uffd_permitted")
 @pytest.mark.parametrize("who", ["source", "bench"])
 def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> None:
     """Pages that never come are a SIGBUS to the bench's own threads: it must not be the end of the bench."""

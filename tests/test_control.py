@@ -131,6 +131,8 @@ NONSENSE = [
     (encode({"command": "status"}), "no proper 'id'"),
     (encode({"command": "status", "id": True}), "no proper 'id'"),
     (encode({"command": "status", "id": -1}), "no proper 'id'"),
+    (framed(b"\x82\xa7command\xa6status\xa2id" + b"\x91" * 1020 + b"\0"), "no proper 'id': "),  # too deep to be shown
+    (framed(b"\x82\xa2id\x01\xa7command" + b"\x91" * 1020 + b"\0"), "no command "),
     (encode({"id": 1}), "no command None"),
     (encode({"command": "explode", "id": 1}), "no command 'explode': there are status, pause, "),
     (encode({"command": ["status"], "id": 1}), "no command "),
@@ -616,6 +618,9 @@ HELLO = {"type": "hello", "version": 1, "oldest": 1, "program": "x", "pid": 1, "
     (encode(HELLO) + encode({"type": "reply", "id": 1}), RemoteProtocolError, "something else than was asked"),
     (encode(HELLO) + encode({"type": "error", "code": "usage", "text": "no\nway"}), UsageError, "^no.way$"),
     (encode({**HELLO, "version": 2, "more": 1}) + encode({"type": "error", "text": 5}), RemoteProtocolError, ": 5$"),
+    (
+        framed(b"\x82\xa4type\xa5error\xa4text" + b"\x91" * 1020 + b"\0"), RemoteProtocolError, r"\[\[",
+    ),
 ])  # fmt: skip
 async def test_what_is_no_daemon(says: bytes, error: type[Exception], reason: str, tmp_path: Path) -> None:
     async with impostor(tmp_path / "ctl", says):

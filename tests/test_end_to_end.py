@@ -642,7 +642,7 @@ async def test_file_in_the_making_goes_with_its_source(tmp_path: Path, lane: str
         run(pull_command(relay.uri, "--into", str(tmp_path / "copy"), lane=lane)) as puller,
     ):
         await relay.held.wait()
-        assert sorted(os.listdir(tmp_path)) == ["copy.partial", "source"]
+        assert sorted(os.listdir(tmp_path)) == ["source"]
         await server.kill()
         await relay.cut()
         await check_puller_lost_its_source(puller)

@@ -107,7 +107,7 @@ class FakeMemory:
             self.waiting.discard(page)
         return Outcome(placed, existed)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
         assert page == self.page_of(fault)
         self.settled.append(page)
         return not self._put(Run(page, 1), bytes(PAGE)).again
@@ -455,12 +455,20 @@ def test_fault_on_another_missing_page_that_is_read_while_placing(filled: Filled
 
 
 def test_fault_outside_the_mappings(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    def page_of(fault: Fault) -> int:
-        raise HandshakeError("outside")
+    """It is settled, as often as it takes, and no page is asked for."""
+    settled: list[int | None] = []
 
-    monkeypatch.setattr(filled.memory, "page_of", page_of)
-    with pytest.raises(HandshakeError, match="outside"):
-        filled.touch(5)
+    def settle(page: int | None, fault: Fault) -> bool:
+        settled.append(page)
+        return len(settled) > 1
+
+    monkeypatch.setattr(filled.memory, "page_of", lambda fault: None)
+    monkeypatch.setattr(filled.memory, "settle", settle)
+    filled.touch(5)
+    assert settled == [None, None]
+    assert filled.asked == []
+    demand = filled.filling.residency.statistics(DEMAND)
+    assert (demand.faults, demand.outside_faults) == (1, 1)
 
 
 # ---- pages that nobody wants (any more) ----

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagenet import Block, HandshakeError, Region, Run
-from pagenet.uffd._handshake import MAX_HANDSHAKE_BYTES, Mapping, check_mappings, mapping_pieces, parse_mappings
+from pagenet.uffd._handshake import (
+    MAX_HANDSHAKE_BYTES,
+    Mapping,
+    Note,
+    check_mappings,
+    mapping_pieces,
+    parse_handshake,
+    parse_mappings,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
 BASE = 0x7F00_0000_0000
@@ -117,6 +125,27 @@ def test_missing_number(key: str) -> None:
 def test_no_possible_mapping(change: dict[str, int], reason: str) -> None:
     with pytest.raises(HandshakeError, match=reason):
         parse_mappings(text({**GOOD, **change}))
+
+
+@pytest.mark.parametrize(
+    ("said", "is_zero"),
+    [((None, None), False), (("zero", "zero"), True), (("poison", "poison"), False), (("poison", None), False)],
+)
+def test_what_is_outside(said: tuple[str | None, ...], is_zero: bool) -> None:
+    entries = [GOOD if word is None else {**GOOD, "outside": word} for word in said]
+    mappings, outside_is_zero = parse_handshake(text(*entries))
+    assert (len(mappings), outside_is_zero) == (2, is_zero)
+    note = Note(b"source", False, tuple(mappings), outside_is_zero)
+    assert Note.decode(note.encode()) == note
+
+
+@pytest.mark.parametrize(
+    "said", [("zero", None), (None, "zero"), ("zero", "poison"), ("nothing",), (0,), (True,), ([],), (None,)]
+)
+def test_what_is_outside_makes_no_sense(said: tuple[object, ...]) -> None:
+    entries = [GOOD if word is None and len(said) > 1 else {**GOOD, "outside": word} for word in said]
+    with pytest.raises(HandshakeError, match="says 'outside' otherwise than 'zero', or 'poison', in all mappings"):
+        parse_handshake(text(*entries))
 
 
 def test_up_to_the_last_user_address() -> None:

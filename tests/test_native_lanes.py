@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -13,9 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -23,6 +25,7 @@ from lanes import (
     MADV_DONTNEED,
     MADV_REMOVE,
     PAGE,
+    Address,
     Call,
     Driver,
     Kind,
@@ -31,7 +34,9 @@ from lanes import (
     Open,
     Peer,
     Rig,
+    Size,
     content,
+    libc,
     poll,
     wait_until,
 )
@@ -473,6 +478,63 @@ def test_stop_while_placing_waits_for_the_reader_of_events(kind: Kind, make_rig:
     rig.answer_all(rig.background)
     wait_until(lambda: State.PLACING in rig.states(), "pages taken")
     assert stop_time(rig) < PROMPT
+
+
+def first_byte(address: int) -> bytes:
+    """Waits for its page. As a system call sees it: :exc:`OSError` (EFAULT) where a load would be a SIGBUS."""
+    read_end, write_end = os.pipe()
+    try:
+        if libc.write(write_end, Address(address), Size(1)) < 0:
+            raise OSError(ctypes.get_errno(), "write")
+        return os.read(read_end, 1)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["poison", "zero"])
+@pytest.mark.parametrize("kind", ["copy", "memfd", "hugetlb"])
+def test_fault_outside_what_was_announced(kind: Kind, zero: bool, lane: str, kernel: Feature) -> None:
+    """Who touches that is told, or gets zeros, as the owner wants it; and all that was announced goes on coming."""
+    if not zero and Feature.POISON not in kernel:
+        pytest.skip("the kernel has no UFFDIO_POISON")
+    driver: Any = lane
+    with huge_pages(6) if kind == "hugetlb" else nullcontext():
+        memory = Memory(kind, low=2, high=2, hole=None, outside_is_zero=zero)
+        with Rig(memory, driver) as rig:
+            address = memory.map_outside(2)
+            waiting = rig.touch(3)
+            rig.demand.wait_asked(1)
+            for place in (address, address + memory.page_size + 100):
+                outside = rig.call(first_byte, place)
+                if zero:
+                    assert outside.join() == b"\0"
+                    continue
+                with pytest.raises(OSError, match="write") as told:
+                    outside.join()
+                assert told.value.errno == errno.EFAULT
+            rig.answer_all(rig.demand)
+            assert waiting.join() == content(3, memory.page_size)
+            assert (rig.count("faults"), rig.count("outside_faults"), rig.count("requests")) == (3, 2, 1)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("zero", [False, True], ids=["poison", "zero"])
+def test_fault_outside_waits_for_the_reader_of_events(zero: bool, lane: str, kernel: Feature) -> None:
+    """The owner gives memory up meanwhile, again and again: nothing can be poisoned, nor placed, until that is read."""
+    if not zero and Feature.POISON not in kernel:
+        pytest.skip("the kernel has no UFFDIO_POISON")
+    driver: Any = lane
+    memory = Memory("copy", hole=None, outside_is_zero=zero)
+    with Rig(memory, driver) as rig:
+        address = memory.map_outside(32)
+        for page in range(32):
+            outside = rig.call(first_byte, address + page * PAGE)
+            removal = rig.call(memory.remove, Run(page % 10, 1), MADV_DONTNEED)
+            removal.join()
+            with nullcontext() if zero else pytest.raises(OSError, match="write"):
+                outside.join()
+        assert rig.count("outside_faults") >= 32
 
 
 @pytest.mark.native

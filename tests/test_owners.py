@@ -40,7 +40,6 @@ from pagenet import (
     HandshakeError,
     OwnerGone,
     OwnMemory,
-    PagenetError,
     Region,
     Run,
     SourceLost,
@@ -195,11 +194,17 @@ class Owner:
     """An owner within this process that hands over memory and never touches it."""
 
     def __init__(
-        self, path: Path, size: int = SIZE, fd: int = -1, features: Feature = Feature.EVENT_REMOVE, register: bool = True
+        self,
+        path: Path,
+        size: int = SIZE,
+        fd: int = -1,
+        features: Feature = Feature.EVENT_REMOVE,
+        register: bool = True,
+        page_size: int = PAGE,
     ) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(str(path))
-        self.memory = Mapped(size, fd)
+        self.memory = Mapped(size, fd, alignment=page_size)
         self.uffd = Userfaultfd.open(features)
         if register:
             self.uffd.register(self.memory.address, size, Mode.MISSING)
@@ -568,9 +573,9 @@ def read_only(stack: ExitStack) -> int:
 
 @pytest.mark.parametrize(("make", "reason"), [
     (lambda stack: memfd_of(stack, SIZE - PAGE), "memory file is 0x3f000 bytes long, the region 0x40000"),
-    (pipe, "memory file is 0x0 bytes long"),
-    (device, "memory file is 0x0 bytes long"),
-    (read_only, "cannot map the owner's memory file: Permission denied"),
+    (pipe, "memory file is not a memfd"),
+    (device, "memory file is not a memfd"),
+    (read_only, "memory file is not a memfd, or file of tmpfs or hugetlbfs, that is open to read and to write"),
 ], ids=["short", "pipe", "device", "read-only"])  # fmt: skip
 async def test_file_that_is_of_no_use(make: Callable[[ExitStack], int], reason: str, reception: Reception) -> None:
     with ExitStack() as stack:
@@ -599,12 +604,75 @@ async def test_file_of_private_memory_is_not_used(reception: Reception) -> None:
 
 
 async def test_address_where_nothing_is_mapped(reception: Reception) -> None:
-    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
     owner = reception.connect()
     owner.send(json.dumps([owner.mapping(base_host_virt_addr=1 << 46)]).encode(), owner.uffd.fd)
+    await check_refused(reception, owner, "the owner's userfaultfd does not watch its memory at 0x400000000000")
+
+
+async def test_memory_that_another_userfaultfd_watches(reception: Reception) -> None:
+    owner = reception.connect()
+    other = Userfaultfd.open()
+    try:
+        owner.send(json.dumps([owner.mapping()]).encode(), other.fd)
+        await check_refused(reception, owner, "does not watch its memory")
+    finally:
+        other.close()
+
+
+async def test_memory_that_was_unmapped_since(reception: Reception) -> None:
+    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
+    owner = reception.connect()
+    owner.hand_over()
     await reception.attached.wait()
+    owner.memory.close()
     assert reception.target is not None
     assert reception.target.place(Run(0, 64), memoryview(bytes(SIZE))) == Outcome(placed=0, absent=64)
+
+
+@pytest.mark.parametrize("kind", ["memfd", "hugetlb"])
+@pytest.mark.parametrize("compress", ["none", "lz4"])
+async def test_file_that_becomes_shorter(kind: str, compress: str, tmp_path: Path, lane: str) -> None:
+    """Its owner cuts it off while pages come. That ends the transfer, and sends nobody a signal."""
+    size = 2 * HUGE_PAGE
+    source, path = str(write_pattern(tmp_path / "source", size, zero_every=3)), tmp_path / "uffd.sock"
+    receiver = UffdSocket(path, allocate=True)
+    await receiver.listen()
+    page_size = HUGE_PAGE if kind == "hugetlb" else PAGE
+    with huge_if(kind), ExitStack() as stack:
+        fd = os.memfd_create("test", os.MFD_CLOEXEC | (os.MFD_HUGETLB if kind == "hugetlb" else 0))
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, size)
+        owner = Owner(path, size, fd, page_size=page_size)
+        stack.callback(owner.close)
+        owner.send(json.dumps([owner.mapping(page_size=page_size)]).encode(), owner.uffd.fd, fd)
+        options = {"background": "off", "compress": compress}
+        async with serve(source, listen="tcp://127.0.0.1:0") as server:
+            with pytest.raises(HandshakeError, match=r"^the owner made its memory file shorter, or"):
+                await cut_off(pull(server.uri, receiver, lane=lane, **options), fd)
+    receiver.close()
+
+
+async def cut_off(pulling: AbstractAsyncContextManager[Transfer], fd: int) -> None:
+    async with pulling as transfer:
+        assert transfer.statistics().placement == "continue"
+        os.ftruncate(fd, 0)
+        transfer.set_background("linear")
+        await transfer.wait_complete()
+
+
+async def test_file_that_can_be_sealed_keeps_its_size(reception: Reception) -> None:
+    if Feature.MINOR_SHMEM not in probe():
+        pytest.skip("the kernel has no MINOR_SHMEM")
+    with ExitStack() as stack:
+        fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, SIZE)
+        reception.connect(fd=fd).hand_over(fd)
+        await reception.attached.wait()
+        assert reception.target is not None
+        assert reception.target.placement == "continue"
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
 
 
 # ---- the socket ----
@@ -1003,8 +1071,7 @@ async def test_proxy_that_ends_before_it_is_met_is_refused(source: str, tmp_path
     assert "ended right after it had connected" in refused[0]
 
 
-async def test_errors_of_placing_name_the_address(reception: Reception) -> None:
-    """A file that came along, but is not the one that is mapped."""
+async def test_another_file_than_the_one_that_is_mapped(reception: Reception) -> None:
     if Feature.MINOR_SHMEM not in probe():
         pytest.skip("the kernel has no MINOR_SHMEM")
     with ExitStack() as stack:
@@ -1012,5 +1079,5 @@ async def test_errors_of_placing_name_the_address(reception: Reception) -> None:
         await reception.attached.wait()
         assert reception.target is not None
         run_of_pages = reception.target.scope()[0]
-        with pytest.raises(PagenetError, match=r"cannot place a page at 0x[0-9a-f]+ of the owner: Bad address"):
+        with pytest.raises(HandshakeError, match="or it is not the one that it has mapped"):
             reception.target.place(run_of_pages, memoryview(bytes(SIZE)))

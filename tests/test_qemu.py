@@ -19,12 +19,12 @@ from migrations import (
     status_of,
 )
 from processes import run
-from vm import bare_command, check_unbroken, needs_guest, qemu_command, ram_of, run_vm
+from vm import bare_command, check_unbroken, needs_migration, qemu_command, ram_of, run_vm
 
 from pagenet import PagenetError, SourceUnreachable, UsageError
 from pagenet.qemu import connect_qmp, migrate, prepare_incoming
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 
 # ---- migrations ----

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from migrations import check_goes_on, migrate_command, stand_still, status_of
 from processes import run
-from vm import VM, bare_command, check_unbroken, needs_guest, ram_of, run_vm
+from vm import VM, bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
 from pagenet import Block, Region, UsageError
 from pagenet.qemu import connect_qmp, describe
 from pagenet.qemu.machine import ram_of as find_ram
 from pagenet.uffd import AttachedOwner
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 WAITS = ("-incoming", "defer")
 #: runs a command without CAP_SYS_PTRACE
@@ -182,13 +182,13 @@ async def test_attached_twice(tmp_path: Path) -> None:
     """As after a pagenet that was killed before the guest came. QEMU is as it was once both have let go."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         async with connect_qmp(b.qmp) as qmp:
-            found = find_ram(b.pid, await describe(qmp))
+            with find_ram(b.pid, await describe(qmp)) as (found,):
+                assert found.file is not None
         region = Region([Block("ram", found.mapping.size)])
-        assert found.file is not None
-        with closing(AttachedOwner(b.pid, found.mapping, found.file)) as first:
+        with closing(AttachedOwner(b.pid, [found.mapping])) as first:
             target = await first.attach(region)
             target.close(target.scope())
-            with closing(AttachedOwner(b.pid, found.mapping, found.file)) as second:
+            with closing(AttachedOwner(b.pid, [found.mapping])) as second:
                 with pytest.raises(UsageError, match="somebody else has begun to; start that process again"):
                     await second.attach(region)
                 await second.uproot()

@@ -9,12 +9,12 @@ import pytest
 import trio
 from migrations import check_goes_on, migrate_command, run_incoming
 from processes import run
-from vm import bare_command, check_unbroken, needs_guest, run_vm
+from vm import bare_command, check_unbroken, needs_migration, run_vm
 
 from pagenet import ConnectionBroken, UsageError
 from pagenet.control import ControlClient, connect_control
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 
 async def until_state(client: ControlClient, state: str) -> dict[str, object]:

@@ -12,11 +12,11 @@ from typing import Any
 import trio
 from migrations import Events, check_goes_on, destination
 from processes import run
-from vm import Serial, bare_command, check_unbroken, needs_guest, ram_of, run_vm
+from vm import Serial, bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
 from pagenet.qemu import migrate
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "qemu.md"
 SOURCE = ["connected", "stopped", "switchover", "resumed", "complete"]

@@ -20,9 +20,9 @@ import trio
 from cable import CUTS, Cable, Cut, needs_cable, plugged_cable
 from migrations import check_goes_on, command_of, migrate_command, run_incoming, status_of
 from processes import Process, run
-from vm import VM, Serial, bare_command, check_unbroken, needs_guest, run_vm
+from vm import VM, Serial, bare_command, check_unbroken, needs_migration, run_vm
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 QEMUS = ("source QEMU", "destination QEMU")
 VICTIMS = ("migrate", "incoming", *QEMUS, "guard of migrate", "guard of incoming")

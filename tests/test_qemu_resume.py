@@ -10,9 +10,9 @@ from pathlib import Path
 
 from migrations import check_goes_on, migrate_command, run_incoming, stand_still
 from processes import PAGE, Process, run, serve_command
-from vm import Serial, bare_command, check_unbroken, needs_guest, run_vm
+from vm import Serial, bare_command, check_unbroken, needs_migration, run_vm
 
-pytestmark = needs_guest
+pytestmark = needs_migration
 
 #: page by page, and what the guest does not touch does not come: so there is always something left
 SLOWLY = ("--background", "off", "--prefetch", "0,0")

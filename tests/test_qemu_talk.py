@@ -166,6 +166,16 @@ async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]
     (b"7\n", PagenetError, "is no QMP monitor"),
     (b'{"event": 1}\n', PagenetError, "is no QMP monitor"),
     (b'{"QMP": {}}\n{"id": 0, "error": {}}\n', PagenetError, "refuses qmp_capabilities: no reason given"),
+    (b'{"QMP": {}}\n{"id": 0, "error": {"desc": "no\\n\\u001b[2J"}}\n', PagenetError, r"refuses qmp_capabilities: no\?\?\[2J"),
+    (b'{"QMP": {}}\n{"id": 0, "error": "no"}\n', PagenetError, "is no QMP monitor"),
+    (b'{"QMP": {}}\n{"id": 0}\n', PagenetError, "is no QMP monitor"),
+    (b"[" * 100_000 + b"\n", PagenetError, "is no QMP monitor"),
+    (b'{"event": "STOP", "data": 5, "timestamp": {"seconds": 1, "microseconds": 1}}\n', PagenetError, "is no QMP monitor"),
+    (
+        b'{"event": "STOP", "timestamp": {"seconds": 1%s, "microseconds": 1}}\n' % (b"0" * 400),
+        PagenetError,
+        "is no QMP monitor",
+    ),
     (b'{"QMP": {}}\n{"id": 0, "ret', OwnerGone, "closed its monitor"),
     (b"x" * (5 << 20), PagenetError, "is no QMP monitor: a line of"),
 ])  # fmt: skip
@@ -240,7 +250,7 @@ def test_ram_file(exists: bool, tmp_path: Path) -> None:
         ram.touch()
     backend = f"memory-backend-file,id=r,size=1M,mem-path={ram},share=on"
     incoming = prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "m", tmp_path / "u")
-    assert incoming.ram == ram
+    assert incoming.rams == [ram]
     assert ram.stat().st_size == 1 << 20
     monitor = f"unix:{tmp_path / 'm'},server=on,wait=off"
     assert incoming.command[5:] == incoming.added == ["-incoming", "defer", "-S", "-qmp", monitor]

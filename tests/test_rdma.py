@@ -38,6 +38,7 @@ from pagenet.rdma._wire import (
     Endpoint,
     Key,
     Kind,
+    check_key,
     chunk_run,
     decode_answer,
     decode_askings,
@@ -245,3 +246,25 @@ def test_keys() -> None:
 def test_senseless_answers(answer: int, length: int) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_answer(struct.pack("<IB3xQII", 0, answer, 0, 256, length))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        encode_key(Run(256, 2), 4096, 1, b""),  # it would be read where it is not
+        encode_key(Run(0, 255), 4096, 1, bytes(32)),
+        encode_word(Answer.ZERO, Run(258, 1)),
+        encode_key(Run(0, 256), 2**64 - 1, 1, b""),  # no address in front of it would fit a READ
+        encode_key(Run(0, 256), 2**64 - (1 << 20) + 1, 1, b""),
+    ],
+)
+def test_answers_that_were_not_asked_for(answer: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        check_key(read_all(answer), Run(0, 256), REGION)
+
+
+def test_answers_that_were_asked_for() -> None:
+    last = read_all(encode_key(Run(0, 256), 2**64 - (1 << 20), 1, b""))
+    assert check_key(last, Run(0, 256), REGION) == last
+    failed = read_all(encode_word(Answer.FAILED, Run(7, 7), "gone"))  # of whatever: it is the end
+    assert check_key(failed, Run(0, 256), REGION) == failed

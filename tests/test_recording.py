@@ -80,7 +80,12 @@ GOOD = {"format": "pagenet-touches", "version": 1, "runs": 1, "blocks": [["ram",
         (msgpack.packb(GOOD) + b"\x00", "not a recording"),
         (msgpack.packb([1, 2]), "not a recording of pagenet's"),
         (msgpack.packb({"format": "another"}), "not a recording of pagenet's"),
+        *[(msgpack.packb({**GOOD, "format": format}), "not a recording of pagenet's") for format in ([], {}, None, 1, b"x")],
         (msgpack.packb({**GOOD, "version": 2}), "version 2: this pagenet reads version 1"),
+        (msgpack.packb({**GOOD, "format": [1]}), "not a recording of pagenet's"),
+        (msgpack.packb({**GOOD, "format": {}}), "not a recording of pagenet's"),
+        (msgpack.packb({**GOOD, "version": "1\n"}), "its version is no number"),
+        (b"\x82\xa6format\xafpagenet-touches\xa7version" + b"\x91" * 1020 + b"\0", "its version is no number"),
         *[
             (msgpack.packb({**GOOD, **wrong}), "broken recording")
             for wrong in [

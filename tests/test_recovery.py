@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from processes import (
     write_pattern,
 )
 
-from pagenet import AbandonedOwner, Block, HandshakeError, OwnerGone, Region, Run, UsageError, _native
+from pagenet import AbandonedOwner, Block, HandshakeError, OwnerGone, Region, Run, UsageError, _native, open_source
 from pagenet.filling import Filling
 from pagenet.protocol import Class
 from pagenet.residency import Residency, State
@@ -144,7 +145,7 @@ class Left:
             self.region,
             shared_fd=os.dup(self.memory),
             map_fd=map_fd,
-            recover=os.fstat(self.map).st_size > 0,
+            recover=Note.decode(_native.find_map(self.map).note) if os.fstat(self.map).st_size else None,
             keeps_uffd=lambda: True,
             wait_gone=trio.sleep_forever,
         )
@@ -179,13 +180,14 @@ NEW, OLD = b"n" * PAGE, b"o" * PAGE
 
 def test_what_every_state_becomes(left: Left) -> None:
     dead = left.fill()
-    for state in State:
+    states = [state for state in State if state is not State.OUTSIDE]  # which no page is that is mapped
+    for state in states:
         dead.residency.set(Run(state, 1), state)
     os.pwrite(left.memory, NEW, State.READY * PAGE)
     os.pwrite(left.memory, NEW, State.REMOVING * PAGE)
     dead.close()
     alive = left.fill()
-    became = {state: alive.residency.state(state) for state in State}
+    became = {state: alive.residency.state(state) for state in states}
     assert became == {
         State.MISSING: State.MISSING,
         State.COMING: State.MISSING,
@@ -195,10 +197,9 @@ def test_what_every_state_becomes(left: Left) -> None:
         State.RESIDENT: State.RESIDENT,
         State.REMOVING: State.REMOVED,
         State.REMOVED: State.REMOVED,
-        State.OUTSIDE: State.OUTSIDE,
         State.POISONED: State.POISONED,
     }
-    assert (alive.residency.scope, alive.residency.done) == (15, 5)
+    assert (alive.residency.scope, alive.residency.done) == (16, 5)
     assert left.read(State.READY) == NEW
     assert os.pread(left.memory, PAGE, State.REMOVING * PAGE) == bytes(PAGE)
     alive.close()
@@ -280,6 +281,36 @@ def test_map_of_another_size(left: Left) -> None:
         left.fill()
 
 
+@pytest.mark.parametrize(("state", "says"), [(255, "cannot be used: Invalid argument"), (State.OUTSIDE, "not that of its")])
+def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) -> None:
+    left.fill().close()
+    os.pwrite(left.map, bytes([state]), _native.lib.pn_map_bytes(3))
+    with pytest.raises(HandshakeError, match=says):
+        left.fill()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + b"\xff" * 50000])
+def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
+    file = os.memfd_create("map", os.MFD_CLOEXEC)
+    try:
+        os.write(file, garbage)
+        with pytest.raises(ValueError, match="no map of pages"):
+            _native.find_map(file)
+    finally:
+        os.close(file)
+
+
+def test_state_that_no_page_can_have(left: Left) -> None:
+    """Its owner has the map open, too, and writes to it while pages come."""
+    filling = left.fill()
+    os.pwrite(left.map, b"\xff", _native.lib.pn_map_bytes(3))
+    with pytest.raises(HandshakeError, match="the owner has written to the map of its pages: page 3"):
+        filling.residency.state(3)
+    assert sum(run.count for run in filling.residency.missing()) == 16  # nobody is to read zeros there
+    os.pwrite(left.map, b"\0", _native.lib.pn_map_bytes(3))
+    filling.close()
+
+
 def test_map_that_cannot_be_sealed() -> None:
     """Whoever made it could take it from under our feet."""
     file = os.memfd_create("map", os.MFD_CLOEXEC)
@@ -325,3 +356,102 @@ async def test_of_another_user(source: str, tmp_path: Path) -> None:
             async with run(command) as resumed:
                 assert await resumed.wait() == 7
                 assert f"may not take over the memory of process {owner.pid}: Permission denied" in resumed.stderr
+
+
+# ---- owners that lie ----
+
+# An unprivileged process that says it was being filled: a map of pages and the note beside it, a userfaultfd, and a file of
+# root's that it may read. Its arguments: the file, the source's identity, and what it has mapped.
+FORGER = """
+import ctypes, json, mmap, os, sys
+from pagenet import _native
+from pagenet.uffd import Mode, Userfaultfd
+from pagenet.uffd._handshake import Mapping, Note
+path, identity, how = sys.argv[1:]
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1)  # as if it had not been root: its user may look into it
+size = os.stat(path).st_size
+file = os.open(path, os.O_RDONLY)
+uffd = Userfaultfd(_native.uffd_open("/dev/userfaultfd", True), 0)
+_native.uffd_api(uffd.fd, 0)
+fd = -1 if how == "nothing" else file
+flags = mmap.MAP_SHARED if how == "shared" else mmap.MAP_PRIVATE
+access = mmap.PROT_READ if how == "shared" else mmap.PROT_READ | mmap.PROT_WRITE
+memory = mmap.mmap(fd, size, flags=flags | (mmap.MAP_ANONYMOUS if fd < 0 else 0), prot=access)
+address = next(int(line.split("-")[0], 16) for line in open("/proc/self/maps") if path in line) if fd >= 0 else (
+    ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+if how != "shared":
+    uffd.register(address, size, Mode.MISSING)
+note = Note(bytes.fromhex(identity), True, (Mapping(address, size, 0, 4096),)).encode()
+file_of_map = os.memfd_create(_native.MAP_NAME, os.MFD_ALLOW_SEALING)
+kept = _native.SharedMap(size // 4096, note, os.dup(file_of_map))
+print(json.dumps({"event": "ready"}), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def file_of_roots() -> Iterator[Path]:
+    """Which others may read, and none write."""
+    path = Path(f"/dev/shm/pagenet-roots-{os.getpid()}")
+    path.write_bytes(b"roots" * (PAGE // 5 * 16) + bytes(16 * PAGE - PAGE // 5 * 16 * 5))
+    path.chmod(0o644)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="this is about what root may do, and others may not")
+@pytest.mark.parametrize("how", ["privately", "shared", "nothing"])
+@pytest.mark.parametrize("lane", LANES)
+async def test_root_is_not_lent_out(how: str, lane: str, file_of_roots: Path, tmp_path: Path) -> None:
+    """Root's file is open in a process that may read it. Nobody opens it anew, and asks whether root may write."""
+    before = file_of_roots.read_bytes()
+    chosen = str(write_pattern(tmp_path / "chosen", len(before)))
+    with open_source(chosen) as source:
+        identity = source.identity.hex()
+    command = [sys.executable, "-c", FORGER, str(file_of_roots), identity, how]
+    async with run_server(chosen) as (_, uri), run(command, stdin=subprocess.PIPE) as forger:
+        await forger.event("ready")
+        async with run(resume_command(uri, forger.pid, lane)) as resumed:
+            assert await resumed.wait() == 2, resumed.stderr
+            assert f"the memory of process {forger.pid} is not what its map of pages says" in resumed.stderr
+            assert resumed.stderr.count("\n") == 1
+    assert file_of_roots.read_bytes() == before
+
+
+async def resumed_from(server_arguments: Sequence[str], owner: Process, lane: str) -> tuple[int, str]:
+    """How a destination ends that goes on from there, and what it says."""
+    async with run_server(*server_arguments) as (_, uri), run(resume_command(uri, owner.pid, lane)) as pulling:
+        return await pulling.wait(), pulling.stderr
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_file_that_was_written_to_is_another_source(lane: str, tmp_path: Path) -> None:
+    """Refused in one line, which says under which identity the same bytes would be taken."""
+    source = write_pattern(tmp_path / "source", SIZE, zero_every=16)
+    touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
+    async with run_server(str(source)) as (_, uri), begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner):
+        await pulling.kill()
+        body = source.read_bytes()
+        source.write_bytes(body)
+        code, complaint = await resumed_from([str(source)], owner, lane)
+        assert (code, complaint.count("\n")) == (2, 1), complaint
+        assert "was changed since" in complaint
+        identity = complaint.split("--identity ")[1].split()[0]
+        assert (await resumed_from([str(source), "--identity", identity], owner, lane))[0] == 0
+        await check_verified(owner)
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_copy_of_the_same_name_is_the_same_source(lane: str, tmp_path: Path) -> None:
+    one = write_pattern(tmp_path / "one", SIZE, zero_every=16)
+    other = write_pattern(tmp_path / "other", SIZE, zero_every=16)
+    touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
+    async with (
+        run_server(str(one), "--identity", "build 42") as (_, uri),
+        begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner),
+    ):
+        await pulling.kill()
+        assert (await resumed_from([str(other), "--identity", "build 43"], owner, lane))[0] == 2
+        assert (await resumed_from([str(other), "--identity", "build 42"], owner, lane))[0] == 0
+        await check_verified(owner)

@@ -447,7 +447,8 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
-    """A source whose file has been cut: where it listens. It raises :exc:`SourceLost`, and nothing else, in the end."""
+    """A source whose file has been cut, which nobody notices before a page is asked for: where it listens. It raises
+    :exc:`SourceLost`, and nothing else, in the end."""
 
     async def serve(task_status: trio.TaskStatus[str]) -> None:
         async with pagenet.serve(str(ram), listen=uri, lane="trio") as server:  # a clock that jumps waits for no thread

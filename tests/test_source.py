@@ -20,7 +20,8 @@ import pytest
 import trio
 from processes import HUGE_PAGE, LANES, PAGE, huge_pages, pull
 
-from pagenet import Block, IntoFile, Region, Run, Source, SourceLost, UsageError, open_source, serve
+from pagenet import Block, IntoFile, OwnMemory, Region, Run, Source, SourceLost, UsageError, open_source, serve
+from pagenet.source import named_identity
 
 PAGES = 5
 
@@ -543,3 +544,89 @@ async def test_file_truncated_while_served(tmp_path: Path, lane: str) -> None:
 async def test_process_ended_while_served(tmp_path: Path, holder: Holder, lane: str) -> None:
     spec = f"pid:{holder.pid}:{holder.address}+{len(CONTENT)}"
     await check_lost_while_served(spec, holder.end, f"process {holder.pid}", tmp_path / "into", lane)
+
+
+# ---- a file that is written to is another source ----
+
+
+def overwrite(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.write(page_of(9))
+
+
+def overwrite_mapped(path: Path) -> None:
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        memory[:PAGE] = page_of(9)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "written": overwrite,
+    "written through a mapping": overwrite_mapped,
+    "truncated and written again": lambda path: path.write_bytes(CONTENT),
+    "longer": lambda path: os.truncate(path, len(CONTENT) + PAGE),
+    "other time": lambda path: os.utime(path, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_identity_is_another_after_a_write(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    with open_source(path) as before:
+        CHANGES[change](path)
+        with open_source(path) as after:
+            assert before.identity != after.identity
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("lanes", ["native", "trio"])
+async def test_file_changed_while_served(change: str, lanes: Any, tmp_path: Path) -> None:
+    """Both sides are told, though the destination asks for nothing."""
+    path, memory = tmp_path / "file", OwnMemory("memfd")
+    path.write_bytes(CONTENT)
+
+    async def change_while_pulling(uri: str) -> None:
+        async with pull(uri, memory, lane=lanes, background="off") as transfer:
+            CHANGES[change](path)
+            await transfer.wait_complete()
+
+    async def change_while_serving() -> None:
+        async with serve(str(path), listen=f"unix:{tmp_path}/socket", lane=lanes) as server:
+            with pytest.raises(SourceLost, match=r"the source cannot go on: source .* was changed while it was served"):
+                await change_while_pulling(server.uri)
+            await trio.sleep_forever()
+
+    with pytest.raises(SourceLost, match="file was changed while it was served"):
+        await change_while_serving()
+    memory.close()
+
+
+def test_nothing_but_names_changed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    with open_source(path) as source:
+        path.chmod(0o600)
+        (tmp_path / "link").hardlink_to(path)
+        path.rename(tmp_path / "moved")
+        source.check_unchanged()
+        (tmp_path / "moved").unlink()
+        (tmp_path / "link").unlink()
+        source.check_unchanged()
+
+
+def test_memory_of_a_process_is_not_watched() -> None:
+    """Its time of change is set by faults."""
+    with ExitStack() as stack:
+        spec = in_own_memfd(None, stack, Path())  # type: ignore[arg-type]
+        with open_source(spec) as source:
+            os.pwrite(int(Path(spec).name), page_of(9), 0)
+            source.check_unchanged()
+            with open_source(spec) as again:
+                assert again.identity == source.identity
+
+
+def test_identity_by_name() -> None:
+    assert named_identity("00ff" * 8) == bytes.fromhex("00ff" * 8)
+    names = ["a", "b", "00ff" * 7, "sha256:" + "00" * 32]
+    assert len({named_identity(name) for name in names}) == 4
+    assert all(len(named_identity(name)) == 16 and named_identity(name) == named_identity(name) for name in names)

@@ -374,9 +374,10 @@ def test_far_peers_get_the_congestion_control_of_the_host(monkeypatch: pytest.Mo
     monkeypatch.setattr(_tcp, "NEAR_US", 0)
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as near:
         host = congestion_control(near)
-        assume_near(near)
+        host_control = assume_near(near)
+        assert host_control == host
         near.connect(listener.getsockname())
-        tune(near)
+        tune(near, host_control)
         assert congestion_control(near) == host
 
 

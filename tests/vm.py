@@ -33,6 +33,8 @@ BUILDER = Path(__file__).parents[1] / "tools" / "guest" / "build.py"
 
 MISSING = [tool for tool in (QEMU, "apt-get", "dpkg-deb", "gcc") if not shutil.which(tool)]
 needs_guest = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+#: for a guest that moves
+needs_migration = [needs_guest, pytest.mark.usefixtures("uffd_permitted")]
 
 # A guest that is emulated on a loaded machine takes its time, and one that hangs should not take the whole test's.
 PATIENCE = 60.0
@@ -146,9 +148,27 @@ def make_ram(name: str, size: int, path: Path | None) -> Path:
 
 def ram_of(command: Sequence[str]) -> Path:
     """The file behind guest RAM."""
-    found = re.search(r"mem-path=([^,\s]+)", " ".join(command))
-    assert found, f"no RAM file: {command}"
-    return Path(found[1])
+    (ram,) = rams_of(command)
+    return ram
+
+
+def rams_of(command: Sequence[str]) -> list[Path]:
+    """The files behind guest RAM: one, or one for each node, or none for a memfd."""
+    return [Path(name) for name in re.findall(r"mem-path=([^,\s]+)", " ".join(command))]
+
+
+def in_memfd(command: Sequence[str]) -> list[str]:
+    """The same machine with its RAM in a memfd, as libvirt has it."""
+    ram_of(command).unlink()
+    return [re.sub(r"memory-backend-file,(.*)mem-path=[^,]+,", r"memory-backend-memfd,\1", word) for word in command]
+
+
+@functools.cache
+def qemu_version() -> tuple[int, ...]:
+    told = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
 
 
 # ---- what the guest says ----
@@ -296,35 +316,41 @@ def goes_on(beats: Sequence[Beat], text: str) -> bool:
 
 @dataclass(frozen=True)
 class VM:
-    """``qmp``: where its monitor listens; ``ram``: the file behind its memory."""
+    """``qmp``: where its monitor listens; ``rams``: the files behind its memory."""
 
     name: str
     process: trio.Process
     serial: Serial
     qmp: Path
-    ram: Path
+    rams: list[Path]
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def ram(self) -> Path:
+        (ram,) = self.rams
+        return ram
+
 
 @asynccontextmanager
 async def run_vm(command: Sequence[str], directory: Path, name: str, env: Mapping[str, str] | None = None) -> AsyncIterator[VM]:
     """Runs what :func:`qemu_command` has made, with ``env`` on top of this environment, for as long as the block does."""
-    ram = ram_of(command)
+    rams = rams_of(command)
     errors = directory / f"{name}.stderr"
     serial = Serial(name, errors)
     try:
-        async with trio.open_nursery() as nursery, _run_qemu(command, errors, env) as process, _guard(process.pid, ram):
+        async with trio.open_nursery() as nursery, _run_qemu(command, errors, env) as process, _guard(process.pid, rams):
             nursery.start_soon(serial.read, await _connect(directory / f"{name}.serial", process, serial))
-            yield VM(name, process, serial, directory / f"{name}.qmp", ram)
+            yield VM(name, process, serial, directory / f"{name}.qmp", rams)
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from group.exceptions[0].__cause__
         raise
     finally:
-        ram.unlink(missing_ok=True)
+        for ram in rams:
+            ram.unlink(missing_ok=True)
 
 
 @asynccontextmanager
@@ -347,12 +373,12 @@ async def _run_qemu(command: Sequence[str], errors: Path, env: Mapping[str, str]
 
 
 @asynccontextmanager
-async def _guard(pid: int, ram: Path) -> AsyncIterator[None]:
+async def _guard(pid: int, rams: Sequence[Path]) -> AsyncIterator[None]:
     """Should this process be killed, QEMU would run for ever, and its RAM stay: the guard sees the end of its input.
 
     The kernel's own means for that is the end of the thread that started a process, and Trio's threads end early.
     """
-    command = ["sh", "-c", 'read -r _; kill -KILL "$0"; rm -f "$1"', str(pid), str(ram)]
+    command = ["sh", "-c", 'read -r _; kill -KILL "$0"; rm -f "$@"', str(pid), *map(str, rams)]
     async with run(command, stdin=subprocess.PIPE):
         yield
 

@@ -167,6 +167,8 @@ class _NullPiece:
     def zero_map(self, offset: int, pages: int, page_size: int) -> None:
         return None
 
+    def check_unchanged(self) -> None: ...
+
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         raise NotImplementedError("lanes in C read memory, and there is none")
 
@@ -203,7 +205,7 @@ class _NullMemory:
     def place(self, run: Run, data: memoryview | None) -> Outcome:
         return Outcome(placed=run.count)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
         raise NotImplementedError("nobody touches what is not there")
 
     def wake(self, run: Run) -> None: ...

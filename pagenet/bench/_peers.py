@@ -157,11 +157,11 @@ def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]
         with socket.create_server(("127.0.0.1", 0)) as listener:
             assume_near(listener)
             theirs = socket.socket()
-            assume_near(theirs)
+            host_control = assume_near(theirs)
             theirs.connect(listener.getsockname())
             ours, _ = listener.accept()
         for sock in (ours, theirs):
-            tune(sock)
+            tune(sock, host_control)
     with ours, theirs:
         yield ours, theirs
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PagenetError, UsageError
+from ..errors import UsageError
+from ..whole_file import WholeFile
 from ._fault import FaultResult
 from ._figures import Sample
 from ._qemu import Migration, QemuResult
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "plot_latencies", "plot_work"]
+__all__ = ["check_plot", "plot_latencies", "plot_work", "save_figure"]
+
+# A picture is for showing: what the umask leaves of it.
+_MODE = 0o666
 
 # What is a floor is grey; what is ours has a colour that differs in lightness too (Okabe and Ito).
 _CURVES = [
@@ -40,6 +45,11 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install 'pagenet[plot]'") from None
+    _plot_file(path).close()
+
+
+def _plot_file(path: Path) -> WholeFile:
+    return WholeFile(path, "plot", _MODE)
 
 
 def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> None:
@@ -53,18 +63,19 @@ def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> No
     for panel, result in zip(panels, results, strict=True):
         _draw(panel, result)
     panels[0].set_ylabel("share of touches that took no longer")
-    _save(figure, path, title, panels[0])
+    save_figure(figure, path, title, panels[0])
 
 
-def _save(figure: Figure, path: Path, title: str, panel: Axes) -> None:
+def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
     """With one legend, that of ``panel``, for all."""
     figure.suptitle(title, fontsize=11)
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PagenetError(f"cannot write {path}: {error.strerror}") from None
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
+    with _plot_file(path) as file:
+        file.write(picture.getbuffer())
+        file.commit()
 
 
 def _ranks(count: int) -> list[int]:
@@ -126,7 +137,7 @@ def plot_work(path: Path, results: Sequence[QemuResult], names: Mapping[str, str
         panel.grid(color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("seconds since QEMU was told to migrate; the dot: the guest goes on at the destination")
-    _save(figure, path, title, panels[0])
+    save_figure(figure, path, title, panels[0])
 
 
 def _draw_work(panel: Axes, migration: Migration, name: str) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..recording import MOST_PAGES, load_fields, save_fields
+from ..recording import MOST_PAGES, load_fields, write_fields
+from ..whole_file import WholeFile
 
-__all__ = ["TOUCHES_FORMAT", "TOUCHES_VERSION", "Touches", "load_touches", "touches_of"]
+__all__ = ["TOUCHES_FORMAT", "TOUCHES_VERSION", "Touches", "load_touches", "touches_file", "touches_of"]
 
 TOUCHES_FORMAT, TOUCHES_VERSION = "pagenet-trace", 1
 # Before one touch: an hour. Who plays a trace takes as long.
@@ -31,10 +32,20 @@ class Touches:
     touches: tuple[tuple[int, int], ...]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`UsageError` if it cannot be written."""
+        """In place of what is there, whole or not at all. :exc:`~pagenet.PagenetError` if it cannot be written."""
+        with touches_file(path) as file:
+            self.write(file)
+
+    def write(self, file: WholeFile) -> None:
+        """As the whole of ``file``."""
         numbers = list(_packed(self.touches[:MOST_PAGES]))
         fields = {"format": TOUCHES_FORMAT, "version": TOUCHES_VERSION, "pages": self.pages, "touches": numbers}
-        save_fields(path, fields, "trace")
+        write_fields(file, fields)
+
+
+def touches_file(path: str | os.PathLike[str]) -> WholeFile:
+    """What :class:`Touches` are written into. :exc:`UsageError` if there can be none."""
+    return WholeFile(path, "trace")
 
 
 def load_touches(path: str | os.PathLike[str]) -> Touches:

@@ -22,8 +22,9 @@ from ..native_lanes import owned
 from ..nurseries import running_beside
 from ..preload import loadable
 from ..uffd import Feature, Userfaultfd
+from ..whole_file import WholeFile
 from ._environment import available_memory
-from ._touches import Touches
+from ._touches import Touches, touches_file
 
 __all__ = ["DATA", "trace_program"]
 
@@ -137,7 +138,8 @@ async def trace_program(
     if not any(DATA in argument for argument in command):
         raise UsageError(f"no argument of the program has {DATA} in it, which stands for its data")
     Userfaultfd.open(Feature.MINOR_SHMEM).close()  # as the program will
-    with _Data(data) as copy, _Log(copy.fd, -(-copy.size // mmap.PAGESIZE)) as log:
+    # The trace's file first: a program that has run for an hour has then not run in vain.
+    with touches_file(output) as file, _Data(data) as copy, _Log(copy.fd, -(-copy.size // mmap.PAGESIZE)) as log:
         variables = _variables(log)
         await copy.copy()
         words = [argument.replace(DATA, copy.name) for argument in command]
@@ -145,7 +147,7 @@ async def trace_program(
             async with _running(words, variables) as process, running_beside(_tell, log, on_event):
                 status = await process.wait()
         finally:
-            _save(log, output, on_event)
+            _save(log, file, on_event)
         if not log.header().touched:
             raise PagenetError(f"{command[0]} ended with status {status}, and has touched no page of a mapping of its data")
     return status if status >= 0 else 128 - status
@@ -183,12 +185,12 @@ async def _tell(log: _Log, on_event: EventHandler) -> None:
         on_event("progress", touched=now.touched, pages=now.pages)
 
 
-def _save(log: _Log, output: str | os.PathLike[str], on_event: EventHandler) -> None:
+def _save(log: _Log, file: WholeFile, on_event: EventHandler) -> None:
     ended = log.header()
     if ended.unwatched:
         on_event("unwatched", mappings=ended.unwatched, reason=os.strerror(ended.reason))
     if ended.touched:
         touches = log.touches()
-        touches.save(output)
+        touches.write(file)
         seconds = round(sum(work for _, work in touches.touches) / 1e9, 6)
-        on_event("traced", touched=len(touches.touches), pages=touches.pages, work_seconds=seconds, file=os.fspath(output))
+        on_event("traced", touched=len(touches.touches), pages=touches.pages, work_seconds=seconds, file=file.path)

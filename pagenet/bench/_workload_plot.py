@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import PagenetError
+from ._plot import save_figure
 from ._workload import WorkloadResult
 
 __all__ = ["plot_workload"]
@@ -44,10 +44,4 @@ def plot_workload(path: Path, results: Sequence[WorkloadResult], title: str) -> 
         panel.grid(color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("share of the working set that is there")
-    figure.suptitle(title, fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PagenetError(f"cannot write {path}: {error.strerror}") from None
+    save_figure(figure, path, title, panels[0])

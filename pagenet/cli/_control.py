@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 
+from ..admission import raise_descriptor_limit
 from ..control import Control, serve_control
 from ._command import Parser, Report, run_command
 
@@ -25,6 +26,7 @@ def add_control_option(parser: Parser) -> None:
 
 def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> int:
     """As :func:`run_command`, with a control socket if one is wanted. ``work`` tells it of the transfer once there is one."""
+    raise_descriptor_limit()
     return run_command(lambda: _with_control(work, options, report), report)
 
 

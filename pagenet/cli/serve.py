@@ -11,10 +11,10 @@ import trio
 
 from ..control import Control
 from ..rdma import PIN_LIMIT
-from ..serving import serve
-from ..source import Source, open_source
+from ..serving import MAX_LANES, MAX_SESSIONS, serve
+from ..source import Source, named_identity, open_source
 from ..testing.pattern import parse_size
-from ._command import Parser, Report, add_lane_option
+from ._command import Parser, Report, add_lane_option, count
 from ._control import add_control_option, run_controlled
 
 __all__ = ["main"]
@@ -47,10 +47,11 @@ def _parser() -> Parser:
     parser.add_argument("--once", action="store_true", help="end, with exit code 0, when a destination has every page")
     parser.add_argument(
         "--identity",
-        metavar="HEX",
+        metavar="NAME",
         type=_identity,
-        help="what the memory was called when a transfer began that is to go on (pagenet-qemu migrate says it); it must be as "
-        "it was then",
+        help="what its content is called, by its digest or version, say: of the same name is the same source, on any host, for "
+        "pagenet-pull --resume; 32 hexadecimal digits are what pagenet-qemu migrate called it (default: which file it is, "
+        "and when it was last written to)",
     )
     parser.add_argument(
         "--rdma-pin-limit",
@@ -59,19 +60,29 @@ def _parser() -> Parser:
         metavar="SIZE",
         help="memory that rdma:// may register, and so pin, at a time (default: 256M)",
     )
+    parser.add_argument(
+        "--max-sessions",
+        type=count,
+        default=MAX_SESSIONS,
+        metavar="N",
+        help="destinations that are served at a time where they dial; more are refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-lanes",
+        type=count,
+        default=MAX_LANES,
+        metavar="N",
+        help="connections beside control that each of them may have (default: %(default)s)",
+    )
     add_lane_option(parser)
     add_control_option(parser)
     return parser
 
 
 def _identity(text: str) -> bytes:
-    try:
-        identity = bytes.fromhex(text)
-    except ValueError:
-        identity = b""
-    if len(identity) != 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an identity of 32 hexadecimal digits")
-    return identity
+    if not text:
+        raise argparse.ArgumentTypeError("an identity is a name, or 32 hexadecimal digits, and not nothing")
+    return named_identity(text)
 
 
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
@@ -93,6 +104,8 @@ async def _serve_source(
         plaintext=options.plaintext,
         lane=options.lane,
         rdma_pin_limit=options.rdma_pin_limit,
+        max_sessions=options.max_sessions,
+        max_lanes=options.max_lanes,
         on_event=report,
     ) as server:
         control.subject = server

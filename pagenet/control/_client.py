@@ -13,7 +13,7 @@ from ..errors import ConnectionBroken, RemoteProtocolError, UsageError
 from ..protocol import printable
 from ..tcp import UnixTransport
 from ._channel import ControlChannel, address_of
-from ._protocol import Fields, check_hello
+from ._protocol import Fields, check_hello, shown
 
 __all__ = ["ControlClient", "connect_control"]
 
@@ -60,7 +60,8 @@ class ControlClient:
         if answer is None:
             raise ConnectionBroken(f"{self._path}: the daemon has ended")
         if answer.get("type") == "error":
-            text = printable(str(answer.get("text")))
+            said = answer.get("text")
+            text = printable(said) if isinstance(said, str) else shown(said)
             raise UsageError(text) if answer.get("code") == "usage" else RemoteProtocolError(f"{self._path}: {text}")
         return answer
 

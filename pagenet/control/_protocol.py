@@ -5,6 +5,7 @@ Everything decoded here comes from a stranger: each field is checked before it i
 
 from __future__ import annotations
 
+import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import msgpack
 from ..errors import RemoteProtocolError
 from ..protocol import printable
 
-__all__ = ["COMMANDS", "OLDEST_VERSION", "VERSION", "Decoder", "Request", "check_hello", "decode_request", "encode"]
+__all__ = ["COMMANDS", "OLDEST_VERSION", "VERSION", "Decoder", "Request", "check_hello", "decode_request", "encode", "shown"]
 
 VERSION = 1
 OLDEST_VERSION = 1
@@ -28,6 +29,9 @@ MAX_TEXT = 4096
 MAX_WINDOW = 256
 
 Fields = dict[str, Any]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 64
 
 
 def encode(fields: Mapping[str, object]) -> bytes:
@@ -129,15 +133,15 @@ def decode_request(fields: Fields) -> Request:
     """:exc:`~pagenet.errors.RemoteProtocolError` for what no version of the protocol allows, or this one does not know."""
     command, number = fields.get("command"), fields.get("id")
     if not _is_integer(number) or not 0 <= number < 2**63:
-        raise RemoteProtocolError(f"a request has no proper 'id': {_shown(number)}")
+        raise RemoteProtocolError(f"a request has no proper 'id': {shown(number)}")
     if not isinstance(command, str) or command not in COMMANDS:
-        raise RemoteProtocolError(f"no command {_shown(command)}: there are {', '.join(COMMANDS)}")
+        raise RemoteProtocolError(f"no command {shown(command)}: there are {', '.join(COMMANDS)}")
     wanted, given = COMMANDS[command], {name: value for name, value in fields.items() if name not in ("command", "id")}
     if unknown := given.keys() - wanted.keys():
-        raise RemoteProtocolError(f"{command} takes no {_shown(min(unknown))}")
+        raise RemoteProtocolError(f"{command} takes no {shown(min(unknown))}")
     for name, fits in wanted.items():
         if name not in given or not fits(given[name]):
-            raise RemoteProtocolError(f"{command} has no proper {name!r}: {_shown(given.get(name))}")
+            raise RemoteProtocolError(f"{command} has no proper {name!r}: {shown(given.get(name))}")
     return Request(command, number, given)
 
 
@@ -151,5 +155,6 @@ def check_hello(fields: Fields) -> Fields:
     return fields
 
 
-def _shown(value: object) -> str:
-    return printable(repr(value))[:64]
+def shown(value: object) -> str:
+    """A stranger's value, for the line of an error: the repr of a deep structure recurses too far, so its depth is limited."""
+    return printable(_SHORT.repr(value))[:64]

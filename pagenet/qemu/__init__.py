@@ -7,6 +7,8 @@
     qmp.py           its monitor
     machine.py       what machine it is, and where its RAM is
     _talk.py         what the two sides say to each other
+    devices.py       how the devices' state leaves a QEMU
+    _stream.py       QEMU's stream around it, where QEMU does not make one itself
     migration.py     the source: migrate()
     arrival.py       the destination: receive()
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 from ._talk import MigrationRefused
 from .arrival import Arrival, receive, receive_attached
 from .command_line import Incoming, prepare_incoming
-from .machine import Machine, describe, ram_source
+from .machine import Backend, Machine, describe, ram_sources
 from .migration import migrate
 from .qmp import Qmp, QmpError, QmpEvent, connect_qmp, monitor_pid
 
 __all__ = [
     "Arrival",
+    "Backend",
     "Incoming",
     "Machine",
     "MigrationRefused",
@@ -33,7 +36,7 @@ __all__ = [
     "migrate",
     "monitor_pid",
     "prepare_incoming",
-    "ram_source",
+    "ram_sources",
     "receive",
     "receive_attached",
 ]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ class _Started:
     def how(self) -> str:
         return f"QEMU has ended with exit status {self.process.returncode}"
 
-    async def empty(self, source: str) -> None:
+    async def empty(self, sources: Set[str]) -> None:
         """It never had any bytes in its RAM."""
 
     async def give_up(self, is_used: bool) -> None:
@@ -123,10 +123,9 @@ class _Attached:
     process = None
     complaints = ""
 
-    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+    def __init__(self, pid: int, mappings: Sequence[Mapping]) -> None:
         self.pid = pid
-        self.owner = AttachedOwner(pid, mapping, file)
-        self._file = file
+        self.owner = AttachedOwner(pid, mappings)
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> None:
@@ -138,12 +137,13 @@ class _Attached:
     def how(self) -> str:
         return "QEMU has ended"
 
-    async def empty(self, source: str) -> None:
+    async def empty(self, sources: Set[str]) -> None:
         """Firmware, and whatever else it has put into its RAM, gives way to what the source has there: unless that is the very
         same memory."""
-        with open_source(self._file) as ours:
-            if ours.identity.hex() == source:
-                raise UsageError("both QEMUs have the same file for their RAM: give the destination one of its own")
+        for file in self.owner.files:
+            with open_source(file) as ours:
+                if ours.identity.hex() in sources:
+                    raise UsageError("both QEMUs have the same file for their RAM: give the destination one of its own")
         await trio.to_thread.run_sync(self.owner.empty)
 
     async def give_up(self, is_used: bool) -> None:
@@ -196,7 +196,7 @@ async def receive(
             prepared.undo()
             raise
         try:
-            on_event("qemu", pid=process.pid, ram=str(prepared.ram), added=" ".join(prepared.added))
+            on_event("qemu", pid=process.pid, ram=", ".join(map(str, prepared.rams)), added=" ".join(prepared.added))
             qemu = _Started(process, prepared, owner)
             async with _arriving(qemu, monitor, listen, on_event, options) as arrival:
                 yield arrival
@@ -220,13 +220,11 @@ async def receive_attached(
         machine = await describe(qmp)
         await _check_waits(qmp, machine)
         pid = qmp.pid
-        ram = ram_of(pid, machine)
-    if ram.file is None:
-        raise UsageError(f"QEMU (pid {pid}) holds no file for its RAM: give it a memory-backend-memfd or memory-backend-file")
-    qemu = _Attached(pid, ram.mapping, ram.file)
+        with ram_of(pid, machine) as rams:
+            qemu = _Attached(pid, [ram.mapping for ram in rams])
     try:
         await qemu.owner.plant()
-        on_event("attached", pid=pid, ram=ram.name)
+        on_event("attached", pid=pid, ram=", ".join(ram.name for ram in rams))
         async with _arriving(qemu, Path(qmp_socket), listen, on_event, options) as arrival:
             yield arrival
     finally:
@@ -398,7 +396,8 @@ class _Arriving:
         source = await talk.hear("machine")
         if difference := self._machine.difference(source):
             raise UsageError(difference)
-        await self._qemu.empty(str(source.get("memory")))
+        memories = source.get("memories", [source.get("memory")])  # an older pagenet has one
+        await self._qemu.empty(set(map(str, memories if isinstance(memories, list) else [])))
 
     async def _let_qemu_listen(self, devices: Connection, nursery: trio.Nursery) -> None:
         on = [{"capability": name, "state": True} for name in CAPABILITIES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,26 +27,24 @@ _UNWANTED_DEVICES = {
     "vfio-": _WAITS,
     "vhost-user": "its process would read zeros where pages are yet to come: QEMU's alone waits for them",
 }
+_ON = ("on", "yes", "true", "y")
 _HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
 
 
 @dataclass(slots=True)
 class Incoming:
-    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``ram``: the file
-    behind its RAM, which was made here if ``is_new``."""
+    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``rams``: the files
+    behind its RAM, in the order of the backends' ids, and ``new`` those of them that were made here."""
 
     command: list[str]
     environment: dict[str, str]
-    ram: Path
-    is_new: bool
+    rams: list[Path]
+    new: set[Path]
     added: list[str] = field(default_factory=list)
 
     def undo(self) -> None:
-        """The guest did not come: leave the RAM's file as it was, which is empty, or not there."""
-        with suppress(FileNotFoundError):
-            os.truncate(self.ram, 0)
-            if self.is_new:
-                self.ram.unlink()
+        """The guest did not come: leave the RAM's files as they were, which is empty, or not there."""
+        _undo(self.rams, self.new)
 
 
 def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
@@ -56,22 +55,31 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
     that makes no sense as a destination.
     """
     _check_wanted(command)
-    options = _ram_options(command)
-    ram, size = Path(options["mem-path"]), _parse_size(options["size"])
-    if options.get("share") not in ("on", "yes", "true"):
-        raise UsageError(f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file")
-    if options.get("prealloc") in ("on", "yes", "true"):
-        raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
-    is_new = not ram.exists()
-    _check_room(ram, size)
-    status = _create(ram, size)
+    backends = [_parse_backend(options) for options in _ram_options(command)]
+    rams = [ram for ram, _ in backends]
+    _check_room(backends)
+    new = {ram for ram in rams if not ram.exists()}
+    made: list[os.stat_result] = []
+    try:
+        made.extend(_create(ram, size) for ram, size in backends)
+    except UsageError:
+        _undo(rams[: len(made)], new)
+        raise
     added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
     variables = {
         "LD_PRELOAD": ":".join(filter(None, [str(preload_library()), os.environ.get("LD_PRELOAD", "")])),
         "PAGENET_UFFD_SOCKET": str(uffd_socket),
-        "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
+        "PAGENET_UFFD_FILES": ",".join(f"{status.st_dev}:{status.st_ino}" for status in made),
     }
-    return Incoming([*command, *added], {**os.environ, **variables}, ram, is_new, added)
+    return Incoming([*command, *added], {**os.environ, **variables}, rams, new, added)
+
+
+def _undo(rams: Sequence[Path], new: set[Path]) -> None:
+    for ram in rams:
+        with suppress(FileNotFoundError):
+            os.truncate(ram, 0)
+            if ram in new:
+                ram.unlink()
 
 
 def _check_wanted(command: Sequence[str]) -> None:
@@ -90,20 +98,37 @@ def _one_dash(word: str) -> str:
     return word[1:] if word.startswith("--") else word
 
 
-def _ram_options(command: Sequence[str]) -> dict[str, str]:
-    """Of the memory backend that the machine names."""
+def _ram_options(command: Sequence[str]) -> list[dict[str, str]]:
+    """Of the memory backends that the machine and its NUMA nodes name, in the order of their ids, as the source's pages are."""
     words = [_one_dash(word) for word in command]
-    objects = [_parse_options(value) for flag, value in pairwise(words) if flag == "-object"]
-    machines = [_parse_options(value) for flag, value in pairwise(words) if flag in ("-machine", "-M")]
-    names = [machine["memory-backend"] for machine in machines if "memory-backend" in machine]
-    backends = [options for options in objects if names and options.get("id") == names[-1]]
-    if not backends or backends[0].get("") != "memory-backend-file" or not {"mem-path", "size"} <= backends[0].keys():
+    pairs = [(flag, _parse_options(value)) for flag, value in pairwise(words) if flag in ("-object", "-machine", "-M", "-numa")]
+    machines = [options for flag, options in pairs if flag in ("-machine", "-M") and "memory-backend" in options]
+    nodes = {options["memdev"] for flag, options in pairs if flag == "-numa" and "memdev" in options}
+    names = nodes or {options["memory-backend"] for options in machines[-1:]}
+    backends = {options["id"]: options for flag, options in pairs if flag == "-object" and options.get("id") in names}
+    if not backends or backends.keys() < names:
         raise UsageError(f"the destination's RAM must be a file: start QEMU with {_HINT}")
-    return backends[0]
+    return [backends[name] for name in sorted(backends)]
+
+
+def _parse_backend(options: dict[str, str]) -> tuple[Path, int]:
+    """Its file and size."""
+    kind, name = options.get("") or options.get("qom-type"), options["id"]
+    if kind != "memory-backend-file" or not {"mem-path", "size"} <= options.keys():
+        attach = "; or start it with -incoming defer, and attach: pagenet-qemu incoming --qmp" if "memfd" in str(kind) else ""
+        raise UsageError(f"the destination's RAM {name} must be a file, not {kind}: start QEMU with {_HINT}{attach}")
+    ram = Path(options["mem-path"])
+    if options.get("share") not in _ON:
+        raise UsageError(f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file")
+    if options.get("prealloc") in _ON:
+        raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
+    return ram, _parse_size(options["size"])
 
 
 def _parse_options(value: str) -> dict[str, str]:
-    """``first,name=value,...``: the first, which may lack its name, is under "". QEMU writes a comma in a value twice."""
+    """``first,name=value,...``, or JSON. The first may lack its name and is under ""; a comma in a value is written twice."""
+    if value.startswith("{"):
+        return _parse_json(value)
     parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
     options = {}
     for index, part in enumerate(parts):
@@ -113,6 +138,16 @@ def _parse_options(value: str) -> dict[str, str]:
         else:
             options[name] = text if equals else "on"
     return options
+
+
+def _parse_json(value: str) -> dict[str, str]:
+    """The same, as QEMU would take it in words."""
+    try:
+        words = json.loads(value)
+    except (ValueError, RecursionError):
+        return {}  # for QEMU to refuse
+    spoken = {True: "on", False: "off"}
+    return {str(name): spoken[word] if isinstance(word, bool) else str(word) for name, word in words.items()}
 
 
 def _parse_size(text: str) -> int:
@@ -127,16 +162,19 @@ def _parse_size(text: str) -> int:
     return int(size * (1 << units[unit]))
 
 
-def _check_room(ram: Path, size: int) -> None:
+def _check_room(backends: Sequence[tuple[Path, int]]) -> None:
     """A page that finds no room once the guest is here is lost, and the guest with it."""
-    try:
-        system = os.statvfs(ram.parent)
-    except OSError as error:
-        raise UsageError(f"cannot make the destination's RAM {ram}: {error.strerror}") from None
-    room = system.f_bavail * system.f_frsize
-    if room < size:
-        hint = "make it larger (mount -o remount,size=...; hugetlbfs: sysctl vm.nr_hugepages), or take another"
-        raise UsageError(f"the destination's RAM is {size} bytes, and {ram.parent} has room for {room}: {hint}")
+    wanted: dict[int, int] = {}
+    for ram, size in backends:
+        try:
+            device, system = os.stat(ram.parent).st_dev, os.statvfs(ram.parent)
+        except OSError as error:
+            raise UsageError(f"cannot make the destination's RAM {ram}: {error.strerror}") from None
+        wanted[device] = wanted.get(device, 0) + size
+        room = system.f_bavail * system.f_frsize
+        if room < wanted[device]:
+            hint = "make it larger (mount -o remount,size=...; hugetlbfs: sysctl vm.nr_hugepages), or take another"
+            raise UsageError(f"the destination's RAM is {wanted[device]} bytes, and {ram.parent} has room for {room}: {hint}")
 
 
 def _create(ram: Path, size: int) -> os.stat_result:

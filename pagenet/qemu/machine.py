@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import Unsupported, UsageError
-from ..uffd import Mapped, Mapping, file_behind, mapped_at
-from .qmp import Qmp, QmpError
+from ..protocol import printable
+from ..uffd import Mapped, Mapping, OtherProcess
+from .qmp import Qmp
 
-__all__ = ["CAPABILITIES", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_source"]
+__all__ = ["CAPABILITIES", "Backend", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_sources"]
 
 #: What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it does, has the destination
 #: confirm that the devices' state was loaded, and waits for us with the guest stopped. The destination takes its disks (and
 #: their locks) no sooner than it runs: until then the source may go on, and needs them.
 CAPABILITIES = ("x-ignore-shared", "events", "return-path", "pause-before-switchover", "late-block-activate")
-# x-ignore-shared came with 4.0, and 8.1 narrowed it to RAM that has a name.
 _OLDEST = (5, 0, 0)
+# From then on x-ignore-shared leaves out only RAM that is a named file.
+_NAMED_ONLY = (8, 1, 0)
 # Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet has it send.
 _IN_THE_WAY = (
     "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo", "background-snapshot", "rdma-pin-all",
@@ -33,8 +36,24 @@ _SAME = {"arch": "architecture", "kind": "machine type", "ram": "RAM size", "cpu
 
 
 @dataclass(frozen=True, slots=True)
+class Backend:
+    """A memory backend: its id, QOM type, bytes, and where QEMU has it mapped."""
+
+    name: str
+    kind: str
+    size: int
+    shared: bool
+    address: int
+
+    def source(self, pid: int) -> str:
+        """What :func:`pagenet.open_source` reads it by, out of the QEMU that runs as ``pid``."""
+        return f"pid:{pid}:{self.address:#x}+{self.size:#x}"
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
-    """``backend``: the id of the memory backend; ``ram``: bytes of it."""
+    """``ram``: bytes of all its ``backends``, which are in the order of their ids: that is the same on both sides, while
+    QEMU's own order is that of a hash table."""
 
     version: tuple[int, int, int]
     kind: str
@@ -43,11 +62,21 @@ class Machine:
     arch: str
     kvm: bool
     status: str
-    backend: str
-    shared: bool
+    backends: tuple[Backend, ...]
+
+    @property
+    def leaves_out_ram(self) -> bool:
+        """Whether QEMU's own stream can be had without this RAM (``x-ignore-shared``)."""
+        return self.version < _NAMED_ONLY or all(backend.kind == "memory-backend-file" for backend in self.backends)
+
+    @property
+    def blocks(self) -> list[list[Any]]:
+        """What must be the same on both sides where there are several backends."""
+        return [[backend.name, backend.size] for backend in self.backends]
 
     def as_message(self) -> dict[str, Any]:
-        return {**asdict(self), "version": list(self.version)}
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "backends"}
+        return {**told, "version": list(self.version), "blocks": self.blocks}
 
     def difference(self, source: dict[str, Any]) -> str | None:
         """Why this machine cannot take over from that one (its :meth:`as_message`); None: nothing is known against it."""
@@ -58,7 +87,15 @@ class Machine:
         if source.get("kvm") != self.kvm:
             here, there = ("KVM", "TCG") if self.kvm else ("TCG", "KVM")
             return f"the accelerator differs: {there} at the source, {here} at the destination"
-        return self._is_older(source.get("version"))
+        return self._has_other_blocks(source.get("blocks")) or self._is_older(source.get("version"))
+
+    def _has_other_blocks(self, theirs: object) -> str | None:
+        """One block is the same under any name. Several are told apart by theirs."""
+        count = len(theirs) if isinstance(theirs, list) else 1  # what an older pagenet does not say
+        if theirs == self.blocks or count == len(self.backends) == 1:
+            return None
+        ours = ", ".join(f"{name} of {size} bytes" for name, size in self.blocks)
+        return f"the memory backends differ: {ours} at the destination; give them the source's ids and sizes"
 
     def _is_older(self, theirs: object) -> str | None:
         """A newer QEMU loads what an older one has saved, by the machine type's version; not the other way round."""
@@ -76,7 +113,7 @@ async def describe(qmp: Qmp) -> Machine:
     number = (version["major"], version["minor"], version["micro"])
     if number < _OLDEST:
         raise UsageError(f"this is QEMU {_dotted(number)}: pagenet moves guests of QEMU {_dotted(_OLDEST)} or newer")
-    backend = await _backend(qmp)
+    backends = await _backends(qmp)
     capabilities = await qmp.command("query-migrate-capabilities")
     known = {capability["capability"]: capability["state"] for capability in capabilities}
     if missing := [name for name in CAPABILITIES if name not in known]:
@@ -86,13 +123,12 @@ async def describe(qmp: Qmp) -> Machine:
     return Machine(
         version=number,
         kind=await qmp.command("qom-get", path="/machine", property="type"),
-        ram=backend["size"],
+        ram=sum(backend.size for backend in backends),
         cpus=len(await qmp.command("query-cpus-fast")),
         arch=(await qmp.command("query-target"))["arch"],
         kvm=(await qmp.command("query-kvm"))["enabled"],
         status=(await qmp.command("query-status"))["status"],
-        backend=backend["id"],
-        shared=backend["share"],
+        backends=backends,
     )
 
 
@@ -107,18 +143,41 @@ async def check_leaving(qmp: Qmp, machine: Machine) -> None:
         raise UsageError(f"QEMU cannot migrate this guest: {reasons[0].rstrip('.')}; take that out of it")
 
 
-async def _backend(qmp: Qmp) -> dict[str, Any]:
-    try:
-        path = await qmp.command("qom-get", path="/machine", property="memory-backend")
-    except QmpError:
-        path = ""
-    backends = await qmp.command("query-memdev")
-    named = [backend for backend in backends if path and backend.get("id") == path.rpartition("/")[2]]
-    if not named:
+async def _backends(qmp: Qmp) -> tuple[Backend, ...]:
+    """All memory backends, which must be the machine's RAM: one, or one for each NUMA node."""
+    found = await qmp.command("query-memdev")
+    if not found:
         raise UsageError(f"the machine's RAM has no memory backend of its own: start it with {_HINT}")
-    if len(backends) > 1:
-        raise UsageError(f"the machine has {len(backends)} memory backends: pagenet moves guests with one")
-    return dict(named[0])
+    summary = await qmp.command("query-memory-size-summary")
+    if summary.get("plugged-memory") or sum(backend["size"] for backend in found) != summary["base-memory"]:
+        raise UsageError(
+            f"the machine has {len(found)} memory backends, and not all of them are its RAM or a NUMA node's: pagenet moves "
+            "guests without the others (DIMMs, virtio-mem, ivshmem...)"
+        )
+    addresses = await _addresses(qmp, {str(backend["id"]) for backend in found})
+    backends = []
+    for backend in sorted(found, key=lambda backend: str(backend["id"])):
+        name = str(backend["id"])
+        if name not in addresses:
+            raise UsageError(f"the memory backend {name} is not in the guest's memory: leave it out")
+        kind = await qmp.command("qom-get", path=f"/objects/{name}", property="type")
+        backends.append(Backend(name, kind, backend["size"], backend["share"], addresses[name]))
+    return tuple(backends)
+
+
+# A range of the guest's memory that begins with the first byte of a memory region: of others it says @OFFSET.
+_FIRST_BYTE = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)(?: KVM)?$", re.MULTILINE)
+_HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
+
+
+async def _addresses(qmp: Qmp, names: set[str]) -> dict[str, int]:
+    """Where in QEMU the backends of those ids begin. Sizes do not tell one node's from another's."""
+    found: dict[str, int] = {}
+    for start, path in _FIRST_BYTE.findall(await qmp.monitor("info mtree -f")):
+        name = path.rpartition("/")[2]  # the machine type says whether it is a path
+        if name in names - found.keys() and (told := _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))):
+            found[name] = int(told[1], 16)
+    return found
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -127,31 +186,54 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """A machine's RAM in a QEMU that runs: where it is mapped, and the ``file`` behind it as QEMU holds it (/proc/PID/fd/N; it
+    """A backend's memory in a QEMU that runs: where it is mapped, and the ``file`` behind it, a descriptor taken from QEMU (it
     may have no name any more, or one that means another file here; None: it holds none). ``name``: for people."""
 
     mapping: Mapping
-    file: str | None
+    file: int | None
     name: str
 
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
 
-def ram_of(pid: int, machine: Machine) -> Ram:
-    """:exc:`~pagenet.errors.UsageError` if it is not shared, :exc:`~pagenet.errors.Unsupported` if we may not look."""
-    if not machine.shared:
-        is_named = not machine.backend.endswith(".ram")  # else QEMU's own, of a machine that was given none
-        hint = f"start it with share=on for {machine.backend}" if is_named else f"start it with {_HINT}"
-        raise UsageError(f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}")
-    try:
-        found = next((start for start, size in _shared(mapped_at(pid)) if size == machine.ram), None)
-        if found is None:
-            raise UsageError(f"found no shared mapping of {machine.ram} bytes in QEMU (pid {pid})")
-        file = file_behind(pid, found)
-        name = str(Path(file).readlink()) if file else f"pid {pid}"
-        page_size = max(os.statvfs(file).f_bsize, mmap.PAGESIZE) if file else mmap.PAGESIZE
-    except OSError as error:
-        hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
-        raise Unsupported(f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}") from None
-    return Ram(Mapping(found, machine.ram, 0, page_size), file, name)
+
+@contextmanager
+def ram_of(pid: int, machine: Machine) -> Iterator[list[Ram]]:
+    """What the backends are in that process, one each, while the block runs. :exc:`~pagenet.errors.UsageError` for one that is
+    not shared, :exc:`~pagenet.errors.Unsupported` if we may not look."""
+    for backend in machine.backends:
+        if not backend.shared:
+            is_named = not backend.name.endswith(".ram")  # else QEMU's own, of a machine that was given none
+            hint = f"start it with share=on for {backend.name}" if is_named else f"start it with {_HINT}"
+            raise UsageError(f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}")
+    with ExitStack() as stack:
+        try:
+            found = _taken(pid, machine, stack)
+        except OSError as error:
+            hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
+            raise Unsupported(f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}") from None
+        yield found
+
+
+def _taken(pid: int, machine: Machine, stack: ExitStack) -> list[Ram]:
+    found, offset = list[Ram](), 0
+    with closing(OtherProcess(pid)) as qemu:
+        shared = set(_shared(qemu.maps()))
+        for backend in machine.backends:
+            if (backend.address, backend.size) not in shared:
+                raise UsageError(f"found no shared mapping of {backend.size} bytes in QEMU (pid {pid}) for {backend.name}")
+            found.append(_ram(qemu, backend, offset))
+            stack.callback(found[-1].close)
+            offset += backend.size
+    return found
+
+
+def _ram(qemu: OtherProcess, backend: Backend, offset: int) -> Ram:
+    file = qemu.take_file([Mapping(backend.address, backend.size, 0, mmap.PAGESIZE)])
+    name = f"pid {qemu.pid}" if file is None else printable(os.readlink(f"/proc/self/fd/{file}"))
+    page_size = mmap.PAGESIZE if file is None else max(os.fstatvfs(file).f_bsize, mmap.PAGESIZE)
+    return Ram(Mapping(backend.address, backend.size, offset, page_size), file, name)
 
 
 def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
@@ -169,8 +251,12 @@ def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
             yield first.start, end - first.start
 
 
-def ram_source(pid: int, machine: Machine) -> str:
-    """What :func:`pagenet.serve` is to be given for the RAM of a QEMU that runs as ``pid``: the file that it holds open, or its
-    addresses. Raises what :func:`ram_of` does."""
-    ram = ram_of(pid, machine)
-    return ram.file or f"pid:{pid}:{ram.mapping.address:#x}+{ram.mapping.size:#x}"
+@contextmanager
+def ram_sources(pid: int, machine: Machine) -> Iterator[list[str]]:
+    """What :func:`pagenet.open_source` is to be given, while the block runs, for the RAM of a QEMU that runs as ``pid``, one
+    for each backend: the file that it holds open, or its addresses. Raises what :func:`ram_of` does."""
+    with ram_of(pid, machine) as rams:
+        yield [
+            backend.source(pid) if ram.file is None else f"/proc/self/fd/{ram.file}"
+            for ram, backend in zip(rams, machine.backends, strict=True)
+        ]

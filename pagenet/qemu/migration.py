@@ -4,14 +4,14 @@
 
     here                               there
     check, say what machine this is    compare; "ready"
-    migrate: QEMU stops the guest
+    QEMU stops the guest (devices.py)
     "stopped"                          answer faults from here on
-    migrate-continue: devices' state   load it, which faults; the destination's QEMU confirms to ours
+    devices' state                     load it, which faults; the destination's QEMU confirms that
     "run"                              once it has loaded: "taking"; cont; "running"
     serve pages                        pull pages
     all there
 
-"run" is said only once this QEMU has completed its migration and will not go on by itself. Whatever fails before the
+"run" is said only once that is confirmed, and this QEMU will not go on by itself. Whatever fails before the
 destination has said "taking" has the guest go on here, and ends the QEMU there; from then on it never runs here again. If the
 link breaks between the two words, nobody here can know which it is: the guest then stays as it is on both sides. From "run" on
 nobody but us has the guest's pages: a destination that is lost is dialled until it is back.
@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -37,16 +37,13 @@ from ..serving import Server, serve
 from ..source import open_source
 from ..transport import Connection
 from ._guard import Guard, go_on, guarding
-from ._talk import DEVICES, TALK, MigrationRefused, Talk, give_to_qemu, which_stream
-from .machine import CAPABILITIES, check_leaving, describe, ram_source
+from ._talk import DEVICES, TALK, MigrationRefused, Talk, which_stream
+from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way
+from .machine import Machine, check_leaving, describe, ram_sources
 from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
 
-# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still while it travels.
-_UNLIMITED = 10**12
-# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes long.
-_STEP_TIMEOUT = 60.0
 # While the guest stands still: for a word that needs no work, and for the devices' state to travel and be loaded. A link that
 # is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py; this is for a destination that has stopped.
 _ANSWER_TIMEOUT = 10.0
@@ -90,10 +87,13 @@ async def migrate(
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
         await check_leaving(qmp, machine)
-    spec = ram_source(pid, machine)
+        await check_way(qmp, machine)
     streams = _Streams()
-    with open_source(spec) as source:
-        ours = {**machine.as_message(), "memory": source.identity.hex()}
+    with ExitStack() as stack:
+        with ram_sources(pid, machine) as specs:
+            memory: dict[str, object] = {"memories": _identities(specs)}
+            source = stack.enter_context(open_source(*specs))
+        memory["memory"] = source.identity.hex()
         # What this memory holds from the switchover on: after another one it holds something else.
         source.identity = os.urandom(16)
         async with (
@@ -102,7 +102,7 @@ async def migrate(
         ):
             try:
                 async with connect_qmp(qmp_socket) as qmp:  # no longer than it takes: it talks to one program at a time
-                    await _leave(qmp, ours, streams, guard, server, on_event)
+                    await _leave(_Leaving(qmp, machine, guard, server, on_event), memory, streams)
             finally:
                 streams.let_go()
             try:
@@ -110,15 +110,23 @@ async def migrate(
                     yield server
             finally:
                 if not server.is_complete:
-                    on_event("abandoned", pid=pid, source=spec, uri=uri, identity=source.identity.hex())
+                    addresses = " ".join(backend.source(pid) for backend in machine.backends)
+                    on_event("abandoned", pid=pid, source=addresses, uri=uri, identity=source.identity.hex())
 
 
-async def _leave(
-    qmp: Qmp, machine: dict[str, object], streams: _Streams, guard: Guard, server: Server, on_event: EventHandler
-) -> None:
-    leaving = _Leaving(qmp, Talk(await streams.get(TALK)), guard, server, on_event)
+def _identities(specs: Sequence[str]) -> list[str]:
+    """Of each backend's memory by itself: none of them may be the destination's too."""
+    found = []
+    for spec in specs:
+        with open_source(spec) as source:
+            found.append(source.identity.hex())
+    return found
+
+
+async def _leave(leaving: _Leaving, memory: dict[str, object], streams: _Streams) -> None:
+    leaving.talk = Talk(await streams.get(TALK))
     try:
-        await leaving.agree(machine)
+        await leaving.agree(memory)
         await leaving.hand_over(await streams.get(DEVICES))
     except PagenetError as error:
         with trio.CancelScope(shield=True):
@@ -159,7 +167,7 @@ class _Streams:
         self._released.set()
 
     async def get(self, name: bytes) -> Connection:
-        with trio.move_on_after(_STEP_TIMEOUT):
+        with trio.move_on_after(STEP_TIMEOUT):
             while name not in self._found:
                 self._news = trio.Event()
                 await self._news.wait()
@@ -170,48 +178,56 @@ class _Streams:
 class _Leaving:
     """The steps from a guest that runs here to one that runs there."""
 
-    def __init__(self, qmp: Qmp, talk: Talk, guard: Guard, server: Server, on_event: EventHandler) -> None:
+    talk: Talk
+
+    def __init__(self, qmp: Qmp, machine: Machine, guard: Guard, server: Server, on_event: EventHandler) -> None:
         self._qmp = qmp
-        self._talk = talk
+        self._machine = machine
         self._guard = guard
         self._server = server
         self._on_event = on_event
         self._given = Given.NO
         self._begun = False
-        self._since = len(qmp.events)  # a migration that failed before is not ours
 
-    async def agree(self, machine: dict[str, object]) -> None:
-        await self._talk.say("machine", **machine)
-        await self._talk.hear("ready", _STEP_TIMEOUT)
+    async def agree(self, memory: dict[str, object]) -> None:
+        await self.talk.say("machine", **self._machine.as_message(), **memory)
+        await self.talk.hear("ready", STEP_TIMEOUT)
 
     async def hand_over(self, devices: Connection) -> None:
         async with open_failing_nursery() as nursery:
-            stop = await self._stop(await give_to_qemu(self._qmp, devices, nursery))
+            leaves_out = self._machine.leaves_out_ram
+            way = Migration(self._qmp, devices, nursery) if leaves_out else Saved(self._qmp, devices, self._machine)
+            await way.prepare()
+            stop = await self._stop(way)
             # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
             async with open_failing_nursery() as both:
-                both.start_soon(self._talk.say, "stopped")
-                await self._qmp.command("migrate-continue", state="pre-switchover")
+                both.start_soon(self.talk.say, "stopped")
+                await way.send()
             self._on_event("stopped")
-            await self._talk.hear("serving", _ANSWER_TIMEOUT)
+            await self.talk.hear("serving", _ANSWER_TIMEOUT)
             nursery.start_soon(self._hear_of_failure)
-            await self._wait_loaded()
+            await self._wait_loaded(way)
             nursery.cancel_scope.cancel()
         await self._commit()
         self._on_event("switchover", identity=self._server.identity.hex())
-        running = await self._talk.hear("running")
+        running = await self.talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
 
-    async def _wait_loaded(self) -> None:
-        """This QEMU completes once the other one has confirmed that it has loaded everything: we need not wait for the other
-        side's word as well."""
+    async def _stop(self, way: Way) -> QmpEvent:
+        await self._guard.should_we_die("resume")
+        self._begun = True
+        return await way.stop()
+
+    async def _wait_loaded(self, way: Way) -> None:
+        """Our way knows it as soon as the other side: we need not wait for the other side's word as well."""
         try:
-            await self._wait_status("completed", _LOAD_TIMEOUT)
+            await way.wait_loaded(_LOAD_TIMEOUT)
         except PagenetError:
             await trio.sleep(_REASON_TIMEOUT)
             raise
 
     async def _hear_of_failure(self) -> None:
-        await self._talk.hear("taking")
+        await self.talk.hear("taking")
         raise RemoteProtocolError("the peer takes a guest that it was not given")
 
     async def _commit(self) -> None:
@@ -221,8 +237,8 @@ class _Leaving:
         self._server.persist()
         with trio.move_on_after(_TAKE_TIMEOUT, shield=True):
             try:
-                await self._talk.say("run")
-                await self._talk.hear("taking")
+                await self.talk.say("run")
+                await self.talk.hear("taking")
                 self._given = Given.YES
             except MigrationRefused:
                 self._given = Given.NO
@@ -236,28 +252,6 @@ class _Leaving:
         if self._given is not Given.YES:
             raise PagenetError(f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest")
 
-    async def _stop(self, to: str) -> QmpEvent:
-        """Have QEMU begin, and stop the guest."""
-        on = [{"capability": name, "state": True} for name in CAPABILITIES]
-        await self._qmp.command("migrate-set-capabilities", capabilities=on)
-        await self._qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED)
-        await self._guard.should_we_die("resume")
-        self._begun = True
-        await self._qmp.command("migrate", uri=to)
-        await self._wait_status("pre-switchover")
-        return await self._qmp.wait_event("STOP", since=self._since, patience=_STEP_TIMEOUT)
-
-    async def _wait_status(self, status: str, patience: float = _STEP_TIMEOUT) -> None:
-        """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
-
-        def is_it(data: dict[str, object]) -> bool:
-            return data["status"] in (status, "failed", "cancelled")
-
-        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=patience)
-        if event.data["status"] != status:
-            why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
-            raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
-
     async def gives_up(self, error: BaseException) -> bool:
         """Whether the guest is not given away. It goes on here, unless it may run there; then its pages must be served. Tells
         the other side, if it can still hear."""
@@ -269,7 +263,7 @@ class _Leaving:
         if not isinstance(error, MigrationRefused):
             with trio.move_on_after(1), suppress(PagenetError):
                 reason = str(error) if isinstance(error, PagenetError) else "the source gave up"
-                await self._talk.say("refuse", reason=reason)
+                await self.talk.say("refuse", reason=reason)
         if self._begun and not isinstance(error, OwnerGone):
             await go_on(self._qmp)
         return True

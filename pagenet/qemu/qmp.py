@@ -15,6 +15,7 @@ import trio
 
 from ..errors import OwnerGone, PagenetError, UsageError
 from ..nurseries import open_failing_nursery
+from ..protocol import printable
 
 __all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp", "monitor_pid"]
 
@@ -64,9 +65,17 @@ class Qmp:
         """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone."""
         return await self._ask(name, arguments)
 
+    async def monitor(self, line: str) -> str:
+        """What the monitor for people says to that line. Errors as of :meth:`command`."""
+        return str(await self.command("human-monitor-command", command_line=line)).replace("\r\n", "\n")
+
     async def give(self, name: str, fd: int) -> None:
         """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of :meth:`command`."""
         await self._ask("getfd", {"fdname": name}, fd)
+
+    async def give_set(self, fd: int) -> int:
+        """The same, by a number that stands for a file (``/dev/fdset/NUMBER``) until ``remove-fd``."""
+        return int((await self._ask("add-fd", {}, fd))["fdset-id"])
 
     async def _ask(self, name: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
         number = self._next_id
@@ -132,7 +141,7 @@ class Qmp:
     def _take(self, line: bytes) -> None:
         try:
             self._note(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise PagenetError(f"what answers on {self._path} is no QMP monitor: {line[:40]!r}") from None
         self._tell()
 
@@ -142,9 +151,12 @@ class Qmp:
         if "event" in words:
             stamp = words["timestamp"]
             time = stamp["seconds"] + stamp["microseconds"] / 1e6
-            self.events.append(QmpEvent(words["event"], words.get("data", {}), time))
+            data = words.get("data", {})
+            if not isinstance(words["event"], str) or not isinstance(data, dict):
+                raise TypeError
+            self.events.append(QmpEvent(words["event"], data, time))
         elif "id" in words:
-            self._answers[words["id"]] = words
+            self._answers[words["id"]] = _checked_answer(words)
         elif "QMP" in words:
             self._answers[_GREETING] = words
 
@@ -157,6 +169,16 @@ class Qmp:
         what = "its greeting (does another program hold the monitor?)"
         await self._until(lambda: self._answers.pop(_GREETING, None), what, COMMAND_TIMEOUT)
         await self.command("qmp_capabilities")
+
+
+def _checked_answer(words: dict[str, Any]) -> dict[str, Any]:
+    """An answer to a command; what it says of an error is made fit for one line. :exc:`TypeError` if it is none."""
+    error = words.get("error", {})
+    if not isinstance(words["id"], int) or not isinstance(error, dict) or not ("error" in words or "return" in words):
+        raise TypeError
+    if "error" in words:
+        words["error"] = {name: printable(str(error[name])) for name in ("class", "desc") if name in error}
+    return words
 
 
 async def monitor_pid(path: str | Path) -> int:

@@ -27,7 +27,7 @@ from ._lanes import exchange
 from ._memory import join, make_queue_pair
 from ._path import Path
 from ._pyverbs import load, registering, translated
-from ._wire import KEY_HEADER, Answer, Asking, Endpoint, Key, Kind, chunk_run, decode_answer, read_key
+from ._wire import KEY_HEADER, Answer, Asking, Endpoint, Key, Kind, check_key, chunk_run, decode_answer, read_key
 
 __all__ = ["ReadLanes"]
 
@@ -206,7 +206,7 @@ class _ReadLane:
         answer, run, length = decode_answer(bytes(header))
         body = bytearray(length)
         await receive_exactly(self._connection, memoryview(body))
-        key = read_key(answer, run, bytes(body))
+        key = check_key(read_key(answer, run, bytes(body)), chunk, self._wire)
         if answer is Answer.FAILED:
             raise SourceLost(f"the source cannot go on: {key.reason}")
         return key

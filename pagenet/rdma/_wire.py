@@ -22,6 +22,7 @@ __all__ = [
     "Endpoint",
     "Key",
     "Kind",
+    "check_key",
     "chunk_pages",
     "chunk_run",
     "decode_answer",
@@ -174,3 +175,12 @@ def read_key(answer: Answer, run: Run, body: bytes) -> Key:
         return Key(answer, run)
     address, key, _ = KEY.unpack_from(body)
     return Key(answer, run, address, key, body[KEY.size :])
+
+
+def check_key(key: Key, asked: Run, region: Region) -> Key:
+    """``key``, if it answers what was asked: for that chunk, at addresses that there are."""
+    if key.answer is not Answer.FAILED and key.run != asked:
+        raise RemoteProtocolError("the peer's answer about a key was not asked for")
+    if key.address > 2**64 - region.size_of(asked):
+        raise RemoteProtocolError(f"the peer's key is for memory at {key.address:#x}, which reaches past the last address")
+    return key

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult
 
@@ -151,25 +152,25 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
 async def _connect(address: _Address) -> SocketConnection:
     sock = trio.socket.socket(address.family, socket.SOCK_STREAM)
     try:
-        assume_near(sock)
+        host_control = assume_near(sock)
         await sock.connect(address.sockaddr)
         # Dialling a port that nobody listens on may hit on that same port for this side's own end, and TCP then
         # connects the socket to itself. Whoever dials a dead source over and over will see it.
         if sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, "connected to itself")
-        return _tuned(sock, address.uri)
+        return _tuned(sock, address.uri, host_control)
     except BaseException:
         sock.close()
         raise
 
 
-def _tuned(sock: trio.socket.SocketType, peer: str) -> SocketConnection:
-    tune(sock)
+def _tuned(sock: trio.socket.SocketType, peer: str, host_control: bytes) -> SocketConnection:
+    tune(sock, host_control)
     return SocketConnection(sock, peer)
 
 
-def tune(sock: trio.socket.SocketType | socket.socket) -> None:
-    """Set the options of a connection that pages go over."""
+def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> None:
+    """Set the options of a connection that pages go over. ``host_control``: what :func:`assume_near` returned."""
     # The request for a faulted page is small, and a thread stands still until it is answered: it waits for no company.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -178,28 +179,23 @@ def tune(sock: trio.socket.SocketType | socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT * 1000)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    _leave_far_peers_to_the_host(sock)
+    if _is_pacing(host_control) and _round_trip_us(sock) >= NEAR_US:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, host_control)
 
 
-def assume_near(sock: trio.socket.SocketType | socket.socket) -> None:
+def assume_near(sock: trio.socket.SocketType | socket.socket) -> bytes:
     """Before it connects or listens: if the host's congestion control paces, take one that does not. A connection that has
-    begun to pace goes on, whatever takes over (Linux 6.18), so this cannot wait for the first round trip."""
-    if _is_pacing(_host_congestion_control()):
+    begun to pace goes on, whatever takes over (Linux 6.18), so this cannot wait for the first round trip.
+
+    Returns the host's, which far peers are left to. It is asked for here, of a socket that is there already: a listener
+    that has no file descriptor to spare would otherwise lose each connection that it accepts."""
+    host_control = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+    if _is_pacing(host_control):
         for better in NEAR_CONGESTION_CONTROL:
             with suppress(OSError):  # not in this kernel, or not for everybody
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, better)
-                return
-
-
-def _leave_far_peers_to_the_host(sock: trio.socket.SocketType | socket.socket) -> None:
-    host = _host_congestion_control()
-    if _is_pacing(host) and _round_trip_us(sock) >= NEAR_US:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, host)
-
-
-def _host_congestion_control() -> bytes:
-    with socket.socket() as sock:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+                break
+    return host_control
 
 
 def _is_pacing(congestion_control: bytes) -> bool:
@@ -218,16 +214,16 @@ def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketLi
     failures = []
     for address in addresses:
         try:
-            sock = _bind(address)
+            sock, host_control = _bind(address)
         except OSError as error:
             failures.append(f"{address.uri}: {reason(error)}")
         else:
             bound = _Address(address.family, sock.getsockname())
-            return SocketListener(sock, bound.uri, _welcome)
+            return SocketListener(sock, bound.uri, partial(_welcome, host_control))
     raise UsageError(f"{uri.geturl()}: cannot listen ({', '.join(failures)}); choose another address or port")
 
 
-def _bind(address: _Address) -> trio.socket.SocketType:
+def _bind(address: _Address) -> tuple[trio.socket.SocketType, bytes]:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         # Without it, a daemon that is started again waits a minute for its predecessor's connections to leave
@@ -236,14 +232,14 @@ def _bind(address: _Address) -> trio.socket.SocketType:
         if address.family == socket.AF_INET6:
             # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we promise every address.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        assume_near(sock)
+        host_control = assume_near(sock)
         sock.bind(address.sockaddr)
         sock.listen(BACKLOG)
-        return trio.socket.from_stdlib_socket(sock)
+        return trio.socket.from_stdlib_socket(sock), host_control
     except BaseException:
         sock.close()
         raise
 
 
-def _welcome(sock: trio.socket.SocketType, sockaddr: Any) -> SocketConnection:
-    return _tuned(sock, _Address(sock.family, sockaddr).uri)
+def _welcome(host_control: bytes, sock: trio.socket.SocketType, sockaddr: Any) -> SocketConnection:
+    return _tuned(sock, _Address(sock.family, sockaddr).uri, host_control)

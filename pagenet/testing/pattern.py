@@ -40,7 +40,9 @@ def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_e
     Written, not mapped: a full tmpfs is then an :exc:`OSError`, where a mapping gets SIGBUS.
     """
     chunk = memoryview(bytearray(_CHUNK_PAGES * mmap.PAGESIZE))
-    with open(path, "wb") as file:
+    # Written in place: the name may be that of an open file (/proc/PID/fd/N). A FIFO without a reader is ENXIO, and no wait.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
+    with open(os.open(path, flags, 0o666), "wb") as file:
         for first in range(0, size // mmap.PAGESIZE, _CHUNK_PAGES):
             pages = min(_CHUNK_PAGES, size // mmap.PAGESIZE - first)
             _native.pattern_fill(chunk, first, pages, mmap.PAGESIZE, seed, zero_every)

@@ -1,9 +1,10 @@
 """Everything that touches userfaultfd: the descriptor, its events, owners and their handshake, placement."""
 
-from ._abandoned import AbandonedOwner, Mapped, file_behind, mapped_at
+from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
+from ._process import Mapped, OtherProcess
 from ._target import UffdTarget
 from ._userfaultfd import (
     Event,
@@ -28,6 +29,7 @@ __all__ = [
     "Mapped",
     "Mapping",
     "Mode",
+    "OtherProcess",
     "OwnMemory",
     "Remapped",
     "Removed",
@@ -35,8 +37,6 @@ __all__ = [
     "UffdTarget",
     "Unmapped",
     "Userfaultfd",
-    "file_behind",
-    "mapped_at",
     "parse_mappings",
     "probe",
 ]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 from .. import _native
 from ..errors import OwnerGone, Unsupported, UsageError
 from ..region import Region
 from ._handshake import Note
 from ._owners import MAP_LINK, taking_from, wait_memory_gone
+from ._process import OtherProcess
 from ._target import UffdTarget
 from ._userfaultfd import Mode, Userfaultfd
 
-__all__ = ["AbandonedOwner", "file_behind", "mapped_at"]
+__all__ = ["AbandonedOwner"]
 
 
 class AbandonedOwner:
@@ -31,14 +28,16 @@ class AbandonedOwner:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         try:
-            self._pidfd = os.pidfd_open(pid)
+            self._process = OtherProcess(pid)
         except (OSError, OverflowError) as error:
             raise UsageError(f"there is no process {pid}: {getattr(error, 'strerror', error)}") from None
         self._map_fd: int | None = None
         try:
-            self._uffds = [number for number, link in self._descriptors() if link == "anon_inode:[userfaultfd]"]
             self._map_fd, found = self._find_map()
             self._note = Note.decode(found.note)
+        except OSError as error:
+            self.close()
+            raise self._refused(error) from None
         except BaseException:
             self.close()
             raise
@@ -48,15 +47,6 @@ class AbandonedOwner:
         self.is_finished = found.finished
         #: all of them, and those that are in place or were given up
         self.pages, self.done = found.scope, found.done
-
-    def _descriptors(self) -> Iterator[tuple[int, str]]:
-        """The numbers of the process's descriptors, and what they are."""
-        try:
-            for name in os.listdir(f"/proc/{self.pid}/fd"):
-                with suppress(FileNotFoundError):  # closed meanwhile
-                    yield int(name), os.readlink(f"/proc/{self.pid}/fd/{name}")
-        except (PermissionError, ProcessLookupError, FileNotFoundError) as error:
-            raise self._refused(error) from None
 
     def _refused(self, error: OSError) -> OwnerGone | Unsupported:
         if error.errno in (errno.ESRCH, errno.ENOENT):
@@ -68,14 +58,16 @@ class AbandonedOwner:
 
     def _find_map(self) -> tuple[int, _native.FoundMap]:
         """The map of a transfer that has not finished, if there is one."""
+        descriptors = self._process.descriptors()
+        self._uffds = [number for number, link in descriptors if link == "anon_inode:[userfaultfd]"]
         kept: tuple[int, _native.FoundMap] | None = None
-        for number, link in self._descriptors():
+        for number, link in descriptors:
             if link != MAP_LINK or (kept and not kept[1].finished):
                 continue
-            file = self._open(number)
+            file = self._process.take(number)
             try:
                 found = _native.find_map(file)
-            except ValueError:  # its transfer never began
+            except ValueError:  # its transfer never began, or it is no map
                 os.close(file)
                 continue
             if kept:
@@ -85,7 +77,7 @@ class AbandonedOwner:
             if kept:
                 os.close(kept[0])
             what = "it has no userfaultfd" if not self._uffds else "it keeps no map of them"
-            raise UsageError(f"the pages of process {self.pid} ({self._name()}) do not come from pagenet: {what}")
+            raise UsageError(f"the pages of process {self.pid} ({self._process.name}) do not come from pagenet: {what}")
         return kept[0] if kept[1].finished else self._lock(kept[0]), kept[1]
 
     def _lock(self, file: int) -> int:
@@ -96,22 +88,10 @@ class AbandonedOwner:
         finally:
             os.close(file)
 
-    def _open(self, number: int) -> int:
-        try:
-            return os.open(f"/proc/{self.pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._refused(error) from None
-
-    def _name(self) -> str:
-        try:
-            return Path(f"/proc/{self.pid}/comm").read_text().strip()
-        except OSError:
-            return "it has ended"
-
     async def attach(self, region: Region) -> UffdTarget:
         if self._map_fd is None:
             raise UsageError("this owner was attached before")
-        with taking_from(self.pid, self._pidfd) as (peer, fds):
+        with taking_from(self._process) as (peer, fds):
             shared_fd = self._memory_file() if self._note.shared else None
             if shared_fd is not None:
                 fds.append(shared_fd)
@@ -125,7 +105,8 @@ class AbandonedOwner:
                 region,
                 shared_fd=shared_fd,
                 map_fd=map_fd,
-                recover=True,
+                recover=self._note,
+                outside_is_zero=self._note.outside_is_zero,
                 keeps_uffd=lambda: True,
                 wait_gone=lambda: wait_memory_gone(target, peer),
                 on_close=peer.close,
@@ -133,25 +114,31 @@ class AbandonedOwner:
         return target
 
     def _memory_file(self) -> int:
-        first = self._note.mappings[0]
         try:
-            return os.open(file_behind(self.pid, first.address) or "", os.O_RDWR | os.O_CLOEXEC)
+            file = self._process.take_file(self._note.mappings)
         except OSError as error:
-            raise UsageError(f"the file behind the memory of process {self.pid} is not to be had: {error.strerror}") from None
+            raise self._refused(error) from None
+        if file is None:
+            raise UsageError(
+                f"the memory of process {self.pid} is not what its map of pages says: no file that it "
+                "holds open, to read and to write, is mapped there; start that process again"
+            )
+        return file
 
     def _take_uffd(self) -> Userfaultfd:
         """The one that watches the memory: to any other the kernel says that it is taken."""
         first = self._note.mappings[0]
         for number in self._uffds:
             try:
-                uffd = Userfaultfd.received(_native.take_descriptor(self._pidfd, number))
+                fd = self._process.take(number)
             except OSError as error:
                 raise self._refused(error) from None
             try:
+                uffd = Userfaultfd.received(fd)  # which it may have put another one in the place of
                 uffd.register(first.address, first.size, Mode.MISSING | (Mode.MINOR if self._note.shared else Mode.MISSING))
                 return uffd
-            except OSError:
-                uffd.close()
+            except (ValueError, OSError):
+                os.close(fd)
         raise UsageError(f"none of the userfaultfds of process {self.pid} watches its memory at {first.address:#x}")
 
     def close(self) -> None:
@@ -159,42 +146,4 @@ class AbandonedOwner:
         if self._map_fd is not None:
             os.close(self._map_fd)
             self._map_fd = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """A line of /proc/PID/maps: bytes [start, end) of a process, with the access ``mode``, are those from ``offset`` on of the
-    file with those device and inode numbers."""
-
-    start: int
-    end: int
-    mode: str
-    offset: int
-    device: int
-    inode: int
-
-
-def mapped_at(pid: int) -> list[Mapped]:
-    """All of the process's mappings, ascending. :exc:`OSError` if we may not look."""
-    found = []
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        span, mode, offset, device, inode, *_ = line.split()
-        start, end = (int(number, 16) for number in span.split("-"))
-        major, minor = (int(number, 16) for number in device.split(":"))
-        found.append(Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode)))
-    return found
-
-
-def file_behind(pid: int, address: int) -> str | None:
-    """The file that the process has mapped there, as the process holds it: it may have no name any more, or one that means
-    another file here. None: it holds none. :exc:`OSError`: it has ended, or we may not look."""
-    mapped = next((mapped for mapped in mapped_at(pid) if mapped.start <= address < mapped.end), None)
-    for entry in Path(f"/proc/{pid}/fd").iterdir() if mapped else ():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            status = entry.stat()
-            if mapped and (status.st_dev, status.st_ino) == (mapped.device, mapped.inode):
-                return str(entry)
-    return None
+        self._process.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -14,8 +16,9 @@ from ..errors import OwnerGone, PagenetError, Unsupported, UsageError
 from ..region import Region
 from ._handshake import Mapping
 from ._owners import taking_from, wait_memory_gone
+from ._process import OtherProcess
 from ._target import UffdTarget
-from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd
+from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd, is_userfaultfd
 
 __all__ = ["AttachedOwner"]
 
@@ -28,32 +31,40 @@ _WHY_NOT = {
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mapping``, which is all of ``file`` (/proc/PID/fd/N).
+    """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it holds open.
 
     Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
     """
 
-    def __init__(self, pid: int, mapping: Mapping, file: str) -> None:
+    def __init__(self, pid: int, mappings: Sequence[Mapping]) -> None:
         self.pid = pid
-        self._mapping = mapping
-        self._pidfd = -1
-        self._file = -1
+        self._mappings = mappings
         self._planted: _native.Planted | None = None
+        #: behind each of them
+        self._files: list[int] = []
         try:
-            self._pidfd = os.pidfd_open(pid)
-            self._file = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-            self._check_access()
+            self._process = OtherProcess(pid)
         except OSError as error:
-            self.close()
             raise self._refused(error) from None
-
-    def _check_access(self) -> None:
-        """Taking a descriptor needs what attaching does, and stops nobody; whether it is open does not matter."""
         try:
-            os.close(_native.take_descriptor(self._pidfd, 0))
+            for mapping in mappings:
+                self._files.append(self._take_file(mapping))
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_file(self, mapping: Mapping) -> int:
+        """Needs what attaching does, and stops nobody."""
+        try:
+            file = self._process.take_file([replace(mapping, offset=0)])
         except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
+            raise self._refused(error) from None
+        if file is None:
+            raise UsageError(
+                f"process {self.pid} holds no file open, to read and to write, for its memory at "
+                f"{mapping.address:#x}: give it a memory-backend-memfd or memory-backend-file"
+            )
+        return file
 
     def _refused(self, error: OSError) -> PagenetError:
         if error.errno in (errno.ESRCH, errno.ENOENT):
@@ -66,7 +77,7 @@ class AttachedOwner:
     async def plant(self) -> None:
         """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
         try:
-            planted = await trio.to_thread.run_sync(_native.plant, self.pid, DEVICE)
+            planted = await trio.to_thread.run_sync(_native.plant, self.pid, self._process.pidfd, DEVICE)
         except OSError as error:
             raise self._refused(error) from None
         if planted.refused in (errno.EPERM, errno.EACCES):
@@ -86,12 +97,18 @@ class AttachedOwner:
         if self._planted is not None:
             planted, self._planted = self._planted, None
             with trio.CancelScope(shield=True), suppress(OSError):  # it has ended
-                await trio.to_thread.run_sync(_native.uproot, self.pid, planted)
+                await trio.to_thread.run_sync(_native.uproot, self.pid, self._process.pidfd, planted)
+
+    @property
+    def files(self) -> list[str]:
+        """The files behind the memory, as this process holds them."""
+        return [f"/proc/self/fd/{file}" for file in self._files]
 
     def empty(self) -> None:
         """What the process has put into its memory so far gives way to what comes."""
         try:
-            _native.punch(self._file, self._mapping.size)
+            for file, mapping in zip(self._files, self._mappings, strict=True):
+                _native.punch(file, mapping.size)
         except OSError as error:
             raise UsageError(f"cannot empty the memory of process {self.pid}: {error.strerror}") from None
 
@@ -99,16 +116,19 @@ class AttachedOwner:
         if self._planted is None:
             await self.plant()
         assert self._planted is not None
-        with taking_from(self.pid, self._pidfd) as (peer, fds):
+        with taking_from(self._process) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
-            shared_fd, map_fd = os.dup(self._file), self._take(self._planted.map, fds)
-            fds.append(shared_fd)
-            fds.append(locked := _native.lock_map(map_fd))
+            # Offsets in the region are those of a file only where there is one.
+            shared_fd = os.dup(self._files[0]) if len(self._files) == 1 else None
+            if shared_fd is not None:
+                fds.append(shared_fd)
+            map_fd = self._take(self._planted.map, fds)
+            fds.append(locked := self._lock(map_fd))
             fds.remove(map_fd)
             os.close(map_fd)
             target = UffdTarget(
                 uffd,
-                [self._mapping],
+                self._mappings,
                 region,
                 shared_fd=shared_fd,
                 map_fd=locked,
@@ -120,13 +140,23 @@ class AttachedOwner:
 
     def _take(self, number: int, fds: list[int]) -> int:
         try:
-            fds.append(_native.take_descriptor(self._pidfd, number))
+            fds.append(self._process.take(number))
         except OSError as error:
             raise self._refused(error) from None
         return fds[-1]
 
+    def _lock(self, map_fd: int) -> int:
+        try:
+            return _native.lock_map(map_fd)
+        except OSError as error:
+            what = f"process {self.pid} has closed what it was given for the map of pages"
+            raise UsageError(f"{what}: {error.strerror}") from None
+
     def _watch(self, fd: int) -> Userfaultfd:
+        if not is_userfaultfd(fd):  # another thread of it may have put something else there meanwhile
+            raise UsageError(f"process {self.pid} has closed the userfaultfd that it was given")
         features = Feature.EVENT_REMOVE
+        what = f"the memory of process {self.pid}"
         try:
             try:
                 _native.uffd_api(fd, features)
@@ -134,9 +164,10 @@ class AttachedOwner:
                 features = NO_FEATURES
                 _native.uffd_api(fd, features)
             uffd = Userfaultfd(fd, features)
-            uffd.register(self._mapping.address, self._mapping.size, Mode.MISSING)
+            for mapping in self._mappings:
+                what = f"the memory of process {self.pid} at {mapping.address:#x}"
+                uffd.register(mapping.address, mapping.size, Mode.MISSING)
         except OSError as error:
-            what = f"the memory of process {self.pid} at {self._mapping.address:#x}"
             if error.errno == errno.EBUSY:  # and was killed before the guest came: else it would be resumed
                 raise UsageError(f"cannot watch {what}: somebody else has begun to; start that process again") from None
             raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
@@ -144,7 +175,6 @@ class AttachedOwner:
 
     def close(self) -> None:
         """Idempotent. A process that was attached stays so."""
-        for fd in (self._pidfd, self._file):
-            if fd >= 0:
-                os.close(fd)
-        self._pidfd = self._file = -1
+        self._process.close()
+        while self._files:
+            os.close(self._files.pop())

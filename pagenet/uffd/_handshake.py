@@ -17,7 +17,15 @@ from typing import Any
 from ..errors import HandshakeError, UsageError
 from ..region import Region, Run
 
-__all__ = ["MAX_HANDSHAKE_BYTES", "Mapping", "Note", "check_mappings", "mapping_pieces", "parse_mappings"]
+__all__ = [
+    "MAX_HANDSHAKE_BYTES",
+    "Mapping",
+    "Note",
+    "check_mappings",
+    "mapping_pieces",
+    "parse_handshake",
+    "parse_mappings",
+]
 
 # Firecracker sends one or two mappings of about 100 bytes each; QEMU tens.
 MAX_HANDSHAKE_BYTES = 64 << 10
@@ -35,14 +43,27 @@ class Mapping:
 
 
 def parse_mappings(message: bytes) -> list[Mapping]:
-    """The handshake's text. :exc:`HandshakeError` says in one line what is wrong with it."""
+    """The mappings of :func:`parse_handshake`."""
+    return parse_handshake(message)[0]
+
+
+def parse_handshake(message: bytes) -> tuple[list[Mapping], bool]:
+    """The handshake's text: the mappings, and whether what the owner's userfaultfd watches outside of them
+    reads as zero. :exc:`HandshakeError` says in one line what is wrong with it."""
     try:
         entries = json.loads(message)
     except (ValueError, RecursionError) as error:
         raise HandshakeError(f"the owner's handshake is not JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise HandshakeError("the owner's handshake is not a JSON array of mappings")
-    return [_mapping(entry, index) for index, entry in enumerate(entries)]
+    return [_mapping(entry, index) for index, entry in enumerate(entries)], _outside_is_zero(entries)
+
+
+def _outside_is_zero(entries: list[dict[str, Any]]) -> bool:
+    words = [entry.get("outside", "poison") for entry in entries]
+    if any(word not in ("poison", "zero") for word in words) or words.count(words[0]) < len(words):
+        raise HandshakeError("the owner's handshake says 'outside' otherwise than 'zero', or 'poison', in all mappings")
+    return bool(words[0] == "zero")
 
 
 def _mapping(entry: Any, index: int) -> Mapping:
@@ -77,15 +98,17 @@ def _checked(mapping: Mapping, index: int) -> Mapping:
 @dataclass(frozen=True, slots=True)
 class Note:
     """What is left with a map of pages, for whoever takes it over: the identity of the ``source``, whether pages come through
-    the file behind the memory (``shared``), and the mappings."""
+    the file behind the memory (``shared``), the mappings, and whether what is outside of them reads as zero."""
 
     source: bytes
     shared: bool
     mappings: tuple[Mapping, ...]
+    outside_is_zero: bool = False
 
     def encode(self) -> bytes:
+        outside = {"outside": "zero"} if self.outside_is_zero else {}
         entries = [
-            {"base_host_virt_addr": m.address, "size": m.size, "offset": m.offset, "page_size": m.page_size}
+            {"base_host_virt_addr": m.address, "size": m.size, "offset": m.offset, "page_size": m.page_size, **outside}
             for m in self.mappings
         ]
         return json.dumps({"source": self.source.hex(), "shared": self.shared, "mappings": entries}).encode()
@@ -98,7 +121,8 @@ class Note:
             source, shared, mappings = bytes.fromhex(words["source"]), bool(words["shared"]), json.dumps(words["mappings"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise HandshakeError("the note beside the map of pages makes no sense") from None
-        return cls(source, shared, tuple(parse_mappings(mappings.encode())))
+        found, outside_is_zero = parse_handshake(mappings.encode())
+        return cls(source, shared, tuple(found), outside_is_zero)
 
 
 def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:

@@ -19,7 +19,8 @@ from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
-from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_mappings
+from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_handshake
+from ._process import OtherProcess, is_memory_file, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
@@ -172,17 +173,17 @@ class Peer:
 
 
 @contextmanager
-def taking_from(pid: int, pidfd: int) -> Iterator[tuple[Peer, list[int]]]:
+def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
     """The process as a :class:`Peer` of its own, and a list for what is taken out of it: all closed if the block fails. Its
     memory not being what the source has is the caller's mistake, not the process's: :exc:`~pagenet.errors.UsageError`."""
-    peer, fds = Peer(pid, os.dup(pidfd)), list[int]()
+    peer, fds = Peer(process.pid, os.dup(process.pidfd)), list[int]()
     try:
         yield peer, fds
     except BaseException as error:
         peer.close()
         _close_all(fds)
         if isinstance(error, HandshakeError):
-            raise UsageError(f"the memory of process {pid} cannot be filled from this source: {error}") from None
+            raise UsageError(f"the memory of process {process.pid} cannot be filled from this source: {error}") from None
         raise
 
 
@@ -266,7 +267,7 @@ async def _allocate(target: UffdTarget) -> None:
 async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:
     message, fds = await _receive_handshake(sock)
     try:
-        mappings = parse_mappings(message)
+        mappings, outside_is_zero = parse_handshake(message)
         uffd = _uffd_of(fds)
         shared_fd, map_fd = _more_of(fds)
         peer = Peer.of(sock)
@@ -285,6 +286,7 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
             region,
             shared_fd=shared_fd,
             map_fd=map_fd,
+            outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
             wait_gone=lambda: wait_memory_gone(target, peer),
             on_close=let_go,
@@ -315,6 +317,9 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
     files = [at for at in range(1, len(fds)) if at not in maps]
     if len(maps) > 1:
         raise HandshakeError("the owner's handshake carries two maps of its pages")
+    if any(not (is_memory_file(fds[at]) and is_writable(fds[at])) for at in files):
+        what = "a memfd, or file of tmpfs or hugetlbfs, that is open to read and to write"
+        raise HandshakeError(f"the owner's memory file is not {what}")
     for at in maps:
         try:
             mine = _native.lock_map(fds[at])

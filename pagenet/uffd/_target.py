@@ -29,6 +29,8 @@ from ._userfaultfd import Event, Fault, Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
 
+# In the words of native/lane.c.
+_NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
 _HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
 
 
@@ -55,6 +57,8 @@ class NativeMemory:
     uffd: int
     how: int
     file: int
+    sealed: bool
+    outside_is_zero: bool
     removes: bool
     pieces: list[_native.Piece]
 
@@ -63,9 +67,10 @@ class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
 
     ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there; ``recover``: a dead destination has
-    left one in it. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
+    left one in it, with that
+    note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
     its threads waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory
-    is this process's.
+    is this process's. ``outside_is_zero``: what the owner announced nothing about reads as zero; else it is poisoned.
     """
 
     def __init__(
@@ -76,8 +81,9 @@ class UffdTarget:
         *,
         shared_fd: int | None = None,
         map_fd: int | None = None,
-        recover: bool = False,
+        recover: Note | None = None,
         own: bool = False,
+        outside_is_zero: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
         on_close: Callable[[], None] = lambda: None,
@@ -90,16 +96,20 @@ class UffdTarget:
         self._map_fd = map_fd
         self._recover = recover
         self._mappings = mappings
+        self._outside_is_zero = outside_is_zero
         self.region = check_mappings(mappings, region)
         if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
             raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
         self._pieces = sorted(self._cut(mappings), key=lambda piece: piece.run.first)
+        self._check_watched()
         self._firsts = [piece.run.first for piece in self._pieces]
         self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
         self._addresses = [piece.address for piece in self._by_address]
         self._second: _native.Mapped | None = None
         #: whether the second mapping's page tables are there, or must be used all the same: hugetlbfs has no write()
         self._in_place = self.region.max_page_size > mmap.PAGESIZE
+        #: storing through the second mapping is never a SIGBUS
+        self._sealed = shared_fd is not None and (own or _native.seal_size(shared_fd))
         self.placement = self._choose_placement(own)
         self._zeros = _native.Mapped(self.region.max_page_size)
 
@@ -107,6 +117,18 @@ class UffdTarget:
         for mapping in mappings:
             for run, address in mapping_pieces(mapping, self.region):
                 yield _Piece(run, address, mapping.page_size)
+
+    def _check_watched(self) -> None:
+        """Pages that nobody can place would be taken for pages that are not mapped. What is watched already
+        stays so; the kernel refuses memory that another userfaultfd watches, and one that is not set up."""
+        for piece in self._pieces:
+            try:
+                self._uffd.register(piece.address, piece.size, Mode.MISSING)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    raise HandshakeError("the owner of the memory is gone") from None
+                what = f"the owner's userfaultfd does not watch its memory at {piece.address:#x}"
+                raise HandshakeError(f"{what}: {error.strerror}") from None
 
     def _choose_placement(self, own: bool) -> str:
         if self._shared_fd is not None:
@@ -139,13 +161,16 @@ class UffdTarget:
     def open_residency(self, source: bytes) -> Residency:
         if self._map_fd is None:
             return Residency(self.region.pages)
-        note = Note(source, self._second is not None, tuple(self._mappings))
-        if self._recover and (was := Note.decode(_native.find_map(self._map_fd).note).source) != source:
+        note = Note(source, self._second is not None, tuple(self._mappings), self._outside_is_zero)
+        if self._recover is not None and (was := self._recover.source) != source:
             other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
-            raise UsageError(f"this source is not the one whose pages were coming, but another machine's ({other})")
+            raise UsageError(
+                f"this source is not the one whose pages were coming, but another machine's, or was changed since ({other}): "
+                f"if it holds the same bytes, serve it with --identity {was.hex()}"
+            )
         file, self._map_fd = self._map_fd, None  # the map's to close
         try:
-            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover)
+            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover is not None)
         except OSError as error:
             raise HandshakeError(f"the owner's memfd for the map of its pages cannot be used: {error.strerror}") from None
 
@@ -155,13 +180,13 @@ class UffdTarget:
     def read_events(self) -> list[Event]:
         return self._uffd.read()
 
-    def page_of(self, fault: Fault) -> int:
+    def page_of(self, fault: Fault) -> int | None:
         at = bisect_right(self._addresses, fault.address) - 1
         if at >= 0:
             piece = self._by_address[at]
             if fault.address - piece.address < piece.size:
                 return piece.run.first + (fault.address - piece.address) // piece.page_size
-        raise HandshakeError(f"the owner faults at {fault.address:#x}, outside the mappings it announced")
+        return None
 
     def pages_between(self, start: int, end: int) -> Sequence[Run]:
         runs = []
@@ -192,7 +217,10 @@ class UffdTarget:
     def publish(self, run: Run, *, again: bool = False) -> Outcome:
         return self._place(run, _native.CONTINUE, None, given_up=again)
 
-    def settle(self, page: int, fault: Fault) -> bool:
+    def settle(self, page: int | None, fault: Fault) -> bool:
+        if page is None:
+            error = self._uffd.answer_outside(fault, self._outside_is_zero)
+            return not self._retry(error, fault.address)
         piece, _ = next(self._parts(Run(page, 1)))
         address = piece.address_of(page)
         settled = self._uffd.settle(fault, address, self._zeros.buffer(0, self._zeros.size), piece.page_size)
@@ -225,6 +253,8 @@ class UffdTarget:
             uffd=self._uffd.fd,
             how=_HOW[self.placement],
             file=-1 if self._shared_fd is None or self._in_place else self._shared_fd,
+            sealed=self._sealed,
+            outside_is_zero=self._outside_is_zero,
             removes=bool(self._uffd.features & (Feature.EVENT_REMOVE | Feature.EVENT_UNMAP)),
             pieces=[self._native_piece(piece, wire) for piece in self._pieces],
         )
@@ -245,9 +275,17 @@ class UffdTarget:
 
     def _write_shared(self, run: Run, data: memoryview | None) -> None:
         assert self._second is not None
-        size = self.region.size_of(run)
-        view = self._second.buffer(self.region.offset_of_page(run.first), size)
-        view[:] = bytes(size) if data is None else data
+        size, offset = self.region.size_of(run), self.region.offset_of_page(run.first)
+        content = bytes(size) if data is None else data
+        if self._sealed:
+            self._second.buffer(offset, size)[:] = content
+            return
+        try:
+            _native.store(self._second.address + offset, content)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise HandshakeError(_NOT_THERE) from None
+            raise PagenetError(f"cannot write to the owner's memory file: {error.strerror}") from None
 
     def _place(self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False) -> Outcome:
         """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have the page any more."""
@@ -274,7 +312,10 @@ class UffdTarget:
         first = run.first
         at = bisect_right(self._firsts, first) - 1
         while first < run.end:
-            piece = self._pieces[at]
+            piece = self._pieces[at] if 0 <= at < len(self._pieces) else None
+            if piece is None or not piece.run.first <= first < piece.run.end:
+                what = f"page {first} is in no mapping"
+                raise HandshakeError(f"the owner has written to the map of its pages: {what}")
             end = min(run.end, piece.run.end)
             yield piece, Run(first, end - first)
             first, at = end, at + 1
@@ -287,6 +328,8 @@ class UffdTarget:
                 return True
             case errno.ESRCH:
                 raise OwnerGone("the owner of the memory is gone")
+            case errno.EFAULT if self._second is not None:
+                raise HandshakeError(_NOT_THERE)
         raise PagenetError(f"cannot place a page at {address:#x} of the owner: {os.strerror(error)}")
 
     async def wait_gone(self) -> None:

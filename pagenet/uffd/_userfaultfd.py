@@ -61,6 +61,8 @@ class Fault:
     write: bool
     minor: bool
     thread: int
+    #: a write to a page that its owner has protected
+    protected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Userfaultfd:
     @classmethod
     def received(cls, fd: int) -> Userfaultfd:
         """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it is something else."""
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        if not is_userfaultfd(fd):
             raise ValueError("the file descriptor is not a userfaultfd")
         os.set_blocking(fd, False)  # a blocking one polls POLLERR for ever
         return cls(fd, _enabled_features(fd))
@@ -165,11 +167,23 @@ class Userfaultfd:
         """Answer ``fault`` on the page at ``address``, which was placed, or given up, before. ``error`` as in :meth:`place`."""
         return _native.settle(self.fd, address, fault.minor, zeros, page_size)
 
+    def answer_outside(self, fault: Fault, zero: bool) -> int:
+        """Poison the page that ``fault`` waits for, or make it one of zeros: whatever the page size is there. An errno as in
+        :meth:`place`, or 0."""
+        flags = _FLAG_WP * fault.protected | _FLAG_MINOR * fault.minor
+        return _native.answer_outside(self.fd, fault.address, flags, zero)
+
+
+def is_userfaultfd(fd: int) -> bool:
+    """No file can have this name: theirs begin with a slash."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+
 
 def _typed(event: _native.NativeEvent) -> Event:
     match event.kind:
         case 0x12:
-            return Fault(event.start, bool(event.flags & _FLAG_WRITE), bool(event.flags & _FLAG_MINOR), event.thread)
+            write, protected, minor = (bool(event.flags & flag) for flag in (_FLAG_WRITE, _FLAG_WP, _FLAG_MINOR))
+            return Fault(event.start, write, minor, event.thread, protected)
         case 0x13:
             return Forked(event.fd)
         case 0x14:

@@ -1,0 +1,219 @@
+"""How the state of the devices leaves a QEMU. There are two ways, and the destination's QEMU cannot tell one from the other.
+
+:class:`Migration`: QEMU migrates, and leaves out the RAM (``x-ignore-shared``). Since 8.1 it does so only for RAM that is a
+named file.
+
+:class:`Saved`: for RAM that is a memfd or the like. QEMU is stopped, and saves its devices, without RAM, into a memfd of ours
+(``xen-save-devices-state``, which has nothing of Xen's about it). The stream around that is ours (``_stream.py``), and so is
+the memory of devices, firmware and tables, which no backend holds: it is read out of the process, before the guest stops, and
+what has changed once more when it has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain
+from typing import Protocol
+
+import trio
+
+from .. import _native
+from ..errors import PagenetError, UsageError
+from ..session import bare
+from ..transport import Connection
+from ._stream import PAGE, RamBlock, changed_pages, devices_of, every_page, opening, ram_end, ram_start, wait_confirmed
+from ._talk import give_to_qemu
+from .machine import CAPABILITIES, Machine
+from .qmp import Qmp, QmpEvent
+
+__all__ = ["STEP_TIMEOUT", "Migration", "Saved", "Way", "check_way"]
+
+# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still while it travels.
+_UNLIMITED = 10**12
+# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes long.
+STEP_TIMEOUT = 60.0
+# Memory of devices is read twice, and kept: what is larger was meant to be the guest's.
+_MAX_BLOCKS_BYTES = 1 << 30
+_SAVE = "xen-save-devices-state"
+_INSTEAD = "use -object memory-backend-file,id=ID,size=SIZE,mem-path=/dev/shm/NAME,share=on"
+
+
+class Way(Protocol):
+    """Used once, in this order."""
+
+    async def prepare(self) -> None:
+        """While the guest runs."""
+        ...
+
+    async def stop(self) -> QmpEvent:
+        """The guest stands still when this returns; QEMU's event says since when."""
+        ...
+
+    async def send(self) -> None:
+        """Have the devices' state on its way."""
+        ...
+
+    async def wait_loaded(self, patience: float) -> None:
+        """Until the destination's QEMU has it. :exc:`~pagenet.errors.PagenetError` if it has not."""
+        ...
+
+
+class Migration:
+    """QEMU's own. It gets the connection itself."""
+
+    def __init__(self, qmp: Qmp, devices: Connection, nursery: trio.Nursery) -> None:
+        self._qmp = qmp
+        self._devices = devices
+        self._nursery = nursery
+        self._uri = ""
+        self._since = len(qmp.events)  # a migration that failed before is not ours
+
+    async def prepare(self) -> None:
+        self._uri = await give_to_qemu(self._qmp, self._devices, self._nursery)
+        on = [{"capability": name, "state": True} for name in CAPABILITIES]
+        await self._qmp.command("migrate-set-capabilities", capabilities=on)
+        await self._qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+
+    async def stop(self) -> QmpEvent:
+        await self._qmp.command("migrate", uri=self._uri)
+        await self._wait_status("pre-switchover", STEP_TIMEOUT)
+        return await self._qmp.wait_event("STOP", since=self._since, patience=STEP_TIMEOUT)
+
+    async def send(self) -> None:
+        await self._qmp.command("migrate-continue", state="pre-switchover")
+
+    async def wait_loaded(self, patience: float) -> None:
+        """This QEMU completes once the other one has confirmed that it has loaded everything."""
+        await self._wait_status("completed", patience)
+
+    async def _wait_status(self, status: str, patience: float) -> None:
+        """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
+
+        def is_it(data: dict[str, object]) -> bool:
+            return data["status"] in (status, "failed", "cancelled")
+
+        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=patience)
+        if event.data["status"] != status:
+            why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
+            raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
+
+
+class Saved:
+    """What QEMU saves, in a stream of ours."""
+
+    def __init__(self, qmp: Qmp, devices: Connection, machine: Machine) -> None:
+        self._qmp = qmp
+        self._connection = bare(devices)
+        self._machine = machine
+        self._blocks: list[RamBlock] = []
+        self._sent: list[bytearray] = []
+        self._state = b""
+
+    async def prepare(self) -> None:
+        self._blocks = await _device_memory(self._qmp, self._machine)
+        self._sent = await self._read_blocks()
+        pages = chain.from_iterable(map(every_page, self._blocks, self._sent))
+        kind = self._machine.kind.removesuffix("-machine")
+        await self._send([opening(kind, ["x-ignore-shared"]), *ram_start(self._blocks, pages)])
+
+    async def stop(self) -> QmpEvent:
+        since = len(self._qmp.events)
+        await self._qmp.command("stop")
+        stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
+        with closing(_Memory()) as saved:
+            number = await self._qmp.give_set(saved.writable)
+            # With live=False it lets go of the disks too, which the destination is to have; cont takes them back.
+            await self._qmp.command(_SAVE, filename=f"/dev/fdset/{number}", live=False)
+            await self._qmp.command("remove-fd", fdset_id=number)
+            self._state = devices_of(saved.read())
+        return stop
+
+    async def send(self) -> None:
+        if await _device_memory(self._qmp, self._machine) != self._blocks:
+            raise PagenetError("QEMU's devices have changed while the guest was about to leave: try again")
+        pages = chain.from_iterable(map(changed_pages, self._blocks, self._sent, await self._read_blocks()))
+        await self._send([*ram_end(pages), self._state])
+
+    async def wait_loaded(self, patience: float) -> None:
+        with trio.move_on_after(patience):
+            await wait_confirmed(self._connection)
+            return
+        raise PagenetError(f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices' state")
+
+    async def _send(self, parts: Sequence[bytes]) -> None:
+        with trio.move_on_after(STEP_TIMEOUT):
+            await self._connection.send(b"".join(parts))
+            return
+        raise PagenetError(f"the destination's QEMU did not take the devices' memory for {STEP_TIMEOUT:g} s")
+
+    async def _read_blocks(self) -> list[bytearray]:
+        return [await trio.to_thread.run_sync(self._read, block) for block in self._blocks]
+
+    def _read(self, block: RamBlock) -> bytearray:
+        memory = bytearray(block.size)
+        try:
+            _native.read_process(self._qmp.pid, block.address, memoryview(memory))
+        except OSError as error:
+            raise PagenetError(f"cannot read QEMU's {block.name} (pid {self._qmp.pid}): {error.strerror}") from None
+        return memory
+
+
+class _Memory:
+    """A file for QEMU to write into, of which it gets a descriptor: it takes one that can do nothing else."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("pagenet-devices")
+        self.writable = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
+
+    def read(self) -> bytes:
+        return os.pread(self._file, os.fstat(self._file).st_size, 0)
+
+    def close(self) -> None:
+        os.close(self.writable)
+        os.close(self._file)
+
+
+# Name, page size, offset, bytes used, bytes reserved; and since QEMU 8.0 where it is. What is not migrated has no name.
+_BLOCK = re.compile(r"^ *(\S*) +\d+ \w+ +0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+ +0x([0-9a-f]+) +r[ow] *$", re.MULTILINE)
+
+
+async def _device_memory(qmp: Qmp, machine: Machine) -> list[RamBlock]:
+    """All memory of that QEMU which is migrated and is in no memory backend."""
+    backends = {backend.address for backend in machine.backends}
+    told = await qmp.monitor("info ramblock")
+    blocks = [RamBlock(name, int(address, 16), int(used, 16)) for name, used, address in _BLOCK.findall(told)]
+    if len(blocks) + 1 != len(told.splitlines()):
+        raise PagenetError("QEMU does not say where its memory is (info ramblock)")
+    return [block for block in blocks if block.name and block.address not in backends]
+
+
+async def check_way(qmp: Qmp, machine: Machine) -> None:
+    """:exc:`~pagenet.errors.UsageError` if the devices' state can leave in neither way."""
+    if machine.leaves_out_ram:
+        return
+    if why := await _why_not_saved(qmp, machine):
+        version = ".".join(map(str, machine.version))
+        names = ", ".join(backend.name for backend in machine.backends if backend.kind != "memory-backend-file")
+        raise UsageError(f"QEMU {version} itself sends RAM that is no named file ({names}), and {why}: {_INSTEAD}")
+
+
+async def _why_not_saved(qmp: Qmp, machine: Machine) -> str | None:
+    """What saving would leave out, or cannot have: devices that QEMU migrates a piece at a time."""
+    if machine.arch not in ("x86_64", "i386"):
+        return f"pagenet can do without that on x86 only, not on {machine.arch}"
+    if not any(command["name"] == _SAVE for command in await qmp.command("query-commands")):
+        return f"this one has no {_SAVE}"
+    for path in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for device in await qmp.command("qom-list", path=path):
+            if device["type"].startswith("child<vfio-"):
+                return "a device of vfio has state of its own to send"
+    capabilities = await qmp.command("query-migrate-capabilities")
+    if any(known["state"] for known in capabilities if known["capability"] == "dirty-bitmaps"):
+        return "dirty bitmaps are to go along (capability dirty-bitmaps)"
+    size = sum(block.size for block in await _device_memory(qmp, machine))
+    if size > _MAX_BLOCKS_BYTES or size % PAGE:
+        return f"its devices have {size} bytes of memory of their own"
+    return None

@@ -1,0 +1,190 @@
+"""A file that is written by name: whole or not at all.
+
+Bytes go into a fresh file of this writer's own, in the directory of the name, and it takes the name when it is whole: two who
+write one name at once do not meet, and the last to be done has it. Nothing that lies under the name is opened or followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from contextlib import ExitStack, suppress
+from typing import Self
+
+import trio
+
+from .errors import PagenetError, UsageError
+
+__all__ = ["OWNER_ONLY", "WholeFile", "read_whole"]
+
+OWNER_ONLY = 0o600
+
+# What says that this file system has no files without a name: old kernels take the flag for a directory to be written.
+_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+
+
+class WholeFile:
+    """What is to become ``path``. ``what``: what it is, for people. ``mode``: of the new file, less the umask.
+
+    :exc:`UsageError` if there can be none under that name: no such directory, a name that is no regular file (a symbolic link
+    is none, wherever it leads), or one that only another user may replace. Later, :exc:`PagenetError`, if there is no room.
+    Either is one line, and leaves what was there as it was, and nothing else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], what: str, mode: int = OWNER_ONLY) -> None:
+        self.path = os.fspath(path)
+        self._what = what
+        directory, self._name = os.path.split(self.path)
+        #: removed at the end if it never got its name; empty while the file has none
+        self._made = ""
+        self._fd = -1
+        try:
+            # The directory is held, not its name: whoever may move things on the way to it cannot move us.
+            self._directory = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
+            self._check_name()
+            self._fd = self._create(mode)
+        except OSError as error:
+            self.close()
+            raise self._unusable(error) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unusable(self, error: OSError) -> UsageError:
+        return UsageError(f"cannot write the {self._what} {self.path}: {error.strerror}")
+
+    def _failed(self, error: OSError) -> PagenetError:
+        kept = "what was there before is as it was"
+        return PagenetError(f"cannot write the {self._what} {self.path}: {error.strerror}; {kept}")
+
+    def _check_name(self) -> None:
+        if self._name in ("", ".", ".."):
+            raise UsageError(f"cannot write the {self._what} {self.path}: that is a directory")
+        try:
+            found = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(found.st_mode):
+            raise UsageError(f"{self.path} is a symbolic link: name the {self._what} itself, or remove the link")
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{self.path} is not a regular file: choose another name for the {self._what}")
+        around = os.stat(self._directory)
+        if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, around.st_uid):
+            # rename() would say so too, after everything was written
+            raise UsageError(f"{self.path} is another user's, in a directory where only that one may replace it")
+
+    def _create(self, mode: int) -> int:
+        try:
+            # Without a name, nothing is left of it when we are killed.
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=self._directory)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS:
+                raise
+        name = self._fresh_name()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, mode, dir_fd=self._directory)
+        self._made = name
+        return fd
+
+    def _fresh_name(self) -> str:
+        return f".pagenet-{secrets.token_hex(8)}"
+
+    def resize(self, size: int) -> None:
+        """:exc:`UsageError` if there can be no file of that size here."""
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise UsageError(f"cannot make {self.path} {size} bytes long: {error.strerror}") from None
+
+    def write(self, data: bytes | memoryview, offset: int = 0) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                written = os.pwrite(self._fd, rest, offset)
+                rest, offset = rest[written:], offset + written
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def commit(self) -> None:
+        """It is whole: give it its name, in place of what is there. Waits for the disk."""
+        try:
+            os.fsync(self._fd)
+            self._take_name()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    async def wait_committed(self) -> None:
+        """As :meth:`commit`, for a file that the disk may take a while for."""
+        try:
+            await trio.to_thread.run_sync(_sync_and_close, os.dup(self._fd), abandon_on_cancel=True)
+            self._take_name()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _take_name(self) -> None:
+        self._check_name()
+        if not self._made:
+            # rename() takes names alone, so there is a short one first.
+            name = self._fresh_name()
+            os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=self._directory)
+            self._made = name
+        os.rename(self._made, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._made = ""
+
+    def close(self) -> None:
+        """Idempotent. What has not been committed is gone."""
+        if self._directory < 0:
+            return
+        if self._made:
+            with suppress(OSError):
+                os.unlink(self._made, dir_fd=self._directory)
+        if self._fd >= 0:
+            os.close(self._fd)
+        os.close(self._directory)
+        self._directory = self._fd = -1
+
+
+def _sync_and_close(fd: int) -> None:
+    # A descriptor of its own: nobody waits for this thread once it is given up, and the number may be another file's by then.
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_whole(path: str | os.PathLike[str], most: int, what: str) -> bytes:
+    """All of a regular file, of ``most`` bytes at most. :exc:`UsageError` for anything else.
+
+    Never waits for another process: a FIFO, or a device, is turned away unread. Links are followed, as everywhere in reading.
+    """
+    name = os.fspath(path)
+    try:
+        with ExitStack() as cleanup:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            cleanup.callback(os.close, fd)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"cannot read the {what} {name}: it is not a regular file")
+            body = b"" if status.st_size > most else _read(fd, most + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the {what} {name}: {error.strerror}") from None
+    if max(status.st_size, len(body)) > most:
+        raise UsageError(f"{name} is not a {what}: it is too long")
+    return body
+
+
+def _read(fd: int, most: int) -> bytes:
+    """To its end, which may have moved."""
+    with open(fd, "rb", closefd=False) as file:
+        return file.read(most)
