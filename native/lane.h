@@ -72,6 +72,35 @@ struct lane {
     bool (*can_ask)(struct lane *lane, uint32_t requests);
 };
 
+/* The map may be in a file that the owner has, too. */
+#define WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+
+static inline bool pn_lane_is_demand(const struct lane *lane) { return !lane->config->ring; }
+
+static inline void pn_lane_count(struct lane *lane, int class_, int counter, uint64_t amount) {
+    pn_stats_add(lane->dest->config.map, class_, counter, amount);
+}
+
+static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
+
+/* Whether it is for us to say. */
+static inline bool pn_lane_may_choose(const struct lane *lane) {
+    int both = 1 << PN_RAW | 1 << PN_LZ4;
+    return pn_lane_is_demand(lane) && (lane->dest->config.encodings & both) == both;
+}
+
+/* Ask for pages of one piece, claimed by the caller. pn_lane_can_ask has said that there is room. */
+void pn_lane_ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
+/* Whether so many requests can be asked now. */
+bool pn_lane_can_ask(struct lane *lane, uint32_t requests);
+/* Ask for what the window wants, as far as there is room for it in flight. */
+void pn_lane_prefetch_more(struct lane *lane);
+/* A background lane asks for what the ring has, as far as its window goes. */
+void pn_lane_feed(struct lane *lane);
+/* Demand: read replies into the stage, several at a time, and place them. */
+void pn_lane_receive_staged(struct lane *lane);
+/* Background: read a reply to where its pages belong, or through the stage. */
+void pn_lane_receive_direct(struct lane *lane);
 /* What this lane is about to end with, unless it has a reason to end already. */
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
 /* With why pages could not be put into place, as -errno. */
