@@ -18,21 +18,8 @@ enum {
     STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
-    PREFETCH_LIMIT = 1 << 20, /* bytes on either side: a window of huge pages would only be in the next fault's way */
-    PREFETCH_LEAST = 8 << 10, /* may be on its way of a window that adapts, however slow the path: 0.07 ms at 1 Gbit/s */
-    MOST_DENSE = 16, /* so much more than meant is on its way, once, where pages turn out to be bytes after all */
-    QUIET_NS = 20000000, /* no fault for so long: the background may widen its window */
     LATE = 256,
-    MOMENT_NS = 300000,  /* in which a page that the background has asked for may come before it is asked for again */
-    LOOK_NS = 4000000,   /* over which it is found out whether the owner does little but wait */
-    LIMITED_NS = 150000, /* of its rate: what a background that is held to one has on its way, beside an owner that waits */
-    WIDEN_NS = 750000,   /* of the link: what a window that adapts may have on its way then, if the owner did nothing but wait */
 };
-
-/* Shares of time. From where on an owner waits; and from where on waiting for fewer pages is worth waiting longer for each. Found side
- * by side with those times, over 1 Gbit/s and 100 Mbit/s (pagenet-bench workload: zipf, sequential, random). */
-#define WAITS 0.06
-#define WAITS_MUCH 0.2
 
 struct slot {
     uint32_t id;
@@ -68,14 +55,8 @@ struct lane {
     size_t out_start, out_end;
     int epoll;
     uint32_t sock_events, work_events, stop_events; /* what epoll watches for */
-    uint64_t dense; /* background: bytes of pages that come as one byte on the wire, of late; 1 to MOST_DENSE */
-    uint64_t in_flight, window; /* bytes; demand: that a window which adapts may have on its way with what is waited for */
-    uint64_t looked, waited; /* when the share of time that the owner waits was looked at, and how long it had waited by then */
-    double waiting; /* that share, of late */
-    bool starved;   /* more than half, just now */
+    struct pn_pace pace;
     struct pn_prompt prompt; /* demand */
-    uint64_t arrived; /* bytes on the wire since then */
-    double rate;      /* bytes a ns: the most of late */
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
@@ -94,6 +75,32 @@ struct lane {
     bool (*can_ask)(struct lane *lane, uint32_t requests);
 };
 
+static inline bool pn_lane_is_demand(const struct lane *lane) { return !lane->config->ring; }
+
+static inline void pn_lane_count(struct lane *lane, int class_, int counter, uint64_t amount) {
+    pn_stats_add(lane->dest->config.map, class_, counter, amount);
+}
+
+static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
+
+/* Whether it is for us to say. */
+static inline bool pn_lane_may_choose(const struct lane *lane) {
+    int both = 1 << PN_RAW | 1 << PN_LZ4;
+    return pn_lane_is_demand(lane) && (lane->dest->config.encodings & both) == both;
+}
+
+/* Ask for pages of one piece, claimed by the caller. pn_lane_can_ask has said that there is room. */
+void pn_lane_ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
+/* Whether so many requests can be asked now. */
+bool pn_lane_can_ask(struct lane *lane, uint32_t requests);
+/* Ask for what the window wants, as far as there is room for it in flight. */
+void pn_lane_prefetch_more(struct lane *lane);
+/* A background lane asks for what the ring has, as far as its window goes. */
+void pn_lane_feed(struct lane *lane);
+/* Demand: read replies into the stage, several at a time, and place them. */
+void pn_lane_receive_staged(struct lane *lane);
+/* Background: read a reply to where its pages belong, or through the stage. */
+void pn_lane_receive_direct(struct lane *lane);
 /* What this lane is about to end with, unless it has a reason to end already. */
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
 /* With why pages could not be put into place, as -errno. */
@@ -106,14 +113,14 @@ bool pn_lane_has_room(struct lane *lane, size_t size);
 bool pn_lane_take_faults(struct lane *lane);
 /* Answer faults again that had to wait for the owner's memory to stand still, and ask for pages that should have come by now. */
 void pn_lane_look_again(struct lane *lane);
-/* Pages of one piece that came (NULL: as zeros): those that are wanted are placed, and they are no longer in flight. */
+/* Pages of one piece that came (NULL: as zeros): those that are wanted are placed, the rest is dropped. */
 void pn_lane_place(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages, const void *bytes);
 /* The same of pages that the caller took before they came, into the memory behind the second mapping. */
 void pn_lane_put(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages);
-/* A page that somebody waited for came after so long (ns). */
-void pn_lane_adapt(struct lane *lane, uint64_t latency);
-/* Sets how much of the background (bytes) may be on its way beside faults; leaves it alone while there have been none of late. */
-void pn_lane_narrow(struct lane *lane, uint64_t now, uint64_t *window);
+/* The lane's windows are as configured, and nothing is in flight. */
+void pn_lane_init_pace(struct lane *lane);
+/* Before the background asks: see pn_pace_look. */
+void pn_lane_look(struct lane *lane);
 /* epoll_wait, until something happens or the lane's pause is over. */
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room);
 void pn_drain_eventfd(int fd);

@@ -29,8 +29,6 @@ enum {
     MAX_PART = 1 << 30,       /* of one work request */
     AHEAD = 8,                /* chunks whose keys are asked for before the background comes to them */
     REFUSED_NS = 10000000,    /* the source may pin no more: ask again after so long */
-    SPIN_NS = 30000,          /* look for the end of a demanded READ for so long before sleeping, with processors to spare */
-    SPIN_CPUS = 4,
     READY = 8,
 };
 
@@ -101,11 +99,10 @@ struct pn_rdma {
     uint32_t free_read_count, free_slot_count, slot_count;
     uint32_t demand_reads;
     struct pn_ring *ring;
-    uint64_t background, window; /* bytes of it under way, and that may be; the lane's own are for what is waited for */
     struct batch batches[2];
     uint8_t inbox[24 + 1024];
     size_t have;
-    bool spins;
+    uint64_t spin_ns; /* 0: not at all */
     uint64_t spun; /* times */
 };
 
@@ -442,7 +439,7 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
         if (!pages.count) { /* its owner has given it up */
             pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_DROPPED, 1);
             if (!queue_pair)
-                rdma->lane.in_flight -= piece->page_size;
+                pn_pace_came(&rdma->lane.pace, pages.class_, piece->page_size, pn_now());
             skipped = 1;
         }
     }
@@ -459,7 +456,7 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
     rdma->demand_reads += pages.class_ == PN_DEMAND;
     read->since = pn_now();
     if (queue_pair)
-        rdma->background += pages.count * piece->page_size;
+        pn_pace_sent(&rdma->lane.pace, pages.class_, pages.count * piece->page_size);
     pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_REQUESTS, 1);
     return pages.count;
 }
@@ -474,11 +471,12 @@ static uint64_t begin(struct pn_rdma *rdma, const struct want *want) {
         part.count = alike(rdma, part.piece, part.first, want->count - done, &zero);
         uint64_t begun = part.count;
         if (zero) {
-            if (part.class_ == PN_BACKGROUND) { /* which is counted apart, and takes nothing of a limited link here */
-                rdma->lane.in_flight += part.count * part.piece->page_size;
-                pn_refund(rdma->lane.dest, part.count * part.piece->page_size);
-            }
+            uint64_t size = part.count * part.piece->page_size;
             pn_lane_place(&rdma->lane, part.class_, part.piece, part.first, part.count, NULL);
+            if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing of a limited link */
+                pn_refund(rdma->lane.dest, size);
+            else
+                pn_pace_came(&rdma->lane.pace, part.class_, size, pn_now());
             pn_stats_add(rdma->lane.dest->config.map, part.class_, PN_RUNS, 1);
         } else {
             begun = begin_read(rdma, part);
@@ -499,7 +497,7 @@ static bool can_want(struct lane *lane, uint32_t requests) {
 
 static void want(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
     struct wants *wants = class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
-    lane->in_flight += pages * piece->page_size;
+    pn_pace_sent(&lane->pace, class_, pages * piece->page_size);
     wants->items[wants->count++] = (struct want){.piece = piece, .first = first, .count = pages, .class_ = (uint8_t)class_};
 }
 
@@ -559,7 +557,7 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
     struct pn_ring *ring = rdma->ring;
     struct pn_map *map = rdma->lane.dest->config.map;
     uint64_t head = ring->head;
-    if (rdma->background >= rdma->window || pn_ring_used(ring) == 0)
+    if (!pn_pace_room(&rdma->lane.pace, PN_BACKGROUND) || pn_ring_used(ring) == 0)
         return false;
     uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
     uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
@@ -571,9 +569,9 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
             pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)missing);
             return false;
         }
-        uint64_t chunk = min(min(rdma->slot_size, rdma->config.lane.chunk), rdma->window / 2) / piece->page_size;
+        uint64_t most = min(pn_pace_request_pages(&rdma->lane.pace, piece->page_size), *left);
         struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
-        next.count = min(min(*left, chunk ? chunk : 1), piece->first + piece->count - missing);
+        next.count = min(most, piece->first + piece->count - missing);
         uint64_t wire = on_wire(piece, missing);
         if (!has_keys(rdma, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
             return false;
@@ -622,25 +620,17 @@ static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
     }
 }
 
-static void background_came(struct pn_rdma *rdma, uint64_t bytes) {
-    rdma->background -= bytes;
-    rdma->lane.in_flight += bytes; /* placing takes it off there, where it was not counted */
-    if (pn_now() - atomic_load(&rdma->lane.dest->last_fault) > QUIET_NS)
-        rdma->window = min(rdma->window + bytes, rdma->config.lane.window_max);
-}
-
 static void came(struct pn_rdma *rdma, struct under_way *read) {
     struct want *pages = &read->pages;
     struct pn_map *map = rdma->lane.dest->config.map;
     rdma->batches[read->queue_pair].posted -= read->parts;
     rdma->demand_reads -= pages->class_ == PN_DEMAND;
+    uint64_t now = pn_now(), size = pages->count * pages->piece->page_size;
     if (pages->class_ == PN_DEMAND)
-        pn_lane_adapt(&rdma->lane, pn_now() - read->since);
-    if (read->queue_pair)
-        background_came(rdma, pages->count * pages->piece->page_size);
+        pn_pace_waited(&rdma->lane.pace, now - read->since, now);
+    pn_pace_wire(&rdma->lane.pace, pages->class_, size, size);
     pn_stats_add(map, pages->class_, PN_RUNS, 1);
-    pn_stats_add(map, pages->class_, PN_WIRE_BYTES, pages->count * pages->piece->page_size);
-    rdma->lane.arrived += pages->count * pages->piece->page_size;
+    pn_stats_add(map, pages->class_, PN_WIRE_BYTES, size);
     if (read->slot < 0) {
         pn_lane_put(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count);
     } else {
@@ -648,6 +638,7 @@ static void came(struct pn_rdma *rdma, struct under_way *read) {
         pn_lane_place(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count, bytes);
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)read->slot;
     }
+    pn_pace_came(&rdma->lane.pace, pages->class_, size, now);
     let_go_of_chunks(rdma, pages);
     rdma->free_reads[rdma->free_read_count++] = (uint16_t)(read - rdma->reads);
 }
@@ -753,7 +744,7 @@ static void begin_all(struct pn_rdma *rdma) {
     take_demanded(rdma); /* a near peer, or a device in software, has done it by now */
     begin_wants(rdma, &rdma->prefetched, &first);
     post(rdma, 0);
-    pn_lane_narrow(lane, pn_now(), &rdma->window);
+    pn_lane_look(lane);
     lane->pause = UINT64_MAX;
     while (!lane->ended && begin_next(rdma, first))
         ;
@@ -764,10 +755,10 @@ static void begin_all(struct pn_rdma *rdma) {
 
 /* With processors to spare, the end of a READ that somebody waits for is looked for before sleeping. */
 static bool spin(struct pn_rdma *rdma) {
-    if (!rdma->spins || !rdma->demand_reads || rdma->lane.ended)
+    if (!rdma->spin_ns || !rdma->demand_reads || rdma->lane.ended)
         return false;
     rdma->spun++;
-    uint64_t until = pn_now() + SPIN_NS;
+    uint64_t until = pn_now() + rdma->spin_ns;
     while (pn_now() < until)
         if (take_completions(rdma, 0))
             return true;
@@ -868,7 +859,7 @@ static int prepare_memory(struct pn_rdma *rdma) {
     for (uint32_t i = 0; i < rdma->slot_count; i++)
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)i;
     rdma->granted = AHEAD;
-    rdma->spins = sysconf(_SC_NPROCESSORS_ONLN) >= SPIN_CPUS;
+    rdma->spin_ns = pn_pace_spin(sysconf(_SC_NPROCESSORS_ONLN));
     return 0;
 }
 
@@ -876,8 +867,8 @@ static int prepare_loop(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
     uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED, UNWATCHED};
     lane->sock_events = lane->work_events = UNWATCHED;
-    lane->window = PREFETCH_LEAST;
-    rdma->window = lane->config->window_min;
+    pn_lane_init_pace(lane);
+    lane->pace.chunk = min(lane->pace.chunk, rdma->slot_size);
     lane->ask = want;
     lane->can_ask = can_want;
     lane->epoll = epoll_create1(EPOLL_CLOEXEC);

@@ -589,6 +589,9 @@ def _clamped(counters: Any) -> list[int]:
 
 # ---- native lanes ----
 
+#: bytes of background that may be in flight while the owner does little but wait, while there are faults, and when there have
+#: been none for a while: native/pace.c
+WINDOW_BYTES = (lib.pn_tunables.window_least, lib.pn_tunables.window_min, lib.pn_tunables.window_max)
 
 @dataclass(frozen=True, slots=True)
 class Piece:

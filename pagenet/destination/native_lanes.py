@@ -28,9 +28,7 @@ from .filling import Filling
 
 __all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
-# What may be on its way while the owner does little but wait (two requests, so that one is always being answered), while there
-# are faults, and when there have been none for a while.
-WINDOW_BYTES = (16 << 10, 96 << 10, 4 << 20)
+WINDOW_BYTES = _native.WINDOW_BYTES
 # What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
 # it grows when half of it was used up sooner, or all of it before we were there, and shrinks when later. Python's part costs
 # about 100 us each time that it is filled up, and 10 us for each run.
