@@ -12,7 +12,7 @@ HERE = Path("native")  # setuptools runs in the project's root and wants relativ
 SOURCES = [
     "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "prompt.c",
     "pace.c", "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
-    "verbs.c", "rdma.c", "keys.c", "source.c", "pattern.c", "workload.c", "bench.c",
+    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "pattern.c", "workload.c", "bench.c",
 ]  # fmt: skip
 
 HEADERS = ["pagenet.h", "pace.h"]

@@ -3,7 +3,7 @@
  * One loop drives both queue pairs: what it does for a page of the background takes tens of microseconds, and demand is looked at
  * before each. Faults become wants; a want is started when the keys to all its chunks are there. */
 #define _GNU_SOURCE
-#include "keys.h"
+#include "chunks.h"
 #include "lane.h"
 #include "thread.h"
 #include "verbs.h"
@@ -27,23 +27,7 @@ enum {
     SLOT_BYTES = 256 << 10,   /* of it for one READ */
     MIN_SLOTS = 2,
     MAX_PART = 1 << 30,       /* of one work request */
-    AHEAD = 8,                /* chunks whose keys are asked for before the background comes to them */
-    REFUSED_NS = 10000000,    /* the source may pin no more: ask again after so long */
     READY = 8,
-};
-
-enum chunk_state { CHUNK_FAR, CHUNK_ASKED, CHUNK_HERE, CHUNK_ZERO };
-
-/* So many bytes of the source's memory, for which there is one key. */
-struct chunk {
-    uint64_t address;
-    uint64_t zero[4];
-    struct ibv_mr *local; /* our own memory for the same pages, where it is registered */
-    uint32_t rkey;
-    uint32_t reads;        /* under way */
-    uint32_t older, newer; /* of those that are here: chunk + 1, 0: none */
-    uint8_t state;
-    bool refused;
 };
 
 /* Pages of a piece that are to be read, claimed by us. */
@@ -88,10 +72,7 @@ struct pn_rdma {
     struct ibv_mr *stage_mr;
     char *stage;
     uint64_t slot_size;
-    struct chunk *chunks;
-    uint32_t oldest, newest, chunks_here; /* chunks + 1 */
-    uint32_t granted; /* chunks that the source lets us have at once, as far as we know */
-    uint64_t refused_until;
+    struct chunks chunks;
     struct wants demanded, prefetched;
     struct under_way reads[READS];
     uint16_t free_reads[READS];
@@ -100,8 +81,6 @@ struct pn_rdma {
     uint32_t demand_reads;
     struct pn_ring *ring;
     struct batch batches[2];
-    uint8_t inbox[24 + 1024];
-    size_t have;
     uint64_t spin_ns; /* 0: not at all */
     uint64_t spun; /* times */
 };
@@ -110,232 +89,31 @@ static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lan
 
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-/* ---- chunks ---- */
-
-static const struct pn_rdma_block *block_of(const struct pn_rdma *rdma, uint64_t page) {
-    const struct pn_rdma_block *blocks = rdma->config.blocks;
-    uint64_t low = 0, high = rdma->config.block_count;
-    while (high - low > 1) {
-        uint64_t middle = (low + high) / 2;
-        *(blocks[middle].first <= page ? &low : &high) = middle;
-    }
-    return &blocks[low];
-}
-
-static uint64_t pages_per_chunk(const struct pn_rdma *rdma, const struct pn_rdma_block *block) {
-    return block->page_size < rdma->config.chunk_size ? rdma->config.chunk_size / block->page_size : 1;
-}
-
-/* A chunk, and the pages in it. */
-struct place {
-    struct chunk *chunk;
-    uint64_t first, count;
-    uint64_t page_size;
-};
-
-static struct place place_of(struct pn_rdma *rdma, uint64_t page) {
-    const struct pn_rdma_block *block = block_of(rdma, page);
-    uint64_t pages = pages_per_chunk(rdma, block), number = (page - block->first) / pages;
-    struct place place = {
-        .chunk = &rdma->chunks[block->chunk + number],
-        .first = block->first + number * pages,
-        .page_size = block->page_size,
-    };
-    place.count = min(pages, block->first + block->pages - place.first);
-    return place;
-}
-
-/* Those that are here stand in the order of their last use. */
-static void unlink_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    *(chunk->older ? &rdma->chunks[chunk->older - 1].newer : &rdma->oldest) = chunk->newer;
-    *(chunk->newer ? &rdma->chunks[chunk->newer - 1].older : &rdma->newest) = chunk->older;
-}
-
-static void link_newest(struct pn_rdma *rdma, struct chunk *chunk) {
-    uint32_t number = (uint32_t)(chunk - rdma->chunks) + 1;
-    chunk->older = rdma->newest;
-    chunk->newer = 0;
-    *(rdma->newest ? &rdma->chunks[rdma->newest - 1].newer : &rdma->oldest) = number;
-    rdma->newest = number;
-}
-
-static void use_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    if (chunk->state == CHUNK_HERE && rdma->newest != (uint32_t)(chunk - rdma->chunks) + 1) {
-        unlink_chunk(rdma, chunk);
-        link_newest(rdma, chunk);
-    }
-}
-
-static bool say_key(struct pn_rdma *rdma, int kind, const struct place *place) {
-    struct lane *lane = &rdma->lane;
-    struct key_header header = {.kind = (uint8_t)kind, .first = place->first, .count = (uint32_t)place->count};
-    if (!pn_lane_has_room(lane, sizeof header))
-        return false;
-    memcpy(lane->outbox + lane->out_end, &header, sizeof header);
-    lane->out_end += sizeof header;
-    return true;
-}
-
-static struct place place_of_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    uint64_t number = (uint64_t)(chunk - rdma->chunks), low = 0, high = rdma->config.block_count;
-    while (high - low > 1) {
-        uint64_t middle = (low + high) / 2;
-        *(rdma->config.blocks[middle].chunk <= number ? &low : &high) = middle;
-    }
-    const struct pn_rdma_block *block = &rdma->config.blocks[low];
-    return place_of(rdma, block->first + (number - block->chunk) * pages_per_chunk(rdma, block));
-}
-
-/* Nothing is read there now. The source may use what it pins for other pages. */
-static void give_back(struct pn_rdma *rdma, struct chunk *chunk) {
-    struct place place = place_of_chunk(rdma, chunk);
-    if (!say_key(rdma, KEY_RETURN, &place))
-        return; /* later */
-    unlink_chunk(rdma, chunk);
-    rdma->chunks_here--;
-    chunk->state = CHUNK_FAR;
-    if (chunk->local)
-        rdma->verbs.dereg_mr(chunk->local);
-    chunk->local = NULL;
-}
-
-static bool give_back_oldest(struct pn_rdma *rdma) {
-    uint32_t number = rdma->oldest;
-    while (number && rdma->chunks[number - 1].reads)
-        number = rdma->chunks[number - 1].newer;
-    if (number)
-        give_back(rdma, &rdma->chunks[number - 1]);
-    return number;
-}
-
-/* waited_for: rather than be refused again, give back another one. */
-static void ask_for_key(struct pn_rdma *rdma, const struct place *place, bool waited_for) {
-    struct chunk *chunk = place->chunk;
-    if (chunk->state != CHUNK_FAR)
-        return;
-    bool made_room = chunk->refused && waited_for && give_back_oldest(rdma);
-    if (!made_room && rdma->refused_until && pn_now() < rdma->refused_until)
-        return;
-    if (say_key(rdma, KEY_ASK, place)) {
-        chunk->state = CHUNK_ASKED;
-        chunk->refused = false;
-    }
-}
-
-/* Whether the keys to all pages of a run (as numbered on the wire) are here; those that are not are asked for. */
-static bool has_keys(struct pn_rdma *rdma, uint64_t first, uint64_t end, bool waited_for) {
-    bool all = true;
-    while (first < end) {
-        struct place place = place_of(rdma, first);
-        if (place.chunk->state < CHUNK_HERE) {
-            ask_for_key(rdma, &place, waited_for);
-            all = false;
-        }
-        first = place.first + place.count;
-    }
-    return all;
-}
-
-/* ---- keys from the source ---- */
-
-static void wrong(struct pn_rdma *rdma, const char *what) {
-    pn_lane_end(&rdma->lane, PN_END_PROTOCOL, 0, "the peer's answer about a key %s", what);
-}
-
-static void key_came(struct pn_rdma *rdma, struct chunk *chunk, const struct key_header *header, const uint8_t *body) {
-    struct key key = {0};
-    memcpy(&key, body, header->length);
-    chunk->address = key.address;
-    chunk->rkey = key.rkey;
-    memcpy(chunk->zero, key.zero, sizeof key.zero);
-    chunk->state = CHUNK_HERE;
-    link_newest(rdma, chunk);
-    if (++rdma->chunks_here > rdma->granted)
-        rdma->granted = rdma->chunks_here;
-}
-
-static void refused(struct pn_rdma *rdma, struct chunk *chunk) {
-    chunk->state = CHUNK_FAR;
-    chunk->refused = true;
-    rdma->refused_until = pn_now() + REFUSED_NS;
-    rdma->granted = rdma->chunks_here;
-}
-
-static void answer_came(struct pn_rdma *rdma, const struct key_header *header, const uint8_t *body) {
-    const struct pn_rdma_block *last = &rdma->config.blocks[rdma->config.block_count - 1];
-    if (header->kind == KEY_FAILED) {
-        pn_lane_end(&rdma->lane, PN_END_FAILED, 0, "%.*s", (int)header->length, (const char *)body);
-        return;
-    }
-    if (header->first >= last->first + last->pages) {
-        wrong(rdma, "is for a page that there is not");
-        return;
-    }
-    struct place place = place_of(rdma, header->first);
-    if (place.chunk->state != CHUNK_ASKED || place.first != header->first || place.count != header->count)
-        wrong(rdma, "was not asked for");
-    else if (header->kind == KEY_HERE && (header->length == KEY_WITHOUT_ZEROS || header->length == sizeof(struct key)))
-        key_came(rdma, place.chunk, header, body);
-    else if (header->kind == KEY_ZERO && !header->length)
-        place.chunk->state = CHUNK_ZERO;
-    else if (header->kind == KEY_REFUSED && !header->length)
-        refused(rdma, place.chunk);
-    else
-        wrong(rdma, "makes no sense");
-}
-
-static void use_inbox(struct pn_rdma *rdma) {
-    size_t used = 0;
-    while (rdma->have - used >= sizeof(struct key_header) && !rdma->lane.ended) {
-        struct key_header header;
-        memcpy(&header, rdma->inbox + used, sizeof header);
-        if (header.length > sizeof rdma->inbox - sizeof header) {
-            wrong(rdma, "is too long");
-            return;
-        }
-        if (rdma->have - used < sizeof header + header.length)
-            break;
-        answer_came(rdma, &header, rdma->inbox + used + sizeof header);
-        used += sizeof header + header.length;
-    }
-    rdma->have -= used;
-    memmove(rdma->inbox, rdma->inbox + used, rdma->have);
-}
-
-static void receive_keys(struct pn_rdma *rdma) {
-    ssize_t got = recv(rdma->config.lane.sock, rdma->inbox + rdma->have, sizeof rdma->inbox - rdma->have, MSG_DONTWAIT);
-    if (got > 0) {
-        rdma->have += (size_t)got;
-        use_inbox(rdma);
-    } else if (got == 0) {
-        pn_lane_end(&rdma->lane, PN_END_CLOSED, 0, "");
-    } else if (errno != EAGAIN && errno != EINTR) {
-        pn_lane_end(&rdma->lane, PN_END_BROKEN, errno, "");
-    }
-}
-
 /* ---- reading ---- */
 
 static uint64_t on_wire(const struct pn_piece *piece, uint64_t page) {
     return piece->wire_first + ((page - piece->first) << piece->shift);
 }
 
-/* A page of ours is zero if all that it consists of at the source are. */
-static bool is_zero(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
+/* A page of ours is zero if all that it consists of at the source are. place: the chunk that was
+ * looked at last. */
+static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), end = at + (1ull << piece->shift);
     for (; at < end; at++) {
-        struct place place = place_of(rdma, at);
-        uint64_t bit = at - place.first;
-        if (place.chunk->state != CHUNK_ZERO && !(place.chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
+        if (at - place->first >= place->count)
+            *place = pn_chunks_place(&rdma->chunks, at);
+        uint64_t bit = at - place->first;
+        if (place->chunk->state != CHUNK_ZERO && !(place->chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
             return false;
     }
     return true;
 }
 
 static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t first, uint64_t count, bool *zero) {
+    struct place place = {0};
     uint64_t same = 1;
-    *zero = is_zero(rdma, piece, first);
-    while (same < count && is_zero(rdma, piece, first + same) == *zero)
+    *zero = is_zero(rdma, &place, piece, first);
+    while (same < count && is_zero(rdma, &place, piece, first + same) == *zero)
         same++;
     return same;
 }
@@ -390,10 +168,10 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
     uint64_t at = on_wire(read->pages.piece, read->pages.first);
     uint64_t end = at + (read->pages.count << read->pages.piece->shift);
     while (at < end) {
-        struct place place = place_of(rdma, at);
+        struct place place = pn_chunks_place(&rdma->chunks, at);
         uint64_t count = min(end, place.first + place.count) - at;
         place.chunk->reads++;
-        use_chunk(rdma, place.chunk);
+        pn_chunks_use(&rdma->chunks, place.chunk);
         /* A chunk of zeros has no key: what comes there is cleared. */
         if (place.chunk->state == CHUNK_ZERO) {
             int error = pn_clear(rdma->lane.dest, to, count * place.page_size);
@@ -427,7 +205,7 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
     int queue_pair = pages.class_ == PN_BACKGROUND;
     const struct pn_piece *piece = pages.piece;
     pages.count = min(pages.count, rdma->slot_size / piece->page_size);
-    struct place place = place_of(rdma, on_wire(piece, pages.first));
+    struct place place = pn_chunks_place(&rdma->chunks, on_wire(piece, pages.first));
     if (!piece->shift) /* stay in one chunk, if a chunk is not a part of a page */
         pages.count = min(pages.count, place.first + place.count - on_wire(piece, pages.first));
     if (!has_space(rdma, queue_pair, parts_of(rdma, &pages)))
@@ -507,7 +285,7 @@ static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) 
     for (uint32_t i = 0; i < wants->count; i++) {
         struct want *item = &wants->items[i];
         uint64_t page = on_wire(item->piece, item->first);
-        if (has_keys(rdma, page, page + (item->count << item->piece->shift), *first)) {
+        if (pn_chunks_have(&rdma->chunks, page, page + (item->count << item->piece->shift), *first)) {
             uint64_t done = begin(rdma, item);
             item->first += done;
             item->count -= done;
@@ -538,15 +316,15 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
  * the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
-    uint32_t most = rdma->granted < AHEAD ? rdma->granted : AHEAD;
+    uint32_t most = (uint32_t)min(rdma->chunks.granted, PN_AHEAD);
     bool asking = false;
     for (uint32_t i = 0; i < most && at < past; i++) {
-        struct place place = place_of(rdma, at);
+        struct place place = pn_chunks_place(&rdma->chunks, at);
         if (place.chunk->state == CHUNK_FAR && !is_done(rdma, piece, &place)) {
             if (!asking && i > most / 2)
                 return;
             asking = true;
-            ask_for_key(rdma, &place, false);
+            pn_chunks_ask(&rdma->chunks, &place, false);
         }
         at = place.first + place.count;
     }
@@ -573,7 +351,7 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
         struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
         next.count = min(most, piece->first + piece->count - missing);
         uint64_t wire = on_wire(piece, missing);
-        if (!has_keys(rdma, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
+        if (!pn_chunks_have(&rdma->chunks, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
             return false;
         next.count = pn_map_span(map, missing, missing + next.count, PN_MISSING);
         uint64_t granted = pn_grant(rdma->lane.dest, next.count * piece->page_size, piece->page_size, &rdma->lane.pause);
@@ -612,10 +390,10 @@ static void post(struct pn_rdma *rdma, int queue_pair) {
 static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
     uint64_t at = on_wire(pages->piece, pages->first), end = at + (pages->count << pages->piece->shift);
     while (at < end) {
-        struct place place = place_of(rdma, at);
+        struct place place = pn_chunks_place(&rdma->chunks, at);
         place.chunk->reads--;
         if (!place.chunk->reads && place.chunk->state == CHUNK_HERE && is_done(rdma, pages->piece, &place))
-            give_back(rdma, place.chunk);
+            pn_chunks_give_back(&rdma->chunks, place.chunk);
         at = place.first + place.count;
     }
 }
@@ -715,7 +493,7 @@ static void act(struct pn_rdma *rdma, int fd) {
     else if (fd == rdma->lane.dest->config.uffd)
         pn_lane_take_faults(&rdma->lane);
     else if (fd == config->sock)
-        receive_keys(rdma);
+        pn_chunks_receive(&rdma->chunks);
     else if (fd == rdma->channel->fd)
         take_channel_event(rdma);
     else if (fd == rdma->context->async_fd)
@@ -731,7 +509,7 @@ static void take_demanded(struct pn_rdma *rdma) {
 
 /* The source may pin no more: when to ask it again. */
 static void pause_until_asking(struct pn_rdma *rdma) {
-    uint64_t now = pn_now(), left = rdma->refused_until > now ? rdma->refused_until - now : 0;
+    uint64_t left = pn_chunks_pause(&rdma->chunks);
     if (left)
         rdma->lane.pause = min(rdma->lane.pause, left);
 }
@@ -849,16 +627,13 @@ static int prepare_stage(struct pn_rdma *rdma) {
 }
 
 static int prepare_memory(struct pn_rdma *rdma) {
-    uint64_t size = rdma->config.chunk_count * sizeof *rdma->chunks;
-    rdma->chunks = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     rdma->lane.outbox = malloc(OUTBOX_BYTES);
-    if (rdma->chunks == MAP_FAILED || !rdma->lane.outbox)
+    if (!rdma->lane.outbox || pn_chunks_init(&rdma->chunks))
         return -ENOMEM;
     for (uint32_t i = 0; i < READS; i++)
         rdma->free_reads[rdma->free_read_count++] = (uint16_t)(READS - 1 - i);
     for (uint32_t i = 0; i < rdma->slot_count; i++)
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)i;
-    rdma->granted = AHEAD;
     rdma->spin_ns = pn_pace_spin(sysconf(_SC_NPROCESSORS_ONLN));
     return 0;
 }
@@ -889,7 +664,10 @@ struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
     rdma->config.lane.ring = NULL; /* to what it has in common with others, this is a demand lane */
     rdma->lane = (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .stage = MAP_FAILED, .epoll = -1};
     rdma->stage = MAP_FAILED;
-    rdma->chunks = MAP_FAILED;
+    rdma->chunks = (struct chunks){
+        .lane = &rdma->lane, .verbs = &rdma->verbs, .blocks = config->blocks, .block_count = config->block_count,
+        .chunk_size = config->chunk_size, .count = config->chunk_count,
+    };
     errno = 0;
     *error = prepare_device(rdma);
     *error = *error ? *error : prepare_stage(rdma);
@@ -906,11 +684,7 @@ static void free_memory(struct pn_rdma *rdma) {
         rdma->verbs.dereg_mr(rdma->stage_mr);
     if (rdma->stage != MAP_FAILED)
         munmap(rdma->stage, rdma->slot_count * rdma->slot_size);
-    for (uint32_t number = rdma->oldest; number; number = rdma->chunks[number - 1].newer)
-        if (rdma->chunks[number - 1].local)
-            rdma->verbs.dereg_mr(rdma->chunks[number - 1].local);
-    if (rdma->chunks != MAP_FAILED)
-        munmap(rdma->chunks, rdma->config.chunk_count * sizeof *rdma->chunks);
+    pn_chunks_free(&rdma->chunks);
     if (rdma->lane.epoll >= 0)
         close(rdma->lane.epoll);
     free(rdma->lane.outbox);
