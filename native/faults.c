@@ -6,6 +6,16 @@
 #include <errno.h>
 #include <string.h>
 
+static bool can_ask(struct lane *lane, uint32_t runs) {
+    return lane->faults.asking->can_ask(lane, runs);
+}
+
+static void ask(struct lane *lane, uint8_t class_, const struct pn_piece *piece, uint64_t first,
+                uint64_t count) {
+    struct run run = {.piece = piece, .first = first, .count = count, .class_ = class_};
+    lane->faults.asking->ask(lane, &run);
+}
+
 /* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
 static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint32_t forward_, uint32_t backward_) {
     struct pn_map *map = lane->dest->config.map;
@@ -14,12 +24,12 @@ static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint
     uint64_t backward = pn_at_most(pn_at_most(backward_, page - piece->first), limit);
     uint64_t taken = pn_map_claim(map, page + 1, pn_at_most(forward, limit), PN_MISSING, PN_REQUESTED);
     if (taken)
-        pn_lane_ask(lane, PN_PREFETCH, piece, page + 1, taken);
+        ask(lane, PN_PREFETCH, piece, page + 1, taken);
     uint64_t from = page;
     while (page - from < backward && pn_map_claim(map, from - 1, 1, PN_MISSING, PN_REQUESTED))
         from--;
     if (from < page)
-        pn_lane_ask(lane, PN_PREFETCH, piece, from, page - from);
+        ask(lane, PN_PREFETCH, piece, from, page - from);
 }
 
 static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t page) {
@@ -34,18 +44,18 @@ static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t p
 /* What the window wants, a little at a time: all that is on its way stands before the next page that somebody waits for. */
 void pn_lane_prefetch_more(struct lane *lane) {
     uint64_t first, taken, room;
-    while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && pn_lane_can_ask(lane, 1)) {
+    while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && can_ask(lane, 1)) {
         taken = pn_window_next(lane->dest->config.window, lane->dest->config.map, room, &first);
         if (!taken)
             break;
-        pn_lane_ask(lane, PN_PREFETCH, pn_piece_of_page(lane->dest, first), first, taken);
+        ask(lane, PN_PREFETCH, pn_piece_of_page(lane->dest, first), first, taken);
     }
     pn_lane_flush(lane);
 }
 
 static void put_off(struct lane *lane, const struct pn_event *fault) {
-    if (lane->deferred_count < EVENTS)
-        lane->deferred[lane->deferred_count++] = *fault;
+    if (lane->faults.deferred_count < EVENTS)
+        lane->faults.deferred[lane->faults.deferred_count++] = *fault;
     else /* it will fault again */
         pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
 }
@@ -87,29 +97,32 @@ static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
 static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t page, int state) {
     if (!pn_map_claim(lane->dest->config.map, page, 1, state, PN_REQUESTED))
         return false;
-    pn_lane_ask(lane, PN_DEMAND, piece, page, 1);
+    ask(lane, PN_DEMAND, piece, page, 1);
     return true;
 }
 
 /* A page that the background has asked for is behind other background pages, and a thread that waits does not wait for those.
  * But on a fast link it may be here at once, and whatever comes twice is in the way of something else: it gets a moment. */
 static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
-    if (lane->late_count < LATE)
-        lane->late[lane->late_count++] = (struct late){.page = page, .due = pn_pace_due(now)};
-    else if (pn_lane_can_ask(lane, 1))
+    if (lane->faults.late_count < LATE)
+        lane->faults.late[lane->faults.late_count++] =
+            (struct late){.page = page, .due = pn_pace_due(now)};
+    else if (can_ask(lane, 1))
         demand(lane, piece, page, PN_COMING);
 }
 
 /* Pages that did not come within their moment are asked for. Who comes second is dropped. */
 static void demand_late(struct lane *lane) {
-    uint64_t now = lane->late_count ? pn_now() : 0;
+    uint64_t now = lane->faults.late_count ? pn_now() : 0;
     int past = 0;
-    for (; past < lane->late_count && lane->late[past].due <= now && pn_lane_can_ask(lane, 1); past++) {
-        uint64_t page = lane->late[past].page;
+    for (; past < lane->faults.late_count && lane->faults.late[past].due <= now && can_ask(lane, 1);
+         past++) {
+        uint64_t page = lane->faults.late[past].page;
         demand(lane, pn_piece_of_page(lane->dest, page), page, PN_COMING);
     }
-    lane->late_count -= past;
-    memmove(lane->late, lane->late + past, (size_t)lane->late_count * sizeof lane->late[0]);
+    lane->faults.late_count -= past;
+    memmove(lane->faults.late, lane->faults.late + past,
+            (size_t)lane->faults.late_count * sizeof lane->faults.late[0]);
     if (past)
         pn_lane_flush(lane);
 }
@@ -128,7 +141,7 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
     switch (state) {
     case PN_MISSING:
-        if (!pn_lane_can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
+        if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
             pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
             return false;
         }
@@ -237,7 +250,7 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
         pn_lane_count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
     }
     pn_lane_flush(lane); /* pages that are waited for go first: the window around them is asked for while they travel */
-    for (int i = 0; i < missing_count && pn_lane_can_ask(lane, 2); i++) {
+    for (int i = 0; i < missing_count && can_ask(lane, 2); i++) {
         const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
         prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
     }
@@ -254,9 +267,9 @@ bool pn_lane_take_faults(struct lane *lane) {
 
 static void settle_deferred(struct lane *lane) {
     struct pn_event faults[EVENTS];
-    int faults_count = lane->deferred_count;
-    memcpy(faults, lane->deferred, (size_t)faults_count * sizeof faults[0]);
-    lane->deferred_count = 0;
+    int faults_count = lane->faults.deferred_count;
+    memcpy(faults, lane->faults.deferred, (size_t)faults_count * sizeof faults[0]);
+    lane->faults.deferred_count = 0;
     for (int i = 0; i < faults_count; i++) {
         const struct pn_piece *piece = pn_piece_at(lane->dest, faults[i].start);
         if (!piece) {
@@ -269,8 +282,8 @@ static void settle_deferred(struct lane *lane) {
 
 /* At faults that could not be answered at once. */
 void pn_lane_look_again(struct lane *lane) {
-    if (lane->deferred_count && !lane->ended)
+    if (lane->faults.deferred_count && !lane->ended)
         settle_deferred(lane);
-    if (lane->late_count && !lane->ended)
+    if (lane->faults.late_count && !lane->ended)
         demand_late(lane);
 }

@@ -34,31 +34,28 @@ void pn_lane_end_placing(struct lane *lane, int error) {
         pn_lane_end(lane, PN_END_PLACING, -error, "");
 }
 
-/* Pages of one piece, claimed by the caller. There is a free slot. */
-void pn_lane_ask(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
-    if (lane->ask) {
-        lane->ask(lane, class_, piece, first, pages);
-        return;
-    }
-    uint32_t index = lane->free_slots[--lane->free_count];
-    struct slot *slot = &lane->slots[index];
-    uint64_t wire = piece->wire_first + ((first - piece->first) << piece->shift);
-    *slot = (struct slot){.id = slot->id + SLOTS, .class_ = (uint8_t)class_, .open = 1, .piece = piece, .next = wire};
-    slot->end = wire + (pages << piece->shift);
-    slot->since = class_ == PN_DEMAND ? pn_now() : 0;
-    slot->packs = pn_lane_may_choose(lane) && pn_prompt_packs(&lane->prompt);
+void pn_stream_ask(struct lane *lane, const struct run *run) {
+    struct stream *stream = (struct stream *)lane;
+    const struct pn_piece *piece = run->piece;
+    struct slot *slot = &stream->slots[stream->free_slots[--stream->free_count]];
+    uint64_t wire = piece->wire_first + ((run->first - piece->first) << piece->shift);
+    *slot = (struct slot){
+        .id = slot->id + SLOTS, .class_ = run->class_, .open = 1, .piece = piece, .next = wire};
+    slot->end = wire + (run->count << piece->shift);
+    slot->since = run->class_ == PN_DEMAND ? pn_now() : 0;
+    slot->packs = pn_stream_may_choose(stream) && pn_prompt_packs(&stream->prompt);
     struct pn_request request = {
         .id = slot->id,
-        .class_ = (uint8_t)class_,
+        .class_ = run->class_,
         .encodings = (uint8_t)(lane->dest->config.encodings & ~(slot->packs ? 1 << PN_RAW : 0)),
         .unit_shift = (uint8_t)piece->shift,
         .first = wire,
-        .count = (uint32_t)(pages << piece->shift),
+        .count = (uint32_t)(run->count << piece->shift),
     };
     memcpy(lane->outbox + lane->out_end, &request, sizeof request);
     lane->out_end += sizeof request;
-    pn_pace_sent(&lane->pace, class_, pages * piece->page_size);
-    pn_lane_count(lane, class_, PN_REQUESTS, 1);
+    pn_pace_sent(&lane->pace, run->class_, run->count * piece->page_size);
+    pn_lane_count(lane, run->class_, PN_REQUESTS, 1);
 }
 
 void pn_lane_flush(struct lane *lane) {
@@ -84,12 +81,11 @@ static void make_room(struct lane *lane) {
     lane->out_start = 0;
 }
 
-bool pn_lane_can_ask(struct lane *lane, uint32_t requests) {
-    if (lane->can_ask)
-        return lane->can_ask(lane, requests);
+bool pn_stream_can_ask(struct lane *lane, uint32_t requests) {
     if (lane->out_end + requests * 24 > OUTBOX)
         make_room(lane);
-    return lane->free_count >= requests && lane->out_end + requests * 24 <= OUTBOX;
+    return ((struct stream *)lane)->free_count >= requests &&
+           lane->out_end + requests * 24 <= OUTBOX;
 }
 
 bool pn_lane_has_room(struct lane *lane, size_t size) {

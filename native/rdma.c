@@ -19,7 +19,6 @@
 #include <unistd.h>
 
 enum {
-    OUTBOX_BYTES = 4096 * 24, /* as every lane has */
     WANTS = 4096,             /* runs that somebody waits for, not begun */
     READS = 256,              /* begun at once */
     SEND_QUEUE = 512,         /* work requests posted at once, on a queue pair */
@@ -30,21 +29,15 @@ enum {
     READY = 8,
 };
 
-/* Pages of a piece that are to be read, claimed by us. */
-struct want {
-    const struct pn_piece *piece;
-    uint64_t first, count;
-    uint8_t class_;
-};
-
+/* To be read, and claimed by us. */
 struct wants {
-    struct want items[WANTS];
+    struct run items[WANTS];
     uint32_t count;
 };
 
 /* Pages on their way. */
 struct under_way {
-    struct want pages;
+    struct run pages;
     int slot;       /* of the stage; -1: they come where they belong */
     uint8_t parts;  /* work requests */
     uint64_t since; /* ns */
@@ -60,7 +53,7 @@ struct batch {
 };
 
 struct pn_rdma {
-    struct lane lane; /* first: hooks get this */
+    struct lane lane; /* first: what asks gets this */
     struct pn_rdma_config config;
     struct pn_verbs verbs;
     struct ibv_context *context;
@@ -79,15 +72,12 @@ struct pn_rdma {
     uint16_t free_slots[ARENA_BYTES / SLOT_BYTES];
     uint32_t free_read_count, free_slot_count, slot_count;
     uint32_t demand_reads;
-    struct pn_ring *ring;
     struct batch batches[2];
     uint64_t spin_ns; /* 0: not at all */
     uint64_t spun; /* times */
 };
 
 static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
-
-static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* ---- reading ---- */
 
@@ -97,13 +87,15 @@ static uint64_t on_wire(const struct pn_piece *piece, uint64_t page) {
 
 /* A page of ours is zero if all that it consists of at the source are. place: the chunk that was
  * looked at last. */
-static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_piece *piece, uint64_t page) {
+static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_piece *piece,
+                    uint64_t page) {
     uint64_t at = on_wire(piece, page), end = at + (1ull << piece->shift);
     for (; at < end; at++) {
         if (at - place->first >= place->count)
             *place = pn_chunks_place(&rdma->chunks, at);
         uint64_t bit = at - place->first;
-        if (place->chunk->state != CHUNK_ZERO && !(place->chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
+        if (place->chunk->state != CHUNK_ZERO &&
+            !(place->chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
             return false;
     }
     return true;
@@ -124,7 +116,8 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     if (place->chunk->local)
         return place->chunk->local;
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
-    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    uint64_t to =
+        pn_at_most(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     char *start = (char *)piece->second + from * place->page_size;
     uint64_t size = (to - from) * place->page_size;
     if (!pn_in_place(rdma->lane.dest, piece)) /* else its pages are there */
@@ -139,7 +132,8 @@ static bool within(const struct ibv_mr *mr, uint64_t address, uint64_t size) {
 }
 
 /* Where pages of one chunk belong, if they can be received there: NULL if not. */
-static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct want *pages, const struct place *place) {
+static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct run *pages,
+                               const struct place *place) {
     const struct pn_piece *piece = pages->piece;
     uint64_t wire = on_wire(piece, pages->first), count = pages->count << piece->shift;
     if (!piece->second || wire + count > place->first + place->count)
@@ -169,7 +163,7 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
     uint64_t end = at + (read->pages.count << read->pages.piece->shift);
     while (at < end) {
         struct place place = pn_chunks_place(&rdma->chunks, at);
-        uint64_t count = min(end, place.first + place.count) - at;
+        uint64_t count = pn_at_most(end, place.first + place.count) - at;
         place.chunk->reads++;
         pn_chunks_use(&rdma->chunks, place.chunk);
         /* A chunk of zeros has no key: what comes there is cleared. */
@@ -189,7 +183,7 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
     batch->requests[batch->count - 1].wr_id = (uint64_t)(read - rdma->reads);
 }
 
-static uint64_t parts_of(const struct pn_rdma *rdma, const struct want *pages) {
+static uint64_t parts_of(const struct pn_rdma *rdma, const struct run *pages) {
     return pages->count * pages->piece->page_size / rdma->config.chunk_size + 2;
 }
 
@@ -201,13 +195,14 @@ static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts
 }
 
 /* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no room now. */
-static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
+static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     int queue_pair = pages.class_ == PN_BACKGROUND;
     const struct pn_piece *piece = pages.piece;
-    pages.count = min(pages.count, rdma->slot_size / piece->page_size);
+    pages.count = pn_at_most(pages.count, rdma->slot_size / piece->page_size);
     struct place place = pn_chunks_place(&rdma->chunks, on_wire(piece, pages.first));
     if (!piece->shift) /* stay in one chunk, if a chunk is not a part of a page */
-        pages.count = min(pages.count, place.first + place.count - on_wire(piece, pages.first));
+        pages.count =
+            pn_at_most(pages.count, place.first + place.count - on_wire(piece, pages.first));
     if (!has_space(rdma, queue_pair, parts_of(rdma, &pages)))
         return 0;
     uint64_t skipped = 0;
@@ -240,17 +235,17 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
 }
 
 /* Begin what can be begun of a run whose keys are here: how many pages of it are dealt with. */
-static uint64_t begin(struct pn_rdma *rdma, const struct want *want) {
+static uint64_t begin(struct pn_rdma *rdma, const struct run *want) {
     uint64_t done = 0;
     while (done < want->count && !rdma->lane.ended) {
         bool zero;
-        struct want part = *want;
+        struct run part = *want;
         part.first += done;
         part.count = alike(rdma, part.piece, part.first, want->count - done, &zero);
         uint64_t begun = part.count;
         if (zero) {
             uint64_t size = part.count * part.piece->page_size;
-            pn_lane_place(&rdma->lane, part.class_, part.piece, part.first, part.count, NULL);
+            pn_lane_place(&rdma->lane, &part, NULL);
             if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing of a limited link */
                 pn_refund(rdma->lane.dest, size);
             else
@@ -273,19 +268,23 @@ static bool can_want(struct lane *lane, uint32_t requests) {
     return rdma->demanded.count + requests <= WANTS && rdma->prefetched.count + requests <= WANTS;
 }
 
-static void want(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
-    struct wants *wants = class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
-    pn_pace_sent(&lane->pace, class_, pages * piece->page_size);
-    wants->items[wants->count++] = (struct want){.piece = piece, .first = first, .count = pages, .class_ = (uint8_t)class_};
+static void want(struct lane *lane, const struct run *run) {
+    struct wants *wants =
+        run->class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
+    pn_pace_sent(&lane->pace, run->class_, run->count * run->piece->page_size);
+    wants->items[wants->count++] = *run;
 }
+
+static const struct asking wanting = {want, can_want};
 
 /* The first that waits for keys may have others given back for it, and no other: they would take them from each other, for ever. */
 static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < wants->count; i++) {
-        struct want *item = &wants->items[i];
+        struct run *item = &wants->items[i];
         uint64_t page = on_wire(item->piece, item->first);
-        if (pn_chunks_have(&rdma->chunks, page, page + (item->count << item->piece->shift), *first)) {
+        if (pn_chunks_have(&rdma->chunks, page, page + (item->count << item->piece->shift),
+                           *first)) {
             uint64_t done = begin(rdma, item);
             item->first += done;
             item->count -= done;
@@ -303,7 +302,8 @@ static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) 
 /* Every page of the chunk that the piece has is in place, or given up: its key is of no more use. */
 static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
-    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    uint64_t to =
+        pn_at_most(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     for (uint64_t page = piece->first + (from >> piece->shift); page < piece->first + (to >> piece->shift); page++) {
         int state = pn_map_state(rdma->lane.dest->config.map, page);
         if (state != PN_RESIDENT && state != PN_REMOVED)
@@ -316,7 +316,7 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
  * the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
-    uint32_t most = (uint32_t)min(rdma->chunks.granted, PN_AHEAD);
+    uint32_t most = (uint32_t)pn_at_most(rdma->chunks.granted, PN_AHEAD);
     bool asking = false;
     for (uint32_t i = 0; i < most && at < past; i++) {
         struct place place = pn_chunks_place(&rdma->chunks, at);
@@ -330,47 +330,26 @@ static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64
     }
 }
 
+static bool is_readable(struct pn_rdma *rdma, const struct run *run, bool may_give_back) {
+    uint64_t wire = on_wire(run->piece, run->first), end = wire + (run->count << run->piece->shift);
+    return pn_chunks_have(&rdma->chunks, wire, end, may_give_back) &&
+           has_space(rdma, 1, parts_of(rdma, run));
+}
+
 /* The next pages of the run at the ring's head. False: nothing can be begun now. */
 static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
-    struct pn_ring *ring = rdma->ring;
-    struct pn_map *map = rdma->lane.dest->config.map;
-    uint64_t head = ring->head;
-    if (!pn_pace_room(&rdma->lane.pace, PN_BACKGROUND) || pn_ring_used(ring) == 0)
+    struct lane *lane = &rdma->lane;
+    struct run next;
+    if (!pn_lane_find_next(lane, &next) || !is_readable(rdma, &next, may_give_back) ||
+        !pn_lane_claim_next(lane, &next))
         return false;
-    uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
-    uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
-    *left -= missing - *first;
-    *first = missing;
-    if (*left) {
-        const struct pn_piece *piece = pn_piece_of_page(rdma->lane.dest, missing);
-        if (!piece) {
-            pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)missing);
-            return false;
-        }
-        uint64_t most = min(pn_pace_request_pages(&rdma->lane.pace, piece->page_size), *left);
-        struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
-        next.count = min(most, piece->first + piece->count - missing);
-        uint64_t wire = on_wire(piece, missing);
-        if (!pn_chunks_have(&rdma->chunks, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
-            return false;
-        next.count = pn_map_span(map, missing, missing + next.count, PN_MISSING);
-        uint64_t granted = pn_grant(rdma->lane.dest, next.count * piece->page_size, piece->page_size, &rdma->lane.pause);
-        if (next.count && granted < piece->page_size)
-            return false;
-        next.count = pn_map_claim(map, missing, granted / piece->page_size, PN_MISSING, PN_COMING);
-        uint64_t begun = next.count ? begin(rdma, &next) : 0;
-        if (begun < next.count) /* no room for the rest: as if it had not been claimed, unless somebody waits for it by now */
-            pn_map_replace(map, missing + begun, next.count - begun, PN_COMING, PN_MISSING);
-        uint64_t past = next.count ? begun : 1; /* none: somebody else has taken that page since it was found */
-        *first += past;
-        *left -= past;
-        ask_ahead(rdma, piece, missing);
-        if (begun < next.count)
-            return false;
-    }
-    if (!*left)
-        pn_ring_took(ring, rdma->config.lane.room_fd);
-    return true;
+    uint64_t begun = next.count ? begin(rdma, &next) : 0, left = next.count - begun;
+    /* No room for the rest: as if it had not been claimed, unless somebody waits for it by now. */
+    if (left)
+        pn_map_replace(lane->dest->config.map, next.first + begun, left, PN_COMING, PN_MISSING);
+    pn_lane_go_past(lane, next.count ? begun : 1);
+    ask_ahead(rdma, next.piece, next.first);
+    return !left;
 }
 
 /* ---- completions ---- */
@@ -387,7 +366,7 @@ static void post(struct pn_rdma *rdma, int queue_pair) {
     batch->count = 0;
 }
 
-static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
+static void let_go_of_chunks(struct pn_rdma *rdma, const struct run *pages) {
     uint64_t at = on_wire(pages->piece, pages->first), end = at + (pages->count << pages->piece->shift);
     while (at < end) {
         struct place place = pn_chunks_place(&rdma->chunks, at);
@@ -399,7 +378,7 @@ static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
 }
 
 static void came(struct pn_rdma *rdma, struct under_way *read) {
-    struct want *pages = &read->pages;
+    struct run *pages = &read->pages;
     struct pn_map *map = rdma->lane.dest->config.map;
     rdma->batches[read->queue_pair].posted -= read->parts;
     rdma->demand_reads -= pages->class_ == PN_DEMAND;
@@ -410,10 +389,10 @@ static void came(struct pn_rdma *rdma, struct under_way *read) {
     pn_stats_add(map, pages->class_, PN_RUNS, 1);
     pn_stats_add(map, pages->class_, PN_WIRE_BYTES, size);
     if (read->slot < 0) {
-        pn_lane_put(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count);
+        pn_lane_put(&rdma->lane, pages);
     } else {
         const char *bytes = rdma->stage + (uint64_t)read->slot * rdma->slot_size;
-        pn_lane_place(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count, bytes);
+        pn_lane_place(&rdma->lane, pages, bytes);
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)read->slot;
     }
     pn_pace_came(&rdma->lane.pace, pages->class_, size, now);
@@ -477,15 +456,6 @@ static void take_device_event(struct pn_rdma *rdma) {
 
 /* ---- the loop ---- */
 
-static bool watch(struct pn_rdma *rdma, int fd, uint32_t events, uint32_t *watched) {
-    struct epoll_event event = {.events = events, .data.fd = fd};
-    bool is_new = *watched == UNWATCHED;
-    if (*watched == events)
-        return true;
-    *watched = events;
-    return !epoll_ctl(rdma->lane.epoll, is_new ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
-}
-
 static void act(struct pn_rdma *rdma, int fd) {
     const struct pn_lane_config *config = &rdma->config.lane;
     if (fd == config->stop_fd)
@@ -511,7 +481,7 @@ static void take_demanded(struct pn_rdma *rdma) {
 static void pause_until_asking(struct pn_rdma *rdma) {
     uint64_t left = pn_chunks_pause(&rdma->chunks);
     if (left)
-        rdma->lane.pause = min(rdma->lane.pause, left);
+        rdma->lane.pause = pn_at_most(rdma->lane.pause, left);
 }
 
 static void begin_all(struct pn_rdma *rdma) {
@@ -551,8 +521,10 @@ static void turn(struct pn_rdma *rdma) {
     if (lane->ended)
         return;
     begin_all(rdma);
-    watch(rdma, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events);
-    watch(rdma, lane->dest->config.uffd, can_want(lane, 3 * 64) ? EPOLLIN : 0, &lane->work_events);
+    uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
+    pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events);
+    pn_lane_watch(lane, lane->dest->config.uffd, can_want(lane, 3 * EVENTS) ? EPOLLIN : 0,
+                  &lane->work_events);
     busy = spin(rdma) || arm(rdma) || busy;
     if (lane->ended)
         return;
@@ -627,8 +599,7 @@ static int prepare_stage(struct pn_rdma *rdma) {
 }
 
 static int prepare_memory(struct pn_rdma *rdma) {
-    rdma->lane.outbox = malloc(OUTBOX_BYTES);
-    if (!rdma->lane.outbox || pn_chunks_init(&rdma->chunks))
+    if (pn_chunks_init(&rdma->chunks))
         return -ENOMEM;
     for (uint32_t i = 0; i < READS; i++)
         rdma->free_reads[rdma->free_read_count++] = (uint16_t)(READS - 1 - i);
@@ -640,17 +611,18 @@ static int prepare_memory(struct pn_rdma *rdma) {
 
 static int prepare_loop(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
-    uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED, UNWATCHED};
-    lane->sock_events = lane->work_events = UNWATCHED;
-    pn_lane_init_pace(lane);
-    lane->pace.chunk = min(lane->pace.chunk, rdma->slot_size);
-    lane->ask = want;
-    lane->can_ask = can_want;
-    lane->epoll = epoll_create1(EPOLL_CLOEXEC);
-    bool ok = lane->epoll >= 0 && watch(rdma, lane->config->stop_fd, EPOLLIN, &others[0]) &&
-              watch(rdma, lane->config->work_fd, EPOLLIN, &others[1]) && watch(rdma, rdma->channel->fd, EPOLLIN, &others[2]) &&
-              watch(rdma, rdma->context->async_fd, EPOLLIN, &others[3]);
-    return ok ? 0 : -errno;
+    int others[] = {lane->config->stop_fd, lane->config->work_fd, rdma->channel->fd,
+                    rdma->context->async_fd};
+    lane->faults.asking = &wanting;
+    if (!pn_lane_prepare(lane))
+        return errno ? -errno : -ENOMEM;
+    lane->pace.chunk = pn_at_most(lane->pace.chunk, rdma->slot_size);
+    for (int i = 0; i < 4; i++) {
+        uint32_t watched = UNWATCHED;
+        if (!pn_lane_watch(lane, others[i], EPOLLIN, &watched))
+            return -errno;
+    }
+    return 0;
 }
 
 struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
@@ -660,13 +632,16 @@ struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
         return NULL;
     }
     rdma->config = *config;
-    rdma->ring = config->lane.ring;
-    rdma->config.lane.ring = NULL; /* to what it has in common with others, this is a demand lane */
-    rdma->lane = (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .stage = MAP_FAILED, .epoll = -1};
+    rdma->lane =
+        (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .epoll = -1};
     rdma->stage = MAP_FAILED;
     rdma->chunks = (struct chunks){
-        .lane = &rdma->lane, .verbs = &rdma->verbs, .blocks = config->blocks, .block_count = config->block_count,
-        .chunk_size = config->chunk_size, .count = config->chunk_count,
+        .lane = &rdma->lane,
+        .verbs = &rdma->verbs,
+        .blocks = config->blocks,
+        .block_count = config->block_count,
+        .chunk_size = config->chunk_size,
+        .count = config->chunk_count,
     };
     errno = 0;
     *error = prepare_device(rdma);
@@ -685,9 +660,7 @@ static void free_memory(struct pn_rdma *rdma) {
     if (rdma->stage != MAP_FAILED)
         munmap(rdma->stage, rdma->slot_count * rdma->slot_size);
     pn_chunks_free(&rdma->chunks);
-    if (rdma->lane.epoll >= 0)
-        close(rdma->lane.epoll);
-    free(rdma->lane.outbox);
+    pn_lane_clean_up(&rdma->lane);
 }
 
 /* The queue pairs go first: nothing is written to our memory after that. */
