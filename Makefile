@@ -1,13 +1,14 @@
 # `make demo` and `make test` need nothing but make: tools/bootstrap finds or installs the rest.
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint pytest dist clean
+.PHONY: demo test check lint pytest dist generate api clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 # A virtual environment knows where it was made. The stamp's name carries the place, so that a copied or moved checkout
 # gets one of its own instead of quietly running the original's code.
 STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
-BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.c native/*.h native/*.py)
+PUBLIC := pagenet pagenet.errors pagenet.control pagenet.qemu pagenet.testing
+BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.[ch] native/*.py native/testing/*.[ch])
 
 demo: $(STAMP)
 	$(PY) tools/demo.py $(DEMOARGS)
@@ -29,6 +30,14 @@ lint: $(STAMP)
 
 dist: $(STAMP)
 	$(PY) -m build --outdir dist
+
+# Manual pages and completion, after a change of options.
+generate: $(STAMP)
+	$(PY) tools/generate
+
+# The API reference, from the docstrings: build/api/pagenet.html
+api: $(STAMP)
+	$(PY) -m pdoc --docformat restructuredtext --output-directory build/api $(PUBLIC)
 
 $(STAMP): $(BUILT_FROM) tools/bootstrap
 	test -e $@ || rm -rf $(VENV)

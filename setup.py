@@ -1,3 +1,4 @@
+import glob
 import os
 import shlex
 
@@ -5,7 +6,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # The libraries for LD_PRELOAD, and the source of each.
-PRELOADED = {"pagenet.qemu.preload": "native/preload.c", "pagenet.bench.workload.trace": "native/trace.c"}
+PRELOADED = {
+    "pagenet.qemu.preload": "native/preload.c",
+    "pagenet.bench.workload.trace": "native/testing/trace.c",
+}
 
 
 class BuildExt(build_ext):
@@ -21,6 +25,7 @@ def preloaded(name, source):
     return Extension(
         name,
         sources=[source, "native/uffd.c"],
+        include_dirs=["native"],
         depends=["native/pagenet.h"],
         extra_compile_args=[
             "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden",
@@ -31,8 +36,16 @@ def preloaded(name, source):
     )  # fmt: skip
 
 
+# Made by tools/generate, from the parsers of the commands.
+PAGES = {
+    "share/man/man1": "docs/man/*.1",
+    "share/bash-completion/completions": "docs/completion/bash/*",
+    "share/zsh/site-functions": "docs/completion/zsh/*",
+}
+
 setup(
-    cffi_modules=["native/build_ffi.py:ffibuilder"],
+    data_files=[(directory, sorted(glob.glob(names))) for directory, names in PAGES.items()],
+    cffi_modules=["native/build_ffi.py:core", "native/build_ffi.py:testing"],
     ext_modules=[preloaded(*library) for library in PRELOADED.items()],
     cmdclass={"build_ext": BuildExt},
 )

@@ -133,10 +133,12 @@ static int find_instruction(struct guest *guest) {
     return guest->instruction ? 0 : -ENOEXEC;
 }
 
-static int move_scratch(const struct guest *guest, char *into, const char *from) {
-    ssize_t moved = from ? pwrite(guest->memory, from, SCRATCH, (off_t)guest->scratch)
-                         : pread(guest->memory, into, SCRATCH, (off_t)guest->scratch);
-    return moved == SCRATCH ? 0 : -EFAULT;
+static int read_scratch(const struct guest *guest, char *into) {
+    return pread(guest->memory, into, SCRATCH, (off_t)guest->scratch) == SCRATCH ? 0 : -EFAULT;
+}
+
+static int write_scratch(const struct guest *guest, const char *from) {
+    return pwrite(guest->memory, from, SCRATCH, (off_t)guest->scratch) == SCRATCH ? 0 : -EFAULT;
 }
 
 static int look(struct guest *guest) {
@@ -147,7 +149,7 @@ static int look(struct guest *guest) {
         error = find_instruction(guest);
     guest->scratch = (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull; /* free, as the ABI has it */
     if (!error)
-        error = move_scratch(guest, guest->kept, NULL);
+        error = read_scratch(guest, guest->kept);
     if (!error && ptrace(PTRACE_GETSIGMASK, guest->pid, sizeof guest->mask, &guest->mask))
         error = -errno;
     return error;
@@ -192,7 +194,7 @@ static int leave(struct guest *guest) {
         if (!error)
             error = wait_interrupted(guest);
     }
-    move_scratch(guest, NULL, guest->kept);
+    write_scratch(guest, guest->kept);
     set_registers(guest, &guest->before);
     set_mask(guest, guest->mask);
     ptrace(PTRACE_DETACH, guest->pid, NULL, NULL);
@@ -223,7 +225,7 @@ static uint64_t text(const struct guest *guest, int *error, const char *words) {
     char scratch[SCRATCH] = "";
     strncpy(scratch, words, sizeof scratch - 1);
     if (!*error)
-        *error = move_scratch(guest, NULL, scratch);
+        *error = write_scratch(guest, scratch);
     return guest->scratch;
 }
 

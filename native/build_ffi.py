@@ -1,4 +1,8 @@
-"""Builds pagenet._pagenet, the C core, as a cffi API-mode extension. Run by setup.py."""
+"""Builds pagenet._pagenet, the C core, and pagenet._pagenet_testing, what tests and benches need, as cffi API-mode extensions.
+
+Run by setup.py. The second is not linked into the first, so that what moves memory never loads it. They share no state, and
+what both need is compiled into each.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,37 @@ HERE = Path("native")  # setuptools runs in the project's root and wants relativ
 SOURCES = [
     "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "prompt.c",
     "pace.c", "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
-    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "pattern.c", "workload.c", "bench.c",
+    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
+]  # fmt: skip
+TESTING_SOURCES = [
+    "testing/pattern.c", "testing/workload.c", "testing/bench.c", "uffd.c", "residency.c", "memory.c",
 ]  # fmt: skip
 
-HEADERS = ["pagenet.h", "pace.h"]
 
-
-def declarations() -> str:
-    """The headers as cffi wants them: without their preprocessor lines."""
-    lines = [line for name in HEADERS for line in (Path(__file__).parent / name).read_text().splitlines()]
+def declarations(header: str) -> str:
+    """The header as cffi wants it: without its preprocessor lines."""
+    lines = (Path(__file__).parent / header).read_text().splitlines()
     return "\n".join(line for line in lines if not line.startswith("#"))
 
 
-ffibuilder = FFI()
-ffibuilder.cdef(declarations())
-ffibuilder.set_source(
-    "pagenet._pagenet",
-    "\n".join(f'#include "{name}"' for name in HEADERS),
-    sources=[str(HERE / name) for name in SOURCES],
-    include_dirs=[str(HERE)],
-    libraries=["lz4"],
-    depends=[str(HERE / name) for name in HEADERS],
-    extra_compile_args=[
-        "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
-        *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
-    ],
-    extra_link_args=["-pthread", "-ldl", *shlex.split(os.environ.get("PAGENET_LDFLAGS", ""))],
-)  # fmt: skip
+def extension(name: str, headers: list[str], sources: list[str], libraries: list[str]) -> FFI:
+    builder = FFI()
+    builder.cdef("\n".join(map(declarations, headers)))
+    builder.set_source(
+        name,
+        "\n".join(f'#include "{header}"' for header in headers),
+        sources=[str(HERE / source) for source in sources],
+        include_dirs=[str(HERE)],
+        libraries=libraries,
+        depends=[str(HERE / header) for header in ["pagenet.h", *headers]],
+        extra_compile_args=[
+            "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
+            *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
+        ],
+        extra_link_args=["-pthread", *shlex.split(os.environ.get("PAGENET_LDFLAGS", ""))],
+    )  # fmt: skip
+    return builder
+
+
+core = extension("pagenet._pagenet", ["pagenet.h", "pace.h"], SOURCES, ["lz4", "dl"])
+testing = extension("pagenet._pagenet_testing", ["testing/testing.h"], TESTING_SOURCES, [])

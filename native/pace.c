@@ -5,11 +5,16 @@
 
 /* "Measured": by pagenet-bench workload (zipf, sequential, random) over links of 1 Gbit/s and 100 Mbit/s, side by side with other
  * values. */
-const struct pn_tunables pn_tunables = {
+const struct pn_pace_tunables pn_tunables = {
     /* The background's window. Two requests, so that one is always being answered: the owner does little but wait. */
     .window_least = 16 << 10,
     .window_min = 96 << 10, /* there are faults: 0.8 ms at 1 Gbit/s. Not measured by itself */
     .window_max = 4 << 20,  /* nobody has faulted for a while: what 10 Gbit/s hold at 3 ms. Not measured by itself */
+    /* The same over RDMA. A page of shared memory that the background READs in place cannot be
+     * overtaken by a fault on it, so this is what such a fault may wait for. Not measured. */
+    .rdma_window_least = 64 << 10,
+    .rdma_window_min = 256 << 10,
+    .rdma_window_max = 2 << 20,
     /* The window of what is prefetched. Least, however slow the path: 0.07 ms at 1 Gbit/s. */
     .prefetch_least = 8 << 10,
     .prefetch_most = 1 << 20, /* more, of huge pages, would only be in the next fault's way. Not measured */
@@ -107,7 +112,7 @@ void pn_pace_waited(struct pn_pace *pace, uint64_t latency, uint64_t now) {
 
 uint64_t pn_pace_due(uint64_t now) { return now + pn_tunables.moment_ns; }
 
-uint64_t pn_pace_spin(long processors) { return processors >= (long)pn_tunables.spin_processors ? pn_tunables.spin_ns : 0; }
+uint64_t pn_pace_spin(int64_t processors) { return processors >= (int64_t)pn_tunables.spin_processors ? pn_tunables.spin_ns : 0; }
 
 /* ---- the background ---- */
 

@@ -6,8 +6,9 @@
 #include <stdint.h>
 
 /* All that can be tuned. The values, and the reason for each, are at the head of pace.c. */
-struct pn_tunables {
+struct pn_pace_tunables {
     uint64_t window_least, window_min, window_max;
+    uint64_t rdma_window_least, rdma_window_min, rdma_window_max;
     uint64_t prefetch_least, prefetch_most;
     uint64_t most_dense;
     uint64_t quiet_ns, look_ns, limited_ns, widen_ns, moment_ns;
@@ -16,7 +17,7 @@ struct pn_tunables {
     double peak;
     uint64_t spin_ns, spin_processors;
 };
-extern const struct pn_tunables pn_tunables;
+extern const struct pn_pace_tunables pn_tunables;
 
 /* What all loops of one destination know. Any of them may read it, and call the functions, but for the last two fields: those are
  * for one thread at a time (a lock of the caller's). */
@@ -82,6 +83,6 @@ uint64_t pn_pace_request_pages(const struct pn_pace *pace, uint64_t page_size);
 /* When a page that the background has asked for is asked for again, if it is waited for from now on. */
 uint64_t pn_pace_due(uint64_t now);
 /* For how long (ns) the end of a READ is looked for before sleeping, on a machine with so many processors. */
-uint64_t pn_pace_spin(long processors);
+uint64_t pn_pace_spin(int64_t processors);
 
 #endif

@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import trio
-from pagenet._pagenet import ffi, lib
+from pagenet._pagenet_testing import ffi, lib
 
 import pagenet
-from pagenet import _pagenet
+from pagenet import _pagenet_testing
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -57,17 +57,17 @@ WORKLOAD = """
 import sys
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
-loader = ExtensionFileLoader("pagenet._pagenet", sys.argv[1])
-core = module_from_spec(spec_from_loader("pagenet._pagenet", loader))
-loader.exec_module(core)
-arguments = [core.ffi.new("char[]", argument.encode()) for argument in ["workload", *sys.argv[2:]]]
-sys.exit(core.lib.pn_workload(len(arguments), core.ffi.new("char *[]", [*arguments, core.ffi.NULL])))
+loader = ExtensionFileLoader("pagenet._pagenet_testing", sys.argv[1])
+testing = module_from_spec(spec_from_loader("pagenet._pagenet_testing", loader))
+loader.exec_module(testing)
+arguments = [testing.ffi.new("char[]", argument.encode()) for argument in ["workload", *sys.argv[2:]]]
+sys.exit(testing.lib.pn_workload(len(arguments), testing.ffi.new("char *[]", [*arguments, testing.ffi.NULL])))
 """
 
 
 def workload_command(*args: str) -> list[str]:
     """As :func:`pagenet.testing.workload.workload_command`."""
-    return [sys.executable, "-c", WORKLOAD, str(_pagenet.__file__), *args]
+    return [sys.executable, "-c", WORKLOAD, str(_pagenet_testing.__file__), *args]
 
 
 def plant_pagenet(directory: Path) -> None:

@@ -57,7 +57,7 @@ class Build:
 
     @property
     def core(self) -> Path:
-        (core,) = self.path.glob("pagenet/_pagenet*.so")
+        (core,) = self.path.glob("pagenet/_pagenet.*.so")
         return core
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:

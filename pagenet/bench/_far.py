@@ -14,6 +14,7 @@ from functools import partial
 import trio
 
 from .. import _native, transport
+from .._native.testing import bench_page_server, bench_send
 from ..errors import PagenetError, UsageError
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
@@ -68,9 +69,9 @@ async def _order(connection: Connection, memory: _native.Mapped) -> Callable[[in
         await receive_exactly(connection, memoryview(order))
     what, length, piece = _ORDER.unpack(order)
     if what == _PAGES and 0 < piece <= _MAX_PAGE:
-        return partial(_native.bench_page_server, page_size=piece)
+        return partial(bench_page_server, page_size=piece)
     if what == _BYTES and 0 < piece <= length <= memory.size:
-        return partial(_native.bench_send, address=memory.address, length=length, chunk=piece)
+        return partial(bench_send, address=memory.address, length=length, chunk=piece)
     there_is = f"at most {memory.size} bytes, in chunks, or pages of at most {_MAX_PAGE}"
     raise PagenetError(f"it asks for what there is not: there are {there_is}")
 

@@ -21,6 +21,7 @@ from typing import Literal
 import trio
 
 from .. import _native
+from .._native.testing import bench_claim_memory, bench_fault_floor, bench_touch
 from ..destination.pulling import Transfer, pull
 from ..errors import PagenetError, SourceLost, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
@@ -160,7 +161,7 @@ class _Measure:
     async def _floor(self, peer: int, pick: random.Random, threads: int) -> array[int]:
         with _bare_memory(self._options.memory, self._size, self._page_size) as (memory, uffd):
             pages = self._pages(pick)
-            toucher = Toucher(lambda: _native.bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS))
+            toucher = Toucher(lambda: bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS))
             stop = os.eventfd(0, os.EFD_CLOEXEC)
             try:
                 async with open_failing_nursery() as nursery:
@@ -175,7 +176,7 @@ class _Measure:
 
     async def _pulled(self, background: str, pick: random.Random, result: FaultResult) -> array[int]:
         options = self._options
-        await trio.to_thread.run_sync(_native.bench_claim_memory, self._size)
+        await trio.to_thread.run_sync(bench_claim_memory, self._size)
         memory = OwnMemory(options.memory)
         toucher: Toucher | None = None
         try:
@@ -207,7 +208,7 @@ class _Measure:
 
     def _touch(self, transfer: Transfer, address: int, pages: Sequence[int], threads: int) -> Callable[[], array[int]]:
         shared_fd = transfer.filling.residency.shared.fd
-        return lambda: _native.bench_touch(address, self._page_size, pages, threads, LIMIT_SECONDS, shared_fd)
+        return lambda: bench_touch(address, self._page_size, pages, threads, LIMIT_SECONDS, shared_fd)
 
     def _check(self, transfer: Transfer, result: FaultResult) -> None:
         if transfer.region.size != self._size:
@@ -260,7 +261,7 @@ def _bare_memory(kind: MemoryKind, size: int, page_size: int) -> Iterator[tuple[
 async def _answer(uffd: Userfaultfd, peer: int, stop: int, page_size: int) -> None:
     """The bare handler. When it ends nobody waits for it any more: with the userfaultfd, the memory's pages become zeros."""
     try:
-        await trio.to_thread.run_sync(_native.bench_fault_floor, uffd.fd, peer, stop, page_size)
+        await trio.to_thread.run_sync(bench_fault_floor, uffd.fd, peer, stop, page_size)
     except OSError as error:
         raise PagenetError(f"the floor's page server is gone: {error.strerror}") from None
     finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import trio
 
 from .. import _native, transport
+from .._native.testing import bench_claims
 from ..background.schedule import Hot
 from ..destination.pulling import pull
 from ..protocol import (
@@ -89,7 +90,7 @@ async def measure_null(pages: int = 1 << 15, rounds: int = 3) -> list[NullResult
 
 def _claim_in_c(pages: int) -> int:
     with Residency(pages) as residency:
-        return _native.bench_claims(residency.shared)
+        return bench_claims(residency.shared)
 
 
 def _claim_in_python(pages: int) -> int:

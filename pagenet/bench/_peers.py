@@ -15,7 +15,7 @@ from typing import IO, NamedTuple, Self
 
 import trio
 
-from .. import _native
+from .._native.testing import pattern_differs
 from ..errors import PagenetError, UsageError
 from ..protocol import printable
 from ..tcp import assume_near, tune
@@ -84,7 +84,7 @@ class Source(MemoryFile):
 
     def differs(self, address: int) -> int:
         """Pages at ``address`` that are not what they should be. Call it in a thread."""
-        return _native.pattern_differs(address, self.size // mmap.PAGESIZE, mmap.PAGESIZE, 0, self.zero_every)
+        return pattern_differs(address, self.size // mmap.PAGESIZE, mmap.PAGESIZE, 0, self.zero_every)
 
 
 class Child:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import trio
 
-from .. import _native
+from .._native.testing import bench_touch
 from ..destination.pulling import pull
 from ..errors import PagenetError, Unsupported
 from ..rdma import CHUNK_SIZE, default_path
@@ -157,7 +157,7 @@ async def _pull_all(size: int, transport: Literal["rdma", "tcp"], allocate: bool
 async def _pull_from(serving: Served, memory: OwnMemory) -> _Pulled:
     before, began = _cpu_seconds(serving.pid), trio.current_time()
     async with pull(serving.uri, memory, background="off", prefetch=(0, 0)) as transfer:
-        toucher = Toucher(lambda: _native.bench_touch(memory.address, PAGE, [0], 1, LIMIT_SECONDS))
+        toucher = Toucher(lambda: bench_touch(memory.address, PAGE, [0], 1, LIMIT_SECONDS))
         try:
             await toucher.latencies()
             begins = trio.current_time()

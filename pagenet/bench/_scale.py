@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .. import _native
+from .._native.testing import bench_touch
 from ..destination.pulling import pull
 from ..errors import UsageError
 from ..transport import LaneKind
@@ -96,7 +96,7 @@ async def _touch(source: Served, pages: Sequence[int], options: ScaleOptions) ->
     with ExitStack() as stack:
         stack.callback(memory.close)
         async with pull(source.uri, memory, background="off", lane=options.lane, prefetch=(0, 0)):
-            toucher = Toucher(lambda: _native.bench_touch(memory.address, mmap.PAGESIZE, pages, 1, _LIMIT_SECONDS))
+            toucher = Toucher(lambda: bench_touch(memory.address, mmap.PAGESIZE, pages, 1, _LIMIT_SECONDS))
             stack.callback(toucher.join)
             return await toucher.latencies()
     raise AssertionError("the transfer was cancelled by nobody")

@@ -20,6 +20,7 @@ from typing import Literal
 import trio
 
 from .. import _native
+from .._native.testing import bench_claim_memory, bench_memcpy, bench_receive
 from ..destination.pulling import pull
 from ..errors import PagenetError, UsageError
 from ..events import EventHandler
@@ -124,7 +125,7 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
         for _ in range(options.rounds):
             await floors.round()
             for variant in variants:
-                await trio.to_thread.run_sync(_native.bench_claim_memory, 2 * options.size)
+                await trio.to_thread.run_sync(bench_claim_memory, 2 * options.size)
                 await _stream(variant, options)
     return [*floors.results, *(variant.result for variant in variants)]
 
@@ -229,10 +230,10 @@ class _Floors:
         from_, to = _native.Mapped(size), _native.Mapped(size)
         try:
             # Memory that was never written is one page of zeros, over and over, in the cache.
-            _native.bench_memcpy(from_.address, to.address, size)
+            bench_memcpy(from_.address, to.address, size)
             for _ in range(2):  # the first time brings the pages
                 start = time.perf_counter()
-                _native.bench_memcpy(to.address, from_.address, size)
+                bench_memcpy(to.address, from_.address, size)
                 seconds = time.perf_counter() - start
             return seconds
         finally:
@@ -246,13 +247,13 @@ class _Floors:
         start = time.perf_counter()
         try:
             order(size, chunk)
-            _native.bench_receive(sock.fileno(), size, chunk, uffd, address, second)
+            bench_receive(sock.fileno(), size, chunk, uffd, address, second)
         except OSError as error:
             raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
         return time.perf_counter() - start
 
     def _time_copy(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
-        _native.bench_claim_memory(2 * self._options.size)
+        bench_claim_memory(2 * self._options.size)
         memory = _native.Mapped(self._options.size)
         uffd = Userfaultfd.open()
         try:
@@ -265,7 +266,7 @@ class _Floors:
     def _time_continue(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
         """Into memory that was allocated, and whose second mapping is at hand, before the clock starts."""
         size = self._options.size
-        _native.bench_claim_memory(2 * size)
+        bench_claim_memory(2 * size)
         with ExitStack() as stack:
             fd = os.memfd_create("pagenet-floor", os.MFD_CLOEXEC)
             stack.callback(os.close, fd)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from .. import _native
+from .._native.testing import bench_memcpy, bench_page_server, bench_send
 
 __all__ = ["ORDER", "READY", "peer_command", "python_module"]
 
@@ -35,12 +36,12 @@ def peer_command(role: str, *numbers: int) -> list[str]:
 
 def _send_pages(fd: int, page_size: int) -> None:
     with socket.socket(fileno=fd) as sock:
-        _native.bench_page_server(sock.fileno(), page_size)
+        bench_page_server(sock.fileno(), page_size)
 
 
 def _copy_of(memfd: int, size: int) -> _native.Mapped:
     source, memory = _native.Mapped(size, memfd), _native.Mapped(size)
-    _native.bench_memcpy(memory.address, source.address, size)
+    bench_memcpy(memory.address, source.address, size)
     source.close()
     return memory
 
@@ -55,7 +56,7 @@ def _send_bytes(fd: int, memfd: int, size: int) -> None:
                 break
             length, chunk = ORDER.unpack(order)
             with socket.socket(fileno=fds[0]) as sock:
-                _native.bench_send(sock.fileno(), memory.address, length, chunk)
+                bench_send(sock.fileno(), memory.address, length, chunk)
 
 
 def _hold_memory(memfd: int, size: int) -> None:

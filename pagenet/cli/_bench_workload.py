@@ -22,7 +22,7 @@ from ..bench import (
     plot_workload,
     workload_targets,
 )
-from ..testing.pattern import parse_size
+from ..sizes import parse_size
 from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown
 

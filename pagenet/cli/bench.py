@@ -46,14 +46,14 @@ from ..bench import (
     serve_floors,
 )
 from ..errors import UsageError
-from ..testing.pattern import parse_size
+from ..sizes import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload
 from ._command import Parser, Report, add_lane_option, count, count_or_none, names, prefetch_window, run_command
 from ._tables import make_console, make_table, shown
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _PROG = "pagenet-bench"
 _SUITES = {
@@ -92,7 +92,7 @@ _ROWS = [
 Fields = dict[str, Any]
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(_PROG, "Measure pagenet beside what bare loops in C do in the same call. Without a command: all.")
     suites = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser)
     for name, words in _SUITES.items():
@@ -633,7 +633,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in (*_SUITES, "-h", "--help", "--version"):
         arguments.insert(0, "all")
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     report = trace_report(_PROG, options.json) if options.suite == "trace" else Report(_PROG, options.json, _WORDS)
     return run_command(lambda: _bench(options, report), report)
 

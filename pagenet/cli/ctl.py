@@ -24,7 +24,7 @@ from ._command import Parser, Report, background_order, prefetch_window, rate, r
 from ._rates import rate_words
 from ._tables import make_console
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _EXIT_CODES = """\
 exit codes:
@@ -40,7 +40,7 @@ _MIB = 1 << 20
 _WATCH_SECONDS = 1.0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser("pagenet-ctl", "Look at a pagenet daemon, or change what it does, while it runs.")
     parser.epilog = _EXIT_CODES
     parser.add_argument("socket", metavar="SOCKET", help="what the daemon was given as --control")
@@ -247,7 +247,7 @@ def _us(value: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     return run_command(lambda: _control(options), Report("pagenet-ctl", options.json, {}))
 
 

@@ -17,7 +17,7 @@ from ._command import Parser, Report, add_pull_options, count, pull_options
 from ._control import add_control_option, run_controlled
 from ._progress import show_until_complete
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _WORDS = {
     "listening": "waiting for a source on {uri}",
@@ -29,7 +29,7 @@ _WORDS = {
 }
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser("pagenet-pull", "Pull the pages of a source into memory that is in use already, or into a file.")
     parser.add_argument("uri", metavar="URI", help="where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH")
     into = parser.add_mutually_exclusive_group(required=True)
@@ -89,7 +89,7 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     report = Report("pagenet-pull", options.json, _WORDS)
     return run_controlled(_pull, options, report)
 

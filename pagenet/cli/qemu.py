@@ -18,7 +18,7 @@ from ._command import Parser, Report, add_lane_option, add_pull_options, count, 
 from ._control import Work, add_control_option, run_controlled
 from ._progress import make_progress, show_until_complete
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _PROG = "pagenet-qemu"
 _SHAPES = "tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH"
@@ -45,7 +45,7 @@ _WARNINGS = {
 }
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(_PROG, "Move a running QEMU guest to another host.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     words = """Start the QEMU that a guest comes to, and take one guest; ends when that QEMU ends, with its exit status. Or
@@ -129,7 +129,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(argv)
     report = Report(_PROG, options.json, _WORDS, _WARNINGS)
     work: Work = _migrate

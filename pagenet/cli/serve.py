@@ -10,14 +10,14 @@ from contextlib import ExitStack
 import trio
 
 from ..control import Control
+from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
 from ..source.memory import Source, named_identity, open_source
 from ..source.serving import MAX_LANES, MAX_SESSIONS, serve
-from ..testing.pattern import parse_size
 from ._command import Parser, Report, add_lane_option, count
 from ._control import add_control_option, run_controlled
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _WORDS = {
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
@@ -30,7 +30,7 @@ _WORDS = {
 }
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser("pagenet-serve", "Serve memory to destinations that pull it with pagenet-pull.")
     parser.add_argument(
         "source",
@@ -114,7 +114,7 @@ async def _serve_source(source: Source | list[str], options: argparse.Namespace,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     report = Report("pagenet-serve", options.json, _WORDS)
     return run_controlled(_serve, options, report)
 

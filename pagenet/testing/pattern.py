@@ -1,7 +1,8 @@
 """A source for tests: ``python -m pagenet.testing.pattern FILE --size BYTES`` writes what the workload expects to find.
 
-Every word of the pattern depends on its page and place (``native/pattern.c``), so :mod:`pagenet.testing.workload`, given the
-same seed and share of zero pages, finds each byte that is missing, stale or in the wrong place.
+Every word of the pattern depends on its page and place (``native/testing/pattern.c``), so
+:mod:`pagenet.testing.workload`, given the same seed and share of zero pages, finds each byte that is missing,
+stale or in the wrong place.
 """
 
 from __future__ import annotations
@@ -11,27 +12,17 @@ import mmap
 import os
 import sys
 
-from .. import _native
+from .._native.testing import pattern_fill
+from ..sizes import parse_size
 
 __all__ = ["parse_size", "pattern_command", "write_pattern"]
 
 _CHUNK_PAGES = 256
-_SHIFTS = {"K": 10, "M": 20, "G": 30}
 
 
 def pattern_command(*args: str) -> list[str]:
     """The command line that writes a pattern with ``args``, on this Python."""
     return [sys.executable, "-P", "-m", "pagenet.testing.pattern", *args]
-
-
-def parse_size(text: str) -> int:
-    """For argparse: bytes in whole pages, with one of K, M, G after the number or nothing."""
-    shift = _SHIFTS.get(text[-1:].upper(), 0)
-    number = text[:-1] if shift else text
-    size = int(number) << shift if number.isdecimal() else 0
-    if size == 0 or size % mmap.PAGESIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {mmap.PAGESIZE}-byte pages")
-    return size
 
 
 def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_every: int = 0) -> None:
@@ -45,7 +36,7 @@ def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_e
     with open(os.open(path, flags, 0o666), "wb") as file:
         for first in range(0, size // mmap.PAGESIZE, _CHUNK_PAGES):
             pages = min(_CHUNK_PAGES, size // mmap.PAGESIZE - first)
-            _native.pattern_fill(chunk, first, pages, mmap.PAGESIZE, seed, zero_every)
+            pattern_fill(chunk, first, pages, mmap.PAGESIZE, seed, zero_every)
             file.write(chunk[: pages * mmap.PAGESIZE])
 
 

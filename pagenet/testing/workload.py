@@ -1,16 +1,17 @@
 """An owner for tests: ``python -m pagenet.testing.workload --socket PATH --size BYTES ...``, see ``--help``.
 
 It moves onto pagenet as a VMM does: maps memory, hands its userfaultfd over a unix socket with Firecracker's handshake,
-touches pages from C threads while they come, and checks every byte against the pattern of ``native/pattern.c``. What it
-finds comes as JSON lines on stdout, the last of them ``{"event": "verified", ...}``; exit status 0 means that every byte
-was right. Always a process of its own: a Python thread must never touch memory whose pages another Python thread places.
+touches pages from C threads while they come, and checks every byte against the pattern of
+``native/testing/pattern.c``. What it finds comes as JSON lines on stdout, the last of them
+``{"event": "verified", ...}``; exit status 0 means that every byte was right. Always a process of its
+own: a Python thread must never touch memory whose pages another Python thread places.
 """
 
 from __future__ import annotations
 
 import sys
 
-from .. import _native
+from .._native.testing import run_workload
 
 __all__ = ["workload_command"]
 
@@ -21,7 +22,7 @@ def workload_command(*args: str) -> list[str]:
 
 
 def main() -> int:
-    return _native.run_workload(["workload", *sys.argv[1:]])
+    return run_workload(["workload", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from pagenet._pagenet import ffi, lib
+from pagenet._pagenet_testing import ffi, lib
 from processes import (
     HUGE_PAGE,
     PAGE,

@@ -69,7 +69,8 @@ def check_progress(moments: list[dict[str, Any]]) -> None:
 
 
 async def test_program_in_the_document(tmp_path: Path) -> None:
-    found = re.search(r"<!-- tests/test_qemu_events.py runs this -->\n```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    marked = r"<!-- tests/guest/test_qemu_events.py runs this -->\n```python\n(.*?)```"
+    found = re.search(marked, DOCUMENT.read_text(), re.DOTALL)
     assert found
     program = tmp_path / "program.py"
     program.write_text(found[1])

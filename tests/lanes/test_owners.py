@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trio
-from pagenet._pagenet import ffi, lib
+from pagenet._pagenet_testing import ffi, lib
 from processes import (
     HUGE_PAGE,
     PAGE,

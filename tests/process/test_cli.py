@@ -527,6 +527,49 @@ async def test_refused_owner_is_an_event(source: str, tmp_path: Path, uffd_permi
         assert await bad.wait() == 0
 
 
+# ---- what is loaded ----
+
+LOADED = """
+import importlib, pathlib, sys
+importlib.import_module(sys.argv[1])
+maps = pathlib.Path("/proc/self/maps").read_text()
+print(*("pagenet." + name in sys.modules for name in ("_pagenet", "_pagenet_testing")))
+print(*(f"/{name}." in maps for name in ("_pagenet", "_pagenet_testing")))
+"""
+
+
+@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl"])
+async def test_command_loads_nothing_of_the_tests(command: str) -> None:
+    code, lines, _ = await ended([sys.executable, "-c", LOADED, f"pagenet.cli.{command}"])
+    assert code == 0
+    assert lines == ["True False", "True False"]
+
+
+async def test_what_the_tests_need_is_seen_where_it_is_loaded() -> None:
+    _, lines, _ = await ended([sys.executable, "-c", LOADED, "pagenet.testing.workload"])
+    assert lines == ["True True", "True True"]
+
+
+def extensions_of(process: Process) -> set[str]:
+    """The extension modules of ours that a process has mapped."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    return set(re.findall(r"/(_pagenet\w*)\.", maps))
+
+
+async def test_transfer_loads_nothing_of_the_tests(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+    """In the middle of it: nothing is loaded late."""
+    path = tmp_path / "uffd.sock"
+    async with (
+        run_server(source) as (server, uri),
+        run_relay(uri, hold_after=SIZE // 2) as relay,
+        run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane)) as puller,
+        run_workload(path, "--size", SIZE, "--wait-complete") as workload,
+    ):
+        await relay.held.wait()
+        assert extensions_of(server) == extensions_of(puller) == {"_pagenet"}
+        assert extensions_of(workload) == {"_pagenet_testing"}
+
+
 # ---- words ----
 
 

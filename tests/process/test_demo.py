@@ -1,4 +1,4 @@
-"""tools/demo.py, as a stranger runs it, and the library example of the README."""
+"""tools/demo.py, as a stranger runs it, and the example in docs/library.md."""
 
 from __future__ import annotations
 
@@ -107,12 +107,13 @@ def test_signal_leaves_nothing(moment: str, stopping: signal.Signals) -> None:
     assert "pages verified" not in rest
 
 
-def test_example_of_the_readme(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_example_of_the_library(tmp_path_factory: pytest.TempPathFactory) -> None:
     try:
         probe()
     except Unsupported as error:
         pytest.skip(str(error))
-    _, _, example = (ROOT / "README.md").read_text().partition("<!-- tests/test_demo.py runs this -->\n```python\n")
+    document = (ROOT / "docs" / "library.md").read_text()
+    _, _, example = document.partition("<!-- tests/process/test_demo.py runs this -->\n```python\n")
     directory = tmp_path_factory.mktemp("example")
     write_pattern(directory / "guest.memory", 1 << 20)
     code = example.partition("```")[0]

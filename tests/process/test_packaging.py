@@ -32,6 +32,14 @@ zero = ffi.new("int *")
 print(lib.pn_zero_run(bytes(8192), 2, 4096, zero), zero[0], pagenet.__file__)
 """
 
+#: where the wheel has what goes into share/, and what that is
+SHARED = f"pagenet-{PROJECT['version']}.data/data/share"
+PAGES = {
+    place.format(command)
+    for place in ("man/man1/{}.1", "bash-completion/completions/{}", "zsh/site-functions/_{}")
+    for command in PROJECT["scripts"]
+}
+
 PRELOAD_LIBRARY = "from pagenet.qemu._preload import preload_library; print(preload_library())"
 
 SCRIPTS = """
@@ -98,6 +106,7 @@ def test_sdist_has_all_of(sdist: set[str], directory: str) -> None:
 
 def test_sdist_can_be_worked_on(sdist: set[str]) -> None:
     assert {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"} <= sdist
+    assert {"CONTRIBUTING.md", "SECURITY.md", ".pre-commit-config.yaml"} <= sdist
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
@@ -105,9 +114,10 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     code = {name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")}
     assert code == sources("pagenet") | {
         "pagenet/_pagenet.abi3.so",
+        "pagenet/_pagenet_testing.abi3.so",
         "pagenet/bench/workload/pagenet.trace.so",
         "pagenet/qemu/pagenet.preload.so",
-    }
+    } | {f"{SHARED}/{page}" for page in PAGES}
     assert f"pagenet-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 
@@ -125,6 +135,10 @@ def test_every_module_imports_with_the_declared_dependencies_alone(installed: Pa
 def test_library_for_vmms_is_where_it_is_looked_for(installed: Path) -> None:
     path = Path(run(installed, "-I", "-c", PRELOAD_LIBRARY, cwd=installed.parent).strip())
     assert path.is_relative_to(installed.parent.parent.resolve())
+
+
+def test_manual_pages_and_completion_are_where_shells_look(installed: Path) -> None:
+    assert all((installed.parents[1] / "share" / page).is_file() for page in PAGES)
 
 
 def test_console_scripts(installed: Path) -> None:

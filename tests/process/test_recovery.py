@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from pagenet._pagenet import lib
 from processes import (
     LANES,
     PAGE,
@@ -282,7 +283,7 @@ def test_map_of_another_size(left: Left) -> None:
 @pytest.mark.parametrize(("state", "says"), [(255, "cannot be used: Invalid argument"), (State.OUTSIDE, "not that of its")])
 def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) -> None:
     left.fill().close()
-    os.pwrite(left.map, bytes([state]), _native.lib.pn_map_bytes(3))
+    os.pwrite(left.map, bytes([state]), lib.pn_map_bytes(3))
     with pytest.raises(HandshakeError, match=says):
         left.fill()
 
@@ -301,11 +302,11 @@ def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
 def test_state_that_no_page_can_have(left: Left) -> None:
     """Its owner has the map open, too, and writes to it while pages come."""
     filling = left.fill()
-    os.pwrite(left.map, b"\xff", _native.lib.pn_map_bytes(3))
+    os.pwrite(left.map, b"\xff", lib.pn_map_bytes(3))
     with pytest.raises(HandshakeError, match="the owner has written to the map of its pages: page 3"):
         filling.residency.state(3)
     assert sum(run.count for run in filling.residency.missing()) == 16  # nobody is to read zeros there
-    os.pwrite(left.map, b"\0", _native.lib.pn_map_bytes(3))
+    os.pwrite(left.map, b"\0", lib.pn_map_bytes(3))
     filling.close()
 
 

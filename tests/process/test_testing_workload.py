@@ -1,4 +1,4 @@
-"""native/pattern.c, and native/workload.c as the process that it is made for. Most handlers here only listen."""
+"""native/testing: pattern.c, and workload.c as the process that it is made for. Most handlers here only listen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagenet._pagenet import ffi, lib
+from pagenet._pagenet_testing import ffi, lib
 
 from pagenet import _native
+from pagenet._native.testing import run_workload
 from pagenet.testing.workload import workload_command
 
 pytestmark = pytest.mark.native
@@ -221,7 +222,7 @@ def test_help() -> None:
     ],
 )
 def test_usage_errors(args: str, complaint: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert _native.run_workload(["workload", *args.split()]) == 2
+    assert run_workload(["workload", *args.split()]) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
     assert complaint in captured.err
@@ -375,7 +376,7 @@ def test_outlives_the_thread_that_started_it(start: Start) -> None:
 class Handler:
     """Answers faults of one region, one at a time, with the pattern of seed 0; spoil() has the last word on each page."""
 
-    def __init__(self, owner: Owner, spoil: Callable[[int, bytearray], int] = lambda page, data: lib.PN_COPY) -> None:
+    def __init__(self, owner: Owner, spoil: Callable[[int, bytearray], int] = lambda page, data: _native.COPY) -> None:
         (self.region,), self.owner, self.spoil = owner.regions, owner, spoil
 
     def serve(self) -> dict[str, Any]:
@@ -394,12 +395,15 @@ class Handler:
                     return dict(json.loads(output.splitlines()[-1]))
 
     def answer(self, uffd: int) -> None:
-        events = ffi.new("struct pn_event[64]")
-        for event in events[0 : max(0, lib.pn_uffd_read(uffd, events, 64))]:
-            page = (event.start - self.region[BASE]) // PAGE
-            data = fill(page, 1, seed=0)
-            how = self.spoil(page, data)
-            lib.pn_place(uffd, how, self.region[BASE] + page * PAGE, ffi.from_buffer(data), PAGE, PAGE)
+        with suppress(BlockingIOError):
+            for event in _native.uffd_read(uffd):
+                self.place(uffd, event)
+
+    def place(self, uffd: int, event: _native.NativeEvent) -> None:
+        page = (event.start - self.region[BASE]) // PAGE
+        data = fill(page, 1, seed=0)
+        how = self.spoil(page, data)
+        _native.place(uffd, how, self.region[BASE] + page * PAGE, data, PAGE, PAGE)
 
 
 @pytest.mark.parametrize("order", ["zipf", "random", "sequential", "strided", "none"])
@@ -420,13 +424,13 @@ def test_touches_every_page_once(start: Start, order: str) -> None:
 def zeros(page: int, data: bytearray) -> int:
     if page in (7, 200):
         data[:] = bytes(PAGE)
-    return int(lib.PN_COPY)
+    return _native.COPY
 
 
 def last_bit(page: int, data: bytearray) -> int:
     if page in (7, 200):
         data[-1] ^= 0x80
-    return int(lib.PN_COPY)
+    return _native.COPY
 
 
 @pytest.mark.parametrize(
@@ -454,7 +458,7 @@ def test_lost_write_is_found(start: Start) -> None:
 
 def test_poisoned_pages_are_counted(start: Start) -> None:
     owner = start("--size", "1M", "--threads", "4", "--order", "random", "--write-share", "50")
-    found = Handler(owner, lambda page, data: lib.PN_POISON if page % 8 == 0 else lib.PN_COPY).serve()
+    found = Handler(owner, lambda page, data: _native.POISON if page % 8 == 0 else _native.COPY).serve()
     if not found["poisoned"]:
         pytest.skip("the kernel has no UFFDIO_POISON")
     check_found(found, pages=256, bad=0, poisoned=32)

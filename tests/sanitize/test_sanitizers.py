@@ -26,7 +26,7 @@ lib.pn_map_init(ffi.cast("struct pn_map *", memory + 1), 1)
 # middle even where there is one processor for both.
 RACE = """
 import threading
-from pagenet._pagenet import ffi, lib
+from pagenet._pagenet_testing import ffi, lib
 memory = ffi.new("char[]", 256 * 4096)
 start = threading.Barrier(2)
 def fill():

@@ -104,3 +104,17 @@ def test_nothing_below_the_command_line_imports_it() -> None:
     graph = graph_of(ROOT)
     for name in set(graph) - within(set(graph), "pagenet.cli"):
         assert not within(graph[name], "pagenet.cli"), name
+
+
+@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl"])
+def test_what_moves_memory_does_without_what_tests_need(command: str) -> None:
+    needed = reach(graph_of(ROOT), f"pagenet.cli.{command}")
+    assert not within(needed, "pagenet._native.testing", "pagenet.testing", "pagenet.bench")
+
+
+def test_the_extension_modules_are_touched_in_one_place() -> None:
+    graph = graph_of(ROOT)
+    extensions = {f"pagenet.{name}": ROOT / "pagenet" / f"{name}.so" for name in ("_pagenet", "_pagenet_testing")}
+    modules = modules_of(ROOT, "pagenet")
+    importing = {name for name in graph if extensions.keys() & set(imports_of(name, modules[name], modules | extensions))}
+    assert importing == {"pagenet._native._library", "pagenet._native.testing"}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from pagenet._pagenet import ffi, lib
+
+from pagenet._native._library import ffi, lib
 
 PAGE = 4096
 MS = 1_000_000  # ns

@@ -13,7 +13,7 @@ from typing import Literal
 
 import trio
 
-from ... import _native
+from ..._native.testing import bench_claim_memory
 from ...errors import UsageError
 from .._environment import available_memory
 from .._site import Link, check_tools, open_link, open_site
@@ -171,7 +171,7 @@ def _check_memory(options: QemuOptions) -> None:
 
 async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -> Migration:
     # A host may have taken the memory that its guests, of which this may be one, leave free: getting it back takes long.
-    await trio.to_thread.run_sync(_native.bench_claim_memory, 2 * guest.ram)
+    await trio.to_thread.run_sync(bench_claim_memory, 2 * guest.ram)
     async with open_site(link) as site, AsyncExitStack() as stack:
         starting = start_machine(site, guest, "source", at=link.source, shared=method.shared)
         source = await stack.enter_async_context(starting)

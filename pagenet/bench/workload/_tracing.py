@@ -1,4 +1,5 @@
-"""Which pages of its data a program touches first, and how long it works between: ``native/trace.c``, preloaded, sees it.
+"""Which pages of its data a program touches first, and how long it works between: ``native/testing/trace.c``,
+preloaded, sees it.
 
 The program works on a copy of its data in a memfd, and is never without a byte of it: only its page tables fill as it goes.
 """

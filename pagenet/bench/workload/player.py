@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from ... import _native
+from ..._native.testing import Play, bench_count
 from ...destination.pulling import Transfer, pull
 from ...residency import State
 from ...uffd import OwnMemory
@@ -36,7 +36,7 @@ def _read_trace(fd: int) -> array[int]:
 class _Watch:
     """Looks at what is there while a trace is played."""
 
-    def __init__(self, transfer: Transfer, play: _native.Play, trace: array[int], change: int) -> None:
+    def __init__(self, transfer: Transfer, play: Play, trace: array[int], change: int) -> None:
         self._shared = transfer.filling.residency.shared
         self._play = play
         self._set = array("Q", sorted(set(trace)))
@@ -57,12 +57,12 @@ class _Watch:
 
     def look(self) -> None:
         now = time.monotonic() - self._began
-        self.curve.append((round(now, 4), _native.bench_count(self._shared, self._set, State.RESIDENT)))
+        self.curve.append((round(now, 4), bench_count(self._shared, self._set, State.RESIDENT)))
         if self._change and self._changed is None and self._play.done >= self._change:
             self._changed = now
         if self._changed is not None and self.followed is None:
-            coming = _native.bench_count(self._shared, self._all, State.COMING)
-            if 2 * _native.bench_count(self._shared, self._after, State.COMING) > coming:
+            coming = bench_count(self._shared, self._all, State.COMING)
+            if 2 * bench_count(self._shared, self._after, State.COMING) > coming:
                 self.followed = now - self._changed
 
     def seconds_to(self, share: float) -> float | None:
@@ -72,8 +72,8 @@ class _Watch:
 
     def wasted(self) -> int:
         """Pages that came, and that the trace never touches."""
-        resident = _native.bench_count(self._shared, array("Q", range(self._shared.map.pages)), State.RESIDENT)
-        return resident - _native.bench_count(self._shared, self._set, State.RESIDENT)
+        resident = bench_count(self._shared, array("Q", range(self._shared.pages)), State.RESIDENT)
+        return resident - bench_count(self._shared, self._set, State.RESIDENT)
 
 
 async def _play(
@@ -88,7 +88,7 @@ async def _play(
     try:
         window = None if prefetch is None else tuple(prefetch)
         async with pull(uri, memory, prefetch=window, compress="none", **options) as transfer:
-            play = _native.Play(memory.address, mmap.PAGESIZE, pages, work)
+            play = Play(memory.address, mmap.PAGESIZE, pages, work)
             watch = _Watch(transfer, play, pages, change)
             shared = transfer.filling.residency.shared
 

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 import trio
 
-from pagenet import _native, serve
+from pagenet import serve
+from pagenet._native import testing
 
 
 class Workload:
@@ -57,7 +58,7 @@ async def forked_workload(socket: Path, *arguments: str | int) -> AsyncIterator[
     pid = os.fork()
     if not pid:
         os.dup2(writing, 1)
-        os._exit(_native.run_workload(["workload", "--socket", str(socket), *map(str, arguments)]))
+        os._exit(testing.run_workload(["workload", "--socket", str(socket), *map(str, arguments)]))
     os.close(writing)
     workload = Workload(pid, reading)
     try:
@@ -171,4 +172,4 @@ def _run_and_exit(main: Callable[[list[str]], int], arguments: list[str], before
 
 def run_workload(arguments: list[str]) -> int:
     """For :class:`Command`."""
-    return _native.run_workload(["workload", *arguments])
+    return testing.run_workload(["workload", *arguments])

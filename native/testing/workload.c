@@ -10,7 +10,7 @@
  * removed: a page of the pattern or of the memory, whichever is larger.
  */
 #define _GNU_SOURCE
-#include "pagenet.h"
+#include "testing.h"
 
 #include <errno.h>
 #include <fcntl.h>

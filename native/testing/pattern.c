@@ -6,7 +6,7 @@
  * word waits for the one before it.
  */
 #define _GNU_SOURCE
-#include "pagenet.h"
+#include "testing.h"
 
 #include <stdbool.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /* What pagenet-bench measures with, and the bare loops that it measures against: the least that any page mover must do. */
 #define _GNU_SOURCE
-#include "pagenet.h"
+#include "testing.h"
 #include "wire.h"
 
 #include <errno.h>

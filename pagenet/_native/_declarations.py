@@ -1,0 +1,571 @@
+"""What native/pagenet.h and native/pace.h declare, named as it is there. Made by native/declare.py: do not edit."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ._pointers import CData, Null, Struct
+
+
+class pn_progress(Struct):
+    done: int
+    error: int
+
+
+class pn_event(Struct):
+    start: int
+    end: int
+    length: int
+    flags: int
+    thread: int
+    fd: int
+    kind: int
+
+
+class pn_planted(Struct):
+    uffd: int
+    map: int
+    refused: int
+
+
+class pn_placed(Struct):
+    placed: int
+    existed: int
+    absent: int
+    error: int
+
+
+class pn_class_stats(Struct):
+    counters: CData
+    latency: CData
+
+
+class pn_map(Struct):
+    magic: CData
+    pages: int
+    scope: int
+    done: int
+    finished: int
+    classes: pn_class_stats
+
+
+class pn_line(Struct):
+    last: int
+    step: int
+    steps: int
+    used: int
+    faults: int
+
+
+class pn_area(Struct):
+    number: int
+    level: int
+    faults: int
+
+
+class pn_want(Struct):
+    first: int
+    end: int
+    page_size: int
+
+
+class pn_stack(Struct):
+    wants: pn_want
+    oldest: int
+    newest: int
+
+
+class pn_window(Struct):
+    fixed: int
+    clock: int
+    level: int
+    lines: pn_line
+    areas: pn_area
+    wanted: pn_stack
+
+
+class pn_fault_log(Struct):
+    head: int
+    tail: int
+    dropped: int
+    sleeping: int
+    pages: CData
+
+
+class pn_piece(Struct):
+    first: int
+    count: int
+    page_size: int
+    address: int
+    second: int
+    file_offset: int
+    wire_first: int
+    shift: int
+
+
+class pn_dest_config(Struct):
+    map: pn_map | Null
+    scope: int
+    pieces: pn_piece | Null
+    by_address: CData | Null
+    piece_count: int
+    max_page_size: int
+    uffd: int
+    how: int
+    file: int
+    sealed: int
+    outside_is_zero: int
+    removes: int
+    done_fd: int
+    window: pn_window | Null
+    faults: pn_fault_log | Null
+    faults_fd: int
+    encodings: int
+
+
+class pn_dest(Struct):
+    pass
+
+
+class pn_ring(Struct):
+    head: int
+    tail: int
+    wake_at: int
+    first: CData
+    count: CData
+
+
+class pn_end(Struct):
+    kind: int
+    error: int
+    text: CData
+
+
+class pn_lane_config(Struct):
+    dest: pn_dest | Null
+    ring: pn_ring | Null
+    sock: int
+    stop_fd: int
+    work_fd: int
+    room_fd: int
+    window_least: int
+    window_min: int
+    window_max: int
+    chunk: int
+
+
+class pn_choice(Struct):
+    mode: int
+    sampled: int
+    is_probing: int
+    raw_ns: float
+    recent: CData
+    periods: int
+    send_ns: float
+    packed_ns: float
+    pack_ns: float
+    left: float
+    settle: int
+    bytes: int
+    wire: int
+    busy: int
+    work: int
+    mark: int
+    until: int
+    pause: int
+    probe: int
+
+
+class pn_prompt(Struct):
+    packs: int
+    is_trial: int
+    settled: int
+    count: int
+    samples: CData
+    before: float
+    pause: int
+    left: int
+
+
+class pn_rdma_block(Struct):
+    first: int
+    pages: int
+    page_size: int
+    chunk: int
+
+
+class pn_rdma_config(Struct):
+    lane: pn_lane_config
+    device: bytes | CData | Null
+    blocks: pn_rdma_block | Null
+    block_count: int
+    chunk_count: int
+    chunk_size: int
+    port: int
+    gid_index: int
+
+
+class pn_rdma_peer(Struct):
+    gid: CData
+    number: int
+    psn: int
+    lid: int
+    mtu: int
+    reads: int
+
+
+class pn_rdma(Struct):
+    pass
+
+
+class pn_source_block(Struct):
+    first: int
+    pages: int
+    page_size: int
+    address: int
+    name: bytes | CData | Null
+    fd: int
+    pid: int
+    pidfd: int
+
+
+class pn_keys_config(Struct):
+    device: bytes | CData | Null
+    blocks: pn_source_block | Null
+    block_count: int
+    chunk_count: int
+    chunk_size: int
+    pin_limit: int
+    in_any_case: int
+    port: int
+    gid_index: int
+
+
+class pn_keys(Struct):
+    pass
+
+
+class pn_reader(Struct):
+    pass
+
+
+class pn_source(Struct):
+    pass
+
+
+class pn_links(Struct):
+    prompt: CData
+
+
+class pn_pace_tunables(Struct):
+    window_least: int
+    window_min: int
+    window_max: int
+    rdma_window_least: int
+    rdma_window_min: int
+    rdma_window_max: int
+    prefetch_least: int
+    prefetch_most: int
+    most_dense: int
+    quiet_ns: int
+    look_ns: int
+    limited_ns: int
+    widen_ns: int
+    moment_ns: int
+    waits: float
+    waits_much: float
+    grant_ns: int
+    catch_up_ns: int
+    make_up_ns: int
+    peak: float
+    spin_ns: int
+    spin_processors: int
+
+
+class pn_pace_shared(Struct):
+    last_fault: int
+    waited: int
+    best: int
+    rate: int
+    paid_until: int
+    next_grant: int
+
+
+class pn_flow(Struct):
+    in_flight: int
+    window: int
+
+
+class pn_pace(Struct):
+    shared: pn_pace_shared | Null
+    window_least: int
+    window_min: int
+    window_max: int
+    chunk: int
+    prompt: pn_flow
+    background: pn_flow
+    dense: int
+    looked: int
+    waited: int
+    waiting: float
+    starved: bool
+    arrived: int
+    rate: float
+
+
+class Library(Protocol):
+    PN_EVENT_PAGEFAULT: int
+    PN_EVENT_FORK: int
+    PN_EVENT_REMAP: int
+    PN_EVENT_REMOVE: int
+    PN_EVENT_UNMAP: int
+    PN_COPY: int
+    PN_ZERO: int
+    PN_CONTINUE: int
+    PN_MOVE: int
+    PN_POISON: int
+    PN_MISSING: int
+    PN_REQUESTED: int
+    PN_PLACING: int
+    PN_RESIDENT: int
+    PN_REMOVED: int
+    PN_OUTSIDE: int
+    PN_POISONED: int
+    PN_COMING: int
+    PN_REMOVING: int
+    PN_READY: int
+    PN_DEMAND: int
+    PN_PREFETCH: int
+    PN_BACKGROUND: int
+    PN_PAGES: int
+    PN_RUNS: int
+    PN_ZERO_PAGES: int
+    PN_WIRE_BYTES: int
+    PN_EXISTED: int
+    PN_DROPPED: int
+    PN_REQUESTS: int
+    PN_FAULTS: int
+    PN_DEFERRED: int
+    PN_LZ4_RUNS: int
+    PN_LZ4_BYTES: int
+    PN_LZ4_WIRE_BYTES: int
+    PN_SAMPLED: int
+    PN_SAMPLED_USED: int
+    PN_OUTSIDE_FAULTS: int
+    PN_COUNTERS: int
+    PN_END_STOPPED: int
+    PN_END_CLOSED: int
+    PN_END_BROKEN: int
+    PN_END_PROTOCOL: int
+    PN_END_FAILED: int
+    PN_END_OWNER_GONE: int
+    PN_END_OWNER_WRONG: int
+    PN_END_PLACING: int
+    PN_END_NO_MEMORY: int
+    PN_LZ4_GAIN: int
+    pn_tunables: pn_pace_tunables
+
+    def pn_uffd_open(self, device: bytes | CData | Null, user_mode_only: int, /) -> int: ...
+    def pn_uffd_api(self, uffd: int, wanted: int, features: CData | Null, /) -> int: ...
+    def pn_uffd_register(
+        self, uffd: int, start: int, length: int, mode: int, ioctls: CData | Null, /
+    ) -> int: ...
+    def pn_uffd_unregister(self, uffd: int, start: int, length: int, /) -> int: ...
+    def pn_uffd_wake(self, uffd: int, start: int, length: int, /) -> int: ...
+    def pn_uffd_probe(self, uffd: int, address: int, /) -> int: ...
+    def pn_same_file(self, ours: int, pid: int, theirs: int, /) -> int: ...
+    def pn_take_descriptor(self, pidfd: int, theirs: int, /) -> int: ...
+    def pn_uffd_copy(
+        self, uffd: int, to: int, from_: bytes | CData | Null, length: int, /
+    ) -> pn_progress: ...
+    def pn_uffd_zeropage(self, uffd: int, start: int, length: int, /) -> pn_progress: ...
+    def pn_uffd_continue(self, uffd: int, start: int, length: int, /) -> pn_progress: ...
+    def pn_uffd_move(self, uffd: int, to: int, from_: int, length: int, /) -> pn_progress: ...
+    def pn_uffd_poison(self, uffd: int, start: int, length: int, /) -> pn_progress: ...
+    def pn_uffd_read(self, uffd: int, events: pn_event | Null, room: int, /) -> int: ...
+    def pn_plant(
+        self, pid: int, pidfd: int, device: bytes | CData | Null, planted: pn_planted | Null, /
+    ) -> int: ...
+    def pn_uproot(self, pid: int, pidfd: int, planted: pn_planted | Null, /) -> int: ...
+    def pn_place(
+        self,
+        uffd: int,
+        how: int,
+        to: int,
+        from_: bytes | CData | Null,
+        length: int,
+        page_size: int,
+        /,
+    ) -> pn_placed: ...
+    def pn_settle(
+        self, uffd: int, to: int, minor: int, zeros: bytes | CData | Null, page_size: int, /
+    ) -> pn_placed: ...
+    def pn_answer_outside(self, uffd: int, address: int, flags: int, zero: int, /) -> int: ...
+    def pn_map_bytes(self, pages: int, /) -> int: ...
+    def pn_map_init(self, map: pn_map | Null, pages: int, /) -> None: ...
+    def pn_map_state(self, map: pn_map | Null, page: int, /) -> int: ...
+    def pn_map_recover(self, map: pn_map | Null, pages: int, /) -> int: ...
+    def pn_map_claim(
+        self, map: pn_map | Null, first: int, count: int, from_: int, to: int, /
+    ) -> int: ...
+    def pn_map_set(self, map: pn_map | Null, first: int, count: int, to: int, /) -> None: ...
+    def pn_map_replace(
+        self, map: pn_map | Null, first: int, count: int, from_: int, to: int, /
+    ) -> int: ...
+    def pn_map_find(self, map: pn_map | Null, first: int, end: int, state: int, /) -> int: ...
+    def pn_map_unsettled(self, map: pn_map | Null, first: int, end: int, /) -> int: ...
+    def pn_map_span(self, map: pn_map | Null, first: int, end: int, state: int, /) -> int: ...
+    def pn_map_done(self, map: pn_map | Null, /) -> int: ...
+    def pn_stats_add(
+        self, map: pn_map | Null, class_: int, counter: int, amount: int, /
+    ) -> None: ...
+    def pn_stats_latency(self, map: pn_map | Null, class_: int, nanoseconds: int, /) -> None: ...
+    def pn_window_init(self, window: pn_window | Null, /) -> None: ...
+    def pn_window_fix(
+        self, window: pn_window | Null, fixed: int, forward: int, backward: int, /
+    ) -> None: ...
+    def pn_window_fixed(
+        self, window: pn_window | Null, forward: CData | Null, backward: CData | Null, /
+    ) -> int: ...
+    def pn_window_fault(
+        self,
+        window: pn_window | Null,
+        map: pn_map | Null,
+        page: int,
+        first: int,
+        end: int,
+        page_size: int,
+        /,
+    ) -> None: ...
+    def pn_window_next(
+        self, window: pn_window | Null, map: pn_map | Null, bytes: int, first: CData | Null, /
+    ) -> int: ...
+    def pn_fault_log_read(
+        self, log: pn_fault_log | Null, pages: CData | Null, room: int, /
+    ) -> int: ...
+    def pn_fault_log_write(
+        self, log: pn_fault_log | Null, page: int, reader_fd: int, /
+    ) -> None: ...
+    def pn_dest_new(self, config: pn_dest_config | Null, /) -> pn_dest: ...
+    def pn_dest_free(self, dest: pn_dest | Null, /) -> None: ...
+    def pn_before_sampled(self, first: int, count: int, /) -> int: ...
+    def pn_dest_release(self, dest: pn_dest | Null, /) -> None: ...
+    def pn_dest_limit(self, dest: pn_dest | Null, bytes_per_second: int, /) -> None: ...
+    def pn_ring_push(self, ring: pn_ring | Null, first: int, count: int, /) -> int: ...
+    def pn_ring_used(self, ring: pn_ring | Null, /) -> int: ...
+    def pn_lane_run(self, config: pn_lane_config | Null, end: pn_end | Null, /) -> None: ...
+    def pn_pack_state(self) -> int: ...
+    def pn_pack(
+        self, state: CData | Null, pages: bytes | CData | Null, size: int, to: CData | Null, /
+    ) -> int: ...
+    def pn_unpack(
+        self, from_: bytes | CData | Null, length: int, pages: CData | Null, size: int, /
+    ) -> int: ...
+    def pn_choice_init(self, choice: pn_choice | Null, /) -> None: ...
+    def pn_choice_packs(self, choice: pn_choice | Null, /) -> int: ...
+    def pn_choice_prompt(self, choice: pn_choice | Null, /) -> int: ...
+    def pn_choice_wants_sample(self, choice: pn_choice | Null, now: int, /) -> int: ...
+    def pn_choice_tried(
+        self, choice: pn_choice | Null, size: int, length: int, ns: int, /
+    ) -> None: ...
+    def pn_choice_resume(self, choice: pn_choice | Null, now: int, /) -> None: ...
+    def pn_choice_answered(
+        self, choice: pn_choice | Null, bytes: int, wire: int, began: int, now: int, /
+    ) -> None: ...
+    def pn_prompt_init(self, prompt: pn_prompt | Null, /) -> None: ...
+    def pn_prompt_packs(self, prompt: pn_prompt | Null, /) -> int: ...
+    def pn_prompt_came(self, prompt: pn_prompt | Null, packs: int, ns: int, /) -> None: ...
+    def pn_rdma_new(self, config: pn_rdma_config | Null, error: CData | Null, /) -> pn_rdma: ...
+    def pn_rdma_free(self, rdma: pn_rdma | Null, /) -> None: ...
+    def pn_rdma_number(self, rdma: pn_rdma | Null, queue_pair: int, /) -> int: ...
+    def pn_rdma_connect(
+        self, rdma: pn_rdma | Null, queue_pair: int, psn: int, peer: pn_rdma_peer | Null, /
+    ) -> int: ...
+    def pn_rdma_run(self, rdma: pn_rdma | Null, sock: int, end: pn_end | Null, /) -> None: ...
+    def pn_rdma_spun(self, rdma: pn_rdma | Null, /) -> int: ...
+    def pn_keys_new(self, config: pn_keys_config | Null, error: CData | Null, /) -> pn_keys: ...
+    def pn_keys_free(self, keys: pn_keys | Null, /) -> None: ...
+    def pn_keys_pinned(self, keys: pn_keys | Null, /) -> int: ...
+    def pn_reader_new(self, keys: pn_keys | Null, error: CData | Null, /) -> pn_reader: ...
+    def pn_reader_free(self, reader: pn_reader | Null, /) -> None: ...
+    def pn_reader_number(self, reader: pn_reader | Null, /) -> int: ...
+    def pn_reader_connect(
+        self, reader: pn_reader | Null, psn: int, peer: pn_rdma_peer | Null, /
+    ) -> int: ...
+    def pn_reader_run(
+        self,
+        reader: pn_reader | Null,
+        sock: int,
+        stop_fd: int,
+        unread: bytes | CData | Null,
+        length: int,
+        end: pn_end | Null,
+        /,
+    ) -> None: ...
+    def pn_source_new(
+        self, blocks: pn_source_block | Null, count: int, links: pn_links | Null, ended_fd: int, /
+    ) -> pn_source: ...
+    def pn_source_free(self, source: pn_source | Null, /) -> None: ...
+    def pn_source_add(
+        self,
+        source: pn_source | Null,
+        sock: int,
+        id: int,
+        link: int,
+        unread: bytes | CData | Null,
+        length: int,
+        /,
+    ) -> int: ...
+    def pn_source_remove(self, source: pn_source | Null, id: int, /) -> int: ...
+    def pn_source_run(
+        self, source: pn_source | Null, background: int, end: pn_end | Null, /
+    ) -> None: ...
+    def pn_source_stop(self, source: pn_source | Null, /) -> None: ...
+    def pn_source_ended(
+        self, source: pn_source | Null, id: CData | Null, end: pn_end | Null, /
+    ) -> int: ...
+    def pn_source_asked(self, source: pn_source | Null, class_: int, /) -> int: ...
+    def pn_source_kept(self, source: pn_source | Null, /) -> int: ...
+    def pn_zero_run(
+        self, buffer: bytes | CData | Null, pages: int, page_size: int, zero: CData | Null, /
+    ) -> int: ...
+    def pn_zero_map(
+        self, fd: int, offset: int, pages: int, page_size: int, bits: CData | Null, /
+    ) -> int: ...
+    def pn_read_process(
+        self, pid: int, address: int, buffer: CData | Null, length: int, /
+    ) -> int: ...
+    def pn_store(self, to: int, from_: bytes | CData | Null, length: int, /) -> int: ...
+    def pn_copy(self, to: CData | Null, from_: bytes | CData | Null, length: int, /) -> None: ...
+    def pn_map_memory(self, length: int, fd: int, offset: int, alignment: int, /) -> int: ...
+    def pn_unmap_memory(self, address: int, length: int, /) -> None: ...
+    def pn_map_file(self, length: int, fd: int, writable: int, /) -> int: ...
+    def pn_populate(self, address: int, length: int, /) -> int: ...
+    def pn_map_ahead(self, address: int, length: int, /) -> None: ...
+    def pn_is_hole(self, fd: int, offset: int, size: int, /) -> int: ...
+    def pn_punch(self, fd: int, length: int, /) -> int: ...
+    def pn_pace_faulted(self, shared: pn_pace_shared | Null, now: int, /) -> None: ...
+    def pn_pace_in_place(self, shared: pn_pace_shared | Null, waited: int, /) -> None: ...
+    def pn_pace_limit(
+        self, shared: pn_pace_shared | Null, bytes_per_second: int, now: int, /
+    ) -> None: ...
+    def pn_pace_grant(
+        self,
+        shared: pn_pace_shared | Null,
+        now: int,
+        wanted: int,
+        page_size: int,
+        wait: CData | Null,
+        /,
+    ) -> int: ...
+    def pn_pace_refund(self, shared: pn_pace_shared | Null, bytes: int, /) -> None: ...
+    def pn_pace_init(self, pace: pn_pace | Null, shared: pn_pace_shared | Null, /) -> None: ...
+    def pn_pace_sent(self, pace: pn_pace | Null, class_: int, bytes: int, /) -> None: ...
+    def pn_pace_came(self, pace: pn_pace | Null, class_: int, bytes: int, now: int, /) -> None: ...
+    def pn_pace_wire(self, pace: pn_pace | Null, class_: int, bytes: int, wire: int, /) -> int: ...
+    def pn_pace_waited(self, pace: pn_pace | Null, latency: int, now: int, /) -> None: ...
+    def pn_pace_look(self, pace: pn_pace | Null, now: int, prefetches: bool, /) -> None: ...
+    def pn_pace_room(self, pace: pn_pace | Null, class_: int, /) -> int: ...
+    def pn_pace_request_pages(self, pace: pn_pace | Null, page_size: int, /) -> int: ...
+    def pn_pace_due(self, now: int, /) -> int: ...
+    def pn_pace_spin(self, processors: int, /) -> int: ...

@@ -1,0 +1,33 @@
+"""What cffi has, for the type checker: each struct is a type of its own, so that no pointer is taken for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Self, TypeAlias, overload
+
+from _cffi_backend import FFI
+
+#: a pointer to, or an array of, what is no struct
+CData: TypeAlias = FFI.CData
+
+
+class Null:
+    """``ffi.NULL``, as a pointer to any struct."""
+
+
+class Struct:
+    """A struct, a pointer to one, or an array of them: cffi lets all three be used alike.
+
+    Nothing is ever made of this class, or of those that are derived from it: they are names of types alone.
+    """
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, index: int, /) -> Self: ...
+        @overload
+        def __getitem__(self, index: slice[int, int, None], /) -> Sequence[Self]: ...
+        def __getitem__(self, index: int | slice[int, int, None], /) -> Self | Sequence[Self]: ...
+        def __iter__(self) -> Iterator[Self]: ...
+        def __eq__(self, other: object, /) -> bool: ...
+        def __hash__(self) -> int: ...

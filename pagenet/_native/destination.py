@@ -1,0 +1,225 @@
+"""The destination's half of the native lanes, and what they share with the rest of a transfer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import cast
+
+from ._declarations import (
+    pn_dest,
+    pn_dest_config,
+    pn_end,
+    pn_fault_log,
+    pn_lane_config,
+    pn_piece,
+    pn_ring,
+    pn_window,
+)
+from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
+from .ends import End, end_of
+from .residency import SharedMap
+
+_tunables = lib.pn_tunables
+#: bytes of background that may be in flight while the owner does little but wait, while there are
+#: faults, and when there have been none for a while: native/pace.c
+WINDOW_BYTES = (_tunables.window_least, _tunables.window_min, _tunables.window_max)
+RDMA_WINDOW_BYTES = (
+    _tunables.rdma_window_least, _tunables.rdma_window_min, _tunables.rdma_window_max,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping of them, or 0, and
+    ``file_offset`` where in the file behind them they begin."""
+
+    first: int
+    count: int
+    page_size: int
+    address: int
+    second: int
+    file_offset: int
+    wire_first: int
+    shift: int
+
+
+def before_sampled(first: int, count: int) -> int:
+    """How many of ``count`` pages from ``first`` on come before the first that the sample of prefetched pages takes."""
+    return lib.pn_before_sampled(first, count)
+
+
+class Destination:
+    """``struct pn_dest``: what the native lanes of one transfer share. Borrows the map and the descriptors."""
+
+    def __init__(
+        self,
+        shared: SharedMap,
+        pieces: Sequence[Piece],
+        *,
+        uffd: int,
+        how: int,
+        file: int,
+        sealed: bool = False,
+        outside_is_zero: bool = False,
+        removes: bool,
+        done_fd: int,
+        window: Window,
+        faults: FaultLog | None = None,
+        encodings: int,
+    ) -> None:
+        self._pieces = new_array(pn_piece, [astuple(piece) for piece in pieces])
+        order = sorted(range(len(pieces)), key=lambda index: pieces[index].address)
+        self._by_address = ffi.new("uint32_t[]", order)
+        config = new_struct(pn_dest_config)
+        config.map, config.pieces, config.by_address = shared.map, self._pieces, self._by_address
+        config.scope = shared.scope
+        config.piece_count = len(pieces)
+        config.max_page_size = max(piece.page_size for piece in pieces)
+        config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
+        config.sealed, config.outside_is_zero = sealed, outside_is_zero
+        self._window = window
+        config.window = window.window
+        self._faults = faults
+        config.faults, config.faults_fd = (NULL, -1) if faults is None else (faults.log, faults.fd)
+        config.encodings = encodings
+        self._dest: pn_dest | None = lib.pn_dest_new(config)
+        if self._dest == NULL:
+            raise MemoryError("no memory for a transfer's lanes")
+
+    def close(self) -> None:
+        """Not while a lane runs. Idempotent."""
+        if self._dest is not None:
+            lib.pn_dest_free(self._dest)
+            self._dest = None
+
+    def release(self) -> None:
+        """Let the owner see pages of the sample that it has not touched. Not while a lane runs."""
+        lib.pn_dest_release(self.dest)
+
+    def limit_background(self, bytes_per_second: int | None) -> None:
+        """None: no limit; 0: nothing more. Lanes that wait look again when their ring is woken."""
+        rate = 0 if bytes_per_second is None else bytes_per_second or 2**64 - 1
+        lib.pn_dest_limit(self.dest, rate)
+
+    @property
+    def dest(self) -> pn_dest:
+        """:exc:`TypeError` once it is closed."""
+        return opened(self._dest)
+
+    def run_lane(
+        self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int, int] = (0, 0, 0), chunk: int = 0
+    ) -> End:
+        """Drive one connection until it ends: the demand lane, or with a ``ring`` a background lane. Call it in a thread."""
+        config = new_struct(pn_lane_config)
+        config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
+        config.ring = NULL if ring is None else ring.ring
+        config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
+        config.window_least, config.window_min, config.window_max, config.chunk = *window, chunk
+        end = new_struct(pn_end)
+        lib.pn_lane_run(config, end)
+        return end_of(end)
+
+
+class Window:
+    """``struct pn_window``: what to ask for around a page that somebody waits for. Adapts unless it was fixed."""
+
+    def __init__(self) -> None:
+        self.window = new_struct(pn_window)
+        lib.pn_window_init(self.window)
+
+    @property
+    def fixed(self) -> tuple[int, int] | None:
+        """Pages forward and backward; None: it adapts."""
+        sides = ffi.new("uint32_t[2]")
+        return (int(sides[0]), int(sides[1])) if lib.pn_window_fixed(self.window, sides, sides + 1) else None
+
+    def fix(self, fixed: tuple[int, int] | None) -> None:
+        """At any time."""
+        forward, backward = fixed or (0, 0)
+        lib.pn_window_fix(self.window, fixed is not None, forward, backward)
+
+    def fault(self, shared: SharedMap, page: int, first: int, end: int, page_size: int) -> None:
+        """``page``, of the pages [first, end) that a request may name, was missing, and is waited for."""
+        lib.pn_window_fault(self.window, shared.map, page, first, end, page_size)
+
+    def next(self, shared: SharedMap, size: int) -> tuple[int, int] | None:
+        """First page, and number, of at most so many bytes to ask for: MISSING, and from now on REQUESTED. None: no more."""
+        first = ffi.new("uint64_t *")
+        count = lib.pn_window_next(self.window, shared.map, size, first)
+        return (int(first[0]), count) if count else None
+
+    @property
+    def pending(self) -> int:
+        """Stretches of pages that it wants and that nobody has asked for yet."""
+        return sum(stack.newest - stack.oldest for stack in self.window.wanted)
+
+    @property
+    def level(self) -> int:
+        """The window that the next area gets is about 2 to the power of a sixteenth of this."""
+        return self.window.level
+
+
+class FaultLog:
+    """``struct pn_fault_log``: the pages that threads waited for, written by the demand lane."""
+
+    ROOM = 4096
+
+    def __init__(self) -> None:
+        self.log = new_struct(pn_fault_log)
+        self._pages = ffi.new("uint64_t[]", self.ROOM)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def read(self) -> list[int]:
+        """What is there, oldest first. If that is nothing, ``fd`` becomes readable with the next page."""
+        count = lib.pn_fault_log_read(self.log, self._pages, self.ROOM)
+        return cast(list[int], ffi.unpack(self._pages, count)) if count else []
+
+    def write(self, page: int) -> None:
+        """As the lane in C does."""
+        lib.pn_fault_log_write(self.log, page, self.fd)
+
+    @property
+    def dropped(self) -> int:
+        """Pages that found no room."""
+        return self.log.dropped
+
+
+class Ring:
+    """Runs on their way from the schedule to a background lane, and the eventfds that say that there are some, or room."""
+
+    def __init__(self) -> None:
+        self.ring = new_struct(pn_ring)
+        self.work_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.room_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        for fd in (self.work_fd, self.room_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.work_fd = self.room_fd = -1
+
+    def push(self, first: int, count: int, wake: bool = True) -> None:
+        """``wake`` False: :meth:`wake` is to follow."""
+        check(lib.pn_ring_push(self.ring, first, count))
+        if wake:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have the lane look at its ring, and at the limit of the background, again."""
+        os.eventfd_write(self.work_fd, 1)
+
+    def __len__(self) -> int:
+        return lib.pn_ring_used(self.ring)
+
+    ROOM = 512
+
+    def wake_me_at(self, runs: int) -> None:
+        """Have ``room_fd`` written when no more runs than this are left, rather than at each that the lane takes."""
+        self.ring.wake_at = runs

@@ -1,0 +1,234 @@
+"""The destination's map of pages, with its counters, in memory that threads and processes share."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+from typing import NamedTuple, cast
+
+from ._declarations import pn_map
+from ._library import check, ffi, lib, new_struct, opened, struct_at
+from ._pointers import CData
+from .memory import Mapped
+
+STATES = {
+    "missing": lib.PN_MISSING,
+    "requested": lib.PN_REQUESTED,
+    "placing": lib.PN_PLACING,
+    "resident": lib.PN_RESIDENT,
+    "coming": lib.PN_COMING,
+    "removing": lib.PN_REMOVING,
+    "ready": lib.PN_READY,
+    "removed": lib.PN_REMOVED,
+    "outside": lib.PN_OUTSIDE,
+    "poisoned": lib.PN_POISONED,
+}
+COUNTERS = {
+    "pages": lib.PN_PAGES,
+    "runs": lib.PN_RUNS,
+    "zero_pages": lib.PN_ZERO_PAGES,
+    "wire_bytes": lib.PN_WIRE_BYTES,
+    "existed": lib.PN_EXISTED,
+    "dropped": lib.PN_DROPPED,
+    "requests": lib.PN_REQUESTS,
+    "faults": lib.PN_FAULTS,
+    "deferred": lib.PN_DEFERRED,
+    "lz4_runs": lib.PN_LZ4_RUNS,
+    "lz4_bytes": lib.PN_LZ4_BYTES,
+    "lz4_wire_bytes": lib.PN_LZ4_WIRE_BYTES,
+    "sampled": lib.PN_SAMPLED,
+    "sampled_used": lib.PN_SAMPLED_USED,
+    "outside_faults": lib.PN_OUTSIDE_FAULTS,
+}
+#: as it stands in /proc/PID/fd
+MAP_NAME = "pagenet-residency"
+MAX_NOTE = 256 << 10
+# More than any counter comes to. Three of them fit what JSON and msgpack can say.
+_MOST_COUNTED = 1 << 60
+
+
+def _is_small_memfd(file: int) -> bool:
+    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other file
+    might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
+    if fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return os.fstatvfs(file).f_bsize == mmap.PAGESIZE
+
+
+def seal_size(file: int) -> bool:
+    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of it may
+    be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole with."""
+    with suppress(OSError):  # not to be sealed at all, or any more
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    try:
+        sealed = bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+    return sealed and os.fstatvfs(file).f_bsize == mmap.PAGESIZE
+
+
+class FoundMap(NamedTuple):
+    """What a map says of itself, whoever uses it. ``finished``: there is nothing left to do."""
+
+    pages: int
+    done: int
+    scope: int
+    finished: bool
+    note: bytes
+
+
+def find_map(file: int) -> FoundMap:
+    """The map in ``file``, which anybody may have made up. :exc:`ValueError` if there is none."""
+    if not _is_small_memfd(file):
+        raise ValueError("no memfd of small pages")
+    header = new_struct(pn_map)
+    if os.preadv(file, [ffi.buffer(header)], 0) < ffi.sizeof("struct pn_map"):
+        raise ValueError("no map of pages")
+    pages, size = header.pages, os.fstat(file).st_size
+    if bytes(ffi.buffer(header.magic)) != b"pagenet3" or pages > size or lib.pn_map_bytes(pages) > size:
+        raise ValueError("no map of pages")
+    note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
+    return FoundMap(pages, header.done, header.scope, bool(header.finished), note)
+
+
+def lock_map(file: int) -> int:
+    """``file``, opened anew: no other process gets it so as long as that is open.
+
+    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it; other
+    :exc:`OSError` if it is no memfd of small pages, or not open to read and to write: opened anew it would be, for root.
+    """
+    if not _is_small_memfd(file):
+        check(-errno.EINVAL)
+    ours = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(ours)
+        raise
+    return ours
+
+
+class SharedMap:
+    """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes. Behind it, ``note``: what else
+    somebody must know who finds it.
+
+    ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own. ``recover``: it has one already,
+    whose users are dead. :exc:`OSError`: it is no such memfd, or no map of so many pages.
+
+    Whoever else has the memfd may write to it at any time: the number of pages, and how many of them are to become resident,
+    are kept here, and never read from it again.
+    """
+
+    def __init__(self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False) -> None:
+        self.pages = pages
+        self.fd = os.memfd_create(MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if file is None else file
+        size = lib.pn_map_bytes(pages)
+        try:
+            if not recover:
+                os.ftruncate(self.fd, size + len(note))
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # by no one, under our feet
+                os.pwrite(self.fd, note, size)
+            if not fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                check(-errno.EPERM)
+            if os.fstat(self.fd).st_size < size:
+                check(-errno.EINVAL)
+            self._memory = Mapped(size, self.fd)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._map: pn_map | None = struct_at(pn_map, self._memory.address)
+        try:
+            check(lib.pn_map_recover(self.map, pages)) if recover else lib.pn_map_init(self.map, pages)
+        except BaseException:
+            self.close()
+            raise
+        #: pages that are to become resident
+        self.scope = pages
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._map = None
+            self._memory.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    @property
+    def map(self) -> pn_map:
+        """:exc:`TypeError` once it is closed."""
+        return opened(self._map)
+
+    @property
+    def address(self) -> int:
+        """Of the map in this process. :exc:`TypeError` once it is closed."""
+        opened(self._map)
+        return self._memory.address
+
+    @property
+    def done(self) -> int:
+        return lib.pn_map_done(self.map)
+
+    def state(self, page: int) -> int:
+        return lib.pn_map_state(self.map, page)
+
+    def claim(self, first: int, count: int, from_: int, to: int) -> int:
+        return lib.pn_map_claim(self.map, first, count, from_, to)
+
+    def set(self, first: int, count: int, to: int) -> None:
+        lib.pn_map_set(self.map, first, count, to)
+
+    def replace(self, first: int, count: int, from_: int, to: int) -> int:
+        return lib.pn_map_replace(self.map, first, count, from_, to)
+
+    def find(self, first: int, end: int, state: int) -> int:
+        return lib.pn_map_find(self.map, first, end, state)
+
+    def span(self, first: int, end: int, state: int) -> int:
+        return lib.pn_map_span(self.map, first, end, state)
+
+    def unsettled(self, first: int, end: int) -> int:
+        return lib.pn_map_unsettled(self.map, first, end)
+
+    def touched(self, first: int) -> tuple[int, int]:
+        """Where from ``first`` on the next pages begin, and end, that are not all "missing" for want of ever being touched."""
+        header, pages = lib.pn_map_bytes(0), self.pages
+        try:
+            start = min(pages, max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing more but holes
+                raise
+            return pages, pages
+        # A hole may have been made there meanwhile. It is looked at all the same, so that the caller comes to an end.
+        return start, min(pages, max(start + 1, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header))
+
+    @property
+    def finished(self) -> bool:
+        """The source was told that everything is in place."""
+        return bool(self.map.finished)
+
+    def finish(self) -> None:
+        self.map.finished = 1
+
+    def add(self, class_: int, counter: int, amount: int) -> None:
+        lib.pn_stats_add(self.map, class_, counter, amount)
+
+    def add_latency(self, class_: int, nanoseconds: int) -> None:
+        lib.pn_stats_latency(self.map, class_, nanoseconds)
+
+    def counters(self, class_: int) -> list[int]:
+        return _clamped(self.map.classes[class_].counters)
+
+    def latencies(self, class_: int) -> list[int]:
+        return _clamped(self.map.classes[class_].latency)
+
+
+def _clamped(counters: CData) -> list[int]:
+    """Of numbers that the owner may have written: each once read, none more than a counter comes to."""
+    values = cast(list[int], ffi.unpack(counters, len(counters)))
+    return values if max(values) <= _MOST_COUNTED else [min(value, _MOST_COUNTED) for value in values]
