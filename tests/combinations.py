@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trio
 from commands import tell_at_random
@@ -18,6 +18,7 @@ from pagenet import OwnMemory, Transfer, TransferStatistics
 from pagenet.background.recording import Recorder, load_recording
 from pagenet.control import serve_control
 from pagenet.region import Block, Region
+from pagenet.transport import LaneKind
 
 PAGE = 4096
 PAGES = 1024
@@ -61,7 +62,7 @@ def make_content(kind: str, draw: random.Random) -> bytes:
     """Stretches of each, of all lengths: long ones of zeros are left alone in shared memory."""
     words = [b"page", b"fault", b"lane", b"run"]
     text = b" ".join(draw.choice(words) + b"%d" % draw.randrange(1000) for _ in range(20_000))
-    make = {
+    make: dict[str, Callable[[], bytes]] = {
         "random": lambda: draw.randbytes(PAGE),
         "text": lambda: text[(at := draw.randrange(len(text) - PAGE)) : at + PAGE],
         "zeros": lambda: bytes(PAGE),
@@ -83,8 +84,8 @@ def write_sparse(path: Path, content: bytes) -> None:
                 file.write(content[at : at + PAGE])
 
 
-def make_memory(kind: str) -> OwnMemory:
-    return OwnMemory("memfd", allocate=True) if kind == "allocated" else OwnMemory(kind)  # type: ignore[arg-type]
+def make_memory(kind: Literal["anonymous", "memfd", "allocated"]) -> OwnMemory:
+    return OwnMemory("memfd", allocate=True) if kind == "allocated" else OwnMemory(kind)
 
 
 @asynccontextmanager
@@ -95,7 +96,7 @@ async def moving(
     uri = {"unix": f"unix:{directory}/socket", "memory": f"memory://{directory.name}"}
     transport, source = choice["transport"], str(directory / "source")
     listen = uri.get(transport, f"{transport}://127.0.0.1:0")
-    lane = choice["source_lane"] if transport != "memory" else "trio"
+    lane: LaneKind = choice["source_lane"] if transport != "memory" else "trio"
     if choice["dials"] == "destination":
         async with (
             pagenet.serve(source, listen=listen, lane=lane) as server,

@@ -233,7 +233,8 @@ def _more(length: int) -> bytes:
 
 def make_block(pick: random.Random, size: int) -> bytes:
     """A proper block of so many bytes, with matches near and far, that overlap themselves, and runs of zeros."""
-    parts, made = [], 0
+    parts: list[bytes] = []
+    made = 0
     while size - made > LAST_MATCH + 64 and len(parts) < 40:
         literals = pick.choice([bytes(8), pick.randbytes(pick.randint(1, 40)), b"ab" * pick.randint(1, 20), b""])
         if not made + len(literals):
@@ -282,9 +283,9 @@ def odd(pick: random.Random, value: Any) -> Any:
             changed[key] = odd(pick, changed[key])
         return changed
     if isinstance(value, list) and value and pick.random() < 0.8:
-        changed, at = list(value), pick.randrange(len(value))
-        changed[at] = odd(pick, changed[at])
-        return pick.choice([changed, changed, changed[:at], changed * 2])
+        items, at = list(value), pick.randrange(len(value))
+        items[at] = odd(pick, items[at])
+        return pick.choice([items, items, items[:at], items * 2])
     if isinstance(value, int) and pick.random() < 0.5:
         return value + pick.choice([-1, 1, 4096, 2**32, 2**62, 2**64])
     return odd_value(pick)

@@ -34,6 +34,8 @@ from pagenet.uffd._target import UffdTarget
 PAGE = 4096
 # What something that should happen is given before the test fails. Only failures take that long.
 PATIENCE = 20.0
+# How often a lane goes round before a test says that something does not happen. Fewer bytes than a header has.
+TURNS = 5
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 UNBOUNDED = 1 << 40
 RAW_OR_ZERO = 1 << Encoding.RAW | 1 << Encoding.ZERO
@@ -57,6 +59,17 @@ def poll(fd: int, events: int, patience: float = 0.0) -> bool:
     watch = select.poll()  # select() would not tell of a hangup to whoever waits for room
     watch.register(fd, events)
     return bool(watch.poll(patience * 1000))
+
+
+def wait_others_ran(seconds: float, patience: float = PATIENCE) -> None:
+    """Until this process's other threads have used the processor for so long: it is what a thread that tries again and again
+    does, however slow the machine."""
+
+    def ran() -> float:
+        return time.process_time() - time.thread_time()
+
+    before = ran()
+    wait_until(lambda: ran() - before >= seconds, f"other threads run for {seconds} s", patience)
 
 
 class Call:
@@ -291,6 +304,14 @@ class Peer:
             with suppress(BlockingIOError):
                 view = view[self.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
 
+    def trickle(self, data: bytes) -> bytes:
+        """Sends the first bytes, each once the lane has received the one before, and returns the rest. Between two receives a
+        lane does all else that it has to do, so what it has not done by then is not about to happen."""
+        for at in range(TURNS):
+            self.send(data[at : at + 1])
+            wait_until(lambda: not self.unread(), "the byte received")
+        return data[TURNS:]
+
     def unread(self) -> int:
         """Bytes that were sent and that the lane has not received yet."""
         answer = bytearray(4)
@@ -350,6 +371,12 @@ class Rig:
             self.demand.close()
             self.background.close()
             self.memory.close()
+
+    @property
+    def native(self) -> NativeDriver:
+        """For tests of what lanes in C alone have."""
+        assert isinstance(self.lanes, NativeDriver)
+        return self.lanes
 
     @property
     def peers(self) -> tuple[Peer, Peer]:
@@ -437,7 +464,8 @@ class NativeDriver:
         return self.running[lane].is_running
 
     def end_of(self, lane: str) -> _native.End:
-        return self.running[lane].join()
+        end: _native.End = self.running[lane].join()
+        return end
 
     def stop(self) -> list[_native.End]:
         os.eventfd_write(self.stop_fd, 1)

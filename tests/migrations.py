@@ -86,6 +86,7 @@ class Destination:
         self.ended.set()
         await self.leave.wait()
         if self.arrival is not None:
+            assert self.arrival.process is not None
             self.arrival.process.kill()
             await self.arrival.process.wait()
 

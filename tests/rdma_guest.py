@@ -33,7 +33,7 @@ def guest_python() -> str:
     python = venv / "bin" / "python"
     if not (venv / "complete").exists():
         subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--clear", "--without-pip", venv], check=True)
-        install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *REQUIRED]
+        install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *REQUIRED]
         subprocess.run(install, check=True)
         (venv / "complete").touch()
     return str(python)

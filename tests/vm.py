@@ -206,9 +206,9 @@ def parse_beat(line: Line) -> Beat | None:
     found = _BEAT.fullmatch(line.text)
     if not found:
         return None
-    *numbers, devices = found.groups()
-    work = dict(word.split("=") for word in devices.split())
-    return Beat(line.time, *map(int, numbers), {name: int(count) for name, count in work.items()})
+    seq, writes, bad, sweeps = map(int, found.groups()[:4])
+    work = dict(word.split("=") for word in found[5].split())
+    return Beat(line.time, seq, writes, bad, sweeps, {name: int(count) for name, count in work.items()})
 
 
 class Serial:

@@ -222,7 +222,7 @@ async def pull(
                     transfer = Transfer(filling, session.peer, lanes.name, others, plan)
                     if not held:
                         transfer.release()
-                    nursery.start_soon(_Run(transfer, session, lanes, plan, start, on_event).run)
+                    nursery.start_soon(_TransferTasks(transfer, session, lanes, plan, start, on_event).run)
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone, Unsupported) as error:
@@ -275,7 +275,7 @@ def _save(recorder: Recorder, earlier: Recording | None, file: WholeFile) -> Non
     (now if earlier is None else earlier.merge(now)).write(file)
 
 
-class _Run:
+class _TransferTasks:
     """The tasks of one transfer."""
 
     def __init__(

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -166,10 +167,10 @@ class Vmm:
 
 
 @asynccontextmanager
-async def vmm(environment: dict[str, str], *files: Path, **options: int | Sequence[int]) -> AsyncIterator[Vmm]:
+async def vmm(environment: dict[str, str], *files: Path, **options: Any) -> AsyncIterator[Vmm]:
     read_end, write_end = os.pipe()
     try:
-        async with run_vmm(environment, *files, stdin=read_end, **options) as process:  # type: ignore[arg-type]
+        async with run_vmm(environment, *files, stdin=read_end, **options) as process:
             yield Vmm(process, write_end)
     finally:
         os.close(read_end)
@@ -281,8 +282,7 @@ async def test_vmm_waits_when_pagenet_is_lost(source: str, ram: Path, tmp_path: 
         assert userfaultfds(machine.process.pid) == 1
         assert await machine.read(3 * PAGE) == pattern(3, 1)[:16]
         machine.order("read", 0, 4 * PAGE, 16)
-        await wait_in_faults(machine.process.pid, 1)
-        await trio.sleep(0.2)
+        await wait_in_faults(machine.process.pid, 1)  # which nobody is left to answer
         assert threads_in_faults(machine.process.pid) == 1
         await machine.process.kill()
         assert await machine.process.rest() == []

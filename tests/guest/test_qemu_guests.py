@@ -68,8 +68,12 @@ async def test_devices(tmp_path: Path) -> None:
             await wrong.ended.wait()
         before = await wait_devices(a.serial, a.serial.beats[-1])
 
-        where = {"listen": [f"tcp://{cable.destination.address}:0", "--plaintext"], "within": cable.destination.within}
-        async with run_incoming(tmp_path, command=with_devices(tmp_path, "b"), **where) as (incoming, serial, uri):
+        command, listen = with_devices(tmp_path, "b"), [f"tcp://{cable.destination.address}:0", "--plaintext"]
+        async with run_incoming(tmp_path, command=command, listen=listen, within=cable.destination.within) as (
+            incoming,
+            serial,
+            uri,
+        ):
             async with run([*cable.source.within, *migrate_command(a.qmp, uri)]) as leaving:
                 await leaving.event("resumed")
                 async with connect_qmp(tmp_path / "b.qmp") as qmp:

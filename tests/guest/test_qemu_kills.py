@@ -106,10 +106,10 @@ async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[M
     if cable:
         address, options = cable.destination.address, ["--plaintext"]
         here, there = cable.source.within, cable.destination.within
-    incoming_options = {"listen": [f"tcp://{address}:0", *options], "within": there}
+    listen_options = [f"tcp://{address}:0", *options]
     async with (
         run_vm(bare_command(directory, "a"), directory, "a") as a,
-        run_incoming(directory, **incoming_options) as (incoming, serial, uri),
+        run_incoming(directory, listen=listen_options, within=there) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
         async with run([*here, *migrate_command(a.qmp, uri)]) as leaving, trio.open_nursery() as nursery:

@@ -51,8 +51,13 @@ def memory_file(tmp_path: Path) -> str:
 def connections() -> Iterator[list[transport.Connection]]:
     with ExitStack() as stack:
         made: list[transport.Connection] = []
-        stack.callback(lambda: [connection.close() for connection in made])
+        stack.callback(lambda: close_all(made))
         yield made
+
+
+def close_all(made: list[transport.Connection]) -> None:
+    for connection in made:
+        connection.close()
 
 
 async def dial(uri: str, count: int, into: list[transport.Connection]) -> None:

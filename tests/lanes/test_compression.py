@@ -16,6 +16,7 @@ from processes import huge_pages, pull_command, run, run_server
 import pagenet
 from pagenet import IntoFile, OwnMemory, TransferStatistics, register, serve
 from pagenet.testing import MemoryTransport
+from pagenet.transport import LaneKind
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
@@ -66,10 +67,10 @@ def check_counted(statistics: TransferStatistics, content: bytes, compress: str)
 @pytest.mark.parametrize("memory", ["anonymous", "memfd", "allocated"])
 @pytest.mark.parametrize("lane", ["native", "trio"])
 @pytest.mark.parametrize("source_lane", ["native", "trio"])
-async def test_every_pairing(source_lane: Any, lane: Any, memory: str, kind: str, compress: Any, tmp_path: Path) -> None:
+async def test_every_pairing(source_lane: Any, lane: Any, memory: Any, kind: str, compress: Any, tmp_path: Path) -> None:
     content = make_content(kind)
     (tmp_path / "source").write_bytes(content)
-    owner = OwnMemory("memfd", allocate=True) if memory == "allocated" else OwnMemory(memory)  # type: ignore[arg-type]
+    owner = OwnMemory("memfd", allocate=True) if memory == "allocated" else OwnMemory(memory)
     try:
         async with (
             serve(str(tmp_path / "source"), listen="tcp://127.0.0.1:0", lane=source_lane) as server,
@@ -132,7 +133,8 @@ async def test_drawn_combinations(seed: int, tmp_path: Path) -> None:
     order = random.Random(seed)
     content = make_content("mixed", seed)
     (tmp_path / "source").write_bytes(content)
-    lane, other = (order.choice(["native", "trio"]) for _ in range(2))
+    kinds: list[LaneKind] = ["native", "trio"]
+    lane, other = (order.choice(kinds) for _ in range(2))
     options: dict[str, Any] = {
         "lane": lane,
         "compress": order.choice(["lz4", "lz4", "auto"]),
@@ -144,7 +146,7 @@ async def test_drawn_combinations(seed: int, tmp_path: Path) -> None:
     owner = OwnMemory(order.choice(["anonymous", "memfd"]))
     try:
         async with (
-            serve(str(tmp_path / "source"), listen="tcp://127.0.0.1:0", lane=other) as server,  # type: ignore[arg-type]
+            serve(str(tmp_path / "source"), listen="tcp://127.0.0.1:0", lane=other) as server,
             pagenet.pull(server.uri, owner, **options) as transfer,
         ):
             if options["background"] != "off":

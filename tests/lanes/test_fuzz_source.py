@@ -55,7 +55,7 @@ class Request:
 
 def judged(stream: bytes) -> tuple[list[Request], bool]:
     """The requests before the first that makes no sense, and whether there is one."""
-    requests = []
+    requests: list[Request] = []
     whole = len(stream) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
     for id_, class_, encodings, shift, reserved, first, count, reserved2 in REQUEST_HEADER.iter_unpack(stream[:whole]):
         start, pages = (0, PAGES[0]) if first < PAGES[0] else (PAGES[0], PAGES[1])

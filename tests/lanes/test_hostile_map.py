@@ -104,8 +104,8 @@ async def transfer(directory: Path, lane: str, memory: str) -> AsyncIterator[tup
         command = pull_command(uri, "--uffd-socket", str(socket), *limited, lane=lane)
         async with run([*command, "--prefetch", "auto"]) as pulling:
             await pulling.event("waiting")
-            options = ["--memory", memory, "--size", SIZE, "--zero-every", 8, "--keep-map", "--wait-complete"]
-            touches = ["--touches", 4 * PAGES, "--order", "random", "--write-share", 20, "--remove-share", 10]
+            options: list[str | int] = ["--memory", memory, "--size", SIZE, "--zero-every", 8, "--keep-map", "--wait-complete"]
+            touches: list[str | int] = ["--touches", 4 * PAGES, "--order", "random", "--write-share", 20, "--remove-share", 10]
             async with run_workload(socket, *options, *touches) as owner:
                 await pulling.event("owner")
                 yield pulling, owner

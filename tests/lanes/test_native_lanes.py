@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from lanes import (
     Driver,
     Kind,
     Memory,
-    NativeDriver,
     Open,
     Peer,
     Rig,
@@ -38,6 +38,7 @@ from lanes import (
     content,
     libc,
     poll,
+    wait_others_ran,
     wait_until,
 )
 from processes import huge_pages
@@ -73,8 +74,8 @@ def make_rig() -> Iterator[MakeRig]:
     """``make_rig(kind, low, high, hole, **rig)``."""
     with ExitStack() as stack:
 
-        def make(kind: Kind = "copy", low: int = 10, high: int = 8, hole: int | None = 5, **options: object) -> Rig:
-            rig = Rig(Memory(kind, low, high, hole), **{"driver": "native", **options})  # type: ignore[arg-type]
+        def make(kind: Kind = "copy", low: int = 10, high: int = 8, hole: int | None = 5, **options: Any) -> Rig:
+            rig = Rig(Memory(kind, low, high, hole), **{"driver": "native", **options})
             return stack.enter_context(rig)
 
         yield make
@@ -138,8 +139,11 @@ class Play:
     def counts(self) -> dict[str, list[int]]:
         """Pages are counted, and threads woken, a moment before all that belongs to them is counted too."""
         for name in ("wire_bytes", "zero_pages", "existed"):
-            wait_until(lambda name=name: sum(self.rig.counts()[name]) >= sum(self.expected[name]), name)
+            wait_until(partial(self.is_counted, name), name)
         return self.rig.counts()
+
+    def is_counted(self, name: str) -> bool:
+        return sum(self.rig.counts()[name]) >= sum(self.expected[name])
 
     def step(self, choices: list[Callable[[], None]]) -> None:
         self.random.choice(choices)()
@@ -214,7 +218,7 @@ class Play:
         self.rig.feed(run)
         self.rig.background.wait_asked(len(self.asked[1]))
         if self.rig.driver == "native":
-            wait_until(lambda: not len(self.rig.lanes.ring), "the ring empty")
+            wait_until(lambda: not len(self.rig.native.ring), "the ring empty")
 
     def reply(self) -> None:
         choices = [(peer, open_) for peer in self.rig.peers for open_ in peer.open]
@@ -384,7 +388,7 @@ def test_every_byte_alone(kind: Kind, lane: str, pack: bool, make_rig: MakeRig) 
         rig.background.wait_asked(1)
     peer = rig.demand if lane == "demand" else rig.background
     stream = b""
-    pages = []
+    pages: list[int] = []
     while peer.open:
         open_ = peer.open[0]
         left = peer.left(open_)
@@ -435,8 +439,10 @@ def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int
     if kind != "allocated":
         writer.join()
     rig.wait_faults(1)
-    time.sleep(0.05)  # for what must not happen: the write goes through, and the rest of the page comes over it
-    rig.background.send(data[half:])
+    # What must not happen: the write goes through, and the rest of the page comes over it.
+    rest = rig.background.trickle(data[half:])
+    assert writer.is_running == (kind == "allocated")
+    rig.background.send(rest)
     writer.join()
     rig.wait_came(4)
     wait_until(lambda: rig.states()[10:14] == [State.REMOVED] * 2 + [State.RESIDENT] * 2, "the states")
@@ -457,7 +463,7 @@ def test_placing_waits_for_the_reader_of_events(kind: Kind, make_rig: MakeRig) -
     wait_until(lambda: poll(rig.memory.uffd, select.POLLIN), "the event")
     rig.answer_all(rig.background)
     wait_until(lambda: State.PLACING in rig.states(), "pages taken")
-    time.sleep(0.02)
+    wait_others_ran(0.005)
     assert State.RESIDENT not in rig.states()
     assert removal.is_running
     rig.lanes.start("demand")
@@ -666,11 +672,13 @@ def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
         rig.map.set(Run(page, 1), State.RESIDENT)
     rig.feed(Run(0, pages))
     rig.background.wait_asked(4096)
-    time.sleep(0.02)
+    first = rig.background.answer(rig.background.open[0], 1, zero=False)[1]
+    rest = rig.background.trickle(first)
     rig.background.read()
     assert len(rig.background.asked) == 4096
+    rig.background.send(rest)
     order = random.Random(1)
-    came = 0
+    came = 1
     while came < pages // 2:
         rig.background.read()
         batch = order.sample(rig.background.open, min(1000, len(rig.background.open)))
@@ -695,17 +703,16 @@ def test_more_faults_than_requests_may_be_open(make_rig: MakeRig) -> None:
             touched += 1
 
     toucher = rig.call(touch_all)
-    faults = 0
-    while rig.count("faults") < 1302:
-        rig.wait_faults(faults + 1)
-        assert rig.memory.place(1 + 3 * faults, content(1)).placed == PAGE
-        faults += 1
-        if faults == 1302:
-            break
+    for fault in range(1302):
+        rig.wait_faults(fault + 1)
+        assert rig.memory.place(1 + 3 * fault, content(1)).placed == PAGE
     rig.demand.wait_asked(3 * 1302)
-    time.sleep(0.02)
+    wait_until(lambda: poll(rig.memory.uffd, select.POLLIN), "one more fault")
+    rest = rig.demand.trickle(rig.demand.answer(rig.demand.open[0], 1, zero=False)[1])
     assert rig.count("faults") == 1302, "no room for three requests of each of 64 faults more"
+    assert poll(rig.memory.uffd, select.POLLIN)
     assert toucher.is_running
+    rig.demand.send(rest)
     while toucher.is_running:
         rig.answer_all(rig.demand)
         time.sleep(0.0002)
@@ -788,7 +795,6 @@ def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(mak
     How much more depends on how fast the rest comes, which is slow under a sanitizer."""
     rig = make_rig("copy", 8192, 1, None)
     rig.filling.prefetch = None
-    assert isinstance(rig.lanes, NativeDriver)
     pages = random.Random(1).sample(range(8192), 500)
     touches = rig.call(lambda: [rig.memory.read(page) for page in pages])
     known: dict[int, float] = {}
@@ -801,7 +807,7 @@ def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(mak
             if rig.count("faults") <= 20 or waited >= late:
                 rig.demand.send(rig.demand.answer(open_, rig.demand.left(open_).count, zero=False)[1])
         background = "flat out" if rig.count("faults") <= 160 else "held to a rate"
-        rig.lanes.limit(None if background == "flat out" else 1 << 30)
+        rig.native.limit(None if background == "flat out" else 1 << 30)
         if rig.count("faults") > 60:
             largest[background] = max(largest[background], in_flight(rig.demand))
         time.sleep(0)
@@ -815,8 +821,7 @@ def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(
 ) -> None:
     """Its pages are 20 ms on their way, so 80 of them are what the rate allows. Under a sanitizer all paths are long."""
     rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
-    assert isinstance(rig.lanes, NativeDriver)
-    rig.lanes.limit(80 * PAGE * 50)
+    rig.native.limit(80 * PAGE * 50)
     rig.filling.prefetch = prefetch
     touches = rig.call(lambda: [rig.memory.read(8192 + 3 * page) for page in range(100 if waits else 10)])
     rig.feed(Run(0, 8192))
@@ -876,10 +881,13 @@ def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) ->
     fed.start()
     peer = rig.background
     peer.wait_asked(4)
-    time.sleep(0.02)
+    wait_until(lambda: len(rig.native.ring) > 0, "more to ask for")
+    run, data = peer.answer(peer.open[0], CHUNK, zero=False)
+    rest = peer.trickle(data)
     peer.read()
-    assert in_flight(peer) == NARROW, "before the first reply"
-    largest, came = 0, 0
+    assert in_flight(peer) + run.count * PAGE == NARROW, "before the first reply"
+    peer.send(rest)
+    largest, came = 0, run.count
     while came < 2048:
         came += answer_one(peer)
         rig.wait_came(came)
@@ -913,7 +921,14 @@ def feed_chunks(rig: Rig, firsts: range) -> None:
                 rig.feed(Run(first, CHUNK))
                 break
             except BlockingIOError:
-                os.eventfd_read(rig.lanes.ring.room_fd) if poll(rig.lanes.ring.room_fd, select.POLLIN) else time.sleep(0.0001)
+                wait_for_room(rig.native.ring)
+
+
+def wait_for_room(ring: _native.Ring) -> None:
+    if poll(ring.room_fd, select.POLLIN):
+        os.eventfd_read(ring.room_fd)
+    else:
+        time.sleep(0.0001)
 
 
 def in_flight(peer: Peer) -> int:
@@ -950,7 +965,7 @@ def test_full_ring_is_emptied_in_order(make_rig: MakeRig) -> None:
     rig.lanes.start("background")
     rig.background.wait_asked(room)
     assert rig.background.asked == [(BACKGROUND, Run(3 * page, 2)) for page in range(room)]
-    assert poll(rig.lanes.ring.room_fd, select.POLLIN)
+    assert poll(rig.native.ring.room_fd, select.POLLIN)
     rig.feed(Run(0, 3 * room + 8))
     rig.background.wait_asked(room + room)
 
@@ -960,7 +975,7 @@ def test_full_ring_is_emptied_in_order(make_rig: MakeRig) -> None:
 
 def stop_time(rig: Rig) -> float:
     started = time.monotonic()
-    ends = rig.lanes.stop()
+    ends = rig.native.stop()
     took = time.monotonic() - started
     assert {end.kind for end in ends} == {_native.END_STOPPED}
     return took
@@ -1048,9 +1063,9 @@ def test_connection_lost_while_busy(lane: str, make_rig: MakeRig) -> None:
     print(f"noticed within {took * 1000:.1f} ms: {end}")
     assert end.kind in (_native.END_CLOSED, _native.END_BROKEN)
     assert took < PROMPT
-    assert rig.lanes.running["background" if lane == "demand" else "demand"].is_running
-    os.eventfd_write(rig.lanes.stop_fd, 1)
-    for call in rig.lanes.running.values():
+    assert rig.native.running["background" if lane == "demand" else "demand"].is_running
+    os.eventfd_write(rig.native.stop_fd, 1)
+    for call in rig.native.running.values():
         call.join()
     busy.stop()
 
@@ -1100,7 +1115,7 @@ def test_owner_dies_while_busy(tmp_path: Path) -> None:
             print(f"noticed within {took * 1000:.1f} ms: {ends}")
             assert [end.kind for end in ends] == [_native.END_OWNER_GONE]
             assert took < PROMPT
-            assert rig.lanes.stop()[0].kind in (_native.END_OWNER_GONE, _native.END_STOPPED)
+            assert rig.native.stop()[0].kind in (_native.END_OWNER_GONE, _native.END_STOPPED)
             busy.stop()
 
 

@@ -134,7 +134,7 @@ class Serving:
 
     def end(self) -> _native.End:
         """Once the loop has ended, cut what connections it still has."""
-        end = self.thread.join()
+        end: _native.End = self.thread.join()
         self.loop.close()
         return end
 

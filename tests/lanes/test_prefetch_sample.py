@@ -85,6 +85,7 @@ async def test_the_share_that_was_not_touched(lane: LaneKind, source: Path, memo
         transfer.set_background("linear")
         await transfer.wait_complete()
         assert transfer.statistics().prefetch_unused == now.prefetch_unused
+        assert now.prefetch_unused is not None
         assert complete_fields(transfer.statistics())["prefetch_unused"] == round(now.prefetch_unused, 3)
         assert await memory.read(HALF, HALF) == content[HALF:]
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from lanes import Memory, Rig, wait_until
+from lanes import Driver, Memory, Rig, wait_until
 
 from pagenet._native import Prompt
 from pagenet.protocol import Encoding
@@ -119,9 +119,9 @@ def test_what_was_asked_for_before_a_change_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
-def test_lanes_ask_for_what_comes_sooner(lane: str) -> None:
+def test_lanes_ask_for_what_comes_sooner(lane: Driver) -> None:
     """From a peer that takes its time over pages that are not compressed."""
-    with Rig(Memory("anonymous", 400, 8, None), lane, start=("demand",), encodings=BOTH) as rig:  # type: ignore[arg-type]
+    with Rig(Memory("copy", 400, 8, None), lane, start=("demand",), encodings=BOTH) as rig:
         packed = []
         for page in range(200):
             touch = rig.touch(page)

@@ -36,7 +36,7 @@ from pagenet.protocol import (
 from pagenet.region import MAX_PAGES
 from pagenet.residency import Residency, State
 from pagenet.session import LAST_WORDS_TIMEOUT, MessageStream, greet
-from pagenet.source.serving import TrioSourceLane
+from pagenet.source.trio_lane import TrioSourceLane
 from pagenet.testing import MemoryConnection, MemoryTransport, memory_pair
 from pagenet.unix_socket import UnixSocketFile
 
@@ -295,7 +295,7 @@ async def test_destination_is_told_what_is_wrong_with_its_answer(memory: MemoryT
 async def test_two_tasks_say_goodbye_at_once() -> None:
     ours, theirs = memory_pair(capacity=3)
     stream, peer = MessageStream(ours), MessageStream(theirs)
-    messages = [Failure("protocol", "what you did"), Bye(False)]
+    messages: list[Message] = [Failure("protocol", "what you did"), Bye(False)]
     async with trio.open_nursery() as nursery:
         for message in messages:
             nursery.start_soon(stream.tell, message)

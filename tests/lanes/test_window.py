@@ -194,7 +194,8 @@ async def test_both_lanes_decide_alike(seed: int, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(random.Random(1).randbytes(8 << 20))
     pick = random.Random(seed)
-    pages, at = [], 0
+    pages: list[int] = []
+    at = 0
     while len(pages) < 60:
         step, at = pick.choice([1, -1, 5, 100, 0]), pick.randrange(2048)
         pages += [page for k in range(pick.randrange(1, 8)) if 0 <= (page := at + k * (step or pick.randrange(64))) < 2048]

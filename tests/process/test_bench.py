@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from namespaces import needs_namespaces
-from processes import plant_pagenet
+from processes import plant_pagenet, threads_in_faults
 
 from pagenet import PagenetError
 from pagenet.bench import Sample
@@ -234,6 +235,19 @@ def test_plot(suffix: str, magic: bytes, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(magic)
 
 
+def stop_while_touches_wait(source: int, bench: int) -> None:
+    """From now on they wait. No thread may be waiting at the very moment of the stop: then it is tried again."""
+    deadline = time.monotonic() + 20
+    while True:
+        while not threads_in_faults(bench):
+            assert time.monotonic() < deadline, "no touch waits"
+        os.kill(source, signal.SIGSTOP)
+        os.waitid(os.P_PID, source, os.WSTOPPED)
+        if threads_in_faults(bench):
+            return
+        os.kill(source, signal.SIGCONT)
+
+
 @pytest.mark.usefixtures("uffd_permitted")
 @pytest.mark.parametrize("who", ["source", "bench"])
 def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> None:
@@ -244,15 +258,15 @@ def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> 
     with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         uri = json.loads(server.stdout.readline())["uri"]
-        command = [sys.executable, "-m", "pagenet.cli.bench", "fault", "--uri", uri, "--rounds", "10000", "--json"]
+        command = [sys.executable, "-m", "pagenet.cli.bench", "fault", "--uri", uri, "--touches", "16384", "--json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             try:
                 assert running.stdout is not None
                 assert running.stdout.readline()  # it names the environment, and begins
-                for _ in range(5):  # some sessions later, it is touching
-                    server.stdout.readline()
-                server.send_signal(signal.SIGSTOP)  # from now on touches wait
-                time.sleep(0.3)
+                # Of two sessions the first one asks for the size alone, and the second begins to touch.
+                said = [json.loads(server.stdout.readline())["event"] for _ in range(3)]
+                assert said == ["connected", "left", "connected"]
+                stop_while_touches_wait(server.pid, running.pid)
                 if who == "source":
                     server.kill()
                 else:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -358,18 +358,17 @@ async def test_background_lanes(memory: str, listens: str, source: str, tmp_path
     await owner.listen()
     arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--memory", memory, "--order", "random")
     uri = f"unix:{tmp_path / 'source.sock'}"
-    options = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
+    options: dict[str, Any] = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
     try:
         async with run_workload(tmp_path / "uffd.sock", *arguments) as workload:
-            where = {"listen": uri} if listens == "source" else {"connect": uri}
             if listens == "source":
-                async with serve(source, **where) as server, pull(server.uri, owner, **options) as transfer:
+                async with serve(source, listen=uri) as server, pull(server.uri, owner, **options) as transfer:
                     await transfer.wait_complete()
             else:
                 async with trio.open_nursery() as nursery:
 
                     async def push() -> None:
-                        async with serve(source, **where) as server:
+                        async with serve(source, connect=uri) as server:
                             await server.wait_complete()
 
                     nursery.start_soon(push)
@@ -869,7 +868,9 @@ async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> No
             pull(server.uri, owner, lane=lane, held=True) as transfer,
         ):
             await wait_in_faults(workload.pid, 2)
-            await trio.sleep(0.05)
+            with closing(OwnMemory()) as other:  # meanwhile, moved from its first page to its last
+                async with pull(server.uri, other, lane=lane) as moving:
+                    await moving.wait_complete()
             assert transfer.statistics().demand.requests == transfer.statistics().background.requests == 0
             transfer.release()
             await transfer.wait_complete()

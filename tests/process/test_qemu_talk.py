@@ -128,7 +128,7 @@ async def test_a_connection_for_qemu(has_socket: bool) -> None:
             assert os.get_blocking(sock.fileno())
             await trio.to_thread.run_sync(sock.sendall, b"state")
             await receive_exactly(theirs, buffer[:5])
-            assert buffer[:5] == b"state"
+            assert bytes(buffer[:5]) == b"state"
             await theirs.send(b"loaded")
             assert await trio.to_thread.run_sync(sock.recv, 6, socket.MSG_WAITALL) == b"loaded"
     theirs.close()

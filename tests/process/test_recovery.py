@@ -98,7 +98,8 @@ async def test_killed_again_and_again(kills: int, memory: str, window: str, lane
     prefetched into shared memory is partly held back at that moment."""
     longest, prefetch = 0.5 / kills, ("--prefetch", window)
     async with run_server(source) as (_, uri):
-        more = ["--touches", 8 * PAGES, "--order", "random", "--write-share", 50, "--remove-share", 20, "--wait-complete"]
+        more: list[str | int] = ["--touches", 8 * PAGES, "--order", "random", "--wait-complete"]
+        more += ["--write-share", 50, "--remove-share", 20]
         async with begun(uri, tmp_path, memory, lane, *more, prefetch=prefetch) as (pulling, owner):
             going_on = await is_killed(pulling, random.uniform(0.0, longest))
             while going_on:

@@ -23,7 +23,6 @@ from pagenet import (
     RemoteProtocolError,
     Run,
     SourceUnreachable,
-    TcpTransport,
     Unsupported,
     UsageError,
 )
@@ -46,6 +45,7 @@ from pagenet.rdma._wire import (
     encode_word,
     read_key,
 )
+from pagenet.tcp import TcpTransport
 
 #: what runs in the guest
 INSIDE = ROOT / "tests" / "rdma" / "inside"
@@ -208,7 +208,8 @@ def test_chunks() -> None:
 
 def test_askings_come_in_pieces() -> None:
     askings = [Asking(Kind.ASK, Run(0, 256)), Asking(Kind.RETURN, Run(256, 2))]
-    stream, unread, got = b"".join(asking.encode() for asking in askings), bytearray(), []
+    stream, unread = b"".join(asking.encode() for asking in askings), bytearray()
+    got: list[Asking] = []
     for byte in stream:
         unread.append(byte)
         got += decode_askings(unread, REGION)

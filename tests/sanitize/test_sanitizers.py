@@ -16,6 +16,11 @@ page = ffi.new("char[4096]")
 lib.pn_zero_run(page, 2, 4096, ffi.new("int *"))
 """
 
+OVERFLOW_IN_TESTING = """
+from pagenet._pagenet_testing import ffi, lib
+lib.pn_pattern_fill(ffi.new("char[4096]"), 0, 2, 4096, 1, 0)
+"""
+
 MISALIGNED = """
 from pagenet._pagenet import ffi, lib
 memory = ffi.new("char[]", lib.pn_map_bytes(1) + 1)
@@ -39,7 +44,11 @@ for thread in threads: thread.join()
 """
 
 MISUSES = {
-    ADDRESS.name: [(OVERFLOW, "heap-buffer-overflow"), (MISALIGNED, "misaligned address")],
+    ADDRESS.name: [
+        (OVERFLOW, "heap-buffer-overflow"),
+        (OVERFLOW_IN_TESTING, "heap-buffer-overflow"),
+        (MISALIGNED, "misaligned address"),
+    ],
     THREAD.name: [(RACE, "data race")],
 }
 

@@ -247,9 +247,9 @@ def test_a_ranking_is_the_sum_of_decayed_heat() -> None:
         ranking.warm(key, now)
     heat = {key: sum(0.5 ** (60 - now) for k, now in warmed if k == key) for key in range(8)}
     order = []
-    while (key := ranking.hottest()) is not None:
-        order.append(key)
-        ranking.unrank(key)
+    while (hottest := ranking.hottest()) is not None:
+        order.append(hottest)
+        ranking.unrank(hottest)
     assert order == sorted(heat, key=lambda key: -heat[key])
     ranking.warm(order[-1], 60.0)
     assert ranking.hottest() == order[-1]

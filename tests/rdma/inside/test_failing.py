@@ -24,6 +24,7 @@ from pagenet.rdma._memory import RegisteredMemory
 from pagenet.rdma._read_lanes import _Buffer, _Device
 from pagenet.rdma._wire import Answer, Endpoint, encode_key, encode_word
 from pagenet.region import Run
+from pagenet.transport import LaneKind
 
 MIB = 1 << 20
 PAGE = 4096
@@ -49,7 +50,7 @@ class Failed:
     at: float
 
 
-async def fail(uri: str, path: Path, lane: str, cause: Callable[[], object] | None = None, size: int = SIZE) -> Failed:
+async def fail(uri: str, path: Path, lane: LaneKind, cause: Callable[[], object] | None = None, size: int = SIZE) -> Failed:
     """``cause`` is called in the midst of it."""
     at = 0.0
 
@@ -139,7 +140,7 @@ def server(source: str) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_source_killed(lane: str, server: Server, tmp_path: Path) -> None:
+async def test_source_killed(lane: LaneKind, server: Server, tmp_path: Path) -> None:
     async with bare_read() as bare:
 
         def kill() -> None:
@@ -160,7 +161,7 @@ def instead(name: str, replacement: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_wrong_key(lane: str, source: str, tmp_path: Path) -> None:
+async def test_wrong_key(lane: LaneKind, source: str, tmp_path: Path) -> None:
     take = RegisteredMemory.take
 
     async def wrong(self: RegisteredMemory, run: Run, held: int) -> tuple[bytes, bool]:
@@ -179,7 +180,7 @@ async def test_wrong_key(lane: str, source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_chunk_deregistered(lane: str, source: str, tmp_path: Path) -> None:
+async def test_chunk_deregistered(lane: LaneKind, source: str, tmp_path: Path) -> None:
     take = RegisteredMemory.take
 
     async def too_short(self: RegisteredMemory, run: Run, held: int) -> tuple[bytes, bool]:
@@ -197,7 +198,7 @@ async def test_chunk_deregistered(lane: str, source: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_host_gone_without_a_word(lane: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_host_gone_without_a_word(lane: LaneKind, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing answers READs, and the connection beside them is none the wiser."""
     queue_pair = _memory._queue_pair
 
@@ -243,7 +244,7 @@ async def test_senseless_answers(answer: bytes, complaint: str, source: str, tmp
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_source_that_shrinks(lane: str, server: Server, source: str, tmp_path: Path) -> None:
+async def test_source_that_shrinks(lane: LaneKind, server: Server, source: str, tmp_path: Path) -> None:
     """What it has registered can be read still; the next key is refused, and the reason told."""
     failed = await fail(server.uri, tmp_path / "uffd.sock", lane, lambda: os.truncate(source, PAGE), size=LARGE)
     assert isinstance(failed.error, SourceLost)

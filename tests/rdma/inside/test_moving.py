@@ -14,13 +14,15 @@ import trio
 from forked import Command, Server, forked_workload, run_workload
 from processes import huge_pages, write_blocks, write_pattern
 
-from pagenet import IntoFile, RdmaTransport, TcpTransport, TransferStatistics, UffdSocket, _native, pull, serve
+from pagenet import IntoFile, RdmaTransport, TransferStatistics, UffdSocket, _native, pull, serve
 from pagenet.cli.pull import main as pull_main
 from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
 from pagenet.rdma._keys import NativeMemory
 from pagenet.rdma._memory import RegisteredMemory
+from pagenet.tcp import TcpTransport
 from pagenet.testing import check_transport
+from pagenet.transport import LaneKind
 
 MIB = 1 << 20
 PAGE = 4096
@@ -28,11 +30,11 @@ SIZE = 3 * MIB
 LARGE = 9 * MIB
 ZERO_EVERY = 7
 LISTEN = "rdma://127.0.0.1:0"
-LANES = ["native", "trio"]
+LANES: list[LaneKind] = ["native", "trio"]
 
 
 async def move(
-    uri: str, path: Path, lane: str, *arguments: str | int, size: str | int = SIZE, **options: Any
+    uri: str, path: Path, lane: LaneKind, *arguments: str | int, size: str | int = SIZE, **options: Any
 ) -> TransferStatistics:
     """Into a workload, which checks every byte after the last page has come."""
     owner = UffdSocket(path)
@@ -64,7 +66,7 @@ async def test_conformance() -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("memory", "placement"), [("anonymous", "copy"), ("memfd", "continue")])
-async def test_touching_while_it_comes(memory: str, placement: str, lane: str, source: str, tmp_path: Path) -> None:
+async def test_touching_while_it_comes(memory: str, placement: str, lane: LaneKind, source: str, tmp_path: Path) -> None:
     said: list[tuple[str, dict[str, Any]]] = []
     async with serve(source, listen=LISTEN, on_event=lambda event, /, **fields: said.append((event, fields))) as server:
         statistics = await move(server.uri, tmp_path / "uffd.sock", lane, "--memory", memory, "--threads", 4)
@@ -101,7 +103,7 @@ async def test_written_and_given_up_while_it_comes(memory: str, source: str, tmp
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_blocks_that_end_within_a_chunk(lane: str, tmp_path: Path) -> None:
+async def test_blocks_that_end_within_a_chunk(lane: LaneKind, tmp_path: Path) -> None:
     sizes = [MIB + PAGE, PAGE, 300 << 10]
     paths = write_blocks(tmp_path, sizes, zero_every=ZERO_EVERY)  # on a disk: registered as a copy, before Linux 6.2
     async with serve(paths, listen=LISTEN) as server:
@@ -162,7 +164,7 @@ async def test_source_that_dials(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_no_more_is_pinned_than_allowed(lane: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_more_is_pinned_than_allowed(lane: LaneKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
     take = RegisteredMemory.take
 
