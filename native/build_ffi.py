@@ -15,7 +15,8 @@ from cffi import FFI
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
     "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "prompt.c",
-    "dest.c", "lane.c", "verbs.c", "rdma.c", "keys.c", "source.c",
+    "pace.c", "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
+    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
     "testing/pattern.c", "testing/workload.c", "testing/bench.c", "uffd.c", "residency.c", "memory.c",
@@ -28,16 +29,16 @@ def declarations(header: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("#"))
 
 
-def extension(name: str, header: str, sources: list[str], libraries: list[str]) -> FFI:
+def extension(name: str, headers: list[str], sources: list[str], libraries: list[str]) -> FFI:
     builder = FFI()
-    builder.cdef(declarations(header))
+    builder.cdef("\n".join(map(declarations, headers)))
     builder.set_source(
         name,
-        f'#include "{header}"',
+        "\n".join(f'#include "{header}"' for header in headers),
         sources=[str(HERE / source) for source in sources],
         include_dirs=[str(HERE)],
         libraries=libraries,
-        depends=[str(HERE / "pagenet.h"), str(HERE / header)],
+        depends=[str(HERE / header) for header in ["pagenet.h", *headers]],
         extra_compile_args=[
             "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
             *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
@@ -47,5 +48,5 @@ def extension(name: str, header: str, sources: list[str], libraries: list[str]) 
     return builder
 
 
-core = extension("pagenet._pagenet", "pagenet.h", SOURCES, ["lz4", "dl"])
-testing = extension("pagenet._pagenet_testing", "testing/testing.h", TESTING_SOURCES, [])
+core = extension("pagenet._pagenet", ["pagenet.h", "pace.h"], SOURCES, ["lz4", "dl"])
+testing = extension("pagenet._pagenet_testing", ["testing/testing.h"], TESTING_SOURCES, [])

@@ -1,8 +1,8 @@
 """Writes what the headers declare as the types that pagenet/_native is checked with: ``python native/declare.py``.
 
-Run it after a change to native/pagenet.h or native/testing/testing.h: tests/unit/test_declarations.py
-fails until then. A struct becomes a class, and the functions and constants become the members of one
-Protocol, ``Library``.
+Run it after a change to one of ``HEADERS``: tests/unit/test_declarations.py fails until then. A struct
+becomes a class, and the functions, variables and constants become the members of one Protocol,
+``Library``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from pycparser import c_ast, c_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-#: each header, and the module that says what it declares
+#: the headers of each extension, and the module that says what they declare
 HEADERS = {
-    "native/pagenet.h": "pagenet/_native/_declarations.py",
-    "native/testing/testing.h": "pagenet/_native/_testing_declarations.py",
+    ("native/pagenet.h", "native/pace.h"): "pagenet/_native/_declarations.py",
+    ("native/testing/testing.h",): "pagenet/_native/_testing_declarations.py",
 }
 INTEGERS = ("int", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t", "uint16_t", "uint32_t", "uint64_t", "size_t")
 WIDTH = 100
 
-HEAD = '''"""What {header} declares, named as it is there. Made by native/declare.py: do not edit."""
+HEAD = '''"""What {headers} declare{s}, named as it is there. Made by native/declare.py: do not edit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parse(header: Path) -> list[Any]:
     """Its declarations. Lines of the preprocessor and comments are left out, and the integers made known."""
     lines = [line for line in header.read_text().splitlines() if not line.startswith("#")]
     text = re.sub(r"/\*.*?\*/", "", "\n".join(lines), flags=re.DOTALL)
-    known = "".join(f"typedef int {name};" for name in INTEGERS[1:])
+    known = "".join(f"typedef int {name};" for name in (*INTEGERS[1:], "bool"))
     return [node for node in c_parser.CParser().parse(known + text).ext if not isinstance(node, c_ast.Typedef)]
 
 
@@ -113,8 +113,10 @@ def method(node: Any) -> str:
 def library(nodes: list[Any]) -> str:
     enums = [node.type for node in nodes if isinstance(node.type, c_ast.Enum)]
     constants = [f"    {value.name}: int" for enum in enums for value in enum.values.enumerators]
+    variables = [f"    {node.name}: {type_of(node.type)}" for node in nodes if "extern" in node.storage]
     methods = [method(node) for node in nodes if isinstance(node.type, c_ast.FuncDecl)]
-    return "\n".join(["class Library(Protocol):", *constants, *([""] if constants else []), *methods])
+    members = [*constants, *variables]
+    return "\n".join(["class Library(Protocol):", *members, *([""] if members else []), *methods])
 
 
 def structs(nodes: list[Any]) -> list[Any]:
@@ -126,17 +128,18 @@ def structs(nodes: list[Any]) -> list[Any]:
     return list(found.values())
 
 
-def module(header: str) -> str:
-    """The text of the module that says what ``header`` declares."""
-    nodes = parse(ROOT / header)
+def module(headers: tuple[str, ...]) -> str:
+    """The text of the module that says what ``headers`` declare."""
+    nodes = [node for header in headers for node in parse(ROOT / header)]
     classes = [*map(struct, structs(nodes)), library(nodes)]
     imported = ", ".join(name for name in ("CData", "Null", "Struct") if any(name in text for text in classes))
-    return "\n\n\n".join([HEAD.format(header=header, imported=imported), *classes]).replace("\n\n\n\n", "\n\n\n") + "\n"
+    head = HEAD.format(headers=" and ".join(headers), s="s" if len(headers) == 1 else "", imported=imported)
+    return "\n\n\n".join([head, *classes]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
 
 def main() -> None:
-    for header, path in HEADERS.items():
-        (ROOT / path).write_text(module(header))
+    for headers, path in HEADERS.items():
+        (ROOT / path).write_text(module(headers))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ static int init_locks(struct pn_dest *dest) {
     pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     pthread_rwlock_init(&dest->removal, &kind);
     pthread_rwlockattr_destroy(&kind);
-    return pthread_mutex_init(&dest->waiting, NULL) || pthread_mutex_init(&dest->limiting, NULL);
+    return pthread_mutex_init(&dest->limiting, NULL);
 }
 
 struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
@@ -48,7 +48,6 @@ struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
 void pn_dest_free(struct pn_dest *dest) {
     munmap(dest->zeros, dest->config.max_page_size);
     pthread_rwlock_destroy(&dest->removal);
-    pthread_mutex_destroy(&dest->waiting);
     pthread_mutex_destroy(&dest->limiting);
     free(dest);
 }
@@ -79,38 +78,48 @@ const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address)
 
 /* ---- who waits ---- */
 
-void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
-    pthread_mutex_lock(&dest->waiting);
-    unsigned used = atomic_load(&dest->waiter_count), i = 0;
-    while (i < used && dest->waiters[i].page != page)
-        i++;
-    if (i == used && used < PN_WAITERS) { /* the first fault on a page counts: its thread has waited longest */
-        dest->waiters[i] = (struct pn_waiter){.page = page, .since = since};
-        atomic_store(&dest->waiter_count, used + 1);
+/* Where to put it; NULL: it is there already, or there is no room. */
+static struct pn_waiter *free_waiter(struct pn_dest *dest, uint64_t page, unsigned *end) {
+    struct pn_waiter *found = NULL;
+    for (unsigned i = *end; i-- > 0;) {
+        uint64_t there = atomic_load(&dest->waiters[i].page);
+        if (there == page + 1)
+            return NULL; /* the first fault on a page counts: its thread has waited longest */
+        if (!there)
+            found = &dest->waiters[i];
     }
-    pthread_mutex_unlock(&dest->waiting);
+    return found || *end == PN_WAITERS ? found : &dest->waiters[(*end)++];
+}
+
+void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
+    unsigned end = atomic_load(&dest->waiter_end);
+    while (end && !atomic_load(&dest->waiters[end - 1].page))
+        end--;
+    struct pn_waiter *waiter = free_waiter(dest, page, &end);
+    atomic_store(&dest->waiter_end, end);
+    if (!waiter)
+        return;
+    atomic_store(&waiter->since, since);
+    atomic_fetch_add(&dest->waiter_count, 1); /* first: who sees the page takes it off again */
+    atomic_store(&waiter->page, page + 1);
 }
 
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed) {
     if (!atomic_load(&dest->waiter_count))
         return;
     uint64_t now = pn_now();
-    pthread_mutex_lock(&dest->waiting);
-    unsigned used = atomic_load(&dest->waiter_count);
-    for (unsigned i = 0; i < used;) {
+    for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++) {
         struct pn_waiter *waiter = &dest->waiters[i];
-        if (waiter->page - first >= count) {
-            i++;
+        uint64_t page = atomic_load(&waiter->page), since = atomic_load(&waiter->since);
+        if (!page || page - 1 - first >= count || !atomic_compare_exchange_strong(&waiter->page, &page, 0))
             continue;
-        }
+        atomic_fetch_sub(&dest->waiter_count, 1);
         if (placed) {
-            pn_stats_latency(dest->config.map, PN_DEMAND, now - waiter->since);
-            atomic_fetch_add(&dest->waited, now - waiter->since);
+            uint64_t waited = now > since ? now - since : 0; /* it may have come since we looked at the clock */
+            pn_stats_latency(dest->config.map, PN_DEMAND, waited);
+            pn_pace_in_place(&dest->pace, waited);
         }
-        *waiter = dest->waiters[--used];
     }
-    atomic_store(&dest->waiter_count, used);
-    pthread_mutex_unlock(&dest->waiting);
 }
 
 void pn_wake_waiter(struct pn_dest *dest, uint64_t page) {
@@ -270,12 +279,12 @@ uint64_t pn_before_sampled(uint64_t first, uint64_t count) {
 }
 
 static bool is_waited_for(struct pn_dest *dest, uint64_t page) {
-    bool found = false;
-    pthread_mutex_lock(&dest->waiting);
-    for (unsigned i = 0; i < atomic_load(&dest->waiter_count); i++)
-        found |= dest->waiters[i].page == page;
-    pthread_mutex_unlock(&dest->waiting);
-    return found;
+    if (!atomic_load(&dest->waiter_count))
+        return false;
+    for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++)
+        if (atomic_load(&dest->waiters[i].page) == page + 1)
+            return true;
+    return false;
 }
 
 /* Of a page that is PLACING, and whose bytes are in shared memory. */
@@ -375,88 +384,23 @@ bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *pie
 
 /* ---- how fast the background may be ---- */
 
-/* 0.3 ms' worth at a time: on a link no faster than the limit, a page that somebody waits for waits no longer than that for the
- * background before it. What a lane that had to wait for a processor, or for the link, missed meanwhile is made up for: of the
- * last 50 ms, so the rate is kept; at a quarter more than the rate, so no 10 ms see twice of it. */
-enum { GRANT_NS = 300000, CATCH_UP_NS = 500000, MAKE_UP_NS = 50000000 };
-#define PEAK 1.25
-
 void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) {
     pthread_mutex_lock(&dest->limiting);
-    dest->rate = bytes_per_second;
-    dest->paid_until = dest->next_grant = pn_now(); /* at the former rate that may be hours away */
+    pn_pace_limit(&dest->pace, bytes_per_second, pn_now());
     pthread_mutex_unlock(&dest->limiting);
-}
-
-static double duration(uint64_t bytes, uint64_t rate) { return (double)bytes * 1e9 / (double)rate; }
-
-static uint64_t at_a_time(uint64_t wanted, uint64_t rate, uint64_t page_size) {
-    uint64_t pages = (uint64_t)((double)rate * GRANT_NS / 1e9) / page_size;
-    uint64_t most = (pages ? pages : 1) * page_size;
-    return wanted < most ? wanted : most;
-}
-
-static uint64_t later(uint64_t one, uint64_t other) { return one > other ? one : other; }
-
-static uint64_t grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
-    uint64_t now = pn_now(), ready = later(dest->paid_until, dest->next_grant);
-    if (ready > now) {
-        *wait = ready - now;
-        return 0;
-    }
-    uint64_t granted = at_a_time(wanted, dest->rate, page_size);
-    dest->paid_until = later(dest->paid_until, now - MAKE_UP_NS) + (uint64_t)duration(granted, dest->rate);
-    dest->next_grant = later(dest->next_grant, now - CATCH_UP_NS) + (uint64_t)(duration(granted, dest->rate) / PEAK);
-    return granted;
 }
 
 uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
     pthread_mutex_lock(&dest->limiting);
-    *wait = UINT64_MAX;
-    uint64_t granted = wanted;
-    if (dest->rate)
-        granted = dest->rate == UINT64_MAX ? 0 : grant(dest, wanted, page_size, wait);
+    uint64_t granted = pn_pace_grant(&dest->pace, pn_now(), wanted, page_size, wait);
     pthread_mutex_unlock(&dest->limiting);
     return granted;
 }
 
 void pn_refund(struct pn_dest *dest, uint64_t bytes) {
     pthread_mutex_lock(&dest->limiting);
-    if (dest->rate && dest->rate != UINT64_MAX) {
-        double ns = duration(bytes, dest->rate);
-        dest->paid_until -= ns < (double)dest->paid_until ? (uint64_t)ns : dest->paid_until;
-        dest->next_grant -= ns / PEAK < (double)dest->next_grant ? (uint64_t)(ns / PEAK) : dest->next_grant;
-    }
+    pn_pace_refund(&dest->pace, bytes);
     pthread_mutex_unlock(&dest->limiting);
-}
-
-/* ---- what was faulted on ---- */
-
-void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) {
-    uint64_t tail = log->tail;
-    if (tail - __atomic_load_n(&log->head, __ATOMIC_ACQUIRE) == 4096) {
-        __atomic_fetch_add(&log->dropped, 1, __ATOMIC_RELAXED);
-        return;
-    }
-    log->pages[tail % 4096] = page;
-    /* Sequentially consistent, as the reader's: either it sees this page, or we see that it sleeps. */
-    __atomic_store_n(&log->tail, tail + 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&log->sleeping, __ATOMIC_SEQ_CST) && __atomic_exchange_n(&log->sleeping, 0, __ATOMIC_SEQ_CST))
-        eventfd_write(reader_fd, 1);
-}
-
-uint64_t pn_fault_log_read(struct pn_fault_log *log, uint64_t *pages, uint64_t room) {
-    uint64_t head = log->head, tail = __atomic_load_n(&log->tail, __ATOMIC_ACQUIRE), count = 0;
-    if (head == tail) {
-        __atomic_store_n(&log->sleeping, 1, __ATOMIC_SEQ_CST);
-        tail = __atomic_load_n(&log->tail, __ATOMIC_SEQ_CST);
-    }
-    while (head != tail && count < room)
-        pages[count++] = log->pages[head++ % 4096];
-    if (count)
-        __atomic_store_n(&log->sleeping, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&log->head, head, __ATOMIC_RELEASE);
-    return count;
 }
 
 void pn_check_done(struct pn_dest *dest) {

@@ -1,6 +1,7 @@
 /* What the files of the destination's half share, and nobody else sees. */
 #ifndef PAGENET_DEST_H
 #define PAGENET_DEST_H
+#include "pace.h"
 #include "pagenet.h"
 #include "thread.h"
 
@@ -12,8 +13,8 @@ enum { PN_WAITERS = 1024, PN_HELD = 4096 };
 
 /* A fault that waits for a page which is on its way. */
 struct pn_waiter {
-    uint64_t page;
-    uint64_t since; /* ns */
+    _Atomic uint64_t page; /* plus one; 0: free */
+    _Atomic uint64_t since; /* ns */
 };
 
 struct pn_dest {
@@ -22,16 +23,13 @@ struct pn_dest {
      * reading the uffd to the end of marking what it says was removed: the read is what lets the owner go on, and a page
      * placed after that would bring back what the owner gave up. Unused where the uffd does not report removals. */
     pthread_rwlock_t removal;
-    pthread_mutex_t waiting;
+    /* Without a lock: the loop that answers faults would wait for a background loop that has the lock and no processor. (A mutex
+     * that inherits priority is of no help: the kernel does not lend niceness.) The loop that answers faults alone adds to it. */
     struct pn_waiter waiters[PN_WAITERS];
+    atomic_uint waiter_end;   /* those from here on are free; the same loop's to write */
     atomic_uint waiter_count;
-    _Atomic uint64_t last_fault; /* ns */
-    _Atomic uint64_t waited; /* ns that faults have waited for pages which are in place now, all in all */
-    _Atomic uint64_t best;   /* ns that a page takes which is waited for, at best; 0: none has come. The demand lane's to write */
-    pthread_mutex_t limiting; /* background lanes alone, and whoever sets the limit */
-    _Atomic uint64_t rate;    /* bytes of background a second; 0: no limit, UINT64_MAX: none */
-    uint64_t paid_until; /* ns: the moment up to which what was asked for has used up the rate */
-    uint64_t next_grant; /* ns: not before, so that what was missed is made up for smoothly */
+    struct pn_pace_shared pace;
+    pthread_mutex_t limiting;    /* of pace: paid_until, next_grant. Background lanes alone, and whoever sets the limit */
     char *zeros; /* one page of the largest size */
     _Atomic uint64_t held[PN_HELD]; /* pages of the sample that nobody has touched yet, plus one; 0: none */
     atomic_uint held_count;
@@ -62,7 +60,7 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
  * no longer watched. The kernel makes zeros of what is touched of it: nothing has to be placed, and what nobody touches takes no
  * memory. False: none was dealt with. */
 bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count);
-/* A fault waits for `page`, which is on its way. Kept to be timed: if the table is full, it is not. */
+/* A fault waits for `page`, which is on its way. From the loop that answers faults alone. Kept to be timed: if the table is full, it is not. */
 void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed);

@@ -283,7 +283,7 @@ struct pn_ring {
 int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count); /* 0, or -EAGAIN: full */
 uint64_t pn_ring_used(const struct pn_ring *ring);
 
-/* ---- lane.c: one connection of the destination, and the loop that drives it ------------------------------------------ */
+/* ---- lane.c, loop.c: one connection of the destination, and the loop that drives it ----------------------------------- */
 
 enum pn_end_kind {
     PN_END_STOPPED,    /* stop_fd became readable */

@@ -3,7 +3,7 @@
  * One loop drives both queue pairs: what it does for a page of the background takes tens of microseconds, and demand is looked at
  * before each. Faults become wants; a want is started when the keys to all its chunks are there. */
 #define _GNU_SOURCE
-#include "keys.h"
+#include "chunks.h"
 #include "lane.h"
 #include "thread.h"
 #include "verbs.h"
@@ -19,7 +19,6 @@
 #include <unistd.h>
 
 enum {
-    OUTBOX_BYTES = 4096 * 24, /* as every lane has */
     WANTS = 4096,             /* runs that somebody waits for, not begun */
     READS = 256,              /* begun at once */
     SEND_QUEUE = 512,         /* work requests posted at once, on a queue pair */
@@ -27,42 +26,18 @@ enum {
     SLOT_BYTES = 256 << 10,   /* of it for one READ */
     MIN_SLOTS = 2,
     MAX_PART = 1 << 30,       /* of one work request */
-    AHEAD = 8,                /* chunks whose keys are asked for before the background comes to them */
-    REFUSED_NS = 10000000,    /* the source may pin no more: ask again after so long */
-    SPIN_NS = 30000,          /* look for the end of a demanded READ for so long before sleeping, with processors to spare */
-    SPIN_CPUS = 4,
     READY = 8,
 };
 
-enum chunk_state { CHUNK_FAR, CHUNK_ASKED, CHUNK_HERE, CHUNK_ZERO };
-
-/* So many bytes of the source's memory, for which there is one key. */
-struct chunk {
-    uint64_t address;
-    uint64_t zero[4];
-    struct ibv_mr *local; /* our own memory for the same pages, where it is registered */
-    uint32_t rkey;
-    uint32_t reads;        /* under way */
-    uint32_t older, newer; /* of those that are here: chunk + 1, 0: none */
-    uint8_t state;
-    bool refused;
-};
-
-/* Pages of a piece that are to be read, claimed by us. */
-struct want {
-    const struct pn_piece *piece;
-    uint64_t first, count;
-    uint8_t class_;
-};
-
+/* To be read, and claimed by us. */
 struct wants {
-    struct want items[WANTS];
+    struct run items[WANTS];
     uint32_t count;
 };
 
 /* Pages on their way. */
 struct under_way {
-    struct want pages;
+    struct run pages;
     int slot;       /* of the stage; -1: they come where they belong */
     uint8_t parts;  /* work requests */
     uint64_t since; /* ns */
@@ -78,7 +53,7 @@ struct batch {
 };
 
 struct pn_rdma {
-    struct lane lane; /* first: hooks get this */
+    struct lane lane; /* first: what asks gets this */
     struct pn_rdma_config config;
     struct pn_verbs verbs;
     struct ibv_context *context;
@@ -90,232 +65,19 @@ struct pn_rdma {
     struct ibv_mr *stage_mr;
     char *stage;
     uint64_t slot_size;
-    struct chunk *chunks;
-    uint32_t oldest, newest, chunks_here; /* chunks + 1 */
-    uint32_t granted; /* chunks that the source lets us have at once, as far as we know */
-    uint64_t refused_until;
+    struct chunks chunks;
     struct wants demanded, prefetched;
     struct under_way reads[READS];
     uint16_t free_reads[READS];
     uint16_t free_slots[ARENA_BYTES / SLOT_BYTES];
     uint32_t free_read_count, free_slot_count, slot_count;
     uint32_t demand_reads;
-    struct pn_ring *ring;
-    uint64_t background, window; /* bytes of it under way, and that may be; the lane's own are for what is waited for */
     struct batch batches[2];
-    uint8_t inbox[24 + 1024];
-    size_t have;
-    bool spins;
+    uint64_t spin_ns; /* 0: not at all */
     uint64_t spun; /* times */
 };
 
 static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
-
-static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
-
-/* ---- chunks ---- */
-
-static const struct pn_rdma_block *block_of(const struct pn_rdma *rdma, uint64_t page) {
-    const struct pn_rdma_block *blocks = rdma->config.blocks;
-    uint64_t low = 0, high = rdma->config.block_count;
-    while (high - low > 1) {
-        uint64_t middle = (low + high) / 2;
-        *(blocks[middle].first <= page ? &low : &high) = middle;
-    }
-    return &blocks[low];
-}
-
-static uint64_t pages_per_chunk(const struct pn_rdma *rdma, const struct pn_rdma_block *block) {
-    return block->page_size < rdma->config.chunk_size ? rdma->config.chunk_size / block->page_size : 1;
-}
-
-/* A chunk, and the pages in it. */
-struct place {
-    struct chunk *chunk;
-    uint64_t first, count;
-    uint64_t page_size;
-};
-
-static struct place place_of(struct pn_rdma *rdma, uint64_t page) {
-    const struct pn_rdma_block *block = block_of(rdma, page);
-    uint64_t pages = pages_per_chunk(rdma, block), number = (page - block->first) / pages;
-    struct place place = {
-        .chunk = &rdma->chunks[block->chunk + number],
-        .first = block->first + number * pages,
-        .page_size = block->page_size,
-    };
-    place.count = min(pages, block->first + block->pages - place.first);
-    return place;
-}
-
-/* Those that are here stand in the order of their last use. */
-static void unlink_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    *(chunk->older ? &rdma->chunks[chunk->older - 1].newer : &rdma->oldest) = chunk->newer;
-    *(chunk->newer ? &rdma->chunks[chunk->newer - 1].older : &rdma->newest) = chunk->older;
-}
-
-static void link_newest(struct pn_rdma *rdma, struct chunk *chunk) {
-    uint32_t number = (uint32_t)(chunk - rdma->chunks) + 1;
-    chunk->older = rdma->newest;
-    chunk->newer = 0;
-    *(rdma->newest ? &rdma->chunks[rdma->newest - 1].newer : &rdma->oldest) = number;
-    rdma->newest = number;
-}
-
-static void use_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    if (chunk->state == CHUNK_HERE && rdma->newest != (uint32_t)(chunk - rdma->chunks) + 1) {
-        unlink_chunk(rdma, chunk);
-        link_newest(rdma, chunk);
-    }
-}
-
-static bool say_key(struct pn_rdma *rdma, int kind, const struct place *place) {
-    struct lane *lane = &rdma->lane;
-    struct key_header header = {.kind = (uint8_t)kind, .first = place->first, .count = (uint32_t)place->count};
-    if (!pn_lane_has_room(lane, sizeof header))
-        return false;
-    memcpy(lane->outbox + lane->out_end, &header, sizeof header);
-    lane->out_end += sizeof header;
-    return true;
-}
-
-static struct place place_of_chunk(struct pn_rdma *rdma, struct chunk *chunk) {
-    uint64_t number = (uint64_t)(chunk - rdma->chunks), low = 0, high = rdma->config.block_count;
-    while (high - low > 1) {
-        uint64_t middle = (low + high) / 2;
-        *(rdma->config.blocks[middle].chunk <= number ? &low : &high) = middle;
-    }
-    const struct pn_rdma_block *block = &rdma->config.blocks[low];
-    return place_of(rdma, block->first + (number - block->chunk) * pages_per_chunk(rdma, block));
-}
-
-/* Nothing is read there now. The source may use what it pins for other pages. */
-static void give_back(struct pn_rdma *rdma, struct chunk *chunk) {
-    struct place place = place_of_chunk(rdma, chunk);
-    if (!say_key(rdma, KEY_RETURN, &place))
-        return; /* later */
-    unlink_chunk(rdma, chunk);
-    rdma->chunks_here--;
-    chunk->state = CHUNK_FAR;
-    if (chunk->local)
-        rdma->verbs.dereg_mr(chunk->local);
-    chunk->local = NULL;
-}
-
-static bool give_back_oldest(struct pn_rdma *rdma) {
-    uint32_t number = rdma->oldest;
-    while (number && rdma->chunks[number - 1].reads)
-        number = rdma->chunks[number - 1].newer;
-    if (number)
-        give_back(rdma, &rdma->chunks[number - 1]);
-    return number;
-}
-
-/* waited_for: rather than be refused again, give back another one. */
-static void ask_for_key(struct pn_rdma *rdma, const struct place *place, bool waited_for) {
-    struct chunk *chunk = place->chunk;
-    if (chunk->state != CHUNK_FAR)
-        return;
-    bool made_room = chunk->refused && waited_for && give_back_oldest(rdma);
-    if (!made_room && rdma->refused_until && pn_now() < rdma->refused_until)
-        return;
-    if (say_key(rdma, KEY_ASK, place)) {
-        chunk->state = CHUNK_ASKED;
-        chunk->refused = false;
-    }
-}
-
-/* Whether the keys to all pages of a run (as numbered on the wire) are here; those that are not are asked for. */
-static bool has_keys(struct pn_rdma *rdma, uint64_t first, uint64_t end, bool waited_for) {
-    bool all = true;
-    while (first < end) {
-        struct place place = place_of(rdma, first);
-        if (place.chunk->state < CHUNK_HERE) {
-            ask_for_key(rdma, &place, waited_for);
-            all = false;
-        }
-        first = place.first + place.count;
-    }
-    return all;
-}
-
-/* ---- keys from the source ---- */
-
-static void wrong(struct pn_rdma *rdma, const char *what) {
-    pn_lane_end(&rdma->lane, PN_END_PROTOCOL, 0, "the peer's answer about a key %s", what);
-}
-
-static void key_came(struct pn_rdma *rdma, struct chunk *chunk, const struct key_header *header, const uint8_t *body) {
-    struct key key = {0};
-    memcpy(&key, body, header->length);
-    chunk->address = key.address;
-    chunk->rkey = key.rkey;
-    memcpy(chunk->zero, key.zero, sizeof key.zero);
-    chunk->state = CHUNK_HERE;
-    link_newest(rdma, chunk);
-    if (++rdma->chunks_here > rdma->granted)
-        rdma->granted = rdma->chunks_here;
-}
-
-static void refused(struct pn_rdma *rdma, struct chunk *chunk) {
-    chunk->state = CHUNK_FAR;
-    chunk->refused = true;
-    rdma->refused_until = pn_now() + REFUSED_NS;
-    rdma->granted = rdma->chunks_here;
-}
-
-static void answer_came(struct pn_rdma *rdma, const struct key_header *header, const uint8_t *body) {
-    const struct pn_rdma_block *last = &rdma->config.blocks[rdma->config.block_count - 1];
-    if (header->kind == KEY_FAILED) {
-        pn_lane_end(&rdma->lane, PN_END_FAILED, 0, "%.*s", (int)header->length, (const char *)body);
-        return;
-    }
-    if (header->first >= last->first + last->pages) {
-        wrong(rdma, "is for a page that there is not");
-        return;
-    }
-    struct place place = place_of(rdma, header->first);
-    if (place.chunk->state != CHUNK_ASKED || place.first != header->first || place.count != header->count)
-        wrong(rdma, "was not asked for");
-    else if (header->kind == KEY_HERE && (header->length == KEY_WITHOUT_ZEROS || header->length == sizeof(struct key)))
-        key_came(rdma, place.chunk, header, body);
-    else if (header->kind == KEY_ZERO && !header->length)
-        place.chunk->state = CHUNK_ZERO;
-    else if (header->kind == KEY_REFUSED && !header->length)
-        refused(rdma, place.chunk);
-    else
-        wrong(rdma, "makes no sense");
-}
-
-static void use_inbox(struct pn_rdma *rdma) {
-    size_t used = 0;
-    while (rdma->have - used >= sizeof(struct key_header) && !rdma->lane.ended) {
-        struct key_header header;
-        memcpy(&header, rdma->inbox + used, sizeof header);
-        if (header.length > sizeof rdma->inbox - sizeof header) {
-            wrong(rdma, "is too long");
-            return;
-        }
-        if (rdma->have - used < sizeof header + header.length)
-            break;
-        answer_came(rdma, &header, rdma->inbox + used + sizeof header);
-        used += sizeof header + header.length;
-    }
-    rdma->have -= used;
-    memmove(rdma->inbox, rdma->inbox + used, rdma->have);
-}
-
-static void receive_keys(struct pn_rdma *rdma) {
-    ssize_t got = recv(rdma->config.lane.sock, rdma->inbox + rdma->have, sizeof rdma->inbox - rdma->have, MSG_DONTWAIT);
-    if (got > 0) {
-        rdma->have += (size_t)got;
-        use_inbox(rdma);
-    } else if (got == 0) {
-        pn_lane_end(&rdma->lane, PN_END_CLOSED, 0, "");
-    } else if (errno != EAGAIN && errno != EINTR) {
-        pn_lane_end(&rdma->lane, PN_END_BROKEN, errno, "");
-    }
-}
 
 /* ---- reading ---- */
 
@@ -323,22 +85,27 @@ static uint64_t on_wire(const struct pn_piece *piece, uint64_t page) {
     return piece->wire_first + ((page - piece->first) << piece->shift);
 }
 
-/* A page of ours is zero if all that it consists of at the source are. */
-static bool is_zero(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
+/* A page of ours is zero if all that it consists of at the source are. place: the chunk that was
+ * looked at last. */
+static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_piece *piece,
+                    uint64_t page) {
     uint64_t at = on_wire(piece, page), end = at + (1ull << piece->shift);
     for (; at < end; at++) {
-        struct place place = place_of(rdma, at);
-        uint64_t bit = at - place.first;
-        if (place.chunk->state != CHUNK_ZERO && !(place.chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
+        if (at - place->first >= place->count)
+            *place = pn_chunks_place(&rdma->chunks, at);
+        uint64_t bit = at - place->first;
+        if (place->chunk->state != CHUNK_ZERO &&
+            !(place->chunk->zero[bit / 64 % 4] >> bit % 64 & 1))
             return false;
     }
     return true;
 }
 
 static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t first, uint64_t count, bool *zero) {
+    struct place place = {0};
     uint64_t same = 1;
-    *zero = is_zero(rdma, piece, first);
-    while (same < count && is_zero(rdma, piece, first + same) == *zero)
+    *zero = is_zero(rdma, &place, piece, first);
+    while (same < count && is_zero(rdma, &place, piece, first + same) == *zero)
         same++;
     return same;
 }
@@ -349,7 +116,8 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     if (place->chunk->local)
         return place->chunk->local;
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
-    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    uint64_t to =
+        pn_at_most(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     char *start = (char *)piece->second + from * place->page_size;
     uint64_t size = (to - from) * place->page_size;
     if (!pn_in_place(rdma->lane.dest, piece)) /* else its pages are there */
@@ -364,7 +132,8 @@ static bool within(const struct ibv_mr *mr, uint64_t address, uint64_t size) {
 }
 
 /* Where pages of one chunk belong, if they can be received there: NULL if not. */
-static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct want *pages, const struct place *place) {
+static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct run *pages,
+                               const struct place *place) {
     const struct pn_piece *piece = pages->piece;
     uint64_t wire = on_wire(piece, pages->first), count = pages->count << piece->shift;
     if (!piece->second || wire + count > place->first + place->count)
@@ -393,10 +162,10 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
     uint64_t at = on_wire(read->pages.piece, read->pages.first);
     uint64_t end = at + (read->pages.count << read->pages.piece->shift);
     while (at < end) {
-        struct place place = place_of(rdma, at);
-        uint64_t count = min(end, place.first + place.count) - at;
+        struct place place = pn_chunks_place(&rdma->chunks, at);
+        uint64_t count = pn_at_most(end, place.first + place.count) - at;
         place.chunk->reads++;
-        use_chunk(rdma, place.chunk);
+        pn_chunks_use(&rdma->chunks, place.chunk);
         /* A chunk of zeros has no key: what comes there is cleared. */
         if (place.chunk->state == CHUNK_ZERO) {
             int error = pn_clear(rdma->lane.dest, to, count * place.page_size);
@@ -414,7 +183,7 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
     batch->requests[batch->count - 1].wr_id = (uint64_t)(read - rdma->reads);
 }
 
-static uint64_t parts_of(const struct pn_rdma *rdma, const struct want *pages) {
+static uint64_t parts_of(const struct pn_rdma *rdma, const struct run *pages) {
     return pages->count * pages->piece->page_size / rdma->config.chunk_size + 2;
 }
 
@@ -426,13 +195,14 @@ static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts
 }
 
 /* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no room now. */
-static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
+static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     int queue_pair = pages.class_ == PN_BACKGROUND;
     const struct pn_piece *piece = pages.piece;
-    pages.count = min(pages.count, rdma->slot_size / piece->page_size);
-    struct place place = place_of(rdma, on_wire(piece, pages.first));
+    pages.count = pn_at_most(pages.count, rdma->slot_size / piece->page_size);
+    struct place place = pn_chunks_place(&rdma->chunks, on_wire(piece, pages.first));
     if (!piece->shift) /* stay in one chunk, if a chunk is not a part of a page */
-        pages.count = min(pages.count, place.first + place.count - on_wire(piece, pages.first));
+        pages.count =
+            pn_at_most(pages.count, place.first + place.count - on_wire(piece, pages.first));
     if (!has_space(rdma, queue_pair, parts_of(rdma, &pages)))
         return 0;
     uint64_t skipped = 0;
@@ -442,7 +212,7 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
         if (!pages.count) { /* its owner has given it up */
             pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_DROPPED, 1);
             if (!queue_pair)
-                rdma->lane.in_flight -= piece->page_size;
+                pn_pace_came(&rdma->lane.pace, pages.class_, piece->page_size, pn_now());
             skipped = 1;
         }
     }
@@ -459,26 +229,27 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct want pages) {
     rdma->demand_reads += pages.class_ == PN_DEMAND;
     read->since = pn_now();
     if (queue_pair)
-        rdma->background += pages.count * piece->page_size;
+        pn_pace_sent(&rdma->lane.pace, pages.class_, pages.count * piece->page_size);
     pn_stats_add(rdma->lane.dest->config.map, pages.class_, PN_REQUESTS, 1);
     return pages.count;
 }
 
 /* Begin what can be begun of a run whose keys are here: how many pages of it are dealt with. */
-static uint64_t begin(struct pn_rdma *rdma, const struct want *want) {
+static uint64_t begin(struct pn_rdma *rdma, const struct run *want) {
     uint64_t done = 0;
     while (done < want->count && !rdma->lane.ended) {
         bool zero;
-        struct want part = *want;
+        struct run part = *want;
         part.first += done;
         part.count = alike(rdma, part.piece, part.first, want->count - done, &zero);
         uint64_t begun = part.count;
         if (zero) {
-            if (part.class_ == PN_BACKGROUND) { /* which is counted apart, and takes nothing of a limited link here */
-                rdma->lane.in_flight += part.count * part.piece->page_size;
-                pn_refund(rdma->lane.dest, part.count * part.piece->page_size);
-            }
-            pn_lane_place(&rdma->lane, part.class_, part.piece, part.first, part.count, NULL);
+            uint64_t size = part.count * part.piece->page_size;
+            pn_lane_place(&rdma->lane, &part, NULL);
+            if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing of a limited link */
+                pn_refund(rdma->lane.dest, size);
+            else
+                pn_pace_came(&rdma->lane.pace, part.class_, size, pn_now());
             pn_stats_add(rdma->lane.dest->config.map, part.class_, PN_RUNS, 1);
         } else {
             begun = begin_read(rdma, part);
@@ -497,19 +268,23 @@ static bool can_want(struct lane *lane, uint32_t requests) {
     return rdma->demanded.count + requests <= WANTS && rdma->prefetched.count + requests <= WANTS;
 }
 
-static void want(struct lane *lane, int class_, const struct pn_piece *piece, uint64_t first, uint64_t pages) {
-    struct wants *wants = class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
-    lane->in_flight += pages * piece->page_size;
-    wants->items[wants->count++] = (struct want){.piece = piece, .first = first, .count = pages, .class_ = (uint8_t)class_};
+static void want(struct lane *lane, const struct run *run) {
+    struct wants *wants =
+        run->class_ == PN_DEMAND ? &of_lane(lane)->demanded : &of_lane(lane)->prefetched;
+    pn_pace_sent(&lane->pace, run->class_, run->count * run->piece->page_size);
+    wants->items[wants->count++] = *run;
 }
+
+static const struct asking wanting = {want, can_want};
 
 /* The first that waits for keys may have others given back for it, and no other: they would take them from each other, for ever. */
 static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < wants->count; i++) {
-        struct want *item = &wants->items[i];
+        struct run *item = &wants->items[i];
         uint64_t page = on_wire(item->piece, item->first);
-        if (has_keys(rdma, page, page + (item->count << item->piece->shift), *first)) {
+        if (pn_chunks_have(&rdma->chunks, page, page + (item->count << item->piece->shift),
+                           *first)) {
             uint64_t done = begin(rdma, item);
             item->first += done;
             item->count -= done;
@@ -527,7 +302,8 @@ static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) 
 /* Every page of the chunk that the piece has is in place, or given up: its key is of no more use. */
 static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
-    uint64_t to = min(place->first + place->count - piece->wire_first, piece->count << piece->shift);
+    uint64_t to =
+        pn_at_most(place->first + place->count - piece->wire_first, piece->count << piece->shift);
     for (uint64_t page = piece->first + (from >> piece->shift); page < piece->first + (to >> piece->shift); page++) {
         int state = pn_map_state(rdma->lane.dest->config.map, page);
         if (state != PN_RESIDENT && state != PN_REMOVED)
@@ -540,61 +316,40 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
  * the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
-    uint32_t most = rdma->granted < AHEAD ? rdma->granted : AHEAD;
+    uint32_t most = (uint32_t)pn_at_most(rdma->chunks.granted, PN_AHEAD);
     bool asking = false;
     for (uint32_t i = 0; i < most && at < past; i++) {
-        struct place place = place_of(rdma, at);
+        struct place place = pn_chunks_place(&rdma->chunks, at);
         if (place.chunk->state == CHUNK_FAR && !is_done(rdma, piece, &place)) {
             if (!asking && i > most / 2)
                 return;
             asking = true;
-            ask_for_key(rdma, &place, false);
+            pn_chunks_ask(&rdma->chunks, &place, false);
         }
         at = place.first + place.count;
     }
 }
 
+static bool is_readable(struct pn_rdma *rdma, const struct run *run, bool may_give_back) {
+    uint64_t wire = on_wire(run->piece, run->first), end = wire + (run->count << run->piece->shift);
+    return pn_chunks_have(&rdma->chunks, wire, end, may_give_back) &&
+           has_space(rdma, 1, parts_of(rdma, run));
+}
+
 /* The next pages of the run at the ring's head. False: nothing can be begun now. */
 static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
-    struct pn_ring *ring = rdma->ring;
-    struct pn_map *map = rdma->lane.dest->config.map;
-    uint64_t head = ring->head;
-    if (rdma->background >= rdma->window || pn_ring_used(ring) == 0)
+    struct lane *lane = &rdma->lane;
+    struct run next;
+    if (!pn_lane_find_next(lane, &next) || !is_readable(rdma, &next, may_give_back) ||
+        !pn_lane_claim_next(lane, &next))
         return false;
-    uint64_t *first = &ring->first[head % RING], *left = &ring->count[head % RING];
-    uint64_t missing = pn_map_find(map, *first, *first + *left, PN_MISSING);
-    *left -= missing - *first;
-    *first = missing;
-    if (*left) {
-        const struct pn_piece *piece = pn_piece_of_page(rdma->lane.dest, missing);
-        if (!piece) {
-            pn_lane_end(&rdma->lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)missing);
-            return false;
-        }
-        uint64_t chunk = min(min(rdma->slot_size, rdma->config.lane.chunk), rdma->window / 2) / piece->page_size;
-        struct want next = {.piece = piece, .first = missing, .class_ = PN_BACKGROUND};
-        next.count = min(min(*left, chunk ? chunk : 1), piece->first + piece->count - missing);
-        uint64_t wire = on_wire(piece, missing);
-        if (!has_keys(rdma, wire, wire + (next.count << piece->shift), may_give_back) || !has_space(rdma, 1, parts_of(rdma, &next)))
-            return false;
-        next.count = pn_map_span(map, missing, missing + next.count, PN_MISSING);
-        uint64_t granted = pn_grant(rdma->lane.dest, next.count * piece->page_size, piece->page_size, &rdma->lane.pause);
-        if (next.count && granted < piece->page_size)
-            return false;
-        next.count = pn_map_claim(map, missing, granted / piece->page_size, PN_MISSING, PN_COMING);
-        uint64_t begun = next.count ? begin(rdma, &next) : 0;
-        if (begun < next.count) /* no room for the rest: as if it had not been claimed, unless somebody waits for it by now */
-            pn_map_replace(map, missing + begun, next.count - begun, PN_COMING, PN_MISSING);
-        uint64_t past = next.count ? begun : 1; /* none: somebody else has taken that page since it was found */
-        *first += past;
-        *left -= past;
-        ask_ahead(rdma, piece, missing);
-        if (begun < next.count)
-            return false;
-    }
-    if (!*left)
-        pn_ring_took(ring, rdma->config.lane.room_fd);
-    return true;
+    uint64_t begun = next.count ? begin(rdma, &next) : 0, left = next.count - begun;
+    /* No room for the rest: as if it had not been claimed, unless somebody waits for it by now. */
+    if (left)
+        pn_map_replace(lane->dest->config.map, next.first + begun, left, PN_COMING, PN_MISSING);
+    pn_lane_go_past(lane, next.count ? begun : 1);
+    ask_ahead(rdma, next.piece, next.first);
+    return !left;
 }
 
 /* ---- completions ---- */
@@ -611,43 +366,36 @@ static void post(struct pn_rdma *rdma, int queue_pair) {
     batch->count = 0;
 }
 
-static void let_go_of_chunks(struct pn_rdma *rdma, const struct want *pages) {
+static void let_go_of_chunks(struct pn_rdma *rdma, const struct run *pages) {
     uint64_t at = on_wire(pages->piece, pages->first), end = at + (pages->count << pages->piece->shift);
     while (at < end) {
-        struct place place = place_of(rdma, at);
+        struct place place = pn_chunks_place(&rdma->chunks, at);
         place.chunk->reads--;
         if (!place.chunk->reads && place.chunk->state == CHUNK_HERE && is_done(rdma, pages->piece, &place))
-            give_back(rdma, place.chunk);
+            pn_chunks_give_back(&rdma->chunks, place.chunk);
         at = place.first + place.count;
     }
 }
 
-static void background_came(struct pn_rdma *rdma, uint64_t bytes) {
-    rdma->background -= bytes;
-    rdma->lane.in_flight += bytes; /* placing takes it off there, where it was not counted */
-    if (pn_now() - atomic_load(&rdma->lane.dest->last_fault) > QUIET_NS)
-        rdma->window = min(rdma->window + bytes, rdma->config.lane.window_max);
-}
-
 static void came(struct pn_rdma *rdma, struct under_way *read) {
-    struct want *pages = &read->pages;
+    struct run *pages = &read->pages;
     struct pn_map *map = rdma->lane.dest->config.map;
     rdma->batches[read->queue_pair].posted -= read->parts;
     rdma->demand_reads -= pages->class_ == PN_DEMAND;
+    uint64_t now = pn_now(), size = pages->count * pages->piece->page_size;
     if (pages->class_ == PN_DEMAND)
-        pn_lane_adapt(&rdma->lane, pn_now() - read->since);
-    if (read->queue_pair)
-        background_came(rdma, pages->count * pages->piece->page_size);
+        pn_pace_waited(&rdma->lane.pace, now - read->since, now);
+    pn_pace_wire(&rdma->lane.pace, pages->class_, size, size);
     pn_stats_add(map, pages->class_, PN_RUNS, 1);
-    pn_stats_add(map, pages->class_, PN_WIRE_BYTES, pages->count * pages->piece->page_size);
-    rdma->lane.arrived += pages->count * pages->piece->page_size;
+    pn_stats_add(map, pages->class_, PN_WIRE_BYTES, size);
     if (read->slot < 0) {
-        pn_lane_put(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count);
+        pn_lane_put(&rdma->lane, pages);
     } else {
         const char *bytes = rdma->stage + (uint64_t)read->slot * rdma->slot_size;
-        pn_lane_place(&rdma->lane, pages->class_, pages->piece, pages->first, pages->count, bytes);
+        pn_lane_place(&rdma->lane, pages, bytes);
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)read->slot;
     }
+    pn_pace_came(&rdma->lane.pace, pages->class_, size, now);
     let_go_of_chunks(rdma, pages);
     rdma->free_reads[rdma->free_read_count++] = (uint16_t)(read - rdma->reads);
 }
@@ -708,15 +456,6 @@ static void take_device_event(struct pn_rdma *rdma) {
 
 /* ---- the loop ---- */
 
-static bool watch(struct pn_rdma *rdma, int fd, uint32_t events, uint32_t *watched) {
-    struct epoll_event event = {.events = events, .data.fd = fd};
-    bool is_new = *watched == UNWATCHED;
-    if (*watched == events)
-        return true;
-    *watched = events;
-    return !epoll_ctl(rdma->lane.epoll, is_new ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
-}
-
 static void act(struct pn_rdma *rdma, int fd) {
     const struct pn_lane_config *config = &rdma->config.lane;
     if (fd == config->stop_fd)
@@ -724,7 +463,7 @@ static void act(struct pn_rdma *rdma, int fd) {
     else if (fd == rdma->lane.dest->config.uffd)
         pn_lane_take_faults(&rdma->lane);
     else if (fd == config->sock)
-        receive_keys(rdma);
+        pn_chunks_receive(&rdma->chunks);
     else if (fd == rdma->channel->fd)
         take_channel_event(rdma);
     else if (fd == rdma->context->async_fd)
@@ -740,9 +479,9 @@ static void take_demanded(struct pn_rdma *rdma) {
 
 /* The source may pin no more: when to ask it again. */
 static void pause_until_asking(struct pn_rdma *rdma) {
-    uint64_t now = pn_now(), left = rdma->refused_until > now ? rdma->refused_until - now : 0;
+    uint64_t left = pn_chunks_pause(&rdma->chunks);
     if (left)
-        rdma->lane.pause = min(rdma->lane.pause, left);
+        rdma->lane.pause = pn_at_most(rdma->lane.pause, left);
 }
 
 static void begin_all(struct pn_rdma *rdma) {
@@ -753,7 +492,7 @@ static void begin_all(struct pn_rdma *rdma) {
     take_demanded(rdma); /* a near peer, or a device in software, has done it by now */
     begin_wants(rdma, &rdma->prefetched, &first);
     post(rdma, 0);
-    pn_lane_narrow(lane, pn_now(), &rdma->window);
+    pn_lane_look(lane);
     lane->pause = UINT64_MAX;
     while (!lane->ended && begin_next(rdma, first))
         ;
@@ -764,10 +503,10 @@ static void begin_all(struct pn_rdma *rdma) {
 
 /* With processors to spare, the end of a READ that somebody waits for is looked for before sleeping. */
 static bool spin(struct pn_rdma *rdma) {
-    if (!rdma->spins || !rdma->demand_reads || rdma->lane.ended)
+    if (!rdma->spin_ns || !rdma->demand_reads || rdma->lane.ended)
         return false;
     rdma->spun++;
-    uint64_t until = pn_now() + SPIN_NS;
+    uint64_t until = pn_now() + rdma->spin_ns;
     while (pn_now() < until)
         if (take_completions(rdma, 0))
             return true;
@@ -782,8 +521,10 @@ static void turn(struct pn_rdma *rdma) {
     if (lane->ended)
         return;
     begin_all(rdma);
-    watch(rdma, lane->config->sock, EPOLLIN | (lane->out_start < lane->out_end ? EPOLLOUT : 0), &lane->sock_events);
-    watch(rdma, lane->dest->config.uffd, can_want(lane, 3 * 64) ? EPOLLIN : 0, &lane->work_events);
+    uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
+    pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events);
+    pn_lane_watch(lane, lane->dest->config.uffd, can_want(lane, 3 * EVENTS) ? EPOLLIN : 0,
+                  &lane->work_events);
     busy = spin(rdma) || arm(rdma) || busy;
     if (lane->ended)
         return;
@@ -858,33 +599,30 @@ static int prepare_stage(struct pn_rdma *rdma) {
 }
 
 static int prepare_memory(struct pn_rdma *rdma) {
-    uint64_t size = rdma->config.chunk_count * sizeof *rdma->chunks;
-    rdma->chunks = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    rdma->lane.outbox = malloc(OUTBOX_BYTES);
-    if (rdma->chunks == MAP_FAILED || !rdma->lane.outbox)
+    if (pn_chunks_init(&rdma->chunks))
         return -ENOMEM;
     for (uint32_t i = 0; i < READS; i++)
         rdma->free_reads[rdma->free_read_count++] = (uint16_t)(READS - 1 - i);
     for (uint32_t i = 0; i < rdma->slot_count; i++)
         rdma->free_slots[rdma->free_slot_count++] = (uint16_t)i;
-    rdma->granted = AHEAD;
-    rdma->spins = sysconf(_SC_NPROCESSORS_ONLN) >= SPIN_CPUS;
+    rdma->spin_ns = pn_pace_spin(sysconf(_SC_NPROCESSORS_ONLN));
     return 0;
 }
 
 static int prepare_loop(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
-    uint32_t others[] = {UNWATCHED, UNWATCHED, UNWATCHED, UNWATCHED};
-    lane->sock_events = lane->work_events = UNWATCHED;
-    lane->window = PREFETCH_LEAST;
-    rdma->window = lane->config->window_min;
-    lane->ask = want;
-    lane->can_ask = can_want;
-    lane->epoll = epoll_create1(EPOLL_CLOEXEC);
-    bool ok = lane->epoll >= 0 && watch(rdma, lane->config->stop_fd, EPOLLIN, &others[0]) &&
-              watch(rdma, lane->config->work_fd, EPOLLIN, &others[1]) && watch(rdma, rdma->channel->fd, EPOLLIN, &others[2]) &&
-              watch(rdma, rdma->context->async_fd, EPOLLIN, &others[3]);
-    return ok ? 0 : -errno;
+    int others[] = {lane->config->stop_fd, lane->config->work_fd, rdma->channel->fd,
+                    rdma->context->async_fd};
+    lane->faults.asking = &wanting;
+    if (!pn_lane_prepare(lane))
+        return errno ? -errno : -ENOMEM;
+    lane->pace.chunk = pn_at_most(lane->pace.chunk, rdma->slot_size);
+    for (int i = 0; i < 4; i++) {
+        uint32_t watched = UNWATCHED;
+        if (!pn_lane_watch(lane, others[i], EPOLLIN, &watched))
+            return -errno;
+    }
+    return 0;
 }
 
 struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
@@ -894,11 +632,17 @@ struct pn_rdma *pn_rdma_new(const struct pn_rdma_config *config, int *error) {
         return NULL;
     }
     rdma->config = *config;
-    rdma->ring = config->lane.ring;
-    rdma->config.lane.ring = NULL; /* to what it has in common with others, this is a demand lane */
-    rdma->lane = (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .stage = MAP_FAILED, .epoll = -1};
+    rdma->lane =
+        (struct lane){.config = &rdma->config.lane, .dest = config->lane.dest, .epoll = -1};
     rdma->stage = MAP_FAILED;
-    rdma->chunks = MAP_FAILED;
+    rdma->chunks = (struct chunks){
+        .lane = &rdma->lane,
+        .verbs = &rdma->verbs,
+        .blocks = config->blocks,
+        .block_count = config->block_count,
+        .chunk_size = config->chunk_size,
+        .count = config->chunk_count,
+    };
     errno = 0;
     *error = prepare_device(rdma);
     *error = *error ? *error : prepare_stage(rdma);
@@ -915,14 +659,8 @@ static void free_memory(struct pn_rdma *rdma) {
         rdma->verbs.dereg_mr(rdma->stage_mr);
     if (rdma->stage != MAP_FAILED)
         munmap(rdma->stage, rdma->slot_count * rdma->slot_size);
-    for (uint32_t number = rdma->oldest; number; number = rdma->chunks[number - 1].newer)
-        if (rdma->chunks[number - 1].local)
-            rdma->verbs.dereg_mr(rdma->chunks[number - 1].local);
-    if (rdma->chunks != MAP_FAILED)
-        munmap(rdma->chunks, rdma->config.chunk_count * sizeof *rdma->chunks);
-    if (rdma->lane.epoll >= 0)
-        close(rdma->lane.epoll);
-    free(rdma->lane.outbox);
+    pn_chunks_free(&rdma->chunks);
+    pn_lane_clean_up(&rdma->lane);
 }
 
 /* The queue pairs go first: nothing is written to our memory after that. */

@@ -39,21 +39,21 @@ static void set_urgency(int background) {
     syscall(SYS_sched_setattr, 0, &now, 0); /* better with it, right without */
 }
 
-struct run {
+struct task {
     int background;
     void (*loop)(void *);
     void *argument;
 };
 
 static void *run(void *argument) {
-    struct run *run = argument;
-    set_urgency(run->background);
-    run->loop(run->argument);
+    struct task *task = argument;
+    set_urgency(task->background);
+    task->loop(task->argument);
     return NULL;
 }
 
 int pn_run_loop(int background, void (*loop)(void *), void *argument) {
-    struct run task = {.background = background, .loop = loop, .argument = argument};
+    struct task task = {.background = background, .loop = loop, .argument = argument};
     pthread_t thread;
     int error = pthread_create(&thread, NULL, run, &task);
     if (!error)

@@ -6,7 +6,16 @@
 from __future__ import annotations
 
 from .compression import Choice, Packer, Prompt, unpack
-from .destination import Destination, FaultLog, Piece, Ring, Window, before_sampled
+from .destination import (
+    RDMA_WINDOW_BYTES,
+    WINDOW_BYTES,
+    Destination,
+    FaultLog,
+    Piece,
+    Ring,
+    Window,
+    before_sampled,
+)
 from .ends import (
     END_BROKEN,
     END_CLOSED,
@@ -82,7 +91,9 @@ __all__ = [
     "MAX_NOTE",
     "MOVE",
     "POISON",
+    "RDMA_WINDOW_BYTES",
     "STATES",
+    "WINDOW_BYTES",
     "ZERO",
     "Buffer",
     "Choice",

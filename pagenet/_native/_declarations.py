@@ -1,4 +1,4 @@
-"""What native/pagenet.h declares, named as it is there. Made by native/declare.py: do not edit."""
+"""What native/pagenet.h and native/pace.h declare, named as it is there. Made by native/declare.py: do not edit."""
 
 from __future__ import annotations
 
@@ -257,6 +257,62 @@ class pn_links(Struct):
     prompt: CData
 
 
+class pn_pace_tunables(Struct):
+    window_least: int
+    window_min: int
+    window_max: int
+    rdma_window_least: int
+    rdma_window_min: int
+    rdma_window_max: int
+    prefetch_least: int
+    prefetch_most: int
+    most_dense: int
+    quiet_ns: int
+    look_ns: int
+    limited_ns: int
+    widen_ns: int
+    moment_ns: int
+    waits: float
+    waits_much: float
+    grant_ns: int
+    catch_up_ns: int
+    make_up_ns: int
+    peak: float
+    spin_ns: int
+    spin_processors: int
+
+
+class pn_pace_shared(Struct):
+    last_fault: int
+    waited: int
+    best: int
+    rate: int
+    paid_until: int
+    next_grant: int
+
+
+class pn_flow(Struct):
+    in_flight: int
+    window: int
+
+
+class pn_pace(Struct):
+    shared: pn_pace_shared | Null
+    window_least: int
+    window_min: int
+    window_max: int
+    chunk: int
+    prompt: pn_flow
+    background: pn_flow
+    dense: int
+    looked: int
+    waited: int
+    waiting: float
+    starved: bool
+    arrived: int
+    rate: float
+
+
 class Library(Protocol):
     PN_EVENT_PAGEFAULT: int
     PN_EVENT_FORK: int
@@ -307,6 +363,7 @@ class Library(Protocol):
     PN_END_PLACING: int
     PN_END_NO_MEMORY: int
     PN_LZ4_GAIN: int
+    pn_tunables: pn_pace_tunables
 
     def pn_uffd_open(self, device: bytes | CData | Null, user_mode_only: int, /) -> int: ...
     def pn_uffd_api(self, uffd: int, wanted: int, features: CData | Null, /) -> int: ...
@@ -487,3 +544,28 @@ class Library(Protocol):
     def pn_map_ahead(self, address: int, length: int, /) -> None: ...
     def pn_is_hole(self, fd: int, offset: int, size: int, /) -> int: ...
     def pn_punch(self, fd: int, length: int, /) -> int: ...
+    def pn_pace_faulted(self, shared: pn_pace_shared | Null, now: int, /) -> None: ...
+    def pn_pace_in_place(self, shared: pn_pace_shared | Null, waited: int, /) -> None: ...
+    def pn_pace_limit(
+        self, shared: pn_pace_shared | Null, bytes_per_second: int, now: int, /
+    ) -> None: ...
+    def pn_pace_grant(
+        self,
+        shared: pn_pace_shared | Null,
+        now: int,
+        wanted: int,
+        page_size: int,
+        wait: CData | Null,
+        /,
+    ) -> int: ...
+    def pn_pace_refund(self, shared: pn_pace_shared | Null, bytes: int, /) -> None: ...
+    def pn_pace_init(self, pace: pn_pace | Null, shared: pn_pace_shared | Null, /) -> None: ...
+    def pn_pace_sent(self, pace: pn_pace | Null, class_: int, bytes: int, /) -> None: ...
+    def pn_pace_came(self, pace: pn_pace | Null, class_: int, bytes: int, now: int, /) -> None: ...
+    def pn_pace_wire(self, pace: pn_pace | Null, class_: int, bytes: int, wire: int, /) -> int: ...
+    def pn_pace_waited(self, pace: pn_pace | Null, latency: int, now: int, /) -> None: ...
+    def pn_pace_look(self, pace: pn_pace | Null, now: int, prefetches: bool, /) -> None: ...
+    def pn_pace_room(self, pace: pn_pace | Null, class_: int, /) -> int: ...
+    def pn_pace_request_pages(self, pace: pn_pace | Null, page_size: int, /) -> int: ...
+    def pn_pace_due(self, now: int, /) -> int: ...
+    def pn_pace_spin(self, processors: int, /) -> int: ...

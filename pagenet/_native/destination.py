@@ -21,6 +21,14 @@ from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
 from .ends import End, end_of
 from .residency import SharedMap
 
+_tunables = lib.pn_tunables
+#: bytes of background that may be in flight while the owner does little but wait, while there are
+#: faults, and when there have been none for a while: native/pace.c
+WINDOW_BYTES = (_tunables.window_least, _tunables.window_min, _tunables.window_max)
+RDMA_WINDOW_BYTES = (
+    _tunables.rdma_window_least, _tunables.rdma_window_min, _tunables.rdma_window_max,
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -28,9 +28,6 @@ from .filling import Filling
 
 __all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
-# What may be on its way while the owner does little but wait (two requests, so that one is always being answered), while there
-# are faults, and when there have been none for a while.
-WINDOW_BYTES = (16 << 10, 96 << 10, 4 << 20)
 # What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
 # it grows when half of it was used up sooner, or all of it before we were there, and shrinks when later. Python's part costs
 # about 100 us each time that it is filled up, and 10 us for each run.
@@ -187,7 +184,7 @@ class NativeLanes(LoopLanes):
             nursery.start_soon(self._run_lane, limiter, sock, ring)
 
     async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
-        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, WINDOW_BYTES, self._background.chunk)
+        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, _native.WINDOW_BYTES, self._background.chunk)
         end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, self._peer)

@@ -23,7 +23,7 @@ from ..session import receive_exactly
 from ..target import Target
 from ..transport import Connection
 from ..uffd import UffdTarget
-from ._constants import KEYS_IN_ANY_CASE, WINDOW_BYTES
+from ._constants import KEYS_IN_ANY_CASE
 from ._path import Path
 from ._pyverbs import locked_memory_hint
 from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
@@ -102,7 +102,7 @@ class RdmaLanes(LoopLanes):
                 self._dest,
                 self._stop_fd,
                 self._rings[0],
-                WINDOW_BYTES,
+                _native.RDMA_WINDOW_BYTES,
                 self._background.chunk,
                 device=path.device,
                 port=path.port,

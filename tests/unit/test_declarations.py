@@ -32,10 +32,10 @@ def declarations(name: str) -> ModuleType:
     return importlib.import_module(f"pagenet._native.{name}")
 
 
-@pytest.mark.parametrize("header", declare.HEADERS)
-def test_types_are_those_of_the_header(header: str) -> None:
-    text = (ROOT / declare.HEADERS[header]).read_text()
-    assert text == declare.module(header), "run python native/declare.py"
+@pytest.mark.parametrize("headers", declare.HEADERS)
+def test_types_are_those_of_the_headers(headers: tuple[str, ...]) -> None:
+    text = (ROOT / declare.HEADERS[headers]).read_text()
+    assert text == declare.module(headers), "run python native/declare.py"
 
 
 @pytest.mark.parametrize("name", EXTENSIONS)
