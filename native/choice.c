@@ -32,7 +32,7 @@ void pn_choice_init(struct pn_choice *choice) { *choice = (struct pn_choice){.se
 
 int pn_choice_packs(const struct pn_choice *choice) { return choice->mode != RAW; }
 
-int pn_choice_prompt(const struct pn_choice *choice) {
+int pn_choice_for_demand(const struct pn_choice *choice) {
     return choice->mode == PACKED && (1 - choice->left) * choice->raw_ns > PROMPT_MARGIN * choice->pack_ns;
 }
 

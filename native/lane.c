@@ -43,7 +43,7 @@ void pn_stream_ask(struct lane *lane, const struct run *run) {
         .id = slot->id + SLOTS, .class_ = run->class_, .open = 1, .piece = piece, .next = wire};
     slot->end = wire + (run->count << piece->shift);
     slot->since = run->class_ == PN_DEMAND ? pn_now() : 0;
-    slot->packs = pn_stream_may_choose(stream) && pn_prompt_packs(&stream->prompt);
+    slot->packs = pn_stream_may_choose(stream) && pn_demand_choice_packs(&stream->choice);
     struct pn_request request = {
         .id = slot->id,
         .class_ = run->class_,

@@ -93,7 +93,7 @@ struct stream {
     struct slot *slots;
     uint32_t *free_slots, free_count;
     uint32_t stop_events;
-    struct pn_prompt prompt; /* demand */
+    struct pn_demand_choice choice; /* demand */
     /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
     struct pn_reply header;
     struct current current;

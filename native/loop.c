@@ -151,7 +151,7 @@ static bool prepare_slots(struct stream *stream) {
 static bool prepare(struct stream *stream) {
     stream->stop_events = UNWATCHED;
     stream->lane.faults.asking = pn_stream_is_demand(stream) ? &requests : NULL;
-    pn_prompt_init(&stream->prompt);
+    pn_demand_choice_init(&stream->choice);
     return pn_lane_prepare(&stream->lane) && prepare_stage(stream) && prepare_slots(stream);
 }
 

@@ -97,7 +97,7 @@ static uint64_t least_prefetch(const struct pn_pace *pace) {
 /* It may take twice as long as it takes at best, no more. */
 void pn_pace_waited(struct pn_pace *pace, uint64_t latency, uint64_t now) {
     look(pace, now);
-    uint64_t best = load(&pace->shared->best), *window = &pace->prompt.window;
+    uint64_t best = load(&pace->shared->best), *window = &pace->demand.window;
     best += best / 8192; /* the path may change; much sooner, and the queue that this is about would be the path */
     if (!best || latency < best)
         best = latency;
@@ -164,17 +164,17 @@ uint64_t pn_pace_request_pages(const struct pn_pace *pace, uint64_t page_size) {
 void pn_pace_init(struct pn_pace *pace, struct pn_pace_shared *shared) {
     pace->shared = shared;
     pace->dense = 1;
-    pace->prompt.window = pn_tunables.prefetch_least;
+    pace->demand.window = pn_tunables.prefetch_least;
     pace->background.window = pace->window_min;
 }
 
 void pn_pace_sent(struct pn_pace *pace, int class_, uint64_t bytes) {
-    (class_ == PN_BACKGROUND ? &pace->background : &pace->prompt)->in_flight += bytes;
+    (class_ == PN_BACKGROUND ? &pace->background : &pace->demand)->in_flight += bytes;
 }
 
 void pn_pace_came(struct pn_pace *pace, int class_, uint64_t bytes, uint64_t now) {
     if (class_ != PN_BACKGROUND) {
-        pace->prompt.in_flight -= bytes;
+        pace->demand.in_flight -= bytes;
         return;
     }
     struct pn_flow *flow = &pace->background;
@@ -192,7 +192,7 @@ static uint64_t background_most(const struct pn_pace *pace) {
 uint64_t pn_pace_room(const struct pn_pace *pace, int class_) {
     if (class_ == PN_DEMAND)
         return UINT64_MAX;
-    const struct pn_flow *flow = class_ == PN_BACKGROUND ? &pace->background : &pace->prompt;
+    const struct pn_flow *flow = class_ == PN_BACKGROUND ? &pace->background : &pace->demand;
     uint64_t most = class_ == PN_BACKGROUND ? background_most(pace) : flow->window;
     return flow->in_flight < most ? most - flow->in_flight : 0;
 }

@@ -54,7 +54,7 @@ struct pn_pace {
     uint64_t window_min;   /* ... while there are faults, ... */
     uint64_t window_max;   /* ... and when there have been none for a while */
     uint64_t chunk;        /* bytes of background asked for at a time, at most */
-    struct pn_flow prompt; /* what is waited for, and what is prefetched: its window is for how much of the latter may join in */
+    struct pn_flow demand; /* what is waited for, and what is prefetched: its window is for how much of the latter may join in */
     struct pn_flow background;
     uint64_t dense;           /* bytes of background that come as one byte on the wire, of late; 1 to most_dense */
     uint64_t looked, waited;  /* when the share of time that the owner waits was looked at, and how long it had waited by then */

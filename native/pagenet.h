@@ -350,7 +350,7 @@ struct pn_choice {
 void pn_choice_init(struct pn_choice *choice);
 int pn_choice_packs(const struct pn_choice *choice);
 /* Whether it pays even for a page that somebody waits for, where compressing, sending and decompressing come one after the other. */
-int pn_choice_prompt(const struct pn_choice *choice);
+int pn_choice_for_demand(const struct pn_choice *choice);
 /* It would be good to have a sample compressed. */
 int pn_choice_wants_sample(const struct pn_choice *choice, uint64_t now);
 /* Compressing `size` bytes took so long and left `length`, or (0) too many. */
@@ -360,10 +360,10 @@ void pn_choice_resume(struct pn_choice *choice, uint64_t now);
 /* From `began` to `now` so many bytes of pages were given to the socket, as so many on the wire. */
 void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now);
 
-/* ---- prompt.c: whether pages that somebody waits for come compressed ---------------------------------------------------- */
+/* ---- demand_choice.c: whether pages that somebody waits for come compressed ---------------------------------------------------- */
 
-/* All zero is not a beginning: pn_prompt_init. */
-struct pn_prompt {
+/* All zero is not a beginning: pn_demand_choice_init. */
+struct pn_demand_choice {
     int packs;            /* pages are asked for compressed, whatever that costs; if not, as the source thinks best */
     int is_trial;
     uint32_t settled, count;
@@ -371,10 +371,10 @@ struct pn_prompt {
     double before;        /* ns that they took the other way */
     uint64_t pause, left; /* pages between two trials, and until the next one */
 };
-void pn_prompt_init(struct pn_prompt *prompt);
-int pn_prompt_packs(const struct pn_prompt *prompt);
+void pn_demand_choice_init(struct pn_demand_choice *choice);
+int pn_demand_choice_packs(const struct pn_demand_choice *choice);
 /* A page that was asked for like that took so long for each of its 4 KiB, from there into its place. Not one of zeros. */
-void pn_prompt_came(struct pn_prompt *prompt, int packs, uint64_t ns);
+void pn_demand_choice_came(struct pn_demand_choice *choice, int packs, uint64_t ns);
 
 /* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ------------------------------ */
 
@@ -466,7 +466,7 @@ struct pn_source;
 /* What the loops of a source tell each other of a destination's link: whether compressing pays even for a page that somebody
  * waits for. Destinations of the same number (modulo 256) share: a wrong guess costs microseconds. */
 struct pn_links {
-    uint8_t prompt[256];
+    uint8_t demand[256];
 };
 /* NULL: no memory, or no descriptors. ended_fd: eventfd, written when pn_source_ended has something to say. */
 struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, struct pn_links *links, int ended_fd);

@@ -45,7 +45,7 @@ struct under_way {
 };
 
 /* Work requests that are posted together. */
-struct batch {
+struct read_batch {
     struct ibv_send_wr requests[SEND_QUEUE];
     struct ibv_sge parts[SEND_QUEUE];
     uint32_t count;
@@ -72,7 +72,7 @@ struct pn_rdma {
     uint16_t free_slots[ARENA_BYTES / SLOT_BYTES];
     uint32_t free_read_count, free_slot_count, slot_count;
     uint32_t demand_reads;
-    struct batch batches[2];
+    struct read_batch batches[2];
     uint64_t spin_ns; /* 0: not at all */
     uint64_t spun; /* times */
 };
@@ -144,7 +144,7 @@ static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct run *pages,
     return mr && within(mr, to, pages->count * piece->page_size) ? mr : NULL;
 }
 
-static void add_part(struct batch *batch, uint64_t to, uint32_t lkey, uint64_t from, uint32_t rkey, uint64_t size) {
+static void add_part(struct read_batch *batch, uint64_t to, uint32_t lkey, uint64_t from, uint32_t rkey, uint64_t size) {
     struct ibv_sge *part = &batch->parts[batch->count];
     struct ibv_send_wr *request = &batch->requests[batch->count];
     *part = (struct ibv_sge){.addr = to, .length = (uint32_t)size, .lkey = lkey};
@@ -158,7 +158,7 @@ static void add_part(struct batch *batch, uint64_t to, uint32_t lkey, uint64_t f
 
 /* A work request for each chunk that the pages lie in, the last of which tells of their end. */
 static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to, uint32_t lkey) {
-    struct batch *batch = &rdma->batches[read->queue_pair];
+    struct read_batch *batch = &rdma->batches[read->queue_pair];
     uint64_t at = on_wire(read->pages.piece, read->pages.first);
     uint64_t end = at + (read->pages.count << read->pages.piece->shift);
     while (at < end) {
@@ -188,7 +188,7 @@ static uint64_t parts_of(const struct pn_rdma *rdma, const struct run *pages) {
 }
 
 static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts) {
-    const struct batch *batch = &rdma->batches[queue_pair];
+    const struct read_batch *batch = &rdma->batches[queue_pair];
     /* What nobody waits for leaves some of the stage for what somebody does. */
     uint32_t reserved = queue_pair ? rdma->slot_count / 2 : 0;
     return rdma->free_read_count && rdma->free_slot_count > reserved && batch->count + batch->posted + parts <= SEND_QUEUE;
@@ -355,7 +355,7 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
 /* ---- completions ---- */
 
 static void post(struct pn_rdma *rdma, int queue_pair) {
-    struct batch *batch = &rdma->batches[queue_pair];
+    struct read_batch *batch = &rdma->batches[queue_pair];
     struct ibv_send_wr *bad;
     if (!batch->count || rdma->lane.ended)
         return;

@@ -193,7 +193,7 @@ static void finish_reply(struct stream *stream) {
     if (slot->next == slot->end) {
         if (slot->class_ == PN_DEMAND && stream->header.encoding != PN_ZEROS &&
             pn_stream_may_choose(stream))
-            pn_prompt_came(&stream->prompt, slot->packs,
+            pn_demand_choice_came(&stream->choice, slot->packs,
                            (pn_now() - slot->since) * 4096 / slot->piece->page_size);
         close_slot(stream, slot);
     }

@@ -516,7 +516,7 @@ static bool packs(const struct pn_source *source, const struct conn *conn) {
         return true;
     if (request->class_ == PN_BACKGROUND)
         return pn_choice_packs(&conn->choice);
-    return atomic_load_explicit((_Atomic uint8_t *)&source->links->prompt[conn->link], memory_order_relaxed);
+    return atomic_load_explicit((_Atomic uint8_t *)&source->links->demand[conn->link], memory_order_relaxed);
 }
 
 /* Compress pages, if that makes them smaller: into how many bytes, or 0. */
@@ -538,13 +538,13 @@ static bool wants_sample(const struct conn *conn) {
 }
 
 /* Headers and payloads of what is sent at once. */
-struct batch {
+struct reply_batch {
     struct pn_reply replies[MAX_RUNS];
     struct iovec parts[2 * MAX_RUNS];
     int runs, count;
 };
 
-static void add_reply(struct batch *batch, struct conn *conn, uint8_t encoding, uint64_t pages, uint8_t *payload, size_t length) {
+static void add_reply(struct reply_batch *batch, struct conn *conn, uint8_t encoding, uint64_t pages, uint8_t *payload, size_t length) {
     batch->replies[batch->runs] = reply_to(&conn->request, encoding, pages, length);
     batch->parts[batch->count++] = (struct iovec){&batch->replies[batch->runs++], sizeof batch->replies[0]};
     if (length)
@@ -554,7 +554,7 @@ static void add_reply(struct batch *batch, struct conn *conn, uint8_t encoding, 
 }
 
 /* Pages that are not zero, in blocks of whole units, each compressed if that makes it smaller. */
-static void add_packed(struct pn_source *source, struct batch *batch, struct conn *conn, uint8_t *at, uint64_t pages,
+static void add_packed(struct pn_source *source, struct reply_batch *batch, struct conn *conn, uint8_t *at, uint64_t pages,
                        uint64_t page_size, uint64_t unit, uint8_t **to) {
     uint64_t most = LZ4_BLOCK / page_size / unit * unit;
     for (uint64_t here; pages; pages -= here, at += here * page_size) {
@@ -573,7 +573,7 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn, const st
                            uint64_t unit, bool packing) {
     if (!read_bytes(source, block, offset_of(block, conn->request.first), source->buffer, pages * block->page_size))
         return;
-    struct batch batch;
+    struct reply_batch batch;
     batch.runs = batch.count = 0;
     uint8_t *at = source->buffer, *to = source->packed;
     for (uint64_t left = pages; left;) {
@@ -707,7 +707,7 @@ static void answer_chunk(struct pn_source *source, struct conn *conn) {
     conn->bytes = conn->wire = 0;
     answer_pages(source, conn);
     pn_choice_answered(&conn->choice, conn->bytes, conn->wire, began, pn_now());
-    atomic_store_explicit((_Atomic uint8_t *)&source->links->prompt[conn->link], (uint8_t)pn_choice_prompt(&conn->choice),
+    atomic_store_explicit((_Atomic uint8_t *)&source->links->demand[conn->link], (uint8_t)pn_choice_for_demand(&conn->choice),
                           memory_order_relaxed);
 }
 

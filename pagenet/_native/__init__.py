@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .compression import Choice, Packer, Prompt, unpack
+from .compression import Choice, DemandChoice, Packer, unpack
 from .destination import (
     RDMA_WINDOW_BYTES,
     WINDOW_BYTES,
@@ -97,6 +97,7 @@ __all__ = [
     "ZERO",
     "Buffer",
     "Choice",
+    "DemandChoice",
     "Destination",
     "End",
     "FaultLog",
@@ -111,7 +112,6 @@ __all__ = [
     "Piece",
     "Placed",
     "Planted",
-    "Prompt",
     "RdmaLoop",
     "Ring",
     "SharedMap",

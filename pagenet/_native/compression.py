@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._declarations import pn_choice, pn_prompt
+from ._declarations import pn_choice, pn_demand_choice
 from ._library import ffi, lib, new_struct
 
 
@@ -39,9 +39,9 @@ class Choice:
         return bool(lib.pn_choice_packs(self._choice))
 
     @property
-    def prompt(self) -> bool:
+    def for_demand(self) -> bool:
         """Whether it pays even for a page that somebody waits for."""
-        return bool(lib.pn_choice_prompt(self._choice))
+        return bool(lib.pn_choice_for_demand(self._choice))
 
     def wants_sample(self, now: int) -> bool:
         return bool(lib.pn_choice_wants_sample(self._choice, now))
@@ -59,18 +59,18 @@ class Choice:
         lib.pn_choice_answered(self._choice, size, wire, began, now)
 
 
-class Prompt:
-    """``struct pn_prompt``: whether pages that somebody waits for come compressed. Times in ns."""
+class DemandChoice:
+    """``struct pn_demand_choice``: whether pages that somebody waits for come compressed. Times in ns."""
 
     def __init__(self) -> None:
-        self._prompt = new_struct(pn_prompt)
-        lib.pn_prompt_init(self._prompt)
+        self._choice = new_struct(pn_demand_choice)
+        lib.pn_demand_choice_init(self._choice)
 
     @property
     def packs(self) -> bool:
         """Whether they are to be asked for compressed, whatever that costs."""
-        return bool(lib.pn_prompt_packs(self._prompt))
+        return bool(lib.pn_demand_choice_packs(self._choice))
 
     def came(self, packs: bool, nanoseconds: int) -> None:
         """A page that was asked for like that took so long for each of its 4 KiB. Not one of zeros."""
-        lib.pn_prompt_came(self._prompt, packs, nanoseconds)
+        lib.pn_demand_choice_came(self._choice, packs, nanoseconds)

@@ -137,7 +137,7 @@ class TrioLane:
         self._wire = wire
         self._requests = OutstandingRequests(wire, filling.encodings)
         both = 1 << Encoding.RAW | 1 << Encoding.LZ4
-        self._prompt = _native.Prompt() if filling.encodings & both == both else None
+        self._choice = _native.DemandChoice() if filling.encodings & both == both else None
         self._asked_at: dict[int, tuple[int, bool]] = {}  # pages that somebody waits for, by their requests
         self._on_done = on_done  # told of bytes in memory, and what they were on the wire
         self._outbox = bytearray()
@@ -148,9 +148,9 @@ class TrioLane:
         index = self._filling.region.block_index(run.first)
         shift = self._unit_shift(index)
         first = self._wire.first_pages[index] + (run.first - self._filling.region.first_pages[index] << shift)
-        packed = class_ is not Class.BACKGROUND and self._prompt is not None and self._prompt.packs
+        packed = class_ is not Class.BACKGROUND and self._choice is not None and self._choice.packs
         request = self._requests.open(class_, Run(first, run.count << shift), shift, packed)
-        if class_ is Class.DEMAND and self._prompt is not None:
+        if class_ is Class.DEMAND and self._choice is not None:
             self._asked_at[request.request_id] = time.monotonic_ns(), packed
         self._outbox += request.encode()
         self._filling.residency.add(class_, "requests")
@@ -221,9 +221,9 @@ class TrioLane:
     def _note_time(self, reply: Reply) -> None:
         if reply.request_id in self._asked_at and not self._requests.is_open(reply.request_id):
             at, packed = self._asked_at.pop(reply.request_id)
-            if self._prompt is not None and reply.encoding is not Encoding.ZERO:
+            if self._choice is not None and reply.encoding is not Encoding.ZERO:
                 took = time.monotonic_ns() - at
-                self._prompt.came(packed, took * 4096 // self._wire.size_of(reply.run))
+                self._choice.came(packed, took * 4096 // self._wire.size_of(reply.run))
 
 
 def _text(reason: memoryview) -> str:

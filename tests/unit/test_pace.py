@@ -171,7 +171,7 @@ def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(waits: b
     """Only beside an owner that waits, and only if something is prefetched. At this rate, 0.15 ms are less than a page."""
     link = Link(trip=20 * MS, limit=80 * PAGE * 50, prefetches=prefetches, window=(NARROW, NARROW, WIDE))
     link.shared.best = MS // 10
-    link.demand.prompt.window = 0
+    link.demand.demand.window = 0
     lib.pn_pace_faulted(link.shared, link.now)
     link.background.waiting = 0.5 if waits else 0.0
     link.background.looked = link.now
@@ -202,11 +202,11 @@ def test_window_of_what_is_prefetched_grows_while_pages_come_as_fast_as_at_best(
     link = Link()
     lib.pn_pace_limit(link.shared, 2**64 - 1, link.now)
     link.touches(200)
-    assert link.demand.prompt.window == TUNABLES.prefetch_most
+    assert link.demand.demand.window == TUNABLES.prefetch_most
     link.set_limit(0)
     for _ in range(100):
         lib.pn_pace_waited(link.demand, 3 * int(link.shared.best), link.now)
-    assert link.demand.prompt.window == TUNABLES.prefetch_least
+    assert link.demand.demand.window == TUNABLES.prefetch_least
 
 
 # ---- rates ----
@@ -295,10 +295,10 @@ def test_one_loop_for_both_flows_keeps_them_apart() -> None:
     pace = Link().background
     lib.pn_pace_sent(pace, PREFETCH, PAGE)
     lib.pn_pace_sent(pace, BACKGROUND, 3 * PAGE)
-    assert (pace.prompt.in_flight, pace.background.in_flight) == (PAGE, 3 * PAGE)
+    assert (pace.demand.in_flight, pace.background.in_flight) == (PAGE, 3 * PAGE)
     lib.pn_pace_came(pace, BACKGROUND, 3 * PAGE, 10 * SECOND)
     lib.pn_pace_came(pace, PREFETCH, PAGE, 10 * SECOND)
-    assert (pace.prompt.in_flight, pace.background.in_flight) == (0, 0)
+    assert (pace.demand.in_flight, pace.background.in_flight) == (0, 0)
 
 
 def test_spins_only_with_processors_to_spare() -> None:

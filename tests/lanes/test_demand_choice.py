@@ -1,4 +1,4 @@
-"""native/prompt.c: whether pages that somebody waits for come compressed, on links made of numbers; and lanes by it."""
+"""native/demand_choice.c: whether pages that somebody waits for come compressed, on links made of numbers; and lanes by it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from lanes import Driver, Memory, Rig, wait_until
 
-from pagenet._native import Prompt
+from pagenet._native import DemandChoice
 from pagenet.protocol import Encoding
 
 PAGE = 4096
@@ -22,7 +22,7 @@ class Path:
 
     def __init__(self, link: float, delay: float, left: Callable[[], float], noise: float = 0.0, seed: int = 1) -> None:
         self.link, self.delay, self.left, self.noise = link, delay, left, noise
-        self.prompt, self.order = Prompt(), random.Random(seed)
+        self.choice, self.order = DemandChoice(), random.Random(seed)
         self.packed = 0
 
     def page(self, packs: bool) -> float:
@@ -36,12 +36,12 @@ class Path:
         """ns for so many pages."""
         total = 0.0
         for _ in range(pages):
-            packs = mode == "lz4" or (mode == "auto" and self.prompt.packs)
+            packs = mode == "lz4" or (mode == "auto" and self.choice.packs)
             took = self.page(packs)
             total += took
             self.packed += packs
             if mode == "auto":
-                self.prompt.came(packs, int(took))
+                self.choice.came(packs, int(took))
         return total
 
 
@@ -107,15 +107,15 @@ def test_a_link_that_becomes_faster_and_slower() -> None:
 
 
 def test_what_was_asked_for_before_a_change_says_nothing() -> None:
-    prompt = Prompt()
-    while not prompt.packs:
-        prompt.came(packs=False, nanoseconds=500_000)
+    choice = DemandChoice()
+    while not choice.packs:
+        choice.came(packs=False, nanoseconds=500_000)
     for _ in range(1000):
-        prompt.came(packs=False, nanoseconds=1)
-    assert prompt.packs
+        choice.came(packs=False, nanoseconds=1)
+    assert choice.packs
     for _ in range(64):
-        prompt.came(packs=True, nanoseconds=400_000)
-    assert prompt.packs
+        choice.came(packs=True, nanoseconds=400_000)
+    assert choice.packs
 
 
 @pytest.mark.parametrize("lane", ["native", "trio"])

@@ -10,7 +10,7 @@
 
 enum {
     SETTLE = 32,        /* pages that waited for those that were asked for before, and threads that came back in a bunch */
-    SAMPLES = sizeof ((struct pn_prompt *)0)->samples / sizeof(uint64_t),
+    SAMPLES = sizeof ((struct pn_demand_choice *)0)->samples / sizeof(uint64_t),
     COUNTED = SAMPLES * 3 / 4, /* the fastest: what the others waited for was a processor */
     FIRST_PAUSE = 256,  /* pages: what was found in the first moments, or while the machine was busy, is soon looked at again */
     MOST_PAUSE = 65536,
@@ -18,13 +18,13 @@ enum {
 };
 #define BETTER 0.9
 
-void pn_prompt_init(struct pn_prompt *prompt) { *prompt = (struct pn_prompt){.pause = FIRST_PAUSE}; }
+void pn_demand_choice_init(struct pn_demand_choice *choice) { *choice = (struct pn_demand_choice){.pause = FIRST_PAUSE}; }
 
-int pn_prompt_packs(const struct pn_prompt *prompt) { return prompt->packs; }
+int pn_demand_choice_packs(const struct pn_demand_choice *choice) { return choice->packs; }
 
 /* Of the block, in ns. */
-static double mean(struct pn_prompt *prompt) {
-    uint64_t *samples = prompt->samples, sum = 0;
+static double mean(struct pn_demand_choice *choice) {
+    uint64_t *samples = choice->samples, sum = 0;
     for (int i = 1; i < SAMPLES; i++)
         for (int at = i; at && samples[at] < samples[at - 1]; at--) {
             uint64_t sample = samples[at];
@@ -36,40 +36,40 @@ static double mean(struct pn_prompt *prompt) {
     return (double)sum / COUNTED;
 }
 
-static void change(struct pn_prompt *prompt) {
-    prompt->packs = !prompt->packs;
-    prompt->settled = 0;
+static void change(struct pn_demand_choice *choice) {
+    choice->packs = !choice->packs;
+    choice->settled = 0;
 }
 
-static void judge_trial(struct pn_prompt *prompt, double seen) {
-    prompt->is_trial = 0;
-    if (seen < BETTER * prompt->before) {
-        prompt->pause = FIRST_PAUSE;
+static void judge_trial(struct pn_demand_choice *choice, double seen) {
+    choice->is_trial = 0;
+    if (seen < BETTER * choice->before) {
+        choice->pause = FIRST_PAUSE;
     } else {
-        change(prompt);
-        prompt->pause = prompt->pause < MOST_PAUSE ? 2 * prompt->pause : MOST_PAUSE;
+        change(choice);
+        choice->pause = choice->pause < MOST_PAUSE ? 2 * choice->pause : MOST_PAUSE;
     }
-    prompt->left = prompt->pause;
+    choice->left = choice->pause;
 }
 
-static void judge(struct pn_prompt *prompt, double seen) {
-    prompt->left -= prompt->left < SAMPLES ? prompt->left : SAMPLES;
-    if (prompt->left || (!prompt->packs && seen < WORTH_NS))
+static void judge(struct pn_demand_choice *choice, double seen) {
+    choice->left -= choice->left < SAMPLES ? choice->left : SAMPLES;
+    if (choice->left || (!choice->packs && seen < WORTH_NS))
         return;
-    prompt->is_trial = 1;
-    prompt->before = seen;
-    change(prompt);
+    choice->is_trial = 1;
+    choice->before = seen;
+    change(choice);
 }
 
-void pn_prompt_came(struct pn_prompt *prompt, int packs, uint64_t ns) {
-    if (packs != prompt->packs || prompt->settled++ < SETTLE) /* it was asked for before the last change, or just behind */
+void pn_demand_choice_came(struct pn_demand_choice *choice, int packs, uint64_t ns) {
+    if (packs != choice->packs || choice->settled++ < SETTLE) /* it was asked for before the last change, or just behind */
         return;
-    prompt->samples[prompt->count++] = ns;
-    if (prompt->count < SAMPLES)
+    choice->samples[choice->count++] = ns;
+    if (choice->count < SAMPLES)
         return;
-    prompt->count = 0;
-    if (prompt->is_trial)
-        judge_trial(prompt, mean(prompt));
+    choice->count = 0;
+    if (choice->is_trial)
+        judge_trial(choice, mean(choice));
     else
-        judge(prompt, mean(prompt));
+        judge(choice, mean(choice));
 }
