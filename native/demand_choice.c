@@ -5,7 +5,7 @@
  * what was better by a tenth. What that costs is bounded: compressing and decompressing a page take 10 us, nothing is tried where a
  * page takes less than 60 us as it is, and whenever a trial shows nothing, the next one is twice as far away.
  *
- * Blocks follow each other, and do not alternate page by page: where many pages are on their way, each waits for those before it. */
+ * Blocks follow each other, and do not alternate page by page: where many pages are in flight, each waits for those before it. */
 #include "pagenet.h"
 
 enum {

@@ -215,7 +215,7 @@ int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t
     return bytes ? store(dest, piece->second + at, bytes, size) : pn_clear(dest, piece->second + at, size);
 }
 
-/* The owner gave the page up while its bytes were on their way. Nobody touched the owner's page table since: the bytes are in
+/* The owner gave the page up while its bytes were in flight. Nobody touched the owner's page table since: the bytes are in
  * the file behind it at most. Faults on the page were put off until now. */
 static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
     int error = piece->second ? pn_write_shared(dest, piece, page, 1, NULL) : 0;

@@ -11,7 +11,7 @@
 
 enum { PN_WAITERS = 1024, PN_HELD = 4096 };
 
-/* A fault that waits for a page which is on its way. */
+/* A fault that waits for a page which is in flight. */
 struct pn_waiter {
     _Atomic uint64_t page; /* plus one; 0: free */
     _Atomic uint64_t since; /* ns */
@@ -60,7 +60,8 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
  * no longer watched. The kernel makes zeros of what is touched of it: nothing has to be placed, and what nobody touches takes no
  * memory. False: none was dealt with. */
 bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count);
-/* A fault waits for `page`, which is on its way. From the loop that answers faults alone. Kept to be timed: if the table is full, it is not. */
+/* A fault waits for `page`, which is in flight. Called by the loop that answers faults alone. The fault is kept to be timed; if
+ * the table is full, it is not. */
 void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since);
 /* Faults on these pages wait no more; if they were placed, their latency counts. */
 void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool placed);

@@ -41,7 +41,7 @@ static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t p
         pn_window_fault(window, lane->dest->config.map, page, piece->first, piece->first + piece->count, piece->page_size);
 }
 
-/* What the window wants, a little at a time: all that is on its way stands before the next page that somebody waits for. */
+/* What the window wants, a little at a time: all that is in flight stands before the next page that somebody waits for. */
 void pn_lane_prefetch_more(struct lane *lane) {
     uint64_t first, taken, room;
     while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && can_ask(lane, 1)) {
@@ -85,7 +85,7 @@ static void answer_outside(struct lane *lane, const struct pn_event *fault) {
         pn_lane_end(lane, PN_END_OWNER_GONE, 0, "");
 }
 
-/* A page that is on its way, and waited for. If it arrived just now, its thread was woken by that. */
+/* A page that is in flight, and waited for. If it arrived just now, its thread was woken by that. */
 static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
     pn_wait(lane->dest, page, now);
     int state = pn_map_state(lane->dest->config.map, page);

@@ -100,7 +100,7 @@ int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero);
 enum pn_state {
     PN_MISSING = 0,   /* not here, not asked for */
     PN_REQUESTED = 1, /* asked for */
-    PN_PLACING = 2,   /* bytes are on their way into the page: whoever set this, and nobody else, may write it */
+    PN_PLACING = 2,   /* bytes are being stored into the page: whoever set this, and nobody else, may write it */
     PN_RESIDENT = 3,  /* placed */
     PN_REMOVED = 4,   /* the owner gave it up (balloon, MADV_DONTNEED): reads as zero, never as what the source had */
     PN_OUTSIDE = 5,   /* the owner does not map it */
@@ -214,7 +214,7 @@ uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t b
 
 /* ---- dest.c: the destination's half of the native lanes: what they share ------------------------------------------ */
 
-/* Pages that threads waited for, in that order, on their way from the demand lane to whoever learns from them. One writer, one
+/* Pages that threads waited for, in that order, passed from the demand lane to whoever learns from them. One writer, one
  * reader, and neither ever waits for the other: what finds no room is lost, and counted. */
 struct pn_fault_log {
     uint64_t head; /* next to be read */
@@ -309,7 +309,7 @@ struct pn_lane_config {
     int stop_fd;           /* eventfd */
     int work_fd;           /* eventfd: the ring has runs; -1 for demand */
     int room_fd;           /* eventfd: the ring has room; -1 for demand */
-    uint64_t window_least; /* bytes of background that may be on their way while the owner does little but wait, ... */
+    uint64_t window_least; /* bytes of background that may be in flight while the owner does little but wait, ... */
     uint64_t window_min;   /* ... while there are faults, ... */
     uint64_t window_max;   /* ... and when there have been none for a while */
     uint64_t chunk;        /* bytes of background asked for at a time */

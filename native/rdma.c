@@ -35,7 +35,7 @@ struct wants {
     uint32_t count;
 };
 
-/* Pages on their way. */
+/* Pages in flight. */
 struct under_way {
     struct run pages;
     int slot;       /* of the stage; -1: they come where they belong */
@@ -431,7 +431,7 @@ static void take_channel_event(struct pn_rdma *rdma) {
     }
 }
 
-/* Before sleeping, and only while something is on its way: most that somebody waits for has ended by then on a near device, and
+/* Before sleeping, and only while something is in flight: most that somebody waits for has ended by then on a near device, and
  * neither asking to be told nor being told is for nothing. What ended before it was asked for is not told. */
 static bool arm(struct pn_rdma *rdma) {
     bool came = false;

@@ -1,4 +1,4 @@
-/* Two queues between a loop in C and Trio: runs on their way to a background lane, and pages that were faulted on. One writer, one
+/* Two queues between a loop in C and Trio: runs for a background lane, and pages that were faulted on. One writer, one
  * reader each, and neither ever waits for the other. */
 #define _GNU_SOURCE
 #include "lane.h"

@@ -150,7 +150,7 @@ class Target(Protocol):
         ...
 
     def discard(self, run: Run) -> None:
-        """``run`` was given up by the owner while its bytes were on their way: leave none of them behind."""
+        """``run`` was given up by the owner while its bytes were in flight: leave none of them behind."""
         ...
 
     async def wait_gone(self) -> None:

@@ -192,7 +192,7 @@ class FaultLog:
 
 
 class Ring:
-    """Runs on their way from the schedule to a background lane, and the eventfds that say that there are some, or room."""
+    """Runs that the schedule hands to a background lane, and the eventfds that say that there are some, or room."""
 
     def __init__(self) -> None:
         self.ring = new_struct(pn_ring)

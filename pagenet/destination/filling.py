@@ -27,7 +27,7 @@ __all__ = ["Filling"]
 
 # Bytes on either side of a fault: a window of huge pages would only be in the next fault's way.
 PREFETCH_LIMIT = 1 << 20
-# Bytes that a window which adapts may have on their way. The lane in C tunes this; in Trio a reply costs more than a page.
+# Bytes that a window which adapts may have in flight. The lane in C tunes this; in Trio a reply costs more than a page.
 PREFETCHING = 128 << 10
 # Pages of the sample that nobody has touched yet.
 _MOST_HELD = 4096
@@ -51,7 +51,7 @@ class Filling:
         #: that pages are asked for in, a bit each
         self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
         self._held = set[int]()  # pages of the sample that nobody has touched yet: see native/dest.c
-        self._prefetching = 0  # bytes on their way of a window that adapts
+        self._prefetching = 0  # bytes in flight of a window that adapts
         self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
         self._faults: deque[tuple[Fault, int]] = deque()
         self._wanted: list[tuple[Class, Run]] = []
@@ -225,7 +225,7 @@ class Filling:
                 self._wanted.append((Class.PREFETCH, run))
 
     def _prefetch_more(self) -> None:
-        """What the window wants, a little at a time: all that is on its way stands before the next page that is waited for."""
+        """What the window wants, a little at a time: all that is in flight stands before the next page that is waited for."""
         while self._prefetching < PREFETCHING and (
             found := self.window.next(self.residency.shared, PREFETCHING - self._prefetching)
         ):

@@ -22,7 +22,7 @@ from .filling import Filling
 
 __all__ = ["WINDOW_CHUNKS", "TrioLane", "TrioLanes", "act_on_faults", "read_events_forever"]
 
-# How many chunks of the background may be on their way on each lane: enough to keep a loopback connection busy while one is
+# How many chunks of the background may be in flight on each lane: enough to keep a loopback connection busy while one is
 # placed.
 WINDOW_CHUNKS = 4
 

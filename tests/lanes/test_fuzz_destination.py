@@ -296,7 +296,7 @@ class Hostile:
 
     def _scrambled(self) -> bytes:
         right = self.right()
-        # The id stays: another may be of a request that is on its way.
+        # The id stays: another may be of a request that is in flight.
         return right[:4] + mutated(self.pick, right[4 : LANE_HEADER_SIZE + 200]) + right[LANE_HEADER_SIZE + 200 :]
 
     def _twice(self) -> bytes:

@@ -314,7 +314,7 @@ class Play:
             self.there[page] = self.memory_of(page)
 
     def intrude(self) -> None:
-        """A third party places a page that is on its way, or will be."""
+        """A third party places a page that is in flight, or will be."""
         page = self.random.choice(self.pages)
         if page in self.there or page in self.removed or page in self.in_flight or page in self.cache:
             return
@@ -660,7 +660,7 @@ def test_source_that_fails(lane: str, whole: bool, reason: bytes, make_rig: Make
     assert (end.kind, end.text) == (_native.END_FAILED, reason.decode())
 
 
-# ---- how much is on its way ----
+# ---- how much is in flight ----
 
 
 @pytest.mark.native
@@ -790,7 +790,7 @@ def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
 
 
 def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(make_rig: MakeRig) -> None:
-    """All comes at once for a while, then what is waited for comes late: so the window has as little on its way as it may.
+    """All comes at once for a while, then what is waited for comes late: so the window has as little in flight as it may.
 
     How much more depends on how fast the rest comes, which is slow under a sanitizer."""
     rig = make_rig("copy", 8192, 1, None)
@@ -819,7 +819,7 @@ def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(mak
 def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(
     waits: bool, prefetch: tuple[int, int], make_rig: MakeRig
 ) -> None:
-    """Its pages are 20 ms on their way, so 80 of them are what the rate allows. Under a sanitizer all paths are long."""
+    """Its pages are in flight for 20 ms, so 80 of them are what the rate allows. Under a sanitizer all paths are long."""
     rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
     rig.native.limit(80 * PAGE * 50)
     rig.filling.prefetch = prefetch

@@ -782,7 +782,7 @@ async def test_removals(memory: str, tmp_path: Path, lane: str) -> None:
 @pytest.mark.parametrize("background", ["linear", "off"])
 @pytest.mark.parametrize("threads", [0, 4])
 async def test_owner_is_killed(background: str, threads: int, tmp_path: Path, lane: str) -> None:
-    """While pages are on their way, and threads wait for theirs."""
+    """While pages are in flight, and threads wait for theirs."""
     size = 8 << 20
     path = tmp_path / "uffd.sock"
     order = ["--order", "random", "--threads", str(threads)] if threads else ["--order", "none"]

@@ -190,7 +190,7 @@ def test_memory_that_becomes_random_and_readable_again() -> None:
 
 @pytest.mark.parametrize(("link", "packed"), [(10 * GBIT, True), (GBIT, True), (GBIT / 2.5, False), (0.15, False)])
 def test_pages_that_somebody_waits_for(link: float, packed: bool) -> None:
-    """They pay for compressing in full, since nothing else is on its way meanwhile."""
+    """They pay for compressing in full, since nothing else is in flight meanwhile."""
     path = Path(link, always(0.4))
     path.run(512 << 20)
     assert path.choice.for_demand == packed
