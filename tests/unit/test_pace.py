@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
-from pagenet._native._library import ffi, lib
+from pagenet._native._declarations import pn_pace, pn_pace_shared
+from pagenet._native._library import ffi, lib, new_struct
 
 PAGE = 4096
 MS = 1_000_000  # ns
@@ -32,7 +32,7 @@ class Link:
     #: what is asked for around pages that are waited for, by a fixed window or by none
     prefetches: bool = False
     now: int = 10 * SECOND
-    shared: Any = field(default_factory=lambda: ffi.new("struct pn_pace_shared *"))
+    shared: pn_pace_shared = field(default_factory=lambda: new_struct(pn_pace_shared))
     #: (time, number, what) of what has been sent to the source, or is coming
     _events: list[tuple[int, int, tuple[int, int, int]]] = field(default_factory=list)
     _number: int = 0
@@ -46,8 +46,8 @@ class Link:
         self.demand, self.background = self._pace(), self._pace()
         self.set_limit(self.limit)
 
-    def _pace(self) -> Any:
-        pace = ffi.new("struct pn_pace *")
+    def _pace(self) -> pn_pace:
+        pace = new_struct(pn_pace)
         pace.window_least, pace.window_min, pace.window_max = self.window
         pace.chunk = self.chunk
         lib.pn_pace_init(pace, self.shared)
@@ -182,7 +182,7 @@ def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(waits: b
 
 def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room() -> None:
     def window(limit: int) -> int:
-        pace, shared = ffi.new("struct pn_pace *"), ffi.new("struct pn_pace_shared *")
+        pace, shared = new_struct(pn_pace), new_struct(pn_pace_shared)
         lib.pn_pace_init(pace, shared)
         lib.pn_pace_limit(shared, limit, 10 * SECOND)
         now = 10 * SECOND
@@ -258,7 +258,7 @@ def test_no_background_at_all() -> None:
 
 
 def test_what_takes_nothing_on_the_wire_does_not_count() -> None:
-    shared, wait = ffi.new("struct pn_pace_shared *"), ffi.new("uint64_t *")
+    shared, wait = new_struct(pn_pace_shared), ffi.new("uint64_t *")
     now = 10 * SECOND
     lib.pn_pace_limit(shared, 1_000_000, now)
     granted = lib.pn_pace_grant(shared, now, 1 << 20, PAGE, wait)
