@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from sanitizers import ADDRESS, THREAD, Build, Sanitizer, build, unavailable
 
-pytestmark = pytest.mark.timeout(600)
+# Minutes each, and several times as long on a busy machine: what hangs is found by the limit of each test within.
+pytestmark = pytest.mark.timeout(1800)
 
 OVERFLOW = """
 from pagenet._pagenet import ffi, lib
