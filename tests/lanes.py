@@ -236,7 +236,7 @@ class Memory:
 # ---- the source's end of a lane ----
 
 
-@dataclass
+@dataclass(eq=False)  # one of 4,096 is looked for again and again
 class Open:
     """A request, and the pages of it that are still to come, as the source counts them."""
 
