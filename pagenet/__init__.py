@@ -1,4 +1,4 @@
-"""Move the live memory of a running machine after the machine has moved: touched pages at once, the rest behind them."""
+"""Post-copy memory migration: touched pages are fetched at once, the rest in the background."""
 
 from .destination.into_file import IntoFile
 from .destination.pulling import Transfer, pull

@@ -1,4 +1,4 @@
-"""What a transfer has done so far, as frozen snapshots."""
+"""Statistics of a transfer, as frozen snapshots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Histogram:
         return sum(self.buckets)
 
     def percentile(self, share: float) -> float | None:
-        """The latency, in ns, that ``share`` (0 to 1) of them do not exceed; None if there are none. Off by up to 6 %."""
+        """The latency, in ns, that ``share`` (0 to 1) of the latencies do not exceed.
+
+        Accurate within 6 %. None if nothing was counted.
+        """
         rank = share * self.count
         seen = 0
         for index, count in enumerate(self.buckets):
@@ -28,7 +31,7 @@ class Histogram:
         return None
 
     def since(self, earlier: Histogram) -> Histogram:
-        """What has been counted after ``earlier`` was."""
+        """The latencies counted since ``earlier`` was taken."""
         return Histogram(tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True)))
 
     def microseconds(self, share: float) -> float | None:
@@ -104,27 +107,27 @@ class TransferStatistics:
 
     @property
     def lz4_bytes(self) -> int:
-        """Of pages that came compressed."""
+        """Bytes of the pages that came compressed, as they are uncompressed."""
         return sum(class_.lz4_bytes for class_ in self._classes)
 
     @property
     def lz4_ratio(self) -> float | None:
-        """What compressed pages were to what they became; None if there were none."""
+        """Compressed pages: their uncompressed size over that on the wire; None if none came."""
         wire = sum(class_.lz4_wire_bytes for class_ in self._classes)
         return self.lz4_bytes / wire if wire else None
 
     @property
     def lz4_share(self) -> float:
-        """Of all that came as bytes, and not as a flag, the share (0 to 1) that came compressed."""
+        """The share (0 to 1) that came compressed, of the bytes of all pages but flagged ones."""
         raw = self.wire_bytes - sum(class_.lz4_wire_bytes for class_ in self._classes)
         return self.lz4_bytes / (self.lz4_bytes + raw) if self.lz4_bytes else 0.0
 
     @property
     def prefetch_unused(self) -> float | None:
-        """Of prefetched pages, the share (0 to 1) not touched while the transfer went on, by a sample of one in sixteen.
+        """The share (0 to 1) of prefetched pages not touched during the transfer.
 
-        None where that cannot be known: in private memory, where a page that has come raises no fault, and before any of the
-        sample came.
+        Estimated from a sample of one page in sixteen. None where it cannot be known: in private
+        memory, where a page in place raises no fault, and before a page of the sample has come.
         """
         sampled = self.prefetch.sampled
         return 1 - self.prefetch.sampled_used / sampled if sampled else None
@@ -140,10 +143,11 @@ class TransferStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ServingStatistics:
-    """What destinations have asked a source for, all of them together.
+    """The requests of all destinations of a source together.
 
-    ``pages``: of the region; ``size``: the same in bytes; ``asked``: pages asked for so far, the same one perhaps more than
-    once; ``demanded``: those of them that somebody waited for. ``seconds``: since the source is being served.
+    ``pages``: of the region; ``size``: the same in bytes; ``asked``: pages requested so far, a page
+    requested twice counting twice; ``demanded``: those of them that a thread waited for.
+    ``seconds``: since serving began.
     """
 
     pages: int
@@ -154,5 +158,5 @@ class ServingStatistics:
 
     @property
     def done(self) -> int:
-        """Pages that one destination, if it is the only one, has at most."""
+        """The most pages that the destination can have, if there is only one."""
         return min(self.asked, self.pages)

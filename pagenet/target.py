@@ -1,4 +1,4 @@
-"""Where pages go: what lanes ask of the memory, or the file, that they fill, and what its owner does meanwhile."""
+"""The interface of the memory or file that lanes fill, and the events of its owner."""
 
 from __future__ import annotations
 
@@ -78,9 +78,10 @@ Event = Fault | Removed | Unmapped | Remapped | Forked
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Pages of a run that were dealt with, in order.
+    """How many pages of a run were handled, from its beginning on.
 
-    ``again``: the owner's memory is changing. Read its events, all of them, then place what is left of the run.
+    ``again``: the owner's memory is changing. Read all of its events, then place the
+    rest of the run.
     """
 
     placed: int
@@ -94,7 +95,7 @@ class Outcome:
 
 
 class Target(Protocol):
-    """Memory, or a file, that a region moves into. Numbers pages as :attr:`region` does."""
+    """Memory or a file that a region moves into. Page numbers are those of :attr:`region`."""
 
     @property
     def region(self) -> Region:
@@ -108,7 +109,7 @@ class Target(Protocol):
 
     @property
     def event_fd(self) -> int | None:
-        """Readable when :meth:`read_events` has something to say; None for a target that nobody touches yet."""
+        """Readable when :meth:`read_events` has events; None if nobody touches the target yet."""
         ...
 
     def scope(self) -> Sequence[Run]:
@@ -130,27 +131,29 @@ class Target(Protocol):
         ...
 
     def place(self, run: Run, data: memoryview | None) -> Outcome:
-        """Put ``data`` (or zeros, for None) into the pages of ``run`` and wake whoever waits for them.
+        """Put ``data`` (None: zeros) into the pages of ``run`` and wake their waiters.
 
         :exc:`~pagenet.errors.OwnerGone` if the memory no longer exists.
         """
         ...
 
     def settle(self, page: int | None, fault: Fault) -> bool:
-        """Answer ``fault`` on ``page``, which has been placed, or given up by its owner, before. None: it
-        is outside of what the owner announced; whoever waits there is told by SIGBUS, or gets zeros if the
-        owner wants that, or waits on where the kernel can do neither.
+        """Answer ``fault`` on ``page``, which was placed or given up by its owner before.
 
-        False: the owner's memory is changing. Read its events, all of them, and call again.
+        ``page`` is None for a fault outside of what the owner announced: the thread that waits
+        there gets SIGBUS, or zeros if the owner wants that; where the kernel can do neither, it
+        goes on waiting.
+
+        False: the owner's memory is changing. Read all of its events, and call again.
         """
         ...
 
     def wake(self, run: Run) -> None:
-        """Let whoever waits for pages of ``run`` try again."""
+        """Let the threads that wait for pages of ``run`` try again."""
         ...
 
     def discard(self, run: Run) -> None:
-        """``run`` was given up by the owner while its bytes were in flight: leave none of them behind."""
+        """Remove the bytes of ``run``, which the owner gave up while they were in flight."""
         ...
 
     async def wait_gone(self) -> None:
@@ -158,45 +161,59 @@ class Target(Protocol):
         ...
 
     def close(self, missing: Sequence[Run]) -> None:
-        """Let go. ``missing`` pages never came: whoever touches them must wait or be told, and never read zeros."""
+        """Let go. The ``missing`` pages never came.
+
+        A thread that touches one of them must wait or get an error, and never read zeros.
+        """
         ...
 
 
 @runtime_checkable
 class Recoverable(Protocol):
-    """What else a target has whose memory outlives the process that fills it: another one may go on with it."""
+    """A target whose memory outlives the process that fills it.
+
+    Another process may continue the transfer.
+    """
 
     def open_residency(self, source: bytes) -> Residency:
-        """The map of pages: a new one, or what is left of a dead destination's, which :attr:`~Residency.is_recovered`.
+        """The map of pages: a new one, or the one that a dead destination left.
 
-        :exc:`~pagenet.errors.UsageError` if that one filled the memory from another source than the one of that identity.
+        In the second case its :attr:`~Residency.is_recovered` is true.
+        :exc:`~pagenet.errors.UsageError` if the dead destination filled the memory from a source
+        with another identity than ``source``.
         """
         ...
 
     def write(self, run: Run, data: memoryview | None) -> bool:
-        """Bring the bytes (None: zeros) of ``run`` where :meth:`publish` makes them visible, and nobody sees them before.
+        """Write the bytes (None: zeros) of ``run`` so that nobody sees them before :meth:`publish`.
 
-        False: this memory is not of that kind. Nothing was done, and they are to be placed.
+        False: this memory cannot do that. Nothing was written: call :meth:`place` instead.
         """
         ...
 
     def publish(self, run: Run, *, again: bool = False) -> Outcome:
-        """The second half of placing pages. ``again``: it may have been done before, which does no harm; a page that its owner
-        has given up since counts as absent."""
+        """Make the pages of ``run`` visible, after :meth:`write`.
+
+        ``again``: they may have been published before, which does no harm; a page that its owner
+        has given up since then counts as absent.
+        """
         ...
 
 
 @runtime_checkable
 class Stored(Protocol):
-    """What else a target has whose pages must be on a disk before it may be let go."""
+    """A target whose pages must be on a disk before it may be let go."""
 
     async def wait_stored(self) -> None:
-        """Every page is in place: return when they are there to stay. Given up before, or never called: none of them are."""
+        """Return when the pages, all of which are in place, are stored for good.
+
+        If it is cancelled or never called, none of them is.
+        """
         ...
 
 
 class Owner(Protocol):
-    """Somebody whose memory is to be filled, before it is known how large it must be."""
+    """A process or file whose memory is to be filled, before its size is known."""
 
     async def attach(self, region: Region) -> Target:
         """The owner's memory for ``region``."""

@@ -1,10 +1,12 @@
-"""The seam: what pagenet asks of anything that carries bytes between two hosts.
+"""The transport interface: what pagenet needs of anything that carries bytes between two hosts.
 
-A backend is a :class:`Transport`: it dials a URI and listens on one. What comes out is a :class:`Connection`, an ordered,
-reliable stream of bytes in both directions. Both fill the caller's buffers and send the caller's buffers, so that page
-bytes pass by reference. What only some backends can do is an interface of its own: :class:`Detachable` gives away the
-file descriptor underneath, for loops in C that want to drive it themselves. Beside some connections the destination reads the
-source's memory itself: what each side asks of those is the side's own (``source/lanes.py``, ``destination/lanes.py``).
+A backend is a :class:`Transport`: it dials a URI and listens on one. Both give a
+:class:`Connection`, an ordered, reliable stream of bytes in both directions. A connection sends
+from and receives into the caller's buffers, so that page bytes pass by reference. Features that
+only some backends have are separate interfaces: :class:`Detachable` gives away the file descriptor
+underneath, for loops in C that drive it themselves. With some connections the destination reads the
+source's memory itself: each side defines what it needs of those (``source/lanes.py``,
+``destination/lanes.py``).
 
 Backends register under their URI scheme; :func:`dial` and :func:`listen` pick one.
 """
@@ -53,7 +55,7 @@ class Connection(Protocol):
     async def send(self, *buffers: Buffer) -> None:
         """Send all bytes of all ``buffers``, in order.
 
-        If it is cancelled, an unknown part has been sent: the connection is of no further use but to be closed.
+        If it is cancelled, an unknown part has been sent: the connection can then only be closed.
         """
         ...
 
@@ -83,7 +85,7 @@ class Detachable(Protocol):
 class Listener(Protocol):
     @property
     def uri(self) -> str:
-        """Where it really listens: what a peer would dial."""
+        """The address that was bound, as a URI that a peer can dial."""
         ...
 
     async def accept(self) -> Connection:
@@ -108,7 +110,7 @@ class Transport(Protocol):
         ...
 
     async def listen(self, uri: SplitResult) -> Listener:
-        """Listen. :exc:`~pagenet.errors.UsageError` if the address cannot be had."""
+        """Listen. :exc:`~pagenet.errors.UsageError` if the address cannot be bound."""
         ...
 
     def is_private(self, uri: SplitResult) -> bool:
@@ -150,7 +152,8 @@ async def listen(uri: str, *, plaintext: bool = False) -> Listener:
     if not plaintext and not transport.is_private(split):
         raise _exposed(uri)
     listener = await transport.listen(split)
-    # Not the name that was given, nor what the resolver said of it a moment ago: the address that was bound counts.
+    # The address that was bound decides, not the name that was given: the resolver may have
+    # answered differently a moment ago.
     if not plaintext and not transport.is_private(urlsplit(listener.uri)):
         listener.close()
         raise _exposed(listener.uri)

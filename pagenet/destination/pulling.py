@@ -31,22 +31,22 @@ from .trio_lanes import TrioLanes
 
 __all__ = ["Transfer", "pull"]
 
-# Pages of the source's that the owner may leave unmapped: 1 TiB of small ones. Each costs a byte of the map at once, and the
-# source alone says how many there are.
+# The owner may leave this many of the source's pages unmapped (1 TiB of 4 KiB pages). Each costs
+# a byte of the map at once, and the source alone says how many there are: so there is a limit.
 MAX_OUTSIDE = 1 << 28
-MAX_BACKGROUND_LANES = MAX_LANES - 1  # and one for demand
+MAX_BACKGROUND_LANES = MAX_LANES - 1  # one lane is for demand
 
 
 class Transfer:
-    """A region on its way here. Made by :func:`pull`."""
+    """A transfer of one region to this side. Made by :func:`pull`."""
 
     def __init__(self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection], background: Background) -> None:
         self.filling = filling
         self._background = background
-        #: to the source's ``on_stream``, for the application's own bytes
+        #: connections to the source's ``on_stream``, for the application's own bytes
         self.streams = streams
         self._released = trio.Event()
-        #: who drives the lanes: ``native`` or ``trio``
+        #: what drives the lanes: ``native`` or ``trio``
         self.lane = lane
         self.finished = trio.Event()
         #: the source, for people to read
@@ -58,7 +58,7 @@ class Transfer:
         return self.filling.region
 
     def release(self) -> None:
-        """Answer faults, and bring pages, from now on: of a transfer that was begun ``held``."""
+        """Start to answer faults and fetch pages, in a transfer begun with ``held=True``."""
         self._released.set()
 
     @property
@@ -70,21 +70,26 @@ class Transfer:
 
     @property
     def is_over(self) -> bool:
-        """It is complete, or has failed: nothing comes any more."""
+        """Whether the transfer is complete or has failed: no more pages come."""
         return self.finished.is_set() or self.filling.closed
 
     async def wait_complete(self) -> None:
-        """Return when every page is in place or was given up by its owner, and the owner has been let go."""
+        """Return when the transfer is complete.
+
+        Every page is then in place or was given up by its owner, and the owner has been let go.
+        """
         await self.finished.wait()
 
     @property
     def background(self) -> str:
-        """The order in which untouched pages come: a name that :meth:`set_background` takes."""
+        """The order in which untouched pages are fetched, by its :meth:`set_background` name."""
         schedule = self._background.schedule
         return "off" if schedule is None else schedule.name
 
     def set_background(self, name: str) -> None:
-        """Bring untouched pages in that order from now on: ``hot``, ``follow``, ``linear``, or ``off`` to bring none.
+        """Fetch untouched pages in that order from now on.
+
+        ``hot``, ``follow``, ``linear``, or ``off`` to fetch none.
 
         :exc:`~pagenet.errors.UsageError` if there is no such order.
         """
@@ -97,43 +102,50 @@ class Transfer:
 
     @property
     def background_begun(self) -> bool:
-        """False while it waits for what ``start_background`` names."""
+        """False while the background waits for the condition in ``start_background``."""
         return self._background.begun
 
     def pause_background(self) -> None:
-        """Ask for no more untouched pages until :meth:`resume_background`; those asked for still come."""
+        """Request no more untouched pages until :meth:`resume_background`.
+
+        Those in flight still come.
+        """
         self._background.pause()
 
     def resume_background(self) -> None:
         self._background.resume()
 
     def begin_background(self) -> None:
-        """Begin now, if ``start_background`` would have it begin later."""
+        """Begin now, even if ``start_background`` says later."""
         self._background.begin()
 
     @property
     def max_bandwidth(self) -> int | None:
-        """Bytes a second that untouched pages may take on the wire; None: no limit."""
+        """The background's rate limit, in bytes per second on the wire; None: no limit."""
         return self._background.max_bandwidth
 
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
-        """How fast the background may be, on all its lanes together, from now on. Touched pages are never held up.
+        """Limit the rate of the background, all its lanes together, from now on.
 
-        :exc:`~pagenet.errors.UsageError` if that is less than a byte a second.
+        Touched pages are never limited. :exc:`~pagenet.errors.UsageError` for a limit below one
+        byte per second.
         """
         self._background.set_max_bandwidth(bytes_per_second)
 
     @property
     def prefetch(self) -> tuple[int, int] | None:
-        """Pages asked for behind and before each page that somebody waits for; None: as many as seem right."""
+        """Pages requested after and before each page that a thread waits for.
+
+        None: pagenet adapts the number.
+        """
         return self.filling.prefetch
 
     def set_prefetch(self, prefetch: tuple[int, int] | None) -> None:
-        """From now on."""
+        """Use this prefetch window (see :attr:`prefetch`) from now on."""
         self.filling.prefetch = prefetch
 
     def statistics(self) -> TransferStatistics:
-        """What has been done so far; the last word on it once the transfer is over."""
+        """The statistics so far; they are final once the transfer is over."""
         return self.filling.statistics()
 
 
@@ -160,27 +172,34 @@ async def pull(
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
 
     The block begins when the owner has handed over its memory, which is then in use. Leave it after
-    :meth:`Transfer.wait_complete`; leaving it earlier gives up: whoever touches a missing page then waits, if the owner
-    keeps its userfaultfd, or gets SIGBUS, but never zeros.
+    :meth:`Transfer.wait_complete`. Leaving it earlier gives up: a thread that touches a missing
+    page then waits if the owner keeps its userfaultfd, or else gets SIGBUS, but never zeros.
 
     ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
-    ``background``: the order in which untouched pages come: ``hot`` (first what is near the faults), ``follow`` (on from the
-    last fault), ``linear``, ``recorded=FILE`` (as ``record`` wrote it, then ``hot``), or ``off`` to bring touched pages only.
-    ``max_bandwidth``: bytes of them a second, on the wire. Both may be changed while it runs (:meth:`Transfer.set_background`).
-    ``start_background``: ``after=SECONDS``, or ``rate=N``: begin once fewer than N faults have come within a second (looked at
-    ten times a second); both count from when faults are answered (None: at once).
-    ``record``: a file that the order in which threads waited for pages is written to at the end, merged with what it has of
-    earlier runs. What came before it was touched is not in it: ``background="off", prefetch=(0, 0)`` records every first
-    touch. ``background_lanes``: connections for it, 1 to 63, each with a thread of its own; more than one where a processor
-    cannot fill the network. ``chunk``: bytes asked for at a time on them, whole pages up to 4 MiB. ``lane``: ``native``
-    (loops in C), ``trio`` (the same in Trio, slow and obvious), or ``auto``: native where memory and transport allow it.
-    ``prefetch``: pages asked for behind and before each page that somebody waits for (clipped to 1 MiB on either side;
-    Yabusame has 8, 8); None: as many as seem right, more where faults are close together or in line, none where they are
-    random.
-    ``compress``: ``auto`` (the source compresses where its link and processor make that faster), ``lz4`` (whatever becomes
-    smaller), ``none``; a source that cannot compress does not. ``streams``: connections
-    for the application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
-    :meth:`Transfer.release`, because until then the source's memory may change.
+    ``background``: the order in which untouched pages are fetched: ``hot`` (pages near the faults
+    first), ``follow`` (on from the last fault), ``linear``, ``recorded=FILE`` (the order that
+    ``record`` wrote, then ``hot``), or ``off`` to fetch touched pages only.
+    ``max_bandwidth``: the background's rate limit, in bytes per second on the wire. Both may be
+    changed during the transfer (:meth:`Transfer.set_background`,
+    :meth:`Transfer.set_max_bandwidth`).
+    ``start_background``: when the background begins: ``after=SECONDS``, or ``rate=N`` (once fewer
+    than N faults have come within a second, checked ten times a second). Both count from the time
+    when faults are answered. None: at once.
+    ``record``: a file to which the order in which threads waited for pages is written at the end,
+    merged with the file's record of earlier runs. A page that came before it was touched is not
+    recorded: ``background="off", prefetch=(0, 0)`` records every first touch.
+    ``background_lanes``: connections for the background, 1 to 63, each with its own thread; more
+    than one helps where one processor cannot fill the network. ``chunk``: bytes per request on
+    these connections, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the
+    same in Trio, slow and obvious), or ``auto``: native where memory and transport allow it.
+    ``prefetch``: pages requested after and before each page that a thread waits for (clipped to
+    1 MiB on either side; Yabusame has 8, 8). None: pagenet adapts the number: more where faults are
+    close together or in line, none where they are random.
+    ``compress``: ``auto`` (the source compresses where its link and processor make that faster),
+    ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
+    sends pages as they are. ``streams``: connections for the application's own bytes, to the
+    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
+    :meth:`Transfer.release`, because the source's memory may change until then.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
     :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
@@ -258,7 +277,10 @@ def _schedule(background: str, filling: Filling) -> Schedule | None:
 
 @asynccontextmanager
 async def _recording_to(path: str | os.PathLike[str] | None) -> AsyncIterator[tuple[Recording | None, WholeFile] | None]:
-    """What earlier runs have left there, and the file that takes its place: refused before anything has moved."""
+    """The recording of earlier runs, and the file that replaces it.
+
+    A bad file fails before any page moves.
+    """
     if path is None:
         yield None
         return
@@ -296,7 +318,7 @@ class _TransferTasks:
         self._start = start
 
     async def run(self) -> None:
-        """Bring the pages; then let the owner go, and say goodbye to the source."""
+        """Fetch the pages, then let the owner go and say goodbye to the source."""
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._session.watch)
             nursery.start_soon(self._watch_owner)
@@ -325,7 +347,7 @@ class _TransferTasks:
 
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()
-        self._filling.check_complete()  # an owner may end as soon as it has its last page: then it had them all
+        self._filling.check_complete()  # an owner that has every page may end before we notice
         if not self._filling.completed.is_set():
             raise OwnerGone("the owner of the memory is gone")
 

@@ -1,7 +1,8 @@
-"""The source's side: answer whoever asks for pages.
+"""The source's side: answer requests for pages.
 
-The source keeps no state about who has what. Each connection gets its hello answered and is then served on its own: a peer
-that breaks the rules loses its connection, and the others do not notice.
+The source does not record which destination has which pages. It answers each connection's hello
+and then serves that connection by itself: a peer that breaks the rules loses its connection, and
+the others do not notice.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
 
 StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 
-#: Of a source that listens, unless it is told otherwise. Of a lane whose peer does not read 258 KiB are kept at most, so of all
-#: of them 516 MiB, and 32 MiB of larger units.
+#: Default limits of a source that listens. A lane whose peer does not read keeps at most 258 KiB,
+#: so all lanes together keep at most 516 MiB, plus 32 MiB of larger units.
 MAX_SESSIONS = 128
 MAX_LANES = 16
 
-# Between two attempts to reach a destination that was lost: a daemon that is started again is there within a second, and one
-# that takes a day costs no more than a packet now and then.
+# Seconds between two attempts to reach a lost destination: a restarted daemon is reached within a
+# second, and one that takes a day to return costs a packet now and then.
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 2.0
 
 
@@ -72,7 +73,7 @@ class _Session:
 
     session_id: bytes
     control: MessageStream
-    #: the control connection has nothing more to say
+    #: set when no more messages come on the control connection
     ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[trio.CancelScope] = field(default_factory=set)
     #: lanes whose hello was accepted and that have not ended
@@ -104,7 +105,7 @@ class Server:
         self._max_sessions, self._max_lanes = max_sessions, max_lanes
         self.admission = Admission(spare_descriptors())
         self._pin_limit = pin_limit
-        #: the source as destinations may read it themselves, for each path on which they do
+        #: by path: the source memory that destinations on that path read themselves
         self._readable: dict[str, Any] = {}
         self._native = native
         self._on_stream = on_stream
@@ -112,7 +113,7 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
-        # of lanes in Trio
+        # pages requested on lanes in Trio
         self._asked: Counter[Class] = Counter()
         self._large_units = trio.Semaphore(LARGE_UNITS)
         self._started = time.monotonic()
@@ -124,7 +125,7 @@ class Server:
         await self._completed.wait()
 
     def statistics(self) -> ServingStatistics:
-        """What has been asked for so far."""
+        """Counts of the pages requested so far."""
         asked = {class_: self._asked[class_] + (self._native.asked(class_) if self._native else 0) for class_ in Class}
         region = self._source.region
         seconds = time.monotonic() - self._started
@@ -132,7 +133,7 @@ class Server:
 
     @property
     def is_complete(self) -> bool:
-        """A destination has said that it has every page."""
+        """Whether a destination has said that it has every page."""
         return self._completed.is_set()
 
     @property
@@ -141,12 +142,12 @@ class Server:
 
     @property
     def peers(self) -> list[str]:
-        """Destinations that are connected now, for people to read."""
+        """The destinations that are connected now, in readable form."""
         return [session.control.connection.peer for session in self._sessions.values()]
 
     @property
     def sessions(self) -> int:
-        """Destinations that are connected now."""
+        """The number of destinations that are connected now."""
         return len(self._sessions)
 
     def _hello(self, channel: Channel, session: _Session) -> Hello:
@@ -170,7 +171,7 @@ class Server:
     # ---- destinations that dial us ----
 
     async def meet(self, connection: transport.Connection) -> None:
-        """One connection, from its hello to its end. What a peer does wrong ends with it, in one line."""
+        """Serve one connection from hello to end. A peer's error ends it, with one line."""
         try:
             await self._serve_peer(MessageStream(connection, MAX_DESTINATION_MESSAGE))
         except ProtocolError as error:
@@ -178,7 +179,7 @@ class Server:
         except (ConnectionBroken, Unsupported) as error:
             self._on_event("lost", peer=connection.peer, reason=str(error))
         except ConnectionClosed:
-            pass  # by the end of its session
+            pass  # its session has ended
         finally:
             connection.close()
 
@@ -205,7 +206,10 @@ class Server:
         return self._sessions[hello.session]
 
     def _too_many(self, session: _Session | None) -> str | None:
-        """Why there cannot be another lane of that session, or (None) another session."""
+        """The reason to refuse another lane of ``session``; with None, another session.
+
+        None: there is none.
+        """
         if session is None and len(self._sessions) >= self._max_sessions:
             limit = self._max_sessions
             return f"{limit} destinations are served already: wait until one is done, or raise --max-sessions there"
@@ -224,15 +228,21 @@ class Server:
 
     @property
     def identity(self) -> bytes:
-        """What a destination that comes back knows the pages by."""
+        """The identity by which a destination that comes back recognises the pages."""
         return self._source.identity
 
     def persist(self) -> None:
-        """From now on, whoever is lost is dialled again: nobody but us has these pages. For a server that dials."""
+        """Dial a lost destination again from now on: nobody but us has these pages.
+
+        For a server that dials.
+        """
         self._persists = True
 
     async def dial(self, uri: str) -> None:
-        """Serve the one destination that listens on ``uri``, until it is done; if need be again and again."""
+        """Serve the one destination that listens on ``uri``, until it is done.
+
+        After :meth:`persist`, retry as long as it is lost.
+        """
         told, pause = "", _FIRST_PAUSE
         while True:
             began = trio.current_time()
@@ -245,12 +255,15 @@ class Server:
                     self._on_event("waiting", uri=uri, reason=reason)
                 told = reason
             if trio.current_time() - began > _MAX_PAUSE:
-                pause = _FIRST_PAUSE  # it was there meanwhile
+                pause = _FIRST_PAUSE  # the destination was connected meanwhile
             await trio.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
     async def dial_once(self, uri: str) -> None:
-        """Serve the one destination that listens on ``uri``, until it is done. :exc:`ConnectionBroken` if it leaves before."""
+        """Serve the one destination that listens on ``uri``, until it is done.
+
+        :exc:`ConnectionBroken` if it leaves before.
+        """
         connection = await transport.dial(uri)
         stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
         with self._new_session(stream) as session:
@@ -274,8 +287,8 @@ class Server:
             await greet(stream, self._hello(channel, session))
             await self._serve_lane(channel, stream, session)
         except (ConnectionBroken, RemoteProtocolError):
-            # A destination that is done closes its lanes wherever they stand, and its bye may be read after that. What
-            # control says counts, and cancels us.
+            # A destination that is done closes its lanes at any point, and we may read its bye
+            # later. The control connection decides, and then cancels us.
             await trio.sleep(LAST_WORDS_TIMEOUT)
             raise
         finally:
@@ -284,7 +297,7 @@ class Server:
     # ---- one connection ----
 
     async def _serve_control(self, session: _Session) -> bool:
-        """Until the destination says goodbye: whether it has every page."""
+        """Wait until the destination says goodbye. Return whether it has every page."""
         try:
             match await session.control.receive():
                 case Bye(complete):
@@ -307,7 +320,7 @@ class Server:
 
     async def _serve_lane(self, channel: Channel, stream: MessageStream, session: _Session) -> None:
         if session.session_id not in self._sessions:
-            return  # it ended while our hello was on its way
+            return  # it ended while our hello was in flight
         with trio.CancelScope() as lane:
             session.lanes.add(lane)
             try:
@@ -344,19 +357,19 @@ class Server:
             lane: LaneKind = "trio" if self._native is None else "native"
             try:
                 self._readable[path] = connection.open_memory(self._source, self._pin_limit, lane)
-            except OSError as error:  # it was there when we began to listen
+            except OSError as error:  # the device was there when we began to listen
                 raise ConnectionBroken(str(error)) from None
             self._on_event("path", path=path)
         return self._readable[path]
 
     def close(self) -> None:
-        """After the last connection. Idempotent."""
+        """Call after the last connection. Idempotent."""
         for memory in self._readable.values():
             memory.close()
         self._readable.clear()
 
     async def run_native_lanes(self) -> None:
-        """The loops in C, if there are any."""
+        """Run the loops in C, if there are any."""
         if self._native is not None:
             async with self._telling_if_lost():
                 await self._native.run()
@@ -364,19 +377,26 @@ class Server:
     # ---- the end of the source ----
 
     async def watch_source(self) -> None:
-        """Until it changes: what destinations have of it by then, and what they would get, are of no one moment."""
+        """Watch the source for changes.
+
+        After a change, the pages that destinations have and those still to come are not of the
+        same moment.
+        """
         async with self._telling_if_lost():
             await self._source.watch()
 
     async def _check_unchanged(self, session: _Session) -> None:
-        """Before a destination counts as complete: it may have got pages since the last look."""
+        """Check the source before a destination counts as complete.
+
+        It may have received pages since the last check.
+        """
         session.ended.set()
         async with self._telling_if_lost():
             self._source.check_unchanged()
 
     @asynccontextmanager
     async def _telling_if_lost(self) -> AsyncIterator[None]:
-        """Around whatever reads the source: when it is lost, every destination hears why."""
+        """For code that reads the source: if the source is lost, tell every destination why."""
         try:
             yield
         except SourceLost as error:
@@ -384,8 +404,10 @@ class Server:
             raise
 
     async def _part(self, sessions: Iterable[_Session], error: PagenetError) -> None:
-        """Say why, and let them leave, before the error goes on up and closes everything. The end of the connections, at once,
-        would overtake the reason."""
+        """Tell the destinations why, and let them leave, before the error closes everything.
+
+        If the connections closed at once, their end would overtake the reason.
+        """
         with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True):
             async with trio.open_nursery() as nursery:
                 for session in sessions:
@@ -413,11 +435,13 @@ async def serve(
     """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the block runs.
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
-    ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto`` (loops in C, for connections
-    over sockets), or ``trio`` (the same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be
-    registered for RDMA, and so pinned, at a time. ``max_sessions``: destinations that a listener serves at a time, and
-    ``max_lanes`` of each, streams included; more are refused. ``on_stream``: called with each stream that a destination opens
-    for the application's own bytes; its connection is closed when the call returns.
+    ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto``
+    (loops in C, for connections over sockets), or ``trio`` (the same in Trio, slow and obvious).
+    ``rdma_pin_limit``: bytes of the source that may be registered for RDMA, and so pinned, at a
+    time. ``max_sessions``: destinations that a listener serves at a time; ``max_lanes``: lanes of
+    each, streams included. More are refused. ``on_stream``: called with each stream that a
+    destination opens for the application's own bytes; the connection is closed when the call
+    returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
     the block, when the memory is gone, or a stored file was written to; with ``connect`` also

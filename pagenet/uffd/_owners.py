@@ -1,4 +1,4 @@
-"""Owners: whose memory is filled, and how pagenet comes to hold its userfaultfd."""
+"""Owners of the memory that is filled, and how pagenet receives their userfaultfd."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ HUGE_PAGE = 2 << 20
 MAP_LINK = f"/memfd:{_native.MAP_NAME} (deleted)"
 # An owner sends its handshake in one go, right after it has connected. A stranger may never send anything.
 HANDSHAKE_TIMEOUT = 5.0
-# Owners that wait for accept(): there is one, and perhaps a few that are turned away.
+# Owners that may wait for accept(): one, and perhaps a few that are turned away.
 _BACKLOG = 8
-# How often to ask whether the memory still exists once its owner's process, or its socket, gave no way to be told.
+# Seconds between two checks whether the memory still exists, where no descriptor reports its end.
 _ALIVE_PERIOD = 0.5
-# Bytes allocated between two looks at whether anybody still wants it: a fraction of a second.
+# Bytes allocated between two checks for cancellation: a fraction of a second.
 _ALLOCATION_STEP = 256 << 20
 
 
 class OwnMemory:
-    """Memory of this very process, for library users: attach once, then touch :attr:`address` ... from C.
+    """Memory of this process, for library users.
+
+    Attach it once, then touch it from C, at :attr:`address` and up.
 
     **Never touch it from Python before the transfer is complete**: a thread that faults holds the GIL, and the process is
     stuck for good. :meth:`read` copies from C without the GIL.
 
     ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB pages). The memory lives
-    until :meth:`close`; what was missing when a transfer failed raises SIGBUS. ``allocate``: take shared memory from the system
-    before the first page comes. ``move``: where the kernel can (6.8), move pages into anonymous memory instead of copying them.
-    It costs more than it saves (``pagenet-bench stream``): every page that is moved away has to be found anew.
+    until :meth:`close`; a page that was missing when a transfer failed raises SIGBUS. ``allocate``:
+    allocate shared memory before the first page comes. ``move``: where the kernel can (6.8), move
+    pages into anonymous memory instead of copying them. It costs more than it saves
+    (``pagenet-bench stream``): every page that is moved away must be replaced by a new one.
     """
 
     def __init__(
@@ -122,18 +125,18 @@ class OwnMemory:
         return self._mapped.address
 
     async def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from flat offset ``offset`` on; waits for those that are missing.
+        """Return ``length`` bytes from flat offset ``offset`` on; wait for missing pages.
 
-        If it is cancelled, the thread that waits for the page stays behind: until the page comes, or until the transfer
-        fails, which is SIGBUS.
+        If it is cancelled, its thread goes on waiting until the page comes, or until the transfer
+        fails, which raises SIGBUS.
         """
         into = bytearray(length)
-        # Abandoned, because it waits for a transfer that may be waiting for its caller to leave.
+        # Abandoned: it waits for a transfer that may itself wait for the caller to leave.
         await trio.to_thread.run_sync(_native.copy_out, self.address + offset, memoryview(into), abandon_on_cancel=True)
         return bytes(into)
 
     def close(self) -> None:
-        """Give the memory back. Idempotent. Not while a transfer into it runs."""
+        """Give the memory back. Idempotent. Do not call it while a transfer into it runs."""
         if self._mapped is not None:
             self._mapped.close()
         if self._fd >= 0:
@@ -157,7 +160,7 @@ class Peer:
             raise HandshakeError(f"the owner (pid {pid}) ended right after it had connected") from None
 
     def keeps(self, uffd_fd: int) -> bool:
-        """Whether that process has a descriptor of its own for the userfaultfd. False where we may not look."""
+        """Whether it has its own descriptor for the userfaultfd. False if we may not look."""
         try:
             for entry in Path(f"/proc/{self.pid}/fd").iterdir():
                 with suppress(OSError):
@@ -174,8 +177,11 @@ class Peer:
 
 @contextmanager
 def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
-    """The process as a :class:`Peer` of its own, and a list for what is taken out of it: all closed if the block fails. Its
-    memory not being what the source has is the caller's mistake, not the process's: :exc:`~pagenet.errors.UsageError`."""
+    """The process as a new :class:`Peer`, and a list for the descriptors taken from it.
+
+    If the block fails, all of them are closed. Memory that does not fit the source is the caller's
+    mistake, not the process's: :exc:`~pagenet.errors.UsageError`.
+    """
     peer, fds = Peer(process.pid, os.dup(process.pidfd)), list[int]()
     try:
         yield peer, fds
@@ -190,9 +196,10 @@ def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
 class UffdSocket:
     """A unix socket on which an owner hands over its memory by Firecracker's UFFD handshake.
 
-    ``on_waiting`` is called once owners may connect. An owner whose handshake makes no sense is turned away with a line to
-    ``on_refused``, and the next one may try. ``allocate``: take shared memory whose file came along from the system before the
-    first page comes, while the owner waits; its pages are then received where they belong.
+    ``on_waiting`` is called once owners may connect. An owner whose handshake makes no sense is
+    turned away, ``on_refused`` is called with the error, and the next owner may try. ``allocate``:
+    if the owner sent the file behind its shared memory, allocate that memory before the first page
+    comes, while the owner waits; its pages are then received in place.
     """
 
     def __init__(
@@ -210,7 +217,7 @@ class UffdSocket:
         self._file: UnixSocketFile | None = None
 
     async def listen(self) -> None:
-        """Open the socket, so that owners may connect. :meth:`attach` does it if it was not done."""
+        """Open the socket, so that owners may connect. :meth:`attach` does this if needed."""
         await trio.lowlevel.checkpoint()
         self._file = self._file or UnixSocketFile(str(self.path), f"owner's socket {self.path}", _BACKLOG)
 
@@ -255,7 +262,7 @@ class UffdSocket:
 
 
 async def _allocate(target: UffdTarget) -> None:
-    """In steps, between which it can be cancelled. :exc:`Unsupported` if there is not that much memory."""
+    """Allocate in steps, so that it can be cancelled. :exc:`Unsupported` if memory runs out."""
     size = target.region.size
     for offset in range(0, size, _ALLOCATION_STEP):
         try:
@@ -312,7 +319,7 @@ def _is_map(fd: int) -> bool:
 
 
 def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
-    """What came besides the userfaultfd: the file behind the memory, and the memfd for the map of pages."""
+    """What follows the userfaultfd: the memory's file, and the memfd for the map of pages."""
     maps = [at for at in range(1, len(fds)) if _is_map(fds[at])]
     files = [at for at in range(1, len(fds)) if at not in maps]
     if len(maps) > 1:
@@ -333,7 +340,7 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
 
 
 async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
-    """The one message. A stream socket may deliver it in pieces, of which the first carries the descriptors."""
+    """Receive the message. A stream socket may split it; the first piece has descriptors."""
     message = bytearray()
     fds: list[int] = []
     try:
@@ -362,7 +369,7 @@ def _close_all(fds: list[int]) -> None:
 
 
 def _is_whole(message: bytearray) -> bool:
-    """Whether the array is whole; text that is no array is for the parser to refuse."""
+    """Whether the JSON array is whole. Other text counts as whole: the parser refuses it."""
     text = message.strip()
     return bool(text) and (text[:1] != b"[" or text[-1:] == b"]")
 
@@ -376,8 +383,11 @@ def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 async def wait_memory_gone(target: UffdTarget, peer: Peer) -> None:
-    """The process that connected has ended, and the memory with it. A wrapper may hand over another process's memory and end:
-    so what counts is the memory."""
+    """Return when the process that connected has ended and the memory is gone.
+
+    A wrapper may hand over another process's memory and end, so the process's end
+    alone does not count.
+    """
     if peer.pidfd >= 0:
         await trio.lowlevel.wait_readable(peer.pidfd)
     while target.is_alive():  # noqa: ASYNC110 - there is nothing to wait on
