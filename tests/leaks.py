@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,14 +21,19 @@ GRACE = 0.5
 
 
 CLONE_NEWNS = 0x20000
-MS_REC, MS_PRIVATE = 0x4000, 1 << 18
+MS_PRIVATE = 1 << 18
 
 
 def own_mounts() -> bool:
     """A mount namespace for this process, with an empty /dev/shm and no named network namespace; False if it may have none."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+    if libc.unshare(CLONE_NEWNS):
         return False
+    # One by one: in a chroot, the root is no mount point.
+    for line in _read("/proc/self/mountinfo").splitlines():
+        point = re.sub(r"\\(\d{3})", lambda digits: chr(int(digits[1], 8)), line.split()[4])
+        if " shared:" in line and libc.mount(b"none", point.encode(), None, MS_PRIVATE, None):
+            return False
     for path in ("/dev/shm", "/run/netns"):
         if os.path.isdir(path) and libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=1777"):
             return False

@@ -830,11 +830,22 @@ async def test_owner_that_ends_once_it_has_all(kind: Any, source: str, lane: str
 
 
 async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str) -> None:
-    path = tmp_path / "uffd.sock"
-    workload = run_workload(path, "--size", SIZE, "--order", "none", "--wait-complete", "--gone-after", 1)
+    """One that ends before its handshake has been looked at is refused: then the next one stays for longer."""
     async with serve(source, listen="tcp://127.0.0.1:0") as server:
+        for milliseconds in (1, 100, 10_000):
+            if await ends_after(milliseconds, server.uri, tmp_path / "uffd.sock", lane):
+                return
+    pytest.fail("every owner was refused")
+
+
+async def ends_after(milliseconds: int, uri: str, path: Path, lane: str) -> bool:
+    """Whether it was accepted before it ended."""
+    workload = run_workload(path, "--size", SIZE, "--order", "none", "--wait-complete", "--gone-after", milliseconds)
+    with trio.CancelScope() as unless_refused:
+        owner = UffdSocket(path, on_refused=lambda error: unless_refused.cancel())
         with pytest.raises(OwnerGone):
-            await wait_gone(server.uri, UffdSocket(path), lane, workload)
+            await wait_gone(uri, owner, lane, workload)
+    return not unless_refused.cancelled_caught
 
 
 async def wait_gone(uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process]) -> None:
