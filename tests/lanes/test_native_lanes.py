@@ -747,6 +747,25 @@ CHUNK = 16
 
 
 @pytest.mark.native
+def test_background_stays_in_its_window_before_the_first_reply(make_rig: MakeRig) -> None:
+    rig = make_rig("copy", 4096, 8, None, window=(NARROW, NARROW, WIDE))
+    for first in range(0, 8 * CHUNK, CHUNK):
+        rig.feed(Run(first, CHUNK))
+    peer = rig.background
+    peer.wait_asked(4)
+    run, data = peer.answer(peer.open[0], CHUNK, zero=False)
+    rest = peer.trickle(data)
+    peer.read()
+    assert in_flight(peer) + run.count * PAGE == NARROW
+    peer.send(rest)
+    for asked in range(5, 9):
+        peer.wait_asked(asked)
+        peer.send(peer.answer(peer.open[0], CHUNK, zero=False)[1])
+    rig.answer_all(peer)
+    rig.wait_came(8 * CHUNK)
+
+
+@pytest.mark.native
 def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> None:
     """What the background has asked for may come at once. If it does not, whoever waits does not wait for it."""
     rig = make_rig("copy", 64, 8, None)
@@ -763,83 +782,6 @@ def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> N
     rig.wait_came(64 + 2)
     assert rig.count("dropped", BACKGROUND) == 2
     assert rig.count("requests", DEMAND) == 2
-
-
-@pytest.mark.native
-def test_window_holds_what_a_long_path_holds(make_rig: MakeRig) -> None:
-    """A guest that only waits, far away from its source: the least window would be asked for once in each round trip."""
-    rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
-    trip, late, largest = 0.03, [], 0
-    touches = threading.Thread(target=lambda: [rig.touch(8192 + page).join() for page in range(100)])
-    fed = threading.Thread(target=feed_chunks, args=(rig, range(0, 8192, CHUNK)))
-    touches.start()
-    fed.start()
-    known: dict[int, float] = {}
-    while touches.is_alive() or fed.is_alive():
-        for peer in rig.peers:
-            peer.read()
-            for open_ in list(peer.open):
-                if time.monotonic() - known.setdefault(id(open_), time.monotonic()) >= trip:
-                    late.append(open_)
-                    peer.send(peer.answer(open_, peer.left(open_).count, zero=False)[1])
-        largest = max(largest, in_flight(rig.background))
-        time.sleep(0.0005)
-    for thread in (touches, fed):
-        thread.join()
-    assert largest == WIDE
-
-
-def test_who_only_waits_gets_more_at_a_time_where_the_background_leaves_room(make_rig: MakeRig) -> None:
-    """All comes at once for a while, then what is waited for comes late: so the window has as little in flight as it may.
-
-    How much more depends on how fast the rest comes, which is slow under a sanitizer."""
-    rig = make_rig("copy", 8192, 1, None)
-    rig.filling.prefetch = None
-    pages = random.Random(1).sample(range(8192), 500)
-    touches = rig.call(lambda: [rig.memory.read(page) for page in pages])
-    known: dict[int, float] = {}
-    largest = {"flat out": 0, "held to a rate": 0}
-    while touches.is_running:
-        rig.demand.read()
-        for open_ in list(rig.demand.open):
-            waited = time.monotonic() - known.setdefault(open_.request.request_id, time.monotonic())
-            late = 0.004 if open_.request.class_ == DEMAND else 0
-            if rig.count("faults") <= 20 or waited >= late:
-                rig.demand.send(rig.demand.answer(open_, rig.demand.left(open_).count, zero=False)[1])
-        background = "flat out" if rig.count("faults") <= 160 else "held to a rate"
-        rig.native.limit(None if background == "flat out" else 1 << 30)
-        if rig.count("faults") > 60:
-            largest[background] = max(largest[background], in_flight(rig.demand))
-        time.sleep(0)
-    assert 4 << 10 <= largest["flat out"] <= 16 << 10
-    assert largest["flat out"] < largest["held to a rate"] <= 64 << 10
-
-
-@pytest.mark.parametrize(("waits", "prefetch"), [(True, (1, 0)), (True, (0, 0)), (False, (1, 0))])
-def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(
-    waits: bool, prefetch: tuple[int, int], make_rig: MakeRig
-) -> None:
-    """Its pages are in flight for 20 ms, so 80 of them are what the rate allows. Under a sanitizer all paths are long."""
-    rig = make_rig("copy", 8192, 512, None, window=(NARROW, NARROW, WIDE))
-    rig.native.limit(80 * PAGE * 50)
-    rig.filling.prefetch = prefetch
-    touches = rig.call(lambda: [rig.memory.read(8192 + 3 * page) for page in range(100 if waits else 10)])
-    rig.feed(Run(0, 8192))
-    known: dict[tuple[int, int], float] = {}
-    largest = 0
-    while touches.is_running or rig.count("pages", BACKGROUND) < 200:
-        for peer in rig.peers:
-            peer.read()
-            for open_ in list(peer.open):
-                request = open_.request
-                waited = time.monotonic() - known.setdefault((request.class_, request.request_id), time.monotonic())
-                late = 0.02 if request.class_ == BACKGROUND else 0.005 if rig.count("faults") > 10 else 0
-                if waited >= late:
-                    peer.send(peer.answer(open_, peer.left(open_).count, zero=False)[1])
-        if touches.is_running == waits and (not waits or rig.count("faults") > 40):
-            largest = max(largest, in_flight(rig.background))
-        time.sleep(0.0002)
-    assert largest <= 8 * PAGE if waits and prefetch[0] else largest >= 32 * PAGE
 
 
 @pytest.mark.native
@@ -874,72 +816,8 @@ def test_stretch_of_zeros(kind: Kind, make_rig: MakeRig) -> None:
     assert rig.states()[:512].count(State.RESIDENT) == 511
 
 
-@pytest.mark.native
-def test_window_opens_while_nobody_faults_and_closes_again(make_rig: MakeRig) -> None:
-    rig = make_rig("copy", 4096, 8, None, window=(NARROW, NARROW, WIDE))
-    fed = threading.Thread(target=feed_chunks, args=(rig, range(0, 4096, CHUNK)))
-    fed.start()
-    peer = rig.background
-    peer.wait_asked(4)
-    wait_until(lambda: len(rig.native.ring) > 0, "more to ask for")
-    run, data = peer.answer(peer.open[0], CHUNK, zero=False)
-    rest = peer.trickle(data)
-    peer.read()
-    assert in_flight(peer) + run.count * PAGE == NARROW, "before the first reply"
-    peer.send(rest)
-    largest, came = 0, run.count
-    while came < 2048:
-        came += answer_one(peer)
-        rig.wait_came(came)
-        time.sleep(0.001)
-        peer.read()
-        largest = max(largest, in_flight(peer))
-    assert largest == WIDE
-    touch = rig.touch(4100)
-    rig.demand.wait_asked(1)
-    rig.demand.send(rig.demand.answer(rig.demand.open[0], 1, zero=False)[1])
-    touch.join()
-    touched = time.monotonic()
-    while in_flight(peer) > NARROW:
-        asked = len(peer.asked)
-        came += answer_one(peer)
-        rig.wait_came(came + 1)
-        peer.read()
-        if time.monotonic() - touched < 0.015:
-            assert len(peer.asked) == asked or in_flight(peer) <= NARROW
-    while came < 4096:
-        peer.read()
-        came += answer_one(peer) if peer.open else 0
-    rig.wait_came(4097)
-    fed.join()
-
-
-def feed_chunks(rig: Rig, firsts: range) -> None:
-    for first in firsts:
-        while True:
-            try:
-                rig.feed(Run(first, CHUNK))
-                break
-            except BlockingIOError:
-                wait_for_room(rig.native.ring)
-
-
-def wait_for_room(ring: _native.Ring) -> None:
-    if poll(ring.room_fd, select.POLLIN):
-        os.eventfd_read(ring.room_fd)
-    else:
-        time.sleep(0.0001)
-
-
 def in_flight(peer: Peer) -> int:
     return sum(peer.left(open_).count for open_ in peer.open) * PAGE
-
-
-def answer_one(peer: Peer) -> int:
-    open_ = peer.open[0]
-    run, data = peer.answer(open_, peer.left(open_).count, zero=False)
-    peer.send(data)
-    return run.count
 
 
 def test_ring_full_and_empty() -> None:
