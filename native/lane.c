@@ -81,15 +81,13 @@ static void make_room(struct lane *lane) {
     lane->out_start = 0;
 }
 
-bool pn_stream_can_ask(struct lane *lane, uint32_t requests) {
-    if (lane->out_end + requests * 24 > OUTBOX)
-        make_room(lane);
-    return ((struct stream *)lane)->free_count >= requests &&
-           lane->out_end + requests * 24 <= OUTBOX;
-}
-
 bool pn_lane_has_room(struct lane *lane, size_t size) {
     if (lane->out_end + size > OUTBOX)
         make_room(lane);
     return lane->out_end + size <= OUTBOX;
+}
+
+bool pn_stream_can_ask(struct lane *lane, uint32_t requests) {
+    bool has_slots = ((struct stream *)lane)->free_count >= requests;
+    return has_slots && pn_lane_has_room(lane, requests * sizeof(struct pn_request));
 }
