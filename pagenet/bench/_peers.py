@@ -16,12 +16,13 @@ from typing import IO, NamedTuple, Self
 import trio
 
 from .._native.testing import pattern_differs
+from ..children import module_command
 from ..errors import PagenetError, UsageError
 from ..protocol import printable
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
 from ..transport import LaneKind
-from .peer import peer_command, python_module
+from .peer import peer_command
 
 __all__ = [
     "MemoryFile",
@@ -145,7 +146,7 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
 @asynccontextmanager
 async def served_at(listen: str, spec: str, *options: str, inside: Sequence[str] = ()) -> AsyncIterator[Served]:
     """The same, where and how the caller wants it; ``inside``: what comes before its command."""
-    command = [*inside, *python_module("pagenet.cli.serve"), spec, "--listen", listen, *options, "--json"]
+    command = [*inside, *module_command("pagenet.cli.serve", spec, "--listen", listen, *options, "--json")]
     async with running(command) as server:
         event = json.loads(await server.first_line())
         if event["event"] != "listening":

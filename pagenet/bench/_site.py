@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import trio
 
+from ..children import module_command
 from ..errors import PagenetError, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
-from .peer import python_module
 
 __all__ = ["Daemon", "Line", "Link", "Site", "Words", "check_tools", "inside", "killing", "open_link", "open_site"]
 
@@ -265,7 +265,7 @@ class Site:
     async def daemon(self, *arguments: str, at: int) -> AsyncIterator[Daemon]:
         """``pagenet-qemu --json`` with these arguments."""
         name = f"pagenet-qemu {arguments[0]}"
-        command = [*python_module("pagenet.cli.qemu"), arguments[0], "--json", *arguments[1:]]
+        command = module_command("pagenet.cli.qemu", arguments[0], "--json", *arguments[1:])
         async with self.running(command, name, at, subprocess.PIPE) as process:
             assert process.stdout is not None
             daemon = Daemon(name, process, self.errors(name))

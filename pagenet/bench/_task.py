@@ -9,9 +9,9 @@ from typing import Any
 
 import trio
 
+from ..children import module_command
 from ..errors import PagenetError
 from ._peers import running
-from .peer import python_module
 
 __all__ = ["work_once", "worked"]
 
@@ -19,7 +19,7 @@ __all__ = ["work_once", "worked"]
 async def worked(module: str, task: dict[str, Any], fd: int, *, inside: Sequence[str]) -> dict[str, Any]:
     """What a process of that module, which inherits ``fd`` and is :func:`work_once`, says of its task. ``inside``: what comes
     before its command. :exc:`PagenetError` if it fails."""
-    async with running([*inside, *python_module(module), json.dumps(task)], [fd]) as child:
+    async with running([*inside, *module_command(module, json.dumps(task))], [fd]) as child:
         told: dict[str, Any] = json.loads(await child.first_line())
     if "error" in told:
         raise PagenetError(told["error"])

@@ -14,12 +14,12 @@ import trio
 
 from .. import transport
 from ..admission import raise_descriptor_limit
+from ..children import module_command
 from ..destination.source_session import SourceSession, dial_source
 from ..errors import PagenetError
 from ..protocol import Channel, Class, Encoding, Request
 from ..region import Run
 from ..transport import Connection
-from .peer import python_module
 
 __all__ = ["ATTACKS", "attacker_command"]
 
@@ -29,7 +29,7 @@ _PAUSE = 0.002  # between two connections of a flood
 
 
 def attacker_command(attack: str, uri: str) -> list[str]:
-    return [*python_module("pagenet.bench.attacker"), attack, uri]
+    return module_command("pagenet.bench.attacker", attack, uri)
 
 
 async def _lanes(session: SourceSession, count: int) -> list[Connection]:

@@ -16,8 +16,9 @@ from contextlib import suppress
 
 from .. import _native
 from .._native.testing import bench_memcpy, bench_page_server, bench_send
+from ..children import module_command
 
-__all__ = ["ORDER", "READY", "peer_command", "python_module"]
+__all__ = ["ORDER", "READY", "peer_command"]
 
 #: how many bytes to send, in chunks of how many
 ORDER = struct.Struct("<QQ")
@@ -25,13 +26,8 @@ ORDER = struct.Struct("<QQ")
 READY = b"."
 
 
-def python_module(name: str) -> list[str]:
-    """The command that runs it, of this pagenet: not of one that lies in the current directory."""
-    return [sys.executable, "-P", "-m", name]
-
-
 def peer_command(role: str, *numbers: int) -> list[str]:
-    return [*python_module("pagenet.bench.peer"), role, *map(str, numbers)]
+    return module_command("pagenet.bench.peer", role, *map(str, numbers))
 
 
 def _send_pages(fd: int, page_size: int) -> None:

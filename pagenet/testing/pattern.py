@@ -13,6 +13,7 @@ import os
 import sys
 
 from .._native.testing import pattern_fill
+from ..children import module_command
 from ..sizes import parse_size
 
 __all__ = ["parse_size", "pattern_command", "write_pattern"]
@@ -22,7 +23,7 @@ _CHUNK_PAGES = 256
 
 def pattern_command(*args: str) -> list[str]:
     """The command line that writes a pattern with ``args``, on this Python."""
-    return [sys.executable, "-P", "-m", "pagenet.testing.pattern", *args]
+    return module_command("pagenet.testing.pattern", *args)
 
 
 def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_every: int = 0) -> None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 
 from .._native.testing import run_workload
+from ..children import module_command
 
 __all__ = ["workload_command"]
 
 
 def workload_command(*args: str) -> list[str]:
     """The command line that runs the workload with ``args``, on this Python."""
-    return [sys.executable, "-P", "-m", "pagenet.testing.workload", *args]
+    return module_command("pagenet.testing.workload", *args)
 
 
 def main() -> int:

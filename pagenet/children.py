@@ -1,0 +1,13 @@
+"""Processes that pagenet starts of itself."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["module_command"]
+
+
+def module_command(name: str, *args: str) -> list[str]:
+    """The command that runs module ``name`` with ``args``, on this Python, and of this pagenet: nothing
+    is imported from the current directory, which may be a stranger's."""
+    return [sys.executable, "-P", "-m", name, *args]
