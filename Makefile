@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 # gets one of its own instead of quietly running the original's code.
 STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
 PUBLIC := pagenet pagenet.errors pagenet.control pagenet.qemu pagenet.testing
+C_FILES := $(wildcard native/*.[ch] native/testing/*.[ch] tools/guest/*.[ch])
 BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.[ch] native/*.py native/testing/*.[ch])
 
 demo: $(STAMP)
@@ -26,6 +27,8 @@ check: lint
 
 lint: $(STAMP)
 	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
 	$(PY) -m mypy
 
 dist: $(STAMP)

@@ -14,7 +14,8 @@ PRELOADED = {
 
 class BuildExt(build_ext):
     def get_ext_filename(self, fullname):
-        """Of a library for LD_PRELOAD, a name that nobody takes for a Python module's: one with a dot."""
+        """Of a library for LD_PRELOAD, a name that nobody takes for a Python module's: one with a
+        dot."""
         name = fullname.rpartition(".")[2]
         if name in {library.rpartition(".")[2] for library in PRELOADED}:
             return os.path.join(*fullname.split(".")[:-1], f"pagenet.{name}.so")

@@ -1,12 +1,13 @@
-/* Descriptors made inside another process, which is not ours and knows nothing of us: it is stopped, made to call the kernel, and
- * let go as it was (x86-64). What matters:
+/* Descriptors made inside another process, which is not ours and knows nothing of us: it is
+ * stopped, made to call the kernel, and let go as it was (x86-64). What matters:
  *
- *   Its main thread stands in a system call, or anywhere. The registers are put back in a stop of the kind that precedes the
- *   handling of signals, because only from there does the kernel restart a system call that the first stop has interrupted:
- *   from another one the thread would see -ERESTARTNOHAND, which no program expects.
- *   Its signals are blocked meanwhile: a handler would run on registers that are ours. Those that come are pending, and are
- *   delivered when it is let go.
- *   ptrace knows threads, not processes: one of its own does all of it. If that ends early, the kernel lets the other go.
+ *   Its main thread stands in a system call, or anywhere. The registers are put back in a stop of
+ * the kind that precedes the handling of signals, because only from there does the kernel restart a
+ * system call that the first stop has interrupted: from another one the thread would see
+ * -ERESTARTNOHAND, which no program expects. Its signals are blocked meanwhile: a handler would run
+ * on registers that are ours. Those that come are pending, and are delivered when it is let go.
+ *   ptrace knows threads, not processes: one of its own does all of it. If that ends early, the
+ * kernel lets the other go.
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -40,7 +41,13 @@
 #define PTRACE_EVENT_STOP 128
 #endif
 
-enum { USER_CODE = 0x33, RED_ZONE = 128, SCRATCH = 256, PATIENCE_MS = 5000, SYSCALL_STOP = SIGTRAP | 0x80 };
+enum {
+    USER_CODE = 0x33,
+    RED_ZONE = 128,
+    SCRATCH = 256,
+    PATIENCE_MS = 5000,
+    SYSCALL_STOP = SIGTRAP | 0x80
+};
 
 struct guest {
     int pid;
@@ -51,12 +58,13 @@ struct guest {
     uint64_t instruction; /* a `syscall` */
     uint64_t scratch;
     char kept[SCRATCH]; /* what was there */
-    bool at_call; /* in a stop at a system call, rather than in the first one */
+    bool at_call;       /* in a stop at a system call, rather than in the first one */
 };
 
 /* ---- stops ---- */
 
-/* Its next stop, or its end (-ESRCH). A process that does not stop for so long is in some driver, and is left alone. */
+/* Its next stop, or its end (-ESRCH). A process that does not stop for so long is in some driver,
+ * and is left alone. */
 static int wait_stop(const struct guest *guest, int *status) {
     struct timespec pause = {.tv_nsec = 100000};
     for (int waited = 0; waited < PATIENCE_MS * 10; waited++) {
@@ -74,13 +82,18 @@ static int go_on(const struct guest *guest, int how, int signal) {
     return ptrace(how, guest->pid, NULL, (void *)(intptr_t)signal) ? -errno : 0;
 }
 
-/* The stop that PTRACE_INTERRUPT asks for. Signals that are on their way to it before that are for it. */
+/* The stop that PTRACE_INTERRUPT asks for. Signals that are on their way to it before that are for
+ * it. */
 static int wait_interrupted(const struct guest *guest) {
     int status, error;
     while (!(error = wait_stop(guest, &status))) {
         if (status >> 16 == PTRACE_EVENT_STOP)
-            return WSTOPSIG(status) == SIGTRAP ? 0 : -EBUSY; /* else somebody has stopped it, as Ctrl-Z does */
-        if ((error = go_on(guest, PTRACE_CONT, status >> 16 || WSTOPSIG(status) == SYSCALL_STOP ? 0 : WSTOPSIG(status))))
+            return WSTOPSIG(status) == SIGTRAP
+                       ? 0
+                       : -EBUSY; /* else somebody has stopped it, as Ctrl-Z does */
+        if ((error =
+                 go_on(guest, PTRACE_CONT,
+                       status >> 16 || WSTOPSIG(status) == SYSCALL_STOP ? 0 : WSTOPSIG(status))))
             return error;
     }
     return error;
@@ -91,7 +104,8 @@ static int wait_call(const struct guest *guest) {
     while (!(error = wait_stop(guest, &status))) {
         if (WSTOPSIG(status) == SYSCALL_STOP)
             return 0;
-        if ((error = go_on(guest, PTRACE_SYSCALL, status >> 16 ? 0 : WSTOPSIG(status)))) /* only SIGSTOP is not blocked */
+        if ((error = go_on(guest, PTRACE_SYSCALL,
+                           status >> 16 ? 0 : WSTOPSIG(status)))) /* only SIGSTOP is not blocked */
             return error;
     }
     return error;
@@ -147,7 +161,8 @@ static int look(struct guest *guest) {
         error = -ENOEXEC;
     if (!error)
         error = find_instruction(guest);
-    guest->scratch = (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull; /* free, as the ABI has it */
+    guest->scratch =
+        (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull; /* free, as the ABI has it */
     if (!error)
         error = read_scratch(guest, guest->kept);
     if (!error && ptrace(PTRACE_GETSIGMASK, guest->pid, sizeof guest->mask, &guest->mask))
@@ -164,7 +179,8 @@ static int open_memory(const struct guest *guest) {
     return memory < 0 ? -errno : memory;
 }
 
-/* A number is nobody else's for as long as its process is there: what we trace is what the pidfd stands for. */
+/* A number is nobody else's for as long as its process is there: what we trace is what the pidfd
+ * stands for. */
 static int check_alive(const struct guest *guest) {
     struct pollfd gone = {.fd = guest->pidfd, .events = POLLIN};
     return poll(&gone, 1, 0) ? -ESRCH : 0;
@@ -190,7 +206,8 @@ static int enter(struct guest *guest) {
 static int leave(struct guest *guest) {
     int error = 0;
     if (guest->at_call) {
-        error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno : go_on(guest, PTRACE_CONT, 0);
+        error = ptrace(PTRACE_INTERRUPT, guest->pid, NULL, NULL) ? -errno
+                                                                 : go_on(guest, PTRACE_CONT, 0);
         if (!error)
             error = wait_interrupted(guest);
     }
@@ -202,7 +219,8 @@ static int leave(struct guest *guest) {
 }
 
 /* What the kernel answers it, or why it could not be asked (error). */
-static long call(struct guest *guest, int *error, long number, uint64_t first, uint64_t second, uint64_t third) {
+static long call(struct guest *guest, int *error, long number, uint64_t first, uint64_t second,
+                 uint64_t third) {
     struct user_regs_struct registers = guest->before;
     registers.rip = guest->instruction;
     registers.rax = (uint64_t)number;
@@ -247,7 +265,8 @@ static long open_uffd(struct guest *guest, int *error, const char *device) {
     long node = call(guest, error, SYS_openat, (uint64_t)AT_FDCWD, path, O_RDWR | O_CLOEXEC);
     if (*error || node < 0)
         return uffd;
-    long opened = call(guest, error, SYS_ioctl, (uint64_t)node, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    long opened =
+        call(guest, error, SYS_ioctl, (uint64_t)node, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
     call(guest, error, SYS_close, (uint64_t)node, 0, 0);
     return opened;
 }
@@ -262,7 +281,8 @@ static void plant(struct task *task) {
         if (!error && map < 0)
             call(guest, &error, SYS_close, (uint64_t)uffd, 0, 0);
     }
-    *task->planted = (struct pn_planted){.uffd = (int)uffd, .map = (int)map, .refused = uffd < 0 ? (int)uffd : 0};
+    *task->planted = (struct pn_planted){
+        .uffd = (int)uffd, .map = (int)map, .refused = uffd < 0 ? (int)uffd : 0};
     if (uffd >= 0 && map < 0)
         task->planted->refused = (int)map;
     task->result = error;
@@ -298,13 +318,15 @@ static int run_task(struct task *task) {
 }
 
 int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted) {
-    struct task task = {.guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .device = device, .planted = planted};
+    struct task task = {
+        .guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .device = device, .planted = planted};
     return run_task(&task);
 }
 
 int pn_uproot(int pid, int pidfd, const struct pn_planted *planted) {
     struct pn_planted copy = *planted;
-    struct task task = {.guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .planted = &copy, .remove = true};
+    struct task task = {
+        .guest = {.pid = pid, .pidfd = pidfd, .memory = -1}, .planted = &copy, .remove = true};
     return run_task(&task);
 }
 

@@ -1,7 +1,8 @@
-"""Builds pagenet._pagenet, the C core, and pagenet._pagenet_testing, what tests and benches need, as cffi API-mode extensions.
+"""Builds pagenet._pagenet, the C core, and pagenet._pagenet_testing, what tests and benches need,
+as cffi API-mode extensions.
 
-Run by setup.py. The second is not linked into the first, so that what moves memory never loads it. They share no state, and
-what both need is compiled into each.
+Run by setup.py. The second is not linked into the first, so that what moves memory never loads it.
+They share no state, and what both need is compiled into each.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
-    "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c", "choice.c", "demand_choice.c",
+    "uffd.c", "attach.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c", "pack.c",
+        "choice.c", "demand_choice.c",
     "pace.c", "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
-    "testing/pattern.c", "testing/workload.c", "testing/bench.c", "uffd.c", "residency.c", "memory.c",
+    "testing/pattern.c", "testing/workload.c", "testing/bench.c", "uffd.c", "residency.c",
+        "memory.c",
 ]  # fmt: skip
 
 

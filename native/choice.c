@@ -1,46 +1,65 @@
-/* Whether to compress: what one connection of a source's decides by what its link and its processor really do.
+/* Whether to compress: what one connection of a source's decides by what its link and its processor
+ * really do.
  *
- * A byte of a page takes raw_ns to get away as it is, and packed_ns compressed; the smaller one wins. The one that is not in use
- * is not known, and finding out costs: over loopback, compressing 16 MiB takes longer than sending 64. So it is foretold first,
- * from a small sample now and then that is compressed and thrown away (how long that takes, and how much is left), and tried
- * only where it promises something. What a trial then shows counts, and not what was foretold: where the destination is what
- * is slow, say, or many connections share the processor.
+ * A byte of a page takes raw_ns to get away as it is, and packed_ns compressed; the smaller one
+ * wins. The one that is not in use is not known, and finding out costs: over loopback, compressing
+ * 16 MiB takes longer than sending 64. So it is foretold first, from a small sample now and then
+ * that is compressed and thrown away (how long that takes, and how much is left), and tried only
+ * where it promises something. What a trial then shows counts, and not what was foretold: where the
+ * destination is what is slow, say, or many connections share the processor.
  *
- * Times are of the connection being busy: it has a request to answer, or bytes of ours that have not reached the peer. */
+ * Times are of the connection being busy: it has a request to answer, or bytes of ours that have
+ * not reached the peer. */
 #include "pagenet.h"
 
 #include <stdbool.h>
 
-#define PERIOD_NS 20000000u      /* of being busy: as short as gives a steady figure */
+/* Of being busy: the shortest period that gives a steady figure. */
+#define PERIOD_NS 20000000u
 #define PERIOD_BYTES (1u << 20)
-#define SETTLE_BYTES (4u << 20)  /* a destination's window: until it has been refilled, what is seen is the former choice's doing */
-#define FIRST_SETTLE_BYTES (1u << 20) /* what fits into the buffers of a new connection */
-#define SAMPLE_RAW_NS 0.7        /* nothing compresses and sends faster: do not even look */
-#define PAUSE_NS 200000000u      /* after a trial that did not pay; doubles each time */
+/* A destination's window: until it has been refilled, what is measured is the former choice's. */
+#define SETTLE_BYTES (4u << 20)
+/* What fits into the buffers of a new connection. */
+#define FIRST_SETTLE_BYTES (1u << 20)
+/* Nothing compresses and sends faster than this: no sample is taken. */
+#define SAMPLE_RAW_NS 0.7
+/* After a trial that did not pay; doubles each time. */
+#define PAUSE_NS 200000000u
 #define MAX_PAUSE_NS 60000000000u
-#define PROBE_NS 250000000u      /* compressing is what limits: how soon to see whether the link is faster; doubles each time */
-#define PROMISE 0.9              /* worth a trial */
-#define WORTHWHILE 0.95          /* worth staying with */
+/* Where compressing is the limit: how soon the link is tried without. Doubles each time. */
+#define PROBE_NS 250000000u
+/* A forecast of less than this share of the raw time is worth a trial. */
+#define PROMISE 0.9
+/* A trial that took less than this share of the raw time is worth staying with. */
+#define WORTHWHILE 0.95
 #define HARMFUL 1.05
-#define LIMITED 0.85             /* of the time spent working: not the link, but the processor is what limits */
-#define PROMPT_MARGIN 1.6        /* decompressing takes a third of what compressing does, and the gain must be worth having */
+/* Share of the time spent working from which on the processor, not the link, is the limit. */
+#define LIMITED 0.85
+/* Decompressing takes a third of what compressing does, and the gain must be worth having. */
+#define PROMPT_MARGIN 1.6
 
 enum { RAW, TRIAL, PACKED };
-enum { RECENT = sizeof ((struct pn_choice *)0)->recent / sizeof(double), BEFORE_TRIAL = 2 };
+enum { RECENT = sizeof((struct pn_choice *)0)->recent / sizeof(double), BEFORE_TRIAL = 2 };
 
-void pn_choice_init(struct pn_choice *choice) { *choice = (struct pn_choice){.settle = FIRST_SETTLE_BYTES, .left = -1}; }
+void pn_choice_init(struct pn_choice *choice) {
+    *choice = (struct pn_choice){.settle = FIRST_SETTLE_BYTES, .left = -1};
+}
 
 int pn_choice_packs(const struct pn_choice *choice) { return choice->mode != RAW; }
 
 int pn_choice_for_demand(const struct pn_choice *choice) {
-    return choice->mode == PACKED && (1 - choice->left) * choice->raw_ns > PROMPT_MARGIN * choice->pack_ns;
+    return choice->mode == PACKED &&
+           (1 - choice->left) * choice->raw_ns > PROMPT_MARGIN * choice->pack_ns;
 }
 
 int pn_choice_wants_sample(const struct pn_choice *choice, uint64_t now) {
-    return choice->mode == RAW && !choice->sampled && choice->raw_ns > SAMPLE_RAW_NS && now >= choice->until;
+    return choice->mode == RAW && !choice->sampled && choice->raw_ns > SAMPLE_RAW_NS &&
+           now >= choice->until;
 }
 
-static void blend(double *average, double value, double weight) { *average += (value - *average) * weight; }
+static void blend(double *average, double value, double weight) {
+    *average += (value - *average) * weight;
+}
 
 void pn_choice_tried(struct pn_choice *choice, uint64_t size, uint64_t length, uint64_t ns) {
     double left = length ? (double)length / (double)size : 1, pack_ns = (double)ns / (double)size;
@@ -68,16 +87,18 @@ static uint64_t longer(uint64_t pause, uint64_t least) {
     return pause < least ? least : pause < MAX_PAUSE_NS / 2 ? 2 * pause : MAX_PAUSE_NS;
 }
 
-/* What a byte would take compressed: the processor's time or the link's, whichever is longer, since they go on side by side. What
- * was seen a moment ago is better than anything foretold. */
+/* What a byte would take compressed: the processor's time or the link's, whichever is longer, since
+ * they go on side by side. What was seen a moment ago is better than anything foretold. */
 static double foretold(const struct pn_choice *choice) {
-    double processor = 1.25 * choice->pack_ns + choice->send_ns, link = choice->left * choice->raw_ns;
+    double processor = 1.25 * choice->pack_ns + choice->send_ns,
+           link = choice->left * choice->raw_ns;
     if (choice->is_probing)
         return choice->packed_ns;
     return processor > link ? processor : link;
 }
 
-/* The least of the last few periods: where others want the processors too, a period tells as much of them as of the link. */
+/* The least of the last few periods: where others want the processors too, a period tells as much
+ * of them as of the link. */
 static void note_raw(struct pn_choice *choice, double seen) {
     choice->recent[choice->periods++ % RECENT] = seen;
     choice->raw_ns = seen;
@@ -110,7 +131,8 @@ static void judge_trial(struct pn_choice *choice, uint64_t now, double seen) {
 
 static void judge_packed(struct pn_choice *choice, uint64_t now) {
     if ((double)choice->work < LIMITED * (double)choice->busy) {
-        choice->raw_ns = (double)choice->busy / (double)choice->wire; /* the link is kept full: so that is its rate */
+        choice->raw_ns = (double)choice->busy /
+                         (double)choice->wire; /* the link is kept full: so that is its rate */
         choice->pause = choice->probe = 0;
         choice->until = now + PROBE_NS;
     } else if (now >= choice->until) {
@@ -140,7 +162,8 @@ static void judge(struct pn_choice *choice, uint64_t now) {
 
 void pn_choice_resume(struct pn_choice *choice, uint64_t now) { choice->mark = now; }
 
-void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began, uint64_t now) {
+void pn_choice_answered(struct pn_choice *choice, uint64_t bytes, uint64_t wire, uint64_t began,
+                        uint64_t now) {
     if (choice->mark > began || !choice->mark)
         choice->mark = began;
     choice->bytes += bytes;

@@ -1,8 +1,9 @@
-"""Writes what the headers declare as the types that pagenet/_native is checked with: ``python native/declare.py``.
+"""Writes what the headers declare as the types that pagenet/_native is checked with: ``python
+native/declare.py``.
 
-Run it after a change to one of ``HEADERS``: tests/unit/test_declarations.py fails until then. A struct
-becomes a class, and the functions, variables and constants become the members of one Protocol,
-``Library``.
+Run it after a change to one of ``HEADERS``: tests/unit/test_declarations.py fails until then. A
+struct becomes a class, and the functions, variables and constants become the members of one
+Protocol, ``Library``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,22 @@ HEADERS = {
     ("native/pagenet.h", "native/pace.h"): "pagenet/_native/_declarations.py",
     ("native/testing/testing.h",): "pagenet/_native/_testing_declarations.py",
 }
-INTEGERS = ("int", "int8_t", "int16_t", "int32_t", "int64_t", "uint8_t", "uint16_t", "uint32_t", "uint64_t", "size_t")
+INTEGERS = (
+    "int",
+    "int8_t",
+    "int16_t",
+    "int32_t",
+    "int64_t",
+    "uint8_t",
+    "uint16_t",
+    "uint32_t",
+    "uint64_t",
+    "size_t",
+)
 WIDTH = 100
 
-HEAD = '''"""What {headers} declare{s}, named as it is there. Made by native/declare.py: do not edit."""
+HEAD = '''"""What {headers} declare{s}, named as it is there. Made by native/declare.py:
+do not edit."""
 
 from __future__ import annotations
 
@@ -34,18 +47,24 @@ from ._pointers import {imported}
 
 
 def parse(header: Path) -> list[Any]:
-    """Its declarations. Lines of the preprocessor and comments are left out, and the integers made known."""
+    """Its declarations. Lines of the preprocessor and comments are left out, and the integers made
+    known."""
     lines = [line for line in header.read_text().splitlines() if not line.startswith("#")]
     text = re.sub(r"/\*.*?\*/", "", "\n".join(lines), flags=re.DOTALL)
     known = "".join(f"typedef int {name};" for name in (*INTEGERS[1:], "bool"))
-    return [node for node in c_parser.CParser().parse(known + text).ext if not isinstance(node, c_ast.Typedef)]
+    return [
+        node
+        for node in c_parser.CParser().parse(known + text).ext
+        if not isinstance(node, c_ast.Typedef)
+    ]
 
 
 # ---- types ----
 
 
 def name_of(node: Any) -> str:
-    """``int``, ``double``, ``char``, ``void``, the name of a struct, or ``enum``, of what is no pointer."""
+    """``int``, ``double``, ``char``, ``void``, the name of a struct, or ``enum``, of what is no
+    pointer."""
     inner = node.type
     if isinstance(inner, c_ast.Struct):
         return str(inner.name)
@@ -60,7 +79,8 @@ def is_struct(node: Any) -> bool:
 
 
 def type_of(node: Any) -> str:
-    """As Python has it. cffi takes bytes where C only reads bytes; a pointer to a struct may be NULL, and so may any other."""
+    """As Python has it. cffi takes bytes where C only reads bytes; a pointer to a struct may be
+    NULL, and so may any other."""
     if isinstance(node, c_ast.ArrayDecl):
         return name_of(node.type) if is_struct(node.type) else "CData"
     if not isinstance(node, c_ast.PtrDecl):
@@ -70,7 +90,11 @@ def type_of(node: Any) -> str:
         return "CData | Null"
     if is_struct(to):
         return f"{name_of(to)} | Null"
-    return "bytes | CData | Null" if name_of(to) in ("char", "void") and "const" in to.quals else "CData | Null"
+    return (
+        "bytes | CData | Null"
+        if name_of(to) in ("char", "void") and "const" in to.quals
+        else "CData | Null"
+    )
 
 
 def result_of(node: Any) -> str:
@@ -101,7 +125,10 @@ def method(node: Any) -> str:
     """On one line if that is short enough, else with its parameters below."""
     names = [*parameters(node.type)]
     result = result_of(node.type.type)
-    line = f"    def {node.name}({', '.join(['self', *names, *(['/'] if names else [])])}) -> {result}: ..."
+    line = (
+        f"    def {node.name}({', '.join(['self', *names, *(['/'] if names else [])])}) ->"
+        f" {result}: ..."
+    )
     if len(line) <= WIDTH:
         return line
     below = f"        self, {', '.join(names)}, /"
@@ -113,7 +140,9 @@ def method(node: Any) -> str:
 def library(nodes: list[Any]) -> str:
     enums = [node.type for node in nodes if isinstance(node.type, c_ast.Enum)]
     constants = [f"    {value.name}: int" for enum in enums for value in enum.values.enumerators]
-    variables = [f"    {node.name}: {type_of(node.type)}" for node in nodes if "extern" in node.storage]
+    variables = [
+        f"    {node.name}: {type_of(node.type)}" for node in nodes if "extern" in node.storage
+    ]
     methods = [method(node) for node in nodes if isinstance(node.type, c_ast.FuncDecl)]
     members = [*constants, *variables]
     return "\n".join(["class Library(Protocol):", *members, *([""] if members else []), *methods])
@@ -132,8 +161,12 @@ def module(headers: tuple[str, ...]) -> str:
     """The text of the module that says what ``headers`` declare."""
     nodes = [node for header in headers for node in parse(ROOT / header)]
     classes = [*map(struct, structs(nodes)), library(nodes)]
-    imported = ", ".join(name for name in ("CData", "Null", "Struct") if any(name in text for text in classes))
-    head = HEAD.format(headers=" and ".join(headers), s="s" if len(headers) == 1 else "", imported=imported)
+    imported = ", ".join(
+        name for name in ("CData", "Null", "Struct") if any(name in text for text in classes)
+    )
+    head = HEAD.format(
+        headers=" and ".join(headers), s="s" if len(headers) == 1 else "", imported=imported
+    )
     return "\n\n\n".join([head, *classes]).replace("\n\n\n\n", "\n\n\n") + "\n"
 
 

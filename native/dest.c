@@ -1,4 +1,5 @@
-/* What the destination's lanes share: which page lies where, who waits for what, and the one way into place. */
+/* What the destination's lanes share: which page lies where, who waits for what, and the one way
+ * into place. */
 #define _GNU_SOURCE
 #include "dest.h"
 
@@ -16,7 +17,8 @@ enum {
     MOVE_WORTHWHILE = 8,
     ZEROS = 64,            /* pages of them written at once */
     LEAVE_WORTHWHILE = 16, /* zero pages: to stop watching them costs as much as placing a few */
-    LEAVE_MOST = 16384,    /* stretches of zeros that are left alone: a process may have 65530 mappings, two for each of these */
+    LEAVE_MOST = 16384,    /* stretches of zeros that are left alone: a process may have 65530
+                              mappings, two for each of these */
 };
 
 /* ---- life ---- */
@@ -24,7 +26,8 @@ enum {
 static int init_locks(struct pn_dest *dest) {
     pthread_rwlockattr_t kind;
     pthread_rwlockattr_init(&kind);
-    /* The writer is the thread that answers faults: it must not wait behind one background piece after the other. */
+    /* The writer is the thread that answers faults: it must not wait behind one background piece
+     * after the other. */
     pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     pthread_rwlock_init(&dest->removal, &kind);
     pthread_rwlockattr_destroy(&kind);
@@ -35,7 +38,8 @@ struct pn_dest *pn_dest_new(const struct pn_dest_config *config) {
     struct pn_dest *dest = calloc(1, sizeof *dest);
     if (!dest)
         return NULL;
-    void *zeros = mmap(NULL, config->max_page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *zeros = mmap(NULL, config->max_page_size, PROT_READ,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (zeros == MAP_FAILED || init_locks(dest)) {
         free(dest);
         return NULL;
@@ -111,11 +115,13 @@ void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool 
     for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++) {
         struct pn_waiter *waiter = &dest->waiters[i];
         uint64_t page = atomic_load(&waiter->page), since = atomic_load(&waiter->since);
-        if (!page || page - 1 - first >= count || !atomic_compare_exchange_strong(&waiter->page, &page, 0))
+        if (!page || page - 1 - first >= count ||
+            !atomic_compare_exchange_strong(&waiter->page, &page, 0))
             continue;
         atomic_fetch_sub(&dest->waiter_count, 1);
         if (placed) {
-            uint64_t waited = now > since ? now - since : 0; /* it may have come since we looked at the clock */
+            uint64_t waited =
+                now > since ? now - since : 0; /* it may have come since we looked at the clock */
             pn_stats_latency(dest->config.map, PN_DEMAND, waited);
             pn_pace_in_place(&dest->pace, waited);
         }
@@ -125,7 +131,8 @@ void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool 
 void pn_wake_waiter(struct pn_dest *dest, uint64_t page) {
     const struct pn_piece *piece = pn_piece_of_page(dest, page);
     pn_take_waiters(dest, page, 1, false);
-    pn_uffd_wake(dest->config.uffd, piece->address + (page - piece->first) * piece->page_size, piece->page_size);
+    pn_uffd_wake(dest->config.uffd, piece->address + (page - piece->first) * piece->page_size,
+                 piece->page_size);
 }
 
 /* ---- into place ---- */
@@ -135,7 +142,8 @@ uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count) {
     uint64_t taken = 0;
     for (;;) {
         uint64_t here = pn_map_claim(map, first + taken, count - taken, PN_COMING, PN_PLACING);
-        here += pn_map_claim(map, first + taken + here, count - taken - here, PN_REQUESTED, PN_PLACING);
+        here +=
+            pn_map_claim(map, first + taken + here, count - taken - here, PN_REQUESTED, PN_PLACING);
         taken += here;
         if (!here)
             return taken;
@@ -195,8 +203,8 @@ int pn_clear(const struct pn_dest *dest, uint64_t to, uint64_t size) {
     return error;
 }
 
-/* A store to a page that the owner has cut off its file is a SIGBUS. The kernel's own stores are errors then: a system call more,
- * where nothing says that this cannot be. */
+/* A store to a page that the owner has cut off its file is a SIGBUS. The kernel's own stores are
+ * errors then: a system call more, where nothing says that this cannot be. */
 static int store(const struct pn_dest *dest, uint64_t to, const void *bytes, uint64_t size) {
     if (!dest->config.sealed)
         return pn_store(to, bytes, size);
@@ -204,7 +212,8 @@ static int store(const struct pn_dest *dest, uint64_t to, const void *bytes, uin
     return 0;
 }
 
-int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count, const void *bytes) {
+int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first,
+                    uint64_t count, const void *bytes) {
     uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
     if (dest->config.file >= 0 && !bytes)
         return write_zeros(dest, piece->file_offset + at, count, piece->page_size);
@@ -212,11 +221,12 @@ int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t
         struct iovec part = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = size};
         return write_file(dest->config.file, piece->file_offset + at, &part, 1);
     }
-    return bytes ? store(dest, piece->second + at, bytes, size) : pn_clear(dest, piece->second + at, size);
+    return bytes ? store(dest, piece->second + at, bytes, size)
+                 : pn_clear(dest, piece->second + at, size);
 }
 
-/* The owner gave the page up while its bytes were in flight. Nobody touched the owner's page table since: the bytes are in
- * the file behind it at most. Faults on the page were put off until now. */
+/* The owner gave the page up while its bytes were in flight. Nobody touched the owner's page table
+ * since: the bytes are in the file behind it at most. Faults on the page were put off until now. */
 static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
     int error = piece->second ? pn_write_shared(dest, piece, page, 1, NULL) : 0;
     pn_map_set(dest->config.map, page, 1, PN_REMOVED);
@@ -225,25 +235,28 @@ static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uin
 }
 
 /* bytes NULL: zeros, unless they are in the memory behind it already. */
-static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece *piece, uint64_t first, uint64_t count,
-                                    const void *bytes) {
+static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece *piece,
+                                    uint64_t first, uint64_t count, const void *bytes) {
     const struct pn_dest_config *config = &dest->config;
     uint64_t to = piece->address + (first - piece->first) * piece->page_size;
     if (piece->second)
-        return pn_place(config->uffd, PN_CONTINUE, to, NULL, count * piece->page_size, piece->page_size);
+        return pn_place(config->uffd, PN_CONTINUE, to, NULL, count * piece->page_size,
+                        piece->page_size);
     enum pn_how how = bytes ? (enum pn_how)config->how : PN_ZERO;
     /* MOVE takes whole pages, and for a few of them costs as much as copying them does. */
     if (how == PN_MOVE && (count < MOVE_WORTHWHILE || (uintptr_t)bytes % piece->page_size))
         how = PN_COPY;
-    return pn_place(config->uffd, how, to, bytes ? bytes : dest->zeros, count * piece->page_size, piece->page_size);
+    return pn_place(config->uffd, how, to, bytes ? bytes : dest->zeros, count * piece->page_size,
+                    piece->page_size);
 }
 
-/* One unbroken run of pages that are still PLACING. Should we be killed, whoever takes the map over has to know what became of
- * them. Bytes in shared memory may be half there, and must not be seen, or visible and written to by the owner since, and must
- * not be replaced: READY, which they are from the last byte on, tells the one from the other. What is copied in is there at once
- * or not at all, and there for good: once more does no harm. */
-static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count,
-                    const void *bytes, bool zero, uint64_t *done) {
+/* One unbroken run of pages that are still PLACING. Should we be killed, whoever takes the map over
+ * has to know what became of them. Bytes in shared memory may be half there, and must not be seen,
+ * or visible and written to by the owner since, and must not be replaced: READY, which they are
+ * from the last byte on, tells the one from the other. What is copied in is there at once or not at
+ * all, and there for good: once more does no harm. */
+static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
+                    uint64_t count, const void *bytes, bool zero, uint64_t *done) {
     struct pn_map *map = dest->config.map;
     int state = piece->second ? PN_READY : PN_PLACING;
     if (state == PN_READY)
@@ -264,11 +277,12 @@ static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *pie
 
 /* ---- a sample of what is prefetched ---- */
 
-/* A page that is there raises no fault, so whether a prefetched page was needed shows nowhere. But bytes in shared memory may wait
- * there: one page in sixteen is not made visible when it has come, and its first touch is a minor fault that is answered at once,
- * and counted. Such a page is RESIDENT all the same: a fault on one is settled from the page cache, whoever answers it. Which
- * pages these are is a matter of their numbers, mixed, so that no stride of a program's hits all of them, or none. A page whose
- * place in the table is taken is not part of the sample. */
+/* A page that is there raises no fault, so whether a prefetched page was needed shows nowhere. But
+ * bytes in shared memory may wait there: one page in sixteen is not made visible when it has come,
+ * and its first touch is a minor fault that is answered at once, and counted. Such a page is
+ * RESIDENT all the same: a fault on one is settled from the page cache, whoever answers it. Which
+ * pages these are is a matter of their numbers, mixed, so that no stride of a program's hits all of
+ * them, or none. A page whose place in the table is taken is not part of the sample. */
 enum { SAMPLED_SHIFT = 60 }; /* a sixteenth */
 
 uint64_t pn_before_sampled(uint64_t first, uint64_t count) {
@@ -291,7 +305,8 @@ static bool is_waited_for(struct pn_dest *dest, uint64_t page) {
 static bool hold(struct pn_dest *dest, uint64_t page, bool zero) {
     struct pn_map *map = dest->config.map;
     uint64_t none = 0;
-    if (is_waited_for(dest, page) || !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &none, page + 1))
+    if (is_waited_for(dest, page) ||
+        !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &none, page + 1))
         return false;
     atomic_fetch_add(&dest->held_count, 1);
     pn_map_replace(map, page, 1, PN_PLACING, PN_RESIDENT);
@@ -306,7 +321,8 @@ static bool hold(struct pn_dest *dest, uint64_t page, bool zero) {
 
 bool pn_let_go(struct pn_dest *dest, uint64_t page) {
     uint64_t held = page + 1;
-    if (!atomic_load(&dest->held_count) || !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &held, 0))
+    if (!atomic_load(&dest->held_count) ||
+        !atomic_compare_exchange_strong(&dest->held[page % PN_HELD], &held, 0))
         return false;
     atomic_fetch_sub(&dest->held_count, 1);
     return true;
@@ -315,7 +331,8 @@ bool pn_let_go(struct pn_dest *dest, uint64_t page) {
 void pn_dest_release(struct pn_dest *dest) {
     for (unsigned i = 0; i < PN_HELD; i++) {
         uint64_t page = atomic_load(&dest->held[i]) - 1;
-        if (page == UINT64_MAX || !pn_let_go(dest, page) || pn_map_state(dest->config.map, page) != PN_RESIDENT)
+        if (page == UINT64_MAX || !pn_let_go(dest, page) ||
+            pn_map_state(dest->config.map, page) != PN_RESIDENT)
             continue;
         const struct pn_piece *piece = pn_piece_of_page(dest, page);
         uint64_t to = piece->address + (page - piece->first) * piece->page_size;
@@ -324,7 +341,8 @@ void pn_dest_release(struct pn_dest *dest) {
     }
 }
 
-int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes, bool zero, uint64_t *done) {
+int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes,
+           bool zero, uint64_t *done) {
     const struct pn_piece *piece = pn_piece_of_page(dest, first);
     int error = 0;
     *done = 0;
@@ -333,7 +351,8 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         uint64_t at = first + *done, here = 0;
         uint64_t placing = pn_map_span(dest->config.map, at, first + count, PN_PLACING);
         const char *from = bytes ? (const char *)bytes + *done * piece->page_size : NULL;
-        uint64_t before = class_ == PN_PREFETCH && piece->second ? pn_before_sampled(at, placing) : placing;
+        uint64_t before =
+            class_ == PN_PREFETCH && piece->second ? pn_before_sampled(at, placing) : placing;
         if (before < placing)
             placing = before ? before : 1;
         if (placing && !before && hold(dest, at, zero))
@@ -353,21 +372,25 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
     return error;
 }
 
-/* Whether one more stretch of zeros may stop being watched. What goes on with the last one makes no mapping more. */
+/* Whether one more stretch of zeros may stop being watched. What goes on with the last one makes no
+ * mapping more. */
 static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
     if (atomic_exchange(&dest->left_until, to + size) == to)
         return true;
     return atomic_fetch_add(&dest->left, 1) < LEAVE_MOST;
 }
 
-bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first, uint64_t count) {
+bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
+                    uint64_t count) {
     struct pn_map *map = dest->config.map;
     uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
-    if (!piece->second || dest->config.file < 0 || count < LEAVE_WORTHWHILE || !may_leave(dest, piece->address + at, size))
+    if (!piece->second || dest->config.file < 0 || count < LEAVE_WORTHWHILE ||
+        !may_leave(dest, piece->address + at, size))
         return false;
     lock_removal(dest);
     bool ok = pn_map_span(map, first, first + count, PN_PLACING) == count &&
-              !fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(piece->file_offset + at), (off_t)size);
+              !fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                         (off_t)(piece->file_offset + at), (off_t)size);
     if (ok) {
         pn_map_replace(map, first, count, PN_PLACING, PN_READY);
         ok = !pn_uffd_unregister(dest->config.uffd, piece->address + at, size);
@@ -404,6 +427,7 @@ void pn_refund(struct pn_dest *dest, uint64_t bytes) {
 }
 
 void pn_check_done(struct pn_dest *dest) {
-    if (pn_map_done(dest->config.map) >= dest->config.scope) /* more than all: the owner has written to the map */
+    if (pn_map_done(dest->config.map) >=
+        dest->config.scope) /* more than all: the owner has written to the map */
         eventfd_write(dest->config.done_fd, 1);
 }

@@ -1,4 +1,5 @@
-/* What the uffd says: removals, faults, the window around them, pages that are late, faults that are answered later. */
+/* What the uffd says: removals, faults, the window around them, pages that are late, faults that
+ * are answered later. */
 #define _GNU_SOURCE
 #include "lane.h"
 #include "thread.h"
@@ -16,13 +17,16 @@ static void ask(struct lane *lane, uint8_t class_, const struct pn_piece *piece,
     lane->faults.asking->ask(lane, &run);
 }
 
-/* The window around a page that was just asked for: missing pages behind it, then before it, as far as they are unbroken. */
-static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint32_t forward_, uint32_t backward_) {
+/* The window around a page that was just asked for: missing pages behind it, then before it, as far
+ * as they are unbroken. */
+static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page,
+                           uint32_t forward_, uint32_t backward_) {
     struct pn_map *map = lane->dest->config.map;
     uint64_t limit = pn_tunables.prefetch_most / piece->page_size;
     uint64_t forward = pn_at_most(forward_, piece->first + piece->count - page - 1);
     uint64_t backward = pn_at_most(pn_at_most(backward_, page - piece->first), limit);
-    uint64_t taken = pn_map_claim(map, page + 1, pn_at_most(forward, limit), PN_MISSING, PN_REQUESTED);
+    uint64_t taken =
+        pn_map_claim(map, page + 1, pn_at_most(forward, limit), PN_MISSING, PN_REQUESTED);
     if (taken)
         ask(lane, PN_PREFETCH, piece, page + 1, taken);
     uint64_t from = page;
@@ -38,10 +42,12 @@ static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t p
     if (pn_window_fixed(window, &forward, &backward))
         prefetch_fixed(lane, piece, page, forward, backward);
     else
-        pn_window_fault(window, lane->dest->config.map, page, piece->first, piece->first + piece->count, piece->page_size);
+        pn_window_fault(window, lane->dest->config.map, page, piece->first,
+                        piece->first + piece->count, piece->page_size);
 }
 
-/* What the window wants, a little at a time: all that is in flight stands before the next page that somebody waits for. */
+/* What the window wants, a little at a time: all that is in flight stands before the next page that
+ * somebody waits for. */
 void pn_lane_prefetch_more(struct lane *lane) {
     uint64_t first, taken, room;
     while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && can_ask(lane, 1)) {
@@ -61,11 +67,13 @@ static void put_off(struct lane *lane, const struct pn_event *fault) {
 }
 
 /* A fault on a page that was placed, or given up, before. */
-static void settle(struct lane *lane, const struct pn_event *fault, const struct pn_piece *piece, uint64_t page) {
+static void settle(struct lane *lane, const struct pn_event *fault, const struct pn_piece *piece,
+                   uint64_t page) {
     enum { FAULT_MINOR = 4 };
     const struct pn_dest *dest = lane->dest;
     uint64_t to = piece->address + (page - piece->first) * piece->page_size;
-    struct pn_placed placed = pn_settle(dest->config.uffd, to, fault->flags & FAULT_MINOR, dest->zeros, piece->page_size);
+    struct pn_placed placed =
+        pn_settle(dest->config.uffd, to, fault->flags & FAULT_MINOR, dest->zeros, piece->page_size);
     if (placed.error == -EAGAIN)
         put_off(lane, fault);
     else if (placed.error == -ESRCH)
@@ -74,18 +82,20 @@ static void settle(struct lane *lane, const struct pn_event *fault, const struct
         pn_lane_end(lane, PN_END_PLACING, -placed.error, "");
 }
 
-/* What the owner announced nothing about is not the source's. Whoever touches it is told, or gets zeros if the owner wants that; all
- * other pages go on coming. */
+/* What the owner announced nothing about is not the source's. Whoever touches it is told, or gets
+ * zeros if the owner wants that; all other pages go on coming. */
 static void answer_outside(struct lane *lane, const struct pn_event *fault) {
     const struct pn_dest_config *config = &lane->dest->config;
-    int error = pn_answer_outside(config->uffd, fault->start, fault->flags, config->outside_is_zero);
+    int error =
+        pn_answer_outside(config->uffd, fault->start, fault->flags, config->outside_is_zero);
     if (error == -EAGAIN)
         put_off(lane, fault);
     else if (error)
         pn_lane_end(lane, PN_END_OWNER_GONE, 0, "");
 }
 
-/* A page that is in flight, and waited for. If it arrived just now, its thread was woken by that. */
+/* A page that is in flight, and waited for. If it arrived just now, its thread was woken by that.
+ */
 static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
     pn_wait(lane->dest, page, now);
     int state = pn_map_state(lane->dest->config.map, page);
@@ -101,8 +111,9 @@ static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t pag
     return true;
 }
 
-/* A page that the background has asked for is behind other background pages, and a thread that waits does not wait for those.
- * But on a fast link it may be here at once, and whatever comes twice is in the way of something else: it gets a moment. */
+/* A page that the background has asked for is behind other background pages, and a thread that
+ * waits does not wait for those. But on a fast link it may be here at once, and whatever comes
+ * twice is in the way of something else: it gets a moment. */
 static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
     if (lane->faults.late_count < LATE)
         lane->faults.late[lane->faults.late_count++] =
@@ -170,9 +181,10 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     }
 }
 
-/* In one step each, so that a lane which takes the page meanwhile has either taken it before or does not get it: PLACING becomes
- * REMOVING and is left to whoever places it, however often it is given up until then; all else becomes REMOVED. Lanes change a
- * page's state a few times; whoever does it more often is the owner, who then gets what it may get. */
+/* In one step each, so that a lane which takes the page meanwhile has either taken it before or
+ * does not get it: PLACING becomes REMOVING and is left to whoever places it, however often it is
+ * given up until then; all else becomes REMOVED. Lanes change a page's state a few times; whoever
+ * does it more often is the owner, who then gets what it may get. */
 static bool remove_page(struct pn_map *map, uint64_t page) {
     for (int tries = 0; tries < 64; tries++) {
         int state = pn_map_state(map, page);
@@ -191,7 +203,9 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
     for (uint64_t i = 0; i < dest->config.piece_count; i++) {
         const struct pn_piece *piece = &dest->config.pieces[i];
         uint64_t from = start > piece->address ? start - piece->address : 0;
-        uint64_t to = end > piece->address ? pn_at_most(end - piece->address, piece->count * piece->page_size) : 0;
+        uint64_t to = end > piece->address
+                          ? pn_at_most(end - piece->address, piece->count * piece->page_size)
+                          : 0;
         for (uint64_t at = from / piece->page_size; at * piece->page_size < to; at++) {
             uint64_t page = piece->first + at;
             pn_let_go(dest, page);
@@ -201,7 +215,8 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
     }
 }
 
-/* The first touch of a page that was held to see whether it is touched: nobody waited for the source. */
+/* The first touch of a page that was held to see whether it is touched: nobody waited for the
+ * source. */
 static bool on_held(struct lane *lane, const struct pn_event *fault) {
     if (!atomic_load(&lane->dest->held_count)) /* nearly always: no need to know which page it is */
         return false;
@@ -243,13 +258,15 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
             if (on_fault(lane, &events[i], now))
                 missing[missing_count++] = events[i].start;
         } else if (events[i].kind == PN_EVENT_FORK || events[i].kind == PN_EVENT_REMAP) {
-            pn_lane_end(lane, PN_END_OWNER_WRONG, 0, "the owner forked, or moved memory, while it was being filled");
+            pn_lane_end(lane, PN_END_OWNER_WRONG, 0,
+                        "the owner forked, or moved memory, while it was being filled");
         }
     if (faults) {
         pn_pace_faulted(&lane->dest->pace, now);
         pn_lane_count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
     }
-    pn_lane_flush(lane); /* pages that are waited for go first: the window around them is asked for while they travel */
+    pn_lane_flush(lane); /* pages that are waited for go first: the window around them is asked for
+                            while they travel */
     for (int i = 0; i < missing_count && can_ask(lane, 2); i++) {
         const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
         prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
@@ -276,7 +293,8 @@ static void settle_deferred(struct lane *lane) {
             answer_outside(lane, &faults[i]);
             continue;
         }
-        settle(lane, &faults[i], piece, piece->first + (faults[i].start - piece->address) / piece->page_size);
+        settle(lane, &faults[i], piece,
+               piece->first + (faults[i].start - piece->address) / piece->page_size);
     }
 }
 

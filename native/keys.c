@@ -1,7 +1,9 @@
-/* The source over RDMA: its memory, registered chunk by chunk as keys are asked for, for as long as a destination has them.
+/* The source over RDMA: its memory, registered chunk by chunk as keys are asked for, for as long as
+ * a destination has them.
  *
- * A queue pair, its socket, and the loop that answers on it are a reader's, each in a thread of its own. What is registered is
- * shared by all of them, under one lock: they would wait for the same memory anyway. */
+ * A queue pair, its socket, and the loop that answers on it are a reader's, each in a thread of its
+ * own. What is registered is shared by all of them, under one lock: they would wait for the same
+ * memory anyway. */
 #define _GNU_SOURCE
 #include "keys.h"
 #include "thread.h"
@@ -63,7 +65,8 @@ struct place {
 
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-static void end_reader(struct pn_reader *reader, enum pn_end_kind kind, int error, const char *format, ...) {
+static void end_reader(struct pn_reader *reader, enum pn_end_kind kind, int error,
+                       const char *format, ...) {
     if (reader->ended)
         return;
     reader->ended = true;
@@ -78,7 +81,8 @@ static void end_reader(struct pn_reader *reader, enum pn_end_kind kind, int erro
 /* ---- chunks ---- */
 
 static uint64_t pages_per_chunk(const struct pn_keys *keys, const struct pn_source_block *block) {
-    return block->page_size < keys->config.chunk_size ? keys->config.chunk_size / block->page_size : 1;
+    return block->page_size < keys->config.chunk_size ? keys->config.chunk_size / block->page_size
+                                                      : 1;
 }
 
 /* False: there is no chunk of so many pages there. */
@@ -88,7 +92,8 @@ static bool find(const struct pn_keys *keys, uint64_t first, uint64_t count, str
         const struct pn_source_block *block = &keys->config.blocks[i];
         uint64_t pages = pages_per_chunk(keys, block), at = first - block->first;
         if (first >= block->first && at < block->pages) {
-            *place = (struct place){.block = block, .number = number + at / pages, .first = first, .count = count};
+            *place = (struct place){
+                .block = block, .number = number + at / pages, .first = first, .count = count};
             return at % pages == 0 && count == min(pages, block->pages - at);
         }
         number += (block->pages + pages - 1) / pages;
@@ -107,16 +112,21 @@ static void forget(struct pn_keys *keys, struct chunk *chunk) {
 static bool cannot_read(struct pn_reader *reader, const struct place *place, int error) {
     const struct pn_source_block *block = place->block;
     if (error == -ENODATA)
-        end_reader(reader, PN_END_FAILED, 0, "source %s cannot be read any more: it ends before byte %llu", block->name,
-                   (unsigned long long)((place->first - block->first + place->count) * block->page_size));
+        end_reader(
+            reader, PN_END_FAILED, 0, "source %s cannot be read any more: it ends before byte %llu",
+            block->name,
+            (unsigned long long)((place->first - block->first + place->count) * block->page_size));
     else if (block->pid > 0)
-        end_reader(reader, PN_END_FAILED, 0, "cannot read process %d: %s", block->pid, strerror(-error));
+        end_reader(reader, PN_END_FAILED, 0, "cannot read process %d: %s", block->pid,
+                   strerror(-error));
     else
-        end_reader(reader, PN_END_FAILED, 0, "source %s cannot be read any more: %s", block->name, strerror(-error));
+        end_reader(reader, PN_END_FAILED, 0, "source %s cannot be read any more: %s", block->name,
+                   strerror(-error));
     return false;
 }
 
-static bool copy_file(struct pn_reader *reader, const struct place *place, char *to, uint64_t offset, uint64_t size) {
+static bool copy_file(struct pn_reader *reader, const struct place *place, char *to,
+                      uint64_t offset, uint64_t size) {
     for (uint64_t done = 0; done < size;) {
         ssize_t got = pread(place->block->fd, to + done, size - done, (off_t)(offset + done));
         if (got < 0 && errno == EINTR)
@@ -128,8 +138,10 @@ static bool copy_file(struct pn_reader *reader, const struct place *place, char 
     return true;
 }
 
-/* The number may have gone to another process meanwhile; not while ours was still there after the read. */
-static bool copy_process(struct pn_reader *reader, const struct place *place, char *to, uint64_t offset, uint64_t size) {
+/* The number may have gone to another process meanwhile; not while ours was still there after the
+ * read. */
+static bool copy_process(struct pn_reader *reader, const struct place *place, char *to,
+                         uint64_t offset, uint64_t size) {
     const struct pn_source_block *block = place->block;
     int error = pn_read_process(block->pid, block->address + offset, to, size);
     struct pollfd gone = {.fd = block->pidfd, .events = POLLIN};
@@ -140,10 +152,13 @@ static bool copy_process(struct pn_reader *reader, const struct place *place, ch
     return !reader->ended;
 }
 
-static bool make_copy(struct pn_reader *reader, const struct place *place, struct chunk *chunk, uint64_t offset) {
-    void *copy = mmap(NULL, chunk->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+static bool make_copy(struct pn_reader *reader, const struct place *place, struct chunk *chunk,
+                      uint64_t offset) {
+    void *copy =
+        mmap(NULL, chunk->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (copy == MAP_FAILED) {
-        end_reader(reader, PN_END_BROKEN, errno, "cannot copy memory for RDMA: %s", strerror(errno));
+        end_reader(reader, PN_END_BROKEN, errno, "cannot copy memory for RDMA: %s",
+                   strerror(errno));
         return false;
     }
     chunk->copy = copy;
@@ -156,7 +171,8 @@ static bool map_zeros(const struct place *place, const char *pages, uint64_t *bi
     uint64_t zeros = 0, count = 0;
     for (uint64_t at = 0; at < place->count; at += count) {
         int zero;
-        count = pn_zero_run(pages + at * place->block->page_size, place->count - at, place->block->page_size, &zero);
+        count = pn_zero_run(pages + at * place->block->page_size, place->count - at,
+                            place->block->page_size, &zero);
         zeros += zero ? count : 0;
         for (uint64_t i = at; zero && i < at + count; i++)
             bits[i / 64] |= 1ull << i % 64;
@@ -170,16 +186,19 @@ static void register_at(struct pn_keys *keys, struct chunk *chunk, void *address
         chunk->key = (struct key){.address = (uintptr_t)address, .rkey = chunk->mr->rkey};
 }
 
-/* A file is registered where it is mapped. Its zeros are looked for by reading it, not there: one that has become shorter says so.
- * What is no file, or one whose mapping this kernel does not register, is copied. */
-static enum key_answer make_chunk(struct pn_reader *reader, const struct place *place, struct chunk *chunk) {
+/* A file is registered where it is mapped. Its zeros are looked for by reading it, not there: one
+ * that has become shorter says so. What is no file, or one whose mapping this kernel does not
+ * register, is copied. */
+static enum key_answer make_chunk(struct pn_reader *reader, const struct place *place,
+                                  struct chunk *chunk) {
     struct pn_keys *keys = reader->keys;
     const struct pn_source_block *block = place->block;
     uint64_t zeros[4] = {0}, offset = (place->first - block->first) * block->page_size;
     if (block->fd >= 0) {
         if (pn_is_hole(block->fd, offset, chunk->size))
             return KEY_ZERO;
-        int64_t count = pn_zero_map(block->fd, offset, place->count, block->page_size, (uint8_t *)zeros);
+        int64_t count =
+            pn_zero_map(block->fd, offset, place->count, block->page_size, (uint8_t *)zeros);
         if (count < 0) {
             cannot_read(reader, place, (int)count);
             return KEY_FAILED;
@@ -197,33 +216,41 @@ static enum key_answer make_chunk(struct pn_reader *reader, const struct place *
         register_at(keys, chunk, chunk->copy);
     }
     if (!chunk->mr)
-        return (errno == ENOMEM || errno == EPERM) && reader->held >= keys->config.in_any_case ? KEY_REFUSED : KEY_FAILED;
+        return (errno == ENOMEM || errno == EPERM) && reader->held >= keys->config.in_any_case
+                   ? KEY_REFUSED
+                   : KEY_FAILED;
     memcpy(chunk->key.zero, zeros, sizeof zeros);
     return KEY_HERE;
 }
 
-/* Why it cannot be registered, in words. What limits locked memory is EPERM where nothing at all may be locked. */
+/* Why it cannot be registered, in words. What limits locked memory is EPERM where nothing at all
+ * may be locked. */
 static void cannot_register(struct pn_reader *reader, int error) {
     struct rlimit limit = {0};
     char may[32] = "any of it";
     if (error != ENOMEM && error != EPERM) {
-        end_reader(reader, PN_END_BROKEN, error, "cannot register memory for RDMA: %s", strerror(error));
+        end_reader(reader, PN_END_BROKEN, error, "cannot register memory for RDMA: %s",
+                   strerror(error));
         return;
     }
     if (!getrlimit(RLIMIT_MEMLOCK, &limit) && limit.rlim_cur != RLIM_INFINITY)
         snprintf(may, sizeof may, "%llu KiB", (unsigned long long)limit.rlim_cur >> 10);
     end_reader(reader, PN_END_BROKEN, error,
-               "cannot register memory for RDMA: %s (RDMA locks memory, and this process may lock %s: say `ulimit -l unlimited` "
-               "before, or give it CAP_IPC_LOCK)", strerror(error), may);
+               "cannot register memory for RDMA: %s (RDMA locks memory, and this process may lock "
+               "%s: say `ulimit -l unlimited` "
+               "before, or give it CAP_IPC_LOCK)",
+               strerror(error), may);
 }
 
 /* ---- keys ---- */
 
-static enum key_answer take_locked(struct pn_reader *reader, const struct place *place, struct chunk *chunk) {
+static enum key_answer take_locked(struct pn_reader *reader, const struct place *place,
+                                   struct chunk *chunk) {
     struct pn_keys *keys = reader->keys;
     if (!chunk->holders) {
         chunk->size = place->count * place->block->page_size;
-        if (reader->held >= keys->config.in_any_case && keys->pinned + chunk->size > keys->config.pin_limit)
+        if (reader->held >= keys->config.in_any_case &&
+            keys->pinned + chunk->size > keys->config.pin_limit)
             return KEY_REFUSED;
         errno = 0;
         enum key_answer answer = make_chunk(reader, place, chunk);
@@ -257,8 +284,10 @@ static void give_back(struct pn_reader *reader, uint64_t number) {
 
 /* ---- answers ---- */
 
-static void say(struct pn_reader *reader, enum key_answer kind, const struct place *place, const void *body, size_t length) {
-    struct key_header header = {.kind = (uint8_t)kind, .first = place->first, .count = (uint32_t)place->count};
+static void say(struct pn_reader *reader, enum key_answer kind, const struct place *place,
+                const void *body, size_t length) {
+    struct key_header header = {
+        .kind = (uint8_t)kind, .first = place->first, .count = (uint32_t)place->count};
     header.length = (uint32_t)length;
     memcpy(reader->outbox + reader->out_count, &header, sizeof header);
     memcpy(reader->outbox + reader->out_count + sizeof header, body, length);
@@ -266,7 +295,9 @@ static void say(struct pn_reader *reader, enum key_answer kind, const struct pla
 }
 
 static void flush(struct pn_reader *reader) {
-    ssize_t sent = reader->out_count ? send(reader->sock, reader->outbox, reader->out_count, MSG_DONTWAIT | MSG_NOSIGNAL) : 0;
+    ssize_t sent = reader->out_count ? send(reader->sock, reader->outbox, reader->out_count,
+                                            MSG_DONTWAIT | MSG_NOSIGNAL)
+                                     : 0;
     if (sent > 0) {
         reader->out_count -= (size_t)sent;
         memmove(reader->outbox, reader->outbox + sent, reader->out_count);
@@ -277,10 +308,14 @@ static void flush(struct pn_reader *reader) {
 
 /* Told or not, this is the end. */
 static void say_last_words(struct pn_reader *reader, const struct place *place) {
-    say(reader, KEY_FAILED, place, reader->end->text, strnlen(reader->end->text, PN_MAX_REASON_BYTES));
-    for (uint64_t now = pn_now(), until = now + LAST_WORDS_NS; reader->out_count && now < until; now = pn_now()) {
-        struct pollfd ready[] = {{.fd = reader->sock, .events = POLLOUT}, {.fd = reader->stop_fd, .events = POLLIN}};
-        if (poll(ready, 2, (int)((until - now) / 1000000)) <= 0 || ready[0].revents != POLLOUT || ready[1].revents)
+    say(reader, KEY_FAILED, place, reader->end->text,
+        strnlen(reader->end->text, PN_MAX_REASON_BYTES));
+    for (uint64_t now = pn_now(), until = now + LAST_WORDS_NS; reader->out_count && now < until;
+         now = pn_now()) {
+        struct pollfd ready[] = {{.fd = reader->sock, .events = POLLOUT},
+                                 {.fd = reader->stop_fd, .events = POLLIN}};
+        if (poll(ready, 2, (int)((until - now) / 1000000)) <= 0 || ready[0].revents != POLLOUT ||
+            ready[1].revents)
             return;
         flush(reader);
     }
@@ -310,7 +345,8 @@ static void obey(struct pn_reader *reader, const struct key_header *asking) {
     if ((asking->kind != KEY_ASK && asking->kind != KEY_RETURN) || asking->length)
         end_reader(reader, PN_END_PROTOCOL, 0, "the peer asks for no key, nor gives one back");
     else if (!find(reader->keys, asking->first, asking->count, &place))
-        end_reader(reader, PN_END_PROTOCOL, 0, "the peer asks for the key to %u pages from page %llu on: that is no chunk",
+        end_reader(reader, PN_END_PROTOCOL, 0,
+                   "the peer asks for the key to %u pages from page %llu on: that is no chunk",
                    asking->count, (unsigned long long)asking->first);
     else if (asking->kind == KEY_ASK)
         answer(reader, &place);
@@ -323,12 +359,14 @@ static void obey(struct pn_reader *reader, const struct key_header *asking) {
 /* ---- the loop ---- */
 
 static bool has_room(const struct pn_reader *reader) {
-    return reader->out_count + sizeof(struct key_header) + PN_MAX_REASON_BYTES <= sizeof reader->outbox;
+    return reader->out_count + sizeof(struct key_header) + PN_MAX_REASON_BYTES <=
+           sizeof reader->outbox;
 }
 
 static void obey_all(struct pn_reader *reader) {
     size_t used = 0;
-    for (struct key_header asking; reader->in_count - used >= sizeof asking && has_room(reader) && !reader->ended;) {
+    for (struct key_header asking;
+         reader->in_count - used >= sizeof asking && has_room(reader) && !reader->ended;) {
         memcpy(&asking, reader->inbox + used, sizeof asking);
         used += sizeof asking;
         obey(reader, &asking);
@@ -338,7 +376,8 @@ static void obey_all(struct pn_reader *reader) {
 }
 
 static void receive(struct pn_reader *reader) {
-    ssize_t got = recv(reader->sock, reader->inbox + reader->in_count, sizeof reader->inbox - reader->in_count, MSG_DONTWAIT);
+    ssize_t got = recv(reader->sock, reader->inbox + reader->in_count,
+                       sizeof reader->inbox - reader->in_count, MSG_DONTWAIT);
     if (got > 0)
         reader->in_count += (size_t)got;
     else if (got == 0)
@@ -352,7 +391,8 @@ static void loop(void *argument) {
     for (obey_all(reader); !reader->ended; obey_all(reader)) {
         bool full = !has_room(reader) || reader->in_count == sizeof reader->inbox;
         short events = (short)((full ? 0 : POLLIN) | (reader->out_count ? POLLOUT : 0));
-        struct pollfd ready[] = {{.fd = reader->sock, .events = events}, {.fd = reader->stop_fd, .events = POLLIN}};
+        struct pollfd ready[] = {{.fd = reader->sock, .events = events},
+                                 {.fd = reader->stop_fd, .events = POLLIN}};
         if (poll(ready, 2, -1) < 0)
             continue;
         if (ready[1].revents)
@@ -364,7 +404,8 @@ static void loop(void *argument) {
     }
 }
 
-void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread, uint64_t length, struct pn_end *end) {
+void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread,
+                   uint64_t length, struct pn_end *end) {
     *end = (struct pn_end){.kind = PN_END_STOPPED};
     reader->end = end;
     reader->sock = sock;
@@ -386,7 +427,8 @@ struct pn_reader *pn_reader_new(struct pn_keys *keys, int *error) {
     reader->keys = keys;
     reader->has = calloc(keys->config.chunk_count, sizeof *reader->has);
     if (reader->has && (reader->queue = keys->verbs.create_cq(keys->context, 1, NULL, NULL, 0)))
-        reader->pair = pn_verbs_make_pair(&keys->verbs, keys->pd, reader->queue, 1, keys->config.port, IBV_ACCESS_REMOTE_READ);
+        reader->pair = pn_verbs_make_pair(&keys->verbs, keys->pd, reader->queue, 1,
+                                          keys->config.port, IBV_ACCESS_REMOTE_READ);
     if (reader->pair) {
         *error = 0;
         return reader;

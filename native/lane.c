@@ -1,7 +1,8 @@
 /* One connection of the destination, asking for pages, and how it ends.
  *
- * The demand lane takes its work from the uffd, a background lane from a ring that the schedule fills. Requests carry an id;
- * many are open at a time, and each is answered in order of its pages. */
+ * The demand lane takes its work from the uffd, a background lane from a ring that the schedule
+ * fills. Requests carry an id; many are open at a time, and each is answered in order of its pages.
+ */
 #define _GNU_SOURCE
 #include "lane.h"
 #include "thread.h"
@@ -29,7 +30,9 @@ void pn_lane_end_placing(struct lane *lane, int error) {
     if (error == -ESRCH)
         pn_lane_end(lane, PN_END_OWNER_GONE, 0, "");
     else if (error == -EFAULT)
-        pn_lane_end(lane, PN_END_OWNER_WRONG, 0, "the owner made its memory file shorter, or it is not the one that it has mapped");
+        pn_lane_end(
+            lane, PN_END_OWNER_WRONG, 0,
+            "the owner made its memory file shorter, or it is not the one that it has mapped");
     else
         pn_lane_end(lane, PN_END_PLACING, -error, "");
 }
@@ -60,8 +63,8 @@ void pn_stream_ask(struct lane *lane, const struct run *run) {
 
 void pn_lane_flush(struct lane *lane) {
     while (lane->out_start < lane->out_end) {
-        ssize_t sent = send(lane->config->sock, lane->outbox + lane->out_start, lane->out_end - lane->out_start,
-                            MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t sent = send(lane->config->sock, lane->outbox + lane->out_start,
+                            lane->out_end - lane->out_start, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR)
             continue;
         if (sent < 0) {

@@ -8,14 +8,16 @@
 struct epoll_event;
 
 /* The map may be in a file that the owner has, too. */
-#define PN_WROTE "the owner has written to the map of its pages: page %llu is in no state that it can be in"
+#define PN_WROTE                                                                                   \
+    "the owner has written to the map of its pages: page %llu is in no state that it can be in"
 
 #define UNWATCHED 0xffffffffu /* no event mask of epoll's */
 
 enum {
-    SLOTS = 4096,           /* requests open at once; three a fault, 64 faults a read */
-    OUTBOX = SLOTS * 24,    /* room for each of them */
-    STAGE_BYTES = 128 << 10, /* received before it is placed: small enough to be in the cache still */
+    SLOTS = 4096,        /* requests open at once; three a fault, 64 faults a read */
+    OUTBOX = SLOTS * 24, /* room for each of them */
+    STAGE_BYTES = 128
+        << 10, /* received before it is placed: small enough to be in the cache still */
     EVENTS = 64,
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     LATE = 256,
@@ -25,7 +27,7 @@ struct slot {
     uint32_t id;
     uint8_t class_;
     uint8_t open;
-    uint8_t packs; /* asked for compressed */
+    uint8_t packs;      /* asked for compressed */
     uint64_t next, end; /* pages on the wire, still to come */
     uint64_t since;     /* ns */
     const struct pn_piece *piece;
@@ -35,8 +37,8 @@ struct slot {
 struct current {
     struct slot *slot;
     uint8_t class_;
-    bool failed; /* what comes is not pages, but the reason why there are none */
-    uint32_t packed; /* bytes in which they come compressed, 0: as they are */
+    bool failed;           /* what comes is not pages, but the reason why there are none */
+    uint32_t packed;       /* bytes in which they come compressed, 0: as they are */
     uint64_t first, count; /* pages of ours, still to come */
 };
 
@@ -107,7 +109,9 @@ static inline void pn_lane_count(struct lane *lane, int class_, int counter, uin
     pn_stats_add(lane->dest->config.map, class_, counter, amount);
 }
 
-static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
+static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) {
+    return value < limit ? value : limit;
+}
 
 /* ---- lane.c: how a lane ends, and what it sends ---- */
 

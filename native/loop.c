@@ -42,8 +42,10 @@ int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) {
     uint64_t wait = time_to_wait(lane);
     if (wait == UINT64_MAX || !wait)
         return epoll_wait(lane->epoll, ready, room, wait ? -1 : 0);
-    /* Milliseconds are too coarse to pace by: what is asked for at once stands in the way of what somebody waits for. */
-    struct timespec time = {.tv_sec = (time_t)(wait / 1000000000), .tv_nsec = (long)(wait % 1000000000)};
+    /* Milliseconds are too coarse to pace by: what is asked for at once stands in the way of what
+     * somebody waits for. */
+    struct timespec time = {.tv_sec = (time_t)(wait / 1000000000),
+                            .tv_nsec = (long)(wait % 1000000000)};
     long count = syscall(SYS_epoll_pwait2, lane->epoll, ready, room, &time, NULL, 0);
     if (count < 0 && errno == ENOSYS) /* before Linux 5.11 */
         return epoll_wait(lane->epoll, ready, room, (int)(wait / 1000000) + 1);
@@ -125,7 +127,8 @@ static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
 static bool prepare_stage(struct stream *stream) {
     uint64_t page_size = stream->lane.dest->config.max_page_size;
     uint64_t size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
-    /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages out of it. */
+    /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages
+     * out of it. */
     stream->stage_size = size + (pn_stream_is_demand(stream) ? 64 << 10 : 0);
     stream->stage_room =
         stream->stage_size > PN_MAX_LZ4_BYTES ? stream->stage_size : PN_MAX_LZ4_BYTES;

@@ -17,8 +17,8 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-/* The first 8 bytes are zero, and each byte equals the one 8 before it: memcmp runs at memory speed, and a page that is
- * not zero is nearly always known by its first word. */
+/* The first 8 bytes are zero, and each byte equals the one 8 before it: memcmp runs at memory
+ * speed, and a page that is not zero is nearly always known by its first word. */
 static bool is_zero(const char *page, uint64_t size) {
     uint64_t word;
     memcpy(&word, page, sizeof word);
@@ -47,8 +47,8 @@ static int is_zero_in_file(int fd, uint64_t offset, uint64_t size) {
     return 1;
 }
 
-/* A page that is not zero is nearly always known by its first word, which is all that is read of it then: copying all of the
- * pages was most of what a source over RDMA did. */
+/* A page that is not zero is nearly always known by its first word, which is all that is read of it
+ * then: copying all of the pages was most of what a source over RDMA did. */
 int64_t pn_zero_map(int fd, uint64_t offset, uint64_t pages, uint64_t page_size, uint8_t *bits) {
     int64_t zeros = 0;
     for (uint64_t i = 0; i < pages; i++, offset += page_size) {
@@ -96,14 +96,17 @@ int pn_store(uint64_t to, const void *from, uint64_t length) {
 void pn_copy(void *to, const void *from, uint64_t length) { memcpy(to, from, length); }
 
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment) {
-    /* A file's pages are reserved if that can be done (hugetlbfs): what is not there must be said now, not by SIGBUS. */
+    /* A file's pages are reserved if that can be done (hugetlbfs): what is not there must be said
+     * now, not by SIGBUS. */
     int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
     /* Room to find an aligned start in, then the mapping on top of it, then the rest given back. */
-    char *room = mmap(NULL, length + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *room = mmap(NULL, length + alignment, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED)
         return (uint64_t)(int64_t)-errno;
     char *start = (char *)(((uintptr_t)room + alignment - 1) & ~(alignment - 1));
-    void *mapped = mmap(start, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, (off_t)offset);
+    void *mapped =
+        mmap(start, length, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd, (off_t)offset);
     if (mapped == MAP_FAILED) {
         int error = -errno;
         munmap(room, length + alignment);
@@ -121,7 +124,9 @@ uint64_t pn_map_file(uint64_t length, int fd, int writable) {
     return mapped == MAP_FAILED ? (uint64_t)(int64_t)-errno : (uint64_t)(uintptr_t)mapped;
 }
 
-void pn_unmap_memory(uint64_t address, uint64_t length) { munmap((void *)(uintptr_t)address, length); }
+void pn_unmap_memory(uint64_t address, uint64_t length) {
+    munmap((void *)(uintptr_t)address, length);
+}
 
 int pn_punch(int fd, uint64_t length) {
     return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)length) ? -errno : 0;
@@ -131,7 +136,9 @@ int pn_populate(uint64_t address, uint64_t length) {
     return madvise((void *)(uintptr_t)address, length, MADV_POPULATE_WRITE) ? -errno : 0;
 }
 
-void pn_map_ahead(uint64_t address, uint64_t length) { madvise((void *)(uintptr_t)address, length, MADV_POPULATE_READ); }
+void pn_map_ahead(uint64_t address, uint64_t length) {
+    madvise((void *)(uintptr_t)address, length, MADV_POPULATE_READ);
+}
 
 int pn_is_hole(int fd, uint64_t offset, uint64_t size) {
     off_t past = (off_t)(offset + size), data = lseek(fd, (off_t)offset, SEEK_DATA);

@@ -1,10 +1,10 @@
 /* Putting pages in place, and the rules that each of these ioctls shares:
  *
  *   partial   the kernel stops where it must and says how far it came: go on from there.
- *   EEXIST    somebody was faster with that page. It does not wake: wake by hand, skip the page, go on.
- *   EAGAIN    the owner's memory map is changing and events are queued; nothing can be placed until they are read. Only the
- *             reader of events can do that: hand back.
- *   ENOENT    the range is not one registered mapping. A mapping may have been split or partly unmapped since: go on page by
+ *   EEXIST    somebody was faster with that page. It does not wake: wake by hand, skip the page, go
+ * on. EAGAIN    the owner's memory map is changing and events are queued; nothing can be placed
+ * until they are read. Only the reader of events can do that: hand back. ENOENT    the range is not
+ * one registered mapping. A mapping may have been split or partly unmapped since: go on page by
  *             page, and a page that fails alone is absent.
  *   EFAULT    of CONTINUE: the page cache does not have the page. See pn_settle().
  *   ESRCH     the owner's memory is gone.
@@ -16,22 +16,27 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_t length, uint64_t page_size) {
+static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_t length,
+                               uint64_t page_size) {
     if (page_size == (uint64_t)sysconf(_SC_PAGESIZE))
         return pn_uffd_zeropage(uffd, to, length);
-    return pn_uffd_copy(uffd, to, zeros, page_size); /* hugetlbfs has no ZEROPAGE: page by page, from the one page given */
+    return pn_uffd_copy(
+        uffd, to, zeros,
+        page_size); /* hugetlbfs has no ZEROPAGE: page by page, from the one page given */
 }
 
-/* A source page that cannot be moved (pinned, shared since a fork, not present, another process's) can still be copied. */
+/* A source page that cannot be moved (pinned, shared since a fork, not present, another process's)
+ * can still be copied. */
 static struct pn_progress move(int uffd, uint64_t to, const void *from, uint64_t length) {
     struct pn_progress step = pn_uffd_move(uffd, to, (uintptr_t)from, length);
-    if (step.done || (step.error != -EBUSY && step.error != -EINVAL && step.error != -ENOENT && step.error != -ENOTTY))
+    if (step.done || (step.error != -EBUSY && step.error != -EINVAL && step.error != -ENOENT &&
+                      step.error != -ENOTTY))
         return step;
     return pn_uffd_copy(uffd, to, from, length);
 }
 
-static struct pn_progress place_some(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length,
-                                     uint64_t page_size) {
+static struct pn_progress place_some(int uffd, enum pn_how how, uint64_t to, const void *from,
+                                     uint64_t length, uint64_t page_size) {
     switch (how) {
     case PN_COPY:
         return pn_uffd_copy(uffd, to, from, length);
@@ -46,7 +51,8 @@ static struct pn_progress place_some(int uffd, enum pn_how how, uint64_t to, con
     }
 }
 
-struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length, uint64_t page_size) {
+struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *from, uint64_t length,
+                          uint64_t page_size) {
     struct pn_placed sum = {0};
     uint64_t at = 0, stride = length;
     while (at < length) {
@@ -74,10 +80,13 @@ struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *fr
     return sum;
 }
 
-/* Punching a hole takes the page out of the page table first and out of the page cache last. A thread that touches it between
- * the two has a minor fault on a page that is gone when we come to it; woken, it faults again, on a missing page. */
-struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, uint64_t page_size) {
-    struct pn_placed placed = pn_place(uffd, minor ? PN_CONTINUE : PN_ZERO, to, zeros, page_size, page_size);
+/* Punching a hole takes the page out of the page table first and out of the page cache last. A
+ * thread that touches it between the two has a minor fault on a page that is gone when we come to
+ * it; woken, it faults again, on a missing page. */
+struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros,
+                           uint64_t page_size) {
+    struct pn_placed placed =
+        pn_place(uffd, minor ? PN_CONTINUE : PN_ZERO, to, zeros, page_size, page_size);
     if (minor && placed.error == -EFAULT)
         placed.error = pn_uffd_wake(uffd, to, page_size);
     return placed;
@@ -86,7 +95,8 @@ struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, 
 /* hugetlbfs has no ZEROPAGE, and this is memory whose page size nobody has told us. */
 static struct pn_placed place_huge_zero(int uffd, uint64_t to, uint64_t page_size) {
     struct pn_placed placed = {.error = -ENOMEM};
-    void *zeros = mmap(NULL, page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *zeros =
+        mmap(NULL, page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (zeros == MAP_FAILED)
         return placed;
     placed = pn_place(uffd, PN_COPY, to, zeros, page_size, page_size);
@@ -94,19 +104,26 @@ static struct pn_placed place_huge_zero(int uffd, uint64_t to, uint64_t page_siz
     return placed;
 }
 
-static struct pn_placed place_outside(int uffd, uint64_t to, uint64_t page_size, int minor, int zero) {
+static struct pn_placed place_outside(int uffd, uint64_t to, uint64_t page_size, int minor,
+                                      int zero) {
     if (zero && !minor && page_size > (uint64_t)sysconf(_SC_PAGESIZE))
         return place_huge_zero(uffd, to, page_size);
-    return pn_place(uffd, minor ? PN_CONTINUE : zero ? PN_ZERO : PN_POISON, to, NULL, page_size, page_size);
+    return pn_place(uffd,
+                    minor  ? PN_CONTINUE
+                    : zero ? PN_ZERO
+                           : PN_POISON,
+                    to, NULL, page_size, page_size);
 }
 
-/* EINVAL: pages are larger there, or (all sizes) the kernel cannot poison. A write to a page that the owner has protected itself
- * is for nobody to answer. */
+/* EINVAL: pages are larger there, or (all sizes) the kernel cannot poison. A write to a page that
+ * the owner has protected itself is for nobody to answer. */
 int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero) {
     enum { WP = 2, MINOR = 4 };
     static const uint64_t sizes[] = {4096, 2 << 20, 1 << 30};
     int error = flags & WP ? 0 : -EINVAL;
     for (unsigned i = 0; i < sizeof sizes / sizeof sizes[0] && error == -EINVAL; i++)
-        error = place_outside(uffd, address & ~(sizes[i] - 1), sizes[i], flags & MINOR ? 1 : 0, zero).error;
+        error =
+            place_outside(uffd, address & ~(sizes[i] - 1), sizes[i], flags & MINOR ? 1 : 0, zero)
+                .error;
     return error == -EAGAIN || error == -ESRCH ? error : 0;
 }

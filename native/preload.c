@@ -1,16 +1,19 @@
-/* Preloaded (LD_PRELOAD) into a VMM that knows nothing of pagenet: when the VMM maps the files that back its guest's RAM, the
- * memory is put under a userfaultfd and handed to pagenet by Firecracker's handshake. Of the C library it replaces mmap and
- * nothing else. What the launcher sets:
+/* Preloaded (LD_PRELOAD) into a VMM that knows nothing of pagenet: when the VMM maps the files that
+ * back its guest's RAM, the memory is put under a userfaultfd and handed to pagenet by
+ * Firecracker's handshake. Of the C library it replaces mmap and nothing else. What the launcher
+ * sets:
  *
  *   PAGENET_UFFD_SOCKET   the unix socket on which pagenet waits for owners
- *   PAGENET_UFFD_FILES    DEV:INO[,DEV:INO...]: the files, in the order of the region's flat offsets
- *   PAGENET_UFFD_DEVICE   a userfaultfd device node to use instead of /dev/userfaultfd
+ *   PAGENET_UFFD_FILES    DEV:INO[,DEV:INO...]: the files, in the order of the region's flat
+ * offsets PAGENET_UFFD_DEVICE   a userfaultfd device node to use instead of /dev/userfaultfd
  *
- * A guest that runs on memory which nobody fills reads zeros and breaks without a word. So whatever goes wrong here ends the
- * VMM, with one line that says why, and the VMM keeps the userfaultfd for as long as it lives: should pagenet be lost, the
- * guest waits. It keeps the map of its pages too, an empty memfd that pagenet fills: the next pagenet finds there what has come.
+ * A guest that runs on memory which nobody fills reads zeros and breaks without a word. So whatever
+ * goes wrong here ends the VMM, with one line that says why, and the VMM keeps the userfaultfd for
+ * as long as it lives: should pagenet be lost, the guest waits. It keeps the map of its pages too,
+ * an empty memfd that pagenet fills: the next pagenet finds there what has come.
  */
-#undef _FILE_OFFSET_BITS /* would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below */
+/* It would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below. */
+#undef _FILE_OFFSET_BITS
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -36,7 +39,8 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-_Static_assert(sizeof(off_t) == 8 && sizeof(void *) == 8, "mmap's system call is another one on 32-bit machines");
+_Static_assert(sizeof(off_t) == 8 && sizeof(void *) == 8,
+               "mmap's system call is another one on 32-bit machines");
 
 #define DEVICE "/dev/userfaultfd"
 #define EXPORTED __attribute__((visibility("default"))) /* the rest is hidden from the VMM */
@@ -118,8 +122,10 @@ static void read_environment(void) {
             at = NULL; /* nothing after the comma */
     }
     if (!at || !file_count)
-        give_up("PAGENET_UFFD_FILES is '%s', not up to %d different files as DEV:INO,DEV:INO...: this is the launcher's "
-                "to mend", list, MAX_FILES);
+        give_up("PAGENET_UFFD_FILES is '%s', not up to %d different files as DEV:INO,DEV:INO...: "
+                "this is the launcher's "
+                "to mend",
+                list, MAX_FILES);
 }
 
 /* The listed file behind fd that has not been mapped yet, or NULL. */
@@ -138,7 +144,8 @@ static struct file *awaited_file(int fd) {
 
 /* ---- userfaultfd ---- */
 
-/* The VMM may put its own files at 0, 1 and 2 later (QEMU does with -daemonize), and would close ours there. */
+/* The VMM may put its own files at 0, 1 and 2 later (QEMU does with -daemonize), and would close
+ * ours there. */
 static int above_stdio(int fd) {
     if (fd < 0 || fd > STDERR_FILENO)
         return fd;
@@ -147,16 +154,21 @@ static int above_stdio(int fd) {
     return moved < 0 ? -EMFILE : moved;
 }
 
-/* Not for faults in user mode alone, which every user could have: KVM and the VMM's own system calls touch the memory too. */
+/* Not for faults in user mode alone, which every user could have: KVM and the VMM's own system
+ * calls touch the memory too. */
 static void open_uffd(void) {
     const char *device = getenv("PAGENET_UFFD_DEVICE");
     device = device ? device : DEVICE;
     int opened = above_stdio(pn_uffd_open(device, 0));
     if (opened == -EPERM || opened == -EACCES)
-        give_up("may not use userfaultfd: run as root, give this user access to %s (setfacl -m u:%u:rw %s, of "
-                "Debian's package acl), or set vm.unprivileged_userfaultfd (sysctl vm.unprivileged_userfaultfd=1)", device, geteuid(), device);
+        give_up("may not use userfaultfd: run as root, give this user access to %s (setfacl -m "
+                "u:%u:rw %s, of "
+                "Debian's package acl), or set vm.unprivileged_userfaultfd (sysctl "
+                "vm.unprivileged_userfaultfd=1)",
+                device, geteuid(), device);
     if (opened < 0)
-        give_up("cannot open a userfaultfd: %s: the kernel needs CONFIG_USERFAULTFD", strerror(-opened));
+        give_up("cannot open a userfaultfd: %s: the kernel needs CONFIG_USERFAULTFD",
+                strerror(-opened));
     uint64_t features;
     int error = pn_uffd_api(opened, UFFD_FEATURE_EVENT_REMOVE, &features);
     if (error == -EINVAL)
@@ -169,15 +181,18 @@ static void open_uffd(void) {
 static int open_map(void) {
     int map = above_stdio(memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING));
     if (map < 0)
-        give_up("cannot make the map of guest RAM's pages: %s: lift the limit that forbids it", strerror(errno));
+        give_up("cannot make the map of guest RAM's pages: %s: lift the limit that forbids it",
+                strerror(errno));
     return map;
 }
 
 static void watch(const struct file *file) {
     uint64_t ioctls;
-    int error = pn_uffd_register(uffd, file->address, file->length, UFFDIO_REGISTER_MODE_MISSING, &ioctls);
+    int error =
+        pn_uffd_register(uffd, file->address, file->length, UFFDIO_REGISTER_MODE_MISSING, &ioctls);
     if (error)
-        give_up("cannot watch file %" PRIu64 ":%" PRIu64 " of guest RAM: %s: put it on tmpfs (/dev/shm) or hugetlbfs",
+        give_up("cannot watch file %" PRIu64 ":%" PRIu64
+                " of guest RAM: %s: put it on tmpfs (/dev/shm) or hugetlbfs",
                 file->device, file->inode, strerror(-error));
 }
 
@@ -188,10 +203,10 @@ static size_t write_mappings(char *text, size_t room) {
     size_t length = 0;
     for (size_t i = 0; i < file_count; flat += files[i++].size)
         length += (size_t)snprintf(text + length, room - length,
-                                   "%c{\"base_host_virt_addr\":%" PRIu64 ",\"size\":%" PRIu64 ",\"offset\":%" PRIu64
-                                   ",\"page_size\":%" PRIu64 "}",
-                                   i ? ',' : '[', files[i].address, files[i].length, flat + files[i].offset,
-                                   files[i].page_size);
+                                   "%c{\"base_host_virt_addr\":%" PRIu64 ",\"size\":%" PRIu64
+                                   ",\"offset\":%" PRIu64 ",\"page_size\":%" PRIu64 "}",
+                                   i ? ',' : '[', files[i].address, files[i].length,
+                                   flat + files[i].offset, files[i].page_size);
     text[length++] = ']';
     return length;
 }
@@ -199,26 +214,31 @@ static size_t write_mappings(char *text, size_t room) {
 static int connect_to_pagenet(void) {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
     if (strlen(socket_path) >= sizeof to.sun_path)
-        give_up("PAGENET_UFFD_SOCKET is longer than the kernel's %zu bytes: choose a shorter path", sizeof to.sun_path - 1);
+        give_up("PAGENET_UFFD_SOCKET is longer than the kernel's %zu bytes: choose a shorter path",
+                sizeof to.sun_path - 1);
     strcpy(to.sun_path, socket_path);
     int fd = above_stdio(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     struct timeval patience = {.tv_sec = PATIENCE_S}; /* with a listener that accepts nobody */
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) ||
         TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&to, sizeof to)))
-        give_up("cannot reach pagenet on %s: %s: start pagenet first, as the same user", socket_path, strerror(errno));
+        give_up("cannot reach pagenet on %s: %s: start pagenet first, as the same user",
+                socket_path, strerror(errno));
     return fd;
 }
 
-/* The kernel sends duplicates. The socket stays open as the uffd does, and nobody here closes either. */
+/* The kernel sends duplicates. The socket stays open as the uffd does, and nobody here closes
+ * either. */
 static void hand_over(int file_fd) {
     static char text[MAX_FILES * ENTRY_ROOM];
     int fds[3] = {uffd, open_map(), file_fd};
-    size_t room = (file_count == 1 ? 3 : 2) * sizeof *fds; /* the third is the file in which flat offsets are file offsets */
+    size_t room = (file_count == 1 ? 3 : 2) *
+                  sizeof *fds; /* the third is the file in which flat offsets are file offsets */
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {0};
     struct iovec bytes = {.iov_base = text, .iov_len = write_mappings(text, sizeof text)};
-    struct msghdr message = {
-        .msg_iov = &bytes, .msg_iovlen = 1, .msg_control = control, .msg_controllen = CMSG_SPACE(room)
-    };
+    struct msghdr message = {.msg_iov = &bytes,
+                             .msg_iovlen = 1,
+                             .msg_control = control,
+                             .msg_controllen = CMSG_SPACE(room)};
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
@@ -226,15 +246,17 @@ static void hand_over(int file_fd) {
     memcpy(CMSG_DATA(header), fds, room);
     ssize_t sent = TEMP_FAILURE_RETRY(sendmsg(connect_to_pagenet(), &message, MSG_NOSIGNAL));
     if (sent < 0 || (size_t)sent != bytes.iov_len)
-        give_up("cannot hand guest RAM to pagenet on %s: %s: is it pagenet that listens there?", socket_path,
-                sent < 0 ? strerror(errno) : "it does not read");
+        give_up("cannot hand guest RAM to pagenet on %s: %s: is it pagenet that listens there?",
+                socket_path, sent < 0 ? strerror(errno) : "it does not read");
 }
 
 /* ---- mmap ---- */
 
-/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call comes. */
+/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call
+ * comes. */
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
-    return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd, offset);
+    return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd,
+                           offset);
 }
 
 static uint64_t page_size_of(int fd) {
@@ -250,14 +272,17 @@ static void note(struct file *file, const void *address, size_t length, int fd, 
     file->offset = (uint64_t)offset;
     mapped_count++;
     if (file->offset > file->size || file->length > file->size - file->offset)
-        give_up("guest RAM ends past the end of its file %" PRIu64 ":%" PRIu64 ", which has %" PRIu64 " bytes: give the file "
+        give_up("guest RAM ends past the end of its file %" PRIu64 ":%" PRIu64
+                ", which has %" PRIu64 " bytes: give the file "
                 "the size of the RAM, in whole pages of %" PRIu64 " bytes",
                 file->device, file->inode, file->size, file->page_size);
 }
 
-/* Out of reach until it is watched: MAP_POPULATE, mlockall() or another thread would else find holes, and fill them with zeros
- * that look like pages which have come. Watched at once, even if other files are still to be mapped, for the same reason. */
-static void *map_watched(struct file *file, void *address, size_t length, int protection, int flags, int fd, off_t offset) {
+/* Out of reach until it is watched: MAP_POPULATE, mlockall() or another thread would else find
+ * holes, and fill them with zeros that look like pages which have come. Watched at once, even if
+ * other files are still to be mapped, for the same reason. */
+static void *map_watched(struct file *file, void *address, size_t length, int protection, int flags,
+                         int fd, off_t offset) {
     void *mapped = map(address, length, PROT_NONE, flags, fd, offset);
     if (mapped == MAP_FAILED)
         return mapped;
@@ -266,7 +291,8 @@ static void *map_watched(struct file *file, void *address, size_t length, int pr
         open_uffd();
     watch(file);
     if (mprotect(mapped, file->length, protection))
-        give_up("cannot make guest RAM accessible: %s: lift the limit that forbids it", strerror(errno));
+        give_up("cannot make guest RAM accessible: %s: lift the limit that forbids it",
+                strerror(errno));
     if (mapped_count == file_count) {
         hand_over(fd);
         atomic_store(&idle, true);
@@ -276,10 +302,12 @@ static void *map_watched(struct file *file, void *address, size_t length, int pr
 
 static bool may_be_guest_memory(int protection, int flags, int fd) {
     bool shared = (flags & MAP_TYPE) == MAP_SHARED || (flags & MAP_TYPE) == MAP_SHARED_VALIDATE;
-    return fd >= 0 && shared && !(flags & MAP_ANONYMOUS) && (protection & PROT_WRITE) && !atomic_load(&idle);
+    return fd >= 0 && shared && !(flags & MAP_ANONYMOUS) && (protection & PROT_WRITE) &&
+           !atomic_load(&idle);
 }
 
-static void *map_any(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
+static void *map_any(void *address, size_t length, int protection, int flags, int fd,
+                     off_t offset) {
     if (!may_be_guest_memory(protection, flags, fd))
         return map(address, length, protection, flags, fd, offset);
     int before = errno;
@@ -299,6 +327,7 @@ EXPORTED void *mmap(void *address, size_t length, int protection, int flags, int
     return map_any(address, length, protection, flags, fd, offset);
 }
 
-EXPORTED void *mmap64(void *address, size_t length, int protection, int flags, int fd, off64_t offset) {
+EXPORTED void *mmap64(void *address, size_t length, int protection, int flags, int fd,
+                      off64_t offset) {
     return map_any(address, length, protection, flags, fd, offset);
 }

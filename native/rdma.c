@@ -1,7 +1,9 @@
-/* The destination's lanes over RDMA: ask for the key to a chunk of the source's memory, READ pages out of it, place, wake.
+/* The destination's lanes over RDMA: ask for the key to a chunk of the source's memory, READ pages
+ * out of it, place, wake.
  *
- * One loop drives both queue pairs: what it does for a page of the background takes tens of microseconds, and demand is looked at
- * before each. Faults become wants; a want is started when the keys to all its chunks are there. */
+ * One loop drives both queue pairs: what it does for a page of the background takes tens of
+ * microseconds, and demand is looked at before each. Faults become wants; a want is started when
+ * the keys to all its chunks are there. */
 #define _GNU_SOURCE
 #include "chunks.h"
 #include "lane.h"
@@ -19,13 +21,13 @@
 #include <unistd.h>
 
 enum {
-    WANTS = 4096,             /* runs that somebody waits for, not begun */
-    READS = 256,              /* begun at once */
-    SEND_QUEUE = 512,         /* work requests posted at once, on a queue pair */
-    ARENA_BYTES = 16 << 20,   /* where pages come that cannot come where they belong */
-    SLOT_BYTES = 256 << 10,   /* of it for one READ */
+    WANTS = 4096,           /* runs that somebody waits for, not begun */
+    READS = 256,            /* begun at once */
+    SEND_QUEUE = 512,       /* work requests posted at once, on a queue pair */
+    ARENA_BYTES = 16 << 20, /* where pages come that cannot come where they belong */
+    SLOT_BYTES = 256 << 10, /* of it for one READ */
     MIN_SLOTS = 2,
-    MAX_PART = 1 << 30,       /* of one work request */
+    MAX_PART = 1 << 30, /* of one work request */
     READY = 8,
 };
 
@@ -74,7 +76,7 @@ struct pn_rdma {
     uint32_t demand_reads;
     struct read_batch batches[2];
     uint64_t spin_ns; /* 0: not at all */
-    uint64_t spun; /* times */
+    uint64_t spun;    /* times */
 };
 
 static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
@@ -101,7 +103,8 @@ static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_p
     return true;
 }
 
-static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t first, uint64_t count, bool *zero) {
+static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t first,
+                      uint64_t count, bool *zero) {
     struct place place = {0};
     uint64_t same = 1;
     *zero = is_zero(rdma, &place, piece, first);
@@ -110,9 +113,10 @@ static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64
     return same;
 }
 
-/* Our own memory for the pages of a chunk, as far as the piece goes, so that they come where they belong. NULL: no more may be
- * pinned, or the chunk is a part of a page. */
-static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
+/* Our own memory for the pages of a chunk, as far as the piece goes, so that they come where they
+ * belong. NULL: no more may be pinned, or the chunk is a part of a page. */
+static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece *piece,
+                                     const struct place *place) {
     if (place->chunk->local)
         return place->chunk->local;
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
@@ -121,7 +125,9 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     char *start = (char *)piece->second + from * place->page_size;
     uint64_t size = (to - from) * place->page_size;
     if (!pn_in_place(rdma->lane.dest, piece)) /* else its pages are there */
-        pn_populate((uintptr_t)start, size); /* if it can be done: registering does it page by page, which takes longer */
+        pn_populate(
+            (uintptr_t)start,
+            size); /* if it can be done: registering does it page by page, which takes longer */
     place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, size, IBV_ACCESS_LOCAL_WRITE);
     return place->chunk->local;
 }
@@ -139,12 +145,14 @@ static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct run *pages,
     if (!piece->second || wire + count > place->first + place->count)
         return NULL;
     /* Registering takes longer than copying: for many pages, none of which anybody waits for. */
-    struct ibv_mr *mr = pages->class_ == PN_BACKGROUND ? register_local(rdma, piece, place) : place->chunk->local;
+    struct ibv_mr *mr =
+        pages->class_ == PN_BACKGROUND ? register_local(rdma, piece, place) : place->chunk->local;
     uint64_t to = piece->second + (pages->first - piece->first) * piece->page_size;
     return mr && within(mr, to, pages->count * piece->page_size) ? mr : NULL;
 }
 
-static void add_part(struct read_batch *batch, uint64_t to, uint32_t lkey, uint64_t from, uint32_t rkey, uint64_t size) {
+static void add_part(struct read_batch *batch, uint64_t to, uint32_t lkey, uint64_t from,
+                     uint32_t rkey, uint64_t size) {
     struct ibv_sge *part = &batch->parts[batch->count];
     struct ibv_send_wr *request = &batch->requests[batch->count];
     *part = (struct ibv_sge){.addr = to, .length = (uint32_t)size, .lkey = lkey};
@@ -191,10 +199,12 @@ static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts
     const struct read_batch *batch = &rdma->batches[queue_pair];
     /* What nobody waits for leaves some of the stage for what somebody does. */
     uint32_t reserved = queue_pair ? rdma->slot_count / 2 : 0;
-    return rdma->free_read_count && rdma->free_slot_count > reserved && batch->count + batch->posted + parts <= SEND_QUEUE;
+    return rdma->free_read_count && rdma->free_slot_count > reserved &&
+           batch->count + batch->posted + parts <= SEND_QUEUE;
 }
 
-/* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no room now. */
+/* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no
+ * room now. */
 static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     int queue_pair = pages.class_ == PN_BACKGROUND;
     const struct pn_piece *piece = pages.piece;
@@ -221,10 +231,12 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     struct under_way *read = &rdma->reads[rdma->free_reads[--rdma->free_read_count]];
     *read = (struct under_way){.pages = pages, .slot = -1, .queue_pair = (uint8_t)queue_pair};
     if (mr) {
-        add_parts(rdma, read, piece->second + (pages.first - piece->first) * piece->page_size, mr->lkey);
+        add_parts(rdma, read, piece->second + (pages.first - piece->first) * piece->page_size,
+                  mr->lkey);
     } else {
         read->slot = rdma->free_slots[--rdma->free_slot_count];
-        add_parts(rdma, read, (uintptr_t)rdma->stage + (uint64_t)read->slot * rdma->slot_size, rdma->stage_mr->lkey);
+        add_parts(rdma, read, (uintptr_t)rdma->stage + (uint64_t)read->slot * rdma->slot_size,
+                  rdma->stage_mr->lkey);
     }
     rdma->demand_reads += pages.class_ == PN_DEMAND;
     read->since = pn_now();
@@ -246,7 +258,8 @@ static uint64_t begin(struct pn_rdma *rdma, const struct run *want) {
         if (zero) {
             uint64_t size = part.count * part.piece->page_size;
             pn_lane_place(&rdma->lane, &part, NULL);
-            if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing of a limited link */
+            if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing
+                                                 of a limited link */
                 pn_refund(rdma->lane.dest, size);
             else
                 pn_pace_came(&rdma->lane.pace, part.class_, size, pn_now());
@@ -277,7 +290,8 @@ static void want(struct lane *lane, const struct run *run) {
 
 static const struct asking wanting = {want, can_want};
 
-/* The first that waits for keys may have others given back for it, and no other: they would take them from each other, for ever. */
+/* The first that waits for keys may have others given back for it, and no other: they would take
+ * them from each other, for ever. */
 static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < wants->count; i++) {
@@ -294,17 +308,20 @@ static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) 
         if (item->count)
             wants->items[kept++] = *item;
     }
-    wants->count = kept; /* placing zeros may have read faults, which came behind: they were looked at too */
+    wants->count =
+        kept; /* placing zeros may have read faults, which came behind: they were looked at too */
 }
 
 /* ---- background ---- */
 
-/* Every page of the chunk that the piece has is in place, or given up: its key is of no more use. */
+/* Every page of the chunk that the piece has is in place, or given up: its key is of no more use.
+ */
 static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
     uint64_t to =
         pn_at_most(place->first + place->count - piece->wire_first, piece->count << piece->shift);
-    for (uint64_t page = piece->first + (from >> piece->shift); page < piece->first + (to >> piece->shift); page++) {
+    for (uint64_t page = piece->first + (from >> piece->shift);
+         page < piece->first + (to >> piece->shift); page++) {
         int state = pn_map_state(rdma->lane.dest->config.map, page);
         if (state != PN_RESIDENT && state != PN_REMOVED)
             return false;
@@ -312,8 +329,8 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
     return true;
 }
 
-/* The background mostly goes on where it is: it should find the keys there when it comes. Several are asked for at a time, so that
- * the source is not woken for each. */
+/* The background mostly goes on where it is: it should find the keys there when it comes. Several
+ * are asked for at a time, so that the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
     uint32_t most = (uint32_t)pn_at_most(rdma->chunks.granted, PN_AHEAD);
@@ -367,11 +384,13 @@ static void post(struct pn_rdma *rdma, int queue_pair) {
 }
 
 static void let_go_of_chunks(struct pn_rdma *rdma, const struct run *pages) {
-    uint64_t at = on_wire(pages->piece, pages->first), end = at + (pages->count << pages->piece->shift);
+    uint64_t at = on_wire(pages->piece, pages->first),
+             end = at + (pages->count << pages->piece->shift);
     while (at < end) {
         struct place place = pn_chunks_place(&rdma->chunks, at);
         place.chunk->reads--;
-        if (!place.chunk->reads && place.chunk->state == CHUNK_HERE && is_done(rdma, pages->piece, &place))
+        if (!place.chunk->reads && place.chunk->state == CHUNK_HERE &&
+            is_done(rdma, pages->piece, &place))
             pn_chunks_give_back(&rdma->chunks, place.chunk);
         at = place.first + place.count;
     }
@@ -408,7 +427,8 @@ static void failed(struct pn_rdma *rdma, const struct ibv_wc *completion) {
                     rdma->verbs.wc_status_str(completion->status));
 }
 
-/* Of demand all there is; of the background one at a time, for demand is to be looked at again before the next. */
+/* Of demand all there is; of the background one at a time, for demand is to be looked at again
+ * before the next. */
 static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
     struct ibv_wc completions[16];
     int room = queue_pair ? 1 : 16;
@@ -431,8 +451,9 @@ static void take_channel_event(struct pn_rdma *rdma) {
     }
 }
 
-/* Before sleeping, and only while something is in flight: most that somebody waits for has ended by then on a near device, and
- * neither asking to be told nor being told is for nothing. What ended before it was asked for is not told. */
+/* Before sleeping, and only while something is in flight: most that somebody waits for has ended by
+ * then on a near device, and neither asking to be told nor being told is for nothing. What ended
+ * before it was asked for is not told. */
 static bool arm(struct pn_rdma *rdma) {
     bool came = false;
     for (int i = 0; i < 2 && !rdma->lane.ended; i++) {
@@ -501,7 +522,8 @@ static void begin_all(struct pn_rdma *rdma) {
     pn_lane_flush(lane);
 }
 
-/* With processors to spare, the end of a READ that somebody waits for is looked for before sleeping. */
+/* With processors to spare, the end of a READ that somebody waits for is looked for before
+ * sleeping. */
 static bool spin(struct pn_rdma *rdma) {
     if (!rdma->spin_ns || !rdma->demand_reads || rdma->lane.ended)
         return false;
@@ -551,7 +573,9 @@ void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end) {
 
 /* ---- life ---- */
 
-uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair) { return rdma->pairs[queue_pair]->qp_num; }
+uint32_t pn_rdma_number(const struct pn_rdma *rdma, int queue_pair) {
+    return rdma->pairs[queue_pair]->qp_num;
+}
 
 uint64_t pn_rdma_spun(const struct pn_rdma *rdma) { return rdma->spun; }
 
@@ -559,12 +583,15 @@ static int make_queue_pair(struct pn_rdma *rdma, int i) {
     rdma->queues[i] = rdma->verbs.create_cq(rdma->context, SEND_QUEUE, NULL, rdma->channel, 0);
     if (!rdma->queues[i])
         return -errno;
-    rdma->pairs[i] = pn_verbs_make_pair(&rdma->verbs, rdma->pd, rdma->queues[i], SEND_QUEUE, rdma->config.port, 0);
+    rdma->pairs[i] = pn_verbs_make_pair(&rdma->verbs, rdma->pd, rdma->queues[i], SEND_QUEUE,
+                                        rdma->config.port, 0);
     return rdma->pairs[i] ? 0 : -errno;
 }
 
-int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn, const struct pn_rdma_peer *peer) {
-    struct pn_verbs_join join = {.port = rdma->config.port, .gid_index = rdma->config.gid_index, .psn = psn};
+int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn,
+                    const struct pn_rdma_peer *peer) {
+    struct pn_verbs_join join = {
+        .port = rdma->config.port, .gid_index = rdma->config.gid_index, .psn = psn};
     join.reads = 1; /* the peer does none */
     return pn_verbs_join_pair(&rdma->verbs, rdma->pairs[queue_pair], &join, peer);
 }
@@ -577,7 +604,8 @@ static int prepare_device(struct pn_rdma *rdma) {
     if (!rdma->context || !(rdma->pd = rdma->verbs.alloc_pd(rdma->context)) ||
         !(rdma->channel = rdma->verbs.create_comp_channel(rdma->context)))
         return errno ? -errno : -ENODEV;
-    if (fcntl(rdma->channel->fd, F_SETFL, O_NONBLOCK) || fcntl(rdma->context->async_fd, F_SETFL, O_NONBLOCK))
+    if (fcntl(rdma->channel->fd, F_SETFL, O_NONBLOCK) ||
+        fcntl(rdma->context->async_fd, F_SETFL, O_NONBLOCK))
         return -errno;
     for (int i = 0; i < 2 && !error; i++)
         error = make_queue_pair(rdma, i);

@@ -35,11 +35,13 @@ static bool is_wrong(struct stream *stream, const char *format, ...) {
 static bool check_pages(struct stream *stream, const struct pn_reply *reply,
                         const struct slot *slot) {
     unsigned shift = (unsigned)slot->piece->shift;
-    if (reply->first != slot->next || !reply->count || reply->count > slot->end - slot->next || reply->count & ((1u << shift) - 1))
+    if (reply->first != slot->next || !reply->count || reply->count > slot->end - slot->next ||
+        reply->count & ((1u << shift) - 1))
         return is_wrong(stream, "the peer answers out of turn: with %u pages from page %llu on",
                         reply->count, (unsigned long long)reply->first);
     uint64_t size = (reply->count >> shift) * slot->piece->page_size;
-    bool fits = reply->encoding == PN_LZ4 ? reply->length && reply->length < size : reply->length == (reply->encoding ? 0 : size);
+    bool fits = reply->encoding == PN_LZ4 ? reply->length && reply->length < size
+                                          : reply->length == (reply->encoding ? 0 : size);
     if (!fits)
         return is_wrong(stream, "the peer announces %u bytes for %u pages of %llu bytes in all",
                         reply->length, reply->count,
@@ -194,13 +196,14 @@ static void finish_reply(struct stream *stream) {
         if (slot->class_ == PN_DEMAND && stream->header.encoding != PN_ZEROS &&
             pn_stream_may_choose(stream))
             pn_demand_choice_came(&stream->choice, slot->packs,
-                           (pn_now() - slot->since) * 4096 / slot->piece->page_size);
+                                  (pn_now() - slot->since) * 4096 / slot->piece->page_size);
         close_slot(stream, slot);
     }
     stream->current = (struct current){0};
 }
 
-/* All of a compressed reply is here. Nothing is claimed, and nothing written where anybody sees it, before it is known to be right. */
+/* All of a compressed reply is here. Nothing is claimed, and nothing written where anybody sees it,
+ * before it is known to be right. */
 static void use_packed(struct stream *stream, const uint8_t *bytes) {
     struct current *current = &stream->current;
     uint64_t pages = current->count, size = pages * current->slot->piece->page_size;
@@ -286,7 +289,8 @@ void pn_stream_receive_staged(struct stream *stream) {
     }
 }
 
-/* ---- receiving, background: straight to where the pages belong, or to an aligned stage that is placed from at once ---- */
+/* ---- receiving, background: straight to where the pages belong, or to an aligned stage that is
+ * placed from at once ---- */
 
 static void begin_piece(struct stream *stream) {
     const struct pn_piece *piece = stream->current.slot->piece;
@@ -322,7 +326,8 @@ static uint8_t *piece_target(struct stream *stream) {
     return stream->piece_taken ? (uint8_t *)(piece->second + at) : stream->stage;
 }
 
-/* What comes next: the rest of a header, or of a piece and (if it is the reply's last) the header behind it. */
+/* What comes next: the rest of a header, or of a piece and (if it is the reply's last) the header
+ * behind it. */
 static int next_buffers(struct stream *stream, struct iovec *buffers) {
     if (!stream->current.slot) {
         buffers[0] = (struct iovec){(uint8_t *)&stream->header + stream->have,

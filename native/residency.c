@@ -1,8 +1,10 @@
-/* The residency map: one byte a page, changed by compare-and-swap alone, so that lanes in threads and in other processes
- * agree on who may ask for a page and who may write it. Counters of statistics are relaxed atomics: they order nothing.
+/* The residency map: one byte a page, changed by compare-and-swap alone, so that lanes in threads
+ * and in other processes agree on who may ask for a page and who may write it. Counters of
+ * statistics are relaxed atomics: they order nothing.
  *
- * The owner of the memory may have the map, too, and write to it at any time. So nothing in it is used as a size or an offset:
- * callers say how many pages there are, every loop is bounded by that, and a state is only compared. */
+ * The owner of the memory may have the map, too, and write to it at any time. So nothing in it is
+ * used as a size or an offset: callers say how many pages there are, every loop is bounded by that,
+ * and a state is only compared. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -13,7 +15,9 @@
 
 static const char MAGIC[] = "pagenet3"; /* the last is the layout's version */
 
-static _Atomic uint8_t *states(const struct pn_map *map) { return (_Atomic uint8_t *)((uintptr_t)map + sizeof *map); }
+static _Atomic uint8_t *states(const struct pn_map *map) {
+    return (_Atomic uint8_t *)((uintptr_t)map + sizeof *map);
+}
 
 static void add(uint64_t *counter, uint64_t amount) {
     atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_relaxed);
@@ -24,9 +28,12 @@ static void add_in_order(uint64_t *counter, uint64_t amount) {
     atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_release);
 }
 
-static bool is_done(int state) { return state == PN_RESIDENT || state == PN_REMOVED || state == PN_POISONED; }
+static bool is_done(int state) {
+    return state == PN_RESIDENT || state == PN_REMOVED || state == PN_POISONED;
+}
 
-/* Keeps `scope` and `done` exact: each page's transition is one atomic step, and is counted by whoever made it. */
+/* Keeps `scope` and `done` exact: each page's transition is one atomic step, and is counted by
+ * whoever made it. */
 static void account(struct pn_map *map, int from, int to, uint64_t pages) {
     if (pages && is_done(to) != is_done(from))
         add_in_order(&map->done, is_done(to) ? pages : -pages);
@@ -34,8 +41,11 @@ static void account(struct pn_map *map, int from, int to, uint64_t pages) {
         add_in_order(&map->scope, to == PN_OUTSIDE ? -pages : pages);
 }
 
-/* Eight pages are one aligned word: runs are longer than that, and a step for each page is a tenth of what placing it costs. */
-static _Atomic uint64_t *eight(const struct pn_map *map, uint64_t page) { return (_Atomic uint64_t *)(states(map) + page); }
+/* Eight pages are one aligned word: runs are longer than that, and a step for each page is a tenth
+ * of what placing it costs. */
+static _Atomic uint64_t *eight(const struct pn_map *map, uint64_t page) {
+    return (_Atomic uint64_t *)(states(map) + page);
+}
 
 static uint64_t eight_times(int state) { return (uint64_t)state * 0x0101010101010101u; }
 
@@ -52,7 +62,8 @@ int pn_map_state(const struct pn_map *map, uint64_t page) {
     return atomic_load_explicit(&states(map)[page], memory_order_acquire);
 }
 
-/* A page's step and its being counted are two: whoever died between them has left the counts wrong. */
+/* A page's step and its being counted are two: whoever died between them has left the counts wrong.
+ */
 int pn_map_recover(struct pn_map *map, uint64_t pages) {
     if (memcmp(map->magic, MAGIC, sizeof map->magic) || map->pages != pages)
         return -EINVAL;
@@ -76,7 +87,8 @@ uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int fr
     while (page < end) {
         uint64_t all = eight_times(from);
         uint8_t one = (uint8_t)from;
-        if (is_whole(page, end) && atomic_compare_exchange_strong(eight(map, page), &all, eight_times(to)))
+        if (is_whole(page, end) &&
+            atomic_compare_exchange_strong(eight(map, page), &all, eight_times(to)))
             page += 8;
         else if (atomic_compare_exchange_strong(&states(map)[page], &one, (uint8_t)to))
             page++;
@@ -120,7 +132,8 @@ uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int
 uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state) {
     uint64_t page = first;
     for (;;) {
-        if (is_whole(page, end) && atomic_load_explicit(eight(map, page), memory_order_acquire) == eight_times(state))
+        if (is_whole(page, end) &&
+            atomic_load_explicit(eight(map, page), memory_order_acquire) == eight_times(state))
             page += 8;
         else if (page < end && pn_map_state(map, page) == state)
             page++;
@@ -131,7 +144,8 @@ uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int
 
 uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end) {
     while (first < end) {
-        if (is_whole(first, end) && atomic_load_explicit(eight(map, first), memory_order_acquire) == eight_times(PN_RESIDENT))
+        if (is_whole(first, end) && atomic_load_explicit(eight(map, first), memory_order_acquire) ==
+                                        eight_times(PN_RESIDENT))
             first += 8;
         else if (is_done(pn_map_state(map, first)))
             first++;

@@ -1,5 +1,5 @@
-/* Two queues between a loop in C and Trio: runs for a background lane, and pages that were faulted on. One writer, one
- * reader each, and neither ever waits for the other. */
+/* Two queues between a loop in C and Trio: runs for a background lane, and pages that were faulted
+ * on. One writer, one reader each, and neither ever waits for the other. */
 #define _GNU_SOURCE
 #include "lane.h"
 
@@ -40,9 +40,11 @@ void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) 
         return;
     }
     log->pages[tail % 4096] = page;
-    /* Sequentially consistent, as the reader's: either it sees this page, or we see that it sleeps. */
+    /* Sequentially consistent, as the reader's: either it sees this page, or we see that it sleeps.
+     */
     __atomic_store_n(&log->tail, tail + 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&log->sleeping, __ATOMIC_SEQ_CST) && __atomic_exchange_n(&log->sleeping, 0, __ATOMIC_SEQ_CST))
+    if (__atomic_load_n(&log->sleeping, __ATOMIC_SEQ_CST) &&
+        __atomic_exchange_n(&log->sleeping, 0, __ATOMIC_SEQ_CST))
         eventfd_write(reader_fd, 1);
 }
 

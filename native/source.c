@@ -1,8 +1,10 @@
-/* The source's half of the native lanes: requests in, pages out, any number of connections in one loop.
+/* The source's half of the native lanes: requests in, pages out, any number of connections in one
+ * loop.
  *
- * A connection costs its struct and its socket's buffers; page bytes go through a buffer of the loop's, or by sendfile
- * straight from the file. Of a reply no more is made at a time than a chunk, and only what a full socket refuses of that is
- * kept, in a buffer of its connection's own: the rest is read once the socket takes more. */
+ * A connection costs its struct and its socket's buffers; page bytes go through a buffer of the
+ * loop's, or by sendfile straight from the file. Of a reply no more is made at a time than a chunk,
+ * and only what a full socket refuses of that is kept, in a buffer of its connection's own: the
+ * rest is read once the socket takes more. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 #include "thread.h"
@@ -29,21 +31,26 @@
 #include <unistd.h>
 
 enum {
-    REQUESTS = 128,          /* taken from a socket at a time */
-    CHUNK = 256 << 10,       /* read, or looked through for zeros, at a time: larger ones leave the cache before they are sent; and
-                                as much, with its headers, is kept of a connection at most */
-    SENDFILE_MIN = 64 << 10, /* below, one read and one send are cheaper than a send and a sendfile */
-    TURN = CHUNK,            /* bytes of work for one connection before the others have theirs, where somebody waits for them */
-    LONG_TURN = 4 * CHUNK,   /* where nobody does, or there are no others */
-    PACK_WORK = 3,           /* compressing a byte counts for so many; reading and sending it is one */
-    REQUEST_WORK = 512,      /* what a request takes whatever it asks for, as bytes */
+    REQUESTS = 128, /* taken from a socket at a time */
+    CHUNK = 256
+        << 10, /* read, or looked through for zeros, at a time: larger ones leave the cache before
+                  they are sent; and as much, with its headers, is kept of a connection at most */
+    SENDFILE_MIN = 64
+        << 10,    /* below, one read and one send are cheaper than a send and a sendfile */
+    TURN = CHUNK, /* bytes of work for one connection before the others have theirs, where somebody
+                     waits for them */
+    LONG_TURN = 4 * CHUNK, /* where nobody does, or there are no others */
+    PACK_WORK = 3,      /* compressing a byte counts for so many; reading and sending it is one */
+    REQUEST_WORK = 512, /* what a request takes whatever it asks for, as bytes */
     MAX_RUNS = CHUNK / 4096,
-    LZ4_BLOCK = 128 << 10,   /* compressed at a time: both sides have it in the cache then */
+    LZ4_BLOCK = 128 << 10, /* compressed at a time: both sides have it in the cache then */
     PAGE = 4096,
-    BUFFER_OFFSET = 2048,    /* of the buffer in its page, see new_buffer */
-    KEPT_UNITS = 16 << 20,   /* kept of all connections beyond which larger units go as they are: nothing of those is kept */
-    FIRST_LOOK = 4 << 10,    /* of a larger unit: most that are not zero are not so from the beginning */
-    SAMPLE = 32 << 10,       /* compressed to see what that would be like */
+    BUFFER_OFFSET = 2048,  /* of the buffer in its page, see new_buffer */
+    KEPT_UNITS = 16 << 20, /* kept of all connections beyond which larger units go as they are:
+                              nothing of those is kept */
+    FIRST_LOOK = 4
+        << 10,         /* of a larger unit: most that are not zero are not so from the beginning */
+    SAMPLE = 32 << 10, /* compressed to see what that would be like */
 };
 
 struct notice {
@@ -62,7 +69,8 @@ struct conn {
     struct pn_request request; /* being answered: pages from `first`, `count` of them are left */
     uint8_t *kept;             /* bytes that the socket had no room for */
     size_t kept_start, kept_size;
-    const struct pn_source_block *block; /* then, of the reply that was begun, so many bytes from there on */
+    const struct pn_source_block
+        *block; /* then, of the reply that was begun, so many bytes from there on */
     uint64_t at, left;
     bool by_sendfile;
     uint64_t scanned; /* bytes of the unit at hand that are zero, as far as it was looked through */
@@ -73,8 +81,10 @@ struct conn {
     uint8_t link;
     bool idle; /* has answered all that was asked */
     struct pn_choice choice;
-    uint64_t bytes, wire; /* of the chunk being answered: of pages that are not zero, and what is sent */
-    struct notice *notice; /* of its end, made with it: an end that could not be told would be waited for without end */
+    uint64_t bytes,
+        wire; /* of the chunk being answered: of pages that are not zero, and what is sent */
+    struct notice *notice; /* of its end, made with it: an end that could not be told would be
+                              waited for without end */
     bool ended;
 };
 
@@ -94,12 +104,13 @@ struct pn_source {
     struct command *commands, **last_command;
     struct notice *ended, **last_ended;
     struct conn *conns;
-    struct conn *waiting, **last_waiting; /* that could go on at once, in the order of their turns */
+    struct conn *waiting,
+        **last_waiting; /* that could go on at once, in the order of their turns */
     struct pn_end *end; /* why the loop ends, once it does */
     bool lost;
-    uint8_t *buffer; /* a chunk, or what is compressed at a time */
-    uint8_t *packed; /* what the buffer becomes when compressed */
-    uint64_t work;   /* done in this turn, in bytes */
+    uint8_t *buffer;       /* a chunk, or what is compressed at a time */
+    uint8_t *packed;       /* what the buffer becomes when compressed */
+    uint64_t work;         /* done in this turn, in bytes */
     _Atomic uint64_t kept; /* bytes, of all connections */
     void *pack_state;
     struct pn_links *links;
@@ -116,9 +127,10 @@ struct stretch {
 
 /* ---- life ---- */
 
-/* Not at the beginning of a page. The kernel copies with `rep movsb`, which some processors (AMD's Zen) do at a third of their speed
- * where the place that is written to is a few bytes behind the one that is read, counted within pages: 0.78 instead of 0.26 ns a
- * byte for pread into a buffer of malloc's, 16 bytes into its page. What is read begins with a page, what is sent lands a few
+/* Not at the beginning of a page. The kernel copies with `rep movsb`, which some processors (AMD's
+ * Zen) do at a third of their speed where the place that is written to is a few bytes behind the
+ * one that is read, counted within pages: 0.78 instead of 0.26 ns a byte for pread into a buffer of
+ * malloc's, 16 bytes into its page. What is read begins with a page, what is sent lands a few
  * headers behind the beginning of one, so half a page is far from both. */
 static uint8_t *new_buffer(void) {
     uint8_t *pages = aligned_alloc(PAGE, PN_MAX_LZ4_BYTES + PAGE);
@@ -130,22 +142,29 @@ static void free_buffer(uint8_t *buffer) {
         free(buffer - BUFFER_OFFSET);
 }
 
-struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count, struct pn_links *links, int ended_fd) {
+struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count,
+                                struct pn_links *links, int ended_fd) {
     struct pn_source *source = calloc(1, sizeof *source);
     if (!source)
         return NULL;
     *source = (struct pn_source){
-        .blocks = blocks, .block_count = count, .ended_fd = ended_fd,
-        .epoll = epoll_create1(EPOLL_CLOEXEC), .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), .buffer = new_buffer(),
-        .packed = malloc(PN_MAX_LZ4_BYTES), .pack_state = malloc(pn_pack_state()), .links = links,
+        .blocks = blocks,
+        .block_count = count,
+        .ended_fd = ended_fd,
+        .epoll = epoll_create1(EPOLL_CLOEXEC),
+        .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+        .buffer = new_buffer(),
+        .packed = malloc(PN_MAX_LZ4_BYTES),
+        .pack_state = malloc(pn_pack_state()),
+        .links = links,
     };
     source->last_command = &source->commands;
     source->last_ended = &source->ended;
     source->last_waiting = &source->waiting;
     pthread_mutex_init(&source->lock, NULL);
     struct epoll_event wake = {.events = EPOLLIN, .data.ptr = NULL};
-    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer || !source->packed || !source->pack_state ||
-        epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
+    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer || !source->packed ||
+        !source->pack_state || epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
         pn_source_free(source);
         return NULL;
     }
@@ -217,7 +236,8 @@ static bool is_local(int sock) {
     return here.any.sa_family == AF_UNIX;
 }
 
-int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link, const void *unread, uint64_t length) {
+int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link,
+                  const void *unread, uint64_t length) {
     struct conn *conn;
     if (length > sizeof conn->in)
         return -EMSGSIZE;
@@ -266,7 +286,8 @@ int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end) 
 
 /* ---- the end of a connection, or of the memory ---- */
 
-static void end_conn(struct pn_source *source, struct conn *conn, enum pn_end_kind kind, int error, const char *text) {
+static void end_conn(struct pn_source *source, struct conn *conn, enum pn_end_kind kind, int error,
+                     const char *text) {
     if (conn->ended)
         return;
     conn->ended = true;
@@ -300,7 +321,8 @@ static const struct pn_source_block *block_of(const struct pn_source *source, ui
         uint64_t middle = (low + high) / 2;
         *(source->blocks[middle].first <= page ? &low : &high) = middle;
     }
-    return page - source->blocks[low].first < source->blocks[low].pages ? &source->blocks[low] : NULL;
+    return page - source->blocks[low].first < source->blocks[low].pages ? &source->blocks[low]
+                                                                        : NULL;
 }
 
 static bool process_ended(const struct pn_source_block *block) {
@@ -309,11 +331,12 @@ static bool process_ended(const struct pn_source_block *block) {
 }
 
 static void lose_end(struct pn_source *source, const struct pn_source_block *block, uint64_t at) {
-    lose(source, "source %s cannot be read any more: it ends at byte %llu of %llu", block->name, (unsigned long long)at,
-         (unsigned long long)(block->pages * block->page_size));
+    lose(source, "source %s cannot be read any more: it ends at byte %llu of %llu", block->name,
+         (unsigned long long)at, (unsigned long long)(block->pages * block->page_size));
 }
 
-static bool read_file(struct pn_source *source, const struct pn_source_block *block, uint64_t at, uint8_t *into, size_t size) {
+static bool read_file(struct pn_source *source, const struct pn_source_block *block, uint64_t at,
+                      uint8_t *into, size_t size) {
     while (size) {
         ssize_t got = pread(block->fd, into, size, (off_t)at);
         if (got < 0 && errno == EINTR)
@@ -331,30 +354,36 @@ static bool read_file(struct pn_source *source, const struct pn_source_block *bl
     return true;
 }
 
-static uint64_t offset_of(const struct pn_source_block *block, uint64_t page) { return (page - block->first) * block->page_size; }
+static uint64_t offset_of(const struct pn_source_block *block, uint64_t page) {
+    return (page - block->first) * block->page_size;
+}
 
-static bool read_bytes(struct pn_source *source, const struct pn_source_block *block, uint64_t offset, uint8_t *into, size_t size) {
+static bool read_bytes(struct pn_source *source, const struct pn_source_block *block,
+                       uint64_t offset, uint8_t *into, size_t size) {
     source->work += size;
     if (block->pid <= 0)
         return read_file(source, block, offset, into, size);
     int error = pn_read_process(block->pid, block->address + offset, into, size);
-    /* The number may have gone to another process meanwhile; not while ours was still there after the read. */
+    /* The number may have gone to another process meanwhile; not while ours was still there after
+     * the read. */
     bool ended = process_ended(block);
     if (ended)
         lose(source, "process %d has ended", block->pid);
     else if (error)
-        lose(source, "cannot read process %d at %#llx: %s", block->pid, (unsigned long long)(block->address + offset),
-             strerror(-error));
+        lose(source, "cannot read process %d at %#llx: %s", block->pid,
+             (unsigned long long)(block->address + offset), strerror(-error));
     return !ended && !error;
 }
 
 /* Nothing but a hole from this page on, for so many pages. */
 static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
-    return block->pid <= 0 && pn_is_hole(block->fd, offset_of(block, page), pages * block->page_size);
+    return block->pid <= 0 &&
+           pn_is_hole(block->fd, offset_of(block, page), pages * block->page_size);
 }
 
 /* Whether the unit of a file is zero, without reading more of it than that takes. */
-static int unit_is_zero(struct pn_source *source, const struct pn_source_block *block, uint64_t page, size_t size) {
+static int unit_is_zero(struct pn_source *source, const struct pn_source_block *block,
+                        uint64_t page, size_t size) {
     uint64_t word, offset = offset_of(block, page);
     if (!read_file(source, block, offset, (uint8_t *)&word, sizeof word))
         return -1;
@@ -376,7 +405,8 @@ static void append(struct stretch *stretches, int *count, uint64_t pages, int ze
 
 /* ---- sending ---- */
 
-static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
+static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count,
+                        int flags) {
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
     ssize_t sent;
     do {
@@ -404,7 +434,8 @@ static size_t size_of(const struct iovec *parts, int count) {
 }
 
 /* Bytes that the socket refused, to be sent before anything else. */
-static void keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count, size_t sent) {
+static void keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count,
+                 size_t sent) {
     size_t size = size_of(parts, count), rest = size - at_most(sent, size);
     conn->kept = malloc(rest);
     if (!conn->kept) {
@@ -421,7 +452,8 @@ static void keep(struct pn_source *source, struct conn *conn, const struct iovec
 }
 
 /* Whether all of it was taken, and more would be. */
-static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iovec *parts, int count, int flags) {
+static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iovec *parts,
+                         int count, int flags) {
     ssize_t sent = try_send(source, conn, parts, count, flags);
     if (sent < 0)
         return false;
@@ -451,7 +483,8 @@ static void send_from_file(struct pn_source *source, struct conn *conn, size_t s
     } while (sent < 0 && errno == EINTR);
     if (sent < 0 && errno != EAGAIN)
         end_conn(source, conn, PN_END_BROKEN, errno, "");
-    else if (sent == 0) /* the header promised more than there is: this connection can only be cut */
+    else if (sent ==
+             0) /* the header promised more than there is: this connection can only be cut */
         lose_end(source, conn->block, conn->at);
     conn->full = sent < (ssize_t)size;
     source->work += size;
@@ -479,9 +512,14 @@ static void send_pages(struct pn_source *source, struct conn *conn) {
         send_by_copy(source, conn, size);
 }
 
-static struct pn_reply reply_to(const struct pn_request *request, uint8_t encoding, uint64_t pages, uint64_t length) {
-    return (struct pn_reply){.id = request->id, .class_ = request->class_, .encoding = encoding, .first = request->first,
-                             .count = (uint32_t)pages, .length = (uint32_t)length};
+static struct pn_reply reply_to(const struct pn_request *request, uint8_t encoding, uint64_t pages,
+                                uint64_t length) {
+    return (struct pn_reply){.id = request->id,
+                             .class_ = request->class_,
+                             .encoding = encoding,
+                             .first = request->first,
+                             .count = (uint32_t)pages,
+                             .length = (uint32_t)length};
 }
 
 static void advance(struct pn_request *request, uint64_t pages) {
@@ -516,11 +554,13 @@ static bool packs(const struct pn_source *source, const struct conn *conn) {
         return true;
     if (request->class_ == PN_BACKGROUND)
         return pn_choice_packs(&conn->choice);
-    return atomic_load_explicit((_Atomic uint8_t *)&source->links->demand[conn->link], memory_order_relaxed);
+    return atomic_load_explicit((_Atomic uint8_t *)&source->links->demand[conn->link],
+                                memory_order_relaxed);
 }
 
 /* Compress pages, if that makes them smaller: into how many bytes, or 0. */
-static size_t pack(struct pn_source *source, struct conn *conn, const uint8_t *pages, size_t size, uint8_t *to) {
+static size_t pack(struct pn_source *source, struct conn *conn, const uint8_t *pages, size_t size,
+                   uint8_t *to) {
     uint64_t began = pn_now(), length = pn_pack(source->pack_state, pages, size, to);
     source->work += PACK_WORK * size;
     pn_choice_tried(&conn->choice, size, length, pn_now() - began);
@@ -544,9 +584,11 @@ struct reply_batch {
     int runs, count;
 };
 
-static void add_reply(struct reply_batch *batch, struct conn *conn, uint8_t encoding, uint64_t pages, uint8_t *payload, size_t length) {
+static void add_reply(struct reply_batch *batch, struct conn *conn, uint8_t encoding,
+                      uint64_t pages, uint8_t *payload, size_t length) {
     batch->replies[batch->runs] = reply_to(&conn->request, encoding, pages, length);
-    batch->parts[batch->count++] = (struct iovec){&batch->replies[batch->runs++], sizeof batch->replies[0]};
+    batch->parts[batch->count++] =
+        (struct iovec){&batch->replies[batch->runs++], sizeof batch->replies[0]};
     if (length)
         batch->parts[batch->count++] = (struct iovec){payload, length};
     conn->wire += sizeof batch->replies[0] + length;
@@ -554,8 +596,9 @@ static void add_reply(struct reply_batch *batch, struct conn *conn, uint8_t enco
 }
 
 /* Pages that are not zero, in blocks of whole units, each compressed if that makes it smaller. */
-static void add_packed(struct pn_source *source, struct reply_batch *batch, struct conn *conn, uint8_t *at, uint64_t pages,
-                       uint64_t page_size, uint64_t unit, uint8_t **to) {
+static void add_packed(struct pn_source *source, struct reply_batch *batch, struct conn *conn,
+                       uint8_t *at, uint64_t pages, uint64_t page_size, uint64_t unit,
+                       uint8_t **to) {
     uint64_t most = LZ4_BLOCK / page_size / unit * unit;
     for (uint64_t here; pages; pages -= here, at += here * page_size) {
         here = !most ? unit : pages < most ? pages : most;
@@ -569,9 +612,11 @@ static void add_packed(struct pn_source *source, struct reply_batch *batch, stru
 }
 
 /* Read the pages, and send headers and payload of all stretches at once. */
-static void answer_by_copy(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
-                           uint64_t unit, bool packing) {
-    if (!read_bytes(source, block, offset_of(block, conn->request.first), source->buffer, pages * block->page_size))
+static void answer_by_copy(struct pn_source *source, struct conn *conn,
+                           const struct pn_source_block *block, uint64_t pages, uint64_t unit,
+                           bool packing) {
+    if (!read_bytes(source, block, offset_of(block, conn->request.first), source->buffer,
+                    pages * block->page_size))
         return;
     struct reply_batch batch;
     batch.runs = batch.count = 0;
@@ -598,7 +643,8 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn, const st
 }
 
 /* Pages that are not zero, without keeping any of them. */
-static void stream_pages(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages) {
+static void stream_pages(struct pn_source *source, struct conn *conn,
+                         const struct pn_source_block *block, uint64_t pages) {
     uint64_t size = pages * block->page_size, at = offset_of(block, conn->request.first);
     struct pn_reply reply = reply_to(&conn->request, PN_RAW, pages, size);
     struct iovec part = {&reply, sizeof reply};
@@ -619,8 +665,8 @@ static void stream_pages(struct pn_source *source, struct conn *conn, const stru
 }
 
 /* One stretch of the chunk: look where it ends, then let the kernel send it from the file. */
-static void answer_by_sendfile(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t pages,
-                               uint64_t unit) {
+static void answer_by_sendfile(struct pn_source *source, struct conn *conn,
+                               const struct pn_source_block *block, uint64_t pages, uint64_t unit) {
     struct stretch stretches[2];
     int count = 0;
     uint64_t done = 0;
@@ -632,15 +678,19 @@ static void answer_by_sendfile(struct pn_source *source, struct conn *conn, cons
     }
     if (stretches[0].zero)
         answer_zero(source, conn, stretches[0].pages);
-    else if (stretches[0].pages * block->page_size < SENDFILE_MIN) /* splintered by zero pages: not worth a sendfile each */
+    else if (stretches[0].pages * block->page_size <
+             SENDFILE_MIN) /* splintered by zero pages: not worth a sendfile each */
         answer_by_copy(source, conn, block, pages, unit, false);
     else
         stream_pages(source, conn, block, stretches[0].pages);
 }
 
-/* A unit that is too large to be looked through at once: a piece of it in each turn, until it is known whether it is zero. */
-static void answer_unit(struct pn_source *source, struct conn *conn, const struct pn_source_block *block, uint64_t unit) {
-    uint64_t size = unit * block->page_size, at = offset_of(block, conn->request.first) + conn->scanned;
+/* A unit that is too large to be looked through at once: a piece of it in each turn, until it is
+ * known whether it is zero. */
+static void answer_unit(struct pn_source *source, struct conn *conn,
+                        const struct pn_source_block *block, uint64_t unit) {
+    uint64_t size = unit * block->page_size,
+             at = offset_of(block, conn->request.first) + conn->scanned;
     size_t piece = at_most(size - conn->scanned, conn->scanned ? CHUNK : FIRST_LOOK);
     int zero;
     if (!read_bytes(source, block, at, source->buffer, piece))
@@ -656,12 +706,14 @@ static void answer_unit(struct pn_source *source, struct conn *conn, const struc
         stream_pages(source, conn, block, unit);
 }
 
-/* Whether this unit, which is larger than what is compressed at a time, may be: it takes a destination that waits milliseconds, and
- * what a full socket refuses of it is kept. */
+/* Whether this unit, which is larger than what is compressed at a time, may be: it takes a
+ * destination that waits milliseconds, and what a full socket refuses of it is kept. */
 static bool may_pack(const struct pn_source *source, const struct conn *conn, uint64_t size) {
-    if (size > PN_MAX_LZ4_BYTES || atomic_load_explicit(&source->kept, memory_order_relaxed) + size > KEPT_UNITS)
+    if (size > PN_MAX_LZ4_BYTES ||
+        atomic_load_explicit(&source->kept, memory_order_relaxed) + size > KEPT_UNITS)
         return false;
-    for (const struct conn *other = source->conns; other && !source->background; other = other->next)
+    for (const struct conn *other = source->conns; other && !source->background;
+         other = other->next)
         if (other->link != conn->link)
             return false;
     return true;
@@ -672,15 +724,21 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
     const struct pn_source_block *block = block_of(source, request->first);
     bool packing = packs(source, conn);
     uint64_t unit = 1ull << request->unit_shift, most = CHUNK / block->page_size / unit * unit;
-    uint64_t pages = request->count < most ? request->count : most ? most : unit, size = pages * block->page_size;
+    uint64_t pages = request->count < most ? request->count
+                     : most                ? most
+                                           : unit,
+             size = pages * block->page_size;
     bool is_large = conn->scanned || (!most && !(packing && may_pack(source, conn, size)));
-    if (!is_large && (block->pid > 0 || size < SENDFILE_MIN)) /* a hole reads as zeros: no need to ask for it */
+    if (!is_large &&
+        (block->pid > 0 || size < SENDFILE_MIN)) /* a hole reads as zeros: no need to ask for it */
         answer_by_copy(source, conn, block, pages, unit, packing);
     else if (!conn->scanned && is_hole(block, request->first, request->count))
         answer_zero(source, conn, request->count);
-    else if (is_large) /* once begun, it is gone on with, whatever has become of the choice to compress */
+    else if (is_large) /* once begun, it is gone on with, whatever has become of the choice to
+                          compress */
         answer_unit(source, conn, block, unit);
-    else if (packing || conn->is_local) /* sendfile would leave the copying, from cold memory, to the destination's busier loop */
+    else if (packing || conn->is_local) /* sendfile would leave the copying, from cold memory, to
+                                           the destination's busier loop */
         answer_by_copy(source, conn, block, pages, unit, packing);
     else
         answer_by_sendfile(source, conn, block, pages, unit);
@@ -688,7 +746,8 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
         tell_lost(source, conn);
 }
 
-/* Nothing was asked for and everything had arrived: the time until now says nothing about the link. */
+/* Nothing was asked for and everything had arrived: the time until now says nothing about the link.
+ */
 static bool was_drained(struct conn *conn) {
     int waiting = 0;
     bool idle = conn->idle;
@@ -707,8 +766,8 @@ static void answer_chunk(struct pn_source *source, struct conn *conn) {
     conn->bytes = conn->wire = 0;
     answer_pages(source, conn);
     pn_choice_answered(&conn->choice, conn->bytes, conn->wire, began, pn_now());
-    atomic_store_explicit((_Atomic uint8_t *)&source->links->demand[conn->link], (uint8_t)pn_choice_for_demand(&conn->choice),
-                          memory_order_relaxed);
+    atomic_store_explicit((_Atomic uint8_t *)&source->links->demand[conn->link],
+                          (uint8_t)pn_choice_for_demand(&conn->choice), memory_order_relaxed);
 }
 
 static bool is_wrong(struct pn_source *source, struct conn *conn, const char *format, ...) {
@@ -722,22 +781,31 @@ static bool is_wrong(struct pn_source *source, struct conn *conn, const char *fo
 }
 
 /* The same rules, and words, as pagenet/protocol.py's RequestDecoder. */
-static bool check_request(struct pn_source *source, struct conn *conn, const struct pn_request *request) {
-    const struct pn_source_block *last = &source->blocks[source->block_count - 1], *block = block_of(source, request->first);
+static bool check_request(struct pn_source *source, struct conn *conn,
+                          const struct pn_request *request) {
+    const struct pn_source_block *last = &source->blocks[source->block_count - 1],
+                                 *block = block_of(source, request->first);
     if (request->reserved || request->reserved2)
         return is_wrong(source, conn, "the peer's request has reserved bits set");
-    if (!block || !request->count || request->count > block->pages - (request->first - block->first))
-        return is_wrong(source, conn, "the peer asks for %u pages from page %llu on: not within one block of the %llu pages",
-                        request->count, (unsigned long long)request->first, (unsigned long long)(last->first + last->pages));
+    if (!block || !request->count ||
+        request->count > block->pages - (request->first - block->first))
+        return is_wrong(
+            source, conn,
+            "the peer asks for %u pages from page %llu on: not within one block of the %llu pages",
+            request->count, (unsigned long long)request->first,
+            (unsigned long long)(last->first + last->pages));
     uint64_t unit = 1ull << (request->unit_shift & 63), size = request->count * block->page_size;
     if (request->unit_shift > PN_MAX_UNIT_SHIFT || unit * block->page_size > PN_MAX_UNIT_BYTES ||
         (request->first - block->first) % unit || request->count % unit)
-        return is_wrong(source, conn, "the peer's request is not made of whole units of 2**%u pages", request->unit_shift);
+        return is_wrong(source, conn,
+                        "the peer's request is not made of whole units of 2**%u pages",
+                        request->unit_shift);
     if (size > PN_MAX_REQUEST_BYTES && request->count > unit)
-        return is_wrong(source, conn, "the peer asks for %llu bytes at once (limit %d)", (unsigned long long)size,
-                        PN_MAX_REQUEST_BYTES);
+        return is_wrong(source, conn, "the peer asks for %llu bytes at once (limit %d)",
+                        (unsigned long long)size, PN_MAX_REQUEST_BYTES);
     if (request->class_ > PN_BACKGROUND)
-        return is_wrong(source, conn, "the peer names transfer class %u, which is unknown", request->class_);
+        return is_wrong(source, conn, "the peer names transfer class %u, which is unknown",
+                        request->class_);
     return true;
 }
 
@@ -751,7 +819,8 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
     conn->in_start += sizeof conn->request;
     if (!check_request(source, conn, &conn->request))
         return false;
-    atomic_fetch_add_explicit(&source->asked[conn->request.class_], conn->request.count, memory_order_relaxed);
+    atomic_fetch_add_explicit(&source->asked[conn->request.class_], conn->request.count,
+                              memory_order_relaxed);
     source->work += REQUEST_WORK;
     return true;
 }
@@ -765,10 +834,13 @@ uint64_t pn_source_kept(const struct pn_source *source) {
 }
 
 static bool has_work(const struct conn *conn) {
-    return conn->kept || conn->left || conn->request.count || conn->in_end - conn->in_start >= sizeof conn->request;
+    return conn->kept || conn->left || conn->request.count ||
+           conn->in_end - conn->in_start >= sizeof conn->request;
 }
 
-static bool can_go_on(const struct conn *conn) { return has_work(conn) && !conn->full && !conn->ended; }
+static bool can_go_on(const struct conn *conn) {
+    return has_work(conn) && !conn->full && !conn->ended;
+}
 
 /* One step: what was begun comes first. */
 static void answer(struct pn_source *source, struct conn *conn) {
@@ -791,11 +863,13 @@ static void take_turn(struct pn_source *source, struct conn *conn) {
 
 /* ---- the loop ---- */
 
-/* sendfile() that was reset half way returns what it had sent, and takes the error with it: the end that recv() then sees is none. */
+/* sendfile() that was reset half way returns what it had sent, and takes the error with it: the end
+ * that recv() then sees is none. */
 static bool was_reset(const struct conn *conn) {
     struct tcp_info info;
     socklen_t size = sizeof info;
-    return !getsockopt(conn->sock, IPPROTO_TCP, TCP_INFO, &info, &size) && info.tcpi_state == TCP_CLOSE;
+    return !getsockopt(conn->sock, IPPROTO_TCP, TCP_INFO, &info, &size) &&
+           info.tcpi_state == TCP_CLOSE;
 }
 
 static void receive(struct pn_source *source, struct conn *conn) {
@@ -804,7 +878,8 @@ static void receive(struct pn_source *source, struct conn *conn) {
     conn->in_start = 0;
     if (conn->in_end == sizeof conn->in)
         return;
-    ssize_t got = recv(conn->sock, conn->in + conn->in_end, sizeof conn->in - conn->in_end, MSG_DONTWAIT);
+    ssize_t got =
+        recv(conn->sock, conn->in + conn->in_end, sizeof conn->in - conn->in_end, MSG_DONTWAIT);
     if (got > 0)
         conn->in_end += (size_t)got;
     else if (got < 0 && errno != EAGAIN && errno != EINTR)
@@ -844,7 +919,8 @@ static void forget(struct pn_source *source, struct conn *conn) {
     *at = conn->next;
     stop_waiting(source, conn);
     forget_kept(source, conn);
-    /* Closing would do, but not while a child that was forked just now, and has not yet become another program, holds a copy. */
+    /* Closing would do, but not while a child that was forked just now, and has not yet become
+     * another program, holds a copy. */
     epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock, NULL);
     free_conn(conn);
 }
@@ -869,8 +945,8 @@ static void serve(struct pn_source *source, struct conn *conn) {
     watch(source, conn);
 }
 
-/* Who had nothing to do is served at once: a page that was asked for just now does not wait until all of a large unit, or of
- * many, was sent to others. Who has is served in its turn. */
+/* Who had nothing to do is served at once: a page that was asked for just now does not wait until
+ * all of a large unit, or of many, was sent to others. Who has is served in its turn. */
 static void heed(struct pn_source *source, struct conn *conn, uint32_t events) {
     bool had_work = has_work(conn);
     if (events & ~(uint32_t)EPOLLIN)

@@ -8,12 +8,18 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A thread that waits for a page, and the loop that answers it, need a CPU for microseconds, at once; the background uses all
- * that it gets. Time slices (Linux 6.12) say how soon each gives way, niceness how much it gets where all are busy: a tenth.
- * Two CPUs, background flat out, p99 of touch to resume against the idle one, medians: as the system has it 5.9x with 1 thread
- * touching and 4.3x with 8; slices and a niceness of 5 4.5x and 5.7x; so 3.3x and 2.3x; a niceness of 19 2.9x and 1.7x, but
- * that would stand still beside busy vCPUs. */
-enum { URGENT_SLICE_NS = 100000, BACKGROUND_SLICE_NS = 300000, BACKGROUND_NICE = 10, MAX_NICE = 19 };
+/* A thread that waits for a page, and the loop that answers it, need a CPU for microseconds, at
+ * once; the background uses all that it gets. Time slices (Linux 6.12) say how soon each gives way,
+ * niceness how much it gets where all are busy: a tenth. Two CPUs, background flat out, p99 of
+ * touch to resume against the idle one, medians: as the system has it 5.9x with 1 thread touching
+ * and 4.3x with 8; slices and a niceness of 5 4.5x and 5.7x; so 3.3x and 2.3x; a niceness of
+ * 19 2.9x and 1.7x, but that would stand still beside busy vCPUs. */
+enum {
+    URGENT_SLICE_NS = 100000,
+    BACKGROUND_SLICE_NS = 300000,
+    BACKGROUND_NICE = 10,
+    MAX_NICE = 19
+};
 
 /* struct sched_attr, which old headers do not have. */
 struct attributes {

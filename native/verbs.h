@@ -1,6 +1,8 @@
-/* As much of libibverbs as pages take, loaded when it is wanted: pagenet is built, and runs, without it.
+/* As much of libibverbs as pages take, loaded when it is wanted: pagenet is built, and runs,
+ * without it.
  *
- * Layouts and numbers are those of the library's ABI, version 1.1, which has not changed since 2006. */
+ * Layouts and numbers are those of the library's ABI, version 1.1, which has not changed since
+ * 2006. */
 #ifndef PAGENET_VERBS_H
 #define PAGENET_VERBS_H
 #include <stddef.h>
@@ -34,7 +36,12 @@ struct ibv_send_wr {
     uint64_t others[9]; /* what other operations take */
 };
 
-enum { IBV_WC_SUCCESS = 0, IBV_WC_WR_FLUSH_ERR = 5, IBV_WC_REM_ACCESS_ERR = 10, IBV_WC_RETRY_EXC_ERR = 12 };
+enum {
+    IBV_WC_SUCCESS = 0,
+    IBV_WC_WR_FLUSH_ERR = 5,
+    IBV_WC_REM_ACCESS_ERR = 10,
+    IBV_WC_RETRY_EXC_ERR = 12
+};
 struct ibv_wc {
     uint64_t wr_id;
     int status;
@@ -45,7 +52,8 @@ struct ibv_wc {
     uint8_t sl, dlid_path_bits;
 };
 
-/* The calls on the path of the data go by way of the device's own functions, whose places in this table are fixed. */
+/* The calls on the path of the data go by way of the device's own functions, whose places in this
+ * table are fixed. */
 struct ibv_context {
     struct ibv_device *device;
     void *unused[11];
@@ -132,7 +140,8 @@ struct ibv_qp_attr {
     struct ibv_qp_cap cap;
     struct ibv_ah_attr ah_attr, alt_ah_attr;
     uint16_t pkey_index, alt_pkey_index;
-    uint8_t en_sqd_async_notify, sq_draining, max_rd_atomic, max_dest_rd_atomic, min_rnr_timer, port_num, timeout, retry_cnt;
+    uint8_t en_sqd_async_notify, sq_draining, max_rd_atomic, max_dest_rd_atomic, min_rnr_timer,
+        port_num, timeout, retry_cnt;
     uint8_t rnr_retry, alt_port_num, alt_timeout;
     uint32_t rate_limit;
 };
@@ -153,7 +162,8 @@ struct pn_verbs {
     int (*dereg_mr)(struct ibv_mr *mr);
     struct ibv_comp_channel *(*create_comp_channel)(struct ibv_context *context);
     int (*destroy_comp_channel)(struct ibv_comp_channel *channel);
-    struct ibv_cq *(*create_cq)(struct ibv_context *context, int room, void *data, struct ibv_comp_channel *channel, int vector);
+    struct ibv_cq *(*create_cq)(struct ibv_context *context, int room, void *data,
+                                struct ibv_comp_channel *channel, int vector);
     int (*destroy_cq)(struct ibv_cq *cq);
     int (*get_cq_event)(struct ibv_comp_channel *channel, struct ibv_cq **cq, void **data);
     void (*ack_cq_events)(struct ibv_cq *cq, unsigned count);
@@ -171,11 +181,12 @@ void pn_verbs_unload(struct pn_verbs *verbs);
 /* NULL, with errno set, if there is no device of that name or it may not be used. */
 struct ibv_context *pn_verbs_open(const struct pn_verbs *verbs, const char *device);
 
-/* A queue pair (RC) that is not joined to any other, with room for so many work requests, all of whose ends go to one queue.
- * access: what its peer may do. NULL, with errno set. */
-struct ibv_qp *pn_verbs_make_pair(const struct pn_verbs *verbs, struct ibv_pd *pd, struct ibv_cq *queue, uint32_t room, int port,
-                                  int access);
-/* Our side of a connection: reads that the peer may have under way, what it may do, and the number of our first packet. */
+/* A queue pair (RC) that is not joined to any other, with room for so many work requests, all of
+ * whose ends go to one queue. access: what its peer may do. NULL, with errno set. */
+struct ibv_qp *pn_verbs_make_pair(const struct pn_verbs *verbs, struct ibv_pd *pd,
+                                  struct ibv_cq *queue, uint32_t room, int port, int access);
+/* Our side of a connection: reads that the peer may have under way, what it may do, and the number
+ * of our first packet. */
 struct pn_verbs_join {
     int port, gid_index;
     uint8_t reads;
@@ -184,7 +195,7 @@ struct pn_verbs_join {
 };
 struct pn_rdma_peer;
 /* 0 or -errno. */
-int pn_verbs_join_pair(const struct pn_verbs *verbs, struct ibv_qp *pair, const struct pn_verbs_join *join,
-                       const struct pn_rdma_peer *peer);
+int pn_verbs_join_pair(const struct pn_verbs *verbs, struct ibv_qp *pair,
+                       const struct pn_verbs_join *join, const struct pn_rdma_peer *peer);
 
 #endif

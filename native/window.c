@@ -1,17 +1,20 @@
-/* What to ask for around a page that somebody waits for: the one definition of it, for lanes in C and in Trio.
+/* What to ask for around a page that somebody waits for: the one definition of it, for lanes in C
+ * and in Trio.
  *
- * A fixed window is so many pages forward and backward. The one that adapts knows two things about memory:
+ * A fixed window is so many pages forward and backward. The one that adapts knows two things about
+ * memory:
  *
- * - Faults follow lines: page after page, either way, or at equal steps. Each fault that goes on with a line doubles what is asked
- *   for ahead of it.
- * - Faults come in areas (256 KiB): what is used together lies together. How much of an area is taken at its first fault is
- *   learnt from how often an area sees a second one. One in eight is the balance: more, and more is taken; fewer, and the window
- *   shrinks, at random access to nothing.
+ * - Faults follow lines: page after page, either way, or at equal steps. Each fault that goes on
+ * with a line doubles what is asked for ahead of it.
+ * - Faults come in areas (256 KiB): what is used together lies together. How much of an area is
+ * taken at its first fault is learnt from how often an area sees a second one. One in eight is the
+ * balance: more, and more is taken; fewer, and the window shrinks, at random access to nothing.
  *
- * A page that is there raises no fault, so nothing tells how much of what was brought was needed. Therefore it only ever learns
- * from what it did not bring, and lets go slowly.
+ * A page that is there raises no fault, so nothing tells how much of what was brought was needed.
+ * Therefore it only ever learns from what it did not bring, and lets go slowly.
  *
- * On the fault path: constant time, no locks, no allocation. Everything but `fixed` belongs to one thread. */
+ * On the fault path: constant time, no locks, no allocation. Everything but `fixed` belongs to one
+ * thread. */
 #include "pagenet.h"
 
 #include <stdbool.h>
@@ -21,9 +24,9 @@ enum {
     AREA_BYTES = 256 << 10,
     REACH_BYTES = 1 << 20, /* ahead of a fault, at most */
     MOST_STEPS = 32,       /* of a line with gaps: each is a request of its own */
-    DENSE = 64,            /* pages: faults nearer than that to each other are on a line without gaps */
-    SLACK = 64,            /* pages of a line that came by other ways */
-    LEVEL = 16,            /* a window of 2^n pages is LEVEL * n */
+    DENSE = 64, /* pages: faults nearer than that to each other are on a line without gaps */
+    SLACK = 64, /* pages of a line that came by other ways */
+    LEVEL = 16, /* a window of 2^n pages is LEVEL * n */
     FIRST_LEVEL = 3 * LEVEL,
     SECOND_FAULT = LEVEL, /* learnt from a second fault in an area */
     FIRST_FAULT = 2,      /* forgotten at each first one */
@@ -47,7 +50,8 @@ void pn_window_init(struct pn_window *window) {
     window->level = FIRST_LEVEL;
 }
 
-/* ---- what is wanted: where most faults were first, among equals the newest first, the oldest forgotten ---- */
+/* ---- what is wanted: where most faults were first, among equals the newest first, the oldest
+ * forgotten ---- */
 
 enum {
     RANKS = sizeof((struct pn_window *)0)->wanted / sizeof(struct pn_stack),
@@ -55,7 +59,8 @@ enum {
 };
 
 /* `faults`: that were seen on that line, or in that area. */
-static void want(struct pn_window *window, uint32_t faults, uint64_t first, uint64_t end, uint64_t page_size) {
+static void want(struct pn_window *window, uint32_t faults, uint64_t first, uint64_t end,
+                 uint64_t page_size) {
     struct pn_stack *stack = &window->wanted[(faults < RANKS ? faults : RANKS) - 1];
     if (first >= end)
         return;
@@ -64,14 +69,18 @@ static void want(struct pn_window *window, uint32_t faults, uint64_t first, uint
         stack->oldest = stack->newest - WANTS;
 }
 
-static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t bytes, uint64_t *first) {
+static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t bytes,
+                          uint64_t *first) {
     while (stack->newest != stack->oldest) {
         struct pn_want *newest = &stack->wants[(stack->newest - 1) % WANTS];
         newest->first = pn_map_find(map, newest->first, newest->end, PN_MISSING);
-        uint64_t left = newest->end - newest->first, most = bytes > newest->page_size ? bytes / newest->page_size : 1;
-        uint64_t taken = pn_map_claim(map, newest->first, left < most ? left : most, PN_MISSING, PN_REQUESTED);
+        uint64_t left = newest->end - newest->first,
+                 most = bytes > newest->page_size ? bytes / newest->page_size : 1;
+        uint64_t taken =
+            pn_map_claim(map, newest->first, left < most ? left : most, PN_MISSING, PN_REQUESTED);
         *first = newest->first;
-        newest->first += taken || !left ? taken : 1; /* somebody else has taken that page since it was found */
+        newest->first +=
+            taken || !left ? taken : 1; /* somebody else has taken that page since it was found */
         if (newest->first == newest->end)
             stack->newest--;
         if (taken)
@@ -80,7 +89,8 @@ static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t b
     return 0;
 }
 
-uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t bytes, uint64_t *first) {
+uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t bytes,
+                        uint64_t *first) {
     uint64_t taken = 0;
     for (int rank = RANKS - 1; rank >= 0 && !taken; rank--)
         taken = take_from(&window->wanted[rank], map, bytes, first);
@@ -96,35 +106,42 @@ struct bounds {
 
 static uint64_t lesser(uint64_t one, uint64_t other) { return one < other ? one : other; }
 
-static void want_page(struct pn_window *window, uint32_t faults, const struct bounds *bounds, int64_t page) {
+static void want_page(struct pn_window *window, uint32_t faults, const struct bounds *bounds,
+                      int64_t page) {
     if (page >= (int64_t)bounds->first && page < (int64_t)bounds->end)
         want(window, faults, (uint64_t)page, (uint64_t)page + 1, bounds->page_size);
 }
 
-static void want_ahead(struct pn_window *window, const struct pn_line *line, const struct bounds *bounds) {
+static void want_ahead(struct pn_window *window, const struct pn_line *line,
+                       const struct bounds *bounds) {
     int64_t page = (int64_t)line->last, steps = line->steps;
     if (line->step == 1)
-        want(window, line->faults, line->last + 1, lesser(line->last + 1 + (uint64_t)steps, bounds->end), bounds->page_size);
+        want(window, line->faults, line->last + 1,
+             lesser(line->last + 1 + (uint64_t)steps, bounds->end), bounds->page_size);
     else if (line->step == -1)
-        want(window, line->faults, line->last - lesser((uint64_t)steps, line->last - bounds->first), line->last, bounds->page_size);
+        want(window, line->faults, line->last - lesser((uint64_t)steps, line->last - bounds->first),
+             line->last, bounds->page_size);
     else
         for (; steps; steps--) /* the nearest last: it goes first */
             want_page(window, line->faults, bounds, page + steps * line->step);
 }
 
-static bool goes_on(const struct pn_line *line, const struct pn_map *map, int64_t distance, const struct bounds *bounds) {
+static bool goes_on(const struct pn_line *line, const struct pn_map *map, int64_t distance,
+                    const struct bounds *bounds) {
     if (!line->step || distance % line->step)
         return false;
     int64_t steps = distance / line->step;
     if (line->step != 1 && line->step != -1)
         return steps > 0 && steps <= line->steps + 1;
-    /* A line without gaps: the page before this one has come, or is coming. Among scattered faults that is chance. */
+    /* A line without gaps: the page before this one has come, or is coming. Among scattered faults
+     * that is chance. */
     int64_t before = (int64_t)line->last + distance - line->step;
-    return steps > 0 && steps <= line->steps + SLACK && before >= (int64_t)bounds->first && before < (int64_t)bounds->end &&
-           pn_map_state(map, (uint64_t)before) != PN_MISSING;
+    return steps > 0 && steps <= line->steps + SLACK && before >= (int64_t)bounds->first &&
+           before < (int64_t)bounds->end && pn_map_state(map, (uint64_t)before) != PN_MISSING;
 }
 
-static void go_on(struct pn_window *window, struct pn_line *line, uint64_t page, const struct bounds *bounds) {
+static void go_on(struct pn_window *window, struct pn_line *line, uint64_t page,
+                  const struct bounds *bounds) {
     bool dense = line->step == 1 || line->step == -1;
     int64_t most = (int64_t)(REACH_BYTES / bounds->page_size);
     if (!dense && most > MOST_STEPS)
@@ -162,7 +179,8 @@ static void begin_line(struct pn_window *window, uint64_t page, const struct bou
         *oldest = (struct pn_line){.last = page, .faults = 1, .used = ++window->clock};
 }
 
-static bool follow_line(struct pn_window *window, const struct pn_map *map, uint64_t page, const struct bounds *bounds) {
+static bool follow_line(struct pn_window *window, const struct pn_map *map, uint64_t page,
+                        const struct bounds *bounds) {
     for (struct pn_line *line = window->lines; line < window->lines + 8; line++)
         if (goes_on(line, map, (int64_t)(page - line->last), bounds)) {
             go_on(window, line, page, bounds);
@@ -176,7 +194,8 @@ static bool follow_line(struct pn_window *window, const struct pn_map *map, uint
 
 enum { AREAS = sizeof((struct pn_window *)0)->areas / sizeof(struct pn_area) };
 
-/* The area of that number, and how many pages to take there at a fault in it: a power of two, of which `level` is the exponent. */
+/* The area of that number, and how many pages to take there at a fault in it: a power of two, of
+ * which `level` is the exponent. */
 static const struct pn_area *note_area(struct pn_window *window, uint64_t number, int32_t highest) {
     struct pn_area *area = &window->areas[number % AREAS];
     bool again = area->number == number + 1;
@@ -189,7 +208,8 @@ static const struct pn_area *note_area(struct pn_window *window, uint64_t number
     int32_t level = window->level / LEVEL < highest ? window->level / LEVEL : highest;
     if (again && level < area->level + 2)
         level = area->level + 2 < highest ? area->level + 2 : highest;
-    *area = (struct pn_area){.number = number + 1, .level = level, .faults = again ? area->faults + 1 : 1};
+    *area = (struct pn_area){
+        .number = number + 1, .level = level, .faults = again ? area->faults + 1 : 1};
     return area;
 }
 
@@ -207,8 +227,8 @@ static void want_around(struct pn_window *window, uint64_t page, const struct bo
     want(window, area->faults, page + 1, lesser(first + count, bounds->end), bounds->page_size);
 }
 
-void pn_window_fault(struct pn_window *window, const struct pn_map *map, uint64_t page, uint64_t first, uint64_t end,
-                     uint64_t page_size) {
+void pn_window_fault(struct pn_window *window, const struct pn_map *map, uint64_t page,
+                     uint64_t first, uint64_t end, uint64_t page_size) {
     const struct bounds bounds = {first, end, page_size};
     if (!follow_line(window, map, page, &bounds))
         want_around(window, page, &bounds);

@@ -2,21 +2,22 @@
 
 ::
 
-    PagenetError                 anything pagenet raises on purpose
-    ├── UsageError               the arguments contradict each other or the facts: change them     (exit 2)
-    ├── SourceUnreachable        nothing answers where the peer should be: start it, check the URI (exit 3)
-    ├── SourceLost               the source was there and is gone: pages are missing               (exit 4)
-    ├── OwnerGone                the process that faults is gone: nothing is left to do            (exit 5)
-    ├── ProtocolError            bytes that make no sense
-    │   ├── LocalProtocolError   pagenet was about to send them: a bug of the caller or of pagenet
-    │   └── RemoteProtocolError  the peer sent them: it is broken, hostile, or too new             (exit 6)
-    ├── HandshakeError           an owner's handshake makes no sense: that owner is turned away
-    ├── Unsupported              this kernel or this process may not do it: the text says what to change (exit 7)
-    ├── ConnectionBroken         the connection died under us, or its peer left early               (exit 4)
-    ├── ConnectionClosed         we closed it ourselves
-    └── ConnectionBusy           two tasks use one direction of a connection at once: a bug of the caller
+    PagenetError                 whatever pagenet raises on purpose
+    ├── UsageError               (2) arguments contradict each other or the facts: change them
+    ├── SourceUnreachable        (3) nothing answers where the peer should be: check the URI
+    ├── SourceLost               (4) the source was there and is gone: pages are missing
+    ├── OwnerGone                (5) the process that faults is gone: nothing is left to do
+    ├── ProtocolError            (6) bytes that make no sense
+    │   ├── LocalProtocolError       pagenet was about to send them: a bug here or of the caller
+    │   └── RemoteProtocolError      the peer sent them: it is broken, hostile, or too new
+    ├── HandshakeError               an owner's handshake makes no sense: that owner is turned away
+    ├── Unsupported              (7) this kernel or process may not do it: the text says what to do
+    ├── ConnectionBroken         (4) the connection died, or its peer left early
+    ├── ConnectionClosed             this side closed the connection
+    └── ConnectionBusy               two tasks use one direction of a connection: the caller's bug
 
-``exit_code`` is what the daemons exit with when the error ends them; 1 means that pagenet has no better word.
+``exit_code`` is what the daemons exit with when the error ends them; 1 means that pagenet has no
+better word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a long-running side has to say while it works: a name and some fields, for a log line or a JSON object."""
+"""What a long-running side has to say while it works: a name and some fields, for a log line or a
+JSON object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Conflict detection for backends: two tasks in one direction of a connection is a mistake, not a queue."""
+"""Conflict detection for backends: two tasks in one direction of a connection is a mistake, not a
+queue."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ __all__ = ["OneTask"]
 
 
 class OneTask:
-    """Held by the task that is in a stretch of code; a second one that wants in gets ConnectionBusy, not a wait."""
+    """Held by the task that is in a stretch of code; a second one that wants in gets
+    ConnectionBusy, not a wait."""
 
     def __init__(self, where: str) -> None:
         self._where = where

@@ -10,10 +10,15 @@ __all__ = ["loadable"]
 
 
 def loadable(path: Path) -> Path:
-    """What to put into LD_PRELOAD. :exc:`Unsupported` if there is none, or none that the dynamic loader would take: it goes on
-    without what it cannot load."""
+    """What to put into LD_PRELOAD. :exc:`Unsupported` if there is none, or none that the dynamic
+    loader would take: it goes on without what it cannot load."""
     if not path.exists():
-        raise Unsupported(f"{path} is missing: install pagenet again, or run python setup.py build_ext --inplace")
+        raise Unsupported(
+            f"{path} is missing: install pagenet again, or run python setup.py build_ext --inplace"
+        )
     if any(character.isspace() or character in ":$" for character in str(path)):
-        raise Unsupported(f"LD_PRELOAD cannot name {path}: install pagenet where no space, colon or dollar is in the path")
+        raise Unsupported(
+            f"LD_PRELOAD cannot name {path}: install pagenet where no space, colon or dollar is in"
+            " the path"
+        )
     return path

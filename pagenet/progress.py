@@ -1,4 +1,5 @@
-"""How far a transfer has come, from one look at it to the next; as events, for those who want no more than that."""
+"""How far a transfer has come, from one look at it to the next; as events, for those who want no
+more than that."""
 
 from __future__ import annotations
 
@@ -13,12 +14,22 @@ from .events import EventHandler, ignore_events
 from .nurseries import running_beside
 from .statistics import Histogram, ServingStatistics, TransferStatistics
 
-__all__ = ["Moment", "Watch", "complete_fields", "rounded_share", "tell_faults", "tell_progress", "tell_serving", "telling"]
+__all__ = [
+    "Moment",
+    "Watch",
+    "complete_fields",
+    "rounded_share",
+    "tell_faults",
+    "tell_progress",
+    "tell_serving",
+    "telling",
+]
 
 EVENT_SECONDS = 0.25
 # The first of them are over soon.
 FAULT_SECONDS = 0.05
-# Weight of the newest second in the rate: steadier than the last moment, quicker than the average since the start.
+# Weight of the newest second in the rate: steadier than the last moment, quicker than the average
+# since the start.
 _RATE_WEIGHT = 0.3
 
 Fields = dict[str, object]
@@ -55,7 +66,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Moment(Generic[S]):
-    """One look. ``seconds_left``: at the rate of now; None: that is not known yet, or it stands still."""
+    """One look. ``seconds_left``: at the rate of now; None: that is not known yet, or it stands
+    still."""
 
     statistics: S
     share: float
@@ -117,19 +129,24 @@ async def tell_progress(transfer: Filled, on_event: EventHandler) -> None:
 
 
 async def tell_faults(transfer: Filled, on_event: EventHandler) -> None:
-    """A ``fault`` event for all faults of an interval together, if there were any: a word about each would cost more than
-    answering it does."""
+    """A ``fault`` event for all faults of an interval together, if there were any: a word about
+    each would cost more than answering it does."""
     before = transfer.statistics()
     while True:
         await trio.sleep(FAULT_SECONDS)
         now = transfer.statistics()
         if count := now.demand.faults - before.demand.faults:
-            on_event("fault", count=count, fault_us=_quantiles(now.fault_latency.since(before.fault_latency)))
+            on_event(
+                "fault",
+                count=count,
+                fault_us=_quantiles(now.fault_latency.since(before.fault_latency)),
+            )
         before = now
 
 
 async def tell_serving(server: Serving, on_event: EventHandler) -> None:
-    """``progress`` events of a source whose one destination gets every page from it, until cancelled."""
+    """``progress`` events of a source whose one destination gets every page from it, until
+    cancelled."""
     watch: Watch[ServingStatistics] = Watch(server.statistics)
     while True:
         await trio.sleep(EVENT_SECONDS)
@@ -138,15 +155,23 @@ async def tell_serving(server: Serving, on_event: EventHandler) -> None:
 
 
 @asynccontextmanager
-async def telling(tell: Callable[[T, EventHandler], Awaitable[None]], about: T, on_event: EventHandler) -> AsyncIterator[None]:
+async def telling(
+    tell: Callable[[T, EventHandler], Awaitable[None]], about: T, on_event: EventHandler
+) -> AsyncIterator[None]:
     """One of these, for as long as the block runs."""
-    async with nullcontext() if on_event is ignore_events else running_beside(tell, about, on_event):
+    async with (
+        nullcontext() if on_event is ignore_events else running_beside(tell, about, on_event)
+    ):
         yield
 
 
 def complete_fields(statistics: TransferStatistics) -> Fields:
     """The fields of the ``complete`` event."""
-    classes = {"demand": statistics.demand, "prefetch": statistics.prefetch, "background": statistics.background}
+    classes = {
+        "demand": statistics.demand,
+        "prefetch": statistics.prefetch,
+        "background": statistics.background,
+    }
     return {
         "pages": statistics.pages,
         **{name: class_.pages for name, class_ in classes.items()},
@@ -172,7 +197,8 @@ def _quantiles(latency: Histogram) -> Fields:
 
 
 def _compressed(statistics: TransferStatistics) -> Fields:
-    """Bytes of pages that came compressed, their share of all that came as bytes, and how many times smaller they were."""
+    """Bytes of pages that came compressed, their share of all that came as bytes, and how many
+    times smaller they were."""
     ratio = statistics.lz4_ratio
     return {
         "bytes": statistics.lz4_bytes,

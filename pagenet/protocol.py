@@ -1,11 +1,14 @@
-"""What travels between source and destination, with no I/O in it. ``docs/protocol.md`` is the specification.
+"""What travels between source and destination, with no I/O in it. ``docs/protocol.md`` is the
+specification.
 
-Two languages share a connection, one after the other. First **messages**: a 12-byte frame header and a msgpack map; a hello
-from whoever dialled, a hello in answer. The control connection speaks messages to its end. A lane connection then changes to
-**lane headers**: fixed, little-endian, 24 bytes; requests from destination to source, replies from source to destination,
-a reply's header followed by its payload. Payload never passes through this module.
+Two languages share a connection, one after the other. First **messages**: a 12-byte frame header
+and a msgpack map; a hello from whoever dialled, a hello in answer. The control connection speaks
+messages to its end. A lane connection then changes to **lane headers**: fixed, little-endian, 24
+bytes; requests from destination to source, replies from source to destination, a reply's header
+followed by its payload. Payload never passes through this module.
 
-Everything decoded here comes from a stranger: each field is checked before it is believed, ranges by subtraction.
+Everything decoded here comes from a stranger: each field is checked before it is believed, ranges
+by subtraction.
 """
 
 from __future__ import annotations
@@ -51,11 +54,14 @@ VERSION = 1
 OLDEST_VERSION = 1
 MAGIC = b"PGNT"
 FRAME_HEADER = struct.Struct("<4sHHI")  # magic, version of the framing, reserved (0), body length
-# 4096 blocks with names of 255 four-byte characters would be 4.2 MB; real tables are a few kilobytes.
+# 4096 blocks with names of 255 four-byte characters would be 4.2 MB; real tables are a few
+# kilobytes.
 MAX_MESSAGE = 2 << 20
-#: A destination has no block table to send: this is all that a source keeps of a peer that it knows nothing of.
+# : A destination has no block table to send: this is all that a source keeps of a peer that it
+# knows nothing of.
 MAX_DESTINATION_MESSAGE = 64 << 10
-REQUEST_HEADER = struct.Struct("<IBBBBQII")  # id, class, encodings, unit shift, reserved, first, count, reserved
+# id, class, encodings, unit shift, reserved, first, count, reserved
+REQUEST_HEADER = struct.Struct("<IBBBBQII")
 REPLY_HEADER = struct.Struct("<IBBHQII")  # id, class, encoding, reserved, first, count, length
 LANE_HEADER_SIZE = 24
 #: Most that one request may ask for, in bytes, unless a single page is larger.
@@ -101,7 +107,8 @@ class Encoding(IntEnum):
     FAILED = 255
 
 
-#: ``auto``: where the link and the processor make it worth it; ``lz4``: whatever becomes smaller; ``none``
+# : ``auto``: where the link and the processor make it worth it; ``lz4``: whatever becomes smaller;
+# ``none``
 Compress = Literal["auto", "lz4", "none"]
 
 
@@ -119,8 +126,8 @@ def encodings_for(compress: Compress, features: frozenset[str]) -> int:
 class Hello:
     """The first message in each direction of every connection.
 
-    A source's hello on the control channel carries the region; a destination's carries the lanes it wants dialled. Lane
-    hellos name the session that the source's control hello gave out (16 bytes).
+    A source's hello on the control channel carries the region; a destination's carries the lanes it
+    wants dialled. Lane hellos name the session that the source's control hello gave out (16 bytes).
     """
 
     TYPE: ClassVar[str] = "hello"
@@ -188,9 +195,9 @@ def _fields_of(message: Message) -> dict[str, Any]:
 class MessageDecoder:
     """Bytes in, messages out.
 
-    :meth:`feed` bytes as they come, then iterate over :meth:`messages`. What follows the last message wanted is in
-    :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything that is not a message; nothing comes after it.
-    ``limit``: bytes of a message's body.
+    :meth:`feed` bytes as they come, then iterate over :meth:`messages`. What follows the last
+    message wanted is in :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything
+    that is not a message; nothing comes after it. ``limit``: bytes of a message's body.
     """
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
@@ -207,9 +214,13 @@ class MessageDecoder:
             return None
         _, framing, _, length = FRAME_HEADER.unpack_from(self.unread)
         if framing != 1:
-            raise RemoteProtocolError(f"the peer frames its messages in version {framing}; this pagenet knows version 1")
+            raise RemoteProtocolError(
+                f"the peer frames its messages in version {framing}; this pagenet knows version 1"
+            )
         if length > self._limit:
-            raise RemoteProtocolError(f"the peer announces a message of {length} bytes (limit {self._limit})")
+            raise RemoteProtocolError(
+                f"the peer announces a message of {length} bytes (limit {self._limit})"
+            )
         end = FRAME_HEADER.size + length
         if len(self.unread) < end:
             return None
@@ -218,32 +229,44 @@ class MessageDecoder:
         return _decode_body(body)
 
     def check_eof(self) -> None:
-        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle of a message."""
+        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle
+        of a message."""
         if self.unread:
-            raise RemoteProtocolError(f"the peer closed in the middle of a message ({len(self.unread)} bytes of it came)")
+            raise RemoteProtocolError(
+                f"the peer closed in the middle of a message ({len(self.unread)} bytes of it came)"
+            )
 
 
 def _check_magic(data: bytearray) -> None:
     if data[:4] != MAGIC[: len(data)]:
-        raise RemoteProtocolError(f"the peer does not speak pagenet: it begins with {bytes(data[:16])!r}")
+        raise RemoteProtocolError(
+            f"the peer does not speak pagenet: it begins with {bytes(data[:16])!r}"
+        )
 
 
 def _decode_body(body: bytes) -> Message:
     try:
         fields = msgpack.unpackb(body, strict_map_key=True)
-    except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
-        raise RemoteProtocolError(f"the peer's message is not msgpack: {str(error) or type(error).__name__}") from None
+    except Exception as error:
+        # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        raise RemoteProtocolError(
+            f"the peer's message is not msgpack: {str(error) or type(error).__name__}"
+        ) from None
     if not isinstance(fields, dict):
         raise RemoteProtocolError("the peer's message is not a map")
     match fields.get("type"):
         case "hello":
             return _decode_hello(fields)
         case "failure":
-            return Failure(printable(_field(fields, "code", str)[:64]), printable(_field(fields, "text", str)))
+            return Failure(
+                printable(_field(fields, "code", str)[:64]), printable(_field(fields, "text", str))
+            )
         case "bye":
             return Bye(_field(fields, "complete", bool))
         case other:
-            raise RemoteProtocolError(f"the peer's message is of type {_shown(other)}, which is unknown")
+            raise RemoteProtocolError(
+                f"the peer's message is of type {_shown(other)}, which is unknown"
+            )
 
 
 def _decode_hello(fields: dict[str, Any]) -> Hello:
@@ -261,7 +284,11 @@ def _decode_hello(fields: dict[str, Any]) -> Hello:
         channel=_choice(Channel, fields, "channel"),
         session=session,
         identity=_field(fields, "identity", bytes)[:64] if "identity" in fields else b"",
-        region=_decode_region(_list(fields, "blocks", limit=MAX_BLOCKS)) if "blocks" in fields else None,
+        region=(
+            _decode_region(_list(fields, "blocks", limit=MAX_BLOCKS))
+            if "blocks" in fields
+            else None
+        ),
         lanes=tuple(_decode_lane(lane) for lane in _list(fields, "lanes", limit=MAX_LANES)),
         features=frozenset(_strings(fields, "features")),
         version=version,
@@ -287,13 +314,17 @@ def _block_fields(block: object) -> tuple[str, int, int]:
     match block:
         case [str() as name, int() as size, int() as page_size]:
             return name, size, page_size
-    raise RemoteProtocolError("the peer's block table has an entry that is not [name, size, page size]")
+    raise RemoteProtocolError(
+        "the peer's block table has an entry that is not [name, size, page size]"
+    )
 
 
 def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
     value = fields.get(name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RemoteProtocolError(f"the peer's {fields.get('type', 'message')} has no proper {name!r}")
+        raise RemoteProtocolError(
+            f"the peer's {fields.get('type', 'message')} has no proper {name!r}"
+        )
     return value
 
 
@@ -319,7 +350,8 @@ def _choice(kind: type[E], fields: dict[str, Any], name: str) -> E:
 
 
 def _shown(value: object) -> str:
-    """A stranger's value, for the line of an error. Text alone is shown: the repr of a deep structure recurses too far."""
+    """A stranger's value, for the line of an error. Text alone is shown: the repr of a deep
+    structure recurses too far."""
     return repr(value[:40]) if isinstance(value, str) else type(value).__name__
 
 
@@ -338,8 +370,8 @@ def negotiate(hello: Hello) -> int:
 
 def _no_common_version(oldest: int, version: int) -> str:
     return (
-        f"the peer speaks protocol versions {oldest} to {version}, this pagenet {OLDEST_VERSION} to {VERSION}: "
-        "bring both to releases that overlap"
+        f"the peer speaks protocol versions {oldest} to {version}, this pagenet {OLDEST_VERSION} to"
+        f" {VERSION}: bring both to releases that overlap"
     )
 
 
@@ -350,9 +382,10 @@ def _no_common_version(oldest: int, version: int) -> str:
 class Request:
     """Destination to source: send me these pages.
 
-    ``unit_shift``: pages belong together in aligned groups of ``2**unit_shift`` (a huge page of the destination's); replies
-    do not split a group. ``encodings``: which ones the destination takes, a bit each; it takes RAW in any case, and with its
-    bit the source need not compress where that is slower.
+    ``unit_shift``: pages belong together in aligned groups of ``2**unit_shift`` (a huge page of the
+    destination's); replies do not split a group. ``encodings``: which ones the destination takes, a
+    bit each; it takes RAW in any case, and with its bit the source need not compress where that is
+    slower.
     """
 
     request_id: int
@@ -372,7 +405,14 @@ class Request:
 
     def encode(self) -> bytes:
         return REQUEST_HEADER.pack(
-            self.request_id, self.class_, self.encodings, self.unit_shift, 0, self.run.first, self.run.count, 0
+            self.request_id,
+            self.class_,
+            self.encodings,
+            self.unit_shift,
+            0,
+            self.run.first,
+            self.run.count,
+            0,
         )
 
 
@@ -380,8 +420,8 @@ class Request:
 class Reply:
     """Source to destination: the header of these pages. ``length`` bytes of payload follow it.
 
-    The replies to a request cover its run from first page to last, in order. FAILED carries a reason as UTF-8 and ends the
-    request.
+    The replies to a request cover its run from first page to last, in order. FAILED carries a
+    reason as UTF-8 and ends the request.
     """
 
     request_id: int
@@ -392,7 +432,13 @@ class Reply:
 
     def encode(self) -> bytes:
         return REPLY_HEADER.pack(
-            self.request_id, self.class_, self.encoding, 0, self.run.first, self.run.count, self.length
+            self.request_id,
+            self.class_,
+            self.encoding,
+            0,
+            self.run.first,
+            self.run.count,
+            self.length,
         )
 
 
@@ -407,7 +453,8 @@ class RequestDecoder:
         self._unread += data
 
     def requests(self) -> Iterator[Request]:
-        """All whole requests fed so far. :exc:`~pagenet.errors.RemoteProtocolError` at the first that makes no sense."""
+        """All whole requests fed so far. :exc:`~pagenet.errors.RemoteProtocolError` at the first
+        that makes no sense."""
         whole = len(self._unread) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
         headers, self._unread = bytes(self._unread[:whole]), self._unread[whole:]
         for fields in REQUEST_HEADER.iter_unpack(headers):
@@ -424,13 +471,18 @@ class RequestDecoder:
         run = Run(first, count)
         if not self._region.contains(run):
             raise RemoteProtocolError(
-                f"the peer asks for {count} pages from page {first} on: not within one block of the {self._region.pages} pages"
+                f"the peer asks for {count} pages from page {first} on: not within one block of the"
+                f" {self._region.pages} pages"
             )
         if not self._aligned(run, unit_shift):
-            raise RemoteProtocolError(f"the peer's request is not made of whole units of 2**{unit_shift} pages")
+            raise RemoteProtocolError(
+                f"the peer's request is not made of whole units of 2**{unit_shift} pages"
+            )
         size = self._region.size_of(run)
         if size > MAX_REQUEST_BYTES and count > 1 << unit_shift:
-            raise RemoteProtocolError(f"the peer asks for {size} bytes at once (limit {MAX_REQUEST_BYTES})")
+            raise RemoteProtocolError(
+                f"the peer asks for {size} bytes at once (limit {MAX_REQUEST_BYTES})"
+            )
         return Request(request_id, _class_of(class_), run, unit_shift, encodings)
 
     def _aligned(self, run: Run, unit_shift: int) -> bool:
@@ -445,7 +497,9 @@ def _class_of(value: int) -> Class:
     try:
         return Class(value)
     except ValueError:
-        raise RemoteProtocolError(f"the peer names transfer class {value}, which is unknown") from None
+        raise RemoteProtocolError(
+            f"the peer names transfer class {value}, which is unknown"
+        ) from None
 
 
 @dataclass(slots=True)
@@ -466,7 +520,9 @@ class OutstandingRequests:
     Request ids are given out here; an id is used again only 2**32 requests later.
     """
 
-    def __init__(self, region: Region, encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO) -> None:
+    def __init__(
+        self, region: Region, encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO
+    ) -> None:
         self._region = region
         self._encodings = encodings
         self._open: dict[int, _Outstanding] = {}
@@ -482,18 +538,23 @@ class OutstandingRequests:
         encodings = self._encodings & ~(1 << Encoding.RAW) if packed else self._encodings
         request = Request(self._next_id, class_, run, unit_shift, encodings)
         self._next_id = (self._next_id + 1) % 2**32
-        self._open[request.request_id] = _Outstanding(class_, run, 1 << unit_shift, request.may_pack)
+        self._open[request.request_id] = _Outstanding(
+            class_, run, 1 << unit_shift, request.may_pack
+        )
         return request
 
     def reply(self, header: bytes | bytearray | memoryview) -> Reply:
-        """Decode a reply's header and check it against the open requests; the request closes with its last page."""
+        """Decode a reply's header and check it against the open requests; the request closes with
+        its last page."""
         request_id, class_, encoding, reserved, first, count, length = REPLY_HEADER.unpack(header)
         outstanding = self._open.get(request_id)
         if outstanding is None:
             raise RemoteProtocolError(f"the peer answers request {request_id}, which is not open")
         if class_ != outstanding.class_ or reserved:
             raise RemoteProtocolError("the peer's reply is of another class than its request")
-        reply = Reply(request_id, outstanding.class_, _encoding_of(encoding), Run(first, count), length)
+        reply = Reply(
+            request_id, outstanding.class_, _encoding_of(encoding), Run(first, count), length
+        )
         if reply.encoding is Encoding.LZ4 and not outstanding.may_pack:
             raise RemoteProtocolError("the peer compresses with lz4, which was not asked for")
         if reply.encoding is Encoding.FAILED:
@@ -511,18 +572,30 @@ class OutstandingRequests:
     @staticmethod
     def _check_failure(reply: Reply) -> None:
         if reply.length > MAX_REASON_BYTES:
-            raise RemoteProtocolError(f"the peer announces a reason of {reply.length} bytes (limit {MAX_REASON_BYTES})")
+            raise RemoteProtocolError(
+                f"the peer announces a reason of {reply.length} bytes (limit {MAX_REASON_BYTES})"
+            )
 
     def _check_pages(self, reply: Reply, outstanding: _Outstanding) -> None:
         first, count, unit = reply.run.first, reply.run.count, outstanding.unit
-        if first != outstanding.next or not 0 < count <= outstanding.run.end - first or count % unit:
-            raise RemoteProtocolError(f"the peer answers out of turn: with {count} pages from page {first} on")
+        if (
+            first != outstanding.next
+            or not 0 < count <= outstanding.run.end - first
+            or count % unit
+        ):
+            raise RemoteProtocolError(
+                f"the peer answers out of turn: with {count} pages from page {first} on"
+            )
         size = self._region.size_of(reply.run) if reply.encoding is not Encoding.ZERO else 0
         packed = reply.encoding is Encoding.LZ4
         if not 0 < reply.length < size if packed else reply.length != size:
-            raise RemoteProtocolError(f"the peer announces {reply.length} bytes for {count} pages of {size} bytes in all")
+            raise RemoteProtocolError(
+                f"the peer announces {reply.length} bytes for {count} pages of {size} bytes in all"
+            )
         if packed and size > MAX_LZ4_BYTES:
-            raise RemoteProtocolError(f"the peer compresses {size} bytes at once (limit {MAX_LZ4_BYTES})")
+            raise RemoteProtocolError(
+                f"the peer compresses {size} bytes at once (limit {MAX_LZ4_BYTES})"
+            )
 
 
 def _encoding_of(value: int) -> Encoding:

@@ -1,8 +1,9 @@
 """The memory being moved: named blocks in one flat page numbering.
 
-A region is a sequence of blocks. Byte offsets are flat: block 1 begins where block 0 ends, as in a memory file that holds
-the blocks one after the other. Page numbers are flat too, but each block counts in its own page size, so that 2 MiB
-hugetlbfs blocks and 4 KiB blocks can stand in one region. A run never crosses a block.
+A region is a sequence of blocks. Byte offsets are flat: block 1 begins where block 0 ends, as in a
+memory file that holds the blocks one after the other. Page numbers are flat too, but each block
+counts in its own page size, so that 2 MiB hugetlbfs blocks and 4 KiB blocks can stand in one
+region. A run never crosses a block.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class Block:
             raise UsageError(f"block name of {len(self.name)} characters (limit 255)")
         page = self.page_size
         if page < 4096 or page > MAX_PAGE_SIZE or page & (page - 1):
-            raise UsageError(f"block {self.name!r}: page size {page} is not a power of two from 4 KiB to 1 GiB")
+            raise UsageError(
+                f"block {self.name!r}: page size {page} is not a power of two from 4 KiB to 1 GiB"
+            )
         if self.size <= 0 or self.size % page:
-            raise UsageError(f"block {self.name!r}: {self.size} bytes is not a whole number of {page}-byte pages")
+            raise UsageError(
+                f"block {self.name!r}: {self.size} bytes is not a whole number of {page}-byte pages"
+            )
 
     @property
     def pages(self) -> int:
@@ -89,7 +94,8 @@ class Region:
         return f"Region({list(self.blocks)!r})"
 
     def with_page_sizes(self, page_sizes: Iterable[int]) -> Region:
-        """The same blocks, counted in pages of other sizes, one a block. :exc:`UsageError` where one does not divide."""
+        """The same blocks, counted in pages of other sizes, one a block. :exc:`UsageError` where
+        one does not divide."""
         pairs = zip(self.blocks, page_sizes, strict=True)
         return Region(Block(block.name, block.size, page_size) for block, page_size in pairs)
 
@@ -121,14 +127,18 @@ class Region:
         return self.offsets[index] + (page - self.first_pages[index]) * self.blocks[index].page_size
 
     def page_at_offset(self, offset: int) -> int:
-        """Number of the page that holds flat byte ``offset``; :exc:`IndexError` outside the region."""
+        """Number of the page that holds flat byte ``offset``; :exc:`IndexError` outside the
+        region."""
         if not 0 <= offset < self.size:
             raise IndexError(f"offset {offset:#x} is outside the region of {self.size:#x} bytes")
         index = bisect_right(self.offsets, offset) - 1
-        return self.first_pages[index] + (offset - self.offsets[index]) // self.blocks[index].page_size
+        return (
+            self.first_pages[index] + (offset - self.offsets[index]) // self.blocks[index].page_size
+        )
 
     def contains(self, run: Run) -> bool:
-        """Whether ``run`` is a non-empty run inside one block. Never overflows: compares by subtraction."""
+        """Whether ``run`` is a non-empty run inside one block. Never overflows: compares by
+        subtraction."""
         if run.count <= 0 or not 0 <= run.first < self.pages:
             return False
         return run.count <= self.first_pages[self.block_index(run.first) + 1] - run.first
@@ -138,7 +148,8 @@ class Region:
         return run.count * self.page_size_at(run.first)
 
     def split(self, run: Run, max_bytes: int) -> Iterator[Run]:
-        """``run`` cut at block ends and into pieces of at most ``max_bytes`` (at least one page each)."""
+        """``run`` cut at block ends and into pieces of at most ``max_bytes`` (at least one page
+        each)."""
         first = run.first
         while first < run.end:
             index = self.block_index(first)

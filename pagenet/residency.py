@@ -1,9 +1,11 @@
-"""The destination's map of pages: what is missing, asked for, in place. The only truth about progress.
+"""The destination's map of pages: what is missing, asked for, in place. The only truth about
+progress.
 
-One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that lanes in C threads and in
-other processes share it with Python. A page goes from MISSING to COMING (asked for in the background) or REQUESTED (asked for
-because somebody waits), to PLACING, in shared memory to READY, to RESIDENT; whoever moved it to PLACING, and nobody else, may
-write it. Never backwards: a page that its owner gave up is REMOVED for good.
+One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that
+lanes in C threads and in other processes share it with Python. A page goes from MISSING to COMING
+(asked for in the background) or REQUESTED (asked for because somebody waits), to PLACING, in shared
+memory to READY, to RESIDENT; whoever moved it to PLACING, and nobody else, may write it. Never
+backwards: a page that its owner gave up is REMOVED for good.
 """
 
 from __future__ import annotations
@@ -43,14 +45,17 @@ _WROTE = "the owner has written to the map of its pages"
 
 
 class Residency:
-    """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte a page.
+    """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte
+    a page.
 
-    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which says what it raises. Of a map that was
-    recovered the READY and REMOVING pages are still as their users have left them, and the counters go on: what those had done
-    last may not be counted.
+    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which says what it
+    raises. Of a map that was recovered the READY and REMOVING pages are still as their users have
+    left them, and the counters go on: what those had done last may not be counted.
     """
 
-    def __init__(self, pages: int, *, note: bytes = b"", file: int | None = None, recover: bool = False) -> None:
+    def __init__(
+        self, pages: int, *, note: bytes = b"", file: int | None = None, recover: bool = False
+    ) -> None:
         self.pages = pages
         #: for lanes in C
         self.shared = _native.SharedMap(pages, note, file, recover=recover)
@@ -67,7 +72,8 @@ class Residency:
         self.close()
 
     def confine(self, scope: Sequence[Run]) -> None:
-        """Nothing is to become resident but ``scope``: all else is OUTSIDE. Of a map that was recovered, it is so.
+        """Nothing is to become resident but ``scope``: all else is OUTSIDE. Of a map that was
+        recovered, it is so.
 
         :exc:`HandshakeError` if it is not.
         """
@@ -78,7 +84,9 @@ class Residency:
                 self.set(run, State.OUTSIDE)
             elif self.span(run, State.OUTSIDE) < run.count:
                 raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
-        if self.is_recovered and any(self.find(State.OUTSIDE, run.first, run.end) is not None for run in scope):
+        if self.is_recovered and any(
+            self.find(State.OUTSIDE, run.first, run.end) is not None for run in scope
+        ):
             raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
 
     @property
@@ -88,7 +96,8 @@ class Residency:
 
     @property
     def done(self) -> int:
-        """Pages of the scope that are RESIDENT, REMOVED or POISONED, as far as the map's counter is right."""
+        """Pages of the scope that are RESIDENT, REMOVED or POISONED, as far as the map's counter is
+        right."""
         return min(self.shared.done, self.scope)
 
     @property
@@ -96,14 +105,17 @@ class Residency:
         return self.done == self.scope
 
     def check_complete(self) -> None:
-        """It is :attr:`complete`. :exc:`HandshakeError` if not every page of the scope is RESIDENT, REMOVED or POISONED. Looks
-        at each: once, at the end."""
+        """It is :attr:`complete`. :exc:`HandshakeError` if not every page of the scope is RESIDENT,
+        REMOVED or POISONED. Looks at each: once, at the end."""
         for run in self._scope:
             if (page := self.shared.unsettled(run.first, run.end)) < run.end:
-                raise HandshakeError(f"{_WROTE}: it counts all of them as in place, and page {page} is not")
+                raise HandshakeError(
+                    f"{_WROTE}: it counts all of them as in place, and page {page} is not"
+                )
 
     def finish(self) -> None:
-        """The source knows that everything is in place: whoever finds the map has nothing left to do."""
+        """The source knows that everything is in place: whoever finds the map has nothing left to
+        do."""
         self.shared.finish()
 
     def state(self, page: int) -> State:
@@ -114,7 +126,8 @@ class Residency:
             raise HandshakeError(f"{_WROTE}: {what}") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
-        """Move pages of ``run`` from one state to another, and stop at the first that is in neither: how many."""
+        """Move pages of ``run`` from one state to another, and stop at the first that is in
+        neither: how many."""
         return self.shared.claim(run.first, run.count, from_, to)
 
     def replace(self, run: Run, from_: State, to: State) -> int:
@@ -135,13 +148,15 @@ class Residency:
         return self.shared.span(run.first, run.end, state)
 
     def missing(self) -> list[Run]:
-        """The pages of the scope that are neither in place nor given up, as runs of which each lies within one of its own."""
+        """The pages of the scope that are neither in place nor given up, as runs of which each lies
+        within one of its own."""
         return [run for part in self._scope for run in self._missing_of(part)]
 
     def _missing_of(self, part: Run) -> Iterator[Run]:
         first = part.first
         while first < part.end:
-            # Looking at what was never touched would cost memory, and a region may be far larger than what came of it.
+            # Looking at what was never touched would cost memory, and a region may be far larger
+            # than what came of it.
             start, end = (min(page, part.end) for page in self.shared.touched(first))
             if first < start:
                 yield Run(first, start - first)
@@ -170,8 +185,8 @@ class Residency:
 
 
 def _between(scope: Sequence[Run], pages: int) -> Iterator[Run]:
-    """What ``scope``, in order, leaves out. The map is not touched where it need not be: a stranger says how large the
-    region is."""
+    """What ``scope``, in order, leaves out. The map is not touched where it need not be: a stranger
+    says how large the region is."""
     end = 0
     for run in scope:
         if end < run.first:

@@ -1,4 +1,5 @@
-"""The opening of a conversation: messages over a connection, and the hellos that both sides exchange."""
+"""The opening of a conversation: messages over a connection, and the hellos that both sides
+exchange."""
 
 from __future__ import annotations
 
@@ -25,21 +26,24 @@ from .transport import Connection, Listener
 
 __all__ = ["MessageStream", "accept_forever", "bare", "greet", "receive_exactly", "telling"]
 
-# A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a round trip.
+# A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a
+# round trip.
 HELLO_TIMEOUT = 10.0
-# What one side has to say at the end, and waits for the other to heed: a round trip will do, and nobody is held up by a
-# peer that does not listen.
+# What one side has to say at the end, and waits for the other to heed: a round trip will do, and
+# nobody is held up by a peer that does not listen.
 LAST_WORDS_TIMEOUT = 1.0
 _RECEIVE_SIZE = 16 << 10
 
 
 class MessageStream:
-    """Whole messages over a connection, which it borrows. ``limit``: bytes of one that the peer sends."""
+    """Whole messages over a connection, which it borrows. ``limit``: bytes of one that the peer
+    sends."""
 
     def __init__(self, connection: Connection, limit: int = MAX_MESSAGE) -> None:
         self.connection = connection
         self._decoder = MessageDecoder(limit)
-        # Goodbyes come from whichever task notices the end first, and another may be telling the peer what it did wrong.
+        # Goodbyes come from whichever task notices the end first, and another may be telling the
+        # peer what it did wrong.
         self._sending = trio.Lock()
 
     async def send(self, message: Message) -> None:
@@ -56,7 +60,9 @@ class MessageStream:
         with trio.move_on_after(HELLO_TIMEOUT) as waiting:
             await self.send(hello)
         if waiting.cancelled_caught:
-            raise ConnectionBroken(f"the peer did not read the answer to its hello for {HELLO_TIMEOUT:g} s")
+            raise ConnectionBroken(
+                f"the peer did not read the answer to its hello for {HELLO_TIMEOUT:g} s"
+            )
 
     async def receive(self) -> Message | None:
         """The next message; None when the peer has closed."""
@@ -70,7 +76,8 @@ class MessageStream:
         return message
 
     def unread(self) -> bytes:
-        """What came after the last message: it belongs to whoever speaks on this connection next."""
+        """What came after the last message: it belongs to whoever speaks on this connection
+        next."""
         data = bytes(self._decoder.unread)
         self._decoder.unread.clear()
         return data
@@ -81,8 +88,9 @@ class MessageStream:
         return _Rest(self.connection, unread) if unread else self.connection
 
     async def receive_hello(self, role: Role, dialled: bool = False) -> Hello:
-        """The peer's hello, in time, in that role, and in a version that we speak. ``dialled``: it is an answer to ours, which
-        may be that the peer is busy: :exc:`~pagenet.errors.SourceUnreachable`."""
+        """The peer's hello, in time, in that role, and in a version that we speak. ``dialled``: it
+        is an answer to ours, which may be that the peer is busy:
+        :exc:`~pagenet.errors.SourceUnreachable`."""
         try:
             with trio.fail_after(HELLO_TIMEOUT):
                 message = await self.receive()
@@ -92,7 +100,9 @@ class MessageStream:
             case Hello():
                 negotiate(message)
                 if message.role is not role:
-                    raise RemoteProtocolError(f"the peer is a {message.role.value} too: one side serves, the other pulls")
+                    raise RemoteProtocolError(
+                        f"the peer is a {message.role.value} too: one side serves, the other pulls"
+                    )
                 return message
             case Failure("busy", text) if dialled:
                 raise SourceUnreachable(f"{self.connection.peer} is busy: {text}")
@@ -127,8 +137,13 @@ class _Rest:
 
 
 def bare(connection: Connection) -> Connection:
-    """A connection as its transport made it, if nothing that was received of it is left to be read."""
-    return connection.connection if isinstance(connection, _Rest) and not connection.unread else connection
+    """A connection as its transport made it, if nothing that was received of it is left to be
+    read."""
+    return (
+        connection.connection
+        if isinstance(connection, _Rest) and not connection.unread
+        else connection
+    )
 
 
 def _opposite(role: Role) -> Role:
@@ -149,15 +164,20 @@ async def greet(stream: MessageStream, ours: Hello) -> Hello:
     # Whoever has answered for a lane takes what comes next for lane headers.
     async with telling(stream) if ours.channel is Channel.CONTROL else nullcontext():
         await stream.send(ours)
-        theirs = await stream.receive_hello(_opposite(ours.role), dialled=ours.role is Role.DESTINATION)
+        theirs = await stream.receive_hello(
+            _opposite(ours.role), dialled=ours.role is Role.DESTINATION
+        )
         if theirs.channel is not ours.channel:
-            raise RemoteProtocolError(f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}")
+            raise RemoteProtocolError(
+                f"the peer answers on channel {theirs.channel.value}, not {ours.channel.value}"
+            )
         return theirs
 
 
 @asynccontextmanager
 async def telling(stream: MessageStream) -> AsyncIterator[None]:
-    """While messages are spoken: tell the peer, if it can still hear, what it did wrong, before the error goes on up."""
+    """While messages are spoken: tell the peer, if it can still hear, what it did wrong, before the
+    error goes on up."""
     try:
         yield
     except RemoteProtocolError as error:
@@ -166,10 +186,13 @@ async def telling(stream: MessageStream) -> AsyncIterator[None]:
 
 
 async def accept_forever(
-    listener: Listener, meet: Callable[[Connection], Awaitable[None]], admission: Admission | None = None
+    listener: Listener,
+    meet: Callable[[Connection], Awaitable[None]],
+    admission: Admission | None = None,
 ) -> None:
-    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's mistakes out. For more than
-    there are file descriptors, or ``admission`` says, the rest wait in the listener's backlog."""
+    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's
+    mistakes out. For more than there are file descriptors, or ``admission`` says, the rest wait in
+    the listener's backlog."""
     places = admission or Admission(spare_descriptors())
 
     async def meet_counted(connection: Connection) -> None:

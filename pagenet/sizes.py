@@ -16,5 +16,7 @@ def parse_size(text: str) -> int:
     number = text[:-1] if shift else text
     size = int(number) << shift if number.isdecimal() else 0
     if size == 0 or size % mmap.PAGESIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {mmap.PAGESIZE}-byte pages")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of {mmap.PAGESIZE}-byte pages"
+        )
     return size

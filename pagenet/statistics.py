@@ -9,7 +9,8 @@ __all__ = ["ClassStatistics", "Histogram", "ServingStatistics", "TransferStatist
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Latencies in nanoseconds, counted in buckets: exact below 16, then eight to the octave (12.5 % wide)."""
+    """Latencies in nanoseconds, counted in buckets: exact below 16, then eight to the octave (12.5
+    % wide)."""
 
     buckets: tuple[int, ...]
 
@@ -32,7 +33,9 @@ class Histogram:
 
     def since(self, earlier: Histogram) -> Histogram:
         """The latencies counted since ``earlier`` was taken."""
-        return Histogram(tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True)))
+        return Histogram(
+            tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True))
+        )
 
     def microseconds(self, share: float) -> float | None:
         value = self.percentile(share)
@@ -50,13 +53,14 @@ def _lower_bound(bucket: int) -> int:
 class ClassStatistics:
     """One class of transfer (demand, prefetch or background).
 
-    ``pages`` placed, in ``runs`` replies, ``zero_pages`` of them as a flag; ``wire_bytes`` received for them; ``existed``:
-    found in place already; ``dropped``: came but were no longer wanted; ``requests`` sent; ``faults`` that this class was
-    asked to answer; ``deferred``: times that placing had to wait for the owner's events to be read; ``latency``: from the
-    fault's event to the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed, ``lz4_bytes``
-    of pages in ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose first touch is seen; ``sampled_used``: those
-    of them that were touched. ``outside_faults``: of the faults, those at addresses that the owner announced
-    nothing about.
+    ``pages`` placed, in ``runs`` replies, ``zero_pages`` of them as a flag; ``wire_bytes`` received
+    for them; ``existed``: found in place already; ``dropped``: came but were no longer wanted;
+    ``requests`` sent; ``faults`` that this class was asked to answer; ``deferred``: times that
+    placing had to wait for the owner's events to be read; ``latency``: from the fault's event to
+    the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed,
+    ``lz4_bytes`` of pages in ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose
+    first touch is seen; ``sampled_used``: those of them that were touched. ``outside_faults``: of
+    the faults, those at addresses that the owner announced nothing about.
     """
 
     pages: int
@@ -81,7 +85,8 @@ class ClassStatistics:
 class TransferStatistics:
     """A whole transfer.
 
-    ``pages``: in its scope; ``size``: the same in bytes; ``done``: of those pages, in place or given up by their owner.
+    ``pages``: in its scope; ``size``: the same in bytes; ``done``: of those pages, in place or
+    given up by their owner.
     """
 
     pages: int

@@ -28,7 +28,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A thread waits for the page at ``address``. ``minor``: the page cache has it, the page table does not."""
+    """A thread waits for the page at ``address``. ``minor``: the page cache has it, the page table
+    does not."""
 
     address: int
     write: bool
@@ -127,7 +128,8 @@ class Target(Protocol):
         ...
 
     def piece_of(self, page: int) -> Run:
-        """The pages around ``page`` that one run may hold: in its block, and at consecutive addresses of the owner."""
+        """The pages around ``page`` that one run may hold: in its block, and at consecutive
+        addresses of the owner."""
         ...
 
     def place(self, run: Run, data: memoryview | None) -> Outcome:

@@ -60,11 +60,13 @@ class Connection(Protocol):
         ...
 
     async def receive_into(self, buffer: memoryview) -> int:
-        """Receive at least one byte into ``buffer`` (not empty) and return how many; 0 once the peer has closed."""
+        """Receive at least one byte into ``buffer`` (not empty) and return how many; 0 once the
+        peer has closed."""
         ...
 
     def close(self) -> None:
-        """Close both directions at once. Idempotent; wakes tasks that wait in :meth:`send` or :meth:`receive_into`."""
+        """Close both directions at once. Idempotent; wakes tasks that wait in :meth:`send` or
+        :meth:`receive_into`."""
         ...
 
 
@@ -78,7 +80,8 @@ class Detachable(Protocol):
         ...
 
     def detach(self) -> int:
-        """Give the non-blocking socket's file descriptor to the caller, who closes it. The connection is then closed."""
+        """Give the non-blocking socket's file descriptor to the caller, who closes it. The
+        connection is then closed."""
         ...
 
 
@@ -93,20 +96,24 @@ class Listener(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop listening and leave nothing behind. Idempotent; connections already accepted live on."""
+        """Stop listening and leave nothing behind. Idempotent; connections already accepted live
+        on."""
         ...
 
     def __enter__(self) -> Self: ...
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None: ...
 
 
 class Transport(Protocol):
     async def dial(self, uri: SplitResult) -> Connection:
-        """Connect. :exc:`~pagenet.errors.SourceUnreachable` if nothing answers, :exc:`~pagenet.errors.UsageError` for a URI
-        that makes no sense."""
+        """Connect. :exc:`~pagenet.errors.SourceUnreachable` if nothing answers,
+        :exc:`~pagenet.errors.UsageError` for a URI that makes no sense."""
         ...
 
     async def listen(self, uri: SplitResult) -> Listener:
@@ -137,7 +144,10 @@ def _transport_for(uri: str) -> tuple[Transport, SplitResult]:
         raise UsageError(f"{uri!r} is not a URI: {error}") from None
     if split.scheme not in _transports:
         known = ", ".join(f"{scheme}:" for scheme in schemes())
-        raise UsageError(f"{uri!r}: no transport of that name (there are {known}; for example tcp://127.0.0.1:7000)")
+        raise UsageError(
+            f"{uri!r}: no transport of that name (there are {known}; for example"
+            " tcp://127.0.0.1:7000)"
+        )
     return _transports[split.scheme], split
 
 
@@ -147,7 +157,8 @@ async def dial(uri: str) -> Connection:
 
 
 async def listen(uri: str, *, plaintext: bool = False) -> Listener:
-    """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect and ``plaintext`` is not set."""
+    """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect and
+    ``plaintext`` is not set."""
     transport, split = _transport_for(uri)
     if not plaintext and not transport.is_private(split):
         raise _exposed(uri)
@@ -162,6 +173,7 @@ async def listen(uri: str, *, plaintext: bool = False) -> Listener:
 
 def _exposed(uri: str) -> UsageError:
     return UsageError(
-        f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and to anyone who "
-        "asks: listen on loopback or a unix socket, or say --plaintext if the network is yours alone"
+        f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and"
+        " to anyone who asks: listen on loopback or a unix socket, or say --plaintext if the"
+        " network is yours alone"
     )

@@ -1,4 +1,5 @@
-"""A listening unix socket and its file: who may use it, what to do with one that is there already, and removing it again."""
+"""A listening unix socket and its file: who may use it, what to do with one that is there already,
+and removing it again."""
 
 from __future__ import annotations
 
@@ -28,19 +29,22 @@ class _Inode(NamedTuple):
 class UnixSocketFile:
     """A stream socket that listens on ``path``. Owns the socket and the file.
 
-    Replaces the socket file of a listener that is gone. :exc:`~pagenet.errors.UsageError`, which begins with ``name``, if
-    somebody listens there, if it is another file, or if there can be none.
+    Replaces the socket file of a listener that is gone. :exc:`~pagenet.errors.UsageError`, which
+    begins with ``name``, if somebody listens there, if it is another file, or if there can be none.
     """
 
     def __init__(self, path: str, name: str, backlog: int) -> None:
-        #: absolute, so that the file is found again at close, wherever the daemon has changed to by then
+        # : absolute, so that the file is found again at close, wherever the daemon has changed to
+        # by then
         self.path = os.path.join(os.getcwd(), path)
         check_path_length(os.fsencode(self.path), name)
         try:
             _clear(self.path, name)
             sock, self._inode = _bind(self.path, backlog)
         except OSError as error:
-            raise UsageError(f"{name}: cannot listen: {error.strerror or error}; choose another path") from error
+            raise UsageError(
+                f"{name}: cannot listen: {error.strerror or error}; choose another path"
+            ) from error
         self.socket = trio.socket.from_stdlib_socket(sock)
         self._closed = False
 
@@ -48,16 +52,18 @@ class UnixSocketFile:
         """Idempotent. Wakes a task that waits in accept."""
         if not self._closed:
             self._closed = True
-            # In this order. An open socket keeps its file's inode, so that nobody else's file can have the same
-            # number, and still answers, so that nobody takes the file for a leftover: what is found to be ours, is
-            # ours.
+            # In this order. An open socket keeps its file's inode, so that nobody else's file can
+            # have the same number, and still answers, so that nobody takes the file for a leftover:
+            # what is found to be ours, is ours.
             _remove_own(self.path, self._inode)
             self.socket.close()
 
 
 def check_path_length(path: bytes, name: str) -> None:
     if len(path) > _PATH_MAX:
-        raise UsageError(f"{name}: the path has {len(path)} bytes, and the kernel takes {_PATH_MAX} at most")
+        raise UsageError(
+            f"{name}: the path has {len(path)} bytes, and the kernel takes {_PATH_MAX} at most"
+        )
 
 
 def _stream() -> socket.socket:
@@ -76,8 +82,9 @@ def _clear(path: str, name: str) -> None:
         raise UsageError(f"{name}: the file there is no socket; remove it or choose another path")
     if _answers(path):
         raise UsageError(f"{name}: somebody listens there already; stop it or choose another path")
-    # Two daemons that start on one leftover within these few microseconds can still remove each other's file; the
-    # looser learns of it when nobody comes. A lock file would prevent that and be the next leftover.
+    # Two daemons that start on one leftover within these few microseconds can still remove each
+    # other's file; the looser learns of it when nobody comes. A lock file would prevent that and be
+    # the next leftover.
     _remove_own(path, _Inode(found.st_dev, found.st_ino))
 
 
@@ -95,8 +102,8 @@ def _answers(path: str) -> bool:
 def _bind(path: str, backlog: int) -> tuple[socket.socket, _Inode]:
     sock = _stream()
     try:
-        # bind() gives the file the mode of the socket, less the umask. So the mode comes first, and there is no moment
-        # in which the file exists and is open to others.
+        # bind() gives the file the mode of the socket, less the umask. So the mode comes first, and
+        # there is no moment in which the file exists and is open to others.
         os.fchmod(sock.fileno(), _MODE)
         sock.bind(path)
         made = os.lstat(path)
@@ -108,7 +115,8 @@ def _bind(path: str, backlog: int) -> tuple[socket.socket, _Inode]:
 
 
 def _remove_own(path: str, inode: _Inode) -> None:
-    """Remove the file at ``path`` if it is still that one: another daemon may have put its own there."""
+    """Remove the file at ``path`` if it is still that one: another daemon may have put its own
+    there."""
     try:
         found = os.lstat(path)
         if _Inode(found.st_dev, found.st_ino) == inode:

@@ -1,7 +1,8 @@
 """A file that is written by name: whole or not at all.
 
-Bytes go into a fresh file of this writer's own, in the directory of the name, and it takes the name when it is whole: two who
-write one name at once do not meet, and the last to be done has it. Nothing that lies under the name is opened or followed.
+Bytes go into a fresh file of this writer's own, in the directory of the name, and it takes the name
+when it is whole: two who write one name at once do not meet, and the last to be done has it.
+Nothing that lies under the name is opened or followed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ __all__ = ["OWNER_ONLY", "WholeFile", "read_whole"]
 
 OWNER_ONLY = 0o600
 
-# What says that this file system has no files without a name: old kernels take the flag for a directory to be written.
+# What says that this file system has no files without a name: old kernels take the flag for a
+# directory to be written.
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
 class WholeFile:
-    """What is to become ``path``. ``what``: what it is, for people. ``mode``: of the new file, less the umask.
+    """What is to become ``path``. ``what``: what it is, for people. ``mode``: of the new file, less
+    the umask.
 
-    :exc:`UsageError` if there can be none under that name: no such directory, a name that is no regular file (a symbolic link
-    is none, wherever it leads), or one that only another user may replace. Later, :exc:`PagenetError`, if there is no room.
-    Either is one line, and leaves what was there as it was, and nothing else.
+    :exc:`UsageError` if there can be none under that name: no such directory, a name that is no
+    regular file (a symbolic link is none, wherever it leads), or one that only another user may
+    replace. Later, :exc:`PagenetError`, if there is no room. Either is one line, and leaves what
+    was there as it was, and nothing else.
     """
 
     def __init__(self, path: str | os.PathLike[str], what: str, mode: int = OWNER_ONLY) -> None:
@@ -42,7 +46,8 @@ class WholeFile:
         self._made = ""
         self._fd = -1
         try:
-            # The directory is held, not its name: whoever may move things on the way to it cannot move us.
+            # The directory is held, not its name: whoever may move things on the way to it cannot
+            # move us.
             self._directory = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise self._unusable(error) from None
@@ -77,18 +82,26 @@ class WholeFile:
         except FileNotFoundError:
             return
         if stat.S_ISLNK(found.st_mode):
-            raise UsageError(f"{self.path} is a symbolic link: name the {self._what} itself, or remove the link")
+            raise UsageError(
+                f"{self.path} is a symbolic link: name the {self._what} itself, or remove the link"
+            )
         if not stat.S_ISREG(found.st_mode):
-            raise UsageError(f"{self.path} is not a regular file: choose another name for the {self._what}")
+            raise UsageError(
+                f"{self.path} is not a regular file: choose another name for the {self._what}"
+            )
         around = os.stat(self._directory)
         if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, around.st_uid):
             # rename() would say so too, after everything was written
-            raise UsageError(f"{self.path} is another user's, in a directory where only that one may replace it")
+            raise UsageError(
+                f"{self.path} is another user's, in a directory where only that one may replace it"
+            )
 
     def _create(self, mode: int) -> int:
         try:
             # Without a name, nothing is left of it when we are killed.
-            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=self._directory)
+            return os.open(
+                ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=self._directory
+            )
         except OSError as error:
             if error.errno not in _NO_NAMELESS:
                 raise
@@ -106,7 +119,9 @@ class WholeFile:
         try:
             os.ftruncate(self._fd, size)
         except OSError as error:
-            raise UsageError(f"cannot make {self.path} {size} bytes long: {error.strerror}") from None
+            raise UsageError(
+                f"cannot make {self.path} {size} bytes long: {error.strerror}"
+            ) from None
 
     def write(self, data: bytes | memoryview, offset: int = 0) -> None:
         rest = memoryview(data)
@@ -161,8 +176,8 @@ class WholeFile:
 
 
 class _Sync:
-    """What a thread does with a descriptor of its own, which whoever waits for it may abandon at any moment: even before the
-    thread has begun."""
+    """What a thread does with a descriptor of its own, which whoever waits for it may abandon at
+    any moment: even before the thread has begun."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -190,7 +205,8 @@ class _Sync:
 def read_whole(path: str | os.PathLike[str], most: int, what: str) -> bytes:
     """All of a regular file, of ``most`` bytes at most. :exc:`UsageError` for anything else.
 
-    Never waits for another process: a FIFO, or a device, is turned away unread. Links are followed, as everywhere in reading.
+    Never waits for another process: a FIFO, or a device, is turned away unread. Links are followed,
+    as everywhere in reading.
     """
     name = os.fspath(path)
     try:

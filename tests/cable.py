@@ -1,4 +1,5 @@
-"""Two hosts' networks, as namespaces of this one, and the cable between them, which tests cut. Needs root, and ip."""
+"""Two hosts' networks, as namespaces of this one, and the cable between them, which tests cut.
+Needs root, and ip."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import trio
 from processes import Process, run
 
 needs_cable = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root, and ip (iproute2)"
+    os.geteuid() != 0 or not shutil.which("ip"),
+    reason="network namespaces need root, and ip (iproute2)",
 )
 
 Cut = Literal["down at the source", "down at the destination", "swallowed"]
@@ -25,7 +27,8 @@ CUTS: tuple[Cut, ...] = ("down at the source", "down at the destination", "swall
 
 @dataclass(frozen=True)
 class Host:
-    """``within``: runs a command on it. ``ip``: takes commands of ip, a line each, and obeys at once."""
+    """``within``: runs a command on it. ``ip``: takes commands of ip, a line each, and obeys at
+    once."""
 
     name: str
     address: str
@@ -43,14 +46,18 @@ class Cable:
 
     async def limit(self, rate: str) -> None:
         """What the source sends, from now on; ``rate`` as tc understands it."""
-        shape = f"tc qdisc add dev {self.source.name} root tbf rate {rate} burst 128kb latency 50ms".split()
+        device = self.source.name
+        shape = f"tc qdisc add dev {device} root tbf rate {rate} burst 128kb latency 50ms".split()
         await trio.run_process([*self.source.within, *shape])
 
     async def cut(self, how: Cut) -> None:
-        """Nothing gets through any more, and nobody is told, but for the host whose own end goes down."""
+        """Nothing gets through any more, and nobody is told, but for the host whose own end goes
+        down."""
         if how == "swallowed":  # somewhere in the middle: as frames to an address that nobody has
             for host, other in ((self.source, self.destination), (self.destination, self.source)):
-                await host.tell(f"neigh replace {other.address} lladdr {NOBODY} dev {host.name} nud permanent")
+                await host.tell(
+                    f"neigh replace {other.address} lladdr {NOBODY} dev {host.name} nud permanent"
+                )
         else:
             host = self.source if how == "down at the source" else self.destination
             await host.tell(f"link set {host.name} down")
@@ -67,13 +74,19 @@ async def plugged_cable() -> AsyncIterator[Cable]:
             )
             assert await holder.line() == "", holder.stderr
             within = ["nsenter", f"--net=/proc/{holder.pid}/ns/net", "--"]
-            ip = await stack.enter_async_context(run([*within, "ip", "-batch", "-"], stdin=subprocess.PIPE))
+            ip = await stack.enter_async_context(
+                run([*within, "ip", "-batch", "-"], stdin=subprocess.PIPE)
+            )
             hosts.append(Host(name, address, within, ip))
             number = holder.pid
         source, destination = hosts
         await source.tell(f"link add source type veth peer name destination netns {number}")
         for host in hosts:
-            await host.tell(f"address add {host.address}/24 dev {host.name}", f"link set {host.name} up", "link set lo up")
+            await host.tell(
+                f"address add {host.address}/24 dev {host.name}",
+                f"link set {host.name} up",
+                "link set lo up",
+            )
             await host.tell("link show lo")
             while "LOOPBACK" not in (await host.ip.line() or ""):
                 assert not host.ip.has_ended, host.ip.stderr

@@ -49,7 +49,10 @@ CHOICES: dict[str, Sequence[Any]] = {
 def drawn(seed: int) -> dict[str, Any]:
     """Of each, one that is as likely as the others; the first SEEDS of them have every one."""
     if seed >= SEEDS:
-        return {name: random.Random(f"{name} {seed}").choice(choices) for name, choices in CHOICES.items()}
+        return {
+            name: random.Random(f"{name} {seed}").choice(choices)
+            for name, choices in CHOICES.items()
+        }
     choice = {}
     for name, choices in CHOICES.items():
         order = [choices[number % len(choices)] for number in range(SEEDS)]
@@ -120,13 +123,17 @@ async def moving(
         nursery.cancel_scope.cancel()
 
 
-async def read_at_random(memory: OwnMemory, content: bytes, pages: Sequence[int], draw: random.Random) -> None:
+async def read_at_random(
+    memory: OwnMemory, content: bytes, pages: Sequence[int], draw: random.Random
+) -> None:
     """In line, in steps, and anywhere."""
     for _ in range(12):
         first, step = draw.choice(pages), draw.choice([1, -1, 3, 17])
         for page in range(first, first + 12 * step, step):
             if page in pages:
-                assert await memory.read(page * PAGE, PAGE) == content[page * PAGE : (page + 1) * PAGE], page
+                assert (
+                    await memory.read(page * PAGE, PAGE) == content[page * PAGE : (page + 1) * PAGE]
+                ), page
 
 
 async def give_up(memory: OwnMemory, kind: str, first: int, count: int) -> None:
@@ -165,7 +172,15 @@ async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None
     earlier = Recorder(Region([Block("source", SIZE)]))
     earlier.note(draw.sample(range(PAGES), 300))
     earlier.recording().save(tmp_path / "recording")
-    names = ("background", "background_lanes", "chunk", "prefetch", "start_background", "max_bandwidth", "compress")
+    names = (
+        "background",
+        "background_lanes",
+        "chunk",
+        "prefetch",
+        "start_background",
+        "max_bandwidth",
+        "compress",
+    )
     options = {name: choice[name] for name in names}
     options["lane"] = choice["lane"] if choice["transport"] != "memory" else "trio"
     options["background"] = options["background"].replace("FILE", str(tmp_path / "recording"))
@@ -178,12 +193,19 @@ async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None
             async with moving(choice, options, memory, tmp_path) as transfer:
                 if choice["given_up"] == "early":
                     await give_up(memory, choice["memory"], first, count)
-                async with serve_control(transfer, tmp_path / "ctl"), trio.open_nursery() as nursery:
+                async with (
+                    serve_control(transfer, tmp_path / "ctl"),
+                    trio.open_nursery() as nursery,
+                ):
                     if choice["commanded"]:
                         recording, moment = tmp_path / "recording", draw.uniform(0, 0.3)
-                        nursery.start_soon(tell_at_random, tmp_path / "ctl", random.Random(seed), recording, moment)
+                        nursery.start_soon(
+                            tell_at_random, tmp_path / "ctl", random.Random(seed), recording, moment
+                        )
                     for reader in range(3):
-                        nursery.start_soon(read_at_random, memory, content, kept, random.Random(f"{seed} {reader}"))
+                        nursery.start_soon(
+                            read_at_random, memory, content, kept, random.Random(f"{seed} {reader}")
+                        )
                 if choice["given_up"] == "late":
                     await give_up(memory, choice["memory"], first, count)
                 if not transfer.is_over:
@@ -193,7 +215,10 @@ async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None
     finally:
         memory.close()
     assert arrived[first * PAGE : (first + count) * PAGE] == bytes(count * PAGE), choice
-    assert all(arrived[page * PAGE : (page + 1) * PAGE] == content[page * PAGE : (page + 1) * PAGE] for page in kept), choice
+    assert all(
+        arrived[page * PAGE : (page + 1) * PAGE] == content[page * PAGE : (page + 1) * PAGE]
+        for page in kept
+    ), choice
     check_counted(transfer.statistics(), count > 0, choice["memory"] != "anonymous")
     if choice["record"]:
         check_recorded(tmp_path / "recording", transfer.statistics())

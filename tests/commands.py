@@ -14,11 +14,18 @@ from pagenet.control import COMMANDS, ControlClient, connect_control
 async def command_at_random(client: ControlClient, draw: random.Random, recording: Path) -> None:
     match draw.choice(sorted(COMMANDS.keys() - {"stop"})):
         case "schedule":
-            await client.command("schedule", name=draw.choice(["hot", "follow", "linear", "off", f"recorded={recording}"]))
+            await client.command(
+                "schedule",
+                name=draw.choice(["hot", "follow", "linear", "off", f"recorded={recording}"]),
+            )
         case "bandwidth":
-            await client.command("bandwidth", rate=draw.choice([None, 1, 100_000, 5_000_000, 1_000_000_000]))
+            await client.command(
+                "bandwidth", rate=draw.choice([None, 1, 100_000, 5_000_000, 1_000_000_000])
+            )
         case "prefetch":
-            await client.command("prefetch", window=draw.choice([None, [0, 0], [8, 8], [256, 0], [0, 256]]))
+            await client.command(
+                "prefetch", window=draw.choice([None, [0, 0], [8, 8], [256, 0], [0, 256]])
+            )
         case name:
             await client.command(name)
 

@@ -1,4 +1,5 @@
-"""What every test gets without asking: nothing may be left behind, and soak tests wait for ``--soak``."""
+"""What every test gets without asking: nothing may be left behind, and soak tests wait for
+``--soak``."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from fuzzing import SOAK_SECONDS, Fuzz
 from leaks import GRACE, left_behind, orphans, own_mounts, snapshot
 
 # On a loaded machine or under a sanitizer, an example that is slow is not one that is wrong.
-hypothesis.settings.register_profile("pagenet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "pagenet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("pagenet")
 
 _call_failed = pytest.StashKey[bool]()
@@ -25,10 +28,21 @@ _fuzz = pytest.StashKey[Fuzz]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="run the tests marked soak too, and fuzz for an hour")
-    parser.addoption("--fuzz-seed", type=int, metavar="N", help="of the first round of each fuzzer; a failure names its own")
     parser.addoption(
-        "--fuzz-seconds", type=float, default=SOAK_SECONDS, metavar="S", help="with --soak: for all fuzzers together"
+        "--soak", action="store_true", help="run the tests marked soak too, and fuzz for an hour"
+    )
+    parser.addoption(
+        "--fuzz-seed",
+        type=int,
+        metavar="N",
+        help="of the first round of each fuzzer; a failure names its own",
+    )
+    parser.addoption(
+        "--fuzz-seconds",
+        type=float,
+        default=SOAK_SECONDS,
+        metavar="S",
+        help="with --soak: for all fuzzers together",
     )
 
 
@@ -39,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Names the build of the C core under test (installed, in place, or a sanitizer's), and what the fuzzers begin with."""
+    """Names the build of the C core under test (installed, in place, or a sanitizer's), and what
+    the fuzzers begin with."""
     try:
         core = f"C core: {importlib.import_module('pagenet._pagenet').__file__}"
     except ImportError as error:
@@ -52,7 +67,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_fuzz_tests] = len(fuzzers)
     if config.getoption("--soak"):
         for item in fuzzers:
-            item.add_marker(pytest.mark.timeout(2 * config.option.fuzz_seconds / len(fuzzers) + 120))
+            item.add_marker(
+                pytest.mark.timeout(2 * config.option.fuzz_seconds / len(fuzzers) + 120)
+            )
         return
     soak = [item for item in items if item.get_closest_marker("soak")]
     if soak:
@@ -63,7 +80,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How often each "outcome" that tests have recorded came."""
     reports = terminalreporter.getreports("passed")
-    outcomes = Counter(value for report in reports for name, value in report.user_properties if name == "outcome")
+    outcomes = Counter(
+        value for report in reports for name, value in report.user_properties if name == "outcome"
+    )
     for outcome, count in sorted(outcomes.items()):
         terminalreporter.write_line(f"{count:6}  {outcome}")
     for report in reports:
@@ -85,7 +104,8 @@ def uffd_refusal() -> str:
 
 
 def skip_if_refused(report: pytest.TestReport, item: pytest.Item) -> None:
-    """A test that failed because this user may not use userfaultfd, which its failure says, could not run."""
+    """A test that failed because this user may not use userfaultfd, which its failure says, could
+    not run."""
     said = report.longreprtext + "".join(text for _, text in report.sections)
     if (reason := uffd_refusal()) and reason.partition(":")[0] in said:
         path, line, _ = item.location
@@ -94,7 +114,9 @@ def skip_if_refused(report: pytest.TestReport, item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.when == "call":
         item.stash[_call_failed] = report.failed
@@ -108,7 +130,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Set up before and torn down after the test's own fixtures; what wider fixtures hold is none of the test's doing.
+    """Set up before and torn down after the test's own fixtures; what wider fixtures hold is none
+    of the test's doing.
 
     A failed test is not examined: its traceback keeps its variables, and so its files, alive.
     """
@@ -129,7 +152,11 @@ def uffd_permitted() -> None:
 def fuzz(request: pytest.FixtureRequest) -> Fuzz:
     """Rounds to try something in. With ``--soak`` all such tests share the time."""
     config = request.config
-    seconds = config.option.fuzz_seconds / config.stash[_fuzz_tests] if config.getoption("--soak") else None
+    seconds = (
+        config.option.fuzz_seconds / config.stash[_fuzz_tests]
+        if config.getoption("--soak")
+        else None
+    )
     fuzz = Fuzz(config.option.fuzz_seed, seconds)
     request.node.stash[_fuzz] = fuzz
     return fuzz
@@ -143,7 +170,8 @@ def lane(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_orphans() -> Iterator[None]:
-    """A grandchild whose parent has died is no child of this process. The environment it inherited gives it away."""
+    """A grandchild whose parent has died is no child of this process. The environment it inherited
+    gives it away."""
     token = f"PAGENET_TEST_SESSION={os.getpid()}.{time.monotonic_ns()}"
     name, _, value = token.partition("=")
     os.environ[name] = value

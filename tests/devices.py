@@ -17,10 +17,14 @@ BLOCKS = 64
 
 
 def with_devices(directory: Path, name: str, *, swapped: bool = False) -> list[str]:
-    """A machine with two CPUs and a display, on a network and with a disk that it shares with its destination."""
+    """A machine with two CPUs and a display, on a network and with a disk that it shares with its
+    destination."""
     disk = ["-device", "virtio-blk-pci,drive=disk"]
     network = ["-device", "virtio-net-pci,netdev=net,romfile="]
-    echo = f"local.type=unix,local.path={directory / name}.net,remote.type=unix,remote.path={directory / 'echo'}"
+    echo = (
+        f"local.type=unix,local.path={directory / name}.net,"
+        f"remote.type=unix,remote.path={directory / 'echo'}"
+    )
     extra = [
         *("-device", "VGA"),
         *("-drive", f"file={directory / 'disk'},format=raw,if=none,id=disk,cache=none"),
@@ -28,9 +32,12 @@ def with_devices(directory: Path, name: str, *, swapped: bool = False) -> list[s
         *(network + disk if swapped else disk + network),
         *("-device", "virtio-balloon-pci,free-page-reporting=on"),
     ]
-    # Debian's kernel would write zeros to each page that it gives to the balloon, and so have it come first.
+    # Debian's kernel would write zeros to each page that it gives to the balloon, and so have it
+    # come first.
     work = f"init_on_alloc=0 wl_net=1 wl_disk={BLOCKS} wl_screen=1 wl_churn=32"
-    return qemu_command(directory, name, work=16, hot=4, smp=2, beat_ms=50, options=work, extra=extra)
+    return qemu_command(
+        directory, name, work=16, hot=4, smp=2, beat_ms=50, options=work, extra=extra
+    )
 
 
 @asynccontextmanager

@@ -1,4 +1,5 @@
-"""An owner in a child of the test's own process: starting another Python takes the guest seconds."""
+"""An owner in a child of the test's own process: starting another Python takes the guest
+seconds."""
 
 from __future__ import annotations
 
@@ -102,10 +103,14 @@ async def _serve(source: str, listen: str, writing: int) -> None:
 
 
 class Command:
-    """A command of pagenet's, or the workload, in a child. Make it outside of Trio, which cannot run within itself."""
+    """A command of pagenet's, or the workload, in a child. Make it outside of Trio, which cannot
+    run within itself."""
 
     def __init__(
-        self, main: Callable[[list[str]], int], *arguments: str | int | Path, before: Callable[[], object] = lambda: None
+        self,
+        main: Callable[[list[str]], int],
+        *arguments: str | int | Path,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         """``before``: called in the child."""
         reading, writing = os.pipe()
@@ -154,7 +159,9 @@ class Command:
         self._errors.close()
 
 
-def _run_and_exit(main: Callable[[list[str]], int], arguments: list[str], before: Callable[[], object]) -> None:
+def _run_and_exit(
+    main: Callable[[list[str]], int], arguments: list[str], before: Callable[[], object]
+) -> None:
     status: Any = 1
     try:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -1,9 +1,10 @@
-"""What the fuzzers share: rounds with a seed each, mutations of bytes, and decoders of LZ4 and XXH64 that owe nothing to those
-under test.
+"""What the fuzzers share: rounds with a seed each, mutations of bytes, and decoders of LZ4 and
+XXH64 that owe nothing to those under test.
 
-A test takes the fixture ``fuzz`` and does one thing for each of ``fuzz.rounds(count)``. Round ``n`` draws from the seed of the
-session plus ``n``, which is printed if it fails: ``--fuzz-seed`` with that number makes it the first one. With ``--soak`` the
-rounds go on until the test's share of an hour is over.
+A test takes the fixture ``fuzz`` and does one thing for each of ``fuzz.rounds(count)``. Round ``n``
+draws from the seed of the session plus ``n``, which is printed if it fails: ``--fuzz-seed`` with
+that number makes it the first one. With ``--soak`` the rounds go on until the test's share of an
+hour is over.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ import msgpack
 SOAK_SECONDS = 3600.0
 STRIPE = 32
 MASK = 2**64 - 1
-PRIMES = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+PRIMES = (
+    0x9E3779B185EBCA87,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0x85EBCA77C2B2AE63,
+    0x27D4EB2F165667C5,
+)
 #: under a sanitizer a round takes ten times as long, and all else is the same
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or "libtsan" in os.environ.get("LD_PRELOAD", "")
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or "libtsan" in os.environ.get(
+    "LD_PRELOAD", ""
+)
 
 
 @dataclass
@@ -36,7 +45,8 @@ class Fuzz:
     said: str = "none was begun"
 
     def rounds(self, count: int) -> Iterator[random.Random]:
-        """``count`` of them, fewer under a sanitizer; what fails is said to have done so in the last one that was begun."""
+        """``count`` of them, fewer under a sanitizer; what fails is said to have done so in the
+        last one that was begun."""
         began, most = time.monotonic(), max(count // 3, 1) if SANITIZED else count
         while self.done < most if self.seconds is None else time.monotonic() - began < self.seconds:
             self.said = f"round {self.done}: --fuzz-seed {self.seed + self.done}"
@@ -80,8 +90,12 @@ def _number(pick: random.Random, data: bytearray) -> None:
     """An integer that lies at a limit, where there may be one."""
     size = pick.choice([1, 2, 4, 8])
     at = pick.randrange(len(data))
-    value = pick.choice([0, 1, 2**7, 2**15, 2**31, 2**63, 2**64 - 1, 2**32 - 1, 2**20, 2**20 + 1]) + pick.choice([-1, 0, 1])
-    data[at : at + size] = (value & 2 ** (8 * size) - 1).to_bytes(size, pick.choice(["little", "big"]))
+    value = pick.choice(
+        [0, 1, 2**7, 2**15, 2**31, 2**63, 2**64 - 1, 2**32 - 1, 2**20, 2**20 + 1]
+    ) + pick.choice([-1, 0, 1])
+    data[at : at + size] = (value & 2 ** (8 * size) - 1).to_bytes(
+        size, pick.choice(["little", "big"])
+    )
 
 
 MUTATIONS: list[Mutation] = [_flip, _set, _cut, _remove, _insert, _repeat, _number]
@@ -135,7 +149,9 @@ def xxh64(data: bytes) -> bytes:
             for word in words[lane::4]:
                 sum_ = _round(sum_, word)
             sums[lane] = sum_
-        result = sum(_rotate(sum_, by) for sum_, by in zip(sums, (1, 7, 12, 18), strict=True)) & MASK
+        result = (
+            sum(_rotate(sum_, by) for sum_, by in zip(sums, (1, 7, 12, 18), strict=True)) & MASK
+        )
         for sum_ in sums:
             result = ((result ^ _round(0, sum_)) * PRIMES[0] + PRIMES[3]) & MASK
     else:
@@ -145,7 +161,10 @@ def xxh64(data: bytes) -> bytes:
 
 def _finish(result: int, tail: bytes) -> bytes:
     while len(tail) >= 8:
-        result = (_rotate(result ^ _round(0, int.from_bytes(tail[:8], "little")), 27) * PRIMES[0] + PRIMES[3]) & MASK
+        result = (
+            _rotate(result ^ _round(0, int.from_bytes(tail[:8], "little")), 27) * PRIMES[0]
+            + PRIMES[3]
+        ) & MASK
         tail = tail[8:]
     if len(tail) >= 4:
         word = int.from_bytes(tail[:4], "little")
@@ -160,7 +179,8 @@ def _finish(result: int, tail: bytes) -> bytes:
 
 # ---- LZ4 blocks ----
 
-LAST_LITERALS, LAST_MATCH = 5, 12  # an encoder ends a block with that many literals, and begins no match so near the end
+# an encoder ends a block with that many literals, and begins no match so near the end
+LAST_LITERALS, LAST_MATCH = 5, 12
 
 
 class BadBlock(Exception):
@@ -168,12 +188,14 @@ class BadBlock(Exception):
 
 
 class NoDistance(BadBlock):
-    """A match from where it goes. liblz4 leaves what is there, and it is for the checksum to say whether that is right."""
+    """A match from where it goes. liblz4 leaves what is there, and it is for the checksum to say
+    whether that is right."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """``proper``: its end keeps the rules for encoders, which decoders may, or may not, insist on."""
+    """``proper``: its end keeps the rules for encoders, which decoders may, or may not, insist
+    on."""
 
     data: bytes
     proper: bool
@@ -200,7 +222,9 @@ def unpack(block: bytes, limit: int) -> Unpacked:
         out += block[at : at + literals]
         at += literals
         if at == len(block):
-            ends_well = last_match < 0 or (literals >= LAST_LITERALS and last_match <= len(out) - LAST_MATCH)
+            ends_well = last_match < 0 or (
+                literals >= LAST_LITERALS and last_match <= len(out) - LAST_MATCH
+            )
             return Unpacked(bytes(out), ends_well and not token & 15)
         if at + 2 > len(block):
             raise BadBlock
@@ -232,11 +256,14 @@ def _more(length: int) -> bytes:
 
 
 def make_block(pick: random.Random, size: int) -> bytes:
-    """A proper block of so many bytes, with matches near and far, that overlap themselves, and runs of zeros."""
+    """A proper block of so many bytes, with matches near and far, that overlap themselves, and runs
+    of zeros."""
     parts: list[bytes] = []
     made = 0
     while size - made > LAST_MATCH + 64 and len(parts) < 40:
-        literals = pick.choice([bytes(8), pick.randbytes(pick.randint(1, 40)), b"ab" * pick.randint(1, 20), b""])
+        literals = pick.choice(
+            [bytes(8), pick.randbytes(pick.randint(1, 40)), b"ab" * pick.randint(1, 20), b""]
+        )
         if not made + len(literals):
             literals = b"\0"
         made += len(literals)
@@ -265,8 +292,10 @@ def nested(depth: int) -> Any:
 
 def odd_value(pick: random.Random) -> Any:
     return pick.choice([
-        None, True, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0.5, float("nan"), float("inf"), 1e300, "",
-        "\x1b[2J\n", "\ud800", "x" * 5000, [], {}, [None], {"a": {}}, nested(300), nested(900), [0] * 300,
+        None, True, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0.5, float("nan"), float("inf"),
+        1e300, "",
+        "\x1b[2J\n", "\ud800", "x" * 5000, [], {}, [None], {"a": {}}, nested(300), nested(900),
+            [0] * 300,
         "demand", "source", "4096",
     ])  # fmt: skip
 

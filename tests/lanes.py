@@ -1,4 +1,5 @@
-"""A destination's lanes with nothing around them: memory of this process, and sockets whose other ends a test holds.
+"""A destination's lanes with nothing around them: memory of this process, and sockets whose other
+ends a test holds.
 
 Whoever touches memory here does so in C, without the GIL: the handler of the fault may need it.
 """
@@ -36,7 +37,8 @@ PAGE = 4096
 PATIENCE = 20.0
 # Most of what is waited for is there at once, and a thread that sleeps is woken late.
 SPINS = 20
-# How often a lane goes round before a test says that something does not happen. Fewer bytes than a header has.
+# How often a lane goes round before a test says that something does not happen. Fewer bytes than a
+# header has.
 TURNS = 5
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 UNBOUNDED = 1 << 40
@@ -66,8 +68,8 @@ def poll(fd: int, events: int, patience: float = 0.0) -> bool:
 
 
 def wait_others_ran(seconds: float, patience: float = PATIENCE) -> None:
-    """Until this process's other threads have used the processor for so long: it is what a thread that tries again and again
-    does, however slow the machine."""
+    """Until this process's other threads have used the processor for so long: it is what a thread
+    that tries again and again does, however slow the machine."""
 
     def ran() -> float:
         return time.process_time() - time.thread_time()
@@ -105,7 +107,9 @@ class Call:
 
 def content(page: int, page_size: int = PAGE) -> bytes:
     """What the source has in a page; every sixth is zero."""
-    return bytes(page_size) if page % 6 == 5 else (page + 1).to_bytes(8, "little") * (page_size // 8)
+    return (
+        bytes(page_size) if page % 6 == 5 else (page + 1).to_bytes(8, "little") * (page_size // 8)
+    )
 
 
 def contents(run: Run, page_size: int = PAGE) -> bytes:
@@ -116,8 +120,9 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 
 
 class Memory:
-    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``, which is mapped before it.
-    ``page_size``: pages that its owner wants whole, even if the system's are smaller."""
+    """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``,
+    which is mapped before it. ``page_size``: pages that its owner wants whole, even if the system's
+    are smaller."""
 
     _outside: _native.Mapped | None = None
 
@@ -133,7 +138,9 @@ class Memory:
     ) -> None:
         self.kind = kind
         self.page_size = page_size or ((2 << 20) if kind == "hugetlb" else PAGE)
-        self.wire = Region([Block("low", low * self.page_size), Block("high", high * self.page_size)])
+        self.wire = Region(
+            [Block("low", low * self.page_size), Block("high", high * self.page_size)]
+        )
         runs = [Run(low, high), Run(0, low if hole is None else hole)]
         if hole is not None:
             runs.append(Run(hole + 1, low - hole - 1))
@@ -143,11 +150,16 @@ class Memory:
         self.mapped: dict[Run, _native.Mapped] = {}
         for run in runs:
             size, offset = run.count * self.page_size, run.first * self.page_size
-            self.mapped[run] = _native.Mapped(size, self._fd, 0 if self._fd < 0 else offset, self.page_size)
+            self.mapped[run] = _native.Mapped(
+                size, self._fd, 0 if self._fd < 0 else offset, self.page_size
+            )
             self._uffd.register(self.mapped[run].address, size, Mode.MISSING)
         self.target = UffdTarget(
             self._uffd,
-            [Mapping(m.address, m.size, run.first * self.page_size, self.page_size) for run, m in self.mapped.items()],
+            [
+                Mapping(m.address, m.size, run.first * self.page_size, self.page_size)
+                for run, m in self.mapped.items()
+            ],
             self.wire,
             shared_fd=None if self._fd < 0 else os.dup(self._fd),
             own=kind == "move",
@@ -177,7 +189,9 @@ class Memory:
     def _open_file(self) -> int:
         if self.kind in ("copy", "move"):
             return -1
-        fd = os.memfd_create("test", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.kind == "hugetlb" else 0))
+        fd = os.memfd_create(
+            "test", os.MFD_CLOEXEC | (os.MFD_HUGETLB if self.kind == "hugetlb" else 0)
+        )
         os.ftruncate(fd, self.wire.size)
         return fd
 
@@ -218,7 +232,9 @@ class Memory:
     def place(self, page: int, data: bytes) -> _native.Placed:
         """As a third party would."""
         how = _native.COPY
-        return _native.place(self.uffd, how, self.address(page), data, self.page_size, self.page_size)
+        return _native.place(
+            self.uffd, how, self.address(page), data, self.page_size, self.page_size
+        )
 
     def used(self) -> int:
         """Bytes of the shared memory that the system has had to find."""
@@ -294,7 +310,9 @@ class Peer:
         open_.next = wire.end
         if open_.next == open_.end:
             self.open.remove(open_)
-        header = Reply(open_.request.request_id, open_.request.class_, encoding, wire, len(payload)).encode()
+        header = Reply(
+            open_.request.request_id, open_.request.class_, encoding, wire, len(payload)
+        ).encode()
         return run, header + payload
 
     def left(self, open_: Open) -> Run:
@@ -309,8 +327,10 @@ class Peer:
                 view = view[self.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
 
     def trickle(self, data: bytes) -> bytes:
-        """Sends the first bytes, each once the lane has received the one before, and returns the rest. Between two receives a
-        lane does all else that it has to do, so what it has not done by then is not about to happen."""
+        """Sends the first bytes, each once the lane has received the one before, and returns the
+        rest. Between two receives a lane does all else that it has to do, so what it has not done
+        by then is not about to happen.
+        """
         for at in range(TURNS):
             self.send(data[at : at + 1])
             wait_until(lambda: not self.unread(), "the byte received")
@@ -331,7 +351,8 @@ class Peer:
 
 @dataclass
 class Rig:
-    """Lanes of one destination, driven by ``driver``, over sockets whose other ends are ``demand`` and ``background``."""
+    """Lanes of one destination, driven by ``driver``, over sockets whose other ends are ``demand``
+    and ``background``."""
 
     memory: Memory
     driver: Driver
@@ -354,7 +375,9 @@ class Rig:
                 sock.setblocking(False)
                 if self.buffer_size is not None:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.buffer_size)
-        self.demand, self.background = (Peer(theirs, self.memory.region, self.memory.wire) for _, theirs in pairs)
+        self.demand, self.background = (
+            Peer(theirs, self.memory.region, self.memory.wire) for _, theirs in pairs
+        )
         make = NativeDriver if self.driver == "native" else TrioDriver
         self.lanes: NativeDriver | TrioDriver = make(self, *(ours for ours, _ in pairs))
         for lane in self.start:
@@ -397,7 +420,16 @@ class Rig:
         return sum(getattr(self.map.statistics(class_), name) for class_ in classes or Class)
 
     def counts(self) -> dict[str, list[int]]:
-        names = ["pages", "zero_pages", "dropped", "existed", "requests", "runs", "wire_bytes", "faults"]
+        names = [
+            "pages",
+            "zero_pages",
+            "dropped",
+            "existed",
+            "requests",
+            "runs",
+            "wire_bytes",
+            "faults",
+        ]
         names += ["lz4_runs", "lz4_bytes", "lz4_wire_bytes"]
         return {name: [self.count(name, class_) for class_ in Class] for name in names}
 
@@ -409,7 +441,10 @@ class Rig:
             yield from range(run.first, run.end)
 
     def wait_came(self, pages: int) -> None:
-        wait_until(lambda: self.count("pages") + self.count("dropped") >= pages, f"{pages} pages placed or dropped")
+        wait_until(
+            lambda: self.count("pages") + self.count("dropped") >= pages,
+            f"{pages} pages placed or dropped",
+        )
 
     def wait_faults(self, faults: int) -> None:
         wait_until(lambda: self.count("faults") >= faults, f"{faults} faults read")
@@ -432,7 +467,9 @@ class NativeDriver:
     def __init__(self, rig: Rig, demand: socket.socket, background: socket.socket) -> None:
         memory = rig.memory.target.native(rig.memory.wire)
         self._sockets = {"demand": demand, "background": background}
-        self.stop_fd, self.done_fd = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+        self.stop_fd, self.done_fd = (
+            os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)
+        )
         self.ring = _native.Ring()
         self._window = rig.window
         self._dest = _native.Destination(
@@ -453,7 +490,9 @@ class NativeDriver:
     def start(self, lane: str) -> None:
         ring = self.ring if lane == "background" else None
         sock = self._sockets[lane].fileno()
-        self.running[lane] = Call(self._dest.run_lane, sock, self.stop_fd, ring, self._window, CHUNK_BYTES)
+        self.running[lane] = Call(
+            self._dest.run_lane, sock, self.stop_fd, ring, self._window, CHUNK_BYTES
+        )
 
     def feed(self, run: Run) -> None:
         self.ring.push(run.first, run.count)
@@ -500,9 +539,13 @@ class TrioDriver:
             assert self._started.wait(PATIENCE)
 
     async def _run(self) -> None:
-        connections = [SocketConnection(trio.socket.from_stdlib_socket(sock), "peer") for sock in self._sockets]
+        connections = [
+            SocketConnection(trio.socket.from_stdlib_socket(sock), "peer") for sock in self._sockets
+        ]
         self._token = trio.lowlevel.current_trio_token()
-        self._lanes = TrioLanes(self._rig.filling, self._rig.memory.wire, connections, Background(None))
+        self._lanes = TrioLanes(
+            self._rig.filling, self._rig.memory.wire, connections, Background(None)
+        )
         self._scope = trio.CancelScope()
         with self._scope:
             self._started.set()
@@ -530,7 +573,11 @@ class TrioDriver:
         except RemoteProtocolError as error:
             self._end = _native.End(_native.END_PROTOCOL, 0, str(error))
         except SourceLost as error:
-            kind = _native.END_FAILED if str(error).startswith("the source cannot go on") else _native.END_CLOSED
+            kind = (
+                _native.END_FAILED
+                if str(error).startswith("the source cannot go on")
+                else _native.END_CLOSED
+            )
             self._end = _native.End(kind, 0, str(error))
         assert self._end is not None, "they were stopped"
         return self._end

@@ -1,8 +1,9 @@
 """What a test leaves behind: a snapshot before, a comparison after.
 
-Three of the six kinds (files in /dev/shm, mounts, network namespaces) belong to the host, not to this process. As root, the
-tests have mounts of their own, so that several runs of them do not see each other. Without, other programs of the same host
-come and go at the same time: ``PAGENET_TEST_SHARED_HOST=1`` leaves those three out.
+Three of the six kinds (files in /dev/shm, mounts, network namespaces) belong to the host, not to
+this process. As root, the tests have mounts of their own, so that several runs of them do not see
+each other. Without, other programs of the same host come and go at the same time:
+``PAGENET_TEST_SHARED_HOST=1`` leaves those three out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# A thread that Python has joined may still be a moment away from its end in the kernel, and a killed child from its.
+# A thread that Python has joined may still be a moment away from its end in the kernel, and a
+# killed child from its.
 GRACE = 0.5
 
 
@@ -25,7 +27,8 @@ MS_PRIVATE = 1 << 18
 
 
 def own_mounts() -> bool:
-    """A mount namespace for this process, with an empty /dev/shm and no named network namespace; False if it may have none."""
+    """A mount namespace for this process, with an empty /dev/shm and no named network namespace;
+    False if it may have none."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):
         return False
@@ -42,7 +45,8 @@ def own_mounts() -> bool:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Each kind maps what identifies a thing to how to describe it; the field's name, spaced, is the kind's."""
+    """Each kind maps what identifies a thing to how to describe it; the field's name, spaced, is
+    the kind's."""
 
     file_descriptor: dict[tuple[str, str], str]
     child_process: dict[str, str]
@@ -57,7 +61,9 @@ def snapshot() -> Snapshot:
     tasks = os.listdir("/proc/self/task")
     return Snapshot(
         file_descriptor=_file_descriptors(),
-        child_process={pid: pid for task in tasks for pid in _read(f"/proc/self/task/{task}/children").split()},
+        child_process={
+            pid: pid for task in tasks for pid in _read(f"/proc/self/task/{task}/children").split()
+        },
         thread={task: task for task in tasks if not _is_cached_by_trio(task)},
         file_in_dev_shm={} if shared else _names("/dev/shm"),
         mount={} if shared else {line: line for line in _read("/proc/self/mountinfo").splitlines()},
@@ -66,7 +72,8 @@ def snapshot() -> Snapshot:
 
 
 def left_behind(before: Snapshot, grace: float = GRACE) -> list[str]:
-    """What is there now and was not ``before``, a line each. What goes away within ``grace`` seconds does not count."""
+    """What is there now and was not ``before``, a line each. What goes away within ``grace``
+    seconds does not count."""
     leaks = _compare(before, snapshot())
     if not leaks:
         return []
@@ -87,7 +94,8 @@ def _compare(before: Snapshot, after: Snapshot) -> list[str]:
 
 
 def _file_descriptors() -> dict[tuple[str, str], str]:
-    """Keyed by number and target: a number that was closed and opened again as something else is a leak too."""
+    """Keyed by number and target: a number that was closed and opened again as something else is a
+    leak too."""
     found = {}
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -99,7 +107,8 @@ def _file_descriptors() -> dict[tuple[str, str], str]:
 
 
 def _is_cached_by_trio(task: str) -> bool:
-    """Trio keeps an idle worker thread for ten seconds, under this name. One that still works bears its function's."""
+    """Trio keeps an idle worker thread for ten seconds, under this name. One that still works bears
+    its function's."""
     return _read(f"/proc/self/task/{task}/comm").startswith("Trio thread")
 
 
@@ -119,7 +128,8 @@ def _read(path: str) -> str:
 
 
 def _describe(kind: str, name: str) -> str:
-    """Looked up for leaks alone: a command line for every child of every test would cost too much."""
+    """Looked up for leaks alone: a command line for every child of every test would cost too
+    much."""
     if kind == "child_process":
         command = _read(f"/proc/{name}/cmdline").replace("\0", " ").strip()
         return f"{name} {command or '(ended, and nobody waited for it)'}"
@@ -129,14 +139,23 @@ def _describe(kind: str, name: str) -> str:
 
 
 def orphans(token: str) -> Iterator[str]:
-    """Processes that have ``token`` in their environment and are not this one: whoever started them has died first."""
+    """Processes that have ``token`` in their environment and are not this one: whoever started them
+    has died first."""
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         try:
-            variables = Path(f"/proc/{entry}/environ").read_bytes().decode(errors="replace").split("\0")
+            variables = (
+                Path(f"/proc/{entry}/environ").read_bytes().decode(errors="replace").split("\0")
+            )
         except OSError:
             continue  # ended meanwhile, or another user's
         if token in variables:
-            test = next((text for text in variables if text.startswith("PYTEST_CURRENT_TEST=")), "outside any test")
-            yield f"{_describe('child_process', entry)}, started in {test.removeprefix('PYTEST_CURRENT_TEST=')}"
+            test = next(
+                (text for text in variables if text.startswith("PYTEST_CURRENT_TEST=")),
+                "outside any test",
+            )
+            yield (
+                f"{_describe('child_process', entry)}, started in"
+                f" {test.removeprefix('PYTEST_CURRENT_TEST=')}"
+            )

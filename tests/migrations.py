@@ -78,7 +78,9 @@ class Destination:
 
     async def take(self, command: Sequence[str], options: dict[str, Any]) -> None:
         try:
-            async with receive(command, listen=self.uri, on_event=self.events, **options) as self.arrival:
+            async with receive(
+                command, listen=self.uri, on_event=self.events, **options
+            ) as self.arrival:
                 await self.arrival.wait_complete()
         except PagenetError as error:
             self.error = error
@@ -93,9 +95,15 @@ class Destination:
 
 @asynccontextmanager
 async def destination(
-    directory: Path, name: str = "b", *, command: Sequence[str] = (), listen: str = "", **options: Any
+    directory: Path,
+    name: str = "b",
+    *,
+    command: Sequence[str] = (),
+    listen: str = "",
+    **options: Any,
 ) -> AsyncIterator[Destination]:
-    """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a kernel, or ``command``'s."""
+    """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a
+    kernel, or ``command``'s."""
     command = command or bare_command(directory, name)
     listen = listen or f"unix:{directory / name}.sock"
     there = Destination(Serial(name), directory / f"{name}.qmp", rams_of(command), listen)
@@ -103,7 +111,9 @@ async def destination(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(there.take, command, options)
             there.uri = (await there.events.wait("listening"))["uri"]
-            nursery.start_soon(there.serial.read, await trio.open_unix_socket(directory / f"{name}.serial"))
+            nursery.start_soon(
+                there.serial.read, await trio.open_unix_socket(directory / f"{name}.serial")
+            )
             yield there
             there.leave.set()
             if not there.ended.is_set() and there.arrival is None:
@@ -114,7 +124,8 @@ async def destination(
 
 
 async def status_of(monitor: Path) -> str:
-    """Of the machine behind it: "gone" if there is none, "silent" if even its monitor waits for a page."""
+    """Of the machine behind it: "gone" if there is none, "silent" if even its monitor waits for a
+    page."""
     with trio.move_on_after(2):
         try:
             async with connect_qmp(monitor) as qmp:
@@ -131,7 +142,8 @@ async def check_goes_on(serial: Serial) -> None:
 
 
 async def stand_still(pid: int) -> None:
-    """The guest waits for a page. One that came to all that it works on, on a slow machine, never will: that is no harm."""
+    """The guest waits for a page. One that came to all that it works on, on a slow machine, never
+    will: that is no harm."""
     with trio.move_on_after(5):
         await wait_in_faults(pid, 1)
 
@@ -140,33 +152,71 @@ async def stand_still(pid: int) -> None:
 
 
 def attach_command(monitor: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--qmp", str(monitor)]
+    command = [
+        sys.executable,
+        "-m",
+        "pagenet.cli.qemu",
+        "incoming",
+        "--json",
+        "--qmp",
+        str(monitor),
+    ]
     return [*command, "--listen", "tcp://127.0.0.1:0", *options]
 
 
 def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--listen", uri, *options, "--", *command]
+    return [
+        sys.executable,
+        "-m",
+        "pagenet.cli.qemu",
+        "incoming",
+        "--json",
+        "--listen",
+        uri,
+        *options,
+        "--",
+        *command,
+    ]
 
 
 def migrate_command(monitor: Path, uri: str) -> list[str]:
-    return [sys.executable, "-m", "pagenet.cli.qemu", "migrate", "--json", "--qmp", str(monitor), uri]
+    return [
+        sys.executable,
+        "-m",
+        "pagenet.cli.qemu",
+        "migrate",
+        "--json",
+        "--qmp",
+        str(monitor),
+        uri,
+    ]
 
 
 @asynccontextmanager
 async def run_incoming(
-    directory: Path, name: str = "b", *, command: Sequence[str] = (), listen: Sequence[str] = (), within: Sequence[str] = ()
+    directory: Path,
+    name: str = "b",
+    *,
+    command: Sequence[str] = (),
+    listen: Sequence[str] = (),
+    within: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Process, Serial, str]]:
-    """``pagenet-qemu incoming``, what its guest says, and where it listens. At the end its QEMU is gone, whoever has it.
-    ``within``: a command that runs it somewhere else."""
+    """``pagenet-qemu incoming``, what its guest says, and where it listens. At the end its QEMU is
+    gone, whoever has it. ``within``: a command that runs it somewhere else."""
     command = command or bare_command(directory, name)
     listen = listen or ["tcp://127.0.0.1:0"]
     serial = Serial(name)
     pid = 0
     try:
-        async with run([*within, *incoming_command(*listen, command=command)]) as process, trio.open_nursery() as nursery:
+        async with (
+            run([*within, *incoming_command(*listen, command=command)]) as process,
+            trio.open_nursery() as nursery,
+        ):
             pid = (await process.event("qemu"))["pid"]
             uri = (await process.event("listening"))["uri"]
-            nursery.start_soon(serial.read, await trio.open_unix_socket(directory / f"{name}.serial"))
+            nursery.start_soon(
+                serial.read, await trio.open_unix_socket(directory / f"{name}.serial")
+            )
             try:
                 yield process, serial, uri
             finally:

@@ -20,4 +20,6 @@ def refusal() -> str:
 
 
 REFUSAL = refusal()
-needs_namespaces = pytest.mark.skipif(bool(REFUSAL), reason=f"no network namespaces with a limited link: {REFUSAL}")
+needs_namespaces = pytest.mark.skipif(
+    bool(REFUSAL), reason=f"no network namespaces with a limited link: {REFUSAL}"
+)

@@ -1,7 +1,8 @@
-"""The processes that tests talk to: daemons, workloads, owners and sources, each a real process of its own.
+"""The processes that tests talk to: daemons, workloads, owners and sources, each a real process of
+its own.
 
-Everything that pulls comes through :func:`pull` or :func:`pull_command`, which take the name of a lane, so that the same
-tests run over each of them.
+Everything that pulls comes through :func:`pull` or :func:`pull_command`, which take the name of a
+lane, so that the same tests run over each of them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def pull_command(*args: str, lane: str, as_json: bool = True) -> list[str]:
     return [sys.executable, "-m", "pagenet.cli.pull", *args, *options]
 
 
-# The workload without the rest of pagenet, which takes ten times as long to import: hundreds of them are started.
+# The workload without the rest of pagenet, which takes ten times as long to import: hundreds of
+# them are started.
 WORKLOAD = """
 import sys
 from importlib.machinery import ExtensionFileLoader
@@ -60,8 +62,9 @@ from importlib.util import module_from_spec, spec_from_loader
 loader = ExtensionFileLoader("pagenet._pagenet_testing", sys.argv[1])
 testing = module_from_spec(spec_from_loader("pagenet._pagenet_testing", loader))
 loader.exec_module(testing)
-arguments = [testing.ffi.new("char[]", argument.encode()) for argument in ["workload", *sys.argv[2:]]]
-sys.exit(testing.lib.pn_workload(len(arguments), testing.ffi.new("char *[]", [*arguments, testing.ffi.NULL])))
+ffi = testing.ffi
+arguments = [ffi.new("char[]", argument.encode()) for argument in ["workload", *sys.argv[2:]]]
+sys.exit(testing.lib.pn_workload(len(arguments), ffi.new("char *[]", [*arguments, ffi.NULL])))
 """
 
 
@@ -71,16 +74,27 @@ def workload_command(*args: str) -> list[str]:
 
 
 def plant_pagenet(directory: Path) -> None:
-    """A package of that name in ``directory``, which leaves a file ``imported`` there if anything imports it."""
+    """A package of that name in ``directory``, which leaves a file ``imported`` there if anything
+    imports it."""
     (directory / "pagenet").mkdir()
-    (directory / "pagenet" / "__init__.py").write_text(f"open({str(directory / 'imported')!r}, 'w'); raise SystemExit(9)\n")
+    (directory / "pagenet" / "__init__.py").write_text(
+        f"open({str(directory / 'imported')!r}, 'w'); raise SystemExit(9)\n"
+    )
 
 
 def pull(
-    uri: str, owner: pagenet.UffdSocket | pagenet.OwnMemory | pagenet.IntoFile, *, lane: str, **options: Any
+    uri: str,
+    owner: pagenet.UffdSocket | pagenet.OwnMemory | pagenet.IntoFile,
+    *,
+    lane: str,
+    **options: Any,
 ) -> AbstractAsyncContextManager[pagenet.Transfer]:
     assert lane in LANES
-    wanted: Any = "auto" if lane == "native" and (uri.startswith("memory:") or isinstance(owner, pagenet.IntoFile)) else lane
+    wanted: Any = (
+        "auto"
+        if lane == "native" and (uri.startswith("memory:") or isinstance(owner, pagenet.IntoFile))
+        else lane
+    )
     return pagenet.pull(uri, owner, lane=wanted, **{"prefetch": (0, 0), **options})
 
 
@@ -181,7 +195,9 @@ async def run(command: Sequence[str], **options: Any) -> AsyncIterator[Process]:
 
 
 @asynccontextmanager
-async def run_server(*args: str, listen: str = "tcp://127.0.0.1:0") -> AsyncIterator[tuple[Process, str]]:
+async def run_server(
+    *args: str, listen: str = "tcp://127.0.0.1:0"
+) -> AsyncIterator[tuple[Process, str]]:
     """pagenet-serve, and where it listens."""
     async with run(serve_command(*args, "--listen", listen)) as server:
         yield server, (await server.event("listening"))["uri"]
@@ -231,7 +247,8 @@ async def stop_process(process: Process) -> None:
 
 
 class Relay:
-    """Passes on what both sides say, until the source has said ``hold_after`` bytes: then its words are held back."""
+    """Passes on what both sides say, until the source has said ``hold_after`` bytes: then its words
+    are held back."""
 
     def __init__(self, uri: str, hold_after: int) -> None:
         where = urlsplit(uri)
@@ -249,7 +266,8 @@ class Relay:
         self._released.set()
 
     async def cut(self) -> None:
-        """Break all connections, as the end of a machine does; nothing that was held gets through."""
+        """Break all connections, as the end of a machine does; nothing that was held gets
+        through."""
         for stream in self._streams:
             await trio.aclose_forcefully(stream)
 
@@ -261,7 +279,11 @@ class Relay:
 
     async def _meet(self, destination: trio.SocketStream) -> None:
         try:
-            async with destination, await trio.open_tcp_stream(*self._source) as source, trio.open_nursery() as nursery:
+            async with (
+                destination,
+                await trio.open_tcp_stream(*self._source) as source,
+                trio.open_nursery() as nursery,
+            ):
                 self._streams += [destination, source]
                 nursery.start_soon(self._pass_on, destination, source)
                 await self._pass_back(source, destination)
@@ -297,20 +319,27 @@ async def run_relay(uri: str, hold_after: int) -> AsyncIterator[Relay]:
 # ---- memory ----
 
 
-def write_pattern(path: Path, size: int, *, first_page: int = 0, seed: int = 0, zero_every: int = 0) -> Path:
-    """A file of ``size`` bytes of the pattern that the workload checks, from page ``first_page`` on."""
+def write_pattern(
+    path: Path, size: int, *, first_page: int = 0, seed: int = 0, zero_every: int = 0
+) -> Path:
+    """A file of ``size`` bytes of the pattern that the workload checks, from page ``first_page``
+    on."""
     pages = bytearray(size)
     lib.pn_pattern_fill(ffi.from_buffer(pages), first_page, size // PAGE, PAGE, seed, zero_every)
     path.write_bytes(pages)
     return path
 
 
-def write_blocks(directory: Path, sizes: Sequence[int], *, seed: int = 0, zero_every: int = 0) -> list[str]:
+def write_blocks(
+    directory: Path, sizes: Sequence[int], *, seed: int = 0, zero_every: int = 0
+) -> list[str]:
     """One file a block, with one pattern through all of them."""
     first, paths = 0, []
     for index, size in enumerate(sizes):
         path = directory / f"block-{index}"
-        paths.append(str(write_pattern(path, size, first_page=first, seed=seed, zero_every=zero_every)))
+        paths.append(
+            str(write_pattern(path, size, first_page=first, seed=seed, zero_every=zero_every))
+        )
         first += size // PAGE
     return paths
 
@@ -326,7 +355,8 @@ def huge_pages(count: int) -> Iterator[None]:
     except OSError as error:
         pytest.skip(f"huge pages cannot be reserved: {error.strerror}")
     with file:
-        # Held while they are in use: another run of the tests on this host would take what is there for free.
+        # Held while they are in use: another run of the tests on this host would take what is there
+        # for free.
         fcntl.flock(file, fcntl.LOCK_EX)
         before = int(_RESERVED.read_text())
         _RESERVED.write_text(str(before + count + 4))

@@ -1,8 +1,10 @@
-"""A second build of pagenet with gcc's sanitizers in the C core, and the environment that a process needs to run it.
+"""A second build of pagenet with gcc's sanitizers in the C core, and the environment that a process
+needs to run it.
 
-The build is a copy of the whole package, compiled in place: an extension module lives inside its package, so that a
-directory with the extension alone could not go in front of an installed ``pagenet``. PYTHONPATH puts the copy first, and
-PYTHONSAFEPATH keeps the working directory, where another ``pagenet`` may be, from going before it.
+The build is a copy of the whole package, compiled in place: an extension module lives inside its
+package, so that a directory with the extension alone could not go in front of an installed
+``pagenet``. PYTHONPATH puts the copy first, and PYTHONSAFEPATH keeps the working directory, where
+another ``pagenet`` may be, from going before it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Sanitizer:
     flags: tuple[str, ...]
     #: not linked into Python, so it has to be loaded before anything else
     runtime: str
-    #: per runtime; each also gets a log_path (which gcc 12's UndefinedBehaviorSanitizer does not heed)
+    # : per runtime; each also gets a log_path (which gcc 12's UndefinedBehaviorSanitizer does not
+    # heed)
     options: Mapping[str, str]
     environment: Mapping[str, str]
 
@@ -34,18 +37,24 @@ ADDRESS = Sanitizer(
     "address",
     ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "libasan.so",
-    # Python frees little of what it has when it exits. A poisoned page is a SIGBUS, and the tests mean it.
+    # Python frees little of what it has when it exits. A poisoned page is a SIGBUS, and the tests
+    # mean it.
     {"ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     # Python's own allocator would hide the ends of small blocks, such as ffi.new() makes.
     {"PYTHONMALLOC": "malloc"},
 )
-# Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime sees: what one thread did
-# before it gave up the GIL happened before what another does under it.
+# Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime
+# sees: what one thread did before it gave up the GIL happened before what another does under it.
 THREAD = Sanitizer(
     "thread",
     ("-fsanitize=thread",),
     "libtsan.so",
-    {"TSAN_OPTIONS": f"halt_on_error=0:exitcode=66:handle_sigbus=0:suppressions={ROOT / 'tests' / 'tsan.suppressions'}"},
+    {
+        "TSAN_OPTIONS": (
+            "halt_on_error=0:exitcode=66:handle_sigbus=0:"
+            f"suppressions={ROOT / 'tests' / 'tsan.suppressions'}"
+        )
+    },
     {},
 )
 
@@ -61,8 +70,9 @@ class Build:
         return core
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Python with ``arguments``, in the checkout, on this build. UndefinedBehaviorSanitizer reports to its stderr, which
-        is part of stdout here; the others to files: see :meth:`reports`."""
+        """Python with ``arguments``, in the checkout, on this build. UndefinedBehaviorSanitizer
+        reports to its stderr, which is part of stdout here; the others to files: see
+        :meth:`reports`."""
         return subprocess.run(
             [*_without_aslr(), "env", *self._environment(), sys.executable, *arguments],
             cwd=ROOT,
@@ -72,7 +82,8 @@ class Build:
         )
 
     def reports(self) -> str:
-        """What the sanitizer has found since the last time, in the process and in those that it started. Takes it away."""
+        """What the sanitizer has found since the last time, in the process and in those that it
+        started. Takes it away."""
         files = sorted(self.path.glob("report.*"))
         text = "\n".join(file.read_text(errors="replace") for file in files)
         for file in files:
@@ -80,7 +91,10 @@ class Build:
         return text
 
     def _environment(self) -> list[str]:
-        variables = {name: f"{value}:log_path={self.path}/report" for name, value in self.sanitizer.options.items()}
+        variables = {
+            name: f"{value}:log_path={self.path}/report"
+            for name, value in self.sanitizer.options.items()
+        }
         variables |= self.sanitizer.environment
         variables["LD_PRELOAD"] = _runtime(self.sanitizer)
         variables["PYTHONPATH"] = str(self.path)
@@ -89,15 +103,22 @@ class Build:
 
 
 def build(sanitizer: Sanitizer, into: Path) -> Build:
-    """:exc:`subprocess.CalledProcessError`, with what the compiler said printed, if it does not build."""
+    """:exc:`subprocess.CalledProcessError`, with what the compiler said printed, if it does not
+    build."""
     for name in NEEDED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, into / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(
+                source, into / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+            )
         else:
             shutil.copy(source, into)
     flags = " ".join(sanitizer.flags)
-    variables = {"CC": "gcc", "PAGENET_CFLAGS": f"-O1 -fno-omit-frame-pointer {flags}", "PAGENET_LDFLAGS": flags}
+    variables = {
+        "CC": "gcc",
+        "PAGENET_CFLAGS": f"-O1 -fno-omit-frame-pointer {flags}",
+        "PAGENET_LDFLAGS": flags,
+    }
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=into, env=os.environ | variables, check=True)
     return Build(sanitizer, into)
@@ -108,25 +129,39 @@ def unavailable(sanitizer: Sanitizer, scratch: Path) -> str | None:
     if not shutil.which("gcc"):
         return "gcc is missing"
     command = ["gcc", *sanitizer.flags, "-x", "c", "-", "-o", str(scratch / "probe")]
-    probe = subprocess.run(command, input="int main(void) { return 0; }", capture_output=True, text=True)
+    probe = subprocess.run(
+        command, input="int main(void) { return 0; }", capture_output=True, text=True
+    )
     if probe.returncode:
         return f"gcc has no runtime for {sanitizer.flags[0]} ({sanitizer.runtime})"
     nothing = Build(sanitizer, scratch)
     trial = nothing.run("-c", "")
     if trial.returncode:
-        return f"Python does not start under {sanitizer.runtime}: {(trial.stdout + nothing.reports()).strip()}"
+        return (
+            f"Python does not start under {sanitizer.runtime}:"
+            f" {(trial.stdout + nothing.reports()).strip()}"
+        )
     return None
 
 
 def _runtime(sanitizer: Sanitizer) -> str:
     command = ["gcc", f"-print-file-name={sanitizer.runtime}"]
-    return str(Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()).resolve())
+    return str(
+        Path(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        ).resolve()
+    )
 
 
 def _without_aslr() -> list[str]:
-    """What to put before ``env``. gcc 12's ThreadSanitizer knows the places that addresses get with vm.mmap_rnd_bits up to
-    28 and gives up on others (newer kernels' default is 32 and more). Before ``env``, and not after it, since LD_PRELOAD
-    would put the runtime, still with random addresses, into setarch as well. Containers may forbid it; then do without."""
+    """What to put before ``env``. gcc 12's ThreadSanitizer knows the places that addresses get with
+    vm.mmap_rnd_bits up to 28 and gives up on others (newer kernels' default is 32 and more). Before
+    ``env``, and not after it, since LD_PRELOAD would put the runtime, still with random addresses,
+    into setarch as well. Containers may forbid it; then do without.
+    """
     command = ["setarch", "-R"]
-    allowed = shutil.which("setarch") and not subprocess.run([*command, "true"], capture_output=True).returncode
+    allowed = (
+        shutil.which("setarch")
+        and not subprocess.run([*command, "true"], capture_output=True).returncode
+    )
     return command if allowed else []

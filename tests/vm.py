@@ -1,7 +1,8 @@
-"""Virtual machines that tests move: QEMU as it comes, with a guest that checks its own memory and says so all the time.
+"""Virtual machines that tests move: QEMU as it comes, with a guest that checks its own memory and
+says so all the time.
 
-The guest is tools/guest/init.c on Debian's kernel, or tools/guest/bare.c on none, which is up in no time; the heartbeats of
-either come through the serial port and are read as they come.
+The guest is tools/guest/init.c on Debian's kernel, or tools/guest/bare.c on none, which is up in no
+time; the heartbeats of either come through the serial port and are read as they come.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ needs_guest = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.jo
 #: for a guest that moves
 needs_migration = [needs_guest, pytest.mark.usefixtures("uffd_permitted")]
 
-# A guest that is emulated on a loaded machine takes its time, and one that hangs should not take the whole test's.
+# A guest that is emulated on a loaded machine takes its time, and one that hangs should not take
+# the whole test's.
 PATIENCE = 60.0
 
 
@@ -51,7 +53,8 @@ class GuestFiles(NamedTuple):
 
 @functools.cache
 def guest_files() -> GuestFiles:
-    """What QEMU boots. The very first time it is downloaded and compiled, which takes seconds and needs the network."""
+    """What QEMU boots. The very first time it is downloaded and compiled, which takes seconds and
+    needs the network."""
     built = subprocess.run([sys.executable, str(BUILDER)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     paths = json.loads(built.stdout)
@@ -72,17 +75,25 @@ def qemu_command(
     options: str = "",
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in ``directory``. ``options``:
-    further ones of init.c.
+    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in
+    ``directory``. ``options``: further ones of init.c.
 
-    Its RAM is the file ``ram``, or one of its own in /dev/shm. The file is made here, and :func:`run_vm` removes it.
+    Its RAM is the file ``ram``, or one of its own in /dev/shm. The file is made here, and
+    :func:`run_vm` removes it.
     """
     files = guest_files()
-    # The kernel is silent but for its death: what it said would get into the middle of the guest's lines.
+    # The kernel is silent but for its death: what it said would get into the middle of the guest's
+    # lines.
     kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
     workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_threads={smp}"
-    boot = {"-kernel": str(files.kernel), "-initrd": str(files.initrd), "-append": f"{kernel} {workload} {options}".rstrip()}
-    return _command(directory, name, memory=memory, smp=smp, ram=ram, incoming=incoming, boot=boot, extra=extra)
+    boot = {
+        "-kernel": str(files.kernel),
+        "-initrd": str(files.initrd),
+        "-append": f"{kernel} {workload} {options}".rstrip(),
+    }
+    return _command(
+        directory, name, memory=memory, smp=smp, ram=ram, incoming=incoming, boot=boot, extra=extra
+    )
 
 
 def bare_command(
@@ -98,7 +109,8 @@ def bare_command(
     smp: int = 1,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The same for the guest without a kernel, which writes and verifies ``words`` words of every page, and uses one CPU."""
+    """The same for the guest without a kernel, which writes and verifies ``words`` words of every
+    page, and uses one CPU."""
     workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_words={words}"
     boot = {"-kernel": str(guest_files().bare), "-append": workload}
     return _command(directory, name, memory=memory, smp=smp, accel=accel, boot=boot, extra=extra)
@@ -126,7 +138,8 @@ def _command(
         "-machine": "pc,memory-backend=ram0",
         "-object": f"memory-backend-file,id=ram0,size={memory},mem-path={ram},share=on",
         "-display": "none",
-        # Before the serial port: QEMU makes them in this order, and so whoever has met the one finds the other.
+        # Before the serial port: QEMU makes them in this order, and so whoever has met the one
+        # finds the other.
         "-qmp": f"unix:{directory / name}.qmp,server=on,wait=off",
         "-serial": f"unix:{directory / name}.serial,server=on,wait=off",
         **boot,
@@ -136,7 +149,8 @@ def _command(
 
 
 def make_ram(name: str, size: int, path: Path | None) -> Path:
-    """A file of zeros that takes no memory yet. Guest RAM that there already is under that name stays as it is."""
+    """A file of zeros that takes no memory yet. Guest RAM that there already is under that name
+    stays as it is."""
     if path is None:
         number, unique = tempfile.mkstemp(prefix=f"pagenet-{name}-", dir="/dev/shm")
         os.close(number)
@@ -160,7 +174,10 @@ def rams_of(command: Sequence[str]) -> list[Path]:
 def in_memfd(command: Sequence[str]) -> list[str]:
     """The same machine with its RAM in a memfd, as libvirt has it."""
     ram_of(command).unlink()
-    return [re.sub(r"memory-backend-file,(.*)mem-path=[^,]+,", r"memory-backend-memfd,\1", word) for word in command]
+    return [
+        re.sub(r"memory-backend-file,(.*)mem-path=[^,]+,", r"memory-backend-memfd,\1", word)
+        for word in command
+    ]
 
 
 @functools.cache
@@ -168,9 +185,12 @@ def qemu_version() -> tuple[int, ...]:
     """Of the QEMU that is installed; (0, 0) if none is."""
     if not shutil.which(QEMU):
         return 0, 0
-    # Under a sanitizer its runtime is preloaded into whatever is started, and QEMU is not made for that.
+    # Under a sanitizer its runtime is preloaded into whatever is started, and QEMU is not made for
+    # that.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    told = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True, env=environment).stdout
+    told = subprocess.run(
+        [QEMU, "--version"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
     found = re.search(r"version (\d+)\.(\d+)", told)
     assert found, told
     return int(found[1]), int(found[2])
@@ -188,8 +208,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Beat:
-    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started, and ``devices`` what
-    was done with each of them."""
+    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has
+    started, and ``devices`` what was done with each of them."""
 
     time: float
     seq: int
@@ -199,7 +219,9 @@ class Beat:
     devices: Mapping[str, int]
 
 
-_BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+((?: [a-z]+=\d+)*)")
+_BEAT = re.compile(
+    r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+((?: [a-z]+=\d+)*)"
+)
 
 
 def parse_beat(line: Line) -> Beat | None:
@@ -208,11 +230,14 @@ def parse_beat(line: Line) -> Beat | None:
         return None
     seq, writes, bad, sweeps = map(int, found.groups()[:4])
     work = dict(word.split("=") for word in found[5].split())
-    return Beat(line.time, seq, writes, bad, sweeps, {name: int(count) for name, count in work.items()})
+    return Beat(
+        line.time, seq, writes, bad, sweeps, {name: int(count) for name, count in work.items()}
+    )
 
 
 class Serial:
-    """What a guest says, and those who wait for it. ``lines``, ``beats``: those so far; ``rest``: the line not yet whole.
+    """What a guest says, and those who wait for it. ``lines``, ``beats``: those so far; ``rest``:
+    the line not yet whole.
 
     ``errors``: what QEMU has complained of, for the message when the guest falls silent.
     """
@@ -257,7 +282,8 @@ class Serial:
             self.end()
 
     async def wait(self, what: str, is_there: Callable[[], bool]) -> None:
-        """Until ``is_there`` says so, which is asked whenever something was said; ``what`` names it if it never comes."""
+        """Until ``is_there`` says so, which is asked whenever something was said; ``what`` names it
+        if it never comes."""
         with trio.move_on_after(PATIENCE):
             while not is_there() and not self._has_ended:
                 await self._changed.wait()
@@ -276,9 +302,12 @@ class Serial:
     async def wait_sweeps(self, count: int) -> None:
         """Until it has verified all its memory so many times, all in all.
 
-        To know that every page is right from now on, wait for two more than in the last beat: one is under way.
+        To know that every page is right from now on, wait for two more than in the last beat: one
+        is under way.
         """
-        await self.wait(f"{count} sweeps", lambda: bool(self.beats) and self.beats[-1].sweeps >= count)
+        await self.wait(
+            f"{count} sweeps", lambda: bool(self.beats) and self.beats[-1].sweeps >= count
+        )
 
     def describe(self) -> str:
         """For those who must say why it was not what they wanted."""
@@ -292,7 +321,8 @@ class Serial:
 
 
 def check_unbroken(*serials: Serial) -> None:
-    """The guest has gone from each of them to the next without missing a heartbeat or finding a wrong page."""
+    """The guest has gone from each of them to the next without missing a heartbeat or finding a
+    wrong page."""
     for serial in serials:
         assert serial.lines, f"{serial.name} has said nothing; {serial.describe()}"
     beats: list[Beat] = []
@@ -340,14 +370,23 @@ class VM:
 
 
 @asynccontextmanager
-async def run_vm(command: Sequence[str], directory: Path, name: str, env: Mapping[str, str] | None = None) -> AsyncIterator[VM]:
-    """Runs what :func:`qemu_command` has made, with ``env`` on top of this environment, for as long as the block does."""
+async def run_vm(
+    command: Sequence[str], directory: Path, name: str, env: Mapping[str, str] | None = None
+) -> AsyncIterator[VM]:
+    """Runs what :func:`qemu_command` has made, with ``env`` on top of this environment, for as long
+    as the block does."""
     rams = rams_of(command)
     errors = directory / f"{name}.stderr"
     serial = Serial(name, errors)
     try:
-        async with trio.open_nursery() as nursery, _run_qemu(command, errors, env) as process, _guard(process.pid, rams):
-            nursery.start_soon(serial.read, await _connect(directory / f"{name}.serial", process, serial))
+        async with (
+            trio.open_nursery() as nursery,
+            _run_qemu(command, errors, env) as process,
+            _guard(process.pid, rams),
+        ):
+            nursery.start_soon(
+                serial.read, await _connect(directory / f"{name}.serial", process, serial)
+            )
             yield VM(name, process, serial, directory / f"{name}.qmp", rams)
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:
@@ -359,7 +398,9 @@ async def run_vm(command: Sequence[str], directory: Path, name: str, env: Mappin
 
 
 @asynccontextmanager
-async def _run_qemu(command: Sequence[str], errors: Path, env: Mapping[str, str] | None) -> AsyncIterator[trio.Process]:
+async def _run_qemu(
+    command: Sequence[str], errors: Path, env: Mapping[str, str] | None
+) -> AsyncIterator[trio.Process]:
     errors.touch()
     number = os.open(errors, os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
     try:
@@ -379,9 +420,11 @@ async def _run_qemu(command: Sequence[str], errors: Path, env: Mapping[str, str]
 
 @asynccontextmanager
 async def _guard(pid: int, rams: Sequence[Path]) -> AsyncIterator[None]:
-    """Should this process be killed, QEMU would run for ever, and its RAM stay: the guard sees the end of its input.
+    """Should this process be killed, QEMU would run for ever, and its RAM stay: the guard sees the
+    end of its input.
 
-    The kernel's own means for that is the end of the thread that started a process, and Trio's threads end early.
+    The kernel's own means for that is the end of the thread that started a process, and Trio's
+    threads end early.
     """
     command = ["sh", "-c", 'read -r _; kill -KILL "$0"; rm -f "$@"', str(pid), *map(str, rams)]
     async with run(command, stdin=subprocess.PIPE):
@@ -396,4 +439,6 @@ async def _connect(path: Path, process: trio.Process, serial: Serial) -> trio.So
                 return await trio.open_unix_socket(path)
             except OSError:
                 await trio.sleep(0.005)  # QEMU is not that far yet
-    raise AssertionError(f"{serial.name}: QEMU does not answer, exit code {process.poll()}; {serial.describe()}")
+    raise AssertionError(
+        f"{serial.name}: QEMU does not answer, exit code {process.poll()}; {serial.describe()}"
+    )

@@ -1,8 +1,10 @@
-"""The showcase: memory moves to a process that is already working on it, and every byte of it is checked.
+"""The showcase: memory moves to a process that is already working on it, and every byte of it is
+checked.
 
-A writer fills tmpfs with a pattern in which every word depends on its page and place. ``pagenet-serve`` serves it,
-``pagenet-pull`` pulls it into an owner in C, which touches pages from its first moment on, before any of them is there, and
-reads all of them back at the end. The exit status is 0 if every byte was right and every process ended well.
+A writer fills tmpfs with a pattern in which every word depends on its page and place.
+``pagenet-serve`` serves it, ``pagenet-pull`` pulls it into an owner in C, which touches pages from
+its first moment on, before any of them is there, and reads all of them back at the end. The exit
+status is 0 if every byte was right and every process ended well.
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ class Failed(PagenetError):
 
 
 class Story:
-    """What the processes tell: kept, and shown as a bar on a terminal, as lines elsewhere, not at all if ``quiet``."""
+    """What the processes tell: kept, and shown as a bar on a terminal, as lines elsewhere, not at
+    all if ``quiet``."""
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self.bar = Progress(BarColumn(12), "{task.description}", console=self.console, transient=True, disable=quiet)
+        self.bar = Progress(
+            BarColumn(12), "{task.description}", console=self.console, transient=True, disable=quiet
+        )
         self._task = self.bar.add_task("", total=1.0, visible=self.console.is_terminal)
         self._told: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -55,21 +60,26 @@ class Story:
         self.console.print(f"{who + ':':15}{words}", markup=False)
 
     def last(self, who: str, event: str) -> dict[str, Any]:
-        """The last event of that kind, with ``at``, when it came, and ``touched`` until then. Empty if there was none."""
+        """The last event of that kind, with ``at``, when it came, and ``touched`` until then. Empty
+        if there was none."""
         return self._told.get((who, event), {})
 
     def touches(self) -> int:
         return int(self.last("owner", "progress").get("touched", 0))
 
     def note(self, who: str, event: dict[str, Any]) -> None:
-        self._told[who, event["event"]] = {"at": time.monotonic(), "touched": self.touches()} | event
+        self._told[who, event["event"]] = {
+            "at": time.monotonic(),
+            "touched": self.touches(),
+        } | event
         if (who, event["event"]) == ("pagenet-pull", "progress"):
             self._show(event)
 
     def _show(self, progress: dict[str, Any]) -> None:
         words = (
-            f"{progress['share']:6.1%} resident, {progress['bytes_per_s'] / MIB:.0f} MiB/s, {self.touches()} touches, "
-            f"{progress['faults']} faults (p50 {microseconds(progress['fault_us']['p50'])})"
+            f"{progress['share']:6.1%} resident, {progress['bytes_per_s'] / MIB:.0f} MiB/s,"
+            f" {self.touches()} touches, {progress['faults']} faults (p50"
+            f" {microseconds(progress['fault_us']['p50'])})"
         )
         if self.console.is_terminal:
             self.bar.update(self._task, completed=progress["share"], description=words)
@@ -89,19 +99,28 @@ async def run(
     pass_fds: Sequence[int] = (),
     task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """One process from start to end, which counts as started with its event ``until``. Cancelled, it is terminated.
+    """One process from start to end, which counts as started with its event ``until``. Cancelled,
+    it is terminated.
 
     In a process group of its own: Ctrl-C is for the demo, which ends the others in good order.
     """
     async with open_failing_nursery() as nursery:
-        start = partial(trio.run_process, command, stdout=subprocess.PIPE, check=False, process_group=0, pass_fds=pass_fds)
+        start = partial(
+            trio.run_process,
+            command,
+            stdout=subprocess.PIPE,
+            check=False,
+            process_group=0,
+            pass_fds=pass_fds,
+        )
         process: trio.Process = await nursery.start(start)
         assert process.stdout is not None
         async for event in json_lines(process.stdout):
             story.note(who, event)
             if event["event"] == until:
                 task_status.started(event)
-    if process.returncode and not story.last(who, "verified"):  # an owner with wrong pages has done its work
+    # an owner with wrong pages has done its work
+    if process.returncode and not story.last(who, "verified"):
         raise Failed(f"{who} ended with exit code {process.returncode}")
 
 
@@ -123,7 +142,8 @@ def daemon(name: str, *args: str) -> list[str]:
 async def demo(options: argparse.Namespace, report: Report) -> None:
     check_room(options)
     story = Story(quiet=options.json)
-    source = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)  # has no name: cannot be left behind
+    # has no name: cannot be left behind
+    source = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         await fill(source, options, story)
         with tempfile.TemporaryDirectory(prefix="pagenet-demo-") as directory, story.bar:
@@ -135,26 +155,41 @@ async def demo(options: argparse.Namespace, report: Report) -> None:
         report("moved", **moved)
     story.console.print(table(moved))
     if moved["wrong"]:
-        raise Failed(f"wrong pages: {moved['wrong']}, the first of them is page {moved['first_wrong']}")
+        raise Failed(
+            f"wrong pages: {moved['wrong']}, the first of them is page {moved['first_wrong']}"
+        )
 
 
 def check_room(options: argparse.Namespace) -> None:
-    """The source is in /dev/shm, and so is the owner's memory if it is tmpfs. All of it is memory in the end."""
+    """The source is in /dev/shm, and so is the owner's memory if it is tmpfs. All of it is memory
+    in the end."""
     shm = os.statvfs("/dev/shm")
-    available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    available = re.search(
+        r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
+    )
     for what, needed, free in (
-        ("room in /dev/shm", options.size * (2 if options.memory == "tmpfs" else 1), shm.f_bavail * shm.f_frsize),
+        (
+            "room in /dev/shm",
+            options.size * (2 if options.memory == "tmpfs" else 1),
+            shm.f_bavail * shm.f_frsize,
+        ),
         ("memory", 2 * options.size + SLACK, int(available[1]) << 10 if available else sys.maxsize),
     ):
         if free < needed:
-            raise Failed(f"not enough {what}: {needed // MIB} MiB needed, {free // MIB} MiB free; choose a smaller --size")
+            raise Failed(
+                f"not enough {what}: {needed // MIB} MiB needed, {free // MIB} MiB free; choose a"
+                " smaller --size"
+            )
 
 
 async def fill(source: int, options: argparse.Namespace, story: Story) -> None:
     began = time.monotonic()
     command = pattern_command(f"/proc/self/fd/{source}", "--size", str(options.size), *PATTERN)
     await run("writer", command, story, pass_fds=[source])
-    story.say("writer", f"filled {options.size / MIB:.0f} MiB of tmpfs in {time.monotonic() - began:.1f} s")
+    story.say(
+        "writer",
+        f"filled {options.size / MIB:.0f} MiB of tmpfs in {time.monotonic() - began:.1f} s",
+    )
     if options.corrupt_one_byte:
         at = options.size // 2 + 123
         os.pwrite(source, bytes([os.pread(source, 1, at)[0] ^ 1]), at)
@@ -165,19 +200,43 @@ async def move(source: int, directory: Path, options: argparse.Namespace, story:
     listen = "tcp://127.0.0.1:0" if options.listen == "tcp" else f"unix:{directory}/pages"
     serve = daemon("serve", f"/proc/self/fd/{source}", "--listen", listen, "--once")
     owner = workload_command(
-        *("--socket", f"{directory}/owner", "--size", str(options.size), "--memory", options.memory, *PATTERN),
-        # As many touches as are over before the background is: then all of them were made while the memory moved.
-        *("--order", "zipf", "--threads", str(options.threads), "--touches", str(max(1, options.size // mmap.PAGESIZE // 2))),
+        *(
+            "--socket",
+            f"{directory}/owner",
+            "--size",
+            str(options.size),
+            "--memory",
+            options.memory,
+            *PATTERN,
+        ),
+        # As many touches as are over before the background is: then all of them were made while the
+        # memory moved.
+        *(
+            "--order",
+            "zipf",
+            "--threads",
+            str(options.threads),
+            "--touches",
+            str(max(1, options.size // mmap.PAGESIZE // 2)),
+        ),
         *("--latency-out", f"{directory}/latencies", "--wait-complete"),
     )
     async with open_failing_nursery() as nursery:
-        uri = (await nursery.start(partial(run, "pagenet-serve", serve, story, until="listening", pass_fds=[source])))["uri"]
+        uri = (
+            await nursery.start(
+                partial(run, "pagenet-serve", serve, story, until="listening", pass_fds=[source])
+            )
+        )["uri"]
         story.say("pagenet-serve", f"serving {options.size / MIB:.0f} MiB on {uri}")
         pull = daemon("pull", uri, "--uffd-socket", f"{directory}/owner")
         await nursery.start(partial(run, "pagenet-pull", pull, story, until="waiting"))
         story.say("pagenet-pull", "connected, waiting for an owner")
         await nursery.start(partial(run, "owner", owner, story, until="touching"))
-        story.say("owner", f"touching {options.memory} memory with {options.threads} threads; none of it is here yet")
+        story.say(
+            "owner",
+            f"touching {options.memory} memory with {options.threads} threads; none of it is"
+            " here yet",
+        )
 
 
 # ---- what happened ----
@@ -187,11 +246,22 @@ def outcome(story: Story, latencies_file: Path, options: argparse.Namespace) -> 
     complete, verified = story.last("pagenet-pull", "complete"), story.last("owner", "verified")
     if not complete or not verified:
         raise Failed("a process ended without a word on how it went")
-    recorded = array("Q", latencies_file.read_bytes())  # of touches that took over 2 us, in the order in which they ended
+    # of touches that took over 2 us, in the order in which they ended
+    recorded = array("Q", latencies_file.read_bytes())
     outlasted = story.last("owner", "touching")["at"] + verified["seconds"] > complete["at"]
     # Up to a second old, what the owner had told of; and each fault is a touch.
     at_least = max(complete["touched"], complete["faults"] - options.threads)
-    taken_over = ("placement", "demand", "prefetch", "background", "zero", "bytes_wire", "faults", "fault_us", "seconds")
+    taken_over = (
+        "placement",
+        "demand",
+        "prefetch",
+        "background",
+        "zero",
+        "bytes_wire",
+        "faults",
+        "fault_us",
+        "seconds",
+    )
     return {
         "bytes": options.size,
         "memory": options.memory,
@@ -212,14 +282,19 @@ def microseconds(value: float | None) -> str:
 
 
 def table(moved: dict[str, Any]) -> Table:
-    mib, at_least = moved["bytes"] / MIB, "at least " if moved["touches_while_moving"] < moved["touches"] else ""
+    mib, at_least = (
+        moved["bytes"] / MIB,
+        "at least " if moved["touches_while_moving"] < moved["touches"] else "",
+    )
     p50, p99 = microseconds(moved["fault_us"]["p50"]), microseconds(moved["fault_us"]["p99"])
     rows = {
         "memory moved": f"{mib:.0f} MiB, {moved['memory']}, placed by {moved['placement']}",
         "first touch served after": microseconds(moved["first_touch_us"]),
         "touches while moving": f"{at_least}{moved['touches_while_moving']} of {moved['touches']}",
         "faults, latency": f"{moved['faults']}, p50 {p50}, p99 {p99}",
-        "pages by class": ", ".join(f"{name} {moved[name]}" for name in ("demand", "prefetch", "background")),
+        "pages by class": ", ".join(
+            f"{name} {moved[name]}" for name in ("demand", "prefetch", "background")
+        ),
         "zero pages among them": str(moved["zero"]),
         "on the wire": f"{moved['bytes_wire'] / MIB:.1f} MiB",
         "time, rate": f"{moved['seconds']:.2f} s, {mib / moved['seconds']:.0f} MiB/s",
@@ -233,13 +308,34 @@ def table(moved: dict[str, Any]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="demo", description="Move memory to a process that is using it; check every byte.")
-    parser.add_argument("--size", type=parse_size, default="1G", metavar="BYTES", help="suffixes K M G (%(default)s)")
-    parser.add_argument("--threads", type=int, default=4, metavar="N", help="how many touch at once (%(default)s)")
-    parser.add_argument("--memory", choices=["anonymous", "memfd", "tmpfs"], default="anonymous", help="owner's (%(default)s)")
-    parser.add_argument("--listen", choices=["tcp", "unix"], default="tcp", help="between the daemons (%(default)s)")
-    parser.add_argument("--corrupt-one-byte", action="store_true", help="of the source: prove that the check works")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of words and a table")
+    parser = argparse.ArgumentParser(
+        prog="demo", description="Move memory to a process that is using it; check every byte."
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default="1G",
+        metavar="BYTES",
+        help="suffixes K M G (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=4, metavar="N", help="how many touch at once (%(default)s)"
+    )
+    parser.add_argument(
+        "--memory",
+        choices=["anonymous", "memfd", "tmpfs"],
+        default="anonymous",
+        help="owner's (%(default)s)",
+    )
+    parser.add_argument(
+        "--listen", choices=["tcp", "unix"], default="tcp", help="between the daemons (%(default)s)"
+    )
+    parser.add_argument(
+        "--corrupt-one-byte", action="store_true", help="of the source: prove that the check works"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object instead of words and a table"
+    )
     options = parser.parse_args()
     report = Report("demo", options.json, {})
     return run_command(lambda: demo(options, report), report)

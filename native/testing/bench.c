@@ -1,4 +1,5 @@
-/* What pagenet-bench measures with, and the bare loops that it measures against: the least that any page mover must do. */
+/* What pagenet-bench measures with, and the bare loops that it measures against: the least that any
+ * page mover must do. */
 #define _GNU_SOURCE
 #include "testing.h"
 #include "wire.h"
@@ -33,7 +34,8 @@ struct toucher {
     int error;
 };
 
-/* A page that can never come is a SIGBUS, whenever its transfer fails: the end of the thread that touches it, no more. */
+/* A page that can never come is a SIGBUS, whenever its transfer fails: the end of the thread that
+ * touches it, no more. */
 static _Thread_local volatile bool touching;
 static _Thread_local sigjmp_buf untouched;
 static struct sigaction otherwise;
@@ -41,10 +43,13 @@ static struct sigaction otherwise;
 static void bus_error(int number) {
     if (touching)
         siglongjmp(untouched, 1);
-    sigaction(number, &otherwise, NULL); /* not ours: it happens again at once, to whoever was there before us */
+    sigaction(number, &otherwise,
+              NULL); /* not ours: it happens again at once, to whoever was there before us */
 }
 
-static bool is_there(const struct pn_map *map, uint64_t page) { return map && pn_map_state(map, page) == PN_RESIDENT; }
+static bool is_there(const struct pn_map *map, uint64_t page) {
+    return map && pn_map_state(map, page) == PN_RESIDENT;
+}
 
 static void *touch(void *argument) {
     struct toucher *toucher = argument;
@@ -57,7 +62,9 @@ static void *touch(void *argument) {
     }
     touching = true;
     for (uint64_t i = toucher->first; i < toucher->first + toucher->count; i++) {
-        const volatile char *at = (const volatile char *)(uintptr_t)(toucher->address + toucher->pages[i] * toucher->page_size);
+        const volatile char *at =
+            (const volatile char *)(uintptr_t)(toucher->address +
+                                               toucher->pages[i] * toucher->page_size);
         if (is_there(map, toucher->pages[i]))
             continue;
         start = now();
@@ -71,8 +78,8 @@ static void *touch(void *argument) {
 }
 
 /* One caller at a time in a process: it takes SIGBUS for itself. */
-int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count, uint64_t *latencies, int threads,
-                   uint64_t limit_ns, const struct pn_map *map) {
+int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count,
+                   uint64_t *latencies, int threads, uint64_t limit_ns, const struct pn_map *map) {
     struct toucher touchers[256];
     pthread_t ids[256];
     if (threads < 1 || threads > 256)
@@ -86,7 +93,8 @@ int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, 
     int started = 0, error = 0;
     for (uint64_t first = 0; started < threads && !error; started += !error) {
         uint64_t share = (count - first) / (uint64_t)(threads - started);
-        touchers[started] = (struct toucher){address, page_size, until, pages, first, share, latencies, map, 0};
+        touchers[started] =
+            (struct toucher){address, page_size, until, pages, first, share, latencies, map, 0};
         error = -pthread_create(&ids[started], NULL, touch, &touchers[started]);
         first += share;
     }
@@ -122,7 +130,8 @@ static void *play(void *argument) {
     }
     touching = true;
     for (uint64_t i = 0; i < play->count; i++) {
-        const volatile char *at = (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
+        const volatile char *at =
+            (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
         work(play->works_ns ? play->works_ns[i] : play->work_ns);
         bool blocked = !is_there(player->map, play->pages[i]);
         uint64_t start = now();
@@ -146,7 +155,8 @@ int pn_bench_play(struct pn_play *trace, const struct pn_map *map) {
     return player.error;
 }
 
-uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count, int state) {
+uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count,
+                        int state) {
     uint64_t found = 0;
     for (uint64_t i = 0; i < count; i++)
         found += pn_map_state(map, pages ? pages[i] : i) == state;
@@ -185,7 +195,8 @@ int pn_bench_page_server(int sock, uint64_t page_size) {
         return -ENOMEM;
     memset(reply + sizeof(struct pn_reply), 1, page_size);
     struct pn_request request;
-    while (recv_all(sock, &request, sizeof request) && send_all(sock, reply, sizeof(struct pn_reply) + page_size))
+    while (recv_all(sock, &request, sizeof request) &&
+           send_all(sock, reply, sizeof(struct pn_reply) + page_size))
         ;
     free(reply);
     return 0;
@@ -207,7 +218,8 @@ int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size) {
                               !recv_all(sock, page, sizeof(struct pn_reply) + page_size)))
                 error = -EPIPE;
             else
-                pn_uffd_copy(uffd, events[i].start & ~(page_size - 1), page + sizeof(struct pn_reply), page_size);
+                pn_uffd_copy(uffd, events[i].start & ~(page_size - 1),
+                             page + sizeof(struct pn_reply), page_size);
         }
     }
     free(page);
@@ -218,21 +230,26 @@ int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size) {
 
 int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk) {
     for (uint64_t done = 0; done < length; done += chunk)
-        if (!send_all(sock, (const char *)bytes + done, length - done < chunk ? length - done : chunk))
+        if (!send_all(sock, (const char *)bytes + done,
+                      length - done < chunk ? length - done : chunk))
             return -EPIPE;
     return 0;
 }
 
-static int receive_in_place(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address, uint64_t second) {
+static int receive_in_place(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
+                            uint64_t second) {
     int error = 0;
     for (uint64_t done = 0; done < length && !error; done += chunk) {
         uint64_t size = length - done < chunk ? length - done : chunk;
-        error = recv_all(sock, (char *)(uintptr_t)(second + done), size) ? pn_uffd_continue(uffd, address + done, size).error : -EPIPE;
+        error = recv_all(sock, (char *)(uintptr_t)(second + done), size)
+                    ? pn_uffd_continue(uffd, address + done, size).error
+                    : -EPIPE;
     }
     return error;
 }
 
-int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address, uint64_t second) {
+int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
+                     uint64_t second) {
     if (second)
         return receive_in_place(sock, length, chunk, uffd, address, second);
     char *buffer = mmap(NULL, chunk, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -250,7 +267,9 @@ int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64
     return error;
 }
 
-void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) { memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length); }
+void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) {
+    memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length);
+}
 
 /* ---- what the books cost ---- */
 

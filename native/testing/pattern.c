@@ -1,9 +1,11 @@
-/* Memory that knows what it should hold, so that a page that is lost, late, stale or in the wrong place is found.
+/* Memory that knows what it should hold, so that a page that is lost, late, stale or in the wrong
+ * place is found.
  *
- * A page has a key, hashed from the seed and its number; a word is hashed from the key and its place. Both hashes are
- * bijections (each step can be undone), and both inputs are distinct within their range, so two words of one page never
- * agree: at most one of them is zero, and a page that is not meant to be zero never is. One multiplication a word, and no
- * word waits for the one before it.
+ * A page has a key, hashed from the seed and its number; a word is hashed from the key and its
+ * place. Both hashes are bijections (each step can be undone), and both inputs are distinct within
+ * their range, so two words of one page never agree: at most one of them is zero, and a page that
+ * is not meant to be zero never is. One multiplication a word, and no word waits for the one before
+ * it.
  */
 #define _GNU_SOURCE
 #include "testing.h"
@@ -29,7 +31,9 @@ static inline uint64_t word_of(uint64_t key, uint64_t place) {
 }
 
 /* A hash of its own, not a stride: strided access must not see zero pages alone, or none. */
-static bool is_zero_page(uint64_t key, uint64_t zero_every) { return zero_every && mix(~key) % zero_every == 0; }
+static bool is_zero_page(uint64_t key, uint64_t zero_every) {
+    return zero_every && mix(~key) % zero_every == 0;
+}
 
 /* memcpy, because the buffer may have any alignment; it compiles to one store. */
 static void fill_words(char *bytes, uint64_t words, uint64_t key) {
@@ -39,7 +43,8 @@ static void fill_words(char *bytes, uint64_t words, uint64_t key) {
     }
 }
 
-void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size, uint64_t seed, uint64_t zero_every) {
+void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size,
+                     uint64_t seed, uint64_t zero_every) {
     for (uint64_t i = 0; i < pages; i++) {
         char *bytes = (char *)buffer + i * page_size;
         uint64_t key = page_key(first_page + i, seed);
@@ -50,7 +55,8 @@ void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t
     }
 }
 
-/* All differences or-ed together: without a way out of the loop, good pages, which nearly all are, go at full speed. */
+/* All differences or-ed together: without a way out of the loop, good pages, which nearly all are,
+ * go at full speed. */
 static bool words_differ(const char *bytes, uint64_t words, uint64_t key) {
     uint64_t difference = 0;
     for (uint64_t place = 0; place < words; place++) {
@@ -69,12 +75,14 @@ static bool page_differs(const char *bytes, uint64_t page_size, uint64_t key, ui
     return !zero;
 }
 
-uint64_t pn_pattern_check(const void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size, uint64_t seed,
-                          uint64_t zero_every, uint64_t *bad) {
+uint64_t pn_pattern_check(const void *buffer, uint64_t first_page, uint64_t pages,
+                          uint64_t page_size, uint64_t seed, uint64_t zero_every, uint64_t *bad) {
     uint64_t differ = 0;
     for (uint64_t i = 0; i < pages; i++) {
         uint64_t page = first_page + i;
-        if (page_differs((const char *)buffer + i * page_size, page_size, page_key(page, seed), zero_every) && !differ++)
+        if (page_differs((const char *)buffer + i * page_size, page_size, page_key(page, seed),
+                         zero_every) &&
+            !differ++)
             *bad = page;
     }
     return differ;

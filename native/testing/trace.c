@@ -1,13 +1,18 @@
-/* Preloaded (LD_PRELOAD) by pagenet-bench trace into a program, to see which pages of a file it touches first, and when. The file
- * is a memfd that has all of its bytes. Where the program maps it, the mapping is put under a userfaultfd that reports pages which
- * are there and in no page table yet (minor faults). A thread of ours writes each of them down, with the processor time that the
- * program has taken since the one before, and lets it go on. Of the C library mmap is replaced, and nothing else.
+/* Preloaded (LD_PRELOAD) by pagenet-bench trace into a program, to see which pages of a file it
+ * touches first, and when. The file is a memfd that has all of its bytes. Where the program maps
+ * it, the mapping is put under a userfaultfd that reports pages which are there and in no page
+ * table yet (minor faults). A thread of ours writes each of them down, with the processor time that
+ * the program has taken since the one before, and lets it go on. Of the C library mmap is replaced,
+ * and nothing else.
  *
- *   PAGENET_TRACE   the file that is written to, a struct trace: whoever started the program has it too
+ *   PAGENET_TRACE   the file that is written to, a struct trace: whoever started the program has it
+ * too
  *
- * No byte depends on us: what cannot be watched is counted, and works as ever. So does everything if the tracing program dies.
+ * No byte depends on us: what cannot be watched is counted, and works as ever. So does everything
+ * if the tracing program dies.
  */
-#undef _FILE_OFFSET_BITS /* would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below */
+/* It would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below. */
+#undef _FILE_OFFSET_BITS
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -29,7 +34,8 @@
 #include <time.h>
 #include <unistd.h>
 
-_Static_assert(sizeof(off_t) == 8 && sizeof(void *) == 8, "mmap's system call is another one on 32-bit machines");
+_Static_assert(sizeof(off_t) == 8 && sizeof(void *) == 8,
+               "mmap's system call is another one on 32-bit machines");
 
 #define DEVICE "/dev/userfaultfd"
 #define EXPORTED __attribute__((visibility("default"))) /* the rest is hidden from the program */
@@ -42,8 +48,8 @@ struct touch {
     uint64_t work_ns;
 };
 
-/* Behind the touches, of which there are as many as pages, is a byte for each page: whether it was touched. pagenet/bench/workload/_tracing.py
- * makes and reads it. */
+/* Behind the touches, of which there are as many as pages, is a byte for each page: whether it was
+ * touched. pagenet/bench/workload/_tracing.py makes and reads it. */
 struct trace {
     uint64_t device, inode, pages;
     _Atomic uint64_t count, unwatched; /* touches; mappings that are not watched */
@@ -57,7 +63,8 @@ struct mapping {
 
 static struct trace *trace;
 
-/* The lock holder's, as is everything up to `worked`. A process has one userfaultfd, and one thread that reads it. */
+/* The lock holder's, as is everything up to `worked`. A process has one userfaultfd, and one thread
+ * that reads it. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct mapping mappings[MAPPINGS];
 static size_t mapped;
@@ -67,9 +74,11 @@ static uint64_t page_size;
 /* Processor time that the program had taken at its last first touch: the reader's. */
 static uint64_t worked;
 
-/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call comes. */
+/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call
+ * comes. */
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
-    return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd, offset);
+    return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd,
+                           offset);
 }
 
 /* ---- touches ---- */
@@ -80,7 +89,8 @@ static uint64_t clock_ns(clockid_t clock) {
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-/* Of all of the program's threads, the reader's left out. One that waits for its page takes none. */
+/* Of all of the program's threads, the reader's left out. One that waits for its page takes none.
+ */
 static uint64_t program_ns(clockid_t readers) {
     uint64_t ours = clock_ns(readers);
     return clock_ns(CLOCK_PROCESS_CPUTIME_ID) - ours;
@@ -117,12 +127,14 @@ static void let_go(uint64_t address) {
     while (done.error == -EAGAIN);
     if (done.error == -EEXIST)
         pn_uffd_wake(uffd, address, page_size);
-    else if (done.error) /* of a file that has become shorter, and the like: what happens there is the kernel's to say */
+    else if (done.error) /* of a file that has become shorter, and the like: what happens there is
+                            the kernel's to say */
         pn_uffd_unregister(uffd, address, page_size);
 }
 
-/* A reader that sleeps is woken by whoever touches a page, on its time: up to 30 us of it where that takes another processor out of
- * its idle state. So it sleeps only when there was no touch for a while, which those are nothing beside. */
+/* A reader that sleeps is woken by whoever touches a page, on its time: up to 30 us of it where
+ * that takes another processor out of its idle state. So it sleeps only when there was no touch for
+ * a while, which those are nothing beside. */
 static void wait_for_faults(uint64_t since) {
     struct pollfd ready = {.fd = uffd, .events = POLLIN};
     if (clock_ns(CLOCK_MONOTONIC) - since > AWAKE_NS)
@@ -183,7 +195,8 @@ static int open_uffd(void) {
 }
 
 static bool covers(const struct mapping *one, const struct mapping *other) {
-    return one->address <= other->address && other->address + other->length <= one->address + one->length;
+    return one->address <= other->address &&
+           other->address + other->length <= one->address + one->length;
 }
 
 static int add_mapping(struct mapping added) {
@@ -203,9 +216,11 @@ static void watch(const void *address, size_t length, off_t offset) {
     pthread_mutex_lock(&lock);
     int error = uffd < 0 ? open_uffd() : 0;
     if (!error)
-        error = add_mapping((struct mapping){(uintptr_t)address, whole, (uint64_t)offset / page_size});
+        error =
+            add_mapping((struct mapping){(uintptr_t)address, whole, (uint64_t)offset / page_size});
     if (!error)
-        error = pn_uffd_register(uffd, (uintptr_t)address, whole, UFFDIO_REGISTER_MODE_MINOR, &ioctls);
+        error =
+            pn_uffd_register(uffd, (uintptr_t)address, whole, UFFDIO_REGISTER_MODE_MINOR, &ioctls);
     pthread_mutex_unlock(&lock);
     if (error) {
         atomic_store(&trace->reason, -error);
@@ -213,7 +228,8 @@ static void watch(const void *address, size_t length, off_t offset) {
     }
 }
 
-/* A child has neither the reader nor what is watched, only a copy of the descriptor, which is for its parent's memory. */
+/* A child has neither the reader nor what is watched, only a copy of the descriptor, which is for
+ * its parent's memory. */
 static void before_fork(void) { pthread_mutex_lock(&lock); }
 static void after_fork(void) { pthread_mutex_unlock(&lock); }
 static void begin_child(void) {
@@ -231,7 +247,9 @@ __attribute__((constructor)) static void begin(void) {
     if (fd < 0)
         return;
     page_size = (uint64_t)sysconf(_SC_PAGESIZE);
-    void *at = fstat(fd, &status) ? MAP_FAILED : map(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *at = fstat(fd, &status)
+                   ? MAP_FAILED
+                   : map(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (at != MAP_FAILED && !pthread_atfork(before_fork, after_fork, begin_child))
         trace = at;
     close(fd);
@@ -241,11 +259,12 @@ __attribute__((constructor)) static void begin(void) {
 
 static bool is_traced(int fd, int flags) {
     struct stat status;
-    return trace && fd >= 0 && !(flags & MAP_ANONYMOUS) && !fstat(fd, &status) && status.st_dev == trace->device &&
-           status.st_ino == trace->inode;
+    return trace && fd >= 0 && !(flags & MAP_ANONYMOUS) && !fstat(fd, &status) &&
+           status.st_dev == trace->device && status.st_ino == trace->inode;
 }
 
-/* A shared mapping of a file that was opened for reading cannot be watched: it is mapped from one that was opened for both. */
+/* A shared mapping of a file that was opened for reading cannot be watched: it is mapped from one
+ * that was opened for both. */
 static int open_for_both(int fd) {
     char path[32];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
@@ -253,11 +272,14 @@ static int open_for_both(int fd) {
 }
 
 /* Not populated: those would be touches of the kernel's. */
-static void *map_traced(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
+static void *map_traced(void *address, size_t length, int protection, int flags, int fd,
+                        off_t offset) {
     int before = errno, both = -1;
-    if ((flags & MAP_TYPE) != MAP_PRIVATE && !(protection & PROT_WRITE) && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY)
+    if ((flags & MAP_TYPE) != MAP_PRIVATE && !(protection & PROT_WRITE) &&
+        (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY)
         both = open_for_both(fd);
-    void *at = map(address, length, protection, flags & ~MAP_POPULATE, both < 0 ? fd : both, offset);
+    void *at =
+        map(address, length, protection, flags & ~MAP_POPULATE, both < 0 ? fd : both, offset);
     int error = errno;
     if (at != MAP_FAILED)
         watch(at, length, offset);
@@ -267,14 +289,17 @@ static void *map_traced(void *address, size_t length, int protection, int flags,
     return at;
 }
 
-static void *map_any(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
-    return (is_traced(fd, flags) ? map_traced : map)(address, length, protection, flags, fd, offset);
+static void *map_any(void *address, size_t length, int protection, int flags, int fd,
+                     off_t offset) {
+    return (is_traced(fd, flags) ? map_traced : map)(address, length, protection, flags, fd,
+                                                     offset);
 }
 
 EXPORTED void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
     return map_any(address, length, protection, flags, fd, offset);
 }
 
-EXPORTED void *mmap64(void *address, size_t length, int protection, int flags, int fd, off64_t offset) {
+EXPORTED void *mmap64(void *address, size_t length, int protection, int flags, int fd,
+                      off64_t offset) {
     return map_any(address, length, protection, flags, fd, offset);
 }

@@ -1,13 +1,15 @@
-/* An owner: a process that moves onto pagenet as a VMM does, works on its memory while the pages come, and can tell what
- * every byte of it must be. The file is in the order in which it runs: options, memory, userfaultfd, handshake, touching
- * (threads), removing (the main thread, meanwhile), verifying, report.
+/* An owner: a process that moves onto pagenet as a VMM does, works on its memory while the pages
+ * come, and can tell what every byte of it must be. The file is in the order in which it runs:
+ * options, memory, userfaultfd, handshake, touching (threads), removing (the main thread,
+ * meanwhile), verifying, report.
  *
- * What a page must hold: its pattern, or zeros once the owner has removed it, with its first word higher by the number of
- * writes that the page has seen. So a page that is missing, stale, in the wrong place, or placed late over the owner's own
- * write is found, by the touch that meets it or by the verification at the end.
+ * What a page must hold: its pattern, or zeros once the owner has removed it, with its first word
+ * higher by the number of writes that the page has seen. So a page that is missing, stale, in the
+ * wrong place, or placed late over the owner's own write is found, by the touch that meets it or by
+ * the verification at the end.
  *
- * "Page" is a page of the pattern, numbered through all mappings in the order of their offsets. A "unit" is what can be
- * removed: a page of the pattern or of the memory, whichever is larger.
+ * "Page" is a page of the pattern, numbered through all mappings in the order of their offsets. A
+ * "unit" is what can be removed: a page of the pattern or of the memory, whichever is larger.
  */
 #define _GNU_SOURCE
 #include "testing.h"
@@ -47,7 +49,15 @@ enum { MS = 1000 * 1000, SLOW_NS = 5000, RECORDED_NS = 2000 };
 enum { CONNECT_MS = 5000, CLOSE_MS = 5000, TICK_MS = 1, PROGRESS_MS = 1000 };
 enum { ZIPF_NEIGHBOURS = 64, LONG_MESSAGE_ENTRIES = 10000 };
 
-enum status { CLEAN = 0, BAD_PAGES = 1, USAGE = 2, NOT_CLOSED = 3, NO_HANDLER = 4, REFUSED = 7, GONE = 9 };
+enum status {
+    CLEAN = 0,
+    BAD_PAGES = 1,
+    USAGE = 2,
+    NOT_CLOSED = 3,
+    NO_HANDLER = 4,
+    REFUSED = 7,
+    GONE = 9
+};
 
 /* ---- options: one table for parsing, defaults and --help ---- */
 
@@ -55,7 +65,16 @@ enum memory { ANONYMOUS, MEMFD, TMPFS, HUGETLB };
 enum registration { REGISTER_MISSING, REGISTER_MINOR, REGISTER_BOTH, REGISTER_DEFAULT };
 enum order { ZIPF, RANDOM, SEQUENTIAL, STRIDED, NONE };
 enum verify { VERIFY_ALL, VERIFY_NONE, VERIFY_TOUCHED };
-enum bad_handshake { GOOD, BAD_JSON, BAD_NO_FD, BAD_OVERLAP, BAD_PAST_END, BAD_EMPTY, BAD_HUGE, BAD_LONG };
+enum bad_handshake {
+    GOOD,
+    BAD_JSON,
+    BAD_NO_FD,
+    BAD_OVERLAP,
+    BAD_PAST_END,
+    BAD_EMPTY,
+    BAD_HUGE,
+    BAD_LONG
+};
 
 /* Numbers of every kind are uint64_t, so that the table can say where each goes. */
 struct options {
@@ -80,47 +99,66 @@ struct spec {
 #define AT(field) offsetof(struct options, field)
 
 static const struct spec specs[] = {
-    {"socket", TEXT, AT(socket), "PATH", "the handler's unix socket; waits up to 5 s for it to appear"},
-    {"size", SIZES, AT(sizes), "BYTES[,BYTES...]", "one mapping each, apart in the address space; suffixes K M G"},
-    {"memory", CHOICE, AT(memory), "anonymous|memfd|tmpfs|hugetlb", "hugetlb: a memfd of 2 MiB pages (anonymous)"},
+    {"socket", TEXT, AT(socket), "PATH",
+     "the handler's unix socket; waits up to 5 s for it to appear"},
+    {"size", SIZES, AT(sizes), "BYTES[,BYTES...]",
+     "one mapping each, apart in the address space; suffixes K M G"},
+    {"memory", CHOICE, AT(memory), "anonymous|memfd|tmpfs|hugetlb",
+     "hugetlb: a memfd of 2 MiB pages (anonymous)"},
     {"dir", TEXT, AT(dir), "DIR", "where tmpfs memory has its file, unlinked at once (/dev/shm)"},
     {"register", CHOICE, AT(registration), "missing|minor|both|default",
      "default: missing if anonymous, else both, or missing if the kernel refuses"},
     {"remove-events", FLAG, AT(remove_events), "", "ask for REMOVE events"},
     {"threads", NUMBER, AT(threads), "N", "how many touch at once (2)"},
     {"order", CHOICE, AT(order), "zipf|random|sequential|strided|none",
-     "zipf: three of four touches in a tenth of the pages; random: a new permutation each round (zipf)"},
+     "zipf: three of four touches in a tenth of the pages; random: a new permutation each round "
+     "(zipf)"},
     {"stride", NUMBER, AT(stride), "PAGES", "of --order strided (16)"},
-    {"touches", NUMBER, AT(touches), "N", "of all threads together (0: as many as there are pages)"},
+    {"touches", NUMBER, AT(touches), "N",
+     "of all threads together (0: as many as there are pages)"},
     {"think-us", NUMBER, AT(think_us), "N", "busy time between two touches (0)"},
-    {"write-share", PERCENT, AT(write_share), "PERCENT", "of the touches add one to the page's first word (0)"},
+    {"write-share", PERCENT, AT(write_share), "PERCENT",
+     "of the touches add one to the page's first word (0)"},
     {"remove-share", PERCENT, AT(remove_share), "PERCENT",
      "of the memory is given back (MADV_DONTNEED, MADV_REMOVE) while the threads touch it,\n"
      "        and must be zero from then on; implies --remove-events (0)"},
     {"seed", NUMBER, AT(seed), "S", "of the pattern and of the order (0)"},
     {"zero-every", NUMBER, AT(zero_every), "N", "one page in N of the pattern is zero (0: none)"},
-    {"pattern-page-size", SIZE, AT(pattern_page_size), "BYTES", "page size of the pattern's numbering (4096)"},
-    {"verify", CHOICE, AT(verify), "all|none|touched", "which pages are checked byte by byte at the end (all)"},
-    {"wait-complete", FLAG, AT(wait_complete), "", "verify only once the handler has closed the socket"},
-    {"keep-map", FLAG, AT(keep_map), "", "have the handler keep its map of pages here, so that another can take over"},
-    {"latency-out", TEXT, AT(latency_out), "FILE", "native uint64 ns of each touch that took more than 2 us"},
-    {"gone-after", NUMBER, AT(gone_after), "MS", "_exit(9) that long after the handshake (0: never)"},
+    {"pattern-page-size", SIZE, AT(pattern_page_size), "BYTES",
+     "page size of the pattern's numbering (4096)"},
+    {"verify", CHOICE, AT(verify), "all|none|touched",
+     "which pages are checked byte by byte at the end (all)"},
+    {"wait-complete", FLAG, AT(wait_complete), "",
+     "verify only once the handler has closed the socket"},
+    {"keep-map", FLAG, AT(keep_map), "",
+     "have the handler keep its map of pages here, so that another can take over"},
+    {"latency-out", TEXT, AT(latency_out), "FILE",
+     "native uint64 ns of each touch that took more than 2 us"},
+    {"gone-after", NUMBER, AT(gone_after), "MS",
+     "_exit(9) that long after the handshake (0: never)"},
     {"bad-handshake", CHOICE, AT(bad_handshake), "no|json|nofd|overlap|past-end|empty|huge|long",
-     "send that instead: half of the JSON; no descriptor; one region twice; an offset that wraps; no\n"
+     "send that instead: half of the JSON; no descriptor; one region twice; an offset that wraps; "
+     "no\n"
      "        region; a region of 2^60 bytes; a message of 1 MB (no)"},
-    {"no-pdeathsig", FLAG, AT(no_pdeathsig), "", "live on when the process that started this one dies"},
+    {"no-pdeathsig", FLAG, AT(no_pdeathsig), "",
+     "live on when the process that started this one dies"},
     {"help", HELP, 0, "", "print this"},
 };
 enum { SPECS = sizeof specs / sizeof specs[0] };
 
 static const char synopsis[] =
     "usage: python -m pagenet.testing.workload --socket PATH --size BYTES [options]\n\n"
-    "An owner for tests: maps memory, hands its userfaultfd over the unix socket with Firecracker's handshake, touches\n"
-    "pages from threads, and checks every byte against the pattern. Prints JSON lines; the last one is \"verified\".\n\n";
+    "An owner for tests: maps memory, hands its userfaultfd over the unix socket with "
+    "Firecracker's handshake, touches\n"
+    "pages from threads, and checks every byte against the pattern. Prints JSON lines; the last "
+    "one is \"verified\".\n\n";
 static const char statuses[] =
-    "\nA poisoned page is counted, not bad. With --remove-share the handler has to read events until the owner ends, or to\n"
-    "unregister the memory before it leaves. Of a bad handshake the handler must close the socket within 5 s.\n\n"
-    "exit status: 0 all bytes right (bad handshake: refused), 1 bad pages, 2 usage, 3 a bad handshake was not refused,\n"
+    "\nA poisoned page is counted, not bad. With --remove-share the handler has to read events "
+    "until the owner ends, or to\n"
+    "unregister the memory before it leaves. Of a bad handshake the handler must close the socket "
+    "within 5 s.\n\n"
+    "exit status: 0 all bytes right (bad handshake: refused), 1 bad pages, 2 usage, 3 a bad "
+    "handshake was not refused,\n"
     "4 no handler or no handshake, 7 userfaultfd or the memory is not to be had, 9 --gone-after\n";
 
 static void print_help(void) {
@@ -131,7 +169,8 @@ static void print_help(void) {
     fflush(stdout);
 }
 
-/* A number, with one of K, M, G after it if suffixes are allowed. *end: the first character that is not of it. */
+/* A number, with one of K, M, G after it if suffixes are allowed. *end: the first character that is
+ * not of it. */
 static int parse_number(const char *text, bool suffixes, uint64_t *number, const char **end) {
     errno = 0;
     char *after;
@@ -167,7 +206,8 @@ static int parse_sizes(const char *text, struct options *options) {
 static int parse_choice(const char *text, const char *choices, uint64_t *choice) {
     size_t length = strlen(text);
     for (*choice = 0; choices; ++*choice) { /* "a|b|c" */
-        if (length && !strncmp(choices, text, length) && (choices[length] == '|' || !choices[length]))
+        if (length && !strncmp(choices, text, length) &&
+            (choices[length] == '|' || !choices[length]))
             return 0;
         choices = strchr(choices, '|');
         choices += choices != NULL;
@@ -189,7 +229,8 @@ static int parse_option(const struct spec *spec, const char *text, struct option
         *(uint64_t *)field = 1;
         return 0;
     default:
-        return parse_whole(text, spec->kind == SIZE, spec->kind == PERCENT ? 100 : UINT64_MAX, field);
+        return parse_whole(text, spec->kind == SIZE, spec->kind == PERCENT ? 100 : UINT64_MAX,
+                           field);
     }
 }
 
@@ -219,7 +260,8 @@ static const char *size_complaint(const struct options *options) {
 static const char *complaint(const struct options *options) {
     if (!options->socket || !options->mappings)
         return "--socket and --size are needed";
-    if (options->memory == ANONYMOUS && (options->registration == REGISTER_MINOR || options->registration == REGISTER_BOTH))
+    if (options->memory == ANONYMOUS &&
+        (options->registration == REGISTER_MINOR || options->registration == REGISTER_BOTH))
         return "--register: anonymous memory has no minor faults";
     if (!options->threads || options->threads > MAX_THREADS)
         return "--threads: from 1 to 4096";
@@ -237,7 +279,8 @@ static int usage(const char *what, const char *why) {
 static int parse_options(int argc, char **argv, struct options *options) {
     struct option table[SPECS + 1] = {{0}};
     for (int i = 0; i < SPECS; i++)
-        table[i] = (struct option){specs[i].name, specs[i].kind == FLAG || specs[i].kind == HELP ? 0 : 1, NULL, 'o'};
+        table[i] = (struct option){
+            specs[i].name, specs[i].kind == FLAG || specs[i].kind == HELP ? 0 : 1, NULL, 'o'};
     optind = 0; /* glibc: begin anew, for a process that runs this twice */
     int index = 0, found;
     while ((found = getopt_long(argc, argv, "", table, &index)) == 'o') {
@@ -337,7 +380,8 @@ static int open_memory(const struct options *options) {
 }
 
 static int back_memory(struct owner *owner) {
-    if (owner->options.keep_map && (owner->map_fd = memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)) < 0)
+    if (owner->options.keep_map &&
+        (owner->map_fd = memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)) < 0)
         return -errno;
     if (owner->options.memory == ANONYMOUS)
         return 0;
@@ -350,22 +394,25 @@ static int back_memory(struct owner *owner) {
 
 static int map_one(struct owner *owner, struct mapping *mapping) {
     int kind = owner->memory_fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
-    void *at = mmap(mapping->base, mapping->size, PROT_READ | PROT_WRITE, kind | MAP_FIXED, owner->memory_fd,
-                    owner->memory_fd < 0 ? 0 : (off_t)mapping->offset);
+    void *at = mmap(mapping->base, mapping->size, PROT_READ | PROT_WRITE, kind | MAP_FIXED,
+                    owner->memory_fd, owner->memory_fd < 0 ? 0 : (off_t)mapping->offset);
     return at == MAP_FAILED ? -errno : 0;
 }
 
-/* Inaccessible address space for all mappings and for a gap around each: a touch or a placement past an end hits nothing. */
+/* Inaccessible address space for all mappings and for a gap around each: a touch or a placement
+ * past an end hits nothing. */
 static int reserve(struct owner *owner) {
     owner->reserved_bytes = owner->total + (2 * owner->options.mappings + 2) * GAP;
-    void *at = mmap(NULL, owner->reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *at = mmap(NULL, owner->reserved_bytes, PROT_NONE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
         return -errno;
     owner->reserved = at;
     return 0;
 }
 
-/* From the top of the address space down, so that addresses and offsets are not even in the same order. */
+/* From the top of the address space down, so that addresses and offsets are not even in the same
+ * order. */
 static int map_all(struct owner *owner) {
     uintptr_t top = (uintptr_t)owner->reserved + owner->reserved_bytes;
     for (uint64_t i = 0; i < owner->options.mappings; i++) {
@@ -387,7 +434,9 @@ static void lay_out(struct owner *owner) {
     }
     owner->pages = owner->total / options->pattern_page_size;
     owner->units = owner->total / unit_size(options);
-    owner->touches = options->order == NONE ? 0 : options->touches ? options->touches : owner->pages;
+    owner->touches = options->order == NONE ? 0
+                     : options->touches     ? options->touches
+                                            : owner->pages;
 }
 
 static int keep_books(struct owner *owner) {
@@ -431,7 +480,8 @@ static uint64_t *page_address(const struct owner *owner, uint64_t page) {
 
 /* ---- userfaultfd ---- */
 
-/* An ordinary user gets a uffd for faults taken in user mode alone, which is all that the touches below need. */
+/* An ordinary user gets a uffd for faults taken in user mode alone, which is all that the touches
+ * below need. */
 static int open_uffd(struct owner *owner) {
     int uffd = pn_uffd_open("/dev/userfaultfd", 0);
     if (uffd == -EPERM)
@@ -440,18 +490,21 @@ static int open_uffd(struct owner *owner) {
         return uffd;
     owner->uffd = uffd;
     uint64_t features;
-    return pn_uffd_api(uffd, owner->options.remove_events ? UFFD_FEATURE_EVENT_REMOVE : 0, &features);
+    return pn_uffd_api(uffd, owner->options.remove_events ? UFFD_FEATURE_EVENT_REMOVE : 0,
+                       &features);
 }
 
 static int register_all(struct owner *owner, uint64_t mode) {
     uint64_t ioctls;
     int error = 0;
     for (uint64_t i = 0; i < owner->options.mappings && !error; i++)
-        error = pn_uffd_register(owner->uffd, (uintptr_t)owner->mappings[i].base, owner->mappings[i].size, mode, &ioctls);
+        error = pn_uffd_register(owner->uffd, (uintptr_t)owner->mappings[i].base,
+                                 owner->mappings[i].size, mode, &ioctls);
     return error;
 }
 
-/* Registering a range again with another mode replaces the first one, so half-done attempts need no undoing. */
+/* Registering a range again with another mode replaces the first one, so half-done attempts need no
+ * undoing. */
 static int register_memory(struct owner *owner) {
     static const uint64_t modes[] = {
         [REGISTER_MISSING] = UFFDIO_REGISTER_MODE_MISSING,
@@ -488,19 +541,22 @@ static uint64_t spoil(struct entry *entries, uint64_t count, uint64_t how, uint6
     if (how == BAD_OVERLAP)
         entries[count++] = entries[0];
     if (how == BAD_PAST_END)
-        entries[count - 1].offset = -page_size; /* offset + size wraps around to less than any source has */
+        entries[count - 1].offset =
+            -page_size; /* offset + size wraps around to less than any source has */
     if (how == BAD_HUGE)
         entries[0].size = (uint64_t)1 << 60;
     return how == BAD_EMPTY ? 0 : count;
 }
 
-static void print_regions(FILE *out, const struct entry *entries, uint64_t count, uint64_t repeat, uint64_t page_size) {
+static void print_regions(FILE *out, const struct entry *entries, uint64_t count, uint64_t repeat,
+                          uint64_t page_size) {
     fputc('[', out);
     for (uint64_t i = 0; i < count * repeat; i++)
         fprintf(out,
-                "%s{\"base_host_virt_addr\":%" PRIu64 ",\"size\":%" PRIu64 ",\"offset\":%" PRIu64 ",\"page_size\":%" PRIu64
-                ",\"page_size_kib\":%" PRIu64 "}",
-                i ? "," : "", entries[i % count].base, entries[i % count].size, entries[i % count].offset, page_size,
+                "%s{\"base_host_virt_addr\":%" PRIu64 ",\"size\":%" PRIu64 ",\"offset\":%" PRIu64
+                ",\"page_size\":%" PRIu64 ",\"page_size_kib\":%" PRIu64 "}",
+                i ? "," : "", entries[i % count].base, entries[i % count].size,
+                entries[i % count].offset, page_size,
                 page_size); /* despite its name, Firecracker has always put bytes there */
     fputc(']', out);
 }
@@ -547,7 +603,8 @@ static int connect_patiently(const char *path) {
     return fd;
 }
 
-static void attach_descriptors(struct msghdr *message, void *control, size_t room, const int *fds, size_t count) {
+static void attach_descriptors(struct msghdr *message, void *control, size_t room, const int *fds,
+                               size_t count) {
     message->msg_control = control;
     message->msg_controllen = CMSG_SPACE(count * sizeof *fds);
     memset(control, 0, room);
@@ -577,14 +634,16 @@ static int send_handshake(const struct owner *owner, char *text) {
     return (size_t)sent < bytes.iov_len ? -EPIPE : 0;
 }
 
-/* The descriptors sent are duplicates: this process keeps its uffd until the end. So a handler that is lost stalls the
- * threads below; if its copy were the last, the kernel would unregister the memory and feed them zeros. */
+/* The descriptors sent are duplicates: this process keeps its uffd until the end. So a handler that
+ * is lost stalls the threads below; if its copy were the last, the kernel would unregister the
+ * memory and feed them zeros. */
 static int shake_hands(struct owner *owner) {
     int fd = connect_patiently(owner->options.socket);
     if (fd < 0)
         return fd;
     owner->socket = fd;
-    struct timeval patience = {.tv_sec = CLOSE_MS / 1000}; /* with a handler that neither reads nor closes */
+    struct timeval patience = {.tv_sec = CLOSE_MS /
+                                         1000}; /* with a handler that neither reads nor closes */
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     char *text = write_regions(owner);
     int error = text ? send_handshake(owner, text) : -ENOMEM;
@@ -592,12 +651,15 @@ static int shake_hands(struct owner *owner) {
     return error;
 }
 
-/* 0 once the handler has closed the socket, -ETIMEDOUT if it has not by then. Whatever it says before is not for us. */
+/* 0 once the handler has closed the socket, -ETIMEDOUT if it has not by then. Whatever it says
+ * before is not for us. */
 static int wait_closed(int socket, int timeout_ms) {
     uint64_t until = nanoseconds() + (uint64_t)timeout_ms * MS;
     for (;;) {
         char unheeded[256];
-        int left = timeout_ms < 0 ? -1 : nanoseconds() >= until ? 0 : (int)((until - nanoseconds()) / MS) + 1;
+        int left = timeout_ms < 0           ? -1
+                   : nanoseconds() >= until ? 0
+                                            : (int)((until - nanoseconds()) / MS) + 1;
         struct pollfd wanted = {.fd = socket, .events = POLLIN};
         if (poll(&wanted, 1, left) == 0)
             return -ETIMEDOUT;
@@ -615,8 +677,9 @@ static int expect_refusal(struct owner *owner, int sent) {
 
 /* ---- ending early: the parent's death, --gone-after ---- */
 
-/* Not PR_SET_PDEATHSIG where it can be helped: the "parent" it watches is the thread that started us, and launchers (Trio
- * among them) start processes from worker threads that end long before they do. A pidfd stands for the whole process. */
+/* Not PR_SET_PDEATHSIG where it can be helped: the "parent" it watches is the thread that started
+ * us, and launchers (Trio among them) start processes from worker threads that end long before they
+ * do. A pidfd stands for the whole process. */
 static int watch_parent(struct owner *owner) {
     pid_t parent = getppid();
     owner->parent_fd = (int)syscall(SYS_pidfd_open, parent, 0);
@@ -627,7 +690,8 @@ static int watch_parent(struct owner *owner) {
 
 static void *watch(void *argument) {
     const struct owner *owner = argument;
-    struct pollfd parent = {.fd = owner->parent_fd, .events = POLLIN}; /* poll() passes over a negative fd */
+    struct pollfd parent = {.fd = owner->parent_fd,
+                            .events = POLLIN}; /* poll() passes over a negative fd */
     uint64_t gone_after = owner->options.gone_after;
     int timeout = !gone_after ? -1 : gone_after < INT_MAX ? (int)gone_after : INT_MAX;
     int ready;
@@ -657,8 +721,9 @@ static void stop_watching(struct owner *owner) {
 
 /* ---- surviving poisoned pages ---- */
 
-/* The one global, since a signal handler has no argument: where the thread that is about to touch a page goes on if the
- * touch is answered by SIGBUS. Thread-local, because the signal comes to the very thread that touched. */
+/* The one global, since a signal handler has no argument: where the thread that is about to touch a
+ * page goes on if the touch is answered by SIGBUS. Thread-local, because the signal comes to the
+ * very thread that touched. */
 static _Thread_local sigjmp_buf *volatile landing;
 
 static void on_sigbus(int signal_number) {
@@ -667,7 +732,8 @@ static void on_sigbus(int signal_number) {
     signal(signal_number, SIG_DFL); /* not ours: the access is tried again, and kills */
 }
 
-/* sigsetjmp() does not save the signal mask, which would cost a system call a touch: so it is set right after a jump. */
+/* sigsetjmp() does not save the signal mask, which would cost a system call a touch: so it is set
+ * right after a jump. */
 static void land(void) {
     sigset_t bus;
     landing = NULL;
@@ -676,7 +742,8 @@ static void land(void) {
     pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
 }
 
-/* False if the page is poisoned. The fences keep the compiler from moving the access out of the guarded stretch. */
+/* False if the page is poisoned. The fences keep the compiler from moving the access out of the
+ * guarded stretch. */
 static bool survives(void (*access)(void *), void *argument) {
     sigjmp_buf here;
     if (sigsetjmp(here, 0)) {
@@ -695,7 +762,8 @@ struct dispositions {
     struct sigaction bus, interrupt;
 };
 
-/* SIGINT ends us at once, as SIGTERM does: Python's handler would only note it until the last page is there. */
+/* SIGINT ends us at once, as SIGTERM does: Python's handler would only note it until the last page
+ * is there. */
 static void set_signals(struct dispositions *before) {
     struct sigaction bus = {.sa_handler = on_sigbus}, interrupt = {.sa_handler = SIG_DFL};
     sigaction(SIGBUS, &bus, &before->bus);
@@ -726,7 +794,8 @@ static uint64_t feistel(uint64_t value, unsigned half, uint64_t key) {
     return left << half | right;
 }
 
-/* A permutation of [0, count): a Feistel network permutes the next power of four, walked until it comes back inside. */
+/* A permutation of [0, count): a Feistel network permutes the next power of four, walked until it
+ * comes back inside. */
 static uint64_t permute(uint64_t value, uint64_t count, uint64_t key) {
     unsigned half = 1;
     while (count > (uint64_t)1 << (2 * half))
@@ -746,16 +815,18 @@ static uint64_t strided(uint64_t touch, uint64_t pages, uint64_t stride) {
     return touch % rows * stride + longer + touch / rows;
 }
 
-/* Like Zipf's law and much cheaper: rank = pages * u^8 puts the share x^(1/8) of the touches into the share x of the pages
- * (a tenth gets 75 %, a hundredth 56 %). Ranks keep company with their 63 neighbours, as hot memory does, and the
- * neighbourhoods are scattered. */
+/* Like Zipf's law and much cheaper: rank = pages * u^8 puts the share x^(1/8) of the touches into
+ * the share x of the pages (a tenth gets 75 %, a hundredth 56 %). Ranks keep company with their 63
+ * neighbours, as hot memory does, and the neighbourhoods are scattered. */
 static uint64_t zipf(const struct owner *owner, uint64_t touch) {
     double u = (double)(hash(owner, ORDER, touch) >> 11) * 0x1p-53;
     u *= u, u *= u, u *= u;
-    uint64_t rank = (uint64_t)(u * (double)owner->pages), neighbourhoods = owner->pages / ZIPF_NEIGHBOURS;
+    uint64_t rank = (uint64_t)(u * (double)owner->pages),
+             neighbourhoods = owner->pages / ZIPF_NEIGHBOURS;
     if (rank / ZIPF_NEIGHBOURS >= neighbourhoods)
         return rank;
-    return permute(rank / ZIPF_NEIGHBOURS, neighbourhoods, owner->options.seed) * ZIPF_NEIGHBOURS + rank % ZIPF_NEIGHBOURS;
+    return permute(rank / ZIPF_NEIGHBOURS, neighbourhoods, owner->options.seed) * ZIPF_NEIGHBOURS +
+           rank % ZIPF_NEIGHBOURS;
 }
 
 static uint64_t page_of(const struct owner *owner, uint64_t touch) {
@@ -782,14 +853,17 @@ static bool is_removable(const struct owner *owner, uint64_t unit) {
     return hash(owner, HOLES, unit) % 100 < owner->options.remove_share;
 }
 
-static int hole_state(const struct owner *owner, uint64_t page) { return atomic_load(&owner->holes[unit_of(owner, page)]); }
+static int hole_state(const struct owner *owner, uint64_t page) {
+    return atomic_load(&owner->holes[unit_of(owner, page)]);
+}
 
 struct word {
     _Atomic uint64_t *at;
     uint64_t value;
 };
 
-/* Not through ThreadSanitizer's atomics: they hold a lock meanwhile, and a jump away from a poisoned page would keep it. */
+/* Not through ThreadSanitizer's atomics: they hold a lock meanwhile, and a jump away from a
+ * poisoned page would keep it. */
 #define PN_BARE __attribute__((no_sanitize("thread")))
 
 PN_BARE static void read_word(void *argument) {
@@ -816,14 +890,15 @@ static bool timed(struct touch *touch, void (*access)(void *), struct word *word
     return survived;
 }
 
-/* A page that is yet to be removed is read only: what was written before would be lost at a moment that nobody knows. */
+/* A page that is yet to be removed is read only: what was written before would be lost at a moment
+ * that nobody knows. */
 static bool is_write(const struct owner *owner, const struct touch *touch, int hole) {
     return touch->pick % 100 < owner->options.write_share &&
            (hole == REMOVED || !is_removable(owner, unit_of(owner, touch->page)));
 }
 
-/* Any word but the first, which changes. Right is the pattern unless the page was removed before, and zero if its removal
- * had begun afterwards. */
+/* Any word but the first, which changes. Right is the pattern unless the page was removed before,
+ * and zero if its removal had begun afterwards. */
 static void touch_reading(const struct owner *owner, struct touch *touch, int before) {
     const struct options *options = &owner->options;
     uint64_t place = 1 + (touch->pick >> 32) % (options->pattern_page_size / 8 - 1);
@@ -840,11 +915,14 @@ static void touch_reading(const struct owner *owner, struct touch *touch, int be
 
 static uint64_t first_word(const struct owner *owner, uint64_t page, int hole) {
     const struct options *options = &owner->options;
-    return hole == REMOVED ? 0 : pn_pattern_word(page, options->pattern_page_size, options->seed, options->zero_every);
+    return hole == REMOVED ? 0
+                           : pn_pattern_word(page, options->pattern_page_size, options->seed,
+                                             options->zero_every);
 }
 
-/* The increment is the first access: a write fault. Writes are announced before they are made, and each other thread may
- * be about to make one, so the page has seen at most all announced but this one, and at least that less the threads. */
+/* The increment is the first access: a write fault. Writes are announced before they are made, and
+ * each other thread may be about to make one, so the page has seen at most all announced but this
+ * one, and at least that less the threads. */
 static void touch_writing(struct owner *owner, struct touch *touch, int hole) {
     struct word word = {.at = (_Atomic uint64_t *)page_address(owner, touch->page)};
     uint64_t before = atomic_fetch_add(&owner->writes[touch->page], 1);
@@ -854,7 +932,8 @@ static void touch_writing(struct owner *owner, struct touch *touch, int hole) {
         return;
     }
     uint64_t seen = word.value - first_word(owner, touch->page, hole);
-    bool right = seen < atomic_load(&owner->writes[touch->page]) && seen + owner->options.threads > before;
+    bool right =
+        seen < atomic_load(&owner->writes[touch->page]) && seen + owner->options.threads > before;
     touch->mark = right ? 0 : BAD;
 }
 
@@ -899,7 +978,8 @@ static void *touch_pages(void *argument) {
     pthread_mutex_unlock(&owner->gate);
     uint64_t next;
     while ((next = atomic_fetch_add(&owner->ticket, 1)) < owner->touches) {
-        touch_page(toucher, (struct touch){.page = page_of(owner, next), .pick = hash(owner, PICKS, next)});
+        touch_page(toucher,
+                   (struct touch){.page = page_of(owner, next), .pick = hash(owner, PICKS, next)});
         if (owner->options.think_us)
             think(owner->options.think_us);
     }
@@ -924,7 +1004,8 @@ static void set_holes(struct owner *owner, uint64_t first, uint64_t end, int sta
         atomic_store(&owner->holes[unit], (uint8_t)state);
 }
 
-/* madvise() comes back when the handler has read the event, and from then on the pages must read as zero. */
+/* madvise() comes back when the handler has read the event, and from then on the pages must read as
+ * zero. */
 static int remove_units(struct owner *owner, uint64_t first, uint64_t end) {
     uint64_t unit = unit_size(&owner->options);
     int advice = owner->options.memory == ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE;
@@ -969,7 +1050,8 @@ static int attend(struct owner *owner, const struct toucher *touchers) {
     tell_progress(owner, touches);
     if (!owner->options.remove_share || !owner->touches)
         return 0;
-    return remove_up_to(owner, (uint64_t)((double)owner->units * ((double)touches / (double)owner->touches)));
+    return remove_up_to(
+        owner, (uint64_t)((double)owner->units * ((double)touches / (double)owner->touches)));
 }
 
 static struct timespec tick_from_now(void) {
@@ -1008,7 +1090,8 @@ static int touch_all(struct owner *owner, struct toucher *touchers) {
     pthread_mutex_lock(&owner->gate);
     uint64_t running = start_touchers(owner, touchers, &error);
     if (error)
-        atomic_store(&owner->ticket, owner->touches); /* nothing left to touch for those that did start */
+        atomic_store(&owner->ticket,
+                     owner->touches); /* nothing left to touch for those that did start */
     say("{\"event\":\"touching\"}");
     owner->started = nanoseconds();
     owner->next_progress = owner->started + (uint64_t)PROGRESS_MS * MS;
@@ -1034,8 +1117,8 @@ static void copy_page(void *argument) {
     memcpy(copy->to, copy->from, copy->size);
 }
 
-/* Takes the writes off a copy of the page, and compares all of it. A removed page is one of a pattern without others than
- * zero pages. */
+/* Takes the writes off a copy of the page, and compares all of it. A removed page is one of a
+ * pattern without others than zero pages. */
 static int verify_page(const struct owner *owner, uint64_t page, uint64_t *scratch) {
     const struct options *options = &owner->options;
     struct copy copy = {scratch, page_address(owner, page), options->pattern_page_size};
@@ -1047,7 +1130,8 @@ static int verify_page(const struct owner *owner, uint64_t page, uint64_t *scrat
 }
 
 static bool is_wanted(const struct owner *owner, uint64_t page) {
-    return owner->options.verify == VERIFY_ALL || (owner->options.verify == VERIFY_TOUCHED && owner->marks[page] & TOUCHED);
+    return owner->options.verify == VERIFY_ALL ||
+           (owner->options.verify == VERIFY_TOUCHED && owner->marks[page] & TOUCHED);
 }
 
 /* How many pages it looked at. */
@@ -1092,7 +1176,8 @@ static double bucket_us(unsigned bucket) {
     return (double)((8 + bucket % 8) * width + width / 2) / 1e3;
 }
 
-/* The latency that `share` of the touches in buckets from `lowest` on stay within; 0 if there are none. */
+/* The latency that `share` of the touches in buckets from `lowest` on stay within; 0 if there are
+ * none. */
 static double percentile(const uint64_t *latency, unsigned lowest, double share) {
     uint64_t count = 0, below = 0;
     for (unsigned bucket = lowest; bucket < BUCKETS; bucket++)
@@ -1106,11 +1191,13 @@ static double percentile(const uint64_t *latency, unsigned lowest, double share)
 }
 
 static void tell_percentiles(const char *name, const uint64_t *latency, unsigned lowest) {
-    printf(",\"%s\":{\"p50\":%.3f,\"p99\":%.3f,\"p999\":%.3f}", name, percentile(latency, lowest, .5),
-           percentile(latency, lowest, .99), percentile(latency, lowest, .999));
+    printf(",\"%s\":{\"p50\":%.3f,\"p99\":%.3f,\"p999\":%.3f}", name,
+           percentile(latency, lowest, .5), percentile(latency, lowest, .99),
+           percentile(latency, lowest, .999));
 }
 
-static uint64_t merge(const struct owner *owner, const struct toucher *touchers, uint64_t *latency) {
+static uint64_t merge(const struct owner *owner, const struct toucher *touchers,
+                      uint64_t *latency) {
     uint64_t slow = 0;
     for (uint64_t i = 0; i < owner->options.threads; i++) {
         slow += touchers[i].slow;
@@ -1120,15 +1207,20 @@ static uint64_t merge(const struct owner *owner, const struct toucher *touchers,
     return slow;
 }
 
-static uint64_t report(const struct owner *owner, const struct toucher *touchers, uint64_t verified) {
+static uint64_t report(const struct owner *owner, const struct toucher *touchers,
+                       uint64_t verified) {
     uint64_t latency[BUCKETS] = {0}, first_bad = 0, unused;
-    uint64_t bad = count_marks(owner, BAD, &first_bad), poisoned = count_marks(owner, POISONED, &unused);
-    printf("{\"event\":\"verified\",\"pages\":%" PRIu64 ",\"bad\":%" PRIu64 ",\"first_bad\":", verified, bad);
+    uint64_t bad = count_marks(owner, BAD, &first_bad),
+             poisoned = count_marks(owner, POISONED, &unused);
+    printf("{\"event\":\"verified\",\"pages\":%" PRIu64 ",\"bad\":%" PRIu64 ",\"first_bad\":",
+           verified, bad);
     printf(bad ? "%" PRIu64 : "null", first_bad);
-    printf(",\"touches\":%" PRIu64 ",\"slow\":%" PRIu64, count_touches(owner, touchers), merge(owner, touchers, latency));
+    printf(",\"touches\":%" PRIu64 ",\"slow\":%" PRIu64, count_touches(owner, touchers),
+           merge(owner, touchers, latency));
     printf(",\"poisoned\":%" PRIu64 ",\"removed\":%" PRIu64, poisoned,
            owner->removed_units * (unit_size(&owner->options) / owner->options.pattern_page_size));
-    printf(",\"seconds\":%.6f,\"verify_seconds\":%.6f", owner->touch_seconds, owner->verify_seconds);
+    printf(",\"seconds\":%.6f,\"verify_seconds\":%.6f", owner->touch_seconds,
+           owner->verify_seconds);
     tell_percentiles("touch_us", latency, 0);
     tell_percentiles("slow_us", latency, bucket_of(SLOW_NS));
     say("}");
@@ -1217,8 +1309,16 @@ static void close_all(struct owner *owner) {
 
 int pn_workload(int argc, char **argv) {
     struct owner owner = {
-        .options = {.dir = "/dev/shm", .registration = REGISTER_DEFAULT, .threads = 2, .stride = 16, .pattern_page_size = 4096},
-        .uffd = -1, .memory_fd = -1, .map_fd = -1, .socket = -1, .parent_fd = -1,
+        .options = {.dir = "/dev/shm",
+                    .registration = REGISTER_DEFAULT,
+                    .threads = 2,
+                    .stride = 16,
+                    .pattern_page_size = 4096},
+        .uffd = -1,
+        .memory_fd = -1,
+        .map_fd = -1,
+        .socket = -1,
+        .parent_fd = -1,
     };
     struct dispositions before;
     int status = parse_options(argc, argv, &owner.options);

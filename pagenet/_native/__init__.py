@@ -1,6 +1,8 @@
-"""The C core as the rest of pagenet sees it: one module for each of its parts, with all names here too.
+"""The C core as the rest of pagenet sees it: one module for each of its parts, with all names here
+too.
 
-``testing`` is not among them. It loads an extension module of its own, which what moves memory does without.
+``testing`` is not among them. It loads an extension module of its own, which what moves memory does
+without.
 """
 
 from __future__ import annotations

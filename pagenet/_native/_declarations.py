@@ -1,4 +1,5 @@
-"""What native/pagenet.h and native/pace.h declare, named as it is there. Made by native/declare.py: do not edit."""
+"""What native/pagenet.h and native/pace.h declare, named as it is there. Made by native/declare.py:
+do not edit."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def check(result: int) -> int:
 
 
 def opened(thing: T | None) -> T:
-    """What ``close`` has not given back. :exc:`TypeError` if it has: C would use memory that is gone."""
+    """What ``close`` has not given back. :exc:`TypeError` if it has: C would use memory that is
+    gone."""
     if thing is None:
         raise TypeError("it is closed")
     return thing

@@ -1,4 +1,5 @@
-"""What cffi has, for the type checker: each struct is a type of its own, so that no pointer is taken for another."""
+"""What cffi has, for the type checker: each struct is a type of its own, so that no pointer is
+taken for another."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Null:
 class Struct:
     """A struct, a pointer to one, or an array of them: cffi lets all three be used alike.
 
-    Nothing is ever made of this class, or of those that are derived from it: they are names of types alone.
+    Nothing is ever made of this class, or of those that are derived from it: they are names of
+    types alone.
     """
 
     if TYPE_CHECKING:

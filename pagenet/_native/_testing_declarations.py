@@ -1,4 +1,5 @@
-"""What native/testing/testing.h declares, named as it is there. Made by native/declare.py: do not edit."""
+"""What native/testing/testing.h declares, named as it is there. Made by native/declare.py:
+do not edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Compressed pages, and whether to compress them: at a source for one connection, at a destination for what is waited for."""
+"""Compressed pages, and whether to compress them: at a source for one connection, at a destination
+for what is waited for."""
 
 from __future__ import annotations
 
@@ -14,21 +15,25 @@ class Packer:
         self._room = bytearray()
 
     def pack(self, pages: memoryview) -> memoryview | None:
-        """The pages, 2 MiB at most, as one LZ4 block behind their checksum, valid until the next call; None if that would save
-        too little."""
+        """The pages, 2 MiB at most, as one LZ4 block behind their checksum, valid until the next
+        call; None if that would save too little."""
         if len(self._room) < len(pages):
             self._room = bytearray(len(pages))
-        length = lib.pn_pack(self._state, ffi.from_buffer(pages), len(pages), ffi.from_buffer(self._room))
+        length = lib.pn_pack(
+            self._state, ffi.from_buffer(pages), len(pages), ffi.from_buffer(self._room)
+        )
         return memoryview(self._room)[:length] if length else None
 
 
 def unpack(data: memoryview, into: memoryview) -> bool:
-    """Whether ``data`` is what as many bytes of pages as there is room for ``into`` become; they are there then."""
+    """Whether ``data`` is what as many bytes of pages as there is room for ``into`` become; they
+    are there then."""
     return not lib.pn_unpack(ffi.from_buffer(data), len(data), ffi.from_buffer(into), len(into))
 
 
 class Choice:
-    """``struct pn_choice``: whether one connection of a source's compresses. Times in ns, on one clock."""
+    """``struct pn_choice``: whether one connection of a source's compresses. Times in ns, on one
+    clock."""
 
     def __init__(self) -> None:
         self._choice = new_struct(pn_choice)
@@ -55,12 +60,14 @@ class Choice:
         lib.pn_choice_resume(self._choice, now)
 
     def answered(self, size: int, wire: int, began: int, now: int) -> None:
-        """So many bytes of pages were sent as so many on the wire, which took from ``began`` to ``now``."""
+        """So many bytes of pages were sent as so many on the wire, which took from ``began`` to
+        ``now``."""
         lib.pn_choice_answered(self._choice, size, wire, began, now)
 
 
 class DemandChoice:
-    """``struct pn_demand_choice``: whether pages that somebody waits for come compressed. Times in ns."""
+    """``struct pn_demand_choice``: whether pages that somebody waits for come compressed. Times in
+    ns."""
 
     def __init__(self) -> None:
         self._choice = new_struct(pn_demand_choice)
@@ -72,5 +79,6 @@ class DemandChoice:
         return bool(lib.pn_demand_choice_packs(self._choice))
 
     def came(self, packs: bool, nanoseconds: int) -> None:
-        """A page that was asked for like that took so long for each of its 4 KiB. Not one of zeros."""
+        """A page that was asked for like that took so long for each of its 4 KiB. Not one of
+        zeros."""
         lib.pn_demand_choice_came(self._choice, packs, nanoseconds)

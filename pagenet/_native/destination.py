@@ -32,8 +32,8 @@ RDMA_WINDOW_BYTES = (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping of them, or 0, and
-    ``file_offset`` where in the file behind them they begin."""
+    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping
+    of them, or 0, and ``file_offset`` where in the file behind them they begin."""
 
     first: int
     count: int
@@ -46,12 +46,14 @@ class Piece:
 
 
 def before_sampled(first: int, count: int) -> int:
-    """How many of ``count`` pages from ``first`` on come before the first that the sample of prefetched pages takes."""
+    """How many of ``count`` pages from ``first`` on come before the first that the sample of
+    prefetched pages takes."""
     return lib.pn_before_sampled(first, count)
 
 
 class Destination:
-    """``struct pn_dest``: what the native lanes of one transfer share. Borrows the map and the descriptors."""
+    """``struct pn_dest``: what the native lanes of one transfer share. Borrows the map and the
+    descriptors."""
 
     def __init__(
         self,
@@ -77,7 +79,13 @@ class Destination:
         config.scope = shared.scope
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
-        config.uffd, config.how, config.file, config.removes, config.done_fd = uffd, how, file, removes, done_fd
+        config.uffd, config.how, config.file, config.removes, config.done_fd = (
+            uffd,
+            how,
+            file,
+            removes,
+            done_fd,
+        )
         config.sealed, config.outside_is_zero = sealed, outside_is_zero
         self._window = window
         config.window = window.window
@@ -109,9 +117,15 @@ class Destination:
         return opened(self._dest)
 
     def run_lane(
-        self, sock: int, stop_fd: int, ring: Ring | None = None, window: tuple[int, int, int] = (0, 0, 0), chunk: int = 0
+        self,
+        sock: int,
+        stop_fd: int,
+        ring: Ring | None = None,
+        window: tuple[int, int, int] = (0, 0, 0),
+        chunk: int = 0,
     ) -> End:
-        """Drive one connection until it ends: the demand lane, or with a ``ring`` a background lane. Call it in a thread."""
+        """Drive one connection until it ends: the demand lane, or with a ``ring`` a background
+        lane. Call it in a thread."""
         config = new_struct(pn_lane_config)
         config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
         config.ring = NULL if ring is None else ring.ring
@@ -123,7 +137,8 @@ class Destination:
 
 
 class Window:
-    """``struct pn_window``: what to ask for around a page that somebody waits for. Adapts unless it was fixed."""
+    """``struct pn_window``: what to ask for around a page that somebody waits for. Adapts unless it
+    was fixed."""
 
     def __init__(self) -> None:
         self.window = new_struct(pn_window)
@@ -133,7 +148,11 @@ class Window:
     def fixed(self) -> tuple[int, int] | None:
         """Pages forward and backward; None: it adapts."""
         sides = ffi.new("uint32_t[2]")
-        return (int(sides[0]), int(sides[1])) if lib.pn_window_fixed(self.window, sides, sides + 1) else None
+        return (
+            (int(sides[0]), int(sides[1]))
+            if lib.pn_window_fixed(self.window, sides, sides + 1)
+            else None
+        )
 
     def fix(self, fixed: tuple[int, int] | None) -> None:
         """At any time."""
@@ -141,11 +160,13 @@ class Window:
         lib.pn_window_fix(self.window, fixed is not None, forward, backward)
 
     def fault(self, shared: SharedMap, page: int, first: int, end: int, page_size: int) -> None:
-        """``page``, of the pages [first, end) that a request may name, was missing, and is waited for."""
+        """``page``, of the pages [first, end) that a request may name, was missing, and is waited
+        for."""
         lib.pn_window_fault(self.window, shared.map, page, first, end, page_size)
 
     def next(self, shared: SharedMap, size: int) -> tuple[int, int] | None:
-        """First page, and number, of at most so many bytes to ask for: MISSING, and from now on REQUESTED. None: no more."""
+        """First page, and number, of at most so many bytes to ask for: MISSING, and from now on
+        REQUESTED. None: no more."""
         first = ffi.new("uint64_t *")
         count = lib.pn_window_next(self.window, shared.map, size, first)
         return (int(first[0]), count) if count else None
@@ -177,7 +198,8 @@ class FaultLog:
             self.fd = -1
 
     def read(self) -> list[int]:
-        """What is there, oldest first. If that is nothing, ``fd`` becomes readable with the next page."""
+        """What is there, oldest first. If that is nothing, ``fd`` becomes readable with the next
+        page."""
         count = lib.pn_fault_log_read(self.log, self._pages, self.ROOM)
         return cast(list[int], ffi.unpack(self._pages, count)) if count else []
 
@@ -192,7 +214,8 @@ class FaultLog:
 
 
 class Ring:
-    """Runs that the schedule hands to a background lane, and the eventfds that say that there are some, or room."""
+    """Runs that the schedule hands to a background lane, and the eventfds that say that there are
+    some, or room."""
 
     def __init__(self) -> None:
         self.ring = new_struct(pn_ring)
@@ -221,5 +244,6 @@ class Ring:
     ROOM = 512
 
     def wake_me_at(self, runs: int) -> None:
-        """Have ``room_fd`` written when no more runs than this are left, rather than at each that the lane takes."""
+        """Have ``room_fd`` written when no more runs than this are left, rather than at each that
+        the lane takes."""
         self.ring.wake_at = runs

@@ -1,4 +1,5 @@
-"""Memory by address, for what Python must not look at: a page that is missing would be waited for with the GIL held."""
+"""Memory by address, for what Python must not look at: a page that is missing would be waited for
+with the GIL held."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
 def populate(address: int, size: int) -> bool:
-    """Get every page of that memory now, rather than at its first touch. False: this kernel cannot (before 5.14).
+    """Get every page of that memory now, rather than at its first touch. False: this kernel cannot
+    (before 5.14).
 
     :exc:`OSError` if there is not that much. Call it in a thread.
     """
@@ -25,7 +27,8 @@ def populate(address: int, size: int) -> bool:
 
 
 def store(address: int, data: Buffer) -> None:
-    """Write to memory of this process that may be gone: :exc:`OSError` (EFAULT) then, and no signal."""
+    """Write to memory of this process that may be gone: :exc:`OSError` (EFAULT) then, and no
+    signal."""
     check(lib.pn_store(address, ffi.from_buffer(data), len(data)))
 
 
@@ -35,7 +38,8 @@ def punch(fd: int, length: int) -> None:
 
 
 def leading_alike(data: memoryview, pages: int, page_size: int) -> tuple[int, bool]:
-    """How many pages from the start of ``data`` are alike in being zero throughout or not, and which of the two."""
+    """How many pages from the start of ``data`` are alike in being zero throughout or not, and
+    which of the two."""
     zero = ffi.new("int *")
     count = lib.pn_zero_run(ffi.from_buffer(data), pages, page_size, zero)
     return count, bool(zero[0])
@@ -62,15 +66,16 @@ def copy_out(address: int, into: memoryview) -> None:
 
 
 class MappedFile:
-    """The first ``size`` bytes of a file, by address: Python never looks at them. ``writable``: as if they were to be."""
+    """The first ``size`` bytes of a file, by address: Python never looks at them. ``writable``: as
+    if they were to be."""
 
     def __init__(self, size: int, fd: int, writable: bool) -> None:
         self.size = size
         self.address = _check_address(lib.pn_map_file(size, fd, writable))
 
     def map_ahead(self, offset: int, length: int) -> None:
-        """Enter pages into the page table, if they are in memory and the kernel can do that (from 5.14 on): cheaper than one by
-        one, as they are wanted."""
+        """Enter pages into the page table, if they are in memory and the kernel can do that (from
+        5.14 on): cheaper than one by one, as they are wanted."""
         lib.pn_map_ahead(self.address + offset, length)
 
     def close(self) -> None:
@@ -80,12 +85,15 @@ class MappedFile:
 
 
 class Mapped:
-    """Memory of this process's own, by address: anonymous, or a file's (``fd``, from ``offset`` on), shared.
+    """Memory of this process's own, by address: anonymous, or a file's (``fd``, from ``offset``
+    on), shared.
 
     Python never looks at the bytes, so a missing page never faults with the GIL held.
     """
 
-    def __init__(self, size: int, fd: int = -1, offset: int = 0, alignment: int = mmap.PAGESIZE) -> None:
+    def __init__(
+        self, size: int, fd: int = -1, offset: int = 0, alignment: int = mmap.PAGESIZE
+    ) -> None:
         self.size = size
         self.address = _check_address(lib.pn_map_memory(size, fd, offset, alignment))
 

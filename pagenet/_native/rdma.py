@@ -1,4 +1,5 @@
-"""Both sides over RDMA: the destination's queue pairs and their loop, and the source's memory with the keys to it."""
+"""Both sides over RDMA: the destination's queue pairs and their loop, and the source's memory with
+the keys to it."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from .source import SourceBlock, source_blocks
 
 
 class RdmaLoop:
-    """``struct pn_rdma``: both queue pairs of a destination and the loop that drives them. Borrows ``dest``, the ring and the
-    descriptors. ``blocks``: (first page, pages, page size, first chunk) of each, as on the wire.
+    """``struct pn_rdma``: both queue pairs of a destination and the loop that drives them. Borrows
+    ``dest``, the ring and the descriptors. ``blocks``: (first page, pages, page size, first chunk)
+    of each, as on the wire.
 
     :exc:`OSError`: ENOENT without libibverbs, ENODEV without the device, else what the device says.
     """
@@ -60,7 +62,16 @@ class RdmaLoop:
         return lib.pn_rdma_number(opened(self._loop), queue_pair)
 
     def connect(
-        self, queue_pair: int, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int
+        self,
+        queue_pair: int,
+        psn: int,
+        *,
+        gid: bytes,
+        number: int,
+        peer_psn: int,
+        lid: int,
+        mtu: int,
+        reads: int,
     ) -> None:
         peer = rdma_peer(gid, number, peer_psn, lid, mtu, reads)
         check(lib.pn_rdma_connect(opened(self._loop), queue_pair, psn, peer))
@@ -73,7 +84,8 @@ class RdmaLoop:
 
     @property
     def spun(self) -> int:
-        """How often it has looked for the end of a READ before it slept. Not while it runs, nor after :meth:`close`."""
+        """How often it has looked for the end of a READ before it slept. Not while it runs, nor
+        after :meth:`close`."""
         return lib.pn_rdma_spun(opened(self._loop))
 
     def close(self) -> None:
@@ -89,8 +101,9 @@ def rdma_peer(gid: bytes, number: int, psn: int, lid: int, mtu: int, reads: int)
 
 
 class Keys:
-    """``struct pn_keys``: a source's memory on one RDMA device, registered as destinations ask for keys. ``blocks``: files with
-    the address at which they are mapped. :exc:`OSError` as of :class:`RdmaLoop`."""
+    """``struct pn_keys``: a source's memory on one RDMA device, registered as destinations ask for
+    keys. ``blocks``: files with the address at which they are mapped. :exc:`OSError` as of
+    :class:`RdmaLoop`."""
 
     def __init__(
         self,
@@ -108,7 +121,12 @@ class Keys:
         table, names = source_blocks(blocks)
         self._kept = (name, table, names)
         config.device, config.blocks, config.block_count = name, table, len(blocks)
-        config.chunk_count, config.chunk_size, config.pin_limit, config.in_any_case = chunks, chunk_size, pin_limit, in_any_case
+        config.chunk_count, config.chunk_size, config.pin_limit, config.in_any_case = (
+            chunks,
+            chunk_size,
+            pin_limit,
+            in_any_case,
+        )
         config.port, config.gid_index = port, gid_index
         error = ffi.new("int *")
         self.keys: pn_keys | None = lib.pn_keys_new(config, error)
@@ -127,7 +145,8 @@ class Keys:
 
 
 class KeyReader:
-    """``struct pn_reader``: one connection that is given keys. :exc:`OSError` is what the device says."""
+    """``struct pn_reader``: one connection that is given keys. :exc:`OSError` is what the device
+    says."""
 
     def __init__(self, keys: Keys) -> None:
         error = ffi.new("int *")
@@ -140,8 +159,14 @@ class KeyReader:
         """Of its queue pair."""
         return lib.pn_reader_number(opened(self._reader))
 
-    def connect(self, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int) -> None:
-        check(lib.pn_reader_connect(opened(self._reader), psn, rdma_peer(gid, number, peer_psn, lid, mtu, reads)))
+    def connect(
+        self, psn: int, *, gid: bytes, number: int, peer_psn: int, lid: int, mtu: int, reads: int
+    ) -> None:
+        check(
+            lib.pn_reader_connect(
+                opened(self._reader), psn, rdma_peer(gid, number, peer_psn, lid, mtu, reads)
+            )
+        )
 
     def run(self, sock: int, stop_fd: int, unread: bytes) -> End:
         """Until it ends. Call it in a thread."""

@@ -51,8 +51,8 @@ _MOST_COUNTED = 1 << 60
 
 
 def _is_small_memfd(file: int) -> bool:
-    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other file
-    might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
+    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other
+    file might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
     if fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
         return False
     try:
@@ -63,8 +63,9 @@ def _is_small_memfd(file: int) -> bool:
 
 
 def seal_size(file: int) -> bool:
-    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of it may
-    be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole with."""
+    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of
+    it may be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole
+    with."""
     with suppress(OSError):  # not to be sealed at all, or any more
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
@@ -92,7 +93,11 @@ def find_map(file: int) -> FoundMap:
     if os.preadv(file, [ffi.buffer(header)], 0) < ffi.sizeof("struct pn_map"):
         raise ValueError("no map of pages")
     pages, size = header.pages, os.fstat(file).st_size
-    if bytes(ffi.buffer(header.magic)) != b"pagenet3" or pages > size or lib.pn_map_bytes(pages) > size:
+    if (
+        bytes(ffi.buffer(header.magic)) != b"pagenet3"
+        or pages > size
+        or lib.pn_map_bytes(pages) > size
+    ):
         raise ValueError("no map of pages")
     note = os.pread(file, MAX_NOTE, lib.pn_map_bytes(pages))
     return FoundMap(pages, header.done, header.scope, bool(header.finished), note)
@@ -101,8 +106,9 @@ def find_map(file: int) -> FoundMap:
 def lock_map(file: int) -> int:
     """``file``, opened anew: no other process gets it so as long as that is open.
 
-    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another process has it; other
-    :exc:`OSError` if it is no memfd of small pages, or not open to read and to write: opened anew it would be, for root.
+    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another
+    process has it; other :exc:`OSError` if it is no memfd of small pages, or not open to read and
+    to write: opened anew it would be, for root.
     """
     if not _is_small_memfd(file):
         check(-errno.EINVAL)
@@ -116,24 +122,32 @@ def lock_map(file: int) -> int:
 
 
 class SharedMap:
-    """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes. Behind it, ``note``: what else
-    somebody must know who finds it.
+    """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes.
+    Behind it, ``note``: what else somebody must know who finds it.
 
-    ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own. ``recover``: it has one already,
-    whose users are dead. :exc:`OSError`: it is no such memfd, or no map of so many pages.
+    ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own.
+    ``recover``: it has one already, whose users are dead. :exc:`OSError`: it is no such memfd, or
+    no map of so many pages.
 
-    Whoever else has the memfd may write to it at any time: the number of pages, and how many of them are to become resident,
-    are kept here, and never read from it again.
+    Whoever else has the memfd may write to it at any time: the number of pages, and how many of
+    them are to become resident, are kept here, and never read from it again.
     """
 
-    def __init__(self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False) -> None:
+    def __init__(
+        self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False
+    ) -> None:
         self.pages = pages
-        self.fd = os.memfd_create(MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if file is None else file
+        self.fd = (
+            os.memfd_create(MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            if file is None
+            else file
+        )
         size = lib.pn_map_bytes(pages)
         try:
             if not recover:
                 os.ftruncate(self.fd, size + len(note))
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)  # by no one, under our feet
+                # by no one, under our feet
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
                 os.pwrite(self.fd, note, size)
             if not fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 check(-errno.EPERM)
@@ -145,7 +159,11 @@ class SharedMap:
             raise
         self._map: pn_map | None = struct_at(pn_map, self._memory.address)
         try:
-            check(lib.pn_map_recover(self.map, pages)) if recover else lib.pn_map_init(self.map, pages)
+            (
+                check(lib.pn_map_recover(self.map, pages))
+                if recover
+                else lib.pn_map_init(self.map, pages)
+            )
         except BaseException:
             self.close()
             raise
@@ -196,7 +214,8 @@ class SharedMap:
         return lib.pn_map_unsettled(self.map, first, end)
 
     def touched(self, first: int) -> tuple[int, int]:
-        """Where from ``first`` on the next pages begin, and end, that are not all "missing" for want of ever being touched."""
+        """Where from ``first`` on the next pages begin, and end, that are not all "missing" for
+        want of ever being touched."""
         header, pages = lib.pn_map_bytes(0), self.pages
         try:
             start = min(pages, max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header))
@@ -204,8 +223,11 @@ class SharedMap:
             if error.errno != errno.ENXIO:  # nothing more but holes
                 raise
             return pages, pages
-        # A hole may have been made there meanwhile. It is looked at all the same, so that the caller comes to an end.
-        return start, min(pages, max(start + 1, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header))
+        # A hole may have been made there meanwhile. It is looked at all the same, so that the
+        # caller comes to an end.
+        return start, min(
+            pages, max(start + 1, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header)
+        )
 
     @property
     def finished(self) -> bool:
@@ -229,6 +251,9 @@ class SharedMap:
 
 
 def _clamped(counters: CData) -> list[int]:
-    """Of numbers that the owner may have written: each once read, none more than a counter comes to."""
+    """Of numbers that the owner may have written: each once read, none more than a counter comes
+    to."""
     values = cast(list[int], ffi.unpack(counters, len(counters)))
-    return values if max(values) <= _MOST_COUNTED else [min(value, _MOST_COUNTED) for value in values]
+    return (
+        values if max(values) <= _MOST_COUNTED else [min(value, _MOST_COUNTED) for value in values]
+    )

@@ -14,7 +14,8 @@ from .ends import End, end_of
 
 @dataclass(frozen=True, slots=True)
 class SourceBlock:
-    """``struct pn_source_block``: pages of a file (``fd``, ``name``), or of a process (``pid``, ``pidfd``, ``address``)."""
+    """``struct pn_source_block``: pages of a file (``fd``, ``name``), or of a process (``pid``,
+    ``pidfd``, ``address``)."""
 
     first: int
     pages: int
@@ -30,26 +31,35 @@ def source_blocks(blocks: Sequence[SourceBlock]) -> tuple[pn_source_block, list[
     """As C has them, and the names that they point to."""
     names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
     named = zip(blocks, names, strict=True)
-    return new_array(pn_source_block, [{**asdict(block), "name": name} for block, name in named]), names
+    return (
+        new_array(pn_source_block, [{**asdict(block), "name": name} for block, name in named]),
+        names,
+    )
 
 
 class Links:
-    """``struct pn_links``: what the loops of one source tell each other about destinations' links."""
+    """``struct pn_links``: what the loops of one source tell each other about destinations'
+    links."""
 
     def __init__(self) -> None:
         self.links = new_struct(pn_links)
 
 
 class SourceLoop:
-    """``struct pn_source``: one loop that answers any number of connections. ``background``: nobody waits for its pages."""
+    """``struct pn_source``: one loop that answers any number of connections. ``background``: nobody
+    waits for its pages."""
 
-    def __init__(self, blocks: Sequence[SourceBlock], background: bool, links: Links | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[SourceBlock], background: bool, links: Links | None = None
+    ) -> None:
         self._background = background
         self._links = links or Links()
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._last_asked = [0, 0, 0]
         self._blocks, self._names = source_blocks(blocks)
-        self._source: pn_source | None = lib.pn_source_new(self._blocks, len(blocks), self._links.links, self.ended_fd)
+        self._source: pn_source | None = lib.pn_source_new(
+            self._blocks, len(blocks), self._links.links, self.ended_fd
+        )
         if self._source == NULL:
             os.close(self.ended_fd)
             raise MemoryError("no memory, or no file descriptors, for a source's lanes")
@@ -72,9 +82,11 @@ class SourceLoop:
         lib.pn_source_stop(opened(self._source))
 
     def add(self, sock: int, number: int, unread: bytes, link: int = 0) -> None:
-        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent already; ``link``: a number that
-        its destination's connections have in common."""
-        check(lib.pn_source_add(opened(self._source), sock, number, link % 256, unread, len(unread)))
+        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent
+        already; ``link``: a number that its destination's connections have in common."""
+        check(
+            lib.pn_source_add(opened(self._source), sock, number, link % 256, unread, len(unread))
+        )
 
     def remove(self, number: int) -> None:
         if self._source is not None:
@@ -82,7 +94,11 @@ class SourceLoop:
 
     def asked(self, class_: int) -> int:
         """Pages that were asked for in that class, so far."""
-        return self._last_asked[class_] if self._source is None else lib.pn_source_asked(self._source, class_)
+        return (
+            self._last_asked[class_]
+            if self._source is None
+            else lib.pn_source_asked(self._source, class_)
+        )
 
     def kept(self) -> int:
         """Bytes that are kept now because sockets are full, of all connections."""

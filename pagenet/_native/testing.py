@@ -1,4 +1,5 @@
-"""What tests and benches need: an extension module of its own, which nothing loads that moves memory.
+"""What tests and benches need: an extension module of its own, which nothing loads that moves
+memory.
 
 It shares nothing with the core. A map of pages is given to it by its address.
 """
@@ -25,17 +26,23 @@ ffi: FFI = _ffi
 lib: Library = _lib
 
 
-def pattern_fill(into: memoryview, first_page: int, pages: int, page_size: int, seed: int, zero_every: int) -> None:
+def pattern_fill(
+    into: memoryview, first_page: int, pages: int, page_size: int, seed: int, zero_every: int
+) -> None:
     """Pages of the pattern (``native/testing/pattern.c``) that the workload expects to find."""
     if len(into) < pages * page_size:
         raise ValueError(f"{len(into)} bytes have no room for {pages} pages of {page_size}")
-    lib.pn_pattern_fill(ffi.from_buffer(into, require_writable=True), first_page, pages, page_size, seed, zero_every)
+    lib.pn_pattern_fill(
+        ffi.from_buffer(into, require_writable=True), first_page, pages, page_size, seed, zero_every
+    )
 
 
 def pattern_differs(address: int, pages: int, page_size: int, seed: int, zero_every: int) -> int:
     """How many pages of memory at ``address`` are not as :func:`pattern_fill` makes them."""
     bad = ffi.new("uint64_t *")
-    return lib.pn_pattern_check(ffi.cast("void *", address), 0, pages, page_size, seed, zero_every, bad)
+    return lib.pn_pattern_check(
+        ffi.cast("void *", address), 0, pages, page_size, seed, zero_every, bad
+    )
 
 
 def run_workload(argv: list[str]) -> int:
@@ -53,30 +60,42 @@ def _map_at(address: int) -> pn_map:
 
 
 def bench_touch(
-    address: int, page_size: int, pages: Sequence[int], threads: int, seconds: float, shared_fd: int | None = None
+    address: int,
+    page_size: int,
+    pages: Sequence[int],
+    threads: int,
+    seconds: float,
+    shared_fd: int | None = None,
 ) -> array[int]:
-    """How long each touch of ``pages`` took, in ns, in the order of the list: from that many threads, for ``seconds`` at most.
-    With the descriptor of a :class:`SharedMap`, pages that are there already are left out.
+    """How long each touch of ``pages`` took, in ns, in the order of the list: from that many
+    threads, for ``seconds`` at most. With the descriptor of a :class:`SharedMap`, pages that are
+    there already are left out.
 
     Call it in a thread. ``EFAULT``: a page could never come.
     """
     with ExitStack() as stack:
         shared = _map_at(0)
-        if shared_fd is not None:  # a mapping of our own: the transfer may end, and take its own along, while we still look
+        # a mapping of our own: the transfer may end, and take its own along, while we still look
+        if shared_fd is not None:
             mapped = Mapped(os.fstat(shared_fd).st_size, shared_fd)
             stack.callback(mapped.close)
             shared = _map_at(mapped.address)
         wanted, latencies = array("Q", pages), array("Q", bytes(8 * len(pages)))
         limit = max(1, int(seconds * 1e9))
         to, from_ = ffi.from_buffer("uint64_t[]", latencies), ffi.from_buffer("uint64_t[]", wanted)
-        check(lib.pn_bench_touch(address, page_size, from_, len(wanted), to, threads, limit, shared))
+        check(
+            lib.pn_bench_touch(address, page_size, from_, len(wanted), to, threads, limit, shared)
+        )
     return array("Q", (latency for latency in latencies if latency != _UNTOUCHED))
 
 
 class Play:
-    """``struct pn_play``: a trace of touches, and how it goes. ``work_ns``: before each, or one for each of them."""
+    """``struct pn_play``: a trace of touches, and how it goes. ``work_ns``: before each, or one for
+    each of them."""
 
-    def __init__(self, address: int, page_size: int, pages: array[int], work_ns: int | array[int]) -> None:
+    def __init__(
+        self, address: int, page_size: int, pages: array[int], work_ns: int | array[int]
+    ) -> None:
         self._pages = ffi.from_buffer("uint64_t[]", pages)
         self._play = cast(pn_play, ffi.new("struct pn_play *"))
         self._play.address, self._play.page_size = address, page_size
@@ -110,12 +129,14 @@ class Play:
 
 def bench_count(shared: SharedMap, pages: array[int], state: int) -> int:
     """How many of ``pages`` are in that state."""
-    return lib.pn_bench_count(_map_at(shared.address), ffi.from_buffer("uint64_t[]", pages), len(pages), state)
+    return lib.pn_bench_count(
+        _map_at(shared.address), ffi.from_buffer("uint64_t[]", pages), len(pages), state
+    )
 
 
 def bench_claim_memory(size: int) -> None:
-    """Have the system find ``size`` bytes, and give them back: where it is itself a guest, its host takes what is free, and
-    getting it again would be measured along. Call it in a thread."""
+    """Have the system find ``size`` bytes, and give them back: where it is itself a guest, its host
+    takes what is free, and getting it again would be measured along. Call it in a thread."""
     memory = Mapped(size)
     try:
         check(core.pn_populate(memory.address, size))
@@ -129,7 +150,8 @@ def bench_page_server(sock: int, page_size: int) -> None:
 
 
 def bench_fault_floor(uffd: int, sock: int, stop_fd: int, page_size: int) -> None:
-    """Answer faults from a page server, or with a page at hand (``sock`` -1), until ``stop_fd`` is readable."""
+    """Answer faults from a page server, or with a page at hand (``sock`` -1), until ``stop_fd`` is
+    readable."""
     check(lib.pn_bench_fault_floor(uffd, sock, stop_fd, page_size))
 
 
@@ -137,8 +159,11 @@ def bench_send(sock: int, address: int, length: int, chunk: int) -> None:
     check(lib.pn_bench_send(sock, ffi.cast("void *", address), length, chunk))
 
 
-def bench_receive(sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0, second: int = 0) -> None:
-    """Receive; with a uffd, copy each chunk into place; with a second mapping too, receive through that, and continue."""
+def bench_receive(
+    sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0, second: int = 0
+) -> None:
+    """Receive; with a uffd, copy each chunk into place; with a second mapping too, receive through
+    that, and continue."""
     check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second))
 
 

@@ -1,4 +1,5 @@
-"""Userfaultfds: opening, registering, events, and putting pages in place; and taking what other processes have open."""
+"""Userfaultfds: opening, registering, events, and putting pages in place; and taking what other
+processes have open."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from ._declarations import pn_event, pn_placed, pn_planted
 from ._library import NULL, check, ffi, lib, new_array, new_struct
 from .memory import Buffer
 
-COPY, ZERO, CONTINUE, MOVE, POISON = lib.PN_COPY, lib.PN_ZERO, lib.PN_CONTINUE, lib.PN_MOVE, lib.PN_POISON
+COPY, ZERO, CONTINUE, MOVE, POISON = (
+    lib.PN_COPY,
+    lib.PN_ZERO,
+    lib.PN_CONTINUE,
+    lib.PN_MOVE,
+    lib.PN_POISON,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,10 @@ def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
     """Events that are queued, up to ``room``; :exc:`BlockingIOError` if there are none."""
     events = new_array(pn_event, room)
     count = check(lib.pn_uffd_read(uffd, events, room))
-    return [NativeEvent(e.kind, e.start, e.end, e.length, e.flags, e.thread, e.fd) for e in events[0:count]]
+    return [
+        NativeEvent(e.kind, e.start, e.end, e.length, e.flags, e.thread, e.fd)
+        for e in events[0:count]
+    ]
 
 
 def uffd_probe(uffd: int, address: int) -> int:
@@ -60,7 +70,8 @@ def uffd_probe(uffd: int, address: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """Descriptors of another process, by number. ``refused``: an errno, if the kernel did not let it have them."""
+    """Descriptors of another process, by number. ``refused``: an errno, if the kernel did not let
+    it have them."""
 
     uffd: int
     map: int
@@ -68,8 +79,8 @@ class Planted:
 
 
 def plant(pid: int, pidfd: int, device: str) -> Planted:
-    """Have process ``pid``, which is the one behind ``pidfd``, open a userfaultfd, and a memfd for the
-    map of pages. Call it in a thread.
+    """Have process ``pid``, which is the one behind ``pidfd``, open a userfaultfd, and a memfd for
+    the map of pages. Call it in a thread.
 
     :exc:`OSError` if it cannot be traced, as of ``pn_plant``; it is then as it was.
     """
@@ -84,7 +95,8 @@ def uproot(pid: int, pidfd: int, planted: Planted) -> None:
 
 
 def take_descriptor(pidfd: int, theirs: int) -> int:
-    """A duplicate of descriptor ``theirs`` of the process behind ``pidfd``; it takes ptrace access to it."""
+    """A duplicate of descriptor ``theirs`` of the process behind ``pidfd``; it takes ptrace access
+    to it."""
     return check(lib.pn_take_descriptor(pidfd, theirs))
 
 
@@ -94,7 +106,8 @@ def same_file(ours: int, pid: int, theirs: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Bytes dealt with, in order: placed by us, found there already, without a mapping. ``error``: errno, or 0."""
+    """Bytes dealt with, in order: placed by us, found there already, without a mapping. ``error``:
+    errno, or 0."""
 
     placed: int
     existed: int
@@ -106,7 +119,9 @@ class Placed:
         return self.placed + self.existed + self.absent
 
 
-def place(uffd: int, how: int, address: int, data: Buffer | None, length: int, page_size: int) -> Placed:
+def place(
+    uffd: int, how: int, address: int, data: Buffer | None, length: int, page_size: int
+) -> Placed:
     source = NULL if data is None else ffi.from_buffer(data)
     return _placed(lib.pn_place(uffd, how, address, source, length, page_size))
 

@@ -6,13 +6,14 @@ from ..region import Region, Run
 
 __all__ = ["AREA_BYTES", "Areas"]
 
-# Allocators and page tables keep together what is used together for about that long. The window (native/window.c) thinks in
-# the same unit. Not tuned.
+# Allocators and page tables keep together what is used together for about that long. The window
+# (native/window.c) thinks in the same unit. Not tuned.
 AREA_BYTES = 256 << 10
 
 
 class Areas:
-    """``AREA_BYTES`` from the beginning of a block on, and so forth, or a page where pages are larger."""
+    """``AREA_BYTES`` from the beginning of a block on, and so forth, or a page where pages are
+    larger."""
 
     def __init__(self, region: Region) -> None:
         self._region = region

@@ -10,7 +10,8 @@ __all__ = ["Follow"]
 
 
 class Follow(Linear):
-    """On from the page that was faulted on last, to the end, and round: Yabusame's move-background."""
+    """On from the page that was faulted on last, to the end, and round: Yabusame's
+    move-background."""
 
     name = "follow"
 

@@ -9,17 +9,20 @@ __all__ = ["Ranking"]
 
 
 class Ranking:
-    """Keys by heat, of which each loses half in ``half_life`` seconds. At most ``most`` keys: the coldest are forgotten.
+    """Keys by heat, of which each loses half in ``half_life`` seconds. At most ``most`` keys: the
+    coldest are forgotten.
 
-    Heat is kept as the logarithm of what it would be now had it not decayed: as all heat decays alike, the order does not
-    depend on when it is looked at, and nothing has to be touched for time to pass.
+    Heat is kept as the logarithm of what it would be now had it not decayed: as all heat decays
+    alike, the order does not depend on when it is looked at, and nothing has to be touched for time
+    to pass.
     """
 
     def __init__(self, half_life: float, most: int) -> None:
         self._half_life = half_life
         self._most = most
         self._heat: dict[int, float] = {}
-        self._heap: list[tuple[float, int]] = []  # those ranked; entries that no longer agree with _heat are void
+        # those ranked; entries that no longer agree with _heat are void
+        self._heap: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._heat)

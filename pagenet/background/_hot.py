@@ -13,18 +13,19 @@ from ._streams import Streams
 
 __all__ = ["Hot"]
 
-# Seconds in which heat halves. Short: what is missing of an area that was hot a while ago was not needed then.
+# Seconds in which heat halves. Short: what is missing of an area that was hot a while ago was not
+# needed then.
 HALF_LIFE = 0.03
 # Areas remembered: 2 GiB of them. A decision costs the logarithm of that.
 MOST_AREAS = 8192
 
 
 class Hot:
-    """What lies ahead of faults in a line; then the areas that faults are in, the hottest first; then those beside them; then
-    the rest from the first page to the last.
+    """What lies ahead of faults in a line; then the areas that faults are in, the hottest first;
+    then those beside them; then the rest from the first page to the last.
 
-    An area is brought whole: a fault says where a program works, and the faults that do not come because pages came before
-    them say nothing.
+    An area is brought whole: a fault says where a program works, and the faults that do not come
+    because pages came before them say nothing.
     """
 
     name = "hot"
@@ -49,18 +50,30 @@ class Hot:
             self._within.warm(area, now)
 
     def next_run(self, max_bytes: int) -> Run | None:
-        return self.next_hot_run(max_bytes) or self._hottest(self._beside, max_bytes) or self._rest.next_run(max_bytes)
+        return (
+            self.next_hot_run(max_bytes)
+            or self._hottest(self._beside, max_bytes)
+            or self._rest.next_run(max_bytes)
+        )
 
     def next_hot_run(self, max_bytes: int) -> Run | None:
-        """Ahead of a line, or in an area that faults were in; None: there is nothing left of those."""
-        return self._streams.next_run(self._now, max_bytes) or self._hottest(self._within, max_bytes)
+        """Ahead of a line, or in an area that faults were in; None: there is nothing left of
+        those."""
+        return self._streams.next_run(self._now, max_bytes) or self._hottest(
+            self._within, max_bytes
+        )
 
     def _hottest(self, ranking: Ranking, max_bytes: int) -> Run | None:
-        """What is missing of the hottest area, from where it was left. Areas of which nothing is are dropped on the way."""
+        """What is missing of the hottest area, from where it was left. Areas of which nothing is
+        are dropped on the way."""
         while (first := ranking.hottest()) is not None:
             area = self._areas.area_of(first)
             cursor = self._cursors.get(first, first)
-            run = missing_run(self._region, self._residency, cursor, area.end, max_bytes) if cursor < area.end else None
+            run = (
+                missing_run(self._region, self._residency, cursor, area.end, max_bytes)
+                if cursor < area.end
+                else None
+            )
             if run is not None:
                 self._cursors[first] = run.end
                 return run

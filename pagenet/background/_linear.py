@@ -10,13 +10,17 @@ from ..residency import Residency, State
 __all__ = ["Linear", "missing_run"]
 
 
-def missing_run(region: Region, residency: Residency, first: int, end: int, max_bytes: int) -> Run | None:
-    """The first MISSING pages of [first, end): within a block, at most ``max_bytes`` but at least a page."""
+def missing_run(
+    region: Region, residency: Residency, first: int, end: int, max_bytes: int
+) -> Run | None:
+    """The first MISSING pages of [first, end): within a block, at most ``max_bytes`` but at least a
+    page."""
     found = residency.find(State.MISSING, first, end)
     if found is None:
         return None
     most = next(region.split(Run(found, end - found), max_bytes))
-    # Another lane may have taken the first of them a moment ago: whoever asks for the run leaves out what is not missing.
+    # Another lane may have taken the first of them a moment ago: whoever asks for the run leaves
+    # out what is not missing.
     return Run(found, max(1, residency.span(most, State.MISSING)))
 
 
@@ -34,7 +38,8 @@ class Linear:
         """They change nothing."""
 
     def next_run(self, max_bytes: int) -> Run | None:
-        # What was handed out is asked for: nothing is to be done behind the cursor, unless a connection was lost.
+        # What was handed out is asked for: nothing is to be done behind the cursor, unless a
+        # connection was lost.
         for first, end in ((self.cursor, self._region.pages), (0, self.cursor)):
             run = missing_run(self._region, self._residency, first, end, max_bytes)
             if run is not None:

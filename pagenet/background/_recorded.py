@@ -14,10 +14,11 @@ __all__ = ["Recorded"]
 
 
 class Recorded:
-    """The pages of a recording in their order; then what ``hot`` says, then what lies beside what was recorded, and the rest.
+    """The pages of a recording in their order; then what ``hot`` says, then what lies beside what
+    was recorded, and the rest.
 
-    Faults on pages that are not in the recording say that this run is another one: for each of them a run of ``hot``'s comes
-    in between.
+    Faults on pages that are not in the recording say that this run is another one: for each of them
+    a run of ``hot``'s comes in between.
     """
 
     name = "recorded"
@@ -29,7 +30,8 @@ class Recorded:
         self._known = frozenset(pages)
         self._next = 0
         self._hot = Hot(region, residency)
-        self._strange = 0  # faults that the recording did not foretell, and that nothing was done about
+        # faults that the recording did not foretell, and that nothing was done about
+        self._strange = 0
         areas = Areas(region)
         self._areas = list(dict.fromkeys(areas.area_of(page) for page in pages))
         self._area, self._cursor = 0, 0  # the one that is on, and how far it was handed out
@@ -49,14 +51,18 @@ class Recorded:
         return run
 
     def _replayed(self, max_bytes: int) -> Run | None:
-        """The next pages that are missing, as many as follow each other in the recording, and as pages."""
+        """The next pages that are missing, as many as follow each other in the recording, and as
+        pages."""
         pages, residency = self._pages, self._residency
         while self._next < len(pages):
             first = pages[self._next]
             self._next += 1
             if residency.state(first) is not State.MISSING:
                 continue
-            count, most = 1, next(self._region.split(Run(first, self._region.pages - first), max_bytes)).count
+            count, most = (
+                1,
+                next(self._region.split(Run(first, self._region.pages - first), max_bytes)).count,
+            )
             while count < most and self._next < len(pages) and pages[self._next] == first + count:
                 self._next += 1
                 count += 1
@@ -67,7 +73,11 @@ class Recorded:
         while self._area < len(self._areas):
             area = self._areas[self._area]
             first = max(area.first, self._cursor)
-            run = missing_run(self._region, self._residency, first, area.end, max_bytes) if first < area.end else None
+            run = (
+                missing_run(self._region, self._residency, first, area.end, max_bytes)
+                if first < area.end
+                else None
+            )
             if run is not None:
                 self._cursor = run.end
                 return run

@@ -1,4 +1,5 @@
-"""Faults that follow a line: one page after the other, forwards or backwards, or at equal distances."""
+"""Faults that follow a line: one page after the other, forwards or backwards, or at equal
+distances."""
 
 from __future__ import annotations
 
@@ -11,13 +12,15 @@ from ._linear import missing_run
 
 __all__ = ["Streams"]
 
-# How many lines are followed at a time: a program has a few, and each fault is held against all of them.
+# How many lines are followed at a time: a program has a few, and each fault is held against all of
+# them.
 MOST_STREAMS = 16
 # Seconds after which a line that nobody went on with is forgotten.
 PATIENCE = 1.0
 # Faults further apart than this are not on a line.
 MAX_STEP_BYTES = 64 << 20
-# A window around each fault leaves out what it has brought: the next fault of a line may be so many areas, or steps, on.
+# A window around each fault leaves out what it has brought: the next fault of a line may be so many
+# areas, or steps, on.
 REACH = 16
 # How far ahead of its last fault a line is brought, for each fault that confirmed it, and at most.
 AHEAD_AREAS, MOST_AREAS = 4, 64
@@ -26,7 +29,8 @@ AHEAD_STEPS, MOST_STEPS = 8, 256
 
 @dataclass(slots=True)
 class _Stream:
-    """``step`` in pages, 0 after the first fault; of an area (``dense``), whatever lies between is on the line too."""
+    """``step`` in pages, 0 after the first fault; of an area (``dense``), whatever lies between is
+    on the line too."""
 
     last: int
     at: float

@@ -1,4 +1,5 @@
-"""What is brought that nobody waits for: in which order, how fast, and whether at all. All of it changes while it goes on."""
+"""What is brought that nobody waits for: in which order, how fast, and whether at all. All of it
+changes while it goes on."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ __all__ = ["CHUNK_BYTES", "Background"]
 CHUNK_BYTES = 256 << 10
 # Faults that a schedule is told of when it takes over.
 REMEMBERED = 4096
-# Of a limited rate, lanes in Trio ask for so many seconds' worth at a time: Trio's timers are no better. What was missed in the
-# last CATCH_UP seconds is asked for at once, and what was missed in the last MAKE_UP seconds at PEAK times the rate: so it is
-# kept on a busy machine, and yet no 10 ms see twice of it.
+# Of a limited rate, lanes in Trio ask for so many seconds' worth at a time: Trio's timers are no
+# better. What was missed in the last CATCH_UP seconds is asked for at once, and what was missed in
+# the last MAKE_UP seconds at PEAK times the rate: so it is kept on a busy machine, and yet no 10 ms
+# see twice of it.
 TURN = 0.002
 CATCH_UP = 0.004
 MAKE_UP = 0.05
@@ -29,12 +31,15 @@ PEAK = 1.25
 
 
 class Background:
-    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are asked for at a time.
+    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are
+    asked for at a time.
 
     ``begun``: False if it waits for :meth:`begin`.
     """
 
-    def __init__(self, schedule: Schedule | None, chunk: int = CHUNK_BYTES, *, begun: bool = True) -> None:
+    def __init__(
+        self, schedule: Schedule | None, chunk: int = CHUNK_BYTES, *, begun: bool = True
+    ) -> None:
         self.chunk = chunk
         self._schedule = schedule
         self._begun = begun
@@ -71,7 +76,8 @@ class Background:
         return self._max_bandwidth
 
     def set_schedule(self, schedule: Schedule | None) -> None:
-        """From now on; what was named before comes all the same. The new schedule hears of the latest faults."""
+        """From now on; what was named before comes all the same. The new schedule hears of the
+        latest faults."""
         self._schedule = schedule
         if schedule is not None and self._recent:
             for page, at in self._recent:
@@ -80,7 +86,8 @@ class Background:
 
     @contextmanager
     def telling(self, on_change: Callable[[], None]) -> Iterator[None]:
-        """Call ``on_change`` whenever pause, begin or limit change, for as long as the block runs."""
+        """Call ``on_change`` whenever pause, begin or limit change, for as long as the block
+        runs."""
         self._on_change.append(on_change)
         try:
             yield
@@ -109,7 +116,10 @@ class Background:
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
         """:exc:`UsageError` if that is less than a byte."""
         if bytes_per_second is not None and bytes_per_second < 1:
-            raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second: pausing the background is another matter")
+            raise UsageError(
+                f"a bandwidth of {bytes_per_second} bytes a second: pausing the background is"
+                " another matter"
+            )
         self._max_bandwidth = bytes_per_second
         self._paid_until = self._next_turn = -inf  # at the former rate that may be hours away
         self._limited.unpark_all()
@@ -137,14 +147,20 @@ class Background:
 
     def next_run_nowait(self, max_bytes: int) -> Run | None:
         """The same; None if there is nothing to ask for now."""
-        return self._schedule.next_run(max_bytes) if self.runs and self._schedule is not None else None
+        return (
+            self._schedule.next_run(max_bytes) if self.runs and self._schedule is not None else None
+        )
 
     # ---- the limit, for lanes in Trio; those in C have the same rule of their own ----
 
     @property
     def turn_bytes(self) -> int:
         """What to ask for at a time."""
-        return self.chunk if self._max_bandwidth is None else min(self.chunk, max(1, int(self._max_bandwidth * TURN)))
+        return (
+            self.chunk
+            if self._max_bandwidth is None
+            else min(self.chunk, max(1, int(self._max_bandwidth * TURN)))
+        )
 
     async def wait_turn(self) -> None:
         """Return when something may be asked for, which is then paid for with :meth:`pay`."""

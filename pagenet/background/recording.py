@@ -1,9 +1,10 @@
 """The order in which pages were waited for, on disk: recorded in one run, replayed in the next.
 
-A file is one msgpack map: ``format`` ("pagenet-touches"), ``version`` (1), ``runs`` (how many were merged into it), ``blocks``
-(names and sizes, in bytes) and ``touches``: numbers, three for each stretch of pages of 4 KiB that follow each other: by how
-many pages its first lies behind the end of the one before, how many pages it has, and in how many of the runs they were seen.
-Pages are numbered through all blocks.
+A file is one msgpack map: ``format`` ("pagenet-touches"), ``version`` (1), ``runs`` (how many were
+merged into it), ``blocks`` (names and sizes, in bytes) and ``touches``: numbers, three for each
+stretch of pages of 4 KiB that follow each other: by how many pages its first lies behind the end of
+the one before, how many pages it has, and in how many of the runs they were seen. Pages are
+numbered through all blocks.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ FORMAT, VERSION = "pagenet-touches", 1
 _UNIT = 4096
 # Pages that are remembered: 4 GiB of them. A working set that is larger is not worth an order.
 MOST_PAGES = 1 << 20
-# Of a file that is believed at all: nobody has written a larger one, or one of more values. The second bounds what a file takes
-# in memory: a byte may be an empty list, of 64 bytes.
+# Of a file that is believed at all: nobody has written a larger one, or one of more values. The
+# second bounds what a file takes in memory: a byte may be an empty list, of 64 bytes.
 _MOST_BYTES = 64 << 20
 _MOST_VALUES = 4 * MOST_PAGES
 
 
 @dataclass(frozen=True)
 class Recording:
-    """``order``: flat numbers of pages of 4 KiB, the first touched first; ``seen``: in how many of ``runs`` runs, for each."""
+    """``order``: flat numbers of pages of 4 KiB, the first touched first; ``seen``: in how many of
+    ``runs`` runs, for each."""
 
     blocks: tuple[tuple[str, int], ...]
     order: tuple[int, ...]
@@ -54,20 +56,26 @@ class Recording:
     runs: int = 1
 
     def merge(self, later: Recording) -> Recording:
-        """With one more run. Pages are in the order of their mean rank; those of fewer than half of the runs come last."""
+        """With one more run. Pages are in the order of their mean rank; those of fewer than half of
+        the runs come last."""
         earlier = self._moved_to(later.blocks)
         ranks: dict[int, tuple[float, int]] = {}
-        for page, seen, rank in zip(earlier.order, earlier.seen, _ranks(earlier.order), strict=True):
+        for page, seen, rank in zip(
+            earlier.order, earlier.seen, _ranks(earlier.order), strict=True
+        ):
             ranks[page] = (rank, seen)
         for page, rank in zip(later.order, _ranks(later.order), strict=True):
             mean, seen = ranks.get(page, (0.0, 0))
             ranks[page] = ((mean * seen + rank) / (seen + 1), seen + 1)
         runs = self.runs + later.runs
-        pages = sorted(ranks, key=lambda page: (2 * ranks[page][1] < runs, ranks[page][0]))[:MOST_PAGES]
+        pages = sorted(ranks, key=lambda page: (2 * ranks[page][1] < runs, ranks[page][0]))[
+            :MOST_PAGES
+        ]
         return Recording(later.blocks, tuple(pages), tuple(ranks[page][1] for page in pages), runs)
 
     def _moved_to(self, blocks: tuple[tuple[str, int], ...]) -> Recording:
-        """The same pages as another region numbers them, by the names of their blocks; those that it has not are left out."""
+        """The same pages as another region numbers them, by the names of their blocks; those that
+        it has not are left out."""
         starts = dict(_starts(blocks))
         sizes = dict(blocks)
         moves = [
@@ -81,15 +89,22 @@ class Recording:
             for first, end, by in moves
             if first <= page < end
         ]
-        return replace(self, blocks=blocks, order=tuple(page for page, _ in kept), seen=tuple(seen for _, seen in kept))
+        return replace(
+            self,
+            blocks=blocks,
+            order=tuple(page for page, _ in kept),
+            seen=tuple(seen for _, seen in kept),
+        )
 
     def pages_in(self, region: Region) -> list[int]:
-        """The pages in that order, as ``region`` numbers them: blocks may be of other sizes, and in larger pages."""
+        """The pages in that order, as ``region`` numbers them: blocks may be of other sizes, and in
+        larger pages."""
         moved = self._moved_to(_blocks_of(region))
         return list(dict.fromkeys(region.page_at_offset(page * _UNIT) for page in moved.order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`PagenetError` if it cannot be written."""
+        """In place of what is there, whole or not at all. :exc:`PagenetError` if it cannot be
+        written."""
         with recording_file(path) as file:
             self.write(file)
 
@@ -136,15 +151,22 @@ def write_fields(file: WholeFile, fields: dict[str, Any]) -> None:
     file.commit()
 
 
-def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what: str) -> dict[str, Any]:
-    """A map that :func:`write_fields` wrote, of one of the formats in ``versions``, and of the version that is there.
-    :exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of another version."""
+def load_fields(
+    path: str | os.PathLike[str], versions: Mapping[str, int], what: str
+) -> dict[str, Any]:
+    """A map that :func:`write_fields` wrote, of one of the formats in ``versions``, and of the
+    version that is there. :exc:`UsageError`, in one line, if there is none, or it is foreign,
+    broken, or of another version.
+    """
     name = os.fspath(path)
     body = read_whole(path, _MOST_BYTES, what)
     try:
         found = _unpack(body)
-    except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
-        raise UsageError(f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}") from None
+    except Exception as error:
+        # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        raise UsageError(
+            f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}"
+        ) from None
     fields: dict[str, Any] = found if isinstance(found, dict) else {}
     kind = fields.get("format")
     if not isinstance(kind, str) or kind not in versions:
@@ -153,7 +175,9 @@ def load_fields(path: str | os.PathLike[str], versions: Mapping[str, int], what:
     if type(version) is not int:  # not shown: the repr of a deep structure recurses too far
         raise UsageError(f"{name} is a broken {what}: its version is no number")
     if version != known:
-        raise UsageError(f"{name} is a {what} of version {version}: this pagenet reads version {known}")
+        raise UsageError(
+            f"{name} is a {what} of version {version}: this pagenet reads version {known}"
+        )
     return dict(fields)
 
 
@@ -167,12 +191,15 @@ def _unpack(body: bytes) -> object:
             raise ValueError("it has more values than any that pagenet writes")
         return values
 
-    found: object = msgpack.unpackb(body, list_hook=count, object_hook=count, max_array_len=_MOST_VALUES)
+    found: object = msgpack.unpackb(
+        body, list_hook=count, object_hook=count, max_array_len=_MOST_VALUES
+    )
     return found
 
 
 def load_recording(path: str | os.PathLike[str]) -> Recording:
-    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version
+    that is not known."""
     return recording_of(load_fields(path, {FORMAT: VERSION}, "recording"), path)
 
 
@@ -197,7 +224,12 @@ def _checked(fields: dict[str, Any]) -> Recording:
         raise ValueError("its numbers make no sense")
     pages: dict[int, int] = {}
     for run, seen in _unpacked(numbers):
-        if not (run.first >= 0 and 0 < run.count <= MOST_PAGES - len(pages) and run.end <= region.pages and 0 < seen <= runs):
+        if not (
+            run.first >= 0
+            and 0 < run.count <= MOST_PAGES - len(pages)
+            and run.end <= region.pages
+            and 0 < seen <= runs
+        ):
             raise ValueError("its pages make no sense")
         pages.update(dict.fromkeys(range(run.first, run.end), seen))
     return Recording(blocks, tuple(pages), tuple(pages.values()), runs)
@@ -207,7 +239,11 @@ def _packed(order: Sequence[int], seen: Sequence[int]) -> Iterator[int]:
     end = at = 0
     while at < len(order):
         count = 1
-        while at + count < len(order) and order[at + count] == order[at] + count and seen[at + count] == seen[at]:
+        while (
+            at + count < len(order)
+            and order[at + count] == order[at] + count
+            and seen[at + count] == seen[at]
+        ):
             count += 1
         yield from (order[at] - end, count, seen[at])
         end = order[at] + count

@@ -1,9 +1,10 @@
 """The order in which the background fills what nobody has touched yet: faults in, runs out.
 
-Policy alone: no I/O, no clock, and nothing that a fault waits for. Faults come in batches, a little late, and some may be
-missing; a schedule that hears of none goes from the first page to the last. What it remembers is bounded, whatever the size
-of the region and the number of faults; what one decision costs is bounded too, but for the search through pages that are
-there already, a byte each, in C.
+Policy alone: no I/O, no clock, and nothing that a fault waits for. Faults come in batches, a little
+late, and some may be missing; a schedule that hears of none goes from the first page to the last.
+What it remembers is bounded, whatever the size of the region and the number of faults; what one
+decision costs is bounded too, but for the search through pages that are there already, a byte each,
+in C.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from ._recorded import Recorded
 from ._schedule import Schedule
 from .recording import load_recording
 
-__all__ = ["RECORDED", "SCHEDULES", "Follow", "Hot", "Linear", "Recorded", "Schedule", "check_schedule", "make_schedule"]
+__all__ = [
+    "RECORDED",
+    "SCHEDULES",
+    "Follow",
+    "Hot",
+    "Linear",
+    "Recorded",
+    "Schedule",
+    "check_schedule",
+    "make_schedule",
+]
 
 #: by name, in the order in which people should read of them
 SCHEDULES = ("hot", "follow", "linear", "off")
@@ -31,13 +42,17 @@ def check_schedule(name: str) -> None:
     if name.startswith(RECORDED):
         load_recording(name.removeprefix(RECORDED))
     elif name not in SCHEDULES:
-        raise UsageError(f"no background order {name!r}: there are {', '.join(SCHEDULES)}, {RECORDED}FILE")
+        raise UsageError(
+            f"no background order {name!r}: there are {', '.join(SCHEDULES)}, {RECORDED}FILE"
+        )
 
 
 def make_schedule(name: str, region: Region, residency: Residency) -> Schedule | None:
     """The schedule of that name; None for ``off``. :exc:`UsageError` as :func:`check_schedule`."""
     if name.startswith(RECORDED):
-        return Recorded(region, residency, load_recording(name.removeprefix(RECORDED)).pages_in(region))
+        return Recorded(
+            region, residency, load_recording(name.removeprefix(RECORDED)).pages_in(region)
+        )
     check_schedule(name)
     match name:
         case "hot":

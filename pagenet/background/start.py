@@ -22,7 +22,8 @@ _MOST = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """``after`` so many seconds; or, with ``rate``, once fewer faults than that have come within the last second."""
+    """``after`` so many seconds; or, with ``rate``, once fewer faults than that have come within
+    the last second."""
 
     after: float = 0.0
     rate: float | None = None
@@ -42,7 +43,9 @@ def parse_start(text: str) -> Start:
     raise UsageError(f"{text[:40]!r} is neither after=SECONDS nor rate=N, with N faults a second")
 
 
-async def begin_background(background: Background, start: Start, count_faults: Callable[[], int]) -> None:
+async def begin_background(
+    background: Background, start: Start, count_faults: Callable[[], int]
+) -> None:
     """Wait until it is time, counted from now on, and begin. ``count_faults``: so far."""
     await trio.sleep(start.after)
     if start.rate is not None:

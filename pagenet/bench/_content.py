@@ -22,8 +22,8 @@ RATIO = 2.5
 _STRETCH = 128 << 10
 _STEP = 1 << 20
 _PAGE = 4096
-# Of each mapping; and of all that is found, or it would not be much of a mixture. What is chosen repeats itself, at a distance
-# that LZ4 does not look back to.
+# Of each mapping; and of all that is found, or it would not be much of a mixture. What is chosen
+# repeats itself, at a distance that LZ4 does not look back to.
 _MOST, _LEAST = 16 << 20, 4 << 20
 
 
@@ -48,7 +48,8 @@ def _random() -> Iterator[bytes]:
 
 
 def _programs() -> Iterator[bytes]:
-    """Stretches of this very process's programs and heap, without those that compress worst: what is left comes to RATIO."""
+    """Stretches of this very process's programs and heap, without those that compress worst: what
+    is left comes to RATIO."""
     stretches = sorted(_stretches(), key=lambda stretch: stretch[1])
     sizes = [length for _, length in stretches]
     while sizes and sum(sizes) * RATIO > len(sizes) * _STRETCH:
@@ -65,7 +66,9 @@ def _stretches() -> Iterator[tuple[bytes, int]]:
     packer = _native.Packer()
     pages = b""
     for data in _memory():
-        pages += b"".join(data[i : i + _PAGE] for i in range(0, len(data), _PAGE) if any(data[i : i + _PAGE]))
+        pages += b"".join(
+            data[i : i + _PAGE] for i in range(0, len(data), _PAGE) if any(data[i : i + _PAGE])
+        )
         while len(pages) >= _STRETCH:
             stretch, pages = pages[:_STRETCH], pages[_STRETCH:]
             packed = packer.pack(memoryview(stretch))

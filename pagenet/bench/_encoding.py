@@ -1,7 +1,8 @@
-"""What compression is worth: the same pages as they are, compressed, and as ``auto`` has it, by content and by link.
+"""What compression is worth: the same pages as they are, compressed, and as ``auto`` has it, by
+content and by link.
 
-Both sides are processes of their own, in network namespaces where the link has a rate. What is compared with each other is
-measured in turn, and every page is compared afterwards.
+Both sides are processes of their own, in network namespaces where the link has a rate. What is
+compared with each other is measured in turn, and every page is compared afterwards.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from ._peers import served_at
 from ._site import inside, open_link
 from ._task import worked
 
-__all__ = ["ENCODINGS", "EncodingOptions", "EncodingResult", "EncodingTarget", "encoding_targets", "measure_encodings"]
+__all__ = [
+    "ENCODINGS",
+    "EncodingOptions",
+    "EncodingResult",
+    "EncodingTarget",
+    "encoding_targets",
+    "measure_encodings",
+]
 
 #: what is asked for, by the name of how pages then travel
 ENCODINGS: dict[str, Compress] = {"raw": "none", "lz4": "lz4", "auto": "auto"}
 #: auto against raw: (content, Mbit/s or None) -> at least so many times as fast
-_AT_LEAST: dict[tuple[str, int | None], float] = {("compressible", 1000): 2.0, ("random", 1000): 0.97}
+_AT_LEAST: dict[tuple[str, int | None], float] = {
+    ("compressible", 1000): 2.0,
+    ("random", 1000): 0.97,
+}
 _NEVER_SLOWER = 0.97
 _CLOSE_TO_BEST = 0.9
 
@@ -46,8 +57,8 @@ class EncodingOptions:
 
 @dataclass(slots=True)
 class EncodingResult:
-    """Of each round: seconds for ``size`` bytes, bytes on the wire, the share that went compressed (0 to 1), and how many times
-    smaller that was, if anything was."""
+    """Of each round: seconds for ``size`` bytes, bytes on the wire, the share that went compressed
+    (0 to 1), and how many times smaller that was, if anything was."""
 
     encoding: str
     content: str
@@ -93,7 +104,9 @@ class EncodingTarget(NamedTuple):
 async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
     """:exc:`~pagenet.errors.Unsupported` where a link cannot be limited."""
     if (needed := 3 * options.size) > available_memory():
-        raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+        raise UsageError(
+            f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available"
+        )
     results = []
     for rate in options.rates:
         async with _link(rate) as (source, destination, address):
@@ -105,7 +118,8 @@ async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
 
 @asynccontextmanager
 async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], str]]:
-    """What comes before the source's and the destination's commands, and where the source listens."""
+    """What comes before the source's and the destination's commands, and where the source
+    listens."""
     if rate is None:
         yield [], [], "127.0.0.1"
         return
@@ -114,22 +128,45 @@ async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], s
 
 
 async def _measure(
-    content: Content, rate: int | None, source: list[str], destination: list[str], address: str, options: EncodingOptions
+    content: Content,
+    rate: int | None,
+    source: list[str],
+    destination: list[str],
+    address: str,
+    options: EncodingOptions,
 ) -> list[EncodingResult]:
     where = f"tcp://{address}:0"
     results = [EncodingResult(name, content.name, rate, content.size) for name in options.encodings]
-    async with served_at(where, content.spec, "--plaintext", "--lane", options.lane, inside=source) as server:
+    async with served_at(
+        where, content.spec, "--plaintext", "--lane", options.lane, inside=source
+    ) as server:
         for _ in range(options.rounds):
             for result in results:
                 await _pull(result, server.uri, destination, content, options)
     return results
 
 
-async def _pull(result: EncodingResult, uri: str, destination: list[str], content: Content, options: EncodingOptions) -> None:
-    wanted = {"uri": uri, "compress": ENCODINGS[result.encoding], "lane": options.lane, "chunk": options.chunk}
-    told = await worked("pagenet.bench.puller", {**wanted, "fd": content.fd}, content.fd, inside=destination)
+async def _pull(
+    result: EncodingResult,
+    uri: str,
+    destination: list[str],
+    content: Content,
+    options: EncodingOptions,
+) -> None:
+    wanted = {
+        "uri": uri,
+        "compress": ENCODINGS[result.encoding],
+        "lane": options.lane,
+        "chunk": options.chunk,
+    }
+    told = await worked(
+        "pagenet.bench.puller", {**wanted, "fd": content.fd}, content.fd, inside=destination
+    )
     if told["bad"]:
-        raise PagenetError(f"{told['bad']} MiB are not what they should be after {result.encoding} of {result.content} pages")
+        raise PagenetError(
+            f"{told['bad']} MiB are not what they should be after {result.encoding} of"
+            f" {result.content} pages"
+        )
     result.seconds.append(told["seconds"])
     result.wires.append(told["bytes_wire"])
     result.shares.append(told["share"])
@@ -143,11 +180,21 @@ def encoding_targets(results: Sequence[EncodingResult]) -> list[EncodingTarget]:
     for auto in results:
         if auto.encoding != "auto" or auto.content == "zero":
             continue
-        others = {r.encoding: r.mbps for r in results if (r.content, r.rate) == (auto.content, auto.rate) and r is not auto}
+        others = {
+            r.encoding: r.mbps
+            for r in results
+            if (r.content, r.rate) == (auto.content, auto.rate) and r is not auto
+        }
         if raw := others.get("raw"):
             at_least = _AT_LEAST.get((auto.content, auto.rate), _NEVER_SLOWER)
-            found.append(EncodingTarget(auto.content, auto.rate, "raw", round(auto.mbps / raw, 3), at_least))
+            found.append(
+                EncodingTarget(auto.content, auto.rate, "raw", round(auto.mbps / raw, 3), at_least)
+            )
         if len(others) == 2:
             times = round(auto.mbps / max(others.values()), 3)
-            found.append(EncodingTarget(auto.content, auto.rate, "the better of the two", times, _CLOSE_TO_BEST))
+            found.append(
+                EncodingTarget(
+                    auto.content, auto.rate, "the better of the two", times, _CLOSE_TO_BEST
+                )
+            )
     return found

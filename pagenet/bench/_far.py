@@ -1,6 +1,8 @@
-"""The other side of the floors, when that is another host: what ``pagenet-bench peer`` runs there, and how to reach it.
+"""The other side of the floors, when that is another host: what ``pagenet-bench peer`` runs there,
+and how to reach it.
 
-Whoever connects says once what it wants, in 24 bytes: pages for requests, or so many bytes in chunks of so many.
+Whoever connects says once what it wants, in 24 bytes: pages for requests, or so many bytes in
+chunks of so many.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _MAX_CONNECTIONS = 16
 
 
 async def serve_floors(uri: str, size: int, *, plaintext: bool, on_event: EventHandler) -> None:
-    """Until cancelled. Sends at most ``size`` bytes over a connection. Events: ``listening``, ``refused``."""
+    """Until cancelled. Sends at most ``size`` bytes over a connection. Events: ``listening``,
+    ``refused``."""
     with Source(size) as source, await transport.listen(uri, plaintext=plaintext) as listener:
         memory = _native.Mapped(size, source.fd)
         limiter = trio.CapacityLimiter(_MAX_CONNECTIONS)
@@ -48,7 +51,10 @@ async def serve_floors(uri: str, size: int, *, plaintext: bool, on_event: EventH
 
 
 async def _answer(
-    connection: Connection, memory: _native.Mapped, limiter: trio.CapacityLimiter, on_event: EventHandler
+    connection: Connection,
+    memory: _native.Mapped,
+    limiter: trio.CapacityLimiter,
+    on_event: EventHandler,
 ) -> None:
     peer = connection.peer
     try:
@@ -56,7 +62,11 @@ async def _answer(
         async with blocking(connection) as sock:
             await trio.to_thread.run_sync(work, sock.fileno(), limiter=limiter)
     except (PagenetError, trio.TooSlowError) as error:
-        on_event("refused", peer=peer, reason=str(error) or f"it asked for nothing for {_ORDER_TIMEOUT:g} s")
+        on_event(
+            "refused",
+            peer=peer,
+            reason=str(error) or f"it asked for nothing for {_ORDER_TIMEOUT:g} s",
+        )
     except OSError:
         pass  # whoever measures has left
     finally:
@@ -78,7 +88,8 @@ async def _order(connection: Connection, memory: _native.Mapped) -> Callable[[in
 
 @asynccontextmanager
 async def blocking(connection: Connection) -> AsyncIterator[socket.socket]:
-    """The connection's socket, for a loop in C in a thread, which a cancellation has to shut down to end."""
+    """The connection's socket, for a loop in C in a thread, which a cancellation has to shut down
+    to end."""
     if not isinstance(connection, Detachable):
         raise UsageError(f"{connection.peer}: the floors need a transport over sockets")
     with socket.socket(fileno=connection.detach()) as sock:
@@ -108,7 +119,8 @@ def order_bytes(length: int, chunk: int) -> bytes:
 
 @asynccontextmanager
 async def far_socket(uri: str) -> AsyncIterator[socket.socket]:
-    """A blocking connection to the ``pagenet-bench peer`` there, of the kind that pagenet would use. It waits for an order."""
+    """A blocking connection to the ``pagenet-bench peer`` there, of the kind that pagenet would
+    use. It waits for an order."""
     connection = await transport.dial(uri)
     try:
         async with blocking(connection) as sock:

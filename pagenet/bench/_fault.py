@@ -1,10 +1,12 @@
 """How long a thread waits that touches a missing page, from the touch to the thread's going on.
 
-Threads in C touch random pages of memory in this process, each once, and read the clock before and after. Only touches that had
-to wait count: what background or prefetch had brought before is left out.
+Threads in C touch random pages of memory in this process, each once, and read the clock before and
+after. Only touches that had to wait count: what background or prefetch had brought before is left
+out.
 
-The floors are the same touches, of memory of the same kind, answered by a bare loop in C that handles one fault after the
-other: one has the page at hand, the other asks a process for it over a blocking socket. Both put it in place by COPY.
+The floors are the same touches, of memory of the same kind, answered by a bare loop in C that
+handles one fault after the other: one has the page at hand, the other asks a process for it over a
+blocking socket. Both put it in place by COPY.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ __all__ = ["LIMIT_SECONDS", "FaultOptions", "FaultResult", "MemoryKind", "measur
 MemoryKind = Literal["anonymous", "memfd", "hugetlb"]
 
 HUGE_PAGE = 2 << 20
-# A measurement ends after this long whatever is left to touch: slow lanes have fewer touches, and not a longer bench.
+# A measurement ends after this long whatever is left to touch: slow lanes have fewer touches, and
+# not a longer bench.
 LIMIT_SECONDS = 3.0
 # How long a task of the destination's keeps Trio, and the GIL, to itself in the busy variant.
 BUSY_SECONDS = 0.01
@@ -46,8 +49,9 @@ BUSY_SECONDS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class FaultOptions:
-    """``touches``: at most, in each round of each variant. ``uri``: a peer to measure instead of one that is started here;
-    ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a socket."""
+    """``touches``: at most, in each round of each variant. ``uri``: a peer to measure instead of
+    one that is started here; ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a
+    socket."""
 
     lane: LaneKind = "native"
     threads: Sequence[int] = (1, 8, 64)
@@ -67,7 +71,8 @@ class FaultOptions:
 
 @dataclass(slots=True)
 class FaultResult:
-    """Latencies of so many threads. Floors may be empty: a peer on another host has no socket floor here."""
+    """Latencies of so many threads. Floors may be empty: a peer on another host has no socket floor
+    here."""
 
     threads: int
     floor_local: Sample = field(default_factory=Sample)
@@ -78,7 +83,8 @@ class FaultResult:
     first: Sample = field(default_factory=Sample)
     loaded: Sample = field(default_factory=Sample)
     busy: Sample = field(default_factory=Sample)
-    #: of the pages chosen under load, those that the background had brought before their turn came, or that it left no time for
+    # : of the pages chosen under load, those that the background had brought before their turn
+    # came, or that it left no time for
     loaded_not_counted: int = 0
     placement: str = ""
     lane: str = ""
@@ -92,7 +98,11 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
         if uri is None:
             _check_memory(2 * size)
             source = stack.enter_context(Source(size))
-            uri = (await stack.enter_async_context(served(source.spec, options.transport, options.lane))).uri
+            uri = (
+                await stack.enter_async_context(
+                    served(source.spec, options.transport, options.lane)
+                )
+            ).uri
         else:
             size = await _size_of(uri, options)
             _check_memory(size)
@@ -103,7 +113,9 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
         if options.only_idle:
             pass
         elif options.uri is None:
-            peer = await stack.enter_async_context(connected_peer(options.transport, "pages", page_size))
+            peer = await stack.enter_async_context(
+                connected_peer(options.transport, "pages", page_size)
+            )
         elif options.floors is not None:
             peer = await stack.enter_async_context(far_socket(options.floors))
             peer.sendall(order_pages(page_size))
@@ -125,13 +137,17 @@ async def _size_of(uri: str, options: FaultOptions) -> int:
 
 def _check_memory(size: int) -> None:
     if size > available_memory():
-        raise UsageError(f"this takes {size >> 20} MiB of memory, and {available_memory() >> 20} are available")
+        raise UsageError(
+            f"this takes {size >> 20} MiB of memory, and {available_memory() >> 20} are available"
+        )
 
 
 class _Measure:
     """Runs variants of the same touches."""
 
-    def __init__(self, options: FaultOptions, uri: str, size: int, page_size: int, peer: int) -> None:
+    def __init__(
+        self, options: FaultOptions, uri: str, size: int, page_size: int, peer: int
+    ) -> None:
         self._options = options
         self._uri = uri
         self._size = size
@@ -161,12 +177,15 @@ class _Measure:
     async def _floor(self, peer: int, pick: random.Random, threads: int) -> array[int]:
         with _bare_memory(self._options.memory, self._size, self._page_size) as (memory, uffd):
             pages = self._pages(pick)
-            toucher = Toucher(lambda: bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS))
+            toucher = Toucher(
+                lambda: bench_touch(memory.address, self._page_size, pages, threads, LIMIT_SECONDS)
+            )
             stop = os.eventfd(0, os.EFD_CLOEXEC)
             try:
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(_answer, uffd, peer, stop, self._page_size)
-                    with trio.CancelScope(shield=True):  # it cannot be left, and takes no longer than its limit
+                    # it cannot be left, and takes no longer than its limit
+                    with trio.CancelScope(shield=True):
                         latencies = await toucher.latencies()
                     os.eventfd_write(stop, 1)
                 return latencies
@@ -174,15 +193,24 @@ class _Measure:
                 toucher.join()
                 os.close(stop)
 
-    async def _pulled(self, background: str, pick: random.Random, result: FaultResult) -> array[int]:
+    async def _pulled(
+        self, background: str, pick: random.Random, result: FaultResult
+    ) -> array[int]:
         options = self._options
         await trio.to_thread.run_sync(bench_claim_memory, self._size)
         memory = OwnMemory(options.memory)
         toucher: Toucher | None = None
         try:
-            async with pull(self._uri, memory, background=background, lane=options.lane, prefetch=options.prefetch) as transfer:
+            async with pull(
+                self._uri,
+                memory,
+                background=background,
+                lane=options.lane,
+                prefetch=options.prefetch,
+            ) as transfer:
                 self._check(transfer, result)
-                # The background goes from the first page to the last. What it reaches last it leaves to us longest.
+                # The background goes from the first page to the last. What it reaches last it
+                # leaves to us longest.
                 first = 0 if background == "off" else transfer.region.pages // 2
                 pages = self._pages(pick, first)
                 toucher = Toucher(self._touch(transfer, memory.address, pages, result.threads))
@@ -196,7 +224,9 @@ class _Measure:
             memory.close()
         raise AssertionError("the transfer was cancelled by nobody")
 
-    def _without_first(self, pages: Sequence[int], latencies: array[int], result: FaultResult) -> array[int]:
+    def _without_first(
+        self, pages: Sequence[int], latencies: array[int], result: FaultResult
+    ) -> array[int]:
         """Of one thread, which has touched ``pages`` in turn."""
         first, others, seen = array("Q"), array("Q"), set[int]()
         for page, latency in zip(pages, latencies, strict=False):
@@ -206,9 +236,13 @@ class _Measure:
         result.first.add(first)
         return others
 
-    def _touch(self, transfer: Transfer, address: int, pages: Sequence[int], threads: int) -> Callable[[], array[int]]:
+    def _touch(
+        self, transfer: Transfer, address: int, pages: Sequence[int], threads: int
+    ) -> Callable[[], array[int]]:
         shared_fd = transfer.filling.residency.shared.fd
-        return lambda: bench_touch(address, self._page_size, pages, threads, LIMIT_SECONDS, shared_fd)
+        return lambda: bench_touch(
+            address, self._page_size, pages, threads, LIMIT_SECONDS, shared_fd
+        )
 
     def _check(self, transfer: Transfer, result: FaultResult) -> None:
         if transfer.region.size != self._size:
@@ -235,13 +269,17 @@ async def _kept_busy() -> AsyncIterator[None]:
 
 
 @contextmanager
-def _bare_memory(kind: MemoryKind, size: int, page_size: int) -> Iterator[tuple[_native.Mapped, Userfaultfd]]:
+def _bare_memory(
+    kind: MemoryKind, size: int, page_size: int
+) -> Iterator[tuple[_native.Mapped, Userfaultfd]]:
     """Memory of that kind in which everything is missing, and its userfaultfd."""
     fd = -1
     uffd = Userfaultfd.open()
     try:
         if kind != "anonymous":
-            fd = os.memfd_create("pagenet-floor", os.MFD_CLOEXEC | (os.MFD_HUGETLB if kind == "hugetlb" else 0))
+            fd = os.memfd_create(
+                "pagenet-floor", os.MFD_CLOEXEC | (os.MFD_HUGETLB if kind == "hugetlb" else 0)
+            )
             os.ftruncate(fd, size)
         memory = _native.Mapped(size, fd, alignment=page_size)
     except OSError as error:
@@ -259,7 +297,8 @@ def _bare_memory(kind: MemoryKind, size: int, page_size: int) -> Iterator[tuple[
 
 
 async def _answer(uffd: Userfaultfd, peer: int, stop: int, page_size: int) -> None:
-    """The bare handler. When it ends nobody waits for it any more: with the userfaultfd, the memory's pages become zeros."""
+    """The bare handler. When it ends nobody waits for it any more: with the userfaultfd, the
+    memory's pages become zeros."""
     try:
         await trio.to_thread.run_sync(bench_fault_floor, uffd.fd, peer, stop, page_size)
     except OSError as error:

@@ -1,8 +1,8 @@
 """How long an honest destination waits for a page while another peer of the same source attacks it.
 
-Pages are asked for one at a time on a demand lane, by a blocking socket in a process that does nothing else: alone, and
-beside each attack in turn. The attacker is a process of its own, niced: an attack comes over the network, and here they share
-processors.
+Pages are asked for one at a time on a demand lane, by a blocking socket in a process that does
+nothing else: alone, and beside each attack in turn. The attacker is a process of its own, niced: an
+attack comes over the network, and here they share processors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MOST_BESIDE = 3.0
 
 @dataclass(frozen=True, slots=True)
 class HostileOptions:
-    """``pages``: asked for in each round, alone and beside each attack; ``size``: bytes of the source."""
+    """``pages``: asked for in each round, alone and beside each attack; ``size``: bytes of the
+    source."""
 
     rounds: int = 5
     pages: int = 4000
@@ -56,7 +57,10 @@ async def measure_hostile(options: HostileOptions) -> list[HostileResult]:
     with Source(options.size) as source:
         for number in range(options.rounds):
             for result in results:
-                async with served(source.spec, "tcp", "native") as server, _attacked(result.attack, server.uri):
+                async with (
+                    served(source.spec, "tcp", "native") as server,
+                    _attacked(result.attack, server.uri),
+                ):
                     order = random.Random(number)
                     pages = [order.randrange(options.size // PAGE) for _ in range(options.pages)]
                     result.latencies.add(await _ask_for(server.uri, pages))

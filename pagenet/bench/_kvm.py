@@ -10,8 +10,9 @@ from ..errors import Unsupported
 __all__ = ["QEMU", "find_kvm_cpu"]
 
 QEMU = "qemu-system-x86_64"
-# On an AMD host whose own hypervisor invents IA32_ARCH_CAPABILITIES, KVM offers that register and refuses to set it, and
-# QEMU aborts. A guest that is not shown the register needs it no more than any other does on AMD.
+# On an AMD host whose own hypervisor invents IA32_ARCH_CAPABILITIES, KVM offers that register and
+# refuses to set it, and QEMU aborts. A guest that is not shown the register needs it no more than
+# any other does on AMD.
 _PROCESSORS = ("host", "host,-arch-capabilities")
 # Starting takes QEMU a fraction of a second; whoever takes longer hangs.
 _PATIENCE = 60
@@ -19,7 +20,8 @@ _PATIENCE = 60
 
 @functools.cache
 def find_kvm_cpu() -> str:
-    """QEMU's ``-cpu`` for a guest under KVM that may use all that this host's KVM offers. QEMU is started to find out, once.
+    """QEMU's ``-cpu`` for a guest under KVM that may use all that this host's KVM offers. QEMU is
+    started to find out, once.
 
     :exc:`Unsupported`, with what QEMU says, if no guest can run under KVM here.
     """
@@ -33,11 +35,28 @@ def find_kvm_cpu() -> str:
 
 
 def _complaint(processor: str) -> str | None:
-    """Why QEMU does not start with that processor; None if it does. The machine is made whole, and never runs."""
-    command = [QEMU, "-nodefaults", "-accel", "kvm", "-cpu", processor, "-m", "8M", "-display", "none", "-S"]
+    """Why QEMU does not start with that processor; None if it does. The machine is made whole, and
+    never runs."""
+    command = [
+        QEMU,
+        "-nodefaults",
+        "-accel",
+        "kvm",
+        "-cpu",
+        processor,
+        "-m",
+        "8M",
+        "-display",
+        "none",
+        "-S",
+    ]
     try:
         done = subprocess.run(
-            [*command, "-monitor", "stdio"], input="quit\n", capture_output=True, text=True, timeout=_PATIENCE
+            [*command, "-monitor", "stdio"],
+            input="quit\n",
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
         )
     except FileNotFoundError:
         return f"{QEMU} is not installed"

@@ -1,4 +1,5 @@
-"""What the machinery costs by itself, with nothing behind it: the books, the protocol, and a transfer of no bytes."""
+"""What the machinery costs by itself, with nothing behind it: the books, the protocol, and a
+transfer of no bytes."""
 
 from __future__ import annotations
 
@@ -75,7 +76,13 @@ async def measure_null(pages: int = 1 << 15, rounds: int = 3) -> list[NullResult
     with Residency(2 * _RUNS) as scattered:
         for page in range(0, 2 * _RUNS, 2):
             scattered.set(Run(page, 1), State.RESIDENT)
-        work.append(("the same, in a million runs", "faults", lambda: _rank(_region(2 * _RUNS), scattered, pages, 1)))
+        work.append(
+            (
+                "the same, in a million runs",
+                "faults",
+                lambda: _rank(_region(2 * _RUNS), scattered, pages, 1),
+            )
+        )
         for name, unit, run in work:
             seconds = []
             for _ in range(rounds):
@@ -94,7 +101,11 @@ def _claim_in_c(pages: int) -> int:
 
 
 def _claim_in_python(pages: int) -> int:
-    steps = [(State.MISSING, State.REQUESTED), (State.REQUESTED, State.PLACING), (State.PLACING, State.RESIDENT)]
+    steps = [
+        (State.MISSING, State.REQUESTED),
+        (State.REQUESTED, State.PLACING),
+        (State.PLACING, State.RESIDENT),
+    ]
     with Residency(pages) as residency:
         return sum(residency.claim(Run(page, 1), *step) for page in range(pages) for step in steps)
 
@@ -134,14 +145,20 @@ def _replies(pages: int) -> int:
     outstanding = OutstandingRequests(_region(pages))
     for page in range(pages):
         request = outstanding.open(Class.DEMAND, Run(page, 1))
-        outstanding.reply(Reply(request.request_id, Class.DEMAND, Encoding.ZERO, request.run, 0).encode())
+        outstanding.reply(
+            Reply(request.request_id, Class.DEMAND, Encoding.ZERO, request.run, 0).encode()
+        )
     return pages
 
 
 def _hellos(count: int) -> int:
     decoder, region = MessageDecoder(), _region(1)
     for _ in range(count):
-        decoder.feed(encode_message(Hello(Role.SOURCE, Channel.CONTROL, bytes(16), identity=bytes(16), region=region)))
+        decoder.feed(
+            encode_message(
+                Hello(Role.SOURCE, Channel.CONTROL, bytes(16), identity=bytes(16), region=region)
+            )
+        )
         assert decoder.next() is not None
     return count
 
@@ -220,7 +237,8 @@ class _NullMemory:
 
 
 async def _transfer(pages: int, rounds: int) -> NullResult:
-    """Zero pages through Trio lanes, over connections within this process: sessions, requests, replies, books."""
+    """Zero pages through Trio lanes, over connections within this process: sessions, requests,
+    replies, books."""
     transport.register(_SCHEME, MemoryTransport(capacity=1 << 20))
     source = Source([("null", _NullPiece(pages * mmap.PAGESIZE))])
     seconds = []

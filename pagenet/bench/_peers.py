@@ -47,7 +47,9 @@ class MemoryFile:
             self._fill()
         except OSError as error:
             self.close()
-            raise UsageError(f"cannot make {size} bytes of memory to move: {error.strerror}") from None
+            raise UsageError(
+                f"cannot make {size} bytes of memory to move: {error.strerror}"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -74,7 +76,8 @@ class MemoryFile:
 
 
 class Source(MemoryFile):
-    """Memory in which no two words of a page are alike, and one page in ``zero_every`` is zero (0: none)."""
+    """Memory in which no two words of a page are alike, and one page in ``zero_every`` is zero (0:
+    none)."""
 
     def __init__(self, size: int, zero_every: int = 0) -> None:
         self.zero_every = zero_every
@@ -85,7 +88,9 @@ class Source(MemoryFile):
 
     def differs(self, address: int) -> int:
         """Pages at ``address`` that are not what they should be. Call it in a thread."""
-        return pattern_differs(address, self.size // mmap.PAGESIZE, mmap.PAGESIZE, 0, self.zero_every)
+        return pattern_differs(
+            address, self.size // mmap.PAGESIZE, mmap.PAGESIZE, 0, self.zero_every
+        )
 
 
 class Child:
@@ -96,12 +101,15 @@ class Child:
         self._errors = errors
 
     async def first_line(self) -> str:
-        """What it says first. :exc:`PagenetError`, with the last of its complaints, if it ends instead."""
+        """What it says first. :exc:`PagenetError`, with the last of its complaints, if it ends
+        instead."""
         assert self.process.stdout is not None
         line = bytearray()
         while not line.endswith(b"\n"):
             if not (more := await self.process.stdout.receive_some()):
-                raise PagenetError(f"a process that the bench started ended at once{self._complaint()}")
+                raise PagenetError(
+                    f"a process that the bench started ended at once{self._complaint()}"
+                )
             line += more
         return line.decode()
 
@@ -116,7 +124,11 @@ async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncItera
     """A process, for as long as the block runs."""
     with tempfile.TemporaryFile() as errors:
         process = await trio.lowlevel.open_process(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, pass_fds=fds
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            pass_fds=fds,
         )
         try:
             yield Child(process, errors)
@@ -136,17 +148,27 @@ class Served(NamedTuple):
 
 @asynccontextmanager
 async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Served]:
-    """``pagenet-serve`` of ``spec``, for as long as the block runs. :exc:`UsageError` if it refuses."""
+    """``pagenet-serve`` of ``spec``, for as long as the block runs. :exc:`UsageError` if it
+    refuses."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory:
-        listen = f"unix:{Path(directory) / 'source'}" if transport == "unix" else f"{transport}://127.0.0.1:0"
+        listen = (
+            f"unix:{Path(directory) / 'source'}"
+            if transport == "unix"
+            else f"{transport}://127.0.0.1:0"
+        )
         async with served_at(listen, spec, "--lane", lane) as server:
             yield server
 
 
 @asynccontextmanager
-async def served_at(listen: str, spec: str, *options: str, inside: Sequence[str] = ()) -> AsyncIterator[Served]:
+async def served_at(
+    listen: str, spec: str, *options: str, inside: Sequence[str] = ()
+) -> AsyncIterator[Served]:
     """The same, where and how the caller wants it; ``inside``: what comes before its command."""
-    command = [*inside, *module_command("pagenet.cli.serve", spec, "--listen", listen, *options, "--json")]
+    command = [
+        *inside,
+        *module_command("pagenet.cli.serve", spec, "--listen", listen, *options, "--json"),
+    ]
     async with running(command) as server:
         event = json.loads(await server.first_line())
         if event["event"] != "listening":
@@ -181,7 +203,9 @@ def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]
 
 
 @asynccontextmanager
-async def connected_peer(transport: str, role: str, *numbers: int, fds: Sequence[int] = ()) -> AsyncIterator[socket.socket]:
+async def connected_peer(
+    transport: str, role: str, *numbers: int, fds: Sequence[int] = ()
+) -> AsyncIterator[socket.socket]:
     """A peer of a floor (:mod:`.peer`), and the socket to talk to it over."""
     with socket_pair(transport) as (ours, theirs):
         command = peer_command(role, theirs.fileno(), *numbers)

@@ -70,7 +70,9 @@ def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
     """With one legend, that of ``panel``, for all."""
     figure.suptitle(title, fontsize=11)
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+    )
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=path.suffix[1:])
     with _plot_file(path) as file:
@@ -80,7 +82,12 @@ def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
 
 def _ranks(count: int) -> list[int]:
     """Enough of the ranks for a smooth curve over the nines: a file need not hold every touch."""
-    return sorted({min(count - 1, round(count * (1 - count ** (-step / _POINTS)))) for step in range(_POINTS + 1)})
+    return sorted(
+        {
+            min(count - 1, round(count * (1 - count ** (-step / _POINTS))))
+            for step in range(_POINTS + 1)
+        }
+    )
 
 
 def _draw(panel: Axes, result: FaultResult) -> None:
@@ -100,7 +107,10 @@ def _draw(panel: Axes, result: FaultResult) -> None:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_ylim(1.3, 0.8e-4)
-    panel.set_yticks([1 - share for share in _SHARES], [f"{share:.2%}".rstrip("0%").rstrip(".") + " %" for share in _SHARES])
+    panel.set_yticks(
+        [1 - share for share in _SHARES],
+        [f"{share:.2%}".rstrip("0%").rstrip(".") + " %" for share in _SHARES],
+    )
     panel.minorticks_off()
     panel.xaxis.set_major_formatter(EngFormatter("s"))
     panel.set_xlabel("touch to resume")
@@ -110,16 +120,25 @@ def _draw(panel: Axes, result: FaultResult) -> None:
 
 # ---- a guest that moves ----
 
-_METHOD_COLORS = {"precopy": "0.7", "postcopy": "#e69f00", "preempt": "#d55e00", "pagenet": "#0072b2", "attach": "#56b4e9"}
+_METHOD_COLORS = {
+    "precopy": "0.7",
+    "postcopy": "#e69f00",
+    "preempt": "#d55e00",
+    "pagenet": "#0072b2",
+    "attach": "#56b4e9",
+}
 _BIN_SECONDS = 0.1
 _BEFORE_SECONDS = 1.0
 # What comes later is nothing but a precopy that does not converge.
 _MAX_SECONDS = 60.0
 
 
-def plot_work(path: Path, results: Sequence[QemuResult], names: Mapping[str, str], title: str) -> None:
-    """One panel for each size of RAM, and one curve for each method, called by its name: of the round with the median of the
-    longest gaps. A dot marks where the guest went on at the destination."""
+def plot_work(
+    path: Path, results: Sequence[QemuResult], names: Mapping[str, str], title: str
+) -> None:
+    """One panel for each size of RAM, and one curve for each method, called by its name: of the
+    round with the median of the longest gaps. A dot marks where the guest went on at the
+    destination."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -136,18 +155,30 @@ def plot_work(path: Path, results: Sequence[QemuResult], names: Mapping[str, str
         panel.set_ylim(bottom=0)
         panel.grid(color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("seconds since QEMU was told to migrate; the dot: the guest goes on at the destination")
+    panels[-1].set_xlabel(
+        "seconds since QEMU was told to migrate; the dot: the guest goes on at the destination"
+    )
     save_figure(figure, path, title, panels[0])
 
 
 def _draw_work(panel: Axes, migration: Migration, name: str) -> None:
     story, began = migration.story, migration.began
     last = min(_MAX_SECONDS, story.beats[-1].time - began)
-    edges = [number * _BIN_SECONDS for number in range(round(-_BEFORE_SECONDS / _BIN_SECONDS), int(last / _BIN_SECONDS) + 1)]
+    edges = [
+        number * _BIN_SECONDS
+        for number in range(round(-_BEFORE_SECONDS / _BIN_SECONDS), int(last / _BIN_SECONDS) + 1)
+    ]
     written = [story.writes_at(began + edge) for edge in edges]
     work = [after - before for before, after in pairwise(written)]
     color = _METHOD_COLORS[migration.method]
     panel.plot(edges[1:], work, label=name, color=color, linewidth=1.2)
     if migration.resumed is not None:
         place = int((migration.resumed - began - edges[0]) / _BIN_SECONDS)
-        panel.plot([edges[place + 1]], [work[place]], marker="o", color=color, markersize=6, linestyle="none")
+        panel.plot(
+            [edges[place + 1]],
+            [work[place]],
+            marker="o",
+            color=color,
+            markersize=6,
+            linestyle="none",
+        )

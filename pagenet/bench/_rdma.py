@@ -1,9 +1,11 @@
-"""Pages over RDMA beside what perftest measures of the same device: ib_read_lat and ib_read_bw, run in turn with ours.
+"""Pages over RDMA beside what perftest measures of the same device: ib_read_lat and ib_read_bw, run
+in turn with ours.
 
-Both sides are on this host. READs of perftest's sleep until they are done, as ours do on a few processors. The floor of a fault
-is one READ of a page, and a fault answered by a bare loop in C with the page at hand. perftest registers memory and joins queue
-pairs before its clock starts: so faults that wait for a chunk's key first are counted apart, and the background's clock starts
-when a first page has come.
+Both sides are on this host. READs of perftest's sleep until they are done, as ours do on a few
+processors. The floor of a fault is one READ of a page, and a fault answered by a bare loop in C
+with the page at hand. perftest registers memory and joins queue pairs before its clock starts: so
+faults that wait for a chunk's key first are counted apart, and the background's clock starts when a
+first page has come.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class RdmaOptions:
 
 @dataclass(slots=True)
 class RdmaResult:
-    """Medians of the rounds. Latencies in us, rates in 10^9 bytes a second, ``set_up`` in seconds, ``source_cpu`` in seconds of
-    user and of system time for ``size`` bytes by transport."""
+    """Medians of the rounds. Latencies in us, rates in 10^9 bytes a second, ``set_up`` in seconds,
+    ``source_cpu`` in seconds of user and of system time for ``size`` bytes by transport."""
 
     path: str = ""
     size: int = 0
@@ -81,10 +83,18 @@ async def measure_rdma(options: RdmaOptions) -> RdmaResult:
     path = default_path()
     result = RdmaResult(str(path), options.size)
     fault = FaultOptions(
-        threads=(1,), touches=options.touches, size=options.size, transport="rdma", rounds=1, only_idle=True, area=CHUNK_SIZE
+        threads=(1,),
+        touches=options.touches,
+        size=options.size,
+        transport="rdma",
+        rounds=1,
+        only_idle=True,
+        area=CHUNK_SIZE,
     )
     for _ in range(options.rounds):
-        result.read_lat.append(await _perftest("ib_read_lat", path.device, path.gid_index, PAGE, 1000, column=4))
+        result.read_lat.append(
+            await _perftest("ib_read_lat", path.device, path.gid_index, PAGE, 1000, column=4)
+        )
         [faults] = await measure_faults(fault)
         result.faults.floor_local.rounds += faults.floor_local.rounds
         result.faults.idle.rounds += faults.idle.rounds
@@ -102,16 +112,34 @@ async def measure_rdma(options: RdmaOptions) -> RdmaResult:
     return result
 
 
-async def _perftest(program: str, device: str, gid: int, size: int, iterations: int, column: int) -> float:
+async def _perftest(
+    program: str, device: str, gid: int, size: int, iterations: int, column: int
+) -> float:
     """One run against itself: a figure of its last line."""
     with socket.socket() as probe:  # a port that is free now
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [program, "-d", device, "-x", str(gid), "-s", str(size), "-n", str(iterations), "-F", "-e", "-p", str(port)]
+    command = [
+        program,
+        "-d",
+        device,
+        "-x",
+        str(gid),
+        "-s",
+        str(size),
+        "-n",
+        str(iterations),
+        "-F",
+        "-e",
+        "-p",
+        str(port),
+    ]
     try:
         async with running(command):
             for _ in range(100):  # the server says nothing when it is ready
-                done = await trio.run_process([*command, "127.0.0.1"], capture_stdout=True, capture_stderr=True, check=False)
+                done = await trio.run_process(
+                    [*command, "127.0.0.1"], capture_stdout=True, capture_stderr=True, check=False
+                )
                 if done.returncode == 0:
                     return _last_figure(done.stdout.decode(), column)
                 await trio.sleep(0.1)
@@ -139,16 +167,20 @@ class _Pulled(NamedTuple):
     cpu: tuple[float, float]
 
 
-async def _pull_all(size: int, transport: Literal["rdma", "tcp"], allocate: bool = False) -> _Pulled:
-    """All of it in the background, into shared memory, which with ``allocate`` has its pages before: from when a first page has
-    come."""
+async def _pull_all(
+    size: int, transport: Literal["rdma", "tcp"], allocate: bool = False
+) -> _Pulled:
+    """All of it in the background, into shared memory, which with ``allocate`` has its pages
+    before: from when a first page has come."""
     with Source(size) as source:
         async with served(source.spec, transport, "native") as serving:
             memory = OwnMemory("memfd", allocate=allocate)
             try:
                 pulled = await _pull_from(serving, memory)
                 if bad := await trio.to_thread.run_sync(source.differs, memory.address):
-                    raise PagenetError(f"{bad} pages are not what they should be after a transfer over {transport}")
+                    raise PagenetError(
+                        f"{bad} pages are not what they should be after a transfer over {transport}"
+                    )
             finally:
                 memory.close()
     return pulled

@@ -1,8 +1,9 @@
 """What grows with the memory: how long a touch waits, and what the two daemons need for each page.
 
-The memory is sparse, with bytes in the pages that are touched alone: it may be larger than the host's. A first transfer,
-with the background off, is touched as in :mod:`._fault`, each size in turn. A second one is completed, and both processes are
-asked how much memory they hold that is no page of the region.
+The memory is sparse, with bytes in the pages that are touched alone: it may be larger than the
+host's. A first transfer, with the background off, is touched as in :mod:`._fault`, each size in
+turn. A second one is completed, and both processes are asked how much memory they hold that is no
+page of the region.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _LIMIT_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ScaleOptions:
-    """``sizes``: bytes. ``touches``: pages that are touched in each round, and that are not zero."""
+    """``sizes``: bytes. ``touches``: pages that are touched in each round, and that are not
+    zero."""
 
     lane: LaneKind = "native"
     sizes: Sequence[int] = (256 << 20, 8 << 30)
@@ -45,8 +47,8 @@ class ScaleOptions:
 
 @dataclass(slots=True)
 class ScaleResult:
-    """``source_bytes``, ``destination_bytes``: by how much the two processes had grown at the end of a complete transfer, the
-    pages that were moved left out."""
+    """``source_bytes``, ``destination_bytes``: by how much the two processes had grown at the end
+    of a complete transfer, the pages that were moved left out."""
 
     size: int
     latencies: Sample = field(default_factory=Sample)
@@ -78,7 +80,9 @@ class _Source:
     pages: Sequence[int]
 
 
-async def _sparse_source(result: ScaleResult, options: ScaleOptions, stack: AsyncExitStack) -> _Source:
+async def _sparse_source(
+    result: ScaleResult, options: ScaleOptions, stack: AsyncExitStack
+) -> _Source:
     if result.size % mmap.PAGESIZE or not result.size:
         raise UsageError(f"{result.size} bytes is not a whole number of pages")
     pages = random.Random(0).sample(range(result.pages), min(options.touches, result.pages))
@@ -88,7 +92,9 @@ async def _sparse_source(result: ScaleResult, options: ScaleOptions, stack: Asyn
     for page in pages:
         os.pwrite(fd, os.urandom(mmap.PAGESIZE), page * mmap.PAGESIZE)
     spec = f"/proc/{os.getpid()}/fd/{fd}"
-    return _Source(await stack.enter_async_context(served(spec, options.transport, options.lane)), pages)
+    return _Source(
+        await stack.enter_async_context(served(spec, options.transport, options.lane)), pages
+    )
 
 
 async def _touch(source: Served, pages: Sequence[int], options: ScaleOptions) -> array[int]:
@@ -96,7 +102,9 @@ async def _touch(source: Served, pages: Sequence[int], options: ScaleOptions) ->
     with ExitStack() as stack:
         stack.callback(memory.close)
         async with pull(source.uri, memory, background="off", lane=options.lane, prefetch=(0, 0)):
-            toucher = Toucher(lambda: bench_touch(memory.address, mmap.PAGESIZE, pages, 1, _LIMIT_SECONDS))
+            toucher = Toucher(
+                lambda: bench_touch(memory.address, mmap.PAGESIZE, pages, 1, _LIMIT_SECONDS)
+            )
             stack.callback(toucher.join)
             return await toucher.latencies()
     raise AssertionError("the transfer was cancelled by nobody")
@@ -116,6 +124,9 @@ async def _weigh(source: _Source, result: ScaleResult, options: ScaleOptions) ->
 
 
 def _held_by(pid: int) -> int:
-    """Bytes of memory that are the process's own: private, and of shared memory what it has mapped (the map of pages)."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    """Bytes of memory that are the process's own: private, and of shared memory what it has mapped
+    (the map of pages)."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))

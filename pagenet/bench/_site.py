@@ -1,7 +1,8 @@
 """Where guests move: network namespaces joined by a link, and processes in them.
 
-Nothing has a name that could stay behind: a namespace lives as long as the process that holds it, which ends with the bench,
-and so does the one that then kills the machines and removes their RAM, should the bench itself be killed.
+Nothing has a name that could stay behind: a namespace lives as long as the process that holds it,
+which ends with the bench, and so does the one that then kills the machines and removes their RAM,
+should the bench itself be killed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,24 @@ from ..children import module_command
 from ..errors import PagenetError, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
 
-__all__ = ["Daemon", "Line", "Link", "Site", "Words", "check_tools", "inside", "killing", "open_link", "open_site"]
+__all__ = [
+    "Daemon",
+    "Line",
+    "Link",
+    "Site",
+    "Words",
+    "check_tools",
+    "inside",
+    "killing",
+    "open_link",
+    "open_site",
+]
 
 T = TypeVar("T")
 
 _SOURCE, _DESTINATION = "10.0.0.1", "10.0.0.2"
-# Bytes that may leave at once, and ms of them that may queue behind: what a switch's port would hold.
+# Bytes that may leave at once, and ms of them that may queue behind: what a switch's port would
+# hold.
 _BURST = 256 << 10
 _QUEUE_MS = 8
 # A daemon that was told to end has this long: it has a socket and a directory of its own to remove.
@@ -42,8 +55,10 @@ _END_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """``source``, ``destination``: processes that live in the two network namespaces. ``address``: the destination's.
-    ``rate``: Mbit/s in each direction; None: both are in one namespace, and its loopback is the link."""
+    """``source``, ``destination``: processes that live in the two network namespaces. ``address``:
+    the destination's. ``rate``: Mbit/s in each direction; None: both are in one namespace, and its
+    loopback is the link.
+    """
 
     source: int
     destination: int
@@ -57,7 +72,8 @@ class Link:
             name, _, figures = line.partition(":")
             if name.strip() == self.interface:
                 received, sent = int(figures.split()[0]), int(figures.split()[8])
-                return sent if self.rate is None else received + sent  # over loopback, what is sent is what is received
+                # over loopback, what is sent is what is received
+                return sent if self.rate is None else received + sent
         raise PagenetError(f"the interface {self.interface} has gone")
 
 
@@ -70,7 +86,8 @@ def check_tools(*tools: str) -> None:
 
 @asynccontextmanager
 async def open_link(rate: int | None) -> AsyncIterator[Link]:
-    """Two network namespaces joined by a link of ``rate`` Mbit/s, or (None) one with a loopback as fast as the host is.
+    """Two network namespaces joined by a link of ``rate`` Mbit/s, or (None) one with a loopback as
+    fast as the host is.
 
     :exc:`Unsupported` without the right to make them, or in a kernel that cannot limit a link.
     """
@@ -89,7 +106,9 @@ async def open_link(rate: int | None) -> AsyncIterator[Link]:
         for pid, address in ((source, _SOURCE), (destination, _DESTINATION)):
             await _configure(pid, f"ip address add {address}/24 dev link0")
             await _configure(pid, "ip link set link0 up")
-            await _configure(pid, f"tc qdisc add dev link0 root tbf rate {rate}mbit burst {_BURST} limit {queue}")
+            await _configure(
+                pid, f"tc qdisc add dev link0 root tbf rate {rate}mbit burst {_BURST} limit {queue}"
+            )
         yield Link(source, destination, _DESTINATION, "link0", rate)
 
 
@@ -176,8 +195,8 @@ class Words:
         news.set()
 
     async def wait(self, find: Callable[[], T], what: str, patience: float) -> T:
-        """What ``find`` finds, which is asked whenever something was said. :exc:`PagenetError` if that never is, or if it takes
-        more than ``patience`` seconds."""
+        """What ``find`` finds, which is asked whenever something was said. :exc:`PagenetError` if
+        that never is, or if it takes more than ``patience`` seconds."""
         with trio.move_on_after(patience):
             while not (found := find()):
                 if self.has_ended:
@@ -206,11 +225,17 @@ class Daemon(Words):
 
     async def event(self, name: str, patience: float) -> tuple[float, dict[str, Any]]:
         """The first event of that name, and when it was said."""
-        found = await self.wait(lambda: [event for event in self._events if event[1].get("event") == name], name, patience)
+        found = await self.wait(
+            lambda: [event for event in self._events if event[1].get("event") == name],
+            name,
+            patience,
+        )
         return found[0]
 
     def complaint(self) -> str:
-        told = [line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()]
+        told = [
+            line for line in self._errors.read_text(errors="replace").splitlines() if line.strip()
+        ]
         return f": {told[-1]}" if told else ""
 
 
@@ -218,9 +243,12 @@ class Daemon(Words):
 
 
 class Site:
-    """A link, a directory in memory, and the processes that are started there. Made by :func:`open_site`."""
+    """A link, a directory in memory, and the processes that are started there. Made by
+    :func:`open_site`."""
 
-    def __init__(self, directory: Path, link: Link, nursery: trio.Nursery, undertaker: trio.Process) -> None:
+    def __init__(
+        self, directory: Path, link: Link, nursery: trio.Nursery, undertaker: trio.Process
+    ) -> None:
         self.directory = directory
         self.link = link
         self._nursery = nursery
@@ -238,8 +266,8 @@ class Site:
     async def running(
         self, command: Sequence[str], name: str, at: int, output: int, end: int = signal.SIGTERM
     ) -> AsyncIterator[trio.Process]:
-        """``command`` in the namespace of the process ``at``, until the block ends, and ``end`` it. It complains into
-        :meth:`errors`."""
+        """``command`` in the namespace of the process ``at``, until the block ends, and ``end`` it.
+        It complains into :meth:`errors`."""
         with self.errors(name).open("ab") as errors:
             process = await trio.lowlevel.open_process(
                 [*inside(at), *command],
@@ -278,14 +306,19 @@ class Site:
 
 @asynccontextmanager
 async def open_site(link: Link) -> AsyncIterator[Site]:
-    with tempfile.TemporaryDirectory(prefix="pagenet-bench-", dir="/dev/shm", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="pagenet-bench-", dir="/dev/shm", ignore_cleanup_errors=True
+    ) as directory:
         async with _undertaker(directory) as undertaker, open_failing_nursery() as nursery:
             yield Site(Path(directory), link, nursery, undertaker)
             nursery.cancel_scope.cancel()
 
 
 # Told a pid a line; at the end of its input all of them have to go, and the directory.
-_UNDERTAKER = 'while read -r pid; do set -- "$@" "$pid"; done; [ $# = 0 ] || kill -KILL "$@" 2>/dev/null; rm -rf "$0"'
+_UNDERTAKER = (
+    'while read -r pid; do set -- "$@" "$pid"; done; [ $# = 0 ] || kill -KILL "$@" 2>/dev/null; rm'
+    ' -rf "$0"'
+)
 
 
 @asynccontextmanager
@@ -298,14 +331,17 @@ async def _undertaker(directory: str) -> AsyncIterator[trio.Process]:
         yield process
     finally:
         with trio.CancelScope(shield=True):
-            process.kill()  # before its input ends: what it knows has ended already, and the numbers may be others' by now
+            # before its input ends: what it knows has ended already, and the numbers may be others'
+            # by now
+            process.kill()
             await process.wait()
             await process.stdin.aclose()
 
 
 @asynccontextmanager
 async def killing(pid: int) -> AsyncIterator[int]:
-    """That process, which need not be our child, is killed when the block ends, and has ended then. Its pidfd."""
+    """That process, which need not be our child, is killed when the block ends, and has ended then.
+    Its pidfd."""
     pidfd = os.pidfd_open(pid)
     try:
         yield pidfd
@@ -315,4 +351,3 @@ async def killing(pid: int) -> AsyncIterator[int]:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             await trio.lowlevel.wait_readable(pidfd)
         os.close(pidfd)
-

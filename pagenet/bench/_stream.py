@@ -1,9 +1,11 @@
-"""How fast the background brings what nobody touches, by how pages get into place and where they come from.
+"""How fast the background brings what nobody touches, by how pages get into place and where they
+come from.
 
-The clock runs from the moment the lanes start until the last page is in place. Afterwards every page is compared with what it
-should be. The floors are bare loops in C in two processes: the bytes alone (send, and recv into one buffer), and the same with
-each chunk put in place by COPY, or received in place and put there by CONTINUE; and memcpy between two buffers that are in
-memory already.
+The clock runs from the moment the lanes start until the last page is in place. Afterwards every
+page is compared with what it should be. The floors are bare loops in C in two processes: the bytes
+alone (send, and recv into one buffer), and the same with each chunk put in place by COPY, or
+received in place and put there by CONTINUE; and memcpy between two buffers that are in memory
+already.
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ _MEMCPY_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """``chunk``: bytes sent at a time by the floors, and asked for by us. ``lanes``: connections for the background, each
-    number in turn. ``zero_every``: one page in so many is zero in a further
-    run of each placement (0: no such run). ``uri``: a peer to measure instead of one that is started here; ``floors``: the
-    ``pagenet-bench peer`` beside it, for the floors of a socket."""
+    """``chunk``: bytes sent at a time by the floors, and asked for by us. ``lanes``: connections
+    for the background, each number in turn. ``zero_every``: one page in so many is zero in a
+    further run of each placement (0: no such run). ``uri``: a peer to measure instead of one that
+    is started here; ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a
+    socket."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
@@ -90,7 +93,8 @@ class StreamResult:
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """One row: a source to pull from, and a placement. ``source`` None: nobody here knows what it holds."""
+    """One row: a source to pull from, and a placement. ``source`` None: nobody here knows what it
+    holds."""
 
     result: StreamResult
     uri: str
@@ -98,14 +102,20 @@ class _Variant:
 
 
 async def measure_streams(options: StreamOptions, on_event: EventHandler) -> list[StreamResult]:
-    """The floors, then every placement from every source. Event: ``skipped``, of a source that cannot be had here."""
+    """The floors, then every placement from every source. Event: ``skipped``, of a source that
+    cannot be had here."""
     async with AsyncExitStack() as stack:
         if options.uri is not None:
             variants = [_Variant(result, options.uri, None) for result in _results(options, "peer")]
-            floors = _Floors(options, None if options.floors is None else partial(_far_sender, options.floors))
+            floors = _Floors(
+                options, None if options.floors is None else partial(_far_sender, options.floors)
+            )
         else:
             if (needed := 5 * options.size) > available_memory():
-                raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+                raise UsageError(
+                    f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are"
+                    " available"
+                )
             source = stack.enter_context(Source(options.size))
             variants = [
                 _Variant(result, uri, source)
@@ -115,10 +125,18 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
             ]
             if options.zero_every:
                 zeros = stack.enter_context(Source(options.size, options.zero_every))
-                uri = (await stack.enter_async_context(served(zeros.spec, options.transport, options.lane))).uri
+                uri = (
+                    await stack.enter_async_context(
+                        served(zeros.spec, options.transport, options.lane)
+                    )
+                ).uri
                 share = 1 / options.zero_every
-                variants += [_Variant(result, uri, zeros) for result in _results(options, "file", share)]
-            sender = await stack.enter_async_context(connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd]))
+                variants += [
+                    _Variant(result, uri, zeros) for result in _results(options, "file", share)
+                ]
+            sender = await stack.enter_async_context(
+                connected_peer("unix", "bytes", source.fd, source.size, fds=[source.fd])
+            )
             if await trio.to_thread.run_sync(sender.recv, len(READY)) != READY:
                 raise PagenetError("the floor's sender ended at once")
             floors = _Floors(options, partial(_near_sender, sender, options.transport))
@@ -131,7 +149,11 @@ async def measure_streams(options: StreamOptions, on_event: EventHandler) -> lis
 
 
 def _results(options: StreamOptions, source: str, zero_share: float = 0.0) -> list[StreamResult]:
-    return [StreamResult(name, source, lanes, zero_share) for lanes in options.lanes for name in options.placements]
+    return [
+        StreamResult(name, source, lanes, zero_share)
+        for lanes in options.lanes
+        for name in options.placements
+    ]
 
 
 async def _uri_of(
@@ -162,21 +184,33 @@ async def _stream(variant: _Variant, options: StreamOptions) -> None:
             await transfer.wait_complete()
         statistics = transfer.statistics()
         if statistics.placement != result.name.partition("-")[0]:
-            raise PagenetError(f"this kernel places pages by {statistics.placement}, where {result.name} was to be measured")
+            raise PagenetError(
+                f"this kernel places pages by {statistics.placement}, where {result.name} was to be"
+                " measured"
+            )
         result.size, result.lane = statistics.size, transfer.lane
         result.seconds.append(statistics.seconds)
-        if variant.source is not None and (bad := await trio.to_thread.run_sync(variant.source.differs, memory.address)):
-            raise PagenetError(f"{bad} pages are not what they should be after {result.name} from {result.source}")
+        if variant.source is not None and (
+            bad := await trio.to_thread.run_sync(variant.source.differs, memory.address)
+        ):
+            raise PagenetError(
+                f"{bad} pages are not what they should be after {result.name} from {result.source}"
+            )
     finally:
         memory.close()
 
 
-# A connection over which bytes are about to come: the socket, and how to order so many of them in such chunks.
-_Sender = Callable[[], AbstractAsyncContextManager[tuple[socket.socket, Callable[[int, int], None]]]]
+# A connection over which bytes are about to come: the socket, and how to order so many of them in
+# such chunks.
+_Sender = Callable[
+    [], AbstractAsyncContextManager[tuple[socket.socket, Callable[[int, int], None]]]
+]
 
 
 @asynccontextmanager
-async def _near_sender(peer: socket.socket, transport: str) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
+async def _near_sender(
+    peer: socket.socket, transport: str
+) -> AsyncIterator[tuple[socket.socket, Callable[[int, int], None]]]:
     with socket_pair(transport) as (ours, theirs):
 
         def order(length: int, chunk: int) -> None:
@@ -196,7 +230,8 @@ async def _far_sender(uri: str) -> AsyncIterator[tuple[socket.socket, Callable[[
 class _Floors:
     """What no page mover can beat by much. Without a sender, memcpy alone.
 
-    Every measurement has a connection of its own, as every transfer has: one that is warm is faster.
+    Every measurement has a connection of its own, as every transfer has: one that is warm is
+    faster.
     """
 
     def __init__(self, options: StreamOptions, sender: _Sender | None) -> None:
@@ -241,7 +276,12 @@ class _Floors:
             to.close()
 
     def _time_receive(
-        self, sock: socket.socket, order: Callable[[int, int], None], uffd: int = -1, address: int = 0, second: int = 0
+        self,
+        sock: socket.socket,
+        order: Callable[[int, int], None],
+        uffd: int = -1,
+        address: int = 0,
+        second: int = 0,
     ) -> float:
         size, chunk = self._options.size, self._options.chunk
         start = time.perf_counter()
@@ -264,7 +304,8 @@ class _Floors:
             memory.close()
 
     def _time_continue(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
-        """Into memory that was allocated, and whose second mapping is at hand, before the clock starts."""
+        """Into memory that was allocated, and whose second mapping is at hand, before the clock
+        starts."""
         size = self._options.size
         bench_claim_memory(2 * size)
         with ExitStack() as stack:

@@ -1,4 +1,5 @@
-"""A task for a process of its own: its arguments go to it, and its figures come back, as one JSON object each."""
+"""A task for a process of its own: its arguments go to it, and its figures come back, as one JSON
+object each."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from ._peers import running
 __all__ = ["work_once", "worked"]
 
 
-async def worked(module: str, task: dict[str, Any], fd: int, *, inside: Sequence[str]) -> dict[str, Any]:
-    """What a process of that module, which inherits ``fd`` and is :func:`work_once`, says of its task. ``inside``: what comes
-    before its command. :exc:`PagenetError` if it fails."""
+async def worked(
+    module: str, task: dict[str, Any], fd: int, *, inside: Sequence[str]
+) -> dict[str, Any]:
+    """What a process of that module, which inherits ``fd`` and is :func:`work_once`, says of its
+    task. ``inside``: what comes before its command. :exc:`PagenetError` if it fails."""
     async with running([*inside, *module_command(module, json.dumps(task))], [fd]) as child:
         told: dict[str, Any] = json.loads(await child.first_line())
     if "error" in told:

@@ -1,6 +1,8 @@
-"""A hostile peer, as a process of its own: ``python -m pagenet.bench.attacker ATTACK URI``, started by pagenet-bench alone.
+"""A hostile peer, as a process of its own: ``python -m pagenet.bench.attacker ATTACK URI``, started
+by pagenet-bench alone.
 
-It says so when the attack is on, and goes on until its input ends. Each attack is bounded: in connections, and in requests.
+It says so when the attack is on, and goes on until its input ends. Each attack is bounded: in
+connections, and in requests.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ async def _huge_units(uri: str, stack: AsyncExitStack, ready: Callable[[], None]
         unit = Run(0, min(1 << _UNIT_SHIFT, session.region.pages))
         encodings = 1 << Encoding.ZERO | 1 << Encoding.LZ4
         for number in range(4):
-            await lane.send(Request(number, Class.BACKGROUND, unit, _UNIT_SHIFT, encodings).encode())
+            await lane.send(
+                Request(number, Class.BACKGROUND, unit, _UNIT_SHIFT, encodings).encode()
+            )
     ready()
     await trio.sleep_forever()
 
@@ -64,7 +68,8 @@ async def _slow_readers(uri: str, stack: AsyncExitStack, ready: Callable[[], Non
 
 
 async def _silent_peers(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> None:
-    """More connections that say nothing than a source keeps; those that it closes are made again."""
+    """More connections that say nothing than a source keeps; those that it closes are made
+    again."""
     told = False
     while True:
         async with AsyncExitStack() as round_:

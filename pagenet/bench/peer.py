@@ -1,8 +1,10 @@
-"""The other side of a floor, as a process of its own: ``python -m pagenet.bench.peer``, started by pagenet-bench alone.
+"""The other side of a floor, as a process of its own: ``python -m pagenet.bench.peer``, started by
+pagenet-bench alone.
 
-``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` holds a copy of that memory, and sends it
-over each connection that it gets over its unix socket, together with how much and in which chunks. ``memory MEMFD SIZE`` holds
-a copy in private memory, says where, and waits for the end of its input.
+``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` holds a copy of
+that memory, and sends it over each connection that it gets over its unix socket, together with how
+much and in which chunks. ``memory MEMFD SIZE`` holds a copy in private memory, says where, and
+waits for the end of its input.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ def _hold_memory(memfd: int, size: int) -> None:
     os.read(0, 1)
 
 
-_ROLES: dict[str, Callable[..., None]] = {"pages": _send_pages, "bytes": _send_bytes, "memory": _hold_memory}
+_ROLES: dict[str, Callable[..., None]] = {
+    "pages": _send_pages,
+    "bytes": _send_bytes,
+    "memory": _hold_memory,
+}
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
-"""A destination as a process of its own: ``python -m pagenet.bench.puller``, started by pagenet-bench alone.
+"""A destination as a process of its own: ``python -m pagenet.bench.puller``, started by
+pagenet-bench alone.
 
-Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, and ``fd``, a memfd with what the pages should
-be. It pulls them into memory of its own, compares them, and says what became of it as one JSON object.
+Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, and ``fd``, a memfd
+with what the pages should be. It pulls them into memory of its own, compares them, and says what
+became of it as one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ async def _pull(uri: str, compress: Any, lane: Any, chunk: int, fd: int) -> dict
     memory = OwnMemory("anonymous")
     try:
         async with pull(
-            uri, memory, background="linear", chunk=chunk, lane=lane, prefetch=(0, 0), compress=compress
+            uri,
+            memory,
+            background="linear",
+            chunk=chunk,
+            lane=lane,
+            prefetch=(0, 0),
+            compress=compress,
         ) as transfer:
             await transfer.wait_complete()
         statistics = transfer.statistics()

@@ -47,9 +47,15 @@ Fields = dict[str, Any]
 
 
 def add_qemu_options(parser: Parser) -> None:
-    parser.add_argument("--ram", type=_rams, default=(512,), metavar="MIB,...", help="of the guest (512)")
     parser.add_argument(
-        "--rate", type=count_or_none, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)"
+        "--ram", type=_rams, default=(512,), metavar="MIB,...", help="of the guest (512)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=count_or_none,
+        default=1000,
+        metavar="MBIT",
+        help="of the link, or none: loopback (%(default)s)",
     )
     parser.add_argument(
         "--methods",
@@ -65,13 +71,27 @@ def add_qemu_options(parser: Parser) -> None:
         metavar="WORK,HOT",
         help="percent of the RAM that the guest works on, and that it writes to (60,12)",
     )
-    parser.add_argument("--cpus", type=count, default=1, metavar="N", help="of the guest (%(default)s)")
-    parser.add_argument("--accel", choices=["tcg", "kvm"], default="tcg", help="QEMU's accelerator (%(default)s)")
     parser.add_argument(
-        "--kernel", type=Path, metavar="FILE", help="of the guest (what the checkout's tools/guest/build.py has made)"
+        "--cpus", type=count, default=1, metavar="N", help="of the guest (%(default)s)"
     )
-    parser.add_argument("--initrd", type=Path, metavar="FILE", help="of the guest, with --kernel, if it needs one")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the guest's work over time: FILE.svg or FILE.png")
+    parser.add_argument(
+        "--accel", choices=["tcg", "kvm"], default="tcg", help="QEMU's accelerator (%(default)s)"
+    )
+    parser.add_argument(
+        "--kernel",
+        type=Path,
+        metavar="FILE",
+        help="of the guest (what the checkout's tools/guest/build.py has made)",
+    )
+    parser.add_argument(
+        "--initrd", type=Path, metavar="FILE", help="of the guest, with --kernel, if it needs one"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the guest's work over time: FILE.svg or FILE.png",
+    )
 
 
 def _rams(text: str) -> tuple[int, ...]:
@@ -85,12 +105,15 @@ def _rams(text: str) -> tuple[int, ...]:
 def _workload(text: str) -> tuple[int, int]:
     work, comma, hot = text.partition(",")
     if not (comma and work.isdecimal() and hot.isdecimal() and 0 < int(hot) <= int(work) <= 70):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WORK,HOT in percent of the RAM, HOT <= WORK <= 70")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not WORK,HOT in percent of the RAM, HOT <= WORK <= 70"
+        )
     return int(work), int(hot)
 
 
 async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
-    """What the last object has to say; ``wrong``: the migrations after which the guest was not what it had been."""
+    """What the last object has to say; ``wrong``: the migrations after which the guest was not what
+    it had been."""
     work, hot = options.workload
     wanted = QemuOptions(
         files=find_guest(options.kernel, options.initrd, options.accel),
@@ -103,7 +126,9 @@ async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
         cpus=options.cpus,
         accel=options.accel,
     )
-    results = await measure_qemu(wanted, lambda migration: report("run", words=_words(migration), **_one(migration)))
+    results = await measure_qemu(
+        wanted, lambda migration: report("run", words=_words(migration), **_one(migration))
+    )
     targets = targets_of(results, wanted)
     summaries = [_summary(result) for result in results]
     for summary in summaries:
@@ -113,10 +138,19 @@ async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
     if options.plot is not None:
         plot_work(options.plot, results, _METHODS, _title(wanted))
         report("plotted", file=str(options.plot))
-    wrong = [_one(migration) for result in results for migration in result.migrations if not migration.is_right]
+    wrong = [
+        _one(migration)
+        for result in results
+        for migration in result.migrations
+        if not migration.is_right
+    ]
     for one in wrong:
         where = f"round {one['round']}: {one['method']}, {one['ram_mib']} MiB"
-        print(f"pagenet-bench: {where}: the guest is not what it was: {_wrong_words(one)}", file=sys.stderr, flush=True)
+        print(
+            f"pagenet-bench: {where}: the guest is not what it was: {_wrong_words(one)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return {
         "rate_mbit": wanted.rate,
         "accel": wanted.accel,
@@ -125,7 +159,12 @@ async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
         "rounds": wanted.rounds,
         "results": summaries,
         "targets": [
-            {"what": target.words, "figure": round(target.figure, 3), "limit": target.limit, "met": target.is_met}
+            {
+                "what": target.words,
+                "figure": round(target.figure, 3),
+                "limit": target.limit,
+                "met": target.is_met,
+            }
             for target in targets
         ],
         "wrong": wrong,
@@ -177,8 +216,9 @@ def _words(migration: Migration) -> str:
     if not migration.converged:
         return f"did not converge; {migration.wire_bytes() >> 20} MiB sent"
     figures = (
-        f"downtime {shown(migration.downtime_ms())} ms, longest gap {shown(migration.longest_gap_ms())} ms, "
-        f"{shown(migration.lost_ms())} ms of work lost, {migration.total_s():.2f} s in all"
+        f"downtime {shown(migration.downtime_ms())} ms, longest gap"
+        f" {shown(migration.longest_gap_ms())} ms, {shown(migration.lost_ms())} ms of work lost,"
+        f" {migration.total_s():.2f} s in all"
     )
     return figures if migration.is_right else f"{figures}; WRONG"
 
@@ -193,10 +233,24 @@ def _title(options: QemuOptions) -> str:
     return f"A guest moves ({options.accel}, {cpus}) over {link}"
 
 
-def _print_results(summaries: Sequence[Fields], targets: Sequence[Target], options: QemuOptions) -> None:
+def _print_results(
+    summaries: Sequence[Fields], targets: Sequence[Target], options: QemuOptions
+) -> None:
     console = make_console()
     console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
-    headings = ("MiB", "downtime", "longest", "work", "at least", "faults", "p50 µs", "p99 µs", "blocked", "total s", "MiB on")
+    headings = (
+        "MiB",
+        "downtime",
+        "longest",
+        "work",
+        "at least",
+        "faults",
+        "p50 µs",
+        "p99 µs",
+        "blocked",
+        "total s",
+        "MiB on",
+    )
     units = ("", "ms", "gap ms", "lost ms", "lost ms", "", "", "", "ms", "", "the wire")
     columns = (f"{heading}\n{unit}" for heading, unit in zip(headings, units, strict=True))
     table = make_table("", *columns, "bad\npages")
@@ -207,7 +261,10 @@ def _print_results(summaries: Sequence[Fields], targets: Sequence[Target], optio
         table.add_row(
             _METHODS[one["method"]],
             str(one["ram_mib"]),
-            *(shown(one[name]) for name in ("downtime_ms", "longest_gap_ms", "lost_ms", "least_lost_ms")),
+            *(
+                shown(one[name])
+                for name in ("downtime_ms", "longest_gap_ms", "lost_ms", "least_lost_ms")
+            ),
             "-" if one["faults"] is None else f"{one['faults']:,.0f}",
             *(shown(one["fault_us"][share]) for share in ("p50", "p99")),
             shown(one["blocked_ms"]),
@@ -216,7 +273,11 @@ def _print_results(summaries: Sequence[Fields], targets: Sequence[Target], optio
             str(one["bad"]) if one["unbroken"] else f"{one['bad']}, and heartbeats missing",
         )
     console.print(table)
-    capped = "Nothing is capped" if options.rate is None else "The link alone is capped, in both directions, for all alike"
+    capped = (
+        "Nothing is capped"
+        if options.rate is None
+        else "The link alone is capped, in both directions, for all alike"
+    )
     limits = "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so is any limit of ours"
     console.print(f"{capped}: {limits}.", style="dim")
     if targets:

@@ -19,9 +19,17 @@ _WORDS = {
 
 
 def add_trace_options(parser: Parser) -> None:
-    parser.add_argument("--data", metavar="FILE", required=True, help="what the program maps: it is given a copy, in memory")
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="where its touches go, for workload --trace recorded=FILE"
+        "--data",
+        metavar="FILE",
+        required=True,
+        help="what the program maps: it is given a copy, in memory",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="where its touches go, for workload --trace recorded=FILE",
     )
     words = f"after --: its command line, in which {DATA} stands for the name of the copy"
     parser.add_argument("program", nargs="*", metavar="PROGRAM", help=words)
@@ -29,7 +37,9 @@ def add_trace_options(parser: Parser) -> None:
 
 def trace_report(prog: str, as_json: bool) -> Report:
     """The program has stdout for itself."""
-    return Report(prog, as_json, {event: f"{prog}: {words}" for event, words in _WORDS.items()}, to=sys.stderr)
+    return Report(
+        prog, as_json, {event: f"{prog}: {words}" for event, words in _WORDS.items()}, to=sys.stderr
+    )
 
 
 async def bench_trace(options: argparse.Namespace, report: Report) -> int:

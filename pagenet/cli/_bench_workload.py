@@ -35,28 +35,57 @@ _MIB = 1 << 20
 
 def add_workload_options(parser: Parser) -> None:
     parser.add_argument(
-        "--trace", type=_traces, default=tuple(TRACES), metavar="NAME,...", help=f"of {', '.join(TRACES)}, {RECORDED}FILE (all)"
+        "--trace",
+        type=_traces,
+        default=tuple(TRACES),
+        metavar="NAME,...",
+        help=f"of {', '.join(TRACES)}, {RECORDED}FILE (all)",
     )
     parser.add_argument(
-        "--order", type=names(ORDERS), default=tuple(ORDERS), metavar="NAME,...", help=f"of {', '.join(ORDERS)} (all)"
+        "--order",
+        type=names(ORDERS),
+        default=tuple(ORDERS),
+        metavar="NAME,...",
+        help=f"of {', '.join(ORDERS)} (all)",
     )
-    parser.add_argument("--size", type=parse_size, default=1 << 30, help="of the memory, in bytes or with K, M, G (1G)")
     parser.add_argument(
-        "--memory", choices=["anonymous", "memfd"], default="anonymous", help="private, or shared (%(default)s)"
+        "--size",
+        type=parse_size,
+        default=1 << 30,
+        help="of the memory, in bytes or with K, M, G (1G)",
     )
-    parser.add_argument("--touches", type=count, metavar="N", help="in each trace (as many as it usually has)")
+    parser.add_argument(
+        "--memory",
+        choices=["anonymous", "memfd"],
+        default="anonymous",
+        help="private, or shared (%(default)s)",
+    )
+    parser.add_argument(
+        "--touches", type=count, metavar="N", help="in each trace (as many as it usually has)"
+    )
     parser.add_argument(
         "--work",
         type=count,
         metavar="US",
-        help=f"before each touch, in us (as the program did whose trace it is, or {USUAL_WORK_US:g})",
+        help=(
+            f"before each touch, in us (as the program did whose trace it is, or {USUAL_WORK_US:g})"
+        ),
     )
     parser.add_argument(
-        "--rate", type=count_or_none, default=1000, metavar="MBIT", help="of the link, or none: loopback (%(default)s)"
+        "--rate",
+        type=count_or_none,
+        default=1000,
+        metavar="MBIT",
+        help="of the link, or none: loopback (%(default)s)",
     )
     held = "that the background is held to, MB/s, or none (%(default)s)"
     parser.add_argument("--bandwidth", type=count_or_none, default=60, metavar="MB", help=held)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how the working set fills: FILE.svg or FILE.png")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw how the working set fills: FILE.svg or FILE.png",
+    )
 
 
 def _traces(text: str) -> tuple[str, ...]:
@@ -81,10 +110,18 @@ async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
         bandwidth=None if options.bandwidth is None else options.bandwidth * 1_000_000,
         rounds=options.rounds,
     )
-    results = await measure_workload(wanted, lambda result: report("result", suite="workload", **_fields(result)))
+    results = await measure_workload(
+        wanted, lambda result: report("result", suite="workload", **_fields(result))
+    )
     targets, least = workload_targets(results), least_possible(wanted, results)
     for trace, (blocked, stall) in least.items():
-        report("least", suite="workload", trace=trace, blocked=round(blocked), stall_seconds=round(stall, 4))
+        report(
+            "least",
+            suite="workload",
+            trace=trace,
+            blocked=round(blocked),
+            stall_seconds=round(stall, 4),
+        )
     for target in targets:
         report("target", suite="workload", **target._asdict(), met=target.met)
     if not report.as_json:
@@ -95,7 +132,8 @@ async def bench_workload(options: argparse.Namespace, report: Report) -> Fields:
     return {
         "results": [_fields(result) for result in results],
         "least": {
-            trace: {"blocked": round(blocked), "stall_seconds": round(stall, 4)} for trace, (blocked, stall) in least.items()
+            trace: {"blocked": round(blocked), "stall_seconds": round(stall, 4)}
+            for trace, (blocked, stall) in least.items()
         },
         "targets": [{**target._asdict(), "met": target.met} for target in targets],
     }
@@ -111,14 +149,23 @@ def _fields(result: WorkloadResult) -> Fields:
         "blocked": result.blocked,
         "stall_seconds": round(result.stall, 4),
         "wasted_bytes": round(result.figure("wasted") or 0),
-        **{name: None if (value := result.figure(name)) is None else round(value, 4) for name in figures},
-        "came": {name: round(result.figure(name) or 0) for name in ("demand", "prefetch", "background")},
+        **{
+            name: None if (value := result.figure(name)) is None else round(value, 4)
+            for name in figures
+        },
+        "came": {
+            name: round(result.figure(name) or 0) for name in ("demand", "prefetch", "background")
+        },
     }
 
 
 def _title(options: WorkloadOptions) -> str:
     link = "loopback" if options.rate is None else f"{options.rate} Mbit/s"
-    held = "" if options.bandwidth is None else f", background held to {options.bandwidth / 1e6:g} MB/s"
+    held = (
+        ""
+        if options.bandwidth is None
+        else f", background held to {options.bandwidth / 1e6:g} MB/s"
+    )
     work = f"{options.work_us or USUAL_WORK_US:g} µs of work between"
     if options.work_us is None and any(trace.startswith(RECORDED) for trace in options.traces):
         work = "work between as recorded"
@@ -126,11 +173,24 @@ def _title(options: WorkloadOptions) -> str:
 
 
 def _print_results(
-    results: Sequence[WorkloadResult], targets: Sequence[WorkloadTarget], least: dict[str, Least], options: WorkloadOptions
+    results: Sequence[WorkloadResult],
+    targets: Sequence[WorkloadTarget],
+    least: dict[str, Least],
+    options: WorkloadOptions,
 ) -> None:
     console = make_console()
     console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
-    headings = ("blocked", "stall, ms", "took, s", "50 % there, s", "90 %", "99 %", "wasted, MiB", "unused, %", "followed, ms")
+    headings = (
+        "blocked",
+        "stall, ms",
+        "took, s",
+        "50 % there, s",
+        "90 %",
+        "99 %",
+        "wasted, MiB",
+        "unused, %",
+        "followed, ms",
+    )
     table = make_table("trace", "order", *headings)
     table.columns[1].justify = "left"
     for number, result in enumerate(results):
@@ -149,15 +209,29 @@ def _print_results(
             "" if followed is None else shown(followed * 1000),
         )
     console.print(table)
-    console.print("Pages count as wasted that came before the trace ended, and that no touch of it is on.", style="dim")
+    console.print(
+        "Pages count as wasted that came before the trace ended, and that no touch of it is on.",
+        style="dim",
+    )
     if options.memory == "memfd":
-        console.print("Unused: of prefetched pages, those not touched by the end of the trace, by a sample.", style="dim")
+        console.print(
+            "Unused: of prefetched pages, those not touched by the end of the trace, by a sample.",
+            style="dim",
+        )
     for trace, (blocked, stall) in least.items():
-        console.print(f"{trace}: no order that does not know it stalls for less than {stall:.3f} s, in {blocked:,.0f} touches")
+        console.print(
+            f"{trace}: no order that does not know it stalls for less than {stall:.3f} s, in"
+            f" {blocked:,.0f} touches"
+        )
     for target in targets:
         met = "met" if target.met else "[bold]not met[/bold]"
-        value, limit = (f"{number:,.3f}".rstrip("0").rstrip(".") for number in (target.value, target.limit))
-        console.print(f"{target.trace}, {target.order}: {target.figure} {value}, at most {limit} ({target.other}): {met}")
+        value, limit = (
+            f"{number:,.3f}".rstrip("0").rstrip(".") for number in (target.value, target.limit)
+        )
+        console.print(
+            f"{target.trace}, {target.order}: {target.figure} {value}, at most {limit}"
+            f" ({target.other}): {met}"
+        )
 
 
 def _seconds(value: float | None) -> str:

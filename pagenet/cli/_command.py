@@ -59,10 +59,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
-            prog=prog, description=description, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=prog,
+            description=description,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-        self.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
+        self.add_argument(
+            "--json", action="store_true", help="one JSON object a line, for machines"
+        )
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
@@ -73,25 +78,38 @@ def add_lane_option(parser: Parser) -> None:
         "--lane",
         choices=["auto", "native", "trio"],
         default="auto",
-        help="who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be (default: %(default)s)",
+        help=(
+            "who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be"
+            " (default: %(default)s)"
+        ),
     )
 
 
 def add_pull_options(parser: Parser) -> None:
     """What every command that pulls pages lets its user choose."""
-    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
+    parser.add_argument(
+        "--plaintext",
+        action="store_true",
+        help="allow an address that other hosts can reach, unencrypted",
+    )
     parser.add_argument(
         "--background",
         type=background_order,
         default="hot",
         metavar="ORDER",
-        help="in which untouched pages come: hot (near the faults first), follow (on from the last fault), linear, "
-        "recorded=FILE (as in an earlier run, then hot), off (touched pages only) (default: %(default)s)",
+        help=(
+            "in which untouched pages come: hot (near the faults first), follow (on from the last"
+            " fault), linear, recorded=FILE (as in an earlier run, then hot), off (touched pages"
+            " only) (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--record",
         metavar="FILE",
-        help="write down in which order pages were waited for, for --background recorded=FILE; merged with what FILE has",
+        help=(
+            "write down in which order pages were waited for, for --background recorded=FILE;"
+            " merged with what FILE has"
+        ),
     )
     parser.add_argument(
         "--background-lanes",
@@ -104,33 +122,46 @@ def add_pull_options(parser: Parser) -> None:
         "--max-bandwidth",
         type=rate,
         metavar="RATE",
-        help="limit of it, in bytes a second: 60M, 1.5G, 64Mi, or 800Mbit; pages that somebody waits for, and those around "
-        "them, are not held up (default: none)",
+        help=(
+            "limit of it, in bytes a second: 60M, 1.5G, 64Mi, or 800Mbit; pages that somebody waits"
+            " for, and those around them, are not held up (default: none)"
+        ),
     )
     parser.add_argument(
         "--start-background",
         type=start,
         metavar="after=SECONDS|rate=N",
-        help="begin it so long after faults are answered, or once fewer than N of them come in a second (default: at once)",
+        help=(
+            "begin it so long after faults are answered, or once fewer than N of them come in a"
+            " second (default: at once)"
+        ),
     )
     parser.add_argument(
         "--prefetch",
         type=prefetch_window,
         default=None,
         metavar="FWD,BACK|auto",
-        help="pages asked for behind and before each page that somebody waits for (default: auto, as many as seem right)",
+        help=(
+            "pages asked for behind and before each page that somebody waits for (default: auto, as"
+            " many as seem right)"
+        ),
     )
     parser.add_argument(
         "--allocate",
         action="store_true",
-        help="take shared memory from the system before the first page comes: faster, and as much memory as there may ever be",
+        help=(
+            "take shared memory from the system before the first page comes: faster, and as much"
+            " memory as there may ever be"
+        ),
     )
     parser.add_argument(
         "--compress",
         choices=get_args(Compress),
         default="auto",
-        help="lz4: whatever becomes smaller; auto: where link and processors make that faster, which is never over rdma:// "
-        "(default: %(default)s)",
+        help=(
+            "lz4: whatever becomes smaller; auto: where link and processors make that faster, which"
+            " is never over rdma:// (default: %(default)s)"
+        ),
     )
     add_lane_option(parser)
 
@@ -185,8 +216,15 @@ def prefetch_window(text: str) -> tuple[int, int] | None:
     if text == "auto":
         return None
     forward, comma, backward = text.partition(",")
-    if not (comma and forward.isdecimal() and backward.isdecimal() and max(int(forward), int(backward)) <= MAX_WINDOW):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, or FWD,BACK with two numbers of pages up to {MAX_WINDOW}")
+    if not (
+        comma
+        and forward.isdecimal()
+        and backward.isdecimal()
+        and max(int(forward), int(backward)) <= MAX_WINDOW
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not auto, or FWD,BACK with two numbers of pages up to {MAX_WINDOW}"
+        )
     return int(forward), int(backward)
 
 
@@ -196,15 +234,18 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(text.split(","))
         if unknown := set(chosen) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(known)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(sorted(unknown))}: there are {', '.join(known)}"
+            )
         return chosen
 
     return parse
 
 
 class Report:
-    """Says what happens: a JSON object a line, or words. An event that has no words is for machines alone. One that has words
-    among the ``warnings`` goes to stderr too. ``to``: instead of stdout."""
+    """Says what happens: a JSON object a line, or words. An event that has no words is for machines
+    alone. One that has words among the ``warnings`` goes to stderr too. ``to``: instead of
+    stdout."""
 
     def __init__(
         self,
@@ -222,7 +263,11 @@ class Report:
 
     def __call__(self, event: str, /, **fields: object) -> None:
         if event in self._warnings:
-            print(f"{self.prog}: {self._warnings[event].format_map(fields)}", file=sys.stderr, flush=True)
+            print(
+                f"{self.prog}: {self._warnings[event].format_map(fields)}",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.as_json:
             print(json.dumps({"event": event, **fields}), file=self._to, flush=True)
         elif event in self._words:
@@ -235,7 +280,8 @@ class Report:
 
 
 def run_command(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
-    """Run ``work`` to its end (it may return an exit code), to an error or to a signal: the exit code."""
+    """Run ``work`` to its end (it may return an exit code), to an error or to a signal: the exit
+    code."""
     _open_missing_streams()
     try:
         return _run_reporting(work, report)
@@ -256,7 +302,8 @@ def _run_reporting(work: Callable[[], Awaitable[int | None]], report: Report) ->
 
 
 def _open_missing_streams() -> None:
-    """Of a stream that was closed when we were started, Python makes None, and print() into it goes to the other one."""
+    """Of a stream that was closed when we were started, Python makes None, and print() into it goes
+    to the other one."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
@@ -266,7 +313,8 @@ async def _until_signal(work: Callable[[], Awaitable[int | None]]) -> int:
     caught: list[int] = []
     status: int | None = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with open_failing_nursery() as nursery:  # inside: its task must not outlive the receiver
+        # inside: its task must not outlive the receiver
+        async with open_failing_nursery() as nursery:
 
             async def stop_at_signal() -> None:
                 async for number in signals:

@@ -20,12 +20,16 @@ def add_control_option(parser: Parser) -> None:
     parser.add_argument(
         "--control",
         metavar="PATH",
-        help="unix socket on which pagenet-ctl shows, and changes, what is going on (for this user and root)",
+        help=(
+            "unix socket on which pagenet-ctl shows, and changes, what is going on (for this user"
+            " and root)"
+        ),
     )
 
 
 def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> int:
-    """As :func:`run_command`, with a control socket if one is wanted. ``work`` tells it of the transfer once there is one."""
+    """As :func:`run_command`, with a control socket if one is wanted. ``work`` tells it of the
+    transfer once there is one."""
     raise_descriptor_limit()
     return run_command(lambda: _with_control(work, options, report), report)
 
@@ -33,7 +37,9 @@ def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> i
 async def _with_control(work: Work, options: argparse.Namespace, report: Report) -> int | None:
     if options.control is None:
         return await work(options, report, Control(report.prog, None))
-    async with serve_control(None, options.control, program=report.prog, stop=_terminate, on_event=report) as control:
+    async with serve_control(
+        None, options.control, program=report.prog, stop=_terminate, on_event=report
+    ) as control:
         return await work(options, report, control)
 
 

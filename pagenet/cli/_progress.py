@@ -1,4 +1,5 @@
-"""How far a transfer has come: a line that is redrawn on a terminal, a line a second elsewhere, an event for machines."""
+"""How far a transfer has come: a line that is redrawn on a terminal, a line a second elsewhere, an
+event for machines."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ def _look_at_transfer(transfer: Transfer) -> Callable[[], _Looked]:
         packed = f", {now.lz4_share:.0%} compressed" if now.lz4_bytes else ""
         p50, p99 = (_us(now.fault_latency.microseconds(share)) for share in (0.5, 0.99))
         faults = f"{now.demand.faults} faults (p50 {p50}, p99 {p99})"
-        return _Looked(moment.share, f"{moment.share:6.1%} resident, {_rate(moment)}, {faults}{packed}{_left(moment)}")
+        return _Looked(
+            moment.share,
+            f"{moment.share:6.1%} resident, {_rate(moment)}, {faults}{packed}{_left(moment)}",
+        )
 
     return look
 
@@ -55,7 +59,10 @@ def _look_at_server(server: Server) -> Callable[[], _Looked]:
     def look() -> _Looked:
         moment = watch.look()
         demanded = f"{moment.statistics.demanded} of them were waited for"
-        words = f"{moment.share:6.1%} of the pages asked for, {_rate(moment)}, {demanded}{_left(moment)}"
+        words = (
+            f"{moment.share:6.1%} of the pages asked for, {_rate(moment)},"
+            f" {demanded}{_left(moment)}"
+        )
         return _Looked(moment.share, words)
 
     return look
@@ -63,7 +70,9 @@ def _look_at_server(server: Server) -> Callable[[], _Looked]:
 
 def _rate(moment: Moment[TransferStatistics] | Moment[ServingStatistics]) -> str:
     size = moment.statistics.size / _MIB
-    return f"{moment.bytes_done / _MIB:.0f} of {size:.0f} MiB, {moment.bytes_per_s / _MIB:.0f} MiB/s"
+    return (
+        f"{moment.bytes_done / _MIB:.0f} of {size:.0f} MiB, {moment.bytes_per_s / _MIB:.0f} MiB/s"
+    )
 
 
 def _left(moment: Moment[TransferStatistics] | Moment[ServingStatistics]) -> str:
@@ -77,8 +86,8 @@ def _us(value: float | None) -> str:
 
 
 def make_progress(report: Report) -> Callable[[Transfer | Server], Awaitable[None]]:
-    """The task that shows, until it is cancelled, how far a transfer has come, or a source's one destination. Machines are told
-    by events."""
+    """The task that shows, until it is cancelled, how far a transfer has come, or a source's one
+    destination. Machines are told by events."""
     if report.as_json:
         return _say_nothing
     return _redraw if sys.stdout.isatty() else _print
@@ -97,7 +106,8 @@ async def _print(of: Transfer | Server) -> None:
 
 async def _redraw(of: Transfer | Server) -> None:
     look = _look_at(of)
-    # Transient: the summary says it all when the transfer is over. Refreshed by us, so rich needs no thread.
+    # Transient: the summary says it all when the transfer is over. Refreshed by us, so rich needs
+    # no thread.
     with Live(console=Console(), auto_refresh=False, transient=True) as live:
         while True:
             looked = look()
@@ -108,7 +118,8 @@ async def _redraw(of: Transfer | Server) -> None:
 
 
 async def show_until_complete(transfer: Transfer, report: Report) -> None:
-    """The progress of ``transfer``, and in the end, for people, a summary; machines are told by events."""
+    """The progress of ``transfer``, and in the end, for people, a summary; machines are told by
+    events."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(make_progress(report), transfer)
         await transfer.wait_complete()
@@ -121,22 +132,37 @@ def print_summary(statistics: TransferStatistics) -> None:
     console = Console(highlight=False)
     rate = statistics.size / _MIB / statistics.seconds if statistics.seconds else 0.0
     console.print(
-        f"complete: {statistics.size / _MIB:.1f} MiB in {statistics.seconds:.2f} s ({rate:.0f} MiB/s), "
-        f"placement {statistics.placement}"
+        f"complete: {statistics.size / _MIB:.1f} MiB in {statistics.seconds:.2f} s ({rate:.0f}"
+        f" MiB/s), placement {statistics.placement}"
     )
     table = Table("class", box=None, pad_edge=False)
-    for heading in ("pages", "of them zero", "MiB on the wire", "requests", "already there", "not wanted"):
+    for heading in (
+        "pages",
+        "of them zero",
+        "MiB on the wire",
+        "requests",
+        "already there",
+        "not wanted",
+    ):
         table.add_column(heading, justify="right")
     for name in ("demand", "prefetch", "background"):
         row = getattr(statistics, name)
         wire = f"{row.wire_bytes / _MIB:.1f}"
-        table.add_row(name, *map(str, (row.pages, row.zero_pages, wire, row.requests, row.existed, row.dropped)))
+        table.add_row(
+            name,
+            *map(str, (row.pages, row.zero_pages, wire, row.requests, row.existed, row.dropped)),
+        )
     console.print(table)
     if statistics.lz4_ratio is not None:
-        console.print(f"compressed: {statistics.lz4_share:.0%} of what came, to 1/{statistics.lz4_ratio:.1f} of its size")
+        console.print(
+            f"compressed: {statistics.lz4_share:.0%} of what came, to 1/{statistics.lz4_ratio:.1f}"
+            " of its size"
+        )
     if statistics.prefetch_unused is not None:
         sampled = f"by a sample of {statistics.prefetch.sampled} pages"
-        console.print(f"prefetched, and not touched meanwhile: {statistics.prefetch_unused:.0%} ({sampled})")
+        console.print(
+            f"prefetched, and not touched meanwhile: {statistics.prefetch_unused:.0%} ({sampled})"
+        )
     latency = statistics.fault_latency
     shares = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
     quantiles = ", ".join(f"{name} {_us(latency.microseconds(share))}" for name, share in shares)

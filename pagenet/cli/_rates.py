@@ -1,4 +1,5 @@
-"""Rates as people write them. Bytes a second everywhere, as QEMU and rsync have it; what tc would say ends in ``bit``."""
+"""Rates as people write them. Bytes a second everywhere, as QEMU and rsync have it; what tc would
+say ends in ``bit``."""
 
 from __future__ import annotations
 
@@ -15,17 +16,25 @@ _MOST = 10**15
 
 
 def parse_rate(text: str) -> int:
-    """Bytes a second: ``60M`` and ``1.5G`` are 60 and 1500 million, ``64Mi`` is 64 * 2**20, ``800Mbit`` is 100 million.
+    """Bytes a second: ``60M`` and ``1.5G`` are 60 and 1500 million, ``64Mi`` is 64 * 2**20,
+    ``800Mbit`` is 100 million.
 
     :exc:`UsageError` for anything else, and for less than a byte a second.
     """
     found = _RATE.fullmatch(text)
     if not found or (found[3] and not found[2]):
-        raise UsageError(f"{text[:40]!r} is no rate in bytes a second: write 60M, 1.5G, 64Mi or 800Mbit")
+        raise UsageError(
+            f"{text[:40]!r} is no rate in bytes a second: write 60M, 1.5G, 64Mi or 800Mbit"
+        )
     number, prefix, binary, unit = found.groups()
-    rate = float(number) * (1024 if binary else 1000) ** _POWERS[prefix] / (8 if unit == "bit" else 1)
+    rate = (
+        float(number) * (1024 if binary else 1000) ** _POWERS[prefix] / (8 if unit == "bit" else 1)
+    )
     if not 1 <= rate <= _MOST:
-        raise UsageError(f"{text[:40]!r} is no rate to be kept: at least a byte a second, at most a million gigabytes")
+        raise UsageError(
+            f"{text[:40]!r} is no rate to be kept: at least a byte a second, at most a million"
+            " gigabytes"
+        )
     return int(rate)
 
 

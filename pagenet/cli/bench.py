@@ -1,4 +1,5 @@
-"""pagenet-bench: what a fault and a byte cost here, each figure beside the least that it could be."""
+"""pagenet-bench: what a fault and a byte cost here, each figure beside the least that it could
+be."""
 
 from __future__ import annotations
 
@@ -50,7 +51,16 @@ from ..sizes import parse_size
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload
-from ._command import Parser, Report, add_lane_option, count, count_or_none, names, prefetch_window, run_command
+from ._command import (
+    Parser,
+    Report,
+    add_lane_option,
+    count,
+    count_or_none,
+    names,
+    prefetch_window,
+    run_command,
+)
 from ._tables import make_console, make_table, shown
 
 __all__ = ["main", "make_parser"]
@@ -58,15 +68,32 @@ __all__ = ["main", "make_parser"]
 _PROG = "pagenet-bench"
 _SUITES = {
     "all": "Faults and streams, quickly: under a minute.",
-    "fault": "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and under load.",
+    "fault": (
+        "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and"
+        " under load."
+    ),
     "stream": "How fast the background brings pages, by placement and source.",
-    "scale": "What grows with the memory: the wait for a page, and what both sides need for each page.",
-    "workload": "The same touches against every order of the background: how many wait, and how long. Needs root.",
-    "trace": "Run a program, and write down which pages of its data it touches first, and when: a trace for workload.",
-    "hostile": "How long an honest destination waits for a page while another peer attacks the same source.",
+    "scale": (
+        "What grows with the memory: the wait for a page, and what both sides need for each page."
+    ),
+    "workload": (
+        "The same touches against every order of the background: how many wait, and how long. Needs"
+        " root."
+    ),
+    "trace": (
+        "Run a program, and write down which pages of its data it touches first, and when: a trace"
+        " for workload."
+    ),
+    "hostile": (
+        "How long an honest destination waits for a page while another peer attacks the same"
+        " source."
+    ),
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
-    "qemu": "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same link. Needs root.",
+    "qemu": (
+        "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same"
+        " link. Needs root."
+    ),
 }
 _WORDS = {
     "listening": "floors on {uri}",
@@ -76,7 +103,16 @@ _WORDS = {
 }
 
 MAX_THREADS = 256
-_ROUNDS = {"all": 3, "fault": 5, "stream": 3, "scale": 5, "hostile": 5, "null": 3, "qemu": 3, "workload": 1}
+_ROUNDS = {
+    "all": 3,
+    "fault": 5,
+    "stream": 3,
+    "scale": 5,
+    "hostile": 5,
+    "null": 3,
+    "qemu": 3,
+    "workload": 1,
+}
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 #: of the table: what, in words, and what it is beside
@@ -93,8 +129,13 @@ Fields = dict[str, Any]
 
 
 def make_parser() -> Parser:
-    parser = Parser(_PROG, "Measure pagenet beside what bare loops in C do in the same call. Without a command: all.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser)
+    parser = Parser(
+        _PROG,
+        "Measure pagenet beside what bare loops in C do in the same call. Without a command: all.",
+    )
+    suites = parser.add_subparsers(
+        dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser
+    )
     for name, words in _SUITES.items():
         suite = suites.add_parser(name, help=words, description=words)
         if name == "peer":
@@ -103,7 +144,12 @@ def make_parser() -> Parser:
         if name == "trace":
             add_trace_options(suite)
             continue
-        suite.add_argument("--rounds", type=count, default=_ROUNDS[name], help="figures are medians of so many (%(default)s)")
+        suite.add_argument(
+            "--rounds",
+            type=count,
+            default=_ROUNDS[name],
+            help="figures are medians of so many (%(default)s)",
+        )
         if name == "qemu":
             add_qemu_options(suite)
         if name in ("hostile", "null", "qemu"):
@@ -114,13 +160,29 @@ def make_parser() -> Parser:
             add_workload_options(suite)
             continue
         transports = ["tcp", "unix"] if name == "scale" else ["tcp", "unix", "rdma"]
-        suite.add_argument("--transport", choices=transports, default="tcp", help="between processes here (%(default)s)")
+        suite.add_argument(
+            "--transport",
+            choices=transports,
+            default="tcp",
+            help="between processes here (%(default)s)",
+        )
         if name == "scale":
             _add_scale_options(suite)
             continue
-        suite.add_argument("--uri", help="measure against the pagenet-serve that listens there, on another host")
-        suite.add_argument("--floors", metavar="URI", help="where pagenet-bench peer listens there, for a socket's floors")
-        suite.add_argument("--size", type=parse_size, default=_SIZES[name], help="of the memory, in bytes or with K, M, G")
+        suite.add_argument(
+            "--uri", help="measure against the pagenet-serve that listens there, on another host"
+        )
+        suite.add_argument(
+            "--floors",
+            metavar="URI",
+            help="where pagenet-bench peer listens there, for a socket's floors",
+        )
+        suite.add_argument(
+            "--size",
+            type=parse_size,
+            default=_SIZES[name],
+            help="of the memory, in bytes or with K, M, G",
+        )
         if name != "stream":
             _add_fault_options(suite, quick=name == "all")
         if name == "stream":
@@ -136,29 +198,62 @@ class _SuiteParser(Parser):
 
 
 def _add_peer_options(parser: Parser) -> None:
-    parser.add_argument("--listen", metavar="URI", required=True, help="where --floors dials: tcp://HOST:PORT, unix:PATH")
-    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
-    parser.add_argument("--size", type=parse_size, default=1 << 30, help="bytes that stream may ask for at most (1G)")
+    parser.add_argument(
+        "--listen",
+        metavar="URI",
+        required=True,
+        help="where --floors dials: tcp://HOST:PORT, unix:PATH",
+    )
+    parser.add_argument(
+        "--plaintext",
+        action="store_true",
+        help="allow an address that other hosts can reach, unencrypted",
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        default=1 << 30,
+        help="bytes that stream may ask for at most (1G)",
+    )
 
 
 def _add_fault_options(parser: Parser, quick: bool) -> None:
     parser.add_argument(
-        "--threads", type=_counts, default=(1, 8) if quick else (1, 8, 64), metavar="N,N...", help="how many touch at a time"
+        "--threads",
+        type=_counts,
+        default=(1, 8) if quick else (1, 8, 64),
+        metavar="N,N...",
+        help="how many touch at a time",
     )
     parser.add_argument(
-        "--touches", type=count, default=4000, metavar="N", help="in each round at most (%(default)s)"
+        "--touches",
+        type=count,
+        default=4000,
+        metavar="N",
+        help="in each round at most (%(default)s)",
     )
     parser.add_argument(
-        "--memory", choices=["anonymous", "memfd", "hugetlb"], default="anonymous", help="that is touched (%(default)s)"
+        "--memory",
+        choices=["anonymous", "memfd", "hugetlb"],
+        default="anonymous",
+        help="that is touched (%(default)s)",
     )
     parser.add_argument(
         "--prefetch",
         type=prefetch_window,
         default=(0, 0),
         metavar="FWD,BACK|auto",
-        help="pages asked for around each one touched; what they bring is not waited for, and not counted (0,0: a pure lane)",
+        help=(
+            "pages asked for around each one touched; what they bring is not waited for, and not"
+            " counted (0,0: a pure lane)"
+        ),
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the distribution of latencies: FILE.svg or FILE.png")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the distribution of latencies: FILE.svg or FILE.png",
+    )
 
 
 def _add_stream_options(parser: Parser) -> None:
@@ -170,19 +265,34 @@ def _add_stream_options(parser: Parser) -> None:
         help="sent at a time by the floors, asked for at a time by us (256K)",
     )
     parser.add_argument(
-        "--lanes", type=_counts, default=(1,), metavar="N,N...", help="connections for the background, each number in turn (1)"
+        "--lanes",
+        type=_counts,
+        default=(1,),
+        metavar="N,N...",
+        help="connections for the background, each number in turn (1)",
     )
     parser.add_argument(
-        "--placement", type=names(PLACEMENTS), default=tuple(PLACEMENTS), metavar="NAME,...", help=_one_of(PLACEMENTS)
+        "--placement",
+        type=names(PLACEMENTS),
+        default=tuple(PLACEMENTS),
+        metavar="NAME,...",
+        help=_one_of(PLACEMENTS),
     )
-    parser.add_argument("--source", type=names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES))
+    parser.add_argument(
+        "--source", type=names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES)
+    )
     parser.add_argument(
         "--encoding",
         type=names(ENCODINGS),
         metavar="NAME,...",
         help=f"measure compression instead: {_one_of(ENCODINGS)}; so do --content and --rate",
     )
-    parser.add_argument("--content", type=names(CONTENTS), metavar="NAME,...", help=_one_of(CONTENTS, "compressible,random"))
+    parser.add_argument(
+        "--content",
+        type=names(CONTENTS),
+        metavar="NAME,...",
+        help=_one_of(CONTENTS, "compressible,random"),
+    )
     parser.add_argument(
         "--rate",
         type=_rates,
@@ -190,17 +300,29 @@ def _add_stream_options(parser: Parser) -> None:
         help="of a link between network namespaces, as root; none: loopback (none)",
     )
     parser.add_argument(
-        "--zero-every", type=int, default=2, metavar="N", help="measure with one page in N zero, too (%(default)s; 0: do not)"
+        "--zero-every",
+        type=int,
+        default=2,
+        metavar="N",
+        help="measure with one page in N zero, too (%(default)s; 0: do not)",
     )
 
 
 def _add_scale_options(parser: Parser) -> None:
     sizes = (256 << 20, 8 << 30)
     parser.add_argument(
-        "--sizes", type=_sizes, default=sizes, metavar="SIZE,...", help="of the memory, which is sparse (256M,8G)"
+        "--sizes",
+        type=_sizes,
+        default=sizes,
+        metavar="SIZE,...",
+        help="of the memory, which is sparse (256M,8G)",
     )
     parser.add_argument(
-        "--touches", type=count, default=4000, metavar="N", help="pages that are not zero, and touched (%(default)s)"
+        "--touches",
+        type=count,
+        default=4000,
+        metavar="N",
+        help="pages that are not zero, and touched (%(default)s)",
     )
 
 
@@ -228,7 +350,9 @@ def _counts(text: str) -> tuple[int, ...]:
 
 async def _bench(options: argparse.Namespace, report: Report) -> int:
     if options.suite == "peer":
-        await serve_floors(options.listen, options.size, plaintext=options.plaintext, on_event=report)
+        await serve_floors(
+            options.listen, options.size, plaintext=options.plaintext, on_event=report
+        )
         return 0
     if options.suite == "trace":
         return await bench_trace(options, report)
@@ -320,7 +444,10 @@ def _fault_summary(result: FaultResult) -> Fields:
 
 
 def _quantiles(sample: Sample, prefix: str = "") -> Fields:
-    quantiles = {f"{prefix}{name.replace('.', '')}_us": sample.microseconds(share) for name, share in _SHARES.items()}
+    quantiles = {
+        f"{prefix}{name.replace('.', '')}_us": sample.microseconds(share)
+        for name, share in _SHARES.items()
+    }
     return {**quantiles, f"{prefix}touches": sample.count}
 
 
@@ -361,7 +488,9 @@ def _rdma_fields(result: RdmaResult) -> Fields:
         "background_allocated_to_floor": result.background_allocated_ratio,
         "bytes": result.size,
         "set_up_s": round(median(result.set_up), 3),
-        "source_cpu_s": {transport: _cpu_of(rounds) for transport, rounds in result.source_cpu.items()},
+        "source_cpu_s": {
+            transport: _cpu_of(rounds) for transport, rounds in result.source_cpu.items()
+        },
     }
 
 
@@ -378,15 +507,28 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
     if quick:
         wanted = replace(wanted, sources=("file",), zero_every=0)
     else:
-        chosen = {"chunk": options.chunk, "lanes": options.lanes, "placements": options.placement, "sources": options.source}
+        chosen = {
+            "chunk": options.chunk,
+            "lanes": options.lanes,
+            "placements": options.placement,
+            "sources": options.source,
+        }
         wanted = replace(wanted, **chosen, zero_every=options.zero_every)
     results = await measure_streams(wanted, report)
     floors = {result.name: result.gbps for result in results if result.is_floor}
     for result in results:
-        report("result", suite="stream", **_stream_fields(result, floors.get("send/recv+copy")), chunk=wanted.chunk)
+        report(
+            "result",
+            suite="stream",
+            **_stream_fields(result, floors.get("send/recv+copy")),
+            chunk=wanted.chunk,
+        )
     if not report.as_json:
         _print_streams(results, wanted)
-    best = max((result for result in results if not result.is_floor and not result.zero_share), key=lambda result: result.gbps)
+    best = max(
+        (result for result in results if not result.is_floor and not result.zero_share),
+        key=lambda result: result.gbps,
+    )
     return {
         "best_gbps": best.gbps,
         "best": f"{best.name} from {best.source}",
@@ -402,7 +544,9 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
 async def _encodings(options: argparse.Namespace, report: Report) -> Fields:
     if options.uri is not None or options.transport != "tcp":
         raise UsageError("compression is measured between processes here, over tcp")
-    wanted = EncodingOptions(lane=options.lane, size=options.size, chunk=options.chunk, rounds=options.rounds)
+    wanted = EncodingOptions(
+        lane=options.lane, size=options.size, chunk=options.chunk, rounds=options.rounds
+    )
     chosen = {"encodings": options.encoding, "contents": options.content, "rates": options.rate}
     wanted = replace(wanted, **{name: value for name, value in chosen.items() if value})
     results = await measure_encodings(wanted)
@@ -412,7 +556,10 @@ async def _encodings(options: argparse.Namespace, report: Report) -> Fields:
     held = encoding_targets(results)
     if not report.as_json:
         _print_encodings(results, held, wanted)
-    return {"results": rows, "targets": [{**target._asdict(), "met": target.met} for target in held]}
+    return {
+        "results": rows,
+        "targets": [{**target._asdict(), "met": target.met} for target in held],
+    }
 
 
 def _encoding_fields(result: EncodingResult) -> Fields:
@@ -435,10 +582,20 @@ def _stream_name(result: StreamResult) -> str:
 
 
 def _stream_fields(result: StreamResult, floor: float | None) -> Fields:
-    fields: Fields = {"name": result.name, "floor": result.is_floor, "gbps": result.gbps, "bytes": result.size}
+    fields: Fields = {
+        "name": result.name,
+        "floor": result.is_floor,
+        "gbps": result.gbps,
+        "bytes": result.size,
+    }
     if not result.is_floor:
         ratio = round(result.gbps / floor, 2) if floor else None
-        fields |= {"source": result.source, "zero_share": result.zero_share, "lane": result.lane, "lanes": result.lanes}
+        fields |= {
+            "source": result.source,
+            "zero_share": result.zero_share,
+            "lane": result.lane,
+            "lanes": result.lanes,
+        }
         fields["floor_copy_gbps"] = floor
         fields["ratio"] = ratio
     return fields
@@ -446,7 +603,11 @@ def _stream_fields(result: StreamResult, floor: float | None) -> Fields:
 
 async def _scale(options: argparse.Namespace, report: Report) -> Fields:
     wanted = ScaleOptions(
-        lane=options.lane, sizes=options.sizes, touches=options.touches, transport=options.transport, rounds=options.rounds
+        lane=options.lane,
+        sizes=options.sizes,
+        touches=options.touches,
+        transport=options.transport,
+        rounds=options.rounds,
     )
     results = await measure_scale(wanted)
     summaries = [_scale_summary(result, results[0]) for result in results]
@@ -479,14 +640,24 @@ async def _hostile(options: argparse.Namespace, report: Report) -> Fields:
 
 
 def _hostile_fields(result: HostileResult, alone: HostileResult) -> Fields:
-    ratios = {f"{name}_to_alone": result.latencies.ratio(alone.latencies, share) for name, share in _SHARES.items()}
+    ratios = {
+        f"{name}_to_alone": result.latencies.ratio(alone.latencies, share)
+        for name, share in _SHARES.items()
+    }
     return {"attack": result.attack or "alone", **_quantiles(result.latencies), **ratios}
 
 
 async def _null(options: argparse.Namespace, report: Report) -> Fields:
     results = await measure_null(rounds=options.rounds)
     for result in results:
-        report("result", suite="null", name=result.name, unit=result.unit, per_second=result.per_second, ns=result.nanoseconds)
+        report(
+            "result",
+            suite="null",
+            name=result.name,
+            unit=result.unit,
+            per_second=result.per_second,
+            ns=result.nanoseconds,
+        )
     if not report.as_json:
         _print_null(results)
     return {result.name: result.per_second for result in results}
@@ -496,7 +667,9 @@ async def _null(options: argparse.Namespace, report: Report) -> Fields:
 
 
 def _print_environment(where: Fields) -> None:
-    make_console().print("  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items()))
+    make_console().print(
+        "  ".join(f"[dim]{name.replace('_', ' ')}[/dim] {value}" for name, value in where.items())
+    )
 
 
 def _window_name(prefetch: tuple[int, int] | None) -> str:
@@ -505,14 +678,21 @@ def _window_name(prefetch: tuple[int, int] | None) -> str:
 
 def _fault_title(result: FaultResult, options: FaultOptions) -> str:
     peer = options.transport if options.uri is None else options.uri
-    window = "prefetch off" if options.prefetch == (0, 0) else f"prefetch {_window_name(options.prefetch)}"
+    window = (
+        "prefetch off"
+        if options.prefetch == (0, 0)
+        else f"prefetch {_window_name(options.prefetch)}"
+    )
     memory = f"{options.memory} memory, placement {result.placement}"
     return f"Touch to resume, {result.lane} lanes, {memory}, {peer}, {window}"
 
 
 def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None:
     console = make_console()
-    console.print(f"\n[bold]{_fault_title(results[0], options)}[/bold]  (µs; medians of {options.rounds} rounds)")
+    console.print(
+        f"\n[bold]{_fault_title(results[0], options)}[/bold]  (µs; medians of {options.rounds}"
+        " rounds)"
+    )
     table = make_table("threads", "", *_SHARES, "touches", "p50 is", "p99 is")
     table.columns[1].justify = "left"
     for result in results:
@@ -525,7 +705,9 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
                 if beside:
                     least: Sample = getattr(result, beside)
                     what = "idle" if beside == "idle" else "floor"
-                    ratios = [f"{shown(sample.ratio(least, share), 'x')} {what}" for share in (0.5, 0.99)]
+                    ratios = [
+                        f"{shown(sample.ratio(least, share), 'x')} {what}" for share in (0.5, 0.99)
+                    ]
                 dim = "dim" if name.startswith("floor") else ""
                 table.add_row(threads, label, *figures, f"{sample.count:,}", *ratios, style=dim)
                 threads = ""
@@ -533,8 +715,9 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
     console.print(table)
     skipped = sum(result.loaded_not_counted for result in results)
     console.print(
-        f"Under load only touches that waited count: {skipped:,} others fell on pages that the background had brought, "
-        f"or came after it was done. No measurement takes more than {LIMIT_SECONDS:g} s.",
+        f"Under load only touches that waited count: {skipped:,} others fell on pages that the"
+        " background had brought, or came after it was done. No measurement takes more than"
+        f" {LIMIT_SECONDS:g} s.",
         style="dim",
     )
 
@@ -545,13 +728,24 @@ def _print_rdma(fields: Fields) -> None:
     table = make_table("", "pagenet", "perftest", "ratio")
     table.columns[0].justify = "left"
     floor = f"{shown(fields['ib_read_lat_us'])} + {shown(fields['floor_local_us'])}"
-    table.add_row("touch to resume, p50, us", shown(fields["fault_p50_us"]), floor, shown(fields["fault_to_floor"], "x"))
+    table.add_row(
+        "touch to resume, p50, us",
+        shown(fields["fault_p50_us"]),
+        floor,
+        shown(fields["fault_to_floor"], "x"),
+    )
     table.add_row("the same, first in its chunk", shown(fields["first_in_chunk_p50_us"]), "-", "-")
-    for name, label in (("background", "background, GB/s"), ("background_allocated", "the same, memory allocated before")):
+    for name, label in (
+        ("background", "background, GB/s"),
+        ("background_allocated", "the same, memory allocated before"),
+    ):
         rates = (f"{fields[rate]:.3f}" for rate in (f"{name}_gbps", "ib_read_bw_gbps"))
         table.add_row(label, *rates, shown(fields[f"{name}_to_floor"], "x"))
     console.print(table)
-    set_up = f"From the call to the first page: {fields['set_up_s']:.2f} s, which the background's rate is without."
+    set_up = (
+        f"From the call to the first page: {fields['set_up_s']:.2f} s, which the background's rate"
+        " is without."
+    )
     console.print(set_up, style="dim")
     cpu = ", ".join(
         f"{used['user']:.2f} s user and {used['system']:.2f} s system over {transport}"
@@ -562,7 +756,10 @@ def _print_rdma(fields: Fields) -> None:
 
 def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> None:
     console = make_console()
-    title = f"Background, {options.lane} lanes, {options.transport if options.uri is None else options.uri}"
+    title = (
+        f"Background, {options.lane} lanes,"
+        f" {options.transport if options.uri is None else options.uri}"
+    )
     sizes = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
     console.print(f"\n[bold]{title}, {sizes}[/bold]  (medians of {options.rounds} rounds)")
     table = make_table("placement", "source", "lanes", "GB/s", "floor", "ratio")
@@ -575,49 +772,87 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         floor = floors.get("send/recv+copy")
         zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
         beside = ("-", "-") if floor is None else (f"{floor:.2f}", f"{result.gbps / floor:.2f}x")
-        table.add_row(result.name, result.source + zeros, str(result.lanes), f"{result.gbps:.2f}", *beside)
+        table.add_row(
+            result.name, result.source + zeros, str(result.lanes), f"{result.gbps:.2f}", *beside
+        )
     console.print(table)
-    console.print("The floor of each is send/recv+copy. Every page was compared after its transfer.", style="dim")
+    console.print(
+        "The floor of each is send/recv+copy. Every page was compared after its transfer.",
+        style="dim",
+    )
 
 
 def _link_name(rate: int | None) -> str:
     return "loopback" if rate is None else f"{rate} Mbit/s"
 
 
-def _print_encodings(results: Sequence[EncodingResult], held: Sequence[EncodingTarget], options: EncodingOptions) -> None:
+def _print_encodings(
+    results: Sequence[EncodingResult], held: Sequence[EncodingTarget], options: EncodingOptions
+) -> None:
     console = make_console()
     console.print(
-        f"\n[bold]Compression, {options.lane} lanes, {options.size >> 20} MiB[/bold]  (medians of {options.rounds} rounds)"
+        f"\n[bold]Compression, {options.lane} lanes, {options.size >> 20} MiB[/bold]  (medians of"
+        f" {options.rounds} rounds)"
     )
-    table = make_table("content", "link", "encoding", "MB/s", "MiB on the wire", "compressed", "ratio")
+    table = make_table(
+        "content", "link", "encoding", "MB/s", "MiB on the wire", "compressed", "ratio"
+    )
     table.columns[1].justify = table.columns[2].justify = "left"
     for result in results:
         ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"
         wire, share = f"{result.wire_bytes / (1 << 20):.1f}", f"{result.share:.0%}"
-        table.add_row(result.content, _link_name(result.rate), result.encoding, f"{result.mbps:.1f}", wire, share, ratio)
+        table.add_row(
+            result.content,
+            _link_name(result.rate),
+            result.encoding,
+            f"{result.mbps:.1f}",
+            wire,
+            share,
+            ratio,
+        )
         if result.encoding == options.encodings[-1]:
             table.add_section()
     console.print(table)
-    console.print("MB are of pages, whatever went over the wire. Every page was compared after its transfer.", style="dim")
+    console.print(
+        "MB are of pages, whatever went over the wire. Every page was compared after its transfer.",
+        style="dim",
+    )
     for content, rate, other, times, at_least in held:
         met = "met" if times >= at_least else "[bold]not met[/bold]"
-        console.print(f"auto, {content}, {_link_name(rate)}: {times:.2f}x {other}, at least {at_least:g}x: {met}")
+        console.print(
+            f"auto, {content}, {_link_name(rate)}: {times:.2f}x {other}, at least {at_least:g}x:"
+            f" {met}"
+        )
 
 
 def _print_scale(rows: Sequence[Fields]) -> None:
-    table = make_table("MiB", "p50 µs", "p99 µs", "p50 is", "p99 is", "source, B/page", "destination, B/page")
+    table = make_table(
+        "MiB", "p50 µs", "p99 µs", "p50 is", "p99 is", "source, B/page", "destination, B/page"
+    )
     for row in rows:
         ratios = [shown(row[name], "x first") for name in ("p50_to_first", "p99_to_first")]
-        weights = [f"{row[name]:.2f}" for name in ("source_bytes_per_page", "destination_bytes_per_page")]
-        table.add_row(str(row["bytes"] >> 20), shown(row["p50_us"]), shown(row["p99_us"]), *ratios, *weights)
+        weights = [
+            f"{row[name]:.2f}" for name in ("source_bytes_per_page", "destination_bytes_per_page")
+        ]
+        table.add_row(
+            str(row["bytes"] >> 20), shown(row["p50_us"]), shown(row["p99_us"]), *ratios, *weights
+        )
     make_console().print(table)
 
 
 def _print_hostile(rows: Sequence[Fields]) -> None:
-    table = make_table("beside", "p50 µs", "p99 µs", "p50 is", "p99 is", f"p99 at most {MOST_BESIDE:g}x")
+    table = make_table(
+        "beside", "p50 µs", "p99 µs", "p50 is", "p99 is", f"p99 at most {MOST_BESIDE:g}x"
+    )
     for row in rows:
         ratios = [shown(row[f"{name}_to_alone"], "x alone") for name in ("p50", "p99")]
-        met = "" if row["attack"] == "alone" else "met" if row["p99_to_alone"] <= MOST_BESIDE else "missed"
+        met = (
+            ""
+            if row["attack"] == "alone"
+            else "met"
+            if row["p99_to_alone"] <= MOST_BESIDE
+            else "missed"
+        )
         table.add_row(row["attack"], shown(row["p50_us"]), shown(row["p99_us"]), *ratios, met)
     make_console().print(table)
 
@@ -625,7 +860,9 @@ def _print_hostile(rows: Sequence[Fields]) -> None:
 def _print_null(results: Sequence[NullResult]) -> None:
     table = make_table("what", "per second", "ns each")
     for result in results:
-        table.add_row(f"{result.name} ({result.unit})", f"{result.per_second:,}", shown(result.nanoseconds))
+        table.add_row(
+            f"{result.name} ({result.unit})", f"{result.per_second:,}", shown(result.nanoseconds)
+        )
     make_console().print(table)
 
 
@@ -634,7 +871,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in (*_SUITES, "-h", "--help", "--version"):
         arguments.insert(0, "all")
     options = make_parser().parse_args(arguments)
-    report = trace_report(_PROG, options.json) if options.suite == "trace" else Report(_PROG, options.json, _WORDS)
+    report = (
+        trace_report(_PROG, options.json)
+        if options.suite == "trace"
+        else Report(_PROG, options.json, _WORDS)
+    )
     return run_command(lambda: _bench(options, report), report)
 
 

@@ -41,10 +41,14 @@ _WATCH_SECONDS = 1.0
 
 
 def make_parser() -> Parser:
-    parser = Parser("pagenet-ctl", "Look at a pagenet daemon, or change what it does, while it runs.")
+    parser = Parser(
+        "pagenet-ctl", "Look at a pagenet daemon, or change what it does, while it runs."
+    )
     parser.epilog = _EXIT_CODES
     parser.add_argument("socket", metavar="SOCKET", help="what the daemon was given as --control")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
 
     def add(name: str, words: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=words, description=words)
@@ -61,11 +65,23 @@ def make_parser() -> Parser:
     add("pause", "Ask for no more pages that nobody waits for. Touched pages come as before.")
     add("resume", "Go on; begin, if the daemon was to begin later.")
     schedule = add("schedule", "Bring untouched pages in another order.")
-    schedule.add_argument("name", type=background_order, metavar="NAME", help=f"{', '.join(SCHEDULES)}, {RECORDED}FILE")
+    schedule.add_argument(
+        "name",
+        type=background_order,
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULES)}, {RECORDED}FILE",
+    )
     bandwidth = add("bandwidth", "Limit the rate of pages that nobody waits for.")
-    bandwidth.add_argument("rate", type=_limit, metavar="RATE", help="bytes a second: 60M, 1.5G, 64Mi, 800Mbit; none: no limit")
+    bandwidth.add_argument(
+        "rate",
+        type=_limit,
+        metavar="RATE",
+        help="bytes a second: 60M, 1.5G, 64Mi, 800Mbit; none: no limit",
+    )
     prefetch = add("prefetch", "Change what is asked for around each page that somebody waits for.")
-    prefetch.add_argument("window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages behind and before it")
+    prefetch.add_argument(
+        "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages behind and before it"
+    )
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
 
@@ -75,7 +91,12 @@ class _CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object a line, for machines")
+        self.add_argument(
+            "--json",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="one JSON object a line, for machines",
+        )
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
@@ -127,7 +148,9 @@ async def _control(options: argparse.Namespace) -> None:
 async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
     console = make_console()
     on_screen = console.is_terminal and not as_json
-    with Live(console=console, auto_refresh=False) if on_screen else _Lines(console, as_json) as view:
+    with (
+        Live(console=console, auto_refresh=False) if on_screen else _Lines(console, as_json)
+    ) as view:
         while True:
             try:
                 answer = await client.command("status")
@@ -169,7 +192,10 @@ def _done(command: str, answer: dict[str, Any]) -> str:
 
 def _words(status: dict[str, Any]) -> Table:
     with _understood():
-        rows = [("daemon", f"{status['program']} {status['release']}, process {status['pid']}"), *_rows(status)]
+        rows = [
+            ("daemon", f"{status['program']} {status['release']}, process {status['pid']}"),
+            *_rows(status),
+        ]
     table = Table.grid(padding=(0, 2))
     for name, text in rows:
         table.add_row(name, Text(printable(text)))
@@ -178,11 +204,14 @@ def _words(status: dict[str, Any]) -> Table:
 
 @contextmanager
 def _understood() -> Iterator[None]:
-    """Who listens on that socket may be anybody: what its status lacks, or has in another shape, is its own mistake."""
+    """Who listens on that socket may be anybody: what its status lacks, or has in another shape, is
+    its own mistake."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise RemoteProtocolError(f"the status of the daemon makes no sense: {type(error).__name__}") from None
+        raise RemoteProtocolError(
+            f"the status of the daemon makes no sense: {type(error).__name__}"
+        ) from None
 
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
@@ -196,8 +225,16 @@ def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _source(status: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("state", status["state"]), ("region", f"{status['pages']} pages, {status['bytes'] / _MIB:.1f} MiB")]
-    rows.append(("asked for", f"{status['pages_asked']} pages, {status['pages_demanded']} of them waited for"))
+    rows = [
+        ("state", status["state"]),
+        ("region", f"{status['pages']} pages, {status['bytes'] / _MIB:.1f} MiB"),
+    ]
+    rows.append(
+        (
+            "asked for",
+            f"{status['pages_asked']} pages, {status['pages_demanded']} of them waited for",
+        )
+    )
     if status["uri"]:
         rows.append(("listens on", status["uri"]))
     return rows + [("destination", peer) for peer in status["destinations"]]
@@ -207,10 +244,28 @@ def _destination(status: dict[str, Any]) -> list[tuple[str, str]]:
     left = "" if status["seconds_left"] is None else f", {status['seconds_left']:.0f} s left"
     quantiles = ", ".join(f"{name} {_us(value)}" for name, value in status["fault_us"].items())
     return [
-        ("state", f"{status['state']}, {status['seconds']:.1f} s{left if status['state'] == 'running' else ''}"),
+        (
+            "state",
+            (
+                f"{status['state']}, {status['seconds']:.1f}"
+                f" s{left if status['state'] == 'running' else ''}"
+            ),
+        ),
         ("source", status["peer"]),
-        ("resident", f"{status['share']:.1%}, {status['bytes_resident'] / _MIB:.1f} of {status['bytes'] / _MIB:.1f} MiB"),
-        ("rate", f"{rate_words(status['bytes_per_s'])}, on the wire {rate_words(status['wire_bytes_per_s'])}"),
+        (
+            "resident",
+            (
+                f"{status['share']:.1%}, {status['bytes_resident'] / _MIB:.1f} of"
+                f" {status['bytes'] / _MIB:.1f} MiB"
+            ),
+        ),
+        (
+            "rate",
+            (
+                f"{rate_words(status['bytes_per_s'])}, on the wire"
+                f" {rate_words(status['wire_bytes_per_s'])}"
+            ),
+        ),
         ("faults", f"{status['faults']}, {status['faults_per_s']:.0f} a second ({quantiles})"),
         ("background", _background(status)),
         ("prefetch", _prefetch(status)),

@@ -1,4 +1,5 @@
-"""pagenet-pull: fill memory that is in use already, or a file, with the pages of a machine that has moved here."""
+"""pagenet-pull: fill memory that is in use already, or a file, with the pages of a machine that has
+moved here."""
 
 from __future__ import annotations
 
@@ -30,22 +31,43 @@ _WORDS = {
 
 
 def make_parser() -> Parser:
-    parser = Parser("pagenet-pull", "Pull the pages of a source into memory that is in use already, or into a file.")
-    parser.add_argument("uri", metavar="URI", help="where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH")
+    parser = Parser(
+        "pagenet-pull",
+        "Pull the pages of a source into memory that is in use already, or into a file.",
+    )
+    parser.add_argument(
+        "uri",
+        metavar="URI",
+        help="where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH",
+    )
     into = parser.add_mutually_exclusive_group(required=True)
     into.add_argument(
         "--uffd-socket",
         metavar="PATH",
-        help="unix socket on which the owner of the memory hands over its userfaultfd (Firecracker's UFFD handshake)",
+        help=(
+            "unix socket on which the owner of the memory hands over its userfaultfd (Firecracker's"
+            " UFFD handshake)"
+        ),
     )
-    into.add_argument("--into", metavar="FILE", help="fill a file; it appears when it is complete, and replaces an older one")
+    into.add_argument(
+        "--into",
+        metavar="FILE",
+        help="fill a file; it appears when it is complete, and replaces an older one",
+    )
     into.add_argument(
         "--resume",
         metavar="PID",
         type=count,
-        help="go on filling the memory of that process, whose pagenet-pull is gone, if it keeps the map of its pages",
+        help=(
+            "go on filling the memory of that process, whose pagenet-pull is gone, if it keeps the"
+            " map of its pages"
+        ),
     )
-    parser.add_argument("--listen", action="store_true", help="wait at URI for the source to dial (pagenet-serve --connect)")
+    parser.add_argument(
+        "--listen",
+        action="store_true",
+        help="wait at URI for the source to dial (pagenet-serve --connect)",
+    )
     add_pull_options(parser)
     add_control_option(parser)
     return parser
@@ -58,11 +80,7 @@ async def _pull(options: argparse.Namespace, report: Report, control: Control) -
             report("finished", pid=owner.pid, pages=owner.pages)
             return
         async with pull(
-            options.uri,
-            owner,
-            listen=options.listen,
-            **pull_options(options),
-            on_event=report,
+            options.uri, owner, listen=options.listen, **pull_options(options), on_event=report
         ) as transfer:
             control.subject = transfer
             await show_until_complete(transfer, report)
@@ -83,7 +101,9 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
     def waiting() -> None:
         report("waiting", uffd_socket=options.uffd_socket)
 
-    owner = UffdSocket(options.uffd_socket, allocate=options.allocate, on_waiting=waiting, on_refused=refused)
+    owner = UffdSocket(
+        options.uffd_socket, allocate=options.allocate, on_waiting=waiting, on_refused=refused
+    )
     stack.callback(owner.close)
     return owner
 

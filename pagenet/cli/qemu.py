@@ -32,36 +32,66 @@ _WORDS = {
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
     "refused": "{peer}: refused: {reason}",
-    "resuming": "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}",
+    "resuming": (
+        "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}"
+    ),
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
 }
 _WARNINGS = {
-    "waiting": "the destination is lost ({reason}). Its pages are here: dialling {uri} until pagenet-qemu incoming --resume "
-    "answers there",
-    "in_doubt": "the destination was told to run the guest and has not confirmed it ({reason}). It stays stopped here: look "
-    "there, and only if it does not run, end this program and say cont to this QEMU",
-    "abandoned": "stopped before the destination has every page: its guest will stand still at the first that it misses. QEMU "
-    "(pid {pid}) still holds them, unless it is resumed: pagenet-serve {source} --identity {identity} --connect {uri}",
+    "waiting": (
+        "the destination is lost ({reason}). Its pages are here: dialling {uri} until pagenet-qemu"
+        " incoming --resume answers there"
+    ),
+    "in_doubt": (
+        "the destination was told to run the guest and has not confirmed it ({reason}). It stays"
+        " stopped here: look there, and only if it does not run, end this program and say cont to"
+        " this QEMU"
+    ),
+    "abandoned": (
+        "stopped before the destination has every page: its guest will stand still at the first"
+        " that it misses. QEMU (pid {pid}) still holds them, unless it is resumed: pagenet-serve"
+        " {source} --identity {identity} --connect {uri}"
+    ),
 }
 
 
 def make_parser() -> Parser:
     parser = Parser(_PROG, "Move a running QEMU guest to another host.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
-    words = """Start the QEMU that a guest comes to, and take one guest; ends when that QEMU ends, with its exit status. Or
-    attach to a QEMU that waits already, with --qmp; or, with --resume, go on bringing the pages of a guest whose pagenet-qemu
-    incoming is gone. Those two end when it has every page."""
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
+    words = """Start the destination's QEMU and take one guest; ends when that QEMU ends, with its
+    exit status. With --qmp, attach to a QEMU that waits already; with --resume, go on with the
+    pages of a guest whose pagenet-qemu incoming is gone: both end when it has every page."""
     incoming = commands.add_parser("incoming", help="take a guest", description=words)
-    incoming.add_argument("--listen", metavar="URI", required=True, help=f"where the source dials: {_SHAPES}")
-    incoming.add_argument("--resume", action="store_true", help="go on where another pagenet-qemu was cut off")
-    incoming.add_argument("--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)")
-    incoming.add_argument("--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process")
+    incoming.add_argument(
+        "--listen", metavar="URI", required=True, help=f"where the source dials: {_SHAPES}"
+    )
+    incoming.add_argument(
+        "--resume", action="store_true", help="go on where another pagenet-qemu was cut off"
+    )
+    incoming.add_argument(
+        "--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)"
+    )
+    incoming.add_argument(
+        "--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process"
+    )
     add_pull_options(incoming)
     add_control_option(incoming)
-    incoming.add_argument("qemu", nargs="*", metavar="QEMU", help="after --: the command line of QEMU, as at the source")
-    words = "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends when it has every page."
+    incoming.add_argument(
+        "qemu",
+        nargs="*",
+        metavar="QEMU",
+        help="after --: the command line of QEMU, as at the source",
+    )
+    words = (
+        "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends"
+        " when it has every page."
+    )
     leaving = commands.add_parser("migrate", help=words, description=words)
-    leaving.add_argument("--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)")
+    leaving.add_argument(
+        "--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)"
+    )
     leaving.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
     add_lane_option(leaving)
     add_control_option(leaving)
@@ -77,10 +107,16 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
     if options.qmp:
         if options.allocate:
             raise UsageError("--allocate is for a QEMU that is started here")
-        arriving = receive_attached(options.qmp, listen=options.listen, on_event=report, **pull_options(options))
+        arriving = receive_attached(
+            options.qmp, listen=options.listen, on_event=report, **pull_options(options)
+        )
     else:
         arriving = receive(
-            options.qemu, listen=options.listen, allocate=options.allocate, on_event=report, **pull_options(options)
+            options.qemu,
+            listen=options.listen,
+            allocate=options.allocate,
+            on_event=report,
+            **pull_options(options),
         )
     async with arriving as arrival:
         control.subject = arrival.transfer
@@ -97,13 +133,15 @@ async def _resume(options: argparse.Namespace, report: Report, control: Control)
             report("finished", pid=owner.pid, pages=owner.pages)
             return 0
         missing = owner.pages - owner.done
-        report("resuming", pid=owner.pid, pages=owner.pages, missing=missing, identity=owner.source.hex())
+        report(
+            "resuming",
+            pid=owner.pid,
+            pages=owner.pages,
+            missing=missing,
+            identity=owner.source.hex(),
+        )
         async with pull(
-            options.listen,
-            owner,
-            listen=True,
-            **pull_options(options),
-            on_event=report,
+            options.listen, owner, listen=True, **pull_options(options), on_event=report
         ) as transfer:
             control.subject = transfer
             await show_until_complete(transfer, report)
@@ -111,7 +149,10 @@ async def _resume(options: argparse.Namespace, report: Report, control: Control)
 
 
 async def _migrate(options: argparse.Namespace, report: Report, control: Control) -> int:
-    async with migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server, trio.open_nursery() as nursery:
+    async with (
+        migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server,
+        trio.open_nursery() as nursery,
+    ):
         control.subject = server
         nursery.start_soon(make_progress(report), server)
         await server.wait_complete()
@@ -125,7 +166,10 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.resume and (len(named) != 1 or options.qemu):
         parser.error("--resume needs the QEMU that has the guest: one of --pid and --qmp")
     if not options.resume and named not in (["qemu"], ["qmp"]):
-        parser.error("say which QEMU the guest comes to: its command line after --, or its monitor with --qmp")
+        parser.error(
+            "say which QEMU the guest comes to: its command line after --, or its monitor with"
+            " --qmp"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,22 +36,42 @@ def make_parser() -> Parser:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or pid:PID:START+SIZE "
-        "(addresses of that process); NAME=SOURCE names the block. Several make one region, one block each.",
+        help=(
+            "a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or"
+            " pid:PID:START+SIZE (addresses of that process); NAME=SOURCE names the block. Several"
+            " make one region, one block each."
+        ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    listen = "where destinations dial: tcp://HOST:PORT (port 0 picks one), rdma://HOST:PORT, unix:PATH"
+    listen = (
+        "where destinations dial: tcp://HOST:PORT (port 0 picks one), rdma://HOST:PORT, unix:PATH"
+    )
     where.add_argument("--listen", metavar="URI", help=listen)
-    where.add_argument("--connect", metavar="URI", help="dial the destination that waits there (pagenet-pull --listen)")
-    parser.add_argument("--plaintext", action="store_true", help="allow an address that other hosts can reach, unencrypted")
-    parser.add_argument("--once", action="store_true", help="end, with exit code 0, when a destination has every page")
+    where.add_argument(
+        "--connect",
+        metavar="URI",
+        help="dial the destination that waits there (pagenet-pull --listen)",
+    )
+    parser.add_argument(
+        "--plaintext",
+        action="store_true",
+        help="allow an address that other hosts can reach, unencrypted",
+    )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="end, with exit code 0, when a destination has every page",
+    )
     parser.add_argument(
         "--identity",
         metavar="NAME",
         type=_identity,
-        help="what its content is called, by its digest or version, say: of the same name is the same source, on any host, for "
-        "pagenet-pull --resume; 32 hexadecimal digits are what pagenet-qemu migrate called it (default: which file it is, "
-        "and when it was last written to)",
+        help=(
+            "what its content is called, by its digest or version, say: of the same name is the"
+            " same source, on any host, for pagenet-pull --resume; 32 hexadecimal digits are what"
+            " pagenet-qemu migrate called it (default: which file it is, and when it was last"
+            " written to)"
+        ),
     )
     parser.add_argument(
         "--rdma-pin-limit",
@@ -65,7 +85,10 @@ def make_parser() -> Parser:
         type=count,
         default=MAX_SESSIONS,
         metavar="N",
-        help="destinations that are served at a time where they dial; more are refused (default: %(default)s)",
+        help=(
+            "destinations that are served at a time where they dial; more are refused (default:"
+            " %(default)s)"
+        ),
     )
     parser.add_argument(
         "--max-lanes",
@@ -81,7 +104,9 @@ def make_parser() -> Parser:
 
 def _identity(text: str) -> bytes:
     if not text:
-        raise argparse.ArgumentTypeError("an identity is a name, or 32 hexadecimal digits, and not nothing")
+        raise argparse.ArgumentTypeError(
+            "an identity is a name, or 32 hexadecimal digits, and not nothing"
+        )
     return named_identity(text)
 
 
@@ -94,7 +119,9 @@ async def _serve(options: argparse.Namespace, report: Report, control: Control) 
         await _serve_source(source, options, report, control)
 
 
-async def _serve_source(source: Source | list[str], options: argparse.Namespace, report: Report, control: Control) -> None:
+async def _serve_source(
+    source: Source | list[str], options: argparse.Namespace, report: Report, control: Control
+) -> None:
     async with serve(
         source,
         listen=options.listen,

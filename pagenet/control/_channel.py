@@ -40,7 +40,9 @@ class ControlChannel:
             with trio.fail_after(PATIENCE):
                 await self._connection.send(encode(fields))
         except trio.TooSlowError:
-            raise ConnectionBroken(f"{self._connection.peer} does not read what it is told") from None
+            raise ConnectionBroken(
+                f"{self._connection.peer} does not read what it is told"
+            ) from None
 
     async def receive(self) -> Fields | None:
         """The next message, however long it takes to begin; None when the peer has closed."""

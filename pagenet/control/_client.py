@@ -28,26 +28,35 @@ class ControlClient:
         self._channel = channel
         self._path = path
         self._number = 0
-        #: what the daemon says of itself: ``program``, ``pid``, ``release``, ``version``, ``commands``
+        # : what the daemon says of itself: ``program``, ``pid``, ``release``, ``version``,
+        # ``commands``
         self.hello: Fields = {}
 
     async def greet(self) -> None:
         self.hello = check_hello(await self._answer())
 
     async def command(self, name: str, /, **arguments: Any) -> Fields:
-        """What the daemon answers: for all but ``stop``, the status once it is done (``docs/control.md`` has the fields).
+        """What the daemon answers: for all but ``stop``, the status once it is done
+        (``docs/control.md`` has the fields).
 
-        ``status``, ``pause``, ``resume``, ``stop`` take nothing; ``schedule`` takes ``name``, ``bandwidth`` ``rate`` (bytes a
-        second, or None), ``prefetch`` ``window`` (pages forward and backward, or None). :exc:`~pagenet.errors.UsageError` if
-        the daemon cannot do it; :exc:`~pagenet.errors.RemoteProtocolError` if it does not understand, or is not understood;
+        ``status``, ``pause``, ``resume``, ``stop`` take nothing; ``schedule`` takes ``name``,
+        ``bandwidth`` ``rate`` (bytes a second, or None), ``prefetch`` ``window`` (pages forward and
+        backward, or None). :exc:`~pagenet.errors.UsageError` if the daemon cannot do it;
+        :exc:`~pagenet.errors.RemoteProtocolError` if it does not understand, or is not understood;
         :exc:`~pagenet.errors.ConnectionBroken` if it has ended.
         """
         self._number += 1
         with suppress(ConnectionBroken):  # it may have said why, and then closed
             await self._channel.send({"command": name, "id": self._number, **arguments})
         answer = await self._answer()
-        if answer.get("type") != "reply" or answer.get("id") != self._number or not isinstance(answer.get("result"), dict):
-            raise RemoteProtocolError(f"{self._path}: the daemon answers something else than was asked")
+        if (
+            answer.get("type") != "reply"
+            or answer.get("id") != self._number
+            or not isinstance(answer.get("result"), dict)
+        ):
+            raise RemoteProtocolError(
+                f"{self._path}: the daemon answers something else than was asked"
+            )
         result: Fields = answer["result"]
         return result
 
@@ -56,13 +65,19 @@ class ControlClient:
             with trio.fail_after(ANSWER_TIMEOUT):
                 answer = await self._channel.receive()
         except trio.TooSlowError:
-            raise ConnectionBroken(f"{self._path}: the daemon does not answer: is it stopped?") from None
+            raise ConnectionBroken(
+                f"{self._path}: the daemon does not answer: is it stopped?"
+            ) from None
         if answer is None:
             raise ConnectionBroken(f"{self._path}: the daemon has ended")
         if answer.get("type") == "error":
             said = answer.get("text")
             text = printable(said) if isinstance(said, str) else shown(said)
-            raise UsageError(text) if answer.get("code") == "usage" else RemoteProtocolError(f"{self._path}: {text}")
+            raise (
+                UsageError(text)
+                if answer.get("code") == "usage"
+                else RemoteProtocolError(f"{self._path}: {text}")
+            )
         return answer
 
 
@@ -70,8 +85,9 @@ class ControlClient:
 async def connect_control(path: str | os.PathLike[str]) -> AsyncIterator[ControlClient]:
     """The daemon whose control socket is at ``path``.
 
-    :exc:`~pagenet.errors.SourceUnreachable` if none listens there; :exc:`~pagenet.errors.RemoteProtocolError` if it is
-    something else; :exc:`~pagenet.errors.ConnectionBroken` if it does not answer.
+    :exc:`~pagenet.errors.SourceUnreachable` if none listens there;
+    :exc:`~pagenet.errors.RemoteProtocolError` if it is something else;
+    :exc:`~pagenet.errors.ConnectionBroken` if it does not answer.
     """
     connection = await UnixTransport().dial(address_of(path))
     try:

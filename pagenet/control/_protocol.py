@@ -1,4 +1,5 @@
-"""The control protocol, with no I/O in it: frames of msgpack maps, and the requests that they may be.
+"""The control protocol, with no I/O in it: frames of msgpack maps, and the requests that they may
+be.
 
 Everything decoded here comes from a stranger: each field is checked before it is believed.
 """
@@ -16,7 +17,17 @@ import msgpack
 from ..errors import RemoteProtocolError
 from ..protocol import printable
 
-__all__ = ["COMMANDS", "OLDEST_VERSION", "VERSION", "Decoder", "Request", "check_hello", "decode_request", "encode", "shown"]
+__all__ = [
+    "COMMANDS",
+    "OLDEST_VERSION",
+    "VERSION",
+    "Decoder",
+    "Request",
+    "check_hello",
+    "decode_request",
+    "encode",
+    "shown",
+]
 
 VERSION = 1
 OLDEST_VERSION = 1
@@ -54,14 +65,20 @@ class Decoder:
     def next(self) -> Fields | None:
         """The next whole map, or None until more bytes are fed."""
         if self.unread[:4] != MAGIC[: len(self.unread)]:
-            raise RemoteProtocolError(f"this is no control message: it begins with {bytes(self.unread[:16])!r}")
+            raise RemoteProtocolError(
+                f"this is no control message: it begins with {bytes(self.unread[:16])!r}"
+            )
         if len(self.unread) < FRAME_HEADER.size:
             return None
         _, framing, _, length = FRAME_HEADER.unpack_from(self.unread)
         if framing != 1:
-            raise RemoteProtocolError(f"messages are framed in version {framing}; this pagenet knows version 1")
+            raise RemoteProtocolError(
+                f"messages are framed in version {framing}; this pagenet knows version 1"
+            )
         if length > MAX_MESSAGE:
-            raise RemoteProtocolError(f"a message of {length} bytes is announced (limit {MAX_MESSAGE})")
+            raise RemoteProtocolError(
+                f"a message of {length} bytes is announced (limit {MAX_MESSAGE})"
+            )
         end = FRAME_HEADER.size + length
         if len(self.unread) < end:
             return None
@@ -70,16 +87,23 @@ class Decoder:
         return _decode(body)
 
     def check_eof(self) -> None:
-        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle of a message."""
+        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle
+        of a message."""
         if self.unread:
-            raise RemoteProtocolError(f"the connection ended in the middle of a message ({len(self.unread)} bytes of it came)")
+            raise RemoteProtocolError(
+                f"the connection ended in the middle of a message ({len(self.unread)} bytes of it"
+                " came)"
+            )
 
 
 def _decode(body: bytes) -> Fields:
     try:
         fields = msgpack.unpackb(body, strict_map_key=True)
-    except Exception as error:  # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
-        raise RemoteProtocolError(f"a message is not msgpack: {str(error) or type(error).__name__}") from None
+    except Exception as error:
+        # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        raise RemoteProtocolError(
+            f"a message is not msgpack: {str(error) or type(error).__name__}"
+        ) from None
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise RemoteProtocolError("a message is not a map of names")
     return fields
@@ -106,7 +130,9 @@ def _is_rate(value: object) -> bool:
 
 
 def _is_window(value: object) -> bool:
-    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_side, value)))
+    return value is None or (
+        isinstance(value, list) and len(value) == 2 and all(map(_is_side, value))
+    )
 
 
 def _is_side(value: object) -> bool:
@@ -130,13 +156,17 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 
 
 def decode_request(fields: Fields) -> Request:
-    """:exc:`~pagenet.errors.RemoteProtocolError` for what no version of the protocol allows, or this one does not know."""
+    """:exc:`~pagenet.errors.RemoteProtocolError` for what no version of the protocol allows, or
+    this one does not know."""
     command, number = fields.get("command"), fields.get("id")
     if not _is_integer(number) or not 0 <= number < 2**63:
         raise RemoteProtocolError(f"a request has no proper 'id': {shown(number)}")
     if not isinstance(command, str) or command not in COMMANDS:
         raise RemoteProtocolError(f"no command {shown(command)}: there are {', '.join(COMMANDS)}")
-    wanted, given = COMMANDS[command], {name: value for name, value in fields.items() if name not in ("command", "id")}
+    wanted, given = (
+        COMMANDS[command],
+        {name: value for name, value in fields.items() if name not in ("command", "id")},
+    )
     if unknown := given.keys() - wanted.keys():
         raise RemoteProtocolError(f"{command} takes no {shown(min(unknown))}")
     for name, fits in wanted.items():
@@ -146,15 +176,20 @@ def decode_request(fields: Fields) -> Request:
 
 
 def check_hello(fields: Fields) -> Fields:
-    """What a daemon says first. :exc:`~pagenet.errors.RemoteProtocolError` if it is another version's, or something else."""
+    """What a daemon says first. :exc:`~pagenet.errors.RemoteProtocolError` if it is another
+    version's, or something else."""
     version, oldest = fields.get("version"), fields.get("oldest")
     if fields.get("type") != "hello" or not _is_integer(version) or not _is_integer(oldest):
         raise RemoteProtocolError("the daemon's first message is not a hello")
     if oldest > VERSION or version < OLDEST_VERSION:
-        raise RemoteProtocolError(f"the daemon speaks control versions {oldest} to {version}; this pagenet knows {VERSION}")
+        raise RemoteProtocolError(
+            f"the daemon speaks control versions {oldest} to {version}; this pagenet knows"
+            f" {VERSION}"
+        )
     return fields
 
 
 def shown(value: object) -> str:
-    """A stranger's value, for the line of an error: the repr of a deep structure recurses too far, so its depth is limited."""
+    """A stranger's value, for the line of an error: the repr of a deep structure recurses too far,
+    so its depth is limited."""
     return printable(_SHORT.repr(value))[:64]

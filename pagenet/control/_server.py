@@ -60,7 +60,13 @@ class Control:
                 nursery.cancel_scope.cancel()
 
     def hello(self) -> Fields:
-        return {"type": "hello", "version": VERSION, "oldest": OLDEST_VERSION, "commands": list(COMMANDS), **self._who()}
+        return {
+            "type": "hello",
+            "version": VERSION,
+            "oldest": OLDEST_VERSION,
+            "commands": list(COMMANDS),
+            **self._who(),
+        }
 
     def _who(self) -> Fields:
         return {"program": self._program, "pid": os.getpid(), "release": __version__}
@@ -75,7 +81,8 @@ class Control:
         return {**self._who(), "state": "starting"}
 
     def execute(self, request: Request) -> Fields:
-        """What it is answered with. :exc:`UsageError` for what cannot be done. ``stop`` is only promised."""
+        """What it is answered with. :exc:`UsageError` for what cannot be done. ``stop`` is only
+        promised."""
         match request.command:
             case "status":
                 return self.status()
@@ -92,7 +99,9 @@ class Control:
 
     def _running_transfer(self, command: str) -> Transfer:
         if isinstance(self._subject, Server):
-            raise UsageError(f"{command}: this is a source; its destinations decide what comes when")
+            raise UsageError(
+                f"{command}: this is a source; its destinations decide what comes when"
+            )
         if self._subject is None:
             raise UsageError(f"{command}: the transfer has not begun yet")
         if self._subject.is_over:
@@ -133,7 +142,9 @@ class _Clients:
         except RemoteProtocolError as error:
             self._on_event("refused", peer=connection.peer, reason=str(error))
             with suppress(ConnectionBroken):
-                await channel.send({"type": "error", "id": None, "code": "protocol", "text": printable(str(error))})
+                await channel.send(
+                    {"type": "error", "id": None, "code": "protocol", "text": printable(str(error))}
+                )
         except ConnectionBroken:
             pass  # gone: nobody is left to be told, and nothing depends on it
         finally:
@@ -149,7 +160,14 @@ class _Clients:
             try:
                 result = self._control.execute(request)
             except UsageError as error:
-                await channel.send({"type": "error", "id": request.number, "code": "usage", "text": printable(str(error))})
+                await channel.send(
+                    {
+                        "type": "error",
+                        "id": request.number,
+                        "code": "usage",
+                        "text": printable(str(error)),
+                    }
+                )
                 continue
             try:
                 await channel.send({"type": "reply", "id": request.number, "result": result})
@@ -167,12 +185,14 @@ async def serve_control(
     stop: Callable[[], None] | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Control]:
-    """Offer ``subject`` to ``pagenet-ctl`` on a unix socket at ``path``, for as long as the block runs.
+    """Offer ``subject`` to ``pagenet-ctl`` on a unix socket at ``path``, for as long as the block
+    runs.
 
-    The socket is for this user and root (mode 0600), and is removed at the end. One that a process has left behind is
-    replaced; :exc:`~pagenet.errors.UsageError` if somebody listens there, or if it is another file. ``subject`` may be None as
-    long as there is no transfer yet: set :attr:`Control.subject` later. ``program`` is what a status calls this program.
-    ``stop`` is called when somebody says stop, which otherwise is refused.
+    The socket is for this user and root (mode 0600), and is removed at the end. One that a process
+    has left behind is replaced; :exc:`~pagenet.errors.UsageError` if somebody listens there, or if
+    it is another file. ``subject`` may be None as long as there is no transfer yet: set
+    :attr:`Control.subject` later. ``program`` is what a status calls this program. ``stop`` is
+    called when somebody says stop, which otherwise is refused.
 
     Whatever a client does wrong ends its own connection only. Event: ``refused`` (one did).
     """

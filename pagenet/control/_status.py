@@ -1,4 +1,5 @@
-"""What a status says: maps of what msgpack and JSON can hold. Bytes, pages, seconds, microseconds (``_us``)."""
+"""What a status says: maps of what msgpack and JSON can hold. Bytes, pages, seconds, microseconds
+(``_us``)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from ..statistics import ClassStatistics, Histogram, TransferStatistics
 
 __all__ = ["Rates", "server_status", "transfer_status"]
 
-# Rates are of the last so many seconds: steady enough to read, quick enough to show what a command has done.
+# Rates are of the last so many seconds: steady enough to read, quick enough to show what a command
+# has done.
 WINDOW_SECONDS = 2.0
 LOOKS = 8
 
@@ -42,7 +44,9 @@ class Rates:
 
     def _look(self) -> _Look:
         now = self._transfer.statistics()
-        return _Look(time.monotonic(), now.done * _page_size(now), now.wire_bytes, now.demand.faults)
+        return _Look(
+            time.monotonic(), now.done * _page_size(now), now.wire_bytes, now.demand.faults
+        )
 
     def now(self) -> dict[str, float]:
         """Of the last two seconds, or since the beginning; all 0 once it is complete."""
@@ -79,7 +83,9 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
         "zero_pages": now.zero_pages,
         "faults": now.demand.faults,
         "fault_us": _percentiles(now.fault_latency),
-        "classes": {name: _class(getattr(now, name)) for name in ("demand", "prefetch", "background")},
+        "classes": {
+            name: _class(getattr(now, name)) for name in ("demand", "prefetch", "background")
+        },
         "schedule": transfer.background,
         "begun": transfer.background_begun,
         "paused": transfer.background_paused,
@@ -124,7 +130,10 @@ def _seconds_left(rest: float, rate: float) -> float | None:
 
 
 def _percentiles(latency: Histogram) -> dict[str, float | None]:
-    return {name: latency.microseconds(share) for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}
+    return {
+        name: latency.microseconds(share)
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))
+    }
 
 
 def _class(row: ClassStatistics) -> dict[str, int]:

@@ -1,7 +1,9 @@
-"""The destination's state, and what may be done to it: faults come in, pages come in, the owner gives pages up.
+"""The destination's state, and what may be done to it: faults come in, pages come in, the owner
+gives pages up.
 
-No method waits, and none asks for pages: :meth:`Filling.take_wanted` says what is to be asked for. Each leaves residency,
-target and the list of waiting faults agreeing with each other, so lanes written as Trio tasks may call them in any order.
+No method waits, and none asks for pages: :meth:`Filling.take_wanted` says what is to be asked for.
+Each leaves residency, target and the list of waiting faults agreeing with each other, so lanes
+written as Trio tasks may call them in any order.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ __all__ = ["Filling"]
 
 # Bytes on either side of a fault: a window of huge pages would only be in the next fault's way.
 PREFETCH_LIMIT = 1 << 20
-# Bytes that a window which adapts may have in flight. The lane in C tunes this; in Trio a reply costs more than a page.
+# Bytes that a window which adapts may have in flight. The lane in C tunes this; in Trio a reply
+# costs more than a page.
 PREFETCHING = 128 << 10
 # Pages of the sample that nobody has touched yet.
 _MOST_HELD = 4096
@@ -36,23 +39,30 @@ _MOST_HELD = 4096
 class Filling:
     """``target`` on its way from empty to complete. Owns ``target`` and its residency map.
 
-    ``source``: the identity of what it is filled from. :exc:`~pagenet.errors.UsageError` if it was begun with another one.
+    ``source``: the identity of what it is filled from. :exc:`~pagenet.errors.UsageError` if it was
+    begun with another one.
     """
 
     def __init__(self, target: Target, source: bytes = b"") -> None:
         self.target = target
         self.region = target.region
         self._two_steps = target if isinstance(target, Recoverable) else None
-        self.residency = self._two_steps.open_residency(source) if self._two_steps else Residency(self.region.pages)
+        self.residency = (
+            self._two_steps.open_residency(source)
+            if self._two_steps
+            else Residency(self.region.pages)
+        )
         self.completed = trio.Event()
         #: what is asked for around a page that somebody waits for
         self.window = _native.Window()
         self.prefetch = (0, 0)
         #: that pages are asked for in, a bit each
         self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
-        self._held = set[int]()  # pages of the sample that nobody has touched yet: see native/dest.c
+        # pages of the sample that nobody has touched yet: see native/dest.c
+        self._held = set[int]()
         self._prefetching = 0  # bytes in flight of a window that adapts
-        self._faulted_at: dict[int, int] = {}  # page -> monotonic ns of the first fault that waits for it
+        # page -> monotonic ns of the first fault that waits for it
+        self._faulted_at: dict[int, int] = {}
         self._faults: deque[tuple[Fault, int]] = deque()
         self._wanted: list[tuple[Class, Run]] = []
         self._faulted: list[int] = []
@@ -69,7 +79,8 @@ class Filling:
             raise
 
     def _recover(self) -> None:
-        """Go on where a destination has died: with the pages that it had under way, and with those who waited for it."""
+        """Go on where a destination has died: with the pages that it had under way, and with those
+        who waited for it."""
         for run in self.target.scope():
             self._publish_ready(run)
         for run in self.target.scope():
@@ -84,7 +95,8 @@ class Filling:
             first = found
             ready = residency.span(Run(first, run.end - first), State.READY) or 1
             outcome = self._two_steps.publish(Run(first, ready), again=True)
-            # If it is not there, its owner gave it up after it was published: a fault on it will get zeros, as any other.
+            # If it is not there, its owner gave it up after it was published: a fault on it will
+            # get zeros, as any other.
             residency.set(Run(first, outcome.done), State.RESIDENT)
             residency.add(Class.BACKGROUND, "pages", outcome.done)
             first += outcome.done
@@ -99,7 +111,8 @@ class Filling:
 
     @property
     def prefetch(self) -> tuple[int, int] | None:
-        """Pages asked for behind and before a page that somebody waits for; None: as many as seem right."""
+        """Pages asked for behind and before a page that somebody waits for; None: as many as seem
+        right."""
         return self.window.fixed
 
     @prefetch.setter
@@ -146,7 +159,8 @@ class Filling:
         return faulted
 
     def _drain(self) -> None:
-        """Read all events. Removals take effect at once, and faults wait: answering one may need another drain."""
+        """Read all events. Removals take effect at once, and faults wait: answering one may need
+        another drain."""
         while events := self.target.read_events():
             now = time.monotonic_ns()
             for event in events:
@@ -189,7 +203,8 @@ class Filling:
             self._faulted.append(page)
         match state:
             case State.MISSING | State.COMING:
-                # COMING: it stands in a queue behind other background pages. Who comes second is dropped.
+                # COMING: it stands in a queue behind other background pages. Who comes second is
+                # dropped.
                 self.residency.set(Run(page, 1), State.REQUESTED)
                 self._faulted_at[page] = now
                 self._wanted.append((Class.DEMAND, Run(page, 1)))
@@ -208,8 +223,8 @@ class Filling:
             self._drain_or_yield()
 
     def _prefetch_around(self, page: int) -> None:
-        """Ask for the missing pages behind ``page``, then for those before it, as far as they are unbroken; or for what the
-        window that adapts says."""
+        """Ask for the missing pages behind ``page``, then for those before it, as far as they are
+        unbroken; or for what the window that adapts says."""
         piece, page_size = self.target.piece_of(page), self.region.page_size_at(page)
         if self.prefetch is None:
             self.window.fault(self.residency.shared, page, piece.first, piece.end, page_size)
@@ -225,7 +240,8 @@ class Filling:
                 self._wanted.append((Class.PREFETCH, run))
 
     def _prefetch_more(self) -> None:
-        """What the window wants, a little at a time: all that is in flight stands before the next page that is waited for."""
+        """What the window wants, a little at a time: all that is in flight stands before the next
+        page that is waited for."""
         while self._prefetching < PREFETCHING and (
             found := self.window.next(self.residency.shared, PREFETCHING - self._prefetching)
         ):
@@ -244,7 +260,8 @@ class Filling:
     # ---- pages ----
 
     def claim(self, run: Run) -> Iterator[Run]:
-        """The parts of ``run`` that were missing, and that the caller is now to ask for in the background."""
+        """The parts of ``run`` that were missing, and that the caller is now to ask for in the
+        background."""
         first = run.first
         while first < run.end:
             count = self.residency.claim(Run(first, run.end - first), State.MISSING, State.COMING)
@@ -252,8 +269,16 @@ class Filling:
                 yield Run(first, count)
             first += count or 1
 
-    def arrived(self, class_: Class, run: Run, pages: memoryview | None, wire_bytes: int, was_packed: bool = False) -> None:
-        """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake whoever waits for it."""
+    def arrived(
+        self,
+        class_: Class,
+        run: Run,
+        pages: memoryview | None,
+        wire_bytes: int,
+        was_packed: bool = False,
+    ) -> None:
+        """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake
+        whoever waits for it."""
         if was_packed:
             self._count_packed(class_, self.region.size_of(run), wire_bytes)
         residency = self.residency
@@ -268,7 +293,11 @@ class Filling:
                     self._leave_removed(first)
                 first += 1
                 continue
-            before = _native.before_sampled(part.first, part.count) if class_ is Class.PREFETCH else part.count
+            before = (
+                _native.before_sampled(part.first, part.count)
+                if class_ is Class.PREFETCH
+                else part.count
+            )
             part = Run(first, before or 1)
             skip, size = (first - run.first) * page_size, part.count * page_size
             data = None if pages is None else pages[skip : skip + size]
@@ -291,8 +320,9 @@ class Filling:
     def _place(self, part: Run, data: memoryview | None) -> Outcome:
         """Put pages that are PLACING into place, as far as it goes.
 
-        Should we be killed, whoever takes the map over has to know what became of them. READY, which they are from the last
-        byte in shared memory on, tells half a page from one that its owner may have written to.
+        Should we be killed, whoever takes the map over has to know what became of them. READY,
+        which they are from the last byte in shared memory on, tells half a page from one that its
+        owner may have written to.
         """
         residency, state = self.residency, State.PLACING
         if self._two_steps is not None and self._two_steps.write(part, data):
@@ -306,8 +336,8 @@ class Filling:
         return outcome
 
     def _hold(self, part: Run, data: memoryview | None) -> Outcome:
-        """The same for a page of the sample: if it is in shared memory, and nobody waits for it, it stays invisible until it is
-        touched."""
+        """The same for a page of the sample: if it is in shared memory, and nobody waits for it, it
+        stays invisible until it is touched."""
         two_steps = self._two_steps
         if part.first in self._faulted_at or len(self._held) == _MOST_HELD:
             return self._place(part, data)
@@ -319,7 +349,8 @@ class Filling:
         return Outcome(1)
 
     def _release(self) -> None:
-        """Let the owner see pages of the sample that it has not touched. What is complete is not watched any more."""
+        """Let the owner see pages of the sample that it has not touched. What is complete is not
+        watched any more."""
         while self._held and not self.completed.is_set():
             assert self._two_steps is not None
             with suppress(PagenetError):  # there may be nobody left to see them
@@ -333,7 +364,11 @@ class Filling:
     def _note_latency(self, run: Run) -> None:
         now = time.monotonic_ns()
         pages = range(run.first, run.end)
-        for page in [p for p in self._faulted_at if p in pages] if len(self._faulted_at) < run.count else pages:
+        for page in (
+            [p for p in self._faulted_at if p in pages]
+            if len(self._faulted_at) < run.count
+            else pages
+        ):
             since = self._faulted_at.pop(page, None)
             if since is not None:
                 self.residency.add_latency(Class.DEMAND, now - since)
@@ -353,8 +388,8 @@ class Filling:
         self.residency.add(class_, "lz4_wire_bytes", wire_bytes)
 
     def check_complete(self) -> None:
-        """Set :attr:`completed` if every page is in place. :exc:`~pagenet.errors.HandshakeError` if that is what the owner has
-        made of the map."""
+        """Set :attr:`completed` if every page is in place. :exc:`~pagenet.errors.HandshakeError` if
+        that is what the owner has made of the map."""
         if self._seconds is None and self.residency.complete:
             self.residency.check_complete()
             self._seconds = time.monotonic() - self._started

@@ -16,7 +16,8 @@ __all__ = ["IntoFile"]
 
 
 class IntoFile:
-    """Fill a file. It appears under its name when every page is in it, and on the disk, and not before."""
+    """Fill a file. It appears under its name when every page is in it, and on the disk, and not
+    before."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

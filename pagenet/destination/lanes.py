@@ -1,4 +1,5 @@
-"""What brings pages, as the destination sees it, and what it asks of connections beside which it reads the source's memory."""
+"""What brings pages, as the destination sees it, and what it asks of connections beside which it
+reads the source's memory."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ class Lanes(Protocol):
     async def run(self) -> None:
         """Answer faults and bring what the schedule says, until cancelled.
 
-        :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.ProtocolError`,
-        :exc:`~pagenet.errors.HandshakeError` (the owner did what it may not).
+        :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
+        :exc:`~pagenet.errors.ProtocolError`, :exc:`~pagenet.errors.HandshakeError` (the owner did
+        what it may not).
         """
         ...
 
@@ -39,7 +41,12 @@ class OneSided(Protocol):
     """A connection beside which pages are read out of the source's memory."""
 
     def make_lanes(
-        self, filling: Filling, wire: Region, connections: Sequence[Any], background: Background, kind: LaneKind
+        self,
+        filling: Filling,
+        wire: Region,
+        connections: Sequence[Any],
+        background: Background,
+        kind: LaneKind,
     ) -> Lanes:
         """The lanes over ``connections``, which are all of this kind."""
         ...

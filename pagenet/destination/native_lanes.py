@@ -1,7 +1,7 @@
 """The destination's lanes, in C: threads that Trio starts, stops and joins.
 
-Nothing that a faulting thread waits for runs in Python. What does run here: the schedule, which fills a ring; the end; and
-the translation of why a loop ended into an error.
+Nothing that a faulting thread waits for runs in Python. What does run here: the schedule, which
+fills a ring; the end; and the translation of why a loop ended into an error.
 """
 
 from __future__ import annotations
@@ -28,26 +28,31 @@ from .filling import Filling
 
 __all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
-# What is in the ring is asked for before the schedule's next thought. So it is what the lane takes about so many seconds for:
-# it grows when half of it was used up sooner, or all of it before we were there, and shrinks when later. Python's part costs
-# about 100 us each time that it is filled up, and 10 us for each run.
+# What is in the ring is asked for before the schedule's next thought. So it is what the lane takes
+# about so many seconds for: it grows when half of it was used up sooner, or all of it before we
+# were there, and shrinks when later. Python's part costs about 100 us each time that it is filled
+# up, and 10 us for each run.
 RING_BYTES = (512 << 10, 16 << 20)
 RING_SECONDS = (0.004, 0.02)
 # Of that, in one run: the lane asks for it in smaller pieces.
 RUNS_IN_RING = 4
-# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than a fault does. Where nobody
-# acts on them they are but remembered for the next schedule, and the log has room for those of the longer interval.
+# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than
+# a fault does. Where nobody acts on them they are but remembered for the next schedule, and the log
+# has room for those of the longer interval.
 FAULT_SECONDS = 0.002
 UNHEEDED_FAULT_SECONDS = 0.05
 
 
 def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
     """Whether the memory has a userfaultfd, and every connection a socket."""
-    return isinstance(target, UffdTarget) and all(isinstance(connection, Detachable) for connection in connections)
+    return isinstance(target, UffdTarget) and all(
+        isinstance(connection, Detachable) for connection in connections
+    )
 
 
 class LoopLanes:
-    """What all lanes in C have: a stop, an end, rings that the schedule fills, and the memory that pages go to."""
+    """What all lanes in C have: a stop, an end, rings that the schedule fills, and the memory that
+    pages go to."""
 
     name = ""
 
@@ -99,7 +104,8 @@ class LoopLanes:
                 for ring in self._rings:
                     nursery.start_soon(self._feed, ring)
                 nursery.start_soon(self._read_faults)
-                while not self._filling.completed.is_set():  # whoever else writes to the map may have it said too early
+                # whoever else writes to the map may have it said too early
+                while not self._filling.completed.is_set():
                     await trio.lowlevel.wait_readable(self._done_fd)
                     os.eventfd_read(self._done_fd)
                     self._filling.check_complete()
@@ -108,15 +114,17 @@ class LoopLanes:
                 self._dest.release()
 
     async def _stop_when_cancelled(self) -> None:
-        """Threads cannot be cancelled; the loops in them end when this descriptor becomes readable."""
+        """Threads cannot be cancelled; the loops in them end when this descriptor becomes
+        readable."""
         try:
             await trio.sleep_forever()
         finally:
             os.eventfd_write(self._stop_fd, 1)
 
     def _start_loops(self, nursery: trio.Nursery) -> None:
-        """A task for each, which lasts until the loop has been stopped, or fails. In that nursery and no other: it is the
-        cancellation there that stops the loops, and so those that are left when one fails."""
+        """A task for each, which lasts until the loop has been stopped, or fails. In that nursery
+        and no other: it is the cancellation there that stops the loops, and so those that are left
+        when one fails."""
         raise NotImplementedError
 
     async def _read_faults(self) -> None:
@@ -125,14 +133,17 @@ class LoopLanes:
             while True:
                 while pages := self._faults.read():
                     self._background.note_faults(pages)
-                    await trio.sleep(FAULT_SECONDS if self._background.heeds_faults else UNHEEDED_FAULT_SECONDS)
+                    await trio.sleep(
+                        FAULT_SECONDS if self._background.heeds_faults else UNHEEDED_FAULT_SECONDS
+                    )
                 await trio.lowlevel.wait_readable(self._faults.fd)
                 os.eventfd_read(self._faults.fd)
         finally:
             self._background.note_faults(self._faults.read())  # the last of a complete transfer
 
     async def _feed(self, ring: _native.Ring) -> None:
-        """Keep the ring filled with what the schedule says: to the brim when half of it is used up."""
+        """Keep the ring filled with what the schedule says: to the brim when half of it is used
+        up."""
         room, sizes, filled = RING_BYTES[0], deque[int](), trio.current_time()
         while True:
             run: Run | None = await self._background.next_run(room // RUNS_IN_RING)
@@ -153,7 +164,8 @@ class LoopLanes:
             await trio.lowlevel.checkpoint()
 
     async def _half_empty(self, ring: _native.Ring, sizes: deque[int]) -> None:
-        """Return when half of the bytes in the ring are left; ``sizes`` are those of the runs in it."""
+        """Return when half of the bytes in the ring are left; ``sizes`` are those of the runs in
+        it."""
         whole, left, runs = sum(sizes), 0, 0
         while runs < len(sizes) and left + sizes[-1 - runs] <= whole // 2:
             left += sizes[-1 - runs]
@@ -167,11 +179,18 @@ class LoopLanes:
 
 
 class NativeLanes(LoopLanes):
-    """A demand lane and background lanes over detached sockets, the first of which is demand's. Owns the sockets."""
+    """A demand lane and background lanes over detached sockets, the first of which is demand's.
+    Owns the sockets."""
 
     name = "native"
 
-    def __init__(self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background) -> None:
+    def __init__(
+        self,
+        filling: Filling,
+        wire: Region,
+        connections: Sequence[Connection],
+        background: Background,
+    ) -> None:
         self._peer = connections[0].peer
         with ExitStack() as stack:
             self._sockets = [_detached(stack, connection) for connection in connections]
@@ -183,8 +202,17 @@ class NativeLanes(LoopLanes):
         for sock, ring in zip(self._sockets, [None, *self._rings], strict=True):
             nursery.start_soon(self._run_lane, limiter, sock, ring)
 
-    async def _run_lane(self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None) -> None:
-        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, _native.WINDOW_BYTES, self._background.chunk)
+    async def _run_lane(
+        self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None
+    ) -> None:
+        drive = partial(
+            self._dest.run_lane,
+            sock,
+            self._stop_fd,
+            ring,
+            _native.WINDOW_BYTES,
+            self._background.chunk,
+        )
         end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, self._peer)

@@ -40,7 +40,14 @@ MAX_BACKGROUND_LANES = MAX_LANES - 1  # one lane is for demand
 class Transfer:
     """A transfer of one region to this side. Made by :func:`pull`."""
 
-    def __init__(self, filling: Filling, peer: str, lane: str, streams: Sequence[Connection], background: Background) -> None:
+    def __init__(
+        self,
+        filling: Filling,
+        peer: str,
+        lane: str,
+        streams: Sequence[Connection],
+        background: Background,
+    ) -> None:
         self.filling = filling
         self._background = background
         #: connections to the source's ``on_stream``, for the application's own bytes
@@ -175,51 +182,64 @@ async def pull(
     :meth:`Transfer.wait_complete`. Leaving it earlier gives up: a thread that touches a missing
     page then waits if the owner keeps its userfaultfd, or else gets SIGBUS, but never zeros.
 
-    ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in :func:`serve`).
-    ``background``: the order in which untouched pages are fetched: ``hot`` (pages near the faults
-    first), ``follow`` (on from the last fault), ``linear``, ``recorded=FILE`` (the order that
-    ``record`` wrote, then ``hot``), or ``off`` to fetch touched pages only.
+    ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in
+    :func:`serve`). ``background``: the order in which untouched pages are fetched: ``hot`` (pages
+    near the faults first), ``follow`` (on from the last fault), ``linear``, ``recorded=FILE`` (the
+    order that ``record`` wrote, then ``hot``), or ``off`` to fetch touched pages only.
     ``max_bandwidth``: the background's rate limit, in bytes per second on the wire. Both may be
     changed during the transfer (:meth:`Transfer.set_background`,
-    :meth:`Transfer.set_max_bandwidth`).
-    ``start_background``: when the background begins: ``after=SECONDS``, or ``rate=N`` (once fewer
-    than N faults have come within a second, checked ten times a second). Both count from the time
-    when faults are answered. None: at once.
+    :meth:`Transfer.set_max_bandwidth`). ``start_background``: when the background begins:
+    ``after=SECONDS``, or ``rate=N`` (once fewer than N faults have come within a second, checked
+    ten times a second). Both count from the time when faults are answered. None: at once.
     ``record``: a file to which the order in which threads waited for pages is written at the end,
     merged with the file's record of earlier runs. A page that came before it was touched is not
-    recorded: ``background="off", prefetch=(0, 0)`` records every first touch.
-    ``background_lanes``: connections for the background, 1 to 63, each with its own thread; more
-    than one helps where one processor cannot fill the network. ``chunk``: bytes per request on
-    these connections, whole pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the
-    same in Trio, slow and obvious), or ``auto``: native where memory and transport allow it.
-    ``prefetch``: pages requested after and before each page that a thread waits for (clipped to
-    1 MiB on either side; Yabusame has 8, 8). None: pagenet adapts the number: more where faults are
-    close together or in line, none where they are random.
-    ``compress``: ``auto`` (the source compresses where its link and processor make that faster),
-    ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
-    sends pages as they are. ``streams``: connections for the application's own bytes, to the
-    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
-    :meth:`Transfer.release`, because the source's memory may change until then.
+    recorded: ``background="off", prefetch=(0, 0)`` records every first touch. ``background_lanes``:
+    connections for the background, 1 to 63, each with its own thread; more than one helps where one
+    processor cannot fill the network. ``chunk``: bytes per request on these connections, whole
+    pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in Trio, slow and
+    obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages requested
+    after and before each page that a thread waits for (clipped to 1 MiB on either side; Yabusame
+    has 8, 8). None: pagenet adapts the number: more where faults are close together or in line,
+    none where they are random. ``compress``: ``auto`` (the source compresses where its link and
+    processor make that faster), ``lz4`` (it compresses whatever becomes smaller) or ``none``. A
+    source that cannot compress sends pages as they are. ``streams``: connections for the
+    application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is
+    answered before :meth:`Transfer.release`, because the source's memory may change until then.
 
-    Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`, :exc:`~pagenet.errors.SourceLost`,
-    :exc:`~pagenet.errors.OwnerGone`, :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
-    :exc:`~pagenet.errors.Unsupported`.
-    Events: ``listening``, ``connected``, ``owner``, ``progress`` four times a second, ``complete``.
+    Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
+    :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
+    :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
+    :exc:`~pagenet.errors.Unsupported`. Events: ``listening``, ``connected``, ``owner``,
+    ``progress`` four times a second, ``complete``.
     """
     if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
-        raise UsageError(f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}")
+        raise UsageError(
+            f"{background_lanes} background lanes: there may be 1 to {MAX_BACKGROUND_LANES}"
+        )
     if not mmap.PAGESIZE <= chunk <= MAX_REQUEST_BYTES or chunk % mmap.PAGESIZE:
-        raise UsageError(f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at most")
+        raise UsageError(
+            f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at"
+            " most"
+        )
     check_schedule(background)
     start = Start() if start_background is None else parse_start(start_background)
-    channels = (Channel.DEMAND, *[Channel.BACKGROUND] * background_lanes, *[Channel.STREAM] * streams)
+    channels = (
+        Channel.DEMAND,
+        *[Channel.BACKGROUND] * background_lanes,
+        *[Channel.STREAM] * streams,
+    )
     sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
     async with _recording_to(record) as recording, sessions as session:
         filling: Filling | None = None
         reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
             try:
-                on_event("connected", peer=session.peer, pages=session.region.pages, bytes=session.region.size)
+                on_event(
+                    "connected",
+                    peer=session.peer,
+                    pages=session.region.pages,
+                    bytes=session.region.size,
+                )
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
@@ -232,7 +252,10 @@ async def pull(
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
                         cleanup.callback(_save, recorder, *recording)
-                    pages_go_over, others = connections[: 1 + background_lanes], connections[1 + background_lanes :]
+                    pages_go_over, others = (
+                        connections[: 1 + background_lanes],
+                        connections[1 + background_lanes :],
+                    )
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     nursery.cancel_scope.cancel()
                 pages, placement = filling.residency.scope, filling.target.placement
@@ -241,7 +264,9 @@ async def pull(
                     transfer = Transfer(filling, session.peer, lanes.name, others, plan)
                     if not held:
                         transfer.release()
-                    nursery.start_soon(_TransferTasks(transfer, session, lanes, plan, start, on_event).run)
+                    nursery.start_soon(
+                        _TransferTasks(transfer, session, lanes, plan, start, on_event).run
+                    )
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone, Unsupported) as error:
@@ -256,11 +281,16 @@ def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> F
     try:
         for ours, theirs in zip(target.region.blocks, session.region.blocks, strict=True):
             if ours.page_size < theirs.page_size:
-                sizes = f"{theirs.page_size} bytes, and the owner in smaller ones of {ours.page_size}"
+                sizes = (
+                    f"{theirs.page_size} bytes, and the owner in smaller ones of {ours.page_size}"
+                )
                 raise UsageError(f"the source counts block {ours.name!r} in pages of {sizes}")
         mapped = sum(run.count for run in target.scope())
         if target.region.pages - mapped > MAX_OUTSIDE:
-            raise UsageError(f"the owner maps {mapped} of the source's {target.region.pages} pages: that is another machine")
+            raise UsageError(
+                f"the owner maps {mapped} of the source's {target.region.pages} pages: that is"
+                " another machine"
+            )
         filling = Filling(target, session.identity)
     except BaseException:
         target.close(target.scope())
@@ -271,12 +301,16 @@ def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> F
 
 def _schedule(background: str, filling: Filling) -> Schedule | None:
     if background == "off" and filling.target.event_fd is None:
-        raise UsageError("nobody touches the pages of a file: with the background off none would ever come")
+        raise UsageError(
+            "nobody touches the pages of a file: with the background off none would ever come"
+        )
     return make_schedule(background, filling.region, filling.residency)
 
 
 @asynccontextmanager
-async def _recording_to(path: str | os.PathLike[str] | None) -> AsyncIterator[tuple[Recording | None, WholeFile] | None]:
+async def _recording_to(
+    path: str | os.PathLike[str] | None,
+) -> AsyncIterator[tuple[Recording | None, WholeFile] | None]:
     """The recording of earlier runs, and the file that replaces it.
 
     A bad file fails before any page moves.
@@ -343,7 +377,9 @@ class _TransferTasks:
     async def _begin_background(self) -> None:
         await self._transfer.wait_released()
         if not self._background.begun:
-            await begin_background(self._background, self._start, lambda: self._filling.statistics().demand.faults)
+            await begin_background(
+                self._background, self._start, lambda: self._filling.statistics().demand.faults
+            )
 
     async def _watch_owner(self) -> None:
         await self._filling.target.wait_gone()
@@ -370,5 +406,8 @@ def _make_lanes(
         cleanup.callback(native.close)
         return native
     if lane == "native":
-        raise UsageError("lanes in C need memory behind a userfaultfd and a transport over sockets: use lane trio")
+        raise UsageError(
+            "lanes in C need memory behind a userfaultfd and a transport over sockets: use lane"
+            " trio"
+        )
     return TrioLanes(filling, wire, connections, background)

@@ -1,4 +1,5 @@
-"""A destination's session with a source: the control connection, and lanes as they are wanted, whoever dials."""
+"""A destination's session with a source: the control connection, and lanes as they are wanted,
+whoever dials."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ import trio
 
 from .. import transport
 from ..admission import Admission, spare_descriptors
-from ..errors import ConnectionBroken, ProtocolError, RemoteProtocolError, SourceLost, SourceUnreachable
+from ..errors import (
+    ConnectionBroken,
+    ProtocolError,
+    RemoteProtocolError,
+    SourceLost,
+    SourceUnreachable,
+)
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
 from ..protocol import Bye, Channel, Failure, Hello, Role, printable
@@ -23,9 +30,15 @@ LANE_TIMEOUT = 10.0
 
 
 class SourceSession:
-    """A source that has said hello. Made by :func:`dial_source` and :func:`accept_source`, which close its connections."""
+    """A source that has said hello. Made by :func:`dial_source` and :func:`accept_source`, which
+    close its connections."""
 
-    def __init__(self, stream: MessageStream, hello: Hello, open_lane: Callable[[Channel], Awaitable[Connection]]) -> None:
+    def __init__(
+        self,
+        stream: MessageStream,
+        hello: Hello,
+        open_lane: Callable[[Channel], Awaitable[Connection]],
+    ) -> None:
         if hello.region is None:
             raise RemoteProtocolError("the source's hello has no block table")
         self._stream = stream
@@ -37,7 +50,8 @@ class SourceSession:
         self.open_lane = open_lane
 
     async def watch(self) -> None:
-        """Raise what ends the session: it only ever ends badly, since the destination is the one who says goodbye."""
+        """Raise what ends the session: it only ever ends badly, since the destination is the one
+        who says goodbye."""
         try:
             async with telling(self._stream):
                 match await self._stream.receive():
@@ -55,20 +69,25 @@ class SourceSession:
     async def say_bye(self, complete: bool, reason: str = "") -> None:
         """Tell the source, if it still listens, that we are done, or for what reason we give up."""
         with trio.CancelScope(shield=True):
-            await self._stream.tell(Failure("gave-up", printable(reason)) if reason else Bye(complete))
+            await self._stream.tell(
+                Failure("gave-up", printable(reason)) if reason else Bye(complete)
+            )
 
 
 def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
     if hello.channel is Channel.STREAM:
         return stream.rest()
     if stream.unread():
-        raise RemoteProtocolError(f"the source sent pages on lane {hello.channel.value} before it was asked")
+        raise RemoteProtocolError(
+            f"the source sent pages on lane {hello.channel.value} before it was asked"
+        )
     return stream.connection
 
 
 @asynccontextmanager
 async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
-    """A session with the source that listens on ``uri``. :exc:`~pagenet.errors.SourceUnreachable` if there is none."""
+    """A session with the source that listens on ``uri``. :exc:`~pagenet.errors.SourceUnreachable`
+    if there is none."""
     connections: list[Connection] = []
 
     async def converse(connection: Connection, ours: Hello) -> tuple[Hello, MessageStream]:
@@ -84,10 +103,14 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
             connection = await transport.dial(uri)
         except SourceUnreachable as error:  # it was there a moment ago
             raise SourceLost(f"the source is gone: {error}") from None
-        return _lane_stream(*await converse(connection, Hello(Role.DESTINATION, channel, hello.session)))
+        return _lane_stream(
+            *await converse(connection, Hello(Role.DESTINATION, channel, hello.session))
+        )
 
     try:
-        hello, stream = await converse(await transport.dial(uri), Hello(Role.DESTINATION, Channel.CONTROL))
+        hello, stream = await converse(
+            await transport.dial(uri), Hello(Role.DESTINATION, Channel.CONTROL)
+        )
         async with telling(stream):
             session = SourceSession(stream, hello, open_lane)
         yield session
@@ -97,7 +120,8 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
 
 class _Reception:
-    """A destination that listens: the first source to come gets the session, and its lanes are matched to who waits."""
+    """A destination that listens: the first source to come gets the session, and its lanes are
+    matched to who waits."""
 
     def __init__(self, lanes: Sequence[Channel], on_event: EventHandler) -> None:
         self._wanted = lanes
@@ -115,7 +139,9 @@ class _Reception:
     async def open_lane(self, channel: Channel) -> Connection:
         with trio.move_on_after(LANE_TIMEOUT):
             return await self._lanes[channel][1].receive()
-        raise RemoteProtocolError(f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s")
+        raise RemoteProtocolError(
+            f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s"
+        )
 
     async def meet(self, connection: Connection) -> None:
         self._connections.append(connection)
@@ -140,14 +166,20 @@ class _Reception:
                 raise RemoteProtocolError("the source's hello has no block table or no session")
             self._session = hello.session
             try:
-                await stream.send(Hello(Role.DESTINATION, Channel.CONTROL, hello.session, lanes=tuple(self._wanted)))
+                await stream.send(
+                    Hello(
+                        Role.DESTINATION, Channel.CONTROL, hello.session, lanes=tuple(self._wanted)
+                    )
+                )
             except BaseException:
                 self._session = None  # whoever it was is gone: the next one may try
                 raise
             await self._sources_in.send((hello, stream))
         else:
             if hello.session != self._session:
-                raise RemoteProtocolError("the source opens a lane for a session that does not exist")
+                raise RemoteProtocolError(
+                    "the source opens a lane for a session that does not exist"
+                )
             await stream.send(Hello(Role.DESTINATION, hello.channel, hello.session))
             await self._lanes[hello.channel][0].send(_lane_stream(hello, stream))
 
@@ -156,7 +188,8 @@ class _Reception:
 async def accept_source(
     uri: str, plaintext: bool, lanes: Sequence[Channel], on_event: EventHandler
 ) -> AsyncIterator[SourceSession]:
-    """A session with the first source that dials ``uri``, which is asked to dial ``lanes`` besides."""
+    """A session with the first source that dials ``uri``, which is asked to dial ``lanes``
+    besides."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext))
         on_event("listening", uri=listener.uri)

@@ -1,6 +1,7 @@
 """The destination's lanes, in Trio: ask, receive, place. Slow, and obviously right.
 
-They are the oracle for those in C, what runs where those cannot, and what a new transport begins with.
+They are the oracle for those in C, what runs where those cannot, and what a new transport begins
+with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from .. import _native
 from ..background.pacing import Background
 from ..errors import ConnectionBroken, RemoteProtocolError, SourceLost
 from ..nurseries import open_failing_nursery
-from ..protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply, printable
+from ..protocol import (
+    LANE_HEADER_SIZE,
+    MAX_LZ4_BYTES,
+    Class,
+    Encoding,
+    OutstandingRequests,
+    Reply,
+    printable,
+)
 from ..region import Region, Run
 from ..session import receive_exactly
 from ..transport import Connection
@@ -22,22 +31,30 @@ from .filling import Filling
 
 __all__ = ["WINDOW_CHUNKS", "TrioLane", "TrioLanes", "act_on_faults", "read_events_forever"]
 
-# How many chunks of the background may be in flight on each lane: enough to keep a loopback connection busy while one is
-# placed.
+# How many chunks of the background may be in flight on each lane: enough to keep a loopback
+# connection busy while one is placed.
 WINDOW_CHUNKS = 4
 
 
 class TrioLanes:
-    """A demand connection and background ones, in that order, as Trio tasks. Borrows the connections."""
+    """A demand connection and background ones, in that order, as Trio tasks. Borrows the
+    connections."""
 
     name = "trio"
 
-    def __init__(self, filling: Filling, wire: Region, connections: Sequence[Connection], background: Background) -> None:
+    def __init__(
+        self,
+        filling: Filling,
+        wire: Region,
+        connections: Sequence[Connection],
+        background: Background,
+    ) -> None:
         self._filling = filling
         self._background = background
         self._demand = TrioLane(connections[0], filling, wire, self._note_arrival)
         self._pushers = [
-            _Pusher(connection, filling, wire, background, self._act) for connection in connections[1:]
+            _Pusher(connection, filling, wire, background, self._act)
+            for connection in connections[1:]
         ]
 
     async def run(self) -> None:
@@ -57,8 +74,11 @@ class TrioLanes:
         """Nothing is theirs."""
 
 
-def act_on_faults(filling: Filling, ask: Callable[[Class, Run], None], background: Background) -> None:
-    """After whatever may have read the owner's events: ask for what is wanted now, and say what was faulted on."""
+def act_on_faults(
+    filling: Filling, ask: Callable[[Class, Run], None], background: Background
+) -> None:
+    """After whatever may have read the owner's events: ask for what is wanted now, and say what was
+    faulted on."""
     for class_, run in filling.take_wanted():
         ask(class_, run)
     if faulted := filling.take_faulted():
@@ -79,7 +99,12 @@ class _Pusher:
     """A background lane that takes its work from the schedule."""
 
     def __init__(
-        self, connection: Connection, filling: Filling, wire: Region, background: Background, act: Callable[[], None]
+        self,
+        connection: Connection,
+        filling: Filling,
+        wire: Region,
+        background: Background,
+        act: Callable[[], None],
     ) -> None:
         self._filling = filling
         self._background = background
@@ -121,8 +146,8 @@ class _Pusher:
 class TrioLane:
     """One connection, and the loop that drives it.
 
-    Runs are of the filling's pages, which may be larger than those on the wire (``wire``): a huge page is asked for, and
-    comes, as a unit.
+    Runs are of the filling's pages, which may be larger than those on the wire (``wire``): a huge
+    page is asked for, and comes, as a unit.
     """
 
     def __init__(
@@ -138,7 +163,8 @@ class TrioLane:
         self._requests = OutstandingRequests(wire, filling.encodings)
         both = 1 << Encoding.RAW | 1 << Encoding.LZ4
         self._choice = _native.DemandChoice() if filling.encodings & both == both else None
-        self._asked_at: dict[int, tuple[int, bool]] = {}  # pages that somebody waits for, by their requests
+        # pages that somebody waits for, by their requests
+        self._asked_at: dict[int, tuple[int, bool]] = {}
         self._on_done = on_done  # told of bytes in memory, and what they were on the wire
         self._outbox = bytearray()
         self._asked = trio.Event()
@@ -147,7 +173,9 @@ class TrioLane:
         """Ask for ``run``, which the caller has claimed."""
         index = self._filling.region.block_index(run.first)
         shift = self._unit_shift(index)
-        first = self._wire.first_pages[index] + (run.first - self._filling.region.first_pages[index] << shift)
+        first = self._wire.first_pages[index] + (
+            run.first - self._filling.region.first_pages[index] << shift
+        )
         packed = class_ is not Class.BACKGROUND and self._choice is not None and self._choice.packs
         request = self._requests.open(class_, Run(first, run.count << shift), shift, packed)
         if class_ is Class.DEMAND and self._choice is not None:
@@ -157,12 +185,17 @@ class TrioLane:
         self._asked.set()
 
     def _unit_shift(self, block: int) -> int:
-        ours, wires = self._filling.region.blocks[block].page_size, self._wire.blocks[block].page_size
+        ours, wires = (
+            self._filling.region.blocks[block].page_size,
+            self._wire.blocks[block].page_size,
+        )
         return (ours // wires).bit_length() - 1
 
     async def run(self) -> None:
-        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is gone."""
-        self._staging = _native.Mapped(1 << 20)  # here, and not before: a lane that never runs has nothing to give back
+        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is
+        gone."""
+        # here, and not before: a lane that never runs has nothing to give back
+        self._staging = _native.Mapped(1 << 20)
         self._unpacked = _native.Mapped(MAX_LZ4_BYTES)
         try:
             async with open_failing_nursery() as nursery:
@@ -197,11 +230,14 @@ class TrioLane:
     def _unpack(self, reply: Reply, packed: memoryview) -> memoryview:
         pages = self._unpacked.buffer(0, self._wire.size_of(reply.run))
         if not _native.unpack(packed, pages):
-            raise RemoteProtocolError(f"the peer's {len(packed)} compressed bytes are not {reply.run.count} pages")
+            raise RemoteProtocolError(
+                f"the peer's {len(packed)} compressed bytes are not {reply.run.count} pages"
+            )
         return pages
 
     def _room(self, length: int) -> memoryview:
-        """Staging for a payload. Page-aligned, private and anonymous: MOVE takes pages out of it."""
+        """Staging for a payload. Page-aligned, private and anonymous: MOVE takes pages out of
+        it."""
         if length > self._staging.size:
             self._staging.close()
             self._staging = _native.Mapped(length)
@@ -210,7 +246,9 @@ class TrioLane:
     def _arrived(self, reply: Reply, pages: memoryview) -> None:
         index = self._wire.block_index(reply.run.first)
         shift = self._unit_shift(index)
-        first = self._filling.region.first_pages[index] + (reply.run.first - self._wire.first_pages[index] >> shift)
+        first = self._filling.region.first_pages[index] + (
+            reply.run.first - self._wire.first_pages[index] >> shift
+        )
         run = Run(first, reply.run.count >> shift)
         data = None if reply.encoding is Encoding.ZERO else pages
         wire_bytes = LANE_HEADER_SIZE + reply.length

@@ -1,7 +1,9 @@
-"""A process that outlives ours, should ours be killed in the middle of a switchover: the guest must not be left standing still.
+"""A process that outlives ours, should ours be killed in the middle of a switchover: the guest must
+not be left standing still.
 
-It is told, a line at a time, what to do should nothing more be said: ``resume`` the guest of the QEMU behind a monitor that is
-leaving, ``kill`` a QEMU that waits for one, have it ``run`` the guest that it was given for good, or do ``nothing``.
+It is told, a line at a time, what to do should nothing more be said: ``resume`` the guest of the
+QEMU behind a monitor that is leaving, ``kill`` a QEMU that waits for one, have it ``run`` the guest
+that it was given for good, or do ``nothing``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ __all__ = ["Guard", "go_on", "guarding"]
 Duty = Literal["resume", "kill", "run", "nothing"]
 
 _PATIENCE = 10.0
-_PROGRAM = "import sys; from pagenet.qemu._guard import main; sys.exit(main(sys.argv[1], int(sys.argv[2])))"
+_PROGRAM = (
+    "import sys; from pagenet.qemu._guard import main; sys.exit(main(sys.argv[1],"
+    " int(sys.argv[2])))"
+)
 
 
 class Guard:
@@ -35,7 +40,8 @@ class Guard:
         self._process = process
 
     async def should_we_die(self, duty: Duty) -> None:
-        """What to do then, from now on. Known to the guard, whatever happens to us, when this returns.
+        """What to do then, from now on. Known to the guard, whatever happens to us, when this
+        returns.
 
         Should the guard have died instead, we go on without one.
         """
@@ -46,7 +52,8 @@ class Guard:
 
 @asynccontextmanager
 async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
-    """A guard over the QEMU ``pid`` with the QMP socket ``monitor``. It has nothing to do once the block ends."""
+    """A guard over the QEMU ``pid`` with the QMP socket ``monitor``. It has nothing to do once the
+    block ends."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-P", "-c", _PROGRAM, str(monitor), str(pid)],
         stdin=subprocess.PIPE,
@@ -69,15 +76,19 @@ async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
 
 
 async def go_on(qmp: Qmp) -> None:
-    """Have the guest of a QEMU go on that was about to leave. :exc:`~pagenet.errors.PagenetError` if it does not.
+    """Have the guest of a QEMU go on that was about to leave. :exc:`~pagenet.errors.PagenetError`
+    if it does not.
 
-    Cancelled, QEMU resumes it by itself; completed, it waits for ``cont``, and refuses even that for a moment.
+    Cancelled, QEMU resumes it by itself; completed, it waits for ``cont``, and refuses even that
+    for a moment.
     """
     deadline = trio.current_time() + _PATIENCE
     await qmp.command("migrate_cancel")
     while (status := (await qmp.command("query-status"))["status"]) != "running":
         if trio.current_time() > deadline:
-            raise PagenetError(f"the guest does not go on here: it is {status}; say cont to this QEMU")
+            raise PagenetError(
+                f"the guest does not go on here: it is {status}; say cont to this QEMU"
+            )
         if status in ("postmigrate", "paused"):
             with suppress(QmpError):
                 await qmp.command("cont")
@@ -108,6 +119,9 @@ def main(monitor: str, pid: int) -> int:
     try:
         trio.run(_act, duty, monitor, pidfd)
     except PagenetError as error:
-        print(f"pagenet-qemu was killed, and its guard could not have the guest {duty}: {error}", file=sys.stderr)
+        print(
+            f"pagenet-qemu was killed, and its guard could not have the guest {duty}: {error}",
+            file=sys.stderr,
+        )
         return 1
     return 0

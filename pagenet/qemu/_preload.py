@@ -10,5 +10,6 @@ __all__ = ["preload_library"]
 
 
 def preload_library() -> Path:
-    """What to put into LD_PRELOAD. :exc:`~pagenet.errors.Unsupported` if it cannot be loaded: the guest would run on zeros."""
+    """What to put into LD_PRELOAD. :exc:`~pagenet.errors.Unsupported` if it cannot be loaded: the
+    guest would run on zeros."""
     return loadable(Path(__file__).resolve().with_name("pagenet.preload.so"))

@@ -1,4 +1,5 @@
-"""QEMU's migration stream, as far as pagenet writes it itself: what stands before and behind the state of the devices.
+"""QEMU's migration stream, as far as pagenet writes it itself: what stands before and behind the
+state of the devices.
 
 ::
 
@@ -39,7 +40,16 @@ __all__ = [
 PAGE = 4096
 
 _MAGIC = b"QEVM" + struct.pack(">I", 3)
-_EOF, _START, _END, _SUBSECTION, _DESCRIPTION, _CONFIGURATION, _COMMAND, _FOOTER = 0, 1, 3, 5, 6, 7, 8, 0x7E
+_EOF, _START, _END, _SUBSECTION, _DESCRIPTION, _CONFIGURATION, _COMMAND, _FOOTER = (
+    0,
+    1,
+    3,
+    5,
+    6,
+    7,
+    8,
+    0x7E,
+)
 _OPEN_RETURN_PATH = 1
 _SHUT = 1  # on the return path
 # Any that no other section has: QEMU counts from zero.
@@ -64,20 +74,32 @@ class RamBlock:
 
 
 def opening(machine_type: str, capabilities: Sequence[str]) -> bytes:
-    """The beginning of a stream, up to its first section. The destination is to tell on its return path how loading went."""
+    """The beginning of a stream, up to its first section. The destination is to tell on its return
+    path how loading went."""
     kind = machine_type.encode()
     names = b"".join(_named(name) for name in capabilities)
-    enabled = _named("configuration/capabilities") + struct.pack(">II", 1, len(capabilities)) + names
-    configuration = struct.pack(">BI", _CONFIGURATION, len(kind)) + kind + struct.pack(">B", _SUBSECTION) + enabled
+    enabled = (
+        _named("configuration/capabilities") + struct.pack(">II", 1, len(capabilities)) + names
+    )
+    configuration = (
+        struct.pack(">BI", _CONFIGURATION, len(kind))
+        + kind
+        + struct.pack(">B", _SUBSECTION)
+        + enabled
+    )
     return _MAGIC + configuration + struct.pack(">BHH", _COMMAND, _OPEN_RETURN_PATH, 0)
 
 
 def ram_start(blocks: Sequence[RamBlock], pages: Iterable[bytes]) -> list[bytes]:
-    """The section that names ``blocks``. QEMU holds their sizes against its own; an address is only of interest for RAM that it
-    leaves out, which is not named here."""
+    """The section that names ``blocks``. QEMU holds their sizes against its own; an address is only
+    of interest for RAM that it leaves out, which is not named here."""
     sizes = [_named(block.name) + struct.pack(">QQ", block.size, 0) for block in blocks]
     total = struct.pack(">Q", sum(block.size for block in blocks) | _SIZES)
-    head = struct.pack(">BI", _START, _RAM_SECTION) + _named("ram") + struct.pack(">II", 0, _RAM_VERSION)
+    head = (
+        struct.pack(">BI", _START, _RAM_SECTION)
+        + _named("ram")
+        + struct.pack(">II", 0, _RAM_VERSION)
+    )
     return [head, total, *sizes, *pages, _section_end()]
 
 
@@ -129,7 +151,8 @@ def devices_of(saved: bytes) -> bytes:
 
 
 async def wait_confirmed(connection: Connection) -> None:
-    """Until the destination's QEMU says that it has loaded all of it. :exc:`~pagenet.errors.PagenetError` if it has not."""
+    """Until the destination's QEMU says that it has loaded all of it.
+    :exc:`~pagenet.errors.PagenetError` if it has not."""
     head = bytearray(4)
     while True:
         try:
@@ -138,7 +161,9 @@ async def wait_confirmed(connection: Connection) -> None:
             body = bytearray(length)
             await receive_exactly(connection, memoryview(body))
         except ConnectionBroken as error:
-            raise PagenetError(f"the destination's QEMU has not loaded the devices' state: {error}") from None
+            raise PagenetError(
+                f"the destination's QEMU has not loaded the devices' state: {error}"
+            ) from None
         if kind == _SHUT:
             if any(body):
                 raise PagenetError("the destination's QEMU could not load the devices' state")

@@ -1,4 +1,5 @@
-"""What the two sides of a migration say to each other, over a stream of their session: msgpack maps with a ``say``."""
+"""What the two sides of a migration say to each other, over a stream of their session: msgpack maps
+with a ``say``."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class Talk:
             await self._connection.send(msgpack.packb({"say": what, **fields}))
 
     async def hear(self, what: str, within: float = math.inf) -> dict[str, Any]:
-        """The next message, which has to be that one, and to come ``within`` so many seconds. :exc:`MigrationRefused` if it is
-        a refusal instead."""
+        """The next message, which has to be that one, and to come ``within`` so many seconds.
+        :exc:`MigrationRefused` if it is a refusal instead."""
         with trio.move_on_after(within) as scope:
             message = await self._next()
         if scope.cancelled_caught:
@@ -52,7 +53,9 @@ class Talk:
         if message["say"] == "refuse":
             raise MigrationRefused(printable(str(message.get("reason", "no reason given"))))
         if message["say"] != what:
-            raise RemoteProtocolError(f"the peer says {printable(message['say'][:40])!r} where {what!r} was expected")
+            raise RemoteProtocolError(
+                f"the peer says {printable(message['say'][:40])!r} where {what!r} was expected"
+            )
         return message
 
     async def _next(self) -> dict[str, Any]:
@@ -60,17 +63,24 @@ class Talk:
         while True:
             try:
                 message = next(self._unpacker, None)
-            except Exception as error:  # msgpack's own, ValueError, UnicodeDecodeError: all mean the same here
-                raise RemoteProtocolError(f"the peer's message is not msgpack: {str(error) or type(error).__name__}") from None
+            except Exception as error:
+                # msgpack's own, ValueError, UnicodeDecodeError: all mean the same here
+                raise RemoteProtocolError(
+                    f"the peer's message is not msgpack: {str(error) or type(error).__name__}"
+                ) from None
             if message is not None:
                 break
             count = await self._connection.receive_into(buffer)
             if not count:
-                raise ConnectionBroken(f"{self._connection.peer} closed the connection in the middle of a migration")
+                raise ConnectionBroken(
+                    f"{self._connection.peer} closed the connection in the middle of a migration"
+                )
             try:
                 self._unpacker.feed(buffer[:count])
             except msgpack.BufferFull:
-                raise RemoteProtocolError(f"the peer's message is longer than {_MAX_MESSAGE} bytes") from None
+                raise RemoteProtocolError(
+                    f"the peer's message is longer than {_MAX_MESSAGE} bytes"
+                ) from None
         if not isinstance(message, dict) or not isinstance(message.get("say"), str):
             raise RemoteProtocolError("the peer's message is no map that says something")
         return message
@@ -86,8 +96,8 @@ async def which_stream(connection: Connection) -> bytes:
 
 
 async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) -> str:
-    """QEMU's URI for ``connection``, whose socket it gets: nobody has to wake up to pass on what a guest that stands still
-    waits for. Where there is no socket to be had, the nursery does."""
+    """QEMU's URI for ``connection``, whose socket it gets: nobody has to wake up to pass on what a
+    guest that stands still waits for. Where there is no socket to be had, the nursery does."""
     connection = bare(connection)
     if isinstance(connection, Detachable):
         fd = connection.detach()
@@ -104,7 +114,8 @@ async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) 
 
 
 async def _relay(connection: Connection, local: trio.SocketStream) -> None:
-    """Bytes in both directions between a peer and a socket of QEMU's, until both directions have ended."""
+    """Bytes in both directions between a peer and a socket of QEMU's, until both directions have
+    ended."""
 
     async def outwards() -> None:
         while data := await local.receive_some(_PIECE):

@@ -1,4 +1,5 @@
-"""The destination's side: a QEMU that waits for a guest, and the guest that comes. ``migration.py`` draws the steps."""
+"""The destination's side: a QEMU that waits for a guest, and the guest that comes. ``migration.py``
+draws the steps."""
 
 from __future__ import annotations
 
@@ -36,20 +37,24 @@ __all__ = ["Arrival", "receive", "receive_attached"]
 # QEMU opens its monitor before it has made the machine, and answers when it has.
 _START_TIMEOUT = 30.0
 _STEP_TIMEOUT = 60.0
-_CANNOT_LOAD = "QEMU cannot load the guest's devices: does the command line name the source's, in the same order?"
+_CANNOT_LOAD = (
+    "QEMU cannot load the guest's devices: does the command line name the source's, in the same"
+    " order?"
+)
 # QEMU maps its RAM, and hands it over, before its monitor answers.
 _HANDSHAKE_TIMEOUT = 5.0
 # From the end of its monitor to its own.
 _END_TIMEOUT = 5.0
-# What a guest needs first is a few hundred pages, one after the other: its kernel's way back to whatever it was doing. For so
-# long it has the link, and the processors, to itself.
+# What a guest needs first is a few hundred pages, one after the other: its kernel's way back to
+# whatever it was doing. For so long it has the link, and the processors, to itself.
 _SETTLING = 0.05
 # Of what QEMU says on its stderr: a few lines.
 _KEPT_BYTES = 600
 
 
 class Arrival:
-    """A guest that runs here while its pages come. Made by :func:`receive` and :func:`receive_attached`."""
+    """A guest that runs here while its pages come. Made by :func:`receive` and
+    :func:`receive_attached`."""
 
     def __init__(self, transfer: Transfer, process: trio.Process | None) -> None:
         #: the QEMU that was started, if one was; it outlives the transfer, and this program
@@ -62,8 +67,8 @@ class Arrival:
 
 
 class _Complaints:
-    """What QEMU says on its stderr. It passes through ours for as long as the event loop runs, and the last of it explains
-    QEMU's end, which nothing else does."""
+    """What QEMU says on its stderr. It passes through ours for as long as the event loop runs, and
+    the last of it explains QEMU's end, which nothing else does."""
 
     def __init__(self) -> None:
         self._last = b""
@@ -142,12 +147,15 @@ class _Attached:
         return "QEMU has ended"
 
     async def empty(self, sources: Set[str]) -> None:
-        """Firmware, and whatever else it has put into its RAM, gives way to what the source has there: unless that is the very
-        same memory."""
+        """Firmware, and whatever else it has put into its RAM, gives way to what the source has
+        there: unless that is the very same memory."""
         for file in self.owner.files:
             with open_source(file) as ours:
                 if ours.identity.hex() in sources:
-                    raise UsageError("both QEMUs have the same file for their RAM: give the destination one of its own")
+                    raise UsageError(
+                        "both QEMUs have the same file for their RAM: give the destination one of"
+                        " its own"
+                    )
         await trio.to_thread.run_sync(self.owner.empty)
 
     async def give_up(self, is_used: bool) -> None:
@@ -176,16 +184,18 @@ async def receive(
     on_event: EventHandler = ignore_events,
     **options: Any,
 ) -> AsyncIterator[Arrival]:
-    """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one guest from the
-    ``pagenet-qemu migrate`` that dials ``listen``. The ``options`` are those of :func:`pagenet.pull`, ``allocate`` that of
-    :class:`~pagenet.UffdSocket`.
+    """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one
+    guest from the ``pagenet-qemu migrate`` that dials ``listen``. The ``options`` are those of
+    :func:`pagenet.pull`, ``allocate`` that of :class:`~pagenet.UffdSocket`.
 
-    The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`. Whatever fails before the guest
-    was handed over ends the QEMU that was started; whatever fails later leaves it alone: a guest whose source is lost stands
-    still at the first page that it misses. :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest,
-    or a source that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what :func:`pagenet.pull` raises.
-    Events: ``qemu``, ``listening``, ``connected``, ``owner``, ``serving``, ``loaded``, ``resumed``; ``fault``
-    (all of 50 ms together) and ``progress``; ``complete``.
+    The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`.
+    Whatever fails before the guest was handed over ends the QEMU that was started; whatever fails
+    later leaves it alone: a guest whose source is lost stands still at the first page that it
+    misses. :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest, or a
+    source that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what
+    :func:`pagenet.pull` raises. Events: ``qemu``, ``listening``, ``connected``, ``owner``,
+    ``serving``, ``loaded``, ``resumed``; ``fault`` (all of 50 ms together) and ``progress``;
+    ``complete``.
     """
     if "PAGENET_UFFD_DEVICE" not in os.environ:
         probe()  # QEMU is to use userfaultfd, as this same user
@@ -200,7 +210,12 @@ async def receive(
             prepared.undo()
             raise
         try:
-            on_event("qemu", pid=process.pid, ram=", ".join(map(str, prepared.rams)), added=" ".join(prepared.added))
+            on_event(
+                "qemu",
+                pid=process.pid,
+                ram=", ".join(map(str, prepared.rams)),
+                added=" ".join(prepared.added),
+            )
             qemu = _Started(process, prepared, owner)
             async with _arriving(qemu, monitor, listen, on_event, options) as arrival:
                 yield arrival
@@ -212,13 +227,13 @@ async def receive(
 async def receive_attached(
     qmp_socket: str | Path, *, listen: str, on_event: EventHandler = ignore_events, **options: Any
 ) -> AsyncIterator[Arrival]:
-    """The same for a QEMU that runs, and waits for a guest (``-incoming defer``), behind the monitor ``qmp_socket``. It is
-    stopped for less than a millisecond, and given a userfaultfd.
+    """The same for a QEMU that runs, and waits for a guest (``-incoming defer``), behind the
+    monitor ``qmp_socket``. It is stopped for less than a millisecond, and given a userfaultfd.
 
-    Its RAM must be shared, in tmpfs, hugetlbfs or a memfd. Whatever fails before it was told to listen leaves it as it was, but
-    for ``-S``, which it has from then on; whatever fails between that and the handing over of the guest ends it.
-    :exc:`~pagenet.errors.Unsupported` if this user may not attach to it, or it may not use userfaultfd. Events as of
-    :func:`receive`.
+    Its RAM must be shared, in tmpfs, hugetlbfs or a memfd. Whatever fails before it was told to
+    listen leaves it as it was, but for ``-S``, which it has from then on; whatever fails between
+    that and the handing over of the guest ends it. :exc:`~pagenet.errors.Unsupported` if this user
+    may not attach to it, or it may not use userfaultfd. Events as of :func:`receive`.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine = await describe(qmp)
@@ -237,8 +252,11 @@ async def receive_attached(
 
 async def _check_waits(qmp: Qmp, machine: Machine) -> None:
     if machine.status != "inmigrate" or "status" in await qmp.command("query-migrate"):
-        raise UsageError(f"this QEMU does not wait for a guest ({machine.status}): start it with -incoming defer")
-    # Else the guest would run as soon as its devices are loaded, before the source has given it away. As -S does:
+        raise UsageError(
+            f"this QEMU does not wait for a guest ({machine.status}): start it with -incoming defer"
+        )
+    # Else the guest would run as soon as its devices are loaded, before the source has given it
+    # away. As -S does:
     await qmp.command("stop")
 
 
@@ -259,13 +277,24 @@ async def _arriving(
             if isinstance(qemu, _Started):
                 await _wait_handed_over(qemu.owner)
             check_size = partial(_check_size, machine, on_event)
-            async with pull(listen, qemu.owner, listen=True, streams=2, held=True, on_event=check_size, **options) as transfer:
+            async with pull(
+                listen,
+                qemu.owner,
+                listen=True,
+                streams=2,
+                held=True,
+                on_event=check_size,
+                **options,
+            ) as transfer:
                 for stream, name in zip(transfer.streams, (TALK, DEVICES), strict=True):
                     await stream.send(name)
                 async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over()
-                async with telling(tell_faults, transfer, on_event), running_beside(_settle, transfer):
+                async with (
+                    telling(tell_faults, transfer, on_event),
+                    running_beside(_settle, transfer),
+                ):
                     yield Arrival(transfer, qemu.process)
     finally:
         if arriving is None or not arriving.runs_here:
@@ -282,30 +311,40 @@ async def _settle(transfer: Transfer) -> None:
 
 async def _start(prepared: Incoming) -> trio.Process:
     try:
-        return await trio.lowlevel.open_process(prepared.command, env=prepared.environment, stderr=subprocess.PIPE)
+        return await trio.lowlevel.open_process(
+            prepared.command, env=prepared.environment, stderr=subprocess.PIPE
+        )
     except OSError as error:
         raise UsageError(f"cannot start {prepared.command[0]}: {error.strerror}") from None
 
 
 async def _wait_handed_over(owner: UffdSocket) -> None:
-    """The dynamic loader goes on without a library that it cannot load, and the guest would run on zeros."""
+    """The dynamic loader goes on without a library that it cannot load, and the guest would run on
+    zeros."""
     with trio.move_on_after(_HANDSHAKE_TIMEOUT):
         await owner.wait_owner()
         return
     why = "is it setuid, statically linked, or of another architecture?"
-    raise UsageError(f"QEMU has not handed over its RAM: pagenet's preload library is not in it ({why})")
+    raise UsageError(
+        f"QEMU has not handed over its RAM: pagenet's preload library is not in it ({why})"
+    )
 
 
 def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **fields: object) -> None:
-    """Before the RAM is handed over: mappings that do not fit the region would be turned away one by one."""
+    """Before the RAM is handed over: mappings that do not fit the region would be turned away one
+    by one."""
     on_event(event, **fields)
     if event == "connected" and fields["bytes"] != machine.ram:
-        raise UsageError(f"the RAM size differs: {fields['bytes']} bytes at the source, {machine.ram} at the destination")
+        raise UsageError(
+            f"the RAM size differs: {fields['bytes']} bytes at the source, {machine.ram} at the"
+            " destination"
+        )
 
 
 @asynccontextmanager
 async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
-    """The block ends with QEMU, whose end explains what else fails then: its monitor closes first."""
+    """The block ends with QEMU, whose end explains what else fails then: its monitor closes
+    first."""
 
     async def watch() -> None:
         await qemu.wait()
@@ -369,8 +408,9 @@ class _Arriving:
                 self._on_event("loaded")
                 await talk.hear("run")
                 with trio.CancelScope(shield=True):  # said, and done
-                    # Not from "kill" to "run" in one step. Killed before we say it, we leave a guest that stands still here and
-                    # runs at the source; killed after it, one that stands still here and nowhere runs, but is not lost.
+                    # Not from "kill" to "run" in one step. Killed before we say it, we leave a
+                    # guest that stands still here and runs at the source; killed after it, one that
+                    # stands still here and nowhere runs, but is not lost.
                     await self._guard.should_we_die("nothing")
                     await talk.say("taking")
                     self.runs_here = True
@@ -411,7 +451,9 @@ class _Arriving:
 
     async def _wait_loaded(self) -> None:
         event = await self._qmp.wait_event(
-            "MIGRATION", where=lambda data: data["status"] in ("completed", "failed"), patience=_STEP_TIMEOUT
+            "MIGRATION",
+            where=lambda data: data["status"] in ("completed", "failed"),
+            patience=_STEP_TIMEOUT,
         )
         if event.data["status"] != "completed":
             with trio.move_on_after(_END_TIMEOUT):  # it ends by itself, and says why

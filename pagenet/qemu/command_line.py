@@ -1,4 +1,5 @@
-"""The command line of the QEMU that a guest comes to: what it must have, and what is added to it."""
+"""The command line of the QEMU that a guest comes to: what it must have, and what is added to
+it."""
 
 from __future__ import annotations
 
@@ -27,10 +28,15 @@ _UNWANTED = {
 # Parts of a word.
 _UNWANTED_DEVICES = {
     "vfio-": _WAITS,
-    "vhost-user": "its process would read zeros where pages are yet to come: QEMU's alone waits for them",
+    "vhost-user": (
+        "its process would read zeros where pages are yet to come: QEMU's alone waits for them"
+    ),
 }
 _ON = ("on", "yes", "true", "y")
-_HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
+_HINT = (
+    "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine"
+    " ...,memory-backend=ram0"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +50,8 @@ class _RamFile:
 
     @classmethod
     def make(cls, path: Path, size: int) -> _RamFile:
-        """:exc:`UsageError` for a name that something else has: anybody may write in /dev/shm, and nobody is to read a guest's
-        RAM."""
+        """:exc:`UsageError` for a name that something else has: anybody may write in /dev/shm, and
+        nobody is to read a guest's RAM."""
         try:
             fd, is_new = _open_ram(path)
             try:
@@ -88,19 +94,29 @@ def _open_ram(path: Path) -> tuple[int, bool]:
 
 def _check_ram(path: Path, status: os.stat_result, size: int) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{path} is not a regular file: name another one for the destination's RAM")
+        raise UsageError(
+            f"{path} is not a regular file: name another one for the destination's RAM"
+        )
     if status.st_uid not in (0, os.geteuid()) or status.st_nlink != 1:
-        raise UsageError(f"{path} is another user's file, or has another name too: remove it, or name another one")
+        raise UsageError(
+            f"{path} is another user's file, or has another name too: remove it, or name"
+            " another one"
+        )
     if status.st_blocks:
-        raise UsageError(f"{path} holds bytes already: remove it, if no other machine uses it, or name another file")
+        raise UsageError(
+            f"{path} holds bytes already: remove it, if no other machine uses it, or name another"
+            " file"
+        )
     if status.st_size not in (0, size):
-        raise UsageError(f"{path} is {status.st_size} bytes long, and the destination's RAM {size}: remove it")
+        raise UsageError(
+            f"{path} is {status.st_size} bytes long, and the destination's RAM {size}: remove it"
+        )
 
 
 @dataclass(slots=True)
 class Incoming:
-    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people to read. ``rams``: the files
-    behind its RAM, in the order of the backends' ids."""
+    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people
+    to read. ``rams``: the files behind its RAM, in the order of the backends' ids."""
 
     command: list[str]
     environment: dict[str, str]
@@ -112,17 +128,18 @@ class Incoming:
         return [file.path for file in self.files]
 
     def undo(self) -> None:
-        """The guest did not come: leave the RAM's files as they were, which is empty, or not there."""
+        """The guest did not come: leave the RAM's files as they were, which is empty, or not
+        there."""
         for file in self.files:
             file.undo()
 
 
 def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
-    """Let the QEMU of that command line wait for a guest whose pages pagenet brings: with a monitor at ``monitor``, and its RAM
-    handed over at ``uffd_socket``.
+    """Let the QEMU of that command line wait for a guest whose pages pagenet brings: with a monitor
+    at ``monitor``, and its RAM handed over at ``uffd_socket``.
 
-    Its RAM's file is made if it is not there, and left alone otherwise. :exc:`~pagenet.errors.UsageError` for a command line
-    that makes no sense as a destination.
+    Its RAM's file is made if it is not there, and left alone otherwise.
+    :exc:`~pagenet.errors.UsageError` for a command line that makes no sense as a destination.
     """
     _check_wanted(command)
     backends = [_parse_backend(options) for options in _ram_options(command)]
@@ -136,7 +153,9 @@ def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -
         raise
     added = ["-incoming", "defer", "-S", "-qmp", f"unix:{monitor},server=on,wait=off"]
     variables = {
-        "LD_PRELOAD": ":".join(filter(None, [str(preload_library()), os.environ.get("LD_PRELOAD", "")])),
+        "LD_PRELOAD": ":".join(
+            filter(None, [str(preload_library()), os.environ.get("LD_PRELOAD", "")])
+        ),
         "PAGENET_UFFD_SOCKET": str(uffd_socket),
         "PAGENET_UFFD_FILES": ",".join(f"{file.device}:{file.inode}" for file in made),
     }
@@ -160,13 +179,28 @@ def _one_dash(word: str) -> str:
 
 
 def _ram_options(command: Sequence[str]) -> list[dict[str, str]]:
-    """Of the memory backends that the machine and its NUMA nodes name, in the order of their ids, as the source's pages are."""
+    """Of the memory backends that the machine and its NUMA nodes name, in the order of their ids,
+    as the source's pages are."""
     words = [_one_dash(word) for word in command]
-    pairs = [(flag, _parse_options(value)) for flag, value in pairwise(words) if flag in ("-object", "-machine", "-M", "-numa")]
-    machines = [options for flag, options in pairs if flag in ("-machine", "-M") and "memory-backend" in options]
-    nodes = {options["memdev"] for flag, options in pairs if flag == "-numa" and "memdev" in options}
+    pairs = [
+        (flag, _parse_options(value))
+        for flag, value in pairwise(words)
+        if flag in ("-object", "-machine", "-M", "-numa")
+    ]
+    machines = [
+        options
+        for flag, options in pairs
+        if flag in ("-machine", "-M") and "memory-backend" in options
+    ]
+    nodes = {
+        options["memdev"] for flag, options in pairs if flag == "-numa" and "memdev" in options
+    }
     names = nodes or {options["memory-backend"] for options in machines[-1:]}
-    backends = {options["id"]: options for flag, options in pairs if flag == "-object" and options.get("id") in names}
+    backends = {
+        options["id"]: options
+        for flag, options in pairs
+        if flag == "-object" and options.get("id") in names
+    }
     if not backends or backends.keys() < names:
         raise UsageError(f"the destination's RAM must be a file: start QEMU with {_HINT}")
     return [backends[name] for name in sorted(backends)]
@@ -176,18 +210,31 @@ def _parse_backend(options: dict[str, str]) -> tuple[Path, int]:
     """Its file and size."""
     kind, name = options.get("") or options.get("qom-type"), options["id"]
     if kind != "memory-backend-file" or not {"mem-path", "size"} <= options.keys():
-        attach = "; or start it with -incoming defer, and attach: pagenet-qemu incoming --qmp" if "memfd" in str(kind) else ""
-        raise UsageError(f"the destination's RAM {name} must be a file, not {kind}: start QEMU with {_HINT}{attach}")
+        attach = (
+            "; or start it with -incoming defer, and attach: pagenet-qemu incoming --qmp"
+            if "memfd" in str(kind)
+            else ""
+        )
+        raise UsageError(
+            f"the destination's RAM {name} must be a file, not {kind}: start QEMU with"
+            f" {_HINT}{attach}"
+        )
     ram = Path(options["mem-path"])
     if options.get("share") not in _ON:
-        raise UsageError(f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file")
+        raise UsageError(
+            f"the destination's RAM {ram} must be shared: add share=on to its memory-backend-file"
+        )
     if options.get("prealloc") in _ON:
-        raise UsageError(f"the destination's RAM {ram} must not be there before its pages come: leave out prealloc=on")
+        raise UsageError(
+            f"the destination's RAM {ram} must not be there before its pages come: leave out"
+            " prealloc=on"
+        )
     return ram, _parse_size(options["size"])
 
 
 def _parse_options(value: str) -> dict[str, str]:
-    """``first,name=value,...``, or JSON. The first may lack its name and is under ""; a comma in a value is written twice."""
+    """``first,name=value,...``, or JSON. The first may lack its name and is under ""; a comma in a
+    value is written twice."""
     if value.startswith("{"):
         return _parse_json(value)
     parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
@@ -208,12 +255,17 @@ def _parse_json(value: str) -> dict[str, str]:
     except (ValueError, RecursionError):
         return {}  # for QEMU to refuse
     spoken = {True: "on", False: "off"}
-    return {str(name): spoken[word] if isinstance(word, bool) else str(word) for name, word in words.items()}
+    return {
+        str(name): spoken[word] if isinstance(word, bool) else str(word)
+        for name, word in words.items()
+    }
 
 
 def _parse_size(text: str) -> int:
     units = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1].upper()) if text and not text[-1].isdecimal() else (text, "")
+    number, unit = (
+        (text[:-1], text[-1].upper()) if text and not text[-1].isdecimal() else (text, "")
+    )
     try:
         size = float(number)
     except ValueError:
@@ -234,7 +286,11 @@ def _check_room(backends: Sequence[tuple[Path, int]]) -> None:
         wanted[device] = wanted.get(device, 0) + size
         room = system.f_bavail * system.f_frsize
         if room < wanted[device]:
-            hint = "make it larger (mount -o remount,size=...; hugetlbfs: sysctl vm.nr_hugepages), or take another"
-            raise UsageError(f"the destination's RAM is {wanted[device]} bytes, and {ram.parent} has room for {room}: {hint}")
-
-
+            hint = (
+                "make it larger (mount -o remount,size=...; hugetlbfs: sysctl vm.nr_hugepages), or"
+                " take another"
+            )
+            raise UsageError(
+                f"the destination's RAM is {wanted[device]} bytes, and {ram.parent} has room for"
+                f" {room}: {hint}"
+            )

@@ -1,12 +1,14 @@
-"""How the state of the devices leaves a QEMU. There are two ways, and the destination's QEMU cannot tell one from the other.
+"""How the state of the devices leaves a QEMU. There are two ways, and the destination's QEMU cannot
+tell one from the other.
 
-:class:`Migration`: QEMU migrates, and leaves out the RAM (``x-ignore-shared``). Since 8.1 it does so only for RAM that is a
-named file.
+:class:`Migration`: QEMU migrates, and leaves out the RAM (``x-ignore-shared``). Since 8.1 it does
+so only for RAM that is a named file.
 
-:class:`Saved`: for RAM that is a memfd or the like. QEMU is stopped, and saves its devices, without RAM, into a memfd of ours
-(``xen-save-devices-state``, which has nothing of Xen's about it). The stream around that is ours (``_stream.py``), and so is
-the memory of devices, firmware and tables, which no backend holds: it is read out of the process, before the guest stops, and
-what has changed once more when it has.
+:class:`Saved`: for RAM that is a memfd or the like. QEMU is stopped, and saves its devices, without
+RAM, into a memfd of ours (``xen-save-devices-state``, which has nothing of Xen's about it). The
+stream around that is ours (``_stream.py``), and so is the memory of devices, firmware and tables,
+which no backend holds: it is read out of the process, before the guest stops, and what has changed
+once more when it has.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ from .qmp import Qmp, QmpEvent
 
 __all__ = ["STEP_TIMEOUT", "Migration", "Saved", "Way", "check_way"]
 
-# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still while it travels.
+# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still
+# while it travels.
 _UNLIMITED = 10**12
-# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes long.
+# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes
+# long.
 STEP_TIMEOUT = 60.0
 # Memory of devices is read twice, and kept: what is larger was meant to be the guest's.
 _MAX_BLOCKS_BYTES = 1 << 30
@@ -75,7 +79,8 @@ class Way(Protocol):
         ...
 
     async def wait_loaded(self, patience: float) -> None:
-        """Until the destination's QEMU has it. :exc:`~pagenet.errors.PagenetError` if it has not."""
+        """Until the destination's QEMU has it. :exc:`~pagenet.errors.PagenetError` if it has
+        not."""
         ...
 
     async def close(self) -> None:
@@ -120,9 +125,13 @@ class Migration:
         def is_it(data: dict[str, object]) -> bool:
             return data["status"] in (status, "failed", "cancelled")
 
-        event = await self._qmp.wait_event("MIGRATION", since=self._since, where=is_it, patience=patience)
+        event = await self._qmp.wait_event(
+            "MIGRATION", since=self._since, where=is_it, patience=patience
+        )
         if event.data["status"] != status:
-            why = (await self._qmp.command("query-migrate")).get("error-desc", "it does not say why")
+            why = (await self._qmp.command("query-migrate")).get(
+                "error-desc", "it does not say why"
+            )
             raise PagenetError(f"QEMU's migration {event.data['status']}: {why}")
 
 
@@ -151,22 +160,30 @@ class Saved:
         since = len(self._qmp.events)
         await self._qmp.command("stop")
         stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
-        # With live=True it lets go of the disks too, which the destination is to have; cont takes them back.
+        # With live=True it lets go of the disks too, which the destination is to have; cont takes
+        # them back.
         await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=True)
         return stop
 
     async def send(self) -> None:
         blocks = self._memory.blocks
         if await _blocks_of(self._qmp, self._machine) != blocks:
-            raise PagenetError("QEMU's devices have changed while the guest was about to leave: try again")
-        pages = chain.from_iterable(map(changed_pages, blocks, self._sent, await self._memory.read()))
+            raise PagenetError(
+                "QEMU's devices have changed while the guest was about to leave: try again"
+            )
+        pages = chain.from_iterable(
+            map(changed_pages, blocks, self._sent, await self._memory.read())
+        )
         await self._send([*ram_end(pages), devices_of(self._file.read())])
 
     async def wait_loaded(self, patience: float) -> None:
         with trio.move_on_after(patience):
             await wait_confirmed(self._connection)
             return
-        raise PagenetError(f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices' state")
+        raise PagenetError(
+            f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices'"
+            " state"
+        )
 
     async def close(self) -> None:
         self._file.close()
@@ -178,11 +195,14 @@ class Saved:
         with trio.move_on_after(STEP_TIMEOUT):
             await self._connection.send(b"".join(parts))
             return
-        raise PagenetError(f"the destination's QEMU did not take the devices' memory for {STEP_TIMEOUT:g} s")
+        raise PagenetError(
+            f"the destination's QEMU did not take the devices' memory for {STEP_TIMEOUT:g} s"
+        )
 
 
 class _DeviceMemory:
-    """The memory of QEMU's devices, read while the guest runs and once more when it stands still."""
+    """The memory of QEMU's devices, read while the guest runs and once more when it stands
+    still."""
 
     def __init__(self, pid: int, blocks: Sequence[RamBlock]) -> None:
         self.blocks = blocks
@@ -199,7 +219,9 @@ class _DeviceMemory:
     def _read_blocks(self) -> list[Memory]:
         if not self._private:
             with closing(OtherProcess(self._pid)) as qemu:
-                mapped = [part for part in qemu.maps() if part.mode.endswith("p") and not part.inode]
+                mapped = [
+                    part for part in qemu.maps() if part.mode.endswith("p") and not part.inode
+                ]
             self._private = [_is_within(block, mapped) for block in self.blocks]
         with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as pagemap:
             return [
@@ -218,20 +240,26 @@ class _DeviceMemory:
 
 
 def _is_within(block: RamBlock, mapped: Sequence[Mapped]) -> bool:
-    return any(part.start <= block.address and block.address + block.size <= part.end for part in mapped)
+    return any(
+        part.start <= block.address and block.address + block.size <= part.end for part in mapped
+    )
 
 
 def _used(block: RamBlock, pagemap: FileIO) -> list[int]:
-    """Offsets of the pieces of ``block``, which is private to QEMU, that are not known to be zero: nobody has written to what
-    has no page, in memory or swapped out. Video memory is large, and hardly used."""
+    """Offsets of the pieces of ``block``, which is private to QEMU, that are not known to be zero:
+    nobody has written to what has no page, in memory or swapped out. Video memory is large, and
+    hardly used."""
     entries = os.pread(pagemap.fileno(), block.size // PAGE * 8, block.address // PAGE * 8)
     pages = entries[7::8]
     step = PIECE // PAGE
-    return [at * PAGE for at in range(0, len(pages), step) if max(pages[at : at + step]) >= _HAS_PAGE]
+    return [
+        at * PAGE for at in range(0, len(pages), step) if max(pages[at : at + step]) >= _HAS_PAGE
+    ]
 
 
 class _SavedFile:
-    """A file for QEMU to write into, of which it gets a descriptor: it takes one that can do nothing else."""
+    """A file for QEMU to write into, of which it gets a descriptor: it takes one that can do
+    nothing else."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("pagenet-devices")
@@ -245,15 +273,22 @@ class _SavedFile:
         os.close(self._file)
 
 
-# Name, page size, offset, bytes used, bytes reserved; and since QEMU 8.0 where it is. What is not migrated has no name.
-_BLOCK = re.compile(r"^ *(\S*) +\d+ \w+ +0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+ +0x([0-9a-f]+) +r[ow] *$", re.MULTILINE)
+# Name, page size, offset, bytes used, bytes reserved; and since QEMU 8.0 where it is. What is not
+# migrated has no name.
+_BLOCK = re.compile(
+    r"^ *(\S*) +\d+ \w+ +0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+ +0x([0-9a-f]+) +r[ow] *$",
+    re.MULTILINE,
+)
 
 
 async def _blocks_of(qmp: Qmp, machine: Machine) -> list[RamBlock]:
     """All memory of that QEMU which is migrated and is in no memory backend."""
     backends = {backend.address for backend in machine.backends}
     told = await qmp.monitor("info ramblock")
-    blocks = [RamBlock(name, int(address, 16), int(used, 16)) for name, used, address in _BLOCK.findall(told)]
+    blocks = [
+        RamBlock(name, int(address, 16), int(used, 16))
+        for name, used, address in _BLOCK.findall(told)
+    ]
     if len(blocks) + 1 != len(told.splitlines()):
         raise PagenetError("QEMU does not say where its memory is (info ramblock)")
     return [block for block in blocks if block.name and block.address not in backends]
@@ -265,8 +300,13 @@ async def check_way(qmp: Qmp, machine: Machine) -> None:
         return
     if why := await _why_not_saved(qmp, machine):
         version = ".".join(map(str, machine.version))
-        names = ", ".join(backend.name for backend in machine.backends if backend.kind != "memory-backend-file")
-        raise UsageError(f"QEMU {version} itself sends RAM that is no named file ({names}), and {why}: {_INSTEAD}")
+        names = ", ".join(
+            backend.name for backend in machine.backends if backend.kind != "memory-backend-file"
+        )
+        raise UsageError(
+            f"QEMU {version} itself sends RAM that is no named file ({names}), and {why}:"
+            f" {_INSTEAD}"
+        )
 
 
 async def _why_not_saved(qmp: Qmp, machine: Machine) -> str | None:

@@ -15,24 +15,50 @@ from ..protocol import printable
 from ..uffd import Mapped, Mapping, OtherProcess
 from .qmp import Qmp
 
-__all__ = ["CAPABILITIES", "Backend", "Machine", "Ram", "check_leaving", "describe", "ram_of", "ram_sources"]
+__all__ = [
+    "CAPABILITIES",
+    "Backend",
+    "Machine",
+    "Ram",
+    "check_leaving",
+    "describe",
+    "ram_of",
+    "ram_sources",
+]
 
-#: What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it does, has the destination
-#: confirm that the devices' state was loaded, and waits for us with the guest stopped. The destination takes its disks (and
-#: their locks) no sooner than it runs: until then the source may go on, and needs them.
-CAPABILITIES = ("x-ignore-shared", "events", "return-path", "pause-before-switchover", "late-block-activate")
+# : What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it
+# does, has the destination : confirm that the devices' state was loaded, and waits for us with the
+# guest stopped. The destination takes its disks (and : their locks) no sooner than it runs: until
+# then the source may go on, and needs them.
+CAPABILITIES = (
+    "x-ignore-shared",
+    "events",
+    "return-path",
+    "pause-before-switchover",
+    "late-block-activate",
+)
 _OLDEST = (5, 0, 0)
 # From then on x-ignore-shared leaves out only RAM that is a named file.
 _NAMED_ONLY = (8, 1, 0)
-# Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet has it send.
+# Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet
+# has it send.
 _IN_THE_WAY = (
-    "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo", "background-snapshot", "rdma-pin-all",
+    "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo",
+        "background-snapshot", "rdma-pin-all",
     "mapped-ram", "zero-copy-send",
 )  # fmt: skip
-_HINT = "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine ...,memory-backend=ram0"
+_HINT = (
+    "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine"
+    " ...,memory-backend=ram0"
+)
 _NOT_MIGRATING = (None, "none", "completed", "failed", "cancelled")
 #: what must be the same on both sides
-_SAME = {"arch": "architecture", "kind": "machine type", "ram": "RAM size", "cpus": "number of CPUs"}
+_SAME = {
+    "arch": "architecture",
+    "kind": "machine type",
+    "ram": "RAM size",
+    "cpus": "number of CPUs",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +78,8 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """``ram``: bytes of all its ``backends``, which are in the order of their ids: that is the same on both sides, while
-    QEMU's own order is that of a hash table."""
+    """``ram``: bytes of all its ``backends``, which are in the order of their ids: that is the same
+    on both sides, while QEMU's own order is that of a hash table."""
 
     version: tuple[int, int, int]
     kind: str
@@ -67,7 +93,9 @@ class Machine:
     @property
     def leaves_out_ram(self) -> bool:
         """Whether QEMU's own stream can be had without this RAM (``x-ignore-shared``)."""
-        return self.version < _NAMED_ONLY or all(backend.kind == "memory-backend-file" for backend in self.backends)
+        return self.version < _NAMED_ONLY or all(
+            backend.kind == "memory-backend-file" for backend in self.backends
+        )
 
     @property
     def blocks(self) -> list[list[Any]]:
@@ -75,15 +103,23 @@ class Machine:
         return [[backend.name, backend.size] for backend in self.backends]
 
     def as_message(self) -> dict[str, Any]:
-        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "backends"}
+        told = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name != "backends"
+        }
         return {**told, "version": list(self.version), "blocks": self.blocks}
 
     def difference(self, source: dict[str, Any]) -> str | None:
-        """Why this machine cannot take over from that one (its :meth:`as_message`); None: nothing is known against it."""
+        """Why this machine cannot take over from that one (its :meth:`as_message`); None: nothing
+        is known against it."""
         for name, words in _SAME.items():
             theirs, ours = source.get(name), getattr(self, name)
             if theirs != ours:
-                return f"the {words} differs: {theirs} at the source, {ours} at the destination; start it with the source's"
+                return (
+                    f"the {words} differs: {theirs} at the source, {ours} at the destination; start"
+                    " it with the source's"
+                )
         if source.get("kvm") != self.kvm:
             here, there = ("KVM", "TCG") if self.kvm else ("TCG", "KVM")
             return f"the accelerator differs: {there} at the source, {here} at the destination"
@@ -95,31 +131,46 @@ class Machine:
         if theirs == self.blocks or count == len(self.backends) == 1:
             return None
         ours = ", ".join(f"{name} of {size} bytes" for name, size in self.blocks)
-        return f"the memory backends differ: {ours} at the destination; give them the source's ids and sizes"
+        return (
+            f"the memory backends differ: {ours} at the destination; give them the source's ids and"
+            " sizes"
+        )
 
     def _is_older(self, theirs: object) -> str | None:
-        """A newer QEMU loads what an older one has saved, by the machine type's version; not the other way round."""
+        """A newer QEMU loads what an older one has saved, by the machine type's version; not the
+        other way round."""
         if not isinstance(theirs, list) or not all(isinstance(number, int) for number in theirs):
             return "the source does not say which QEMU it is"
         if self.version[:2] >= tuple(theirs[:2]):
             return None
-        versions = f"{_dotted(tuple(theirs))} at the source, {_dotted(self.version)} at the destination"
-        return f"the destination's QEMU is older: {versions}; it must be the source's or a newer one"
+        versions = (
+            f"{_dotted(tuple(theirs))} at the source, {_dotted(self.version)} at the destination"
+        )
+        return (
+            f"the destination's QEMU is older: {versions}; it must be the source's or a newer one"
+        )
 
 
 async def describe(qmp: Qmp) -> Machine:
-    """Ask a QEMU what it is. :exc:`~pagenet.errors.UsageError` for one that pagenet cannot move, whatever it does."""
+    """Ask a QEMU what it is. :exc:`~pagenet.errors.UsageError` for one that pagenet cannot move,
+    whatever it does."""
     version = (await qmp.command("query-version"))["qemu"]
     number = (version["major"], version["minor"], version["micro"])
     if number < _OLDEST:
-        raise UsageError(f"this is QEMU {_dotted(number)}: pagenet moves guests of QEMU {_dotted(_OLDEST)} or newer")
+        raise UsageError(
+            f"this is QEMU {_dotted(number)}: pagenet moves guests of QEMU {_dotted(_OLDEST)} or"
+            " newer"
+        )
     backends = await _backends(qmp)
     capabilities = await qmp.command("query-migrate-capabilities")
     known = {capability["capability"]: capability["state"] for capability in capabilities}
     if missing := [name for name in CAPABILITIES if name not in known]:
         raise UsageError(f"this QEMU ({_dotted(number)}) has no migration capability {missing[0]}")
     if wrong := [name for name in _IN_THE_WAY if known.get(name)]:
-        raise UsageError(f"switch off QEMU's migration capability {wrong[0]} (migrate-set-capabilities): pagenet needs its own")
+        raise UsageError(
+            f"switch off QEMU's migration capability {wrong[0]} (migrate-set-capabilities): pagenet"
+            " needs its own"
+        )
     return Machine(
         version=number,
         kind=await qmp.command("qom-get", path="/machine", property="type"),
@@ -135,47 +186,67 @@ async def describe(qmp: Qmp) -> Machine:
 async def check_leaving(qmp: Qmp, machine: Machine) -> None:
     """:exc:`~pagenet.errors.UsageError` if the guest of that QEMU cannot leave it now."""
     if machine.status != "running":
-        raise UsageError(f"the guest is not running but {machine.status}: there is nothing to move while it runs")
+        raise UsageError(
+            f"the guest is not running but {machine.status}: there is nothing to move while it runs"
+        )
     migration = await qmp.command("query-migrate")
     if migration.get("status") not in _NOT_MIGRATING:
-        raise UsageError(f"QEMU is migrating already ({migration['status']}): wait for it, or say migrate_cancel")
-    if reasons := migration.get("blocked-reasons"):  # QEMU 6.0; before, it says so when it is to begin
-        raise UsageError(f"QEMU cannot migrate this guest: {reasons[0].rstrip('.')}; take that out of it")
+        raise UsageError(
+            f"QEMU is migrating already ({migration['status']}): wait for it, or say migrate_cancel"
+        )
+    # QEMU 6.0; before, it says so when it is to begin
+    if reasons := migration.get("blocked-reasons"):
+        raise UsageError(
+            f"QEMU cannot migrate this guest: {reasons[0].rstrip('.')}; take that out of it"
+        )
 
 
 async def _backends(qmp: Qmp) -> tuple[Backend, ...]:
     """All memory backends, which must be the machine's RAM: one, or one for each NUMA node."""
     found = await qmp.command("query-memdev")
     if not found:
-        raise UsageError(f"the machine's RAM has no memory backend of its own: start it with {_HINT}")
-    summary = await qmp.command("query-memory-size-summary")
-    if summary.get("plugged-memory") or sum(backend["size"] for backend in found) != summary["base-memory"]:
         raise UsageError(
-            f"the machine has {len(found)} memory backends, and not all of them are its RAM or a NUMA node's: pagenet moves "
-            "guests without the others (DIMMs, virtio-mem, ivshmem...)"
+            f"the machine's RAM has no memory backend of its own: start it with {_HINT}"
+        )
+    summary = await qmp.command("query-memory-size-summary")
+    if (
+        summary.get("plugged-memory")
+        or sum(backend["size"] for backend in found) != summary["base-memory"]
+    ):
+        raise UsageError(
+            f"the machine has {len(found)} memory backends, and not all of them are its RAM or a"
+            " NUMA node's: pagenet moves guests without the others (DIMMs, virtio-mem, ivshmem...)"
         )
     addresses = await _addresses(qmp, {str(backend["id"]) for backend in found})
     backends = []
     for backend in sorted(found, key=lambda backend: str(backend["id"])):
         name = str(backend["id"])
         if name not in addresses:
-            raise UsageError(f"the memory backend {name} is not in the guest's memory: leave it out")
+            raise UsageError(
+                f"the memory backend {name} is not in the guest's memory: leave it out"
+            )
         kind = await qmp.command("qom-get", path=f"/objects/{name}", property="type")
         backends.append(Backend(name, kind, backend["size"], backend["share"], addresses[name]))
     return tuple(backends)
 
 
-# A range of the guest's memory that begins with the first byte of a memory region: of others it says @OFFSET.
-_FIRST_BYTE = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)(?: KVM)?$", re.MULTILINE)
+# A range of the guest's memory that begins with the first byte of a memory region: of others it
+# says @OFFSET.
+_FIRST_BYTE = re.compile(
+    r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)(?: KVM)?$", re.MULTILINE
+)
 _HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
 
 
 async def _addresses(qmp: Qmp, names: set[str]) -> dict[str, int]:
-    """Where in QEMU the backends of those ids begin. Sizes do not tell one node's from another's."""
+    """Where in QEMU the backends of those ids begin. Sizes do not tell one node's from
+    another's."""
     found: dict[str, int] = {}
     for start, path in _FIRST_BYTE.findall(await qmp.monitor("info mtree -f")):
         name = path.rpartition("/")[2]  # the machine type says whether it is a path
-        if name in names - found.keys() and (told := _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))):
+        if name in names - found.keys() and (
+            told := _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))
+        ):
             found[name] = int(told[1], 16)
     return found
 
@@ -186,8 +257,10 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """A backend's memory in a QEMU that runs: where it is mapped, and the ``file`` behind it, a descriptor taken from QEMU (it
-    may have no name any more, or one that means another file here; None: it holds none). ``name``: for people."""
+    """A backend's memory in a QEMU that runs: where it is mapped, and the ``file`` behind it, a
+    descriptor taken from QEMU (it may have no name any more, or one that means another file here;
+    None: it holds none). ``name``: for people.
+    """
 
     mapping: Mapping
     file: int | None
@@ -200,19 +273,29 @@ class Ram:
 
 @contextmanager
 def ram_of(pid: int, machine: Machine) -> Iterator[list[Ram]]:
-    """What the backends are in that process, one each, while the block runs. :exc:`~pagenet.errors.UsageError` for one that is
-    not shared, :exc:`~pagenet.errors.Unsupported` if we may not look."""
+    """What the backends are in that process, one each, while the block runs.
+    :exc:`~pagenet.errors.UsageError` for one that is not shared, :exc:`~pagenet.errors.Unsupported`
+    if we may not look."""
     for backend in machine.backends:
         if not backend.shared:
-            is_named = not backend.name.endswith(".ram")  # else QEMU's own, of a machine that was given none
-            hint = f"start it with share=on for {backend.name}" if is_named else f"start it with {_HINT}"
-            raise UsageError(f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}")
+            # else QEMU's own, of a machine that was given none
+            is_named = not backend.name.endswith(".ram")
+            hint = (
+                f"start it with share=on for {backend.name}"
+                if is_named
+                else f"start it with {_HINT}"
+            )
+            raise UsageError(
+                f"QEMU would send private RAM itself, which takes as long as a precopy: {hint}"
+            )
     with ExitStack() as stack:
         try:
             found = _taken(pid, machine, stack)
         except OSError as error:
             hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0)"
-            raise Unsupported(f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}") from None
+            raise Unsupported(
+                f"may not look into QEMU (pid {pid}): {error.strerror}; {hint}"
+            ) from None
         yield found
 
 
@@ -222,7 +305,10 @@ def _taken(pid: int, machine: Machine, stack: ExitStack) -> list[Ram]:
         shared = set(_shared(qemu.maps()))
         for backend in machine.backends:
             if (backend.address, backend.size) not in shared:
-                raise UsageError(f"found no shared mapping of {backend.size} bytes in QEMU (pid {pid}) for {backend.name}")
+                raise UsageError(
+                    f"found no shared mapping of {backend.size} bytes in QEMU (pid {pid}) for"
+                    f" {backend.name}"
+                )
             found.append(_ram(qemu, backend, offset))
             stack.callback(found[-1].close)
             offset += backend.size
@@ -237,8 +323,8 @@ def _ram(qemu: OtherProcess, backend: Backend, offset: int) -> Ram:
 
 
 def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
-    """Where files are mapped shared from their beginning on, and how much: what lies side by side is one, in however many parts
-    the kernel has it."""
+    """Where files are mapped shared from their beginning on, and how much: what lies side by side
+    is one, in however many parts the kernel has it."""
     parts = [part for part in mapped if part.mode == "rw-s"]
     for at, first in enumerate(parts):
         end = first.end
@@ -253,8 +339,10 @@ def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def ram_sources(pid: int, machine: Machine) -> Iterator[list[str]]:
-    """What :func:`pagenet.open_source` is to be given, while the block runs, for the RAM of a QEMU that runs as ``pid``, one
-    for each backend: the file that it holds open, or its addresses. Raises what :func:`ram_of` does."""
+    """What :func:`pagenet.open_source` is to be given, while the block runs, for the RAM of a QEMU
+    that runs as ``pid``, one for each backend: the file that it holds open, or its addresses.
+    Raises what :func:`ram_of` does.
+    """
     with ram_of(pid, machine) as rams:
         yield [
             backend.source(pid) if ram.file is None else f"/proc/self/fd/{ram.file}"

@@ -11,10 +11,11 @@
     serve pages                        pull pages
     all there
 
-"run" is said only once that is confirmed, and this QEMU will not go on by itself. Whatever fails before the
-destination has said "taking" has the guest go on here, and ends the QEMU there; from then on it never runs here again. If the
-link breaks between the two words, nobody here can know which it is: the guest then stays as it is on both sides. From "run" on
-nobody but us has the guest's pages: a destination that is lost is dialled until it is back.
+"run" is said only once that is confirmed, and this QEMU will not go on by itself. Whatever fails
+before the destination has said "taking" has the guest go on here, and ends the QEMU there; from
+then on it never runs here again. If the link breaks between the two words, nobody here can know
+which it is: the guest then stays as it is on both sides. From "run" on nobody but us has the
+guest's pages: a destination that is lost is dialled until it is back.
 """
 
 from __future__ import annotations
@@ -43,18 +44,20 @@ from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
 
-# While the guest stands still: for a word that needs no work, and for the devices' state to travel and be loaded. A link that
-# is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py; this is for a destination that has stopped.
+# While the guest stands still: for a word that needs no work, and for the devices' state to travel
+# and be loaded. A link that is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py;
+# this is for a destination that has stopped.
 _ANSWER_TIMEOUT = 10.0
 _LOAD_TIMEOUT = 30.0
-# What the other side says of devices that it cannot load tells more than our QEMU does, and comes at about the same time.
+# What the other side says of devices that it cannot load tells more than our QEMU does, and comes
+# at about the same time.
 _REASON_TIMEOUT = 2.0
 # For the other side's word that it takes the guest.
 _TAKE_TIMEOUT = 30.0
 
 _HANDED_OVER = (
-    "this source has handed its guest over already, and waits for the QEMU that has it: resume that one's transfer there "
-    "(pagenet-qemu incoming --resume)"
+    "this source has handed its guest over already, and waits for the QEMU that has it: resume that"
+    " one's transfer there (pagenet-qemu incoming --resume)"
 )
 
 
@@ -68,20 +71,28 @@ class Given(Enum):
 
 @asynccontextmanager
 async def migrate(
-    qmp_socket: str | Path, uri: str, *, lane: LaneKind = "auto", on_event: EventHandler = ignore_events
+    qmp_socket: str | Path,
+    uri: str,
+    *,
+    lane: LaneKind = "auto",
+    on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
-    """Move the guest of the QEMU behind ``qmp_socket`` to the ``pagenet-qemu incoming`` that listens on ``uri``.
+    """Move the guest of the QEMU behind ``qmp_socket`` to the ``pagenet-qemu incoming`` that
+    listens on ``uri``.
 
-    The block begins when the guest runs there, and its pages are served for as long as the block runs: leave it after
-    :meth:`~pagenet.Server.wait_complete`. If the migration fails before the guest was handed over, it goes on here, and the
-    error says why: :exc:`~pagenet.errors.UsageError` (this guest, or that destination, cannot be moved or used),
-    :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there), :exc:`MigrationRefused` (in the destination's words),
-    :exc:`~pagenet.errors.PagenetError`. From then on nobody else has the guest's pages: a destination that is lost is dialled
-    until it is back (``pagenet-qemu incoming --resume``), or the block is left.
+    The block begins when the guest runs there, and its pages are served for as long as the block
+    runs: leave it after :meth:`~pagenet.Server.wait_complete`. If the migration fails before the
+    guest was handed over, it goes on here, and the error says why:
+    :exc:`~pagenet.errors.UsageError` (this guest, or that destination, cannot be moved or used),
+    :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there), :exc:`MigrationRefused` (in
+    the destination's words), :exc:`~pagenet.errors.PagenetError`. From then on nobody else has the
+    guest's pages: a destination that is lost is dialled until it is back (``pagenet-qemu incoming
+    --resume``), or the block is left.
 
-    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``, ``progress``, ``waiting`` (for
-    a destination that was lost), ``complete``; ``in_doubt``: the destination may or may not run the guest, which does not run
-    here; ``abandoned``: the block was left before it had every page.
+    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``,
+    ``progress``, ``waiting`` (for a destination that was lost), ``complete``; ``in_doubt``: the
+    destination may or may not run the guest, which does not run here; ``abandoned``: the block was
+    left before it had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
@@ -97,10 +108,13 @@ async def migrate(
         source.identity = os.urandom(16)
         async with (
             guarding(qmp_socket, pid) as guard,
-            serve(source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event) as server,
+            serve(
+                source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event
+            ) as server,
         ):
             try:
-                async with connect_qmp(qmp_socket) as qmp:  # no longer than it takes: it talks to one program at a time
+                # no longer than it takes: it talks to one program at a time
+                async with connect_qmp(qmp_socket) as qmp:
                     await _leave(_Leaving(qmp, machine, guard, server, on_event), memory, streams)
             finally:
                 streams.let_go()
@@ -110,7 +124,13 @@ async def migrate(
             finally:
                 if not server.is_complete:
                     addresses = " ".join(backend.source(pid) for backend in machine.backends)
-                    on_event("abandoned", pid=pid, source=addresses, uri=uri, identity=source.identity.hex())
+                    on_event(
+                        "abandoned",
+                        pid=pid,
+                        source=addresses,
+                        uri=uri,
+                        identity=source.identity.hex(),
+                    )
 
 
 def _identities(specs: Sequence[str]) -> list[str]:
@@ -139,8 +159,9 @@ async def _leave(leaving: _Leaving, memory: dict[str, object], streams: _Streams
 
 
 class _Streams:
-    """Those that the destination asks for. They stay open until they are let go, even if the session ends: what the destination
-    has said before its end is yet to be read, and who has the guest depends on it."""
+    """Those that the destination asks for. They stay open until they are let go, even if the
+    session ends: what the destination has said before its end is yet to be read, and who has the
+    guest depends on it."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, Connection] = {}
@@ -152,7 +173,9 @@ class _Streams:
         with trio.move_on_after(_ANSWER_TIMEOUT):
             name = await which_stream(connection)
         if not name:
-            raise ConnectionBroken(f"the destination opened a stream, and said nothing on it for {_ANSWER_TIMEOUT:g} s")
+            raise ConnectionBroken(
+                f"the destination opened a stream, and said nothing on it for {_ANSWER_TIMEOUT:g} s"
+            )
         if name in self._found:
             if name == TALK:
                 await Talk(connection).say("refuse", reason=_HANDED_OVER)
@@ -171,7 +194,9 @@ class _Streams:
                 self._news = trio.Event()
                 await self._news.wait()
             return self._found[name]
-        raise PagenetError("the destination is no pagenet-qemu incoming: it asked for pages, and for no machine")
+        raise PagenetError(
+            "the destination is no pagenet-qemu incoming: it asked for pages, and for no machine"
+        )
 
 
 class _Leaving:
@@ -179,7 +204,9 @@ class _Leaving:
 
     talk: Talk
 
-    def __init__(self, qmp: Qmp, machine: Machine, guard: Guard, server: Server, on_event: EventHandler) -> None:
+    def __init__(
+        self, qmp: Qmp, machine: Machine, guard: Guard, server: Server, on_event: EventHandler
+    ) -> None:
         self._qmp = qmp
         self._machine = machine
         self._guard = guard
@@ -195,7 +222,11 @@ class _Leaving:
     async def hand_over(self, devices: Connection) -> None:
         async with open_failing_nursery() as nursery:
             leaves_out = self._machine.leaves_out_ram
-            way = Migration(self._qmp, devices, nursery) if leaves_out else Saved(self._qmp, devices, self._machine)
+            way = (
+                Migration(self._qmp, devices, nursery)
+                if leaves_out
+                else Saved(self._qmp, devices, self._machine)
+            )
             try:
                 stop = await self._send_devices(way, nursery)
             finally:
@@ -210,7 +241,8 @@ class _Leaving:
         """The guest's stop. When this returns, the other side has everything but pages."""
         await way.prepare()
         stop = await self._stop(way)
-        # Without waiting for the answer: what the devices touch before the other side has heard it waits there.
+        # Without waiting for the answer: what the devices touch before the other side has heard it
+        # waits there.
         async with open_failing_nursery() as both:
             both.start_soon(self.talk.say, "stopped")
             await way.send()
@@ -226,7 +258,8 @@ class _Leaving:
         return await way.stop()
 
     async def _wait_loaded(self, way: Way) -> None:
-        """Our way knows it as soon as the other side: we need not wait for the other side's word as well."""
+        """Our way knows it as soon as the other side: we need not wait for the other side's word as
+        well."""
         try:
             await way.wait_loaded(_LOAD_TIMEOUT)
         except PagenetError:
@@ -251,17 +284,23 @@ class _Leaving:
                 self._given = Given.NO
                 raise
             except ConnectionBroken as error:
-                # Closed from there, in good order or because the process was killed: had it said that it takes the guest, that
-                # would have come first. If it was the link that broke, it may have.
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (errno.ECONNRESET, errno.EPIPE):
+                # Closed from there, in good order or because the process was killed: had it said
+                # that it takes the guest, that would have come first. If it was the link that
+                # broke, it may have.
+                if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (
+                    errno.ECONNRESET,
+                    errno.EPIPE,
+                ):
                     self._given = Given.NO
                 raise
         if self._given is not Given.YES:
-            raise PagenetError(f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest")
+            raise PagenetError(
+                f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest"
+            )
 
     async def gives_up(self, error: BaseException) -> bool:
-        """Whether the guest is not given away. It goes on here, unless it may run there; then its pages must be served. Tells
-        the other side, if it can still hear."""
+        """Whether the guest is not given away. It goes on here, unless it may run there; then its
+        pages must be served. Tells the other side, if it can still hear."""
         if self._given is Given.YES:
             return False
         if self._given is Given.PERHAPS:

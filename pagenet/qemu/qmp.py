@@ -21,7 +21,8 @@ __all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp", "monitor_pid"]
 
 T = TypeVar("T")
 
-# A command that QEMU has not answered by then never will be: its main loop, which answers, is stuck.
+# A command that QEMU has not answered by then never will be: its main loop, which answers, is
+# stuck.
 COMMAND_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
 _MAX_LINE = 4 << 20
@@ -29,7 +30,8 @@ _GREETING = -1  # among the answers
 
 
 class QmpError(PagenetError):
-    """QEMU refused a command. ``kind`` is its error class (``GenericError``, ``CommandNotFound``...)."""
+    """QEMU refused a command. ``kind`` is its error class (``GenericError``,
+    ``CommandNotFound``...)."""
 
     def __init__(self, command: str, kind: str, text: str) -> None:
         super().__init__(f"QEMU refuses {command}: {text}")
@@ -47,7 +49,8 @@ class QmpEvent:
 
 
 class Qmp:
-    """A QEMU's monitor. Made by :func:`connect_qmp`. Every event since the connection began is kept."""
+    """A QEMU's monitor. Made by :func:`connect_qmp`. Every event since the connection began is
+    kept."""
 
     def __init__(self, stream: trio.SocketStream, path: str) -> None:
         self._stream = stream
@@ -62,19 +65,24 @@ class Qmp:
         self.pid: int = struct.unpack("3i", credentials)[0]
 
     async def command(self, name: str, /, **arguments: Any) -> Any:
-        """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone."""
+        """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it
+        is gone."""
         return await self._ask(name, arguments)
 
     async def monitor(self, line: str) -> str:
         """What the monitor for people says to that line. Errors as of :meth:`command`."""
-        return str(await self.command("human-monitor-command", command_line=line)).replace("\r\n", "\n")
+        return str(await self.command("human-monitor-command", command_line=line)).replace(
+            "\r\n", "\n"
+        )
 
     async def give(self, name: str, fd: int) -> None:
-        """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of :meth:`command`."""
+        """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of
+        :meth:`command`."""
         await self._ask("getfd", {"fdname": name}, fd)
 
     async def give_set(self, fd: int) -> int:
-        """The same, by a number that stands for a file (``/dev/fdset/NUMBER``) until ``remove-fd``."""
+        """The same, by a number that stands for a file (``/dev/fdset/NUMBER``) until
+        ``remove-fd``."""
         return int((await self._ask("add-fd", {}, fd))["fdset-id"])
 
     async def _ask(self, name: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
@@ -86,24 +94,44 @@ class Qmp:
         line = json.dumps(words).encode() + b"\n"
         try:
             if fd is not None:
-                sent = await self._stream.socket.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
+                sent = await self._stream.socket.sendmsg(
+                    [line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+                )
                 line = line[sent:]
             await self._stream.send_all(line)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             self._hear_of_the_end()
-        answer = await self._until(lambda: self._answers.pop(number, None), f"an answer to {name}", COMMAND_TIMEOUT)
+        answer = await self._until(
+            lambda: self._answers.pop(number, None), f"an answer to {name}", COMMAND_TIMEOUT
+        )
         if "error" in answer:
-            raise QmpError(name, answer["error"].get("class", ""), answer["error"].get("desc", "no reason given"))
+            raise QmpError(
+                name,
+                answer["error"].get("class", ""),
+                answer["error"].get("desc", "no reason given"),
+            )
         return answer["return"]
 
     async def wait_event(
-        self, name: str, *, since: int = 0, where: Callable[[dict[str, Any]], bool] = lambda data: True, patience: float
+        self,
+        name: str,
+        *,
+        since: int = 0,
+        where: Callable[[dict[str, Any]], bool] = lambda data: True,
+        patience: float,
     ) -> QmpEvent:
-        """The first event of that name among ``events[since:]`` and those to come. :exc:`~pagenet.errors.PagenetError` if it
-        has not come after ``patience`` seconds."""
+        """The first event of that name among ``events[since:]`` and those to come.
+        :exc:`~pagenet.errors.PagenetError` if it has not come after ``patience`` seconds."""
 
         def find() -> QmpEvent | None:
-            return next((event for event in self.events[since:] if event.name == name and where(event.data)), None)
+            return next(
+                (
+                    event
+                    for event in self.events[since:]
+                    if event.name == name and where(event.data)
+                ),
+                None,
+            )
 
         return await self._until(find, f"its {name} event", patience)
 
@@ -111,7 +139,9 @@ class Qmp:
         with trio.move_on_after(patience):
             while (found := find()) is None:
                 if self._gone:
-                    raise OwnerGone(f"QEMU has closed its monitor {self._path}: it has ended, or is ending")
+                    raise OwnerGone(
+                        f"QEMU has closed its monitor {self._path}: it has ended, or is ending"
+                    )
                 news = self._news
                 await news.wait()
             return found
@@ -129,7 +159,10 @@ class Qmp:
                     if line.strip():
                         self._take(line)
                 if len(buffer) > _MAX_LINE:
-                    raise PagenetError(f"what answers on {self._path} is no QMP monitor: a line of {len(buffer)} bytes")
+                    raise PagenetError(
+                        f"what answers on {self._path} is no QMP monitor: a line of {len(buffer)}"
+                        " bytes"
+                    )
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         self._hear_of_the_end()
@@ -142,7 +175,9 @@ class Qmp:
         try:
             self._note(json.loads(line))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise PagenetError(f"what answers on {self._path} is no QMP monitor: {line[:40]!r}") from None
+            raise PagenetError(
+                f"what answers on {self._path} is no QMP monitor: {line[:40]!r}"
+            ) from None
         self._tell()
 
     def _note(self, words: Any) -> None:
@@ -172,27 +207,39 @@ class Qmp:
 
 
 def _checked_answer(words: dict[str, Any]) -> dict[str, Any]:
-    """An answer to a command; what it says of an error is made fit for one line. :exc:`TypeError` if it is none."""
+    """An answer to a command; what it says of an error is made fit for one line. :exc:`TypeError`
+    if it is none."""
     error = words.get("error", {})
-    if not isinstance(words["id"], int) or not isinstance(error, dict) or not ("error" in words or "return" in words):
+    if (
+        not isinstance(words["id"], int)
+        or not isinstance(error, dict)
+        or not ("error" in words or "return" in words)
+    ):
         raise TypeError
     if "error" in words:
-        words["error"] = {name: printable(str(error[name])) for name in ("class", "desc") if name in error}
+        words["error"] = {
+            name: printable(str(error[name])) for name in ("class", "desc") if name in error
+        }
     return words
 
 
 async def monitor_pid(path: str | Path) -> int:
-    """The process that listens on the unix socket ``path``, even if it stands still. :exc:`~pagenet.errors.UsageError` if none
-    does, or if we do not see it (in another pid namespace)."""
+    """The process that listens on the unix socket ``path``, even if it stands still.
+    :exc:`~pagenet.errors.UsageError` if none does, or if we do not see it (in another pid
+    namespace)."""
     try:
         with trio.fail_after(_CONNECT_TIMEOUT):
             async with await trio.open_unix_socket(str(path)) as stream:
                 credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     except (OSError, RuntimeError, trio.TooSlowError) as error:
-        raise UsageError(f"no QMP monitor at {path}: {getattr(error, 'strerror', None) or 'no answer'}") from None
+        raise UsageError(
+            f"no QMP monitor at {path}: {getattr(error, 'strerror', None) or 'no answer'}"
+        ) from None
     pid: int = struct.unpack("3i", credentials)[0]
     if not pid:
-        raise UsageError(f"whoever listens on {path} lives in another pid namespace: run pagenet there")
+        raise UsageError(
+            f"whoever listens on {path} lives in another pid namespace: run pagenet there"
+        )
     return pid
 
 
@@ -207,11 +254,14 @@ async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Q
             break
         except (OSError, RuntimeError, trio.TooSlowError) as error:
             if trio.current_time() >= deadline:
-                why = error.strerror if isinstance(error, OSError) and error.strerror else "no answer"
+                why = (
+                    error.strerror if isinstance(error, OSError) and error.strerror else "no answer"
+                )
                 hint = "start QEMU with -qmp unix:PATH,server=on,wait=off"
                 raise UsageError(f"no QMP monitor at {path}: {why}; {hint}") from None
             await trio.sleep(0.01)
-    # Not `async with stream`: closed by one that is cancelled meanwhile, it would lose the error that the block ends with.
+    # Not `async with stream`: closed by one that is cancelled meanwhile, it would lose the error
+    # that the block ends with.
     with stream.socket:
         async with open_failing_nursery() as nursery:
             qmp = Qmp(stream, str(path))

@@ -1,4 +1,5 @@
-"""Pages read out of the source's memory by the destination, over RDMA: ``rdma://HOST:PORT[?device=NAME&gid=INDEX]``.
+"""Pages read out of the source's memory by the destination, over RDMA:
+``rdma://HOST:PORT[?device=NAME&gid=INDEX]``.
 
 ::
 

@@ -1,4 +1,5 @@
-"""The source, in C: a thread for each connection hands out keys, and nothing that a destination waits for runs in Trio."""
+"""The source, in C: a thread for each connection hands out keys, and nothing that a destination
+waits for runs in Trio."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ __all__ = ["NativeMemory"]
 
 
 class NativeMemory:
-    """As :class:`~._memory.RegisteredMemory`: ``source`` on one device, ``pin_limit`` bytes of it registered at a time."""
+    """As :class:`~._memory.RegisteredMemory`: ``source`` on one device, ``pin_limit`` bytes of it
+    registered at a time."""
 
     def __init__(self, source: Source, path: Path, pin_limit: int) -> None:
         self._path = path
@@ -55,7 +57,8 @@ class NativeMemory:
         self._cleanup.close()
 
     async def serve(self, carrier: Carrier, unread: bytes, keep: ExitStack) -> None:
-        """As :meth:`pagenet.source.lanes.OneSided.serve_reads`. ``keep``: closes the socket, which ``carrier`` does no more."""
+        """As :meth:`pagenet.source.lanes.OneSided.serve_reads`. ``keep``: closes the socket, which
+        ``carrier`` does no more."""
         stream = bytearray(unread)
         theirs = await receive_endpoint(carrier, stream)
         with ExitStack() as stack:
@@ -70,19 +73,37 @@ class NativeMemory:
             case _native.END_BROKEN:
                 raise (Unsupported if is_limit(end.error) else ConnectionBroken)(end.text)
 
-    def _open_reader(self, theirs: Endpoint, stack: ExitStack) -> tuple[_native.KeyReader, Endpoint]:
+    def _open_reader(
+        self, theirs: Endpoint, stack: ExitStack
+    ) -> tuple[_native.KeyReader, Endpoint]:
         path = self._path
-        mtu, reads, psn = min(path.mtu, theirs.mtu), min(path.reads, theirs.reads), secrets.randbelow(1 << 24)
+        mtu, reads, psn = (
+            min(path.mtu, theirs.mtu),
+            min(path.reads, theirs.reads),
+            secrets.randbelow(1 << 24),
+        )
         try:
             reader = _native.KeyReader(self._keys)
             stack.callback(reader.close)
-            reader.connect(psn, gid=theirs.gid, number=theirs.number, peer_psn=theirs.psn, lid=theirs.lid, mtu=mtu, reads=reads)
+            reader.connect(
+                psn,
+                gid=theirs.gid,
+                number=theirs.number,
+                peer_psn=theirs.psn,
+                lid=theirs.lid,
+                mtu=mtu,
+                reads=reads,
+            )
         except OSError as error:
-            raise ConnectionBroken(f"cannot join the peer's queue pair from {path}: {error.strerror}") from None
+            raise ConnectionBroken(
+                f"cannot join the peer's queue pair from {path}: {error.strerror}"
+            ) from None
         return reader, Endpoint(path.gid, path.lid, reader.number, psn, mtu, reads)
 
 
-async def _run(reader: _native.KeyReader, sock: int, unread: bytes, stack: ExitStack) -> _native.End:
+async def _run(
+    reader: _native.KeyReader, sock: int, unread: bytes, stack: ExitStack
+) -> _native.End:
     stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
     async def stop_when_cancelled() -> None:
@@ -93,7 +114,9 @@ async def _run(reader: _native.KeyReader, sock: int, unread: bytes, stack: ExitS
 
     async with open_failing_nursery() as nursery:
         nursery.start_soon(stop_when_cancelled)
-        end = await trio.to_thread.run_sync(reader.run, sock, stop_fd, unread, limiter=trio.CapacityLimiter(1))
+        end = await trio.to_thread.run_sync(
+            reader.run, sock, stop_fd, unread, limiter=trio.CapacityLimiter(1)
+        )
         nursery.cancel_scope.cancel()
     return end
 

@@ -1,6 +1,8 @@
-"""The destination's lanes over RDMA: a loop in C over both queue pairs, in a thread that Trio starts, stops and joins.
+"""The destination's lanes over RDMA: a loop in C over both queue pairs, in a thread that Trio
+starts, stops and joins.
 
-In C, because pyverbs holds the GIL in all that it does, and a page that somebody waits for does not wait for Python.
+In C, because pyverbs holds the GIL in all that it does, and a page that somebody waits for does not
+wait for Python.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ __all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "chunk_table", "exchange"]
 
 
 class Carrier(Connection, Protocol):
-    """What carries the words: a connection with an address of this host's, and a socket to give away."""
+    """What carries the words: a connection with an address of this host's, and a socket to give
+    away."""
 
     @property
     def local_host(self) -> str: ...
@@ -45,14 +48,24 @@ def can_run_in_c(target: Target) -> bool:
 
 
 class RdmaLanes(LoopLanes):
-    """Queue pairs for demand and background, set up over ``carriers``, the first of which carries keys from then on."""
+    """Queue pairs for demand and background, set up over ``carriers``, the first of which carries
+    keys from then on."""
 
     def __init__(
-        self, filling: Filling, wire: Region, carriers: Sequence[Carrier], path: Path, background: Background, peer: str
+        self,
+        filling: Filling,
+        wire: Region,
+        carriers: Sequence[Carrier],
+        path: Path,
+        background: Background,
+        peer: str,
     ) -> None:
         for ours, theirs in zip(filling.region.blocks, wire.blocks, strict=True):
             if ours.page_size > max(theirs.page_size, KEYS_IN_ANY_CASE * CHUNK_SIZE):
-                raise UsageError(f"block {ours.name!r} is in pages of {ours.page_size} bytes: over RDMA, 4 MiB is the most")
+                raise UsageError(
+                    f"block {ours.name!r} is in pages of {ours.page_size} bytes: over RDMA, 4 MiB"
+                    " is the most"
+                )
         super().__init__(filling, wire, background, rings=1)
         self._wire = wire
         self._carriers = carriers
@@ -122,7 +135,8 @@ async def exchange(connection: Connection, ours: Endpoint) -> Endpoint:
 
 
 def chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
-    """For each block its first page, pages, page size and first chunk; and how many chunks there are."""
+    """For each block its first page, pages, page size and first chunk; and how many chunks there
+    are."""
     blocks, chunks = [], 0
     for first, block in zip(wire.first_pages, wire.blocks, strict=False):
         pages = block.size // block.page_size

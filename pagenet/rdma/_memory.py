@@ -1,4 +1,5 @@
-"""The source in Trio: its memory, registered chunk by chunk as keys are asked for, for as long as a destination has them."""
+"""The source in Trio: its memory, registered chunk by chunk as keys are asked for, for as long as a
+destination has them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from typing import Any
 import trio
 
 from .. import _native
-from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost, Unsupported
+from ..errors import (
+    ConnectionBroken,
+    ConnectionClosed,
+    RemoteProtocolError,
+    SourceLost,
+    Unsupported,
+)
 from ..region import Run
 from ..session import LAST_WORDS_TIMEOUT
 from ..source.memory import Source
@@ -22,15 +29,7 @@ from ..transport import Connection
 from ._constants import KEYS_IN_ANY_CASE, RETRIES, TIMEOUT
 from ._path import Path
 from ._pyverbs import load, registering, translated
-from ._wire import (
-    ENDPOINT,
-    Answer,
-    Endpoint,
-    Kind,
-    decode_askings,
-    encode_key,
-    encode_word,
-)
+from ._wire import ENDPOINT, Answer, Endpoint, Kind, decode_askings, encode_key, encode_word
 
 __all__ = ["RegisteredMemory", "serve_reads"]
 
@@ -57,11 +56,12 @@ class _Chunk:
 
 
 class RegisteredMemory:
-    """``source`` on one device, in Trio and pyverbs: what :class:`~._keys.NativeMemory` is in C, slow and obvious. Has no more
-    than ``pin_limit`` bytes registered, but for four chunks for each connection.
+    """``source`` on one device, in Trio and pyverbs: what :class:`~._keys.NativeMemory` is in C,
+    slow and obvious. Has no more than ``pin_limit`` bytes registered, but for four chunks for each
+    connection.
 
-    Files and memfds are registered as they are, a file on a disk in the page cache. Another process's memory cannot be
-    registered from here: a chunk of it is a copy.
+    Files and memfds are registered as they are, a file on a disk in the page cache. Another
+    process's memory cannot be registered from here: a chunk of it is a copy.
     """
 
     def __init__(self, source: Source, path: Path, pin_limit: int) -> None:
@@ -98,10 +98,12 @@ class RegisteredMemory:
             mapped.close()
 
     async def take(self, run: Run, held: int) -> tuple[bytes, bool]:
-        """The answer to an asking by somebody who has ``held`` keys, and whether it is a key, which is to be given back.
+        """The answer to an asking by somebody who has ``held`` keys, and whether it is a key, which
+        is to be given back.
 
-        :exc:`SourceLost` if the memory cannot be read; :exc:`Unsupported` if this process may lock no more, though the peer
-        has fewer keys than it may have in any case; :exc:`OSError` if it cannot be registered for another reason.
+        :exc:`SourceLost` if the memory cannot be read; :exc:`Unsupported` if this process may lock
+        no more, though the peer has fewer keys than it may have in any case; :exc:`OSError` if it
+        cannot be registered for another reason.
         """
         async with self._turn:
             if run not in self._chunks:
@@ -130,7 +132,8 @@ class RegisteredMemory:
             chunk.close()
 
     async def _make_chunk(self, run: Run, size: int) -> _Chunk:
-        """Zero pages are looked for by reading the file, not where it is mapped: one that has become shorter says so."""
+        """Zero pages are looked for by reading the file, not where it is mapped: one that has
+        become shorter says so."""
         index = self.source.region.block_index(run.first)
         block = self._blocks[index]
         if (known := self.source.zero_map(run)) is not None:
@@ -191,8 +194,9 @@ class RegisteredMemory:
 
 
 def map_file(fd: int, size: int) -> _native.MappedFile:
-    """The kernel (before 6.2) registers shared mappings only if they may be written, which a file on a disk is not to be: its
-    pages would all become dirty. What cannot be registered is copied."""
+    """The kernel (before 6.2) registers shared mappings only if they may be written, which a file
+    on a disk is not to be: its pages would all become dirty. What cannot be registered is
+    copied."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -223,7 +227,9 @@ def _zero_map(pages: memoryview, page_size: int) -> tuple[bytes, bool]:
 # ---- one connection ----
 
 
-async def serve_reads(connection: Connection, path: Path, memory: RegisteredMemory, unread: bytes) -> None:
+async def serve_reads(
+    connection: Connection, path: Path, memory: RegisteredMemory, unread: bytes
+) -> None:
     """As :meth:`pagenet.source.lanes.OneSided.serve_reads`."""
     stream = bytearray(unread)
     theirs = await receive_endpoint(connection, stream)
@@ -249,15 +255,21 @@ async def serve_reads(connection: Connection, path: Path, memory: RegisteredMemo
             memory.give_back(run)
 
 
-async def _answer(connection: Connection, memory: RegisteredMemory, run: Run, held: set[Run]) -> None:
+async def _answer(
+    connection: Connection, memory: RegisteredMemory, run: Run, held: set[Run]
+) -> None:
     if run in held:
         raise RemoteProtocolError("the peer asks for a key that it has")
     try:
         answer, has_key = await memory.take(run, len(held))
     except (SourceLost, Unsupported, OSError) as error:
         reason = error.strerror or "" if isinstance(error, OSError) else str(error)
-        # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
-        with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
+        # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide
+        # the cause.
+        with (
+            trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
+            suppress(ConnectionBroken, ConnectionClosed),
+        ):
             await connection.send(encode_word(Answer.FAILED, run, reason))
         raise
     if has_key:
@@ -273,7 +285,8 @@ async def _receive_more(connection: Connection, stream: bytearray) -> bool:
 
 
 async def receive_endpoint(connection: Connection, stream: bytearray) -> Endpoint:
-    """What the peer begins with, where ``stream`` holds what it has sent already, and then what came behind."""
+    """What the peer begins with, where ``stream`` holds what it has sent already, and then what
+    came behind."""
     while len(stream) < ENDPOINT.size:
         if not await _receive_more(connection, stream):
             raise ConnectionBroken("the peer closed instead of saying where its queue pair is")
@@ -298,7 +311,8 @@ def _queue_pair(memory: RegisteredMemory, path: Path, theirs: Endpoint) -> Itera
 def make_queue_pair(
     context: Any, domain: Any, path: Path, stack: ExitStack, room: int = 1, channel: Any = None
 ) -> tuple[Any, Any]:
-    """One that is not joined to any other, with ``room`` for that many work requests, and its completion queue."""
+    """One that is not joined to any other, with ``room`` for that many work requests, and its
+    completion queue."""
     enums, qp = load("enums"), load("qp")
     queue = load("cq").CQ(context, room, None, channel)
     stack.callback(queue.close)

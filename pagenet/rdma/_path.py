@@ -1,4 +1,5 @@
-"""Which device, port and GID pages go by: what the URI says, else what fits the address of the connection beside it."""
+"""Which device, port and GID pages go by: what the URI says, else what fits the address of the
+connection beside it."""
 
 from __future__ import annotations
 
@@ -53,12 +54,14 @@ def default_path() -> Path:
 def check_device(wanted: Wanted) -> None:
     """:exc:`Unsupported` in one line that says what to do if there is no device for it."""
     choose_path(wanted, "")
-    for name in ("addr", "cq", "enums", "mr", "pd", "qp", "wr"):  # now, and not when somebody waits for a page
+    # now, and not when somebody waits for a page
+    for name in ("addr", "cq", "enums", "mr", "pd", "qp", "wr"):
         load(name)
 
 
 def choose_path(wanted: Wanted, local_host: str) -> Path:
-    """The path whose GID is ``local_host``, an address of this host; else one with an address of its own; else any."""
+    """The path whose GID is ``local_host``, an address of this host; else one with an address of
+    its own; else any."""
     paths = list(_paths(wanted))
     if not paths:
         raise _nothing_found(wanted)
@@ -80,10 +83,17 @@ def _nothing_found(wanted: Wanted) -> Unsupported | UsageError:
             "(modprobe rdma_rxe; rdma link add rxe0 type rxe netdev INTERFACE)"
         )
     if wanted.device is not None and wanted.device not in names:
-        return UsageError(f"there is no RDMA device {wanted.device!r} (there are {', '.join(names)})")
+        return UsageError(
+            f"there is no RDMA device {wanted.device!r} (there are {', '.join(names)})"
+        )
     if wanted.gid is not None:
-        return UsageError(f"no port that is up has a GID of index {wanted.gid} (`ibv_devinfo -v` lists them)")
-    return Unsupported(f"no port of {wanted.device or ', '.join(names)} is up and has an address (`rdma link` tells more)")
+        return UsageError(
+            f"no port that is up has a GID of index {wanted.gid} (`ibv_devinfo -v` lists them)"
+        )
+    return Unsupported(
+        f"no port of {wanted.device or ', '.join(names)} is up and has an address (`rdma link`"
+        " tells more)"
+    )
 
 
 def _device_names() -> list[str]:
@@ -99,19 +109,28 @@ def _paths(wanted: Wanted) -> Iterator[Path]:
     for name in _device_names():
         if wanted.device in (None, name):
             try:
-                with translated(f"open RDMA device {name}"), load("device").Context(name=name) as context:
+                with (
+                    translated(f"open RDMA device {name}"),
+                    load("device").Context(name=name) as context,
+                ):
                     yield from list(_paths_of(context, name, wanted.gid))
             except OSError as error:
-                raise Unsupported(f"{error.strerror} (whoever uses it needs access to /dev/infiniband)") from None
+                raise Unsupported(
+                    f"{error.strerror} (whoever uses it needs access to /dev/infiniband)"
+                ) from None
 
 
 def _paths_of(context: Any, name: str, gid_index: int | None) -> Iterator[Path]:
     attributes = context.query_device()
-    ports = [(number, context.query_port(number)) for number in range(1, attributes.phys_port_cnt + 1)]
+    ports = [
+        (number, context.query_port(number)) for number in range(1, attributes.phys_port_cnt + 1)
+    ]
     entries = context.query_gid_table(sum(port.gid_tbl_len for _, port in ports))
     for number, port in ports:
         for entry in entries:
-            is_wanted = entry.gid_type != _ROCE_V1 if gid_index is None else entry.gid_index == gid_index
+            is_wanted = (
+                entry.gid_type != _ROCE_V1 if gid_index is None else entry.gid_index == gid_index
+            )
             if port.state == _ACTIVE and entry.port_num == number and is_wanted:
                 gid = ipaddress.IPv6Address(entry.gid_str()).packed
                 reads = min(MAX_READS, attributes.max_qp_rd_atom)

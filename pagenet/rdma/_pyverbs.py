@@ -17,7 +17,8 @@ from ..errors import Unsupported
 
 __all__ = ["is_limit", "load", "locked_memory_hint", "registering", "translated"]
 
-# A virtual environment does not look here, and pyverbs is not to be had from PyPI for the libibverbs of most systems.
+# A virtual environment does not look here, and pyverbs is not to be had from PyPI for the
+# libibverbs of most systems.
 SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
 
 
@@ -68,14 +69,19 @@ def registering() -> Iterator[None]:
 
 
 def is_limit(number: int | None) -> bool:
-    """Whether this errno of a registration is the limit of locked memory: EPERM where nothing at all may be locked."""
+    """Whether this errno of a registration is the limit of locked memory: EPERM where nothing at
+    all may be locked."""
     return number in (errno.ENOMEM, errno.EPERM)
 
 
 def locked_memory_hint(error: OSError) -> str:
-    """What to do about it, if it is the limit of locked memory that made a registration fail. Else nothing."""
+    """What to do about it, if it is the limit of locked memory that made a registration fail. Else
+    nothing."""
     if not is_limit(error.errno):
         return ""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     may = "any of it" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
-    return f" (RDMA locks memory, and this process may lock {may}: say `ulimit -l unlimited` before, or give it CAP_IPC_LOCK)"
+    return (
+        f" (RDMA locks memory, and this process may lock {may}: say `ulimit -l unlimited` before,"
+        " or give it CAP_IPC_LOCK)"
+    )

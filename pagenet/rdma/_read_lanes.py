@@ -1,4 +1,5 @@
-"""The destination's lanes over RDMA, in Trio and pyverbs: ask for a key, read, place. Slow, and obviously right.
+"""The destination's lanes over RDMA, in Trio and pyverbs: ask for a key, read, place. Slow, and
+obviously right.
 
 The oracle for the loop in C, and what fills files.
 """
@@ -27,7 +28,18 @@ from ._lanes import exchange
 from ._memory import join, make_queue_pair
 from ._path import Path
 from ._pyverbs import load, registering, translated
-from ._wire import KEY_HEADER, Answer, Asking, Endpoint, Key, Kind, check_key, chunk_run, decode_answer, read_key
+from ._wire import (
+    KEY_HEADER,
+    Answer,
+    Asking,
+    Endpoint,
+    Key,
+    Kind,
+    check_key,
+    chunk_run,
+    decode_answer,
+    read_key,
+)
 
 __all__ = ["ReadLanes"]
 
@@ -38,15 +50,23 @@ REFUSED = 0.01
 
 
 class ReadLanes:
-    """A demand lane and a background lane, a queue pair and a connection each. Borrows the connections."""
+    """A demand lane and a background lane, a queue pair and a connection each. Borrows the
+    connections."""
 
     def __init__(
-        self, filling: Filling, wire: Region, connections: Sequence[Connection], path: Path, background: Background
+        self,
+        filling: Filling,
+        wire: Region,
+        connections: Sequence[Connection],
+        path: Path,
+        background: Background,
     ) -> None:
         self._filling = filling
         self._background = background
         self._path = path
-        self._demand, *self._pushers = [_ReadLane(connection, filling, wire, path, self._act) for connection in connections]
+        self._demand, *self._pushers = [
+            _ReadLane(connection, filling, wire, path, self._act) for connection in connections
+        ]
 
     @property
     def name(self) -> str:
@@ -83,7 +103,12 @@ class _ReadLane:
     """One queue pair: runs are read one after the other, into memory from which they are placed."""
 
     def __init__(
-        self, connection: Connection, filling: Filling, wire: Region, path: Path, act: Callable[[], None]
+        self,
+        connection: Connection,
+        filling: Filling,
+        wire: Region,
+        path: Path,
+        act: Callable[[], None],
     ) -> None:
         self._act = act  # called when pages came
         self._connection = connection
@@ -107,7 +132,8 @@ class _ReadLane:
             await self._progress.wait()
 
     async def run(self) -> None:
-        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is gone."""
+        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is
+        gone."""
         with ExitStack() as stack:
             try:
                 self._device = _Device(self._path, stack)
@@ -141,7 +167,10 @@ class _ReadLane:
             self._act()
 
     def _unit_shift(self, block: int) -> int:
-        ours, wires = self._filling.region.blocks[block].page_size, self._wire.blocks[block].page_size
+        ours, wires = (
+            self._filling.region.blocks[block].page_size,
+            self._wire.blocks[block].page_size,
+        )
         return (ours // wires).bit_length() - 1
 
     def _parts(self, run: Run, unit: int) -> Iterator[Run]:
@@ -163,7 +192,10 @@ class _ReadLane:
             while past < min(run.end, key.run.end) and key.is_zero(past) == zero:
                 past += 1
             part = Run(first, past - first)
-            offset, length = self._wire.size_of(Run(run.first, first - run.first)), self._wire.size_of(part)
+            offset, length = (
+                self._wire.size_of(Run(run.first, first - run.first)),
+                self._wire.size_of(part),
+            )
             if zero:
                 buffer.view(offset, length)[:] = bytes(length)
             else:
@@ -221,7 +253,9 @@ class _Buffer:
         self._memory = _native.Mapped(size)
         self.address = self._memory.address
         with registering():
-            self.mr = load("mr").MR(domain, size, load("enums").IBV_ACCESS_LOCAL_WRITE, address=self.address)
+            self.mr = load("mr").MR(
+                domain, size, load("enums").IBV_ACCESS_LOCAL_WRITE, address=self.address
+            )
 
     def view(self, offset: int, length: int) -> memoryview:
         return self._memory.buffer(offset, length)
@@ -244,10 +278,13 @@ class _Device:
             before = _event_fds()
             self._channel = load("cq").CompChannel(context)
             stack.callback(self._channel.close)
-            # pyverbs before 57 does not tell the descriptor, and waits for an event with the GIL in its hands.
+            # pyverbs before 57 does not tell the descriptor, and waits for an event with the GIL in
+            # its hands.
             [self._fd] = _event_fds() - before
             os.set_blocking(self._fd, False)
-            self._pair, self._queue = make_queue_pair(context, self.domain, path, stack, room=16, channel=self._channel)
+            self._pair, self._queue = make_queue_pair(
+                context, self.domain, path, stack, room=16, channel=self._channel
+            )
         self._psn = secrets.randbelow(1 << 24)
         self.ours = Endpoint(path.gid, path.lid, self._pair.qp_num, self._psn, path.mtu, path.reads)
 
@@ -257,12 +294,18 @@ class _Device:
             join(self._pair, self._path, theirs, self._psn, mtu, reads)
 
     async def read(self, region: Any, to: int, from_: int, key: int, length: int) -> None:
-        """READ ``length`` bytes of the peer's memory. :exc:`SourceLost` if it lets us not, or is gone."""
+        """READ ``length`` bytes of the peer's memory. :exc:`SourceLost` if it lets us not, or is
+        gone."""
         enums, wr = load("enums"), load("wr")
         with translated("read the source's memory"):
             self._queue.req_notify()
             part = wr.SGE(to, length, region.lkey)
-            request = wr.SendWR(opcode=enums.IBV_WR_RDMA_READ, num_sge=1, sg=[part], send_flags=enums.IBV_SEND_SIGNALED)
+            request = wr.SendWR(
+                opcode=enums.IBV_WR_RDMA_READ,
+                num_sge=1,
+                sg=[part],
+                send_flags=enums.IBV_SEND_SIGNALED,
+            )
             request.set_wr_rdma(key, from_)
             self._pair.post_send(request)
             request.close()  # by hand: pyverbs 44 leaks both otherwise
@@ -271,7 +314,9 @@ class _Device:
         if status == enums.IBV_WC_RETRY_EXC_ERR:
             raise SourceLost("the source is gone: it does not answer READs")
         if status != enums.IBV_WC_SUCCESS:
-            raise SourceLost(f"the source cannot go on: a READ of its memory failed (status {status})")
+            raise SourceLost(
+                f"the source cannot go on: a READ of its memory failed (status {status})"
+            )
 
     async def _completion(self) -> int:
         while True:

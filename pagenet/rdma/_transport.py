@@ -1,4 +1,5 @@
-"""``rdma://HOST:PORT``: what is said goes over a connection of another transport, to that host and port."""
+"""``rdma://HOST:PORT``: what is said goes over a connection of another transport, to that host and
+port."""
 
 from __future__ import annotations
 
@@ -26,14 +27,15 @@ _SHAPE = "say rdma://HOST:PORT, with ?device=NAME and &gid=INDEX if need be"
 
 
 class RdmaConnection:
-    """A :class:`~pagenet.transport.Connection` that is one-sided, as both sides want it. Owns ``carrier``."""
+    """A :class:`~pagenet.transport.Connection` that is one-sided, as both sides want it. Owns
+    ``carrier``."""
 
     def __init__(self, carrier: Carrier, wanted: Wanted) -> None:
         self.carrier = carrier
         self._wanted = wanted
         self._path: Path | None = None
-        #: once it was taken from the carrier. Open until this is closed: to close it where there is something unread would take
-        #: our last words with it
+        # : once it was taken from the carrier. Open until this is closed: to close it where there
+        # is something unread would take : our last words with it
         self._socket = ExitStack()
         self.peer = _renamed(carrier.peer)
 
@@ -59,7 +61,9 @@ class RdmaConnection:
     def find_path(self) -> str:
         return str(self.path)
 
-    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> NativeMemory | RegisteredMemory:
+    def open_memory(
+        self, source: Source, pin_limit: int, lane: LaneKind
+    ) -> NativeMemory | RegisteredMemory:
         return (RegisteredMemory if lane == "trio" else NativeMemory)(source, self.path, pin_limit)
 
     async def serve_reads(self, memory: Any, unread: bytes) -> None:
@@ -70,12 +74,23 @@ class RdmaConnection:
             await serve_reads(self, self.path, memory, unread)
 
     def make_lanes(
-        self, filling: Filling, wire: Region, connections: Sequence[Any], background: Background, kind: LaneKind
+        self,
+        filling: Filling,
+        wire: Region,
+        connections: Sequence[Any],
+        background: Background,
+        kind: LaneKind,
     ) -> Lanes:
         if len(connections) > 2:
-            raise UsageError("over RDMA the background has one queue pair, which fills the network: leave --background-lanes")
+            raise UsageError(
+                "over RDMA the background has one queue pair, which fills the network: leave"
+                " --background-lanes"
+            )
         if not filling.encodings >> Encoding.RAW & 1:
-            raise UsageError("over RDMA pages are READ as they are in the source's memory: leave --compress lz4 out")
+            raise UsageError(
+                "over RDMA pages are READ as they are in the source's memory: leave --compress"
+                " lz4 out"
+            )
         if kind != "trio" and can_run_in_c(filling.target):
             carriers = [connection.carrier for connection in connections]
             return RdmaLanes(filling, wire, carriers, self.path, background, self.peer)
@@ -102,15 +117,21 @@ class RdmaListener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 class RdmaTransport:
-    """A :class:`~pagenet.transport.Transport`. ``carrier`` is the one for ``tcp://``, whose host and port this one has.
+    """A :class:`~pagenet.transport.Transport`. ``carrier`` is the one for ``tcp://``, whose host
+    and port this one has.
 
-    ``?device=`` and ``&gid=`` name a device and the index of one of its GIDs, on the side that is given them: a listener's URI,
-    as others are to dial it, is without.
+    ``?device=`` and ``&gid=`` name a device and the index of one of its GIDs, on the side that is
+    given them: a listener's URI, as others are to dial it, is without.
     """
 
     def __init__(self, carrier: Transport) -> None:
@@ -147,7 +168,9 @@ class RdmaTransport:
 def _wanted(uri: SplitResult) -> Wanted:
     values: dict[str, str] = {}
     try:
-        pairs = parse_qsl(uri.query, keep_blank_values=True, strict_parsing=True) if uri.query else []
+        pairs = (
+            parse_qsl(uri.query, keep_blank_values=True, strict_parsing=True) if uri.query else []
+        )
     except ValueError:
         raise UsageError(f"{uri.geturl()}: what is {uri.query!r} for? {_SHAPE}") from None
     for name, value in pairs:

@@ -1,7 +1,9 @@
-"""What the two sides tell each other on a lane, after its hello, with no I/O in it. ``docs/protocol.md`` is the specification.
+"""What the two sides tell each other on a lane, after its hello, with no I/O in it.
+``docs/protocol.md`` is the specification.
 
-First each says where its queue pair is, the destination first: an :class:`Endpoint`. From then on the destination asks for keys
-to chunks of the region, and gives them back; the source answers the asking, in order.
+First each says where its queue pair is, the destination first: an :class:`Endpoint`. From then on
+the destination asks for keys to chunks of the region, and gives them back; the source answers the
+asking, in order.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ __all__ = [
 
 MAGIC = b"PGRD"
 VERSION = 1
-ENDPOINT = struct.Struct("<4sBBBB16sHHII")  # magic, version, mtu, reads, reserved, gid, lid, reserved, number, psn
+# magic, version, mtu, reads, reserved, gid, lid, reserved, number, psn
+ENDPOINT = struct.Struct("<4sBBBB16sHHII")
 KEY_HEADER = struct.Struct("<IB3xQII")  # reserved, kind, first page, pages, length of what follows
 KEY = struct.Struct("<QII")  # address, key, reserved; then a bit for each page that is zero
 ZERO_MAP_BYTES = 32
-# What one key is for. Registering costs a system call and the pinning of each page, so many pages share it; and it is done when
-# the first of them is wanted, so few do. 1 MiB was Yabusame's choice; others were not measured.
+# What one key is for. Registering costs a system call and the pinning of each page, so many pages
+# share it; and it is done when the first of them is wanted, so few do. 1 MiB was Yabusame's choice;
+# others were not measured.
 CHUNK_SIZE = 1 << 20
 SMALLEST_MTU, LARGEST_MTU = 1, 5
 
@@ -60,7 +64,8 @@ class Answer(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One side's queue pair. ``mtu``: the verbs' number of the largest packet; ``reads``: that it does at once."""
+    """One side's queue pair. ``mtu``: the verbs' number of the largest packet; ``reads``: that it
+    does at once."""
 
     gid: bytes
     lid: int
@@ -70,16 +75,28 @@ class Endpoint:
     reads: int
 
     def encode(self) -> bytes:
-        return ENDPOINT.pack(MAGIC, VERSION, self.mtu, self.reads, 0, self.gid, self.lid, 0, self.number, self.psn)
+        return ENDPOINT.pack(
+            MAGIC, VERSION, self.mtu, self.reads, 0, self.gid, self.lid, 0, self.number, self.psn
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> Endpoint:
         magic, version, mtu, reads, _, gid, lid, _, number, psn = ENDPOINT.unpack(data)
         if magic != MAGIC:
-            raise RemoteProtocolError("the peer does not speak of RDMA: say rdma:// on both sides, or on none")
+            raise RemoteProtocolError(
+                "the peer does not speak of RDMA: say rdma:// on both sides, or on none"
+            )
         if version != VERSION:
-            raise RemoteProtocolError(f"the peer speaks of RDMA in version {version}; this pagenet knows version {VERSION}")
-        if not SMALLEST_MTU <= mtu <= LARGEST_MTU or not reads or number >= 1 << 24 or psn >= 1 << 24:
+            raise RemoteProtocolError(
+                f"the peer speaks of RDMA in version {version}; this pagenet knows version"
+                f" {VERSION}"
+            )
+        if (
+            not SMALLEST_MTU <= mtu <= LARGEST_MTU
+            or not reads
+            or number >= 1 << 24
+            or psn >= 1 << 24
+        ):
             raise RemoteProtocolError("the peer's queue pair makes no sense")
         return cls(gid, lid, number, psn, mtu, reads)
 
@@ -121,14 +138,20 @@ def decode_askings(unread: bytearray, region: Region) -> Iterator[Asking]:
         if kind not in (Kind.ASK, Kind.RETURN) or length:
             raise RemoteProtocolError("the peer asks for no key, nor gives one back")
         if not region.contains(run) or chunk_run(region, first) != run:
-            raise RemoteProtocolError(f"the peer asks for the key to {count} pages from page {first} on: that is no chunk")
+            raise RemoteProtocolError(
+                f"the peer asks for the key to {count} pages from page {first} on: that is no chunk"
+            )
         yield Asking(Kind(kind), run)
 
 
 def encode_key(run: Run, address: int, key: int, zero_map: bytes) -> bytes:
     """``zero_map``: a bit for each page that is zero, or nothing if that is not known."""
     zeros = zero_map.ljust(ZERO_MAP_BYTES, b"\0") if zero_map else b""
-    return KEY_HEADER.pack(0, Answer.HERE, run.first, run.count, KEY.size + len(zeros)) + KEY.pack(address, key, 0) + zeros
+    return (
+        KEY_HEADER.pack(0, Answer.HERE, run.first, run.count, KEY.size + len(zeros))
+        + KEY.pack(address, key, 0)
+        + zeros
+    )
 
 
 def encode_word(answer: Answer, run: Run, reason: str = "") -> bytes:
@@ -138,7 +161,8 @@ def encode_word(answer: Answer, run: Run, reason: str = "") -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The answer to an asking: ``address`` and ``key`` if ``answer`` is HERE, a ``reason`` if it is FAILED."""
+    """The answer to an asking: ``address`` and ``key`` if ``answer`` is HERE, a ``reason`` if it is
+    FAILED."""
 
     answer: Answer
     run: Run
@@ -150,14 +174,18 @@ class Key:
     def is_zero(self, page: int) -> bool:
         """Whether that page is known to be zero."""
         bit = page - self.run.first
-        return self.answer is Answer.ZERO or bool(self.zero_map and self.zero_map[bit // 8] >> bit % 8 & 1)
+        return self.answer is Answer.ZERO or bool(
+            self.zero_map and self.zero_map[bit // 8] >> bit % 8 & 1
+        )
 
 
 def decode_answer(header: bytes) -> tuple[Answer, Run, int]:
     """And the length of what follows, for :func:`read_key`."""
     _, answer, first, count, length = KEY_HEADER.unpack(header)
     if answer not in set(Answer):
-        raise RemoteProtocolError(f"the peer's answer about a key is of kind {answer}, which is unknown")
+        raise RemoteProtocolError(
+            f"the peer's answer about a key is of kind {answer}, which is unknown"
+        )
     lengths: tuple[int, ...] | range = (0,)
     if answer == Answer.HERE:
         lengths = (KEY.size, KEY.size + ZERO_MAP_BYTES)
@@ -182,5 +210,7 @@ def check_key(key: Key, asked: Run, region: Region) -> Key:
     if key.answer is not Answer.FAILED and key.run != asked:
         raise RemoteProtocolError("the peer's answer about a key was not asked for")
     if key.address > 2**64 - region.size_of(asked):
-        raise RemoteProtocolError(f"the peer's key is for memory at {key.address:#x}, which reaches past the last address")
+        raise RemoteProtocolError(
+            f"the peer's key is for memory at {key.address:#x}, which reaches past the last address"
+        )
     return key

@@ -1,1 +1,2 @@
-"""What has the pages: the memory that is read, the sessions with destinations, and the lanes that answer them."""
+"""What has the pages: the memory that is read, the sessions with destinations, and the lanes that
+answer them."""

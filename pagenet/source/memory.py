@@ -1,6 +1,7 @@
 """Where the pages are: files, memfds, other processes' memory.
 
-A :class:`Source` is a region and a way to read it. It is checked when it is opened: readable, whole pages, known size.
+A :class:`Source` is a region and a way to read it. It is checked when it is opened: readable, whole
+pages, known size.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class _Piece(Protocol):
     identity: str
 
     def read_nowait(self, offset: int, into: memoryview) -> bool:
-        """Fill ``into`` if it can be done without waiting for a disk. :exc:`SourceLost` if those bytes are gone."""
+        """Fill ``into`` if it can be done without waiting for a disk. :exc:`SourceLost` if those
+        bytes are gone."""
         ...
 
     def read(self, offset: int, into: memoryview) -> None:
@@ -53,8 +55,8 @@ class _Piece(Protocol):
         ...
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
-        """A bit for each page that is zero, and how many are; None if it takes reading them all. :exc:`SourceLost` if they are
-        gone."""
+        """A bit for each page that is zero, and how many are; None if it takes reading them all.
+        :exc:`SourceLost` if they are gone."""
         ...
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
@@ -69,14 +71,16 @@ class _Piece(Protocol):
 
 
 class Source:
-    """A region and a way to read it. Open one with :func:`open_source`; close it, or use it as a context manager."""
+    """A region and a way to read it. Open one with :func:`open_source`; close it, or use it as a
+    context manager."""
 
     def __init__(self, pieces: Sequence[tuple[str, _Piece]]) -> None:
         self._pieces = [piece for _, piece in pieces]
         self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
         identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
-        #: 16 bytes that are the same for the same memory, however often it is opened, and differ for any other, and for a
-        #: stored file that was written to since; :func:`named_identity` makes them of a name that somebody gives the content
+        # : 16 bytes that are the same for the same memory, however often it is opened, and differ
+        # for any other, and for a : stored file that was written to since; :func:`named_identity`
+        # makes them of a name that somebody gives the content
         self.identity = hashlib.sha256(identity.encode()).digest()[:16]
 
     def __enter__(self) -> Self:
@@ -91,7 +95,8 @@ class Source:
             piece.close()
 
     def check_unchanged(self) -> None:
-        """:exc:`SourceLost` if a stored file was written to since it was opened, as its size and time of change tell."""
+        """:exc:`SourceLost` if a stored file was written to since it was opened, as its size and
+        time of change tell."""
         for piece in self._pieces:
             piece.check_unchanged()
 
@@ -108,7 +113,8 @@ class Source:
         return [piece.native(first, block.page_size) for first, block, piece in blocks]
 
     async def read_into(self, run: Run, into: memoryview) -> bool:
-        """Fill ``into`` with the pages of ``run``, or leave it alone and return False if they are known to be zero.
+        """Fill ``into`` with the pages of ``run``, or leave it alone and return False if they are
+        known to be zero.
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
@@ -122,7 +128,8 @@ class Source:
         return True
 
     def zero_map(self, run: Run) -> tuple[bytes, int] | None:
-        """A bit for each page of ``run`` that is zero, and how many are. None: it takes reading them, and maybe a disk.
+        """A bit for each page of ``run`` that is zero, and how many are. None: it takes reading
+        them, and maybe a disk.
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
@@ -133,8 +140,8 @@ class Source:
 
 
 def named_identity(text: str) -> bytes:
-    """Of content that its operator calls ``text``: 32 hexadecimal digits are an identity as it is, and anything else is a name,
-    the same on every host."""
+    """Of content that its operator calls ``text``: 32 hexadecimal digits are an identity as it is,
+    and anything else is a name, the same on every host."""
     if re.fullmatch(r"[0-9A-Fa-f]{32}", text):
         return bytes.fromhex(text)
     return hashlib.sha256(b"named\n" + os.fsencode(text)).digest()[:16]
@@ -144,7 +151,8 @@ _DESCRIPTOR = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd/(\d+)")
 
 
 def _descriptor_named(path: str) -> tuple[int, int] | None:
-    """The process and the number, if ``path`` is a descriptor's of a process: /proc/PID/fd/N, by whatever way it is spelt."""
+    """The process and the number, if ``path`` is a descriptor's of a process: /proc/PID/fd/N, by
+    whatever way it is spelt."""
     directory, name = os.path.split(os.path.abspath(path))
     match = _DESCRIPTOR.fullmatch(os.path.join(os.path.realpath(directory), name))
     return (int(match[1]), int(match[2])) if match else None
@@ -175,14 +183,15 @@ def _open_file(path: str) -> int:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether it is a process of this user's, who has no more rights than it has. Taking from it may be forbidden all the same
-    (kernel.yama.ptrace_scope)."""
+    """Whether it is a process of this user's, who has no more rights than it has. Taking from it
+    may be forbidden all the same (kernel.yama.ptrace_scope)."""
     return os.geteuid() != 0 and os.stat(f"/proc/{pid}").st_uid == os.geteuid()
 
 
 def _take_descriptor(pid: int, number: int) -> int:
-    """A duplicate of another process's descriptor, which may do what that one may. Opened by its name it could do whatever
-    this user may: root would read what an unprivileged process only has a handle of."""
+    """A duplicate of another process's descriptor, which may do what that one may. Opened by its
+    name it could do whatever this user may: root would read what an unprivileged process only has a
+    handle of."""
     try:
         pidfd = os.pidfd_open(pid)
         try:
@@ -199,10 +208,12 @@ def _take_descriptor(pid: int, number: int) -> int:
 
 
 def _is_of_a_process(path: str, status: os.stat_result) -> bool:
-    """Memory rather than a stored file: named as a process has it (/proc/PID/fd/N), or without a name (a memfd).
+    """Memory rather than a stored file: named as a process has it (/proc/PID/fd/N), or without a
+    name (a memfd).
 
-    It is not watched: the kernel sets its time of change at a fault for writing, also where nothing is written then (KVM and
-    virtual devices pin pages so), and an alarm that is false costs a guest."""
+    It is not watched: the kernel sets its time of change at a fault for writing, also where nothing
+    is written then (KVM and virtual devices pin pages so), and an alarm that is false costs a
+    guest."""
     return status.st_nlink == 0 or _descriptor_named(path) is not None
 
 
@@ -237,7 +248,8 @@ class _FilePiece:
             raise UsageError(f"source {self._path} is not a regular file, nor a memfd")
         if status.st_size == 0 or status.st_size % mmap.PAGESIZE:
             raise UsageError(
-                f"source {self._path} is {status.st_size} bytes long: not a whole number of {mmap.PAGESIZE}-byte pages, or none"
+                f"source {self._path} is {status.st_size} bytes long: not a whole number of"
+                f" {mmap.PAGESIZE}-byte pages, or none"
             )
         try:
             os.pread(self._fd, 1, 0)
@@ -250,7 +262,8 @@ class _FilePiece:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:  # which hugetlbfs and old tmpfs say: memory, never a disk
+            # which hugetlbfs and old tmpfs say: memory, never a disk
+            if error.errno != errno.EOPNOTSUPP:
                 raise self._lost(error.strerror) from None
         self.read(offset, into)
         return True
@@ -275,7 +288,8 @@ class _FilePiece:
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
         except OSError as error:
-            # ENXIO: no data from there on. But a file that has become shorter says so too, and its pages are not zero.
+            # ENXIO: no data from there on. But a file that has become shorter says so too, and its
+            # pages are not zero.
             return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= offset + length
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
@@ -287,7 +301,9 @@ class _FilePiece:
             return _native.zero_map(self._fd, offset, pages, page_size)
         except OSError as error:
             is_short = error.errno == errno.ENODATA
-            raise self._lost(f"it ends before byte {offset + pages * page_size}" if is_short else error.strerror) from None
+            raise self._lost(
+                f"it ends before byte {offset + pages * page_size}" if is_short else error.strerror
+            ) from None
 
     def check_unchanged(self) -> None:
         status = os.fstat(self._fd)
@@ -297,13 +313,15 @@ class _FilePiece:
             return  # whoever asks for what is gone is told that, which says more
         if (status.st_size, status.st_mtime_ns) != (self.size, self._changed_at):
             raise SourceLost(
-                f"source {self._path} was changed while it was served: serve what it holds now as another source, to "
-                "destinations that begin anew"
+                f"source {self._path} was changed while it was served: serve what it holds now as"
+                " another source, to destinations that begin anew"
             )
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         name = printable(str(self._path))
-        return _native.SourceBlock(first, self.size // page_size, page_size, 0, name, fd=self._fd, pid=0, pidfd=-1)
+        return _native.SourceBlock(
+            first, self.size // page_size, page_size, 0, name, fd=self._fd, pid=0, pidfd=-1
+        )
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -316,7 +334,10 @@ class _ProcessPiece:
 
     def __init__(self, pid: int, start: int, size: int) -> None:
         if size <= 0 or start % mmap.PAGESIZE or size % mmap.PAGESIZE:
-            raise UsageError(f"source pid:{pid}: {start:#x}+{size:#x} is not a range of whole {mmap.PAGESIZE}-byte pages")
+            raise UsageError(
+                f"source pid:{pid}: {start:#x}+{size:#x} is not a range of whole"
+                f" {mmap.PAGESIZE}-byte pages"
+            )
         if start >= _MAX_ADDRESS or size > _MAX_ADDRESS - start:
             raise UsageError(f"source pid:{pid}: no process has {size:#x} bytes at {start:#x}")
         try:
@@ -341,9 +362,15 @@ class _ProcessPiece:
             _native.read_process(self._pid, self._start + offset, into)
         except OSError as error:
             refused = error.errno == errno.EPERM
-            hint = " (it takes the same user and ptrace access, or CAP_SYS_PTRACE)" if refused else ""
-            raise SourceLost(f"cannot read process {self._pid} at {self._start + offset:#x}: {error.strerror}{hint}") from None
-        # The number may have gone to another process meanwhile; not while ours was still there after the read.
+            hint = (
+                " (it takes the same user and ptrace access, or CAP_SYS_PTRACE)" if refused else ""
+            )
+            raise SourceLost(
+                f"cannot read process {self._pid} at {self._start + offset:#x}:"
+                f" {error.strerror}{hint}"
+            ) from None
+        # The number may have gone to another process meanwhile; not while ours was still there
+        # after the read.
         if select.select([self._pidfd], [], [], 0)[0]:
             raise SourceLost(f"process {self._pid} has ended")
 
@@ -358,7 +385,9 @@ class _ProcessPiece:
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         pages = self.size // page_size
-        return _native.SourceBlock(first, pages, page_size, self._start, "", fd=-1, pid=self._pid, pidfd=self._pidfd)
+        return _native.SourceBlock(
+            first, pages, page_size, self._start, "", fd=-1, pid=self._pid, pidfd=self._pidfd
+        )
 
     def close(self) -> None:
         if self._pidfd >= 0:
@@ -387,8 +416,9 @@ _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 def open_source(*specs: str | os.PathLike[str]) -> Source:
     """The memory that ``specs`` name, one block each, in that order.
 
-    ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or ``pid:PID:START+SIZE`` (addresses of another
-    process), each of them also as ``NAME=...``. :exc:`UsageError` says what is wrong with one.
+    ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
+    ``pid:PID:START+SIZE`` (addresses of another process), each of them also as ``NAME=...``.
+    :exc:`UsageError` says what is wrong with one.
     """
     if not specs:
         raise UsageError("no source given")
@@ -415,7 +445,10 @@ def _open_piece(what: str) -> _Piece:
         return _FilePiece(what)
     match = _PROCESS.fullmatch(what)
     if match is None:
-        raise UsageError(f"source {what!r} is not pid:PID:START-END or pid:PID:START+SIZE (pid:42:0x7f0000000000+0x40000000)")
+        raise UsageError(
+            f"source {what!r} is not pid:PID:START-END or pid:PID:START+SIZE"
+            " (pid:42:0x7f0000000000+0x40000000)"
+        )
     start, last = int(match[2], 0), int(match[4], 0)
     return _ProcessPiece(int(match[1]), start, last if match[3] == "+" else last - start)
 

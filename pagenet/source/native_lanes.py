@@ -1,4 +1,5 @@
-"""The source's lanes, in C: two loops, one for demand and one for the background, each for any number of connections.
+"""The source's lanes, in C: two loops, one for demand and one for the background, each for any
+number of connections.
 
 Two, so that a page that somebody waits for is never behind a chunk that nobody does.
 """
@@ -21,7 +22,8 @@ from .memory import Source
 __all__ = ["MAX_UNREAD", "NativeSourceLanes"]
 
 
-#: What a loop takes over of what a peer has sent: as many requests as it reads at a time. More is for a lane in Trio.
+# : What a loop takes over of what a peer has sent: as many requests as it reads at a time. More is
+# for a lane in Trio.
 MAX_UNREAD = 128 * LANE_HEADER_SIZE
 
 
@@ -51,7 +53,9 @@ class _Loop:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
             nursery.start_soon(self._hear_of_ends)
-            end = await trio.to_thread.run_sync(self._loop.run, limiter=limiter, abandon_on_cancel=False)
+            end = await trio.to_thread.run_sync(
+                self._loop.run, limiter=limiter, abandon_on_cancel=False
+            )
             if end.kind == _native.END_FAILED:
                 raise SourceLost(end.text)
             nursery.cancel_scope.cancel()
@@ -114,8 +118,11 @@ class NativeSourceLanes:
             nursery.start_soon(self._demand.run, limiter)
             await self._background.run(limiter)
 
-    async def serve(self, channel: Channel, connection: Detachable, unread: bytes, link: int) -> None:
-        """Until the peer closes. ``link``: a number that one destination's connections have in common, and others hardly ever.
+    async def serve(
+        self, channel: Channel, connection: Detachable, unread: bytes, link: int
+    ) -> None:
+        """Until the peer closes. ``link``: a number that one destination's connections have in
+        common, and others hardly ever.
 
         Raises what it did wrong, as a connection of its own would."""
         peer = connection.peer

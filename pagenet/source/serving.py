@@ -126,10 +126,15 @@ class Server:
 
     def statistics(self) -> ServingStatistics:
         """Counts of the pages requested so far."""
-        asked = {class_: self._asked[class_] + (self._native.asked(class_) if self._native else 0) for class_ in Class}
+        asked = {
+            class_: self._asked[class_] + (self._native.asked(class_) if self._native else 0)
+            for class_ in Class
+        }
         region = self._source.region
         seconds = time.monotonic() - self._started
-        return ServingStatistics(region.pages, region.size, sum(asked.values()), asked[Class.DEMAND], seconds)
+        return ServingStatistics(
+            region.pages, region.size, sum(asked.values()), asked[Class.DEMAND], seconds
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -202,7 +207,9 @@ class Server:
         if hello.channel is Channel.CONTROL:
             return None
         if hello.session not in self._sessions:
-            raise RemoteProtocolError("the peer opens a lane for a session that does not exist (any more)")
+            raise RemoteProtocolError(
+                "the peer opens a lane for a session that does not exist (any more)"
+            )
         return self._sessions[hello.session]
 
     def _too_many(self, session: _Session | None) -> str | None:
@@ -212,10 +219,16 @@ class Server:
         """
         if session is None and len(self._sessions) >= self._max_sessions:
             limit = self._max_sessions
-            return f"{limit} destinations are served already: wait until one is done, or raise --max-sessions there"
+            return (
+                f"{limit} destinations are served already: wait until one is done, or raise"
+                " --max-sessions there"
+            )
         if session is not None and session.lane_count >= self._max_lanes:
             limit = self._max_lanes
-            return f"a session may have {limit} lanes: ask for fewer --background-lanes, or raise --max-lanes there"
+            return (
+                f"a session may have {limit} lanes: ask for fewer --background-lanes, or raise"
+                " --max-lanes there"
+            )
         return None
 
     async def _serve_session(self, control: MessageStream) -> None:
@@ -303,7 +316,9 @@ class Server:
                 case Bye(complete):
                     if complete:
                         await self._check_unchanged(session)
-                    self._on_event("complete" if complete else "left", peer=session.control.connection.peer)
+                    self._on_event(
+                        "complete" if complete else "left", peer=session.control.connection.peer
+                    )
                     if complete:
                         self._completed.set()
                     return complete
@@ -312,7 +327,9 @@ class Server:
                 case Failure(_, text):
                     raise RemoteProtocolError(f"the peer gave up: {text}")
                 case None:
-                    raise ConnectionBroken("the destination closed its connection before it was done")
+                    raise ConnectionBroken(
+                        "the destination closed its connection before it was done"
+                    )
                 case Hello():
                     raise RemoteProtocolError("the peer says hello twice")
         finally:
@@ -327,20 +344,30 @@ class Server:
                 if channel is not Channel.STREAM:
                     await self._run_lane(channel, stream.connection, stream.unread(), session)
                 elif self._on_stream is None:
-                    raise RemoteProtocolError("the destination opens a stream, and nobody here talks on one")
+                    raise RemoteProtocolError(
+                        "the destination opens a stream, and nobody here talks on one"
+                    )
                 else:
                     await self._on_stream(stream.rest())
             finally:
                 session.lanes.discard(lane)
 
-    async def _run_lane(self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session) -> None:
+    async def _run_lane(
+        self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
+    ) -> None:
         if isinstance(connection, OneSided):
             await self._serve_reads(connection, unread, session)
-        elif self._native is not None and isinstance(connection, transport.Detachable) and len(unread) <= MAX_UNREAD:
+        elif (
+            self._native is not None
+            and isinstance(connection, transport.Detachable)
+            and len(unread) <= MAX_UNREAD
+        ):
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source, self._asked, self._large_units).run(unread)
+                await TrioSourceLane(connection, self._source, self._asked, self._large_units).run(
+                    unread
+                )
 
     async def _serve_reads(self, connection: OneSided, unread: bytes, session: _Session) -> None:
         try:
@@ -411,7 +438,9 @@ class Server:
         with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True):
             async with trio.open_nursery() as nursery:
                 for session in sessions:
-                    nursery.start_soon(self._part_with, session, Failure("source-lost", printable(str(error))))
+                    nursery.start_soon(
+                        self._part_with, session, Failure("source-lost", printable(str(error)))
+                    )
 
     async def _part_with(self, session: _Session, failure: Failure) -> None:
         await session.control.tell(failure)
@@ -432,36 +461,42 @@ async def serve(
     on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
-    """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the block runs.
+    """Serve ``source`` (one that is open, or what :func:`open_source` takes) for as long as the
+    block runs.
 
-    Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one destination that listens there.
-    ``plaintext`` allows a listener that other hosts can reach. ``lane``: ``native`` or ``auto``
-    (loops in C, for connections over sockets), or ``trio`` (the same in Trio, slow and obvious).
-    ``rdma_pin_limit``: bytes of the source that may be registered for RDMA, and so pinned, at a
-    time. ``max_sessions``: destinations that a listener serves at a time; ``max_lanes``: lanes of
-    each, streams included. More are refused. ``on_stream``: called with each stream that a
-    destination opens for the application's own bytes; the connection is closed when the call
-    returns.
+    Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one
+    destination that listens there. ``plaintext`` allows a listener that other hosts can reach.
+    ``lane``: ``native`` or ``auto`` (loops in C, for connections over sockets), or ``trio`` (the
+    same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be registered
+    for RDMA, and so pinned, at a time. ``max_sessions``: destinations that a listener serves at a
+    time; ``max_lanes``: lanes of each, streams included. More are refused. ``on_stream``: called
+    with each stream that a destination opens for the application's own bytes; the connection is
+    closed when the call returns.
 
-    Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used; :exc:`~pagenet.errors.SourceLost`, in
-    the block, when the memory is gone, or a stored file was written to; with ``connect`` also
-    :exc:`~pagenet.errors.SourceUnreachable` and :exc:`~pagenet.errors.ConnectionBroken`, and
-    :exc:`~pagenet.errors.Unsupported` over RDMA.
-    Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``, ``left``, ``lost``,
-    ``refused``, ``waiting`` (for one that is lost).
+    Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used;
+    :exc:`~pagenet.errors.SourceLost`, in the block, when the memory is gone, or a stored file was
+    written to; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
+    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
+    Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``,
+    ``left``, ``lost``, ``refused``, ``waiting`` (for one that is lost).
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
-    with _opened(source) as opened, ExitStack() as cleanup:  # after the nursery: its tasks use what is closed here
+    # after the nursery: its tasks use what is closed here
+    with _opened(source) as opened, ExitStack() as cleanup:
         native = None if lane == "trio" else NativeSourceLanes(opened)
         if native is not None:
             cleanup.callback(native.close)
-        server = Server(opened, native, on_stream, on_event, rdma_pin_limit, max_sessions, max_lanes)
+        server = Server(
+            opened, native, on_stream, on_event, rdma_pin_limit, max_sessions, max_lanes
+        )
         cleanup.callback(server.close)
         if listen is not None:
             listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
             server.uri = listener.uri
-            on_event("listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size)
+            on_event(
+                "listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size
+            )
             meet_peers = partial(accept_forever, listener, server.meet, server.admission)
         else:
             assert connect is not None

@@ -27,9 +27,11 @@ from .memory import Source
 __all__ = ["LARGE_UNITS", "TrioSourceLane"]
 
 _RECEIVE_SIZE = 16 << 10
-_CHUNK = 256 << 10  # kept at most of what a peer does not read, and as much again where it is compressed
+# kept at most of what a peer does not read, and as much again where it is compressed
+_CHUNK = 256 << 10
 _LZ4_BLOCK = 128 << 10
-#: Units beyond a chunk that may be kept to be compressed, of all lanes: 2 MiB each. More travel as they are.
+# : Units beyond a chunk that may be kept to be compressed, of all lanes: 2 MiB each. More travel as
+# they are.
 LARGE_UNITS = 8
 _SAMPLE = 32 << 10  # compressed to see what that would be like
 
@@ -37,8 +39,8 @@ _SAMPLE = 32 << 10  # compressed to see what that would be like
 class TrioSourceLane:
     """Requests in, pages out, one after the other: slow, and obviously right.
 
-    Where the source is to choose, the background's runs are compressed if that is faster, and pages that somebody waits for are
-    not.
+    Where the source is to choose, the background's runs are compressed if that is faster, and pages
+    that somebody waits for are not.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class TrioSourceLane:
         self._choice = _native.Choice()
 
     async def run(self, unread: bytes) -> None:
-        """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything."""
+        """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been
+        told, ends everything."""
         decoder = RequestDecoder(self._source.region)
         decoder.feed(unread)
         buffer = memoryview(bytearray(_RECEIVE_SIZE))
@@ -78,8 +81,12 @@ class TrioSourceLane:
             for run in self._chunks(request):
                 await self._answer_run(request, run)
         except SourceLost as error:
-            # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide the cause.
-            with trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True), suppress(ConnectionBroken, ConnectionClosed):
+            # Told or not: the source is at its end. Shielded, or a peer that leaves at once would
+            # hide the cause.
+            with (
+                trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
+                suppress(ConnectionBroken, ConnectionClosed),
+            ):
                 await self._tell_lost(request, str(error))
             raise
 
@@ -94,7 +101,9 @@ class TrioSourceLane:
     async def _tell_lost(self, request: Request, reason: str) -> None:
         if not self._streaming:  # else what is sent now would be taken for pages
             text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
-            await self._connection.send(_reply(request, Encoding.FAILED, self._next, len(text)), text)
+            await self._connection.send(
+                _reply(request, Encoding.FAILED, self._next, len(text)), text
+            )
 
     async def _answer_run(self, request: Request, run: Run) -> None:
         size = self._source.region.size_of(run)
@@ -108,7 +117,9 @@ class TrioSourceLane:
         else:
             await self._stream(request, run)
 
-    async def _answer_chunk(self, request: Request, run: Run, packing: bool, choosing: bool) -> None:
+    async def _answer_chunk(
+        self, request: Request, run: Run, packing: bool, choosing: bool
+    ) -> None:
         began = time.monotonic_ns()
         pages = await self._read(run)
         if pages is None:
@@ -124,14 +135,19 @@ class TrioSourceLane:
             self._choice.answered(len(pages), sum(map(len, buffers)), now - working, now)
 
     async def _stream(self, request: Request, unit: Run) -> None:
-        """A unit of which no more than a piece is kept: looked through first, and read again to be sent."""
+        """A unit of which no more than a piece is kept: looked through first, and read again to be
+        sent."""
         if await self._is_zero(unit):
             await self._connection.send(_reply(request, Encoding.ZERO, unit, 0))
             return
         self._streaming = True
-        await self._connection.send(_reply(request, Encoding.RAW, unit, self._source.region.size_of(unit)))
+        await self._connection.send(
+            _reply(request, Encoding.RAW, unit, self._source.region.size_of(unit))
+        )
         for piece in self._pieces(unit):
-            await self._connection.send(await self._read(piece) or bytes(self._source.region.size_of(piece)))
+            await self._connection.send(
+                await self._read(piece) or bytes(self._source.region.size_of(piece))
+            )
         self._streaming = False
 
     async def _is_zero(self, unit: Run) -> bool:
@@ -144,7 +160,9 @@ class TrioSourceLane:
 
     def _pieces(self, unit: Run) -> Iterator[Run]:
         most = _CHUNK // self._page_size(unit)
-        return (Run(first, min(most, unit.end - first)) for first in range(unit.first, unit.end, most))
+        return (
+            Run(first, min(most, unit.end - first)) for first in range(unit.first, unit.end, most)
+        )
 
     def _page_size(self, run: Run) -> int:
         return self._source.region.size_of(run) // run.count
@@ -163,8 +181,11 @@ class TrioSourceLane:
             self._pages = pages
         return pages if await self._source.read_into(run, pages) else None
 
-    def _replies(self, request: Request, whole: Run, pages: memoryview, packing: bool) -> Iterator[transport.Buffer]:
-        """Headers and payloads that cover the run: units that are zero as a flag, the others as they are or compressed."""
+    def _replies(
+        self, request: Request, whole: Run, pages: memoryview, packing: bool
+    ) -> Iterator[transport.Buffer]:
+        """Headers and payloads that cover the run: units that are zero as a flag, the others as
+        they are or compressed."""
         page_size = len(pages) // whole.count
         unit = page_size << request.unit_shift
         done = 0

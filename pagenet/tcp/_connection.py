@@ -1,4 +1,5 @@
-"""A connection over a stream socket, and the one place where its errno becomes one of pagenet's errors."""
+"""A connection over a stream socket, and the one place where its errno becomes one of pagenet's
+errors."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from ._constants import IOV_MAX
 
 
 class SocketConnection:
-    """A :class:`~pagenet.transport.Connection`, and :class:`~pagenet.transport.Detachable`. It owns the socket."""
+    """A :class:`~pagenet.transport.Connection`, and :class:`~pagenet.transport.Detachable`. It owns
+    the socket."""
 
     def __init__(self, sock: trio.socket.SocketType, peer: str) -> None:
         self._socket = sock
@@ -46,7 +48,8 @@ class SocketConnection:
         self._check_open()
         with self._sending:
             views = _byte_views(buffers)
-            # An exported view pins the mmap under it, and an exception's traceback would keep ours: let go by hand.
+            # An exported view pins the mmap under it, and an exception's traceback would keep ours:
+            # let go by hand.
             try:
                 await self._send_views(views)
             finally:
@@ -58,18 +61,24 @@ class SocketConnection:
         first = 0
         while first < len(views):
             with self._translated():
-                sent = await self._socket.sendmsg(views[first : first + IOV_MAX], [], socket.MSG_NOSIGNAL)
+                sent = await self._socket.sendmsg(
+                    views[first : first + IOV_MAX], [], socket.MSG_NOSIGNAL
+                )
             first = _skip(views, first, sent)
 
     async def receive_into(self, buffer: memoryview) -> int:
         self._check_open()
         if not buffer.nbytes:
-            raise ValueError("an empty buffer receives nothing, and nothing would look like the end of the stream")
+            raise ValueError(
+                "an empty buffer receives nothing, and nothing would look like the end of the"
+                " stream"
+            )
         with self._receiving:
             with self._translated():
                 count = await self._socket.recv_into(buffer)
-            # The kernel reports a reset once, to whichever direction asks first. From then on, receiving looks like
-            # the end of a stream that was closed in good order. So remember it.
+            # The kernel reports a reset once, to whichever direction asks first. From then on,
+            # receiving looks like the end of a stream that was closed in good order. So remember
+            # it.
             if not count and self._broken is not None:
                 raise ConnectionBroken(self._broken)
             return count
@@ -80,15 +89,20 @@ class SocketConnection:
             self._socket.close()
 
     def detach(self) -> int:
-        """Give the non-blocking socket's file descriptor to the caller, who closes it. The connection is then closed.
+        """Give the non-blocking socket's file descriptor to the caller, who closes it. The
+        connection is then closed.
 
-        :exc:`~pagenet.errors.ConnectionBusy` while a task is sending or receiving: part of its bytes may be under way.
+        :exc:`~pagenet.errors.ConnectionBusy` while a task is sending or receiving: part of its
+        bytes may be under way.
         """
         self._check_open()
         if self._sending.held or self._receiving.held:
-            raise ConnectionBusy(f"another task is using the connection to {self._peer}: it cannot be detached now")
+            raise ConnectionBusy(
+                f"another task is using the connection to {self._peer}: it cannot be detached now"
+            )
         self._closed = True
-        # Trio must forget the file descriptor now: it may still watch it, and would never learn who closes it.
+        # Trio must forget the file descriptor now: it may still watch it, and would never learn who
+        # closes it.
         trio.lowlevel.notify_closing(self._socket)
         return self._socket.detach()
 
@@ -108,8 +122,8 @@ class SocketConnection:
         except OSError as error:
             if self._closed:
                 raise self._closed_error() from None
-            # EFAULT speaks of the caller's buffer (a file truncated under its mapping, a poisoned page), not of the
-            # connection: reconnecting would meet it again.
+            # EFAULT speaks of the caller's buffer (a file truncated under its mapping, a poisoned
+            # page), not of the connection: reconnecting would meet it again.
             if error.errno == errno.EFAULT:
                 raise
             self._broken = self._broken or f"the connection to {self._peer} broke: {reason(error)}"
@@ -117,20 +131,23 @@ class SocketConnection:
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without the decorations that Python and Trio add. Resolver errors bring their own text."""
+    """What the system says, without the decorations that Python and Trio add. Resolver errors bring
+    their own text."""
     if isinstance(error, socket.gaierror) or error.errno is None:
         return error.strerror or str(error)
     return os.strerror(error.errno)
 
 
 def _byte_views(buffers: Sequence[Buffer]) -> list[memoryview]:
-    """One view of bytes for each buffer that is not empty. TypeError for one that is not contiguous."""
+    """One view of bytes for each buffer that is not empty. TypeError for one that is not
+    contiguous."""
     # Empty ones cannot be cast, and with none of them left a count of 0 never has to be skipped.
     return [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
 
 
 def _skip(views: list[memoryview], first: int, sent: int) -> int:
-    """Drop ``sent`` bytes from the front of ``views[first:]`` without copying; returns the new ``first``."""
+    """Drop ``sent`` bytes from the front of ``views[first:]`` without copying; returns the new
+    ``first``."""
     while first < len(views) and sent >= len(views[first]):
         sent -= len(views[first])
         first += 1

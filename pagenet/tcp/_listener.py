@@ -14,8 +14,8 @@ from ..one_task import OneTask
 from ._connection import SocketConnection, reason
 from ._constants import ACCEPT_PAUSE
 
-# The next connection in the backlog died before anyone accepted it; accept(2) wants these treated as "try again".
-# EPERM is a firewall's word.
+# The next connection in the backlog died before anyone accepted it; accept(2) wants these treated
+# as "try again". EPERM is a firewall's word.
 _PEER_GONE = frozenset(
     {
         errno.ECONNABORTED,
@@ -33,15 +33,21 @@ _PEER_GONE = frozenset(
 # This host is short of something. The connection still waits in the backlog.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# Makes a connection of an accepted socket and its address. OSError if the socket is of no use any more.
+# Makes a connection of an accepted socket and its address. OSError if the socket is of no use any
+# more.
 Welcome = Callable[[trio.socket.SocketType, Any], SocketConnection]
 
 
 class SocketListener:
-    """A :class:`~pagenet.transport.Listener`. It owns the socket; ``close``, if given, is called once and closes it."""
+    """A :class:`~pagenet.transport.Listener`. It owns the socket; ``close``, if given, is called
+    once and closes it."""
 
     def __init__(
-        self, sock: trio.socket.SocketType, uri: str, welcome: Welcome, close: Callable[[], None] | None = None
+        self,
+        sock: trio.socket.SocketType,
+        uri: str,
+        welcome: Welcome,
+        close: Callable[[], None] | None = None,
     ) -> None:
         self._socket = sock
         self._uri = uri
@@ -97,7 +103,12 @@ class SocketListener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _check_open(self) -> None:

@@ -1,4 +1,5 @@
-"""``tcp://HOST:PORT``: names and addresses, dialling them in turn, and the options that every connection gets."""
+"""``tcp://HOST:PORT``: names and addresses, dialling them in turn, and the options that every
+connection gets."""
 
 from __future__ import annotations
 
@@ -48,15 +49,19 @@ class _Address(NamedTuple):
 class TcpTransport:
     """A :class:`~pagenet.transport.Transport` over TCP, IPv4 and IPv6.
 
-    A host is a name, an address, or ``[an IPv6 address]``. To a listener, no host means every address of this one, and
-    port 0 a free port. ``localhost`` is 127.0.0.1, then ::1, whatever the resolver thinks of it.
+    A host is a name, an address, or ``[an IPv6 address]``. To a listener, no host means every
+    address of this one, and port 0 a free port. ``localhost`` is 127.0.0.1, then ::1, whatever the
+    resolver thinks of it.
     """
 
     async def dial(self, uri: SplitResult) -> SocketConnection:
         """Try the host's addresses in turn, for :data:`CONNECT_TIMEOUT` seconds in all."""
         where = parse_tcp(uri)
         if not where.host or not where.port:
-            raise UsageError(f"{uri.geturl()}: dialling needs a host and a port other than 0: say tcp://HOST:PORT")
+            raise UsageError(
+                f"{uri.geturl()}: dialling needs a host and a port other than 0: say"
+                " tcp://HOST:PORT"
+            )
         try:
             addresses = await _resolve(where)
         except OSError as error:
@@ -74,7 +79,8 @@ class TcpTransport:
         return _listen_in_turn(uri, addresses)
 
     def is_private(self, uri: SplitResult) -> bool:
-        """Whether every address of the host is a loopback address. A name may ask the resolver, and block meanwhile."""
+        """Whether every address of the host is a loopback address. A name may ask the resolver, and
+        block meanwhile."""
         where = parse_tcp(uri)
         hosts = _known_hosts(where)
         if hosts is None:
@@ -88,7 +94,10 @@ class TcpTransport:
 
 def _no_address(uri: SplitResult, where: HostPort, error: OSError | UnicodeError) -> UsageError:
     why = reason(error) if isinstance(error, OSError) else str(error)
-    return UsageError(f"{uri.geturl()}: {where.host!r} has no address to listen on: {why}; name one of this host's")
+    return UsageError(
+        f"{uri.geturl()}: {where.host!r} has no address to listen on: {why}; name one of this"
+        " host's"
+    )
 
 
 # Names to addresses
@@ -98,7 +107,8 @@ def _known_hosts(where: HostPort) -> Sequence[str] | None:
     """The addresses that need no resolver; None if only the resolver knows."""
     if not where.host:
         return ["::", "0.0.0.0"]
-    # A listener on localhost passes for private, so that no entry in some hosts file may make another address of it.
+    # A listener on localhost passes for private, so that no entry in some hosts file may make
+    # another address of it.
     if where.host == "localhost":
         return ["127.0.0.1", "::1"]
     try:
@@ -116,7 +126,8 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _resolve(where: HostPort) -> list[_Address]:
-    """OSError for a name without address, or one that takes the resolver longer than CONNECT_TIMEOUT."""
+    """OSError for a name without address, or one that takes the resolver longer than
+    CONNECT_TIMEOUT."""
     addresses: list[_Address] = []
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
@@ -137,7 +148,8 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
     deadline = trio.current_time() + CONNECT_TIMEOUT
     failures = []
     for tried, address in enumerate(addresses):
-        # An equal share of what is left: a first address that swallows packets must not use up the time of the second.
+        # An equal share of what is left: a first address that swallows packets must not use up the
+        # time of the second.
         share = (deadline - trio.current_time()) / (len(addresses) - tried)
         try:
             with trio.fail_after(max(share, 0)):
@@ -154,8 +166,9 @@ async def _connect(address: _Address) -> SocketConnection:
     try:
         host_control = assume_near(sock)
         await sock.connect(address.sockaddr)
-        # Dialling a port that nobody listens on may hit on that same port for this side's own end, and TCP then
-        # connects the socket to itself. Whoever dials a dead source over and over will see it.
+        # Dialling a port that nobody listens on may hit on that same port for this side's own end,
+        # and TCP then connects the socket to itself. Whoever dials a dead source over and over will
+        # see it.
         if sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, "connected to itself")
         return _tuned(sock, address.uri, host_control)
@@ -170,8 +183,10 @@ def _tuned(sock: trio.socket.SocketType, peer: str, host_control: bytes) -> Sock
 
 
 def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> None:
-    """Set the options of a connection that pages go over. ``host_control``: what :func:`assume_near` returned."""
-    # The request for a faulted page is small, and a thread stands still until it is answered: it waits for no company.
+    """Set the options of a connection that pages go over. ``host_control``: what
+    :func:`assume_near` returned."""
+    # The request for a faulted page is small, and a thread stands still until it is answered: it
+    # waits for no company.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
@@ -184,11 +199,13 @@ def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> N
 
 
 def assume_near(sock: trio.socket.SocketType | socket.socket) -> bytes:
-    """Before it connects or listens: if the host's congestion control paces, take one that does not. A connection that has
-    begun to pace goes on, whatever takes over (Linux 6.18), so this cannot wait for the first round trip.
+    """Before it connects or listens: if the host's congestion control paces, take one that does
+    not. A connection that has begun to pace goes on, whatever takes over (Linux 6.18), so this
+    cannot wait for the first round trip.
 
-    Returns the host's, which far peers are left to. It is asked for here, of a socket that is there already: a listener
-    that has no file descriptor to spare would otherwise lose each connection that it accepts."""
+    Returns the host's, which far peers are left to. It is asked for here, of a socket that is there
+    already: a listener that has no file descriptor to spare would otherwise lose each connection
+    that it accepts."""
     host_control = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
     if _is_pacing(host_control):
         for better in NEAR_CONGESTION_CONTROL:
@@ -220,17 +237,20 @@ def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketLi
         else:
             bound = _Address(address.family, sock.getsockname())
             return SocketListener(sock, bound.uri, partial(_welcome, host_control))
-    raise UsageError(f"{uri.geturl()}: cannot listen ({', '.join(failures)}); choose another address or port")
+    raise UsageError(
+        f"{uri.geturl()}: cannot listen ({', '.join(failures)}); choose another address or port"
+    )
 
 
 def _bind(address: _Address) -> tuple[trio.socket.SocketType, bytes]:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
-        # Without it, a daemon that is started again waits a minute for its predecessor's connections to leave
-        # TIME_WAIT.
+        # Without it, a daemon that is started again waits a minute for its predecessor's
+        # connections to leave TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
-            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we promise every address.
+            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we
+            # promise every address.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         host_control = assume_near(sock)
         sock.bind(address.sockaddr)

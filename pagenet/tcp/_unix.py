@@ -27,7 +27,8 @@ _UCRED = struct.Struct("iII")
 
 
 class UnixTransport:
-    """A :class:`~pagenet.transport.Transport` over unix sockets. In a PATH, ``%XX`` stands for the byte XX."""
+    """A :class:`~pagenet.transport.Transport` over unix sockets. In a PATH, ``%XX`` stands for the
+    byte XX."""
 
     async def dial(self, uri: SplitResult) -> SocketConnection:
         path = parse_unix(uri)
@@ -35,15 +36,21 @@ class UnixTransport:
             with trio.fail_after(CONNECT_TIMEOUT):
                 sock = await _connect(path)
         except trio.TooSlowError:
-            why = f"the backlog stayed full for {CONNECT_TIMEOUT:g} s; the listener there hangs, or is overrun"
+            why = (
+                f"the backlog stayed full for {CONNECT_TIMEOUT:g} s; the listener there hangs, or"
+                " is overrun"
+            )
             raise SourceUnreachable(f"{uri.geturl()}: {why}") from None
         except OSError as error:
             advice = _ADVICE.get(error.errno or 0, "check the path")
-            raise SourceUnreachable(f"{uri.geturl()}: nothing answers: {reason(error)}; {advice}") from error
+            raise SourceUnreachable(
+                f"{uri.geturl()}: nothing answers: {reason(error)}; {advice}"
+            ) from error
         return SocketConnection(trio.socket.from_stdlib_socket(sock), unix_uri(path))
 
     async def listen(self, uri: SplitResult) -> SocketListener:
-        """Replaces the socket file of a listener that is gone; refuses if one answers, or if it is another file."""
+        """Replaces the socket file of a listener that is gone; refuses if one answers, or if it is
+        another file."""
         path = parse_unix(uri)
         await trio.lowlevel.checkpoint()
         file = UnixSocketFile(path, uri.geturl(), BACKLOG)
@@ -72,8 +79,9 @@ async def _connect(path: str) -> socket.socket:
     sock = _stream()
     try:
         await trio.lowlevel.checkpoint()
-        # Where TCP says EINPROGRESS, a unix socket says EAGAIN and means that the backlog is full and that nothing has
-        # begun. trio.socket's connect() would wait for writability, find it, and take the socket for connected.
+        # Where TCP says EINPROGRESS, a unix socket says EAGAIN and means that the backlog is full
+        # and that nothing has begun. trio.socket's connect() would wait for writability, find it,
+        # and take the socket for connected.
         while True:
             if _connect_nowait(sock, path):
                 return sock
@@ -93,5 +101,7 @@ def _connect_nowait(sock: socket.socket, path: str) -> bool:
 
 
 def _who(sock: trio.socket.SocketType) -> str:
-    pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, _gid = _UCRED.unpack(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    )
     return f"process {pid} of user {uid}"

@@ -1,4 +1,5 @@
-"""From URIs to what sockets want. Whatever makes no sense ends here, as a UsageError of one line."""
+"""From URIs to what sockets want. Whatever makes no sense ends here, as a UsageError of one
+line."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from urllib.parse import SplitResult, quote, unquote_to_bytes
 from ..errors import UsageError
 from ..unix_socket import check_path_length
 
-# Path characters that a URI may show as they are. What is missing here would end the path ('?', '#') or be taken for an
-# escape ('%').
+# Path characters that a URI may show as they are. What is missing here would end the path ('?',
+# '#') or be taken for an escape ('%').
 _PLAIN = "/:@!$&'()*+,;=~ "
 
 
@@ -26,7 +27,9 @@ def parse_tcp(uri: SplitResult) -> HostPort:
     try:
         port = uri.port
     except ValueError:
-        raise _senseless(uri, "the port is no number from 0 to 65535 (IPv6 goes in brackets: tcp://[::1]:7000)") from None
+        raise _senseless(
+            uri, "the port is no number from 0 to 65535 (IPv6 goes in brackets: tcp://[::1]:7000)"
+        ) from None
     if port is None:
         raise _senseless(uri, "the port is missing: say tcp://HOST:PORT")
     # A zone's percent sign may be written as itself or, as RFC 6874 wants it, as %25.
@@ -41,12 +44,16 @@ def tcp_uri(address: HostPort) -> str:
 def parse_unix(uri: SplitResult) -> str:
     _refuse_decorations(uri, "unix:PATH, with '?' and '#' in PATH written as %3F and %23")
     if uri.netloc:
-        raise _senseless(uri, f"two slashes make {uri.netloc!r} a host: say unix:PATH or unix:///PATH")
+        raise _senseless(
+            uri, f"two slashes make {uri.netloc!r} a host: say unix:PATH or unix:///PATH"
+        )
     path = unquote_to_bytes(uri.path)
     if not path:
         raise _senseless(uri, "the path is missing: say unix:PATH")
     if b"\0" in path:
-        raise _senseless(uri, "a path has no zero bytes, and abstract sockets no owner: say unix:PATH")
+        raise _senseless(
+            uri, "a path has no zero bytes, and abstract sockets no owner: say unix:PATH"
+        )
     check_path_length(path, uri.geturl())
     return os.fsdecode(path)
 

@@ -26,20 +26,22 @@ from ..transport import Buffer, Connection, Detachable, Listener, Transport
 
 __all__ = ["check_transport"]
 
-# No check takes more than a second or two on a machine that is not overloaded. One that takes this long hangs.
+# No check takes more than a second or two on a machine that is not overloaded. One that takes this
+# long hangs.
 PATIENCE = 60.0
 
 # What a transfer consists of: random, so that a part that is lost, repeated or swapped shows.
 BLOCK = random.Random("pagenet").randbytes(1 << 20)
 
-# More than any connection buffers while nobody receives: the kernel's TCP autotuning grows a receive buffer only for
-# those who read.
+# More than any connection buffers while nobody receives: the kernel's TCP autotuning grows a
+# receive buffer only for those who read.
 CLOG = 64
 
 # Connections at once: more than any session has.
 MANY = 50
 
-# How long nothing must move for a sender to count as blocked. It only ever delays a check, and never fails one.
+# How long nothing must move for a sender to count as blocked. It only ever delays a check, and
+# never fails one.
 CUSHION = 0.01
 
 T = TypeVar("T")
@@ -48,21 +50,22 @@ CheckOfEnds = Callable[[Connection, Connection], Awaitable[None]]
 
 
 async def check_transport(transport: Transport, make_uri: Callable[[], str]) -> None:
-    """Check that ``transport`` keeps the contract of :mod:`pagenet.transport`; AssertionError names what it broke.
+    """Check that ``transport`` keeps the contract of :mod:`pagenet.transport`; AssertionError names
+    what it broke.
 
-    For the authors of backends. Call it in a test of yours, with a function that returns a URI to listen on, another
-    one for each call if two listeners could not have the same::
+    For the authors of backends. Call it in a test of yours, with a function that returns a URI to
+    listen on, another one for each call if two listeners could not have the same::
 
         async def test_conformance():
             await check_transport(CarrierPigeons(), lambda: "pigeons://127.0.0.1:0")
 
-    It dials, within the same process, what :attr:`Listener.uri <pagenet.transport.Listener.uri>` says; the transport
-    need not be registered. :class:`~pagenet.transport.Detachable` is checked of connections that have it. Beyond the
-    contract it takes for granted that a connection with nobody receiving takes in 100 bytes, and does not take in
-    64 MiB.
+    It dials, within the same process, what :attr:`Listener.uri <pagenet.transport.Listener.uri>`
+    says; the transport need not be registered. :class:`~pagenet.transport.Detachable` is checked of
+    connections that have it. Beyond the contract it takes for granted that a connection with nobody
+    receiving takes in 100 bytes, and does not take in 64 MiB.
 
-    It takes a few seconds and the file descriptors of 50 connections. Call it under a real clock: on
-    ``autojump_clock``, whoever waits for a kernel seems to hang.
+    It takes a few seconds and the file descriptors of 50 connections. Call it under a real clock:
+    on ``autojump_clock``, whoever waits for a kernel seems to hang.
     """
     for check in CHECKS:
         await run_check(check, transport, make_uri)
@@ -91,7 +94,8 @@ def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, AssertionError) else repr(error)
 
 
-# The bench: everything that checks work with. No `assert`: the suite must work under -O and without pytest.
+# The bench: everything that checks work with. No `assert`: the suite must work under -O and without
+# pytest.
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -120,7 +124,9 @@ class _Bench:
 
     async def connect(self, listener: Listener) -> tuple[Connection, Connection]:
         """Both ends of a new connection: the one that dialled, and the one that was accepted."""
-        dialled, accepted = await _together(lambda: self.transport.dial(urlsplit(listener.uri)), listener.accept)
+        dialled, accepted = await _together(
+            lambda: self.transport.dial(urlsplit(listener.uri)), listener.accept
+        )
         return dialled, accepted
 
     @asynccontextmanager
@@ -145,7 +151,8 @@ async def _together(*calls: Callable[[], Awaitable[T]]) -> list[T]:
 
 
 def _from_either_end(check: CheckOfEnds) -> Check:
-    """Run a check of two connected ends twice: what holds of the end that dialled must hold of the other."""
+    """Run a check of two connected ends twice: what holds of the end that dialled must hold of the
+    other."""
 
     @functools.wraps(check)
     async def run(bench: _Bench) -> None:
@@ -235,7 +242,9 @@ async def _shapes_of_buffers_sent(near: Connection, far: Connection) -> None:
     numbers = memoryview(array.array("Q", range(1000)))
     await _transfer(near, far, numbers, numbers[3:500], numbers[:0], numbers[-1:])
     await _transfer(near, far, memoryview(BLOCK)[4095:8193], memoryview(BLOCK)[1:2])
-    await _transfer(near, far, memoryview(BLOCK)[:24].cast("B", (2, 3, 4)), numbers.cast("B").cast("H"))
+    await _transfer(
+        near, far, memoryview(BLOCK)[:24].cast("B", (2, 3, 4)), numbers.cast("B").cast("H")
+    )
 
 
 @_from_either_end
@@ -243,8 +252,14 @@ async def _shapes_of_buffers_received_into(near: Connection, far: Connection) ->
     await far.send(b"12345")
     numbers = array.array("I", [0, 0, 0])
     count = await near.receive_into(memoryview(numbers))
-    _require(0 < count <= 5, f"receive_into counts bytes, whatever the buffer's items are; of 5 it returned {count}")
-    _require(numbers.tobytes() == b"12345"[:count].ljust(12, b"\0"), "receive_into filled an array with something else")
+    _require(
+        0 < count <= 5,
+        f"receive_into counts bytes, whatever the buffer's items are; of 5 it returned {count}",
+    )
+    _require(
+        numbers.tobytes() == b"12345"[:count].ljust(12, b"\0"),
+        "receive_into filled an array with something else",
+    )
     await _receive_exactly(near, 5 - count)
 
     await far.send(BLOCK[:64])
@@ -253,7 +268,10 @@ async def _shapes_of_buffers_received_into(near: Connection, far: Connection) ->
     while received < 64:
         end = min(received + 7, 64)
         received += await near.receive_into(memoryview(frame)[received:end])
-        _require(frame == BLOCK[:received].ljust(64, b"\0"), "receive_into wrote beside its part of a buffer")
+        _require(
+            frame == BLOCK[:received].ljust(64, b"\0"),
+            "receive_into wrote beside its part of a buffer",
+        )
 
 
 @_from_either_end
@@ -281,7 +299,9 @@ def _require_released(buffer: bytearray, by: str) -> None:
     try:
         buffer.append(0)
     except BufferError:
-        raise AssertionError(f"{by} has returned and still holds a view of the caller's buffer") from None
+        raise AssertionError(
+            f"{by} has returned and still holds a view of the caller's buffer"
+        ) from None
 
 
 async def _large_transfers_both_ways_at_once(bench: _Bench) -> None:
@@ -302,7 +322,10 @@ async def _backpressure(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
         await wait_all_tasks_blocked(CUSHION)
-        _require(not sent.is_set(), f"send took in {CLOG} MiB that nobody received: nothing bounds the memory it takes")
+        _require(
+            not sent.is_set(),
+            f"send took in {CLOG} MiB that nobody received: nothing bounds the memory it takes",
+        )
         await _unclog(far)
     await _transfer(near, far, b"and it goes on")
 
@@ -314,7 +337,10 @@ async def _backpressure(near: Connection, far: Connection) -> None:
 async def _end_of_stream(near: Connection, far: Connection) -> None:
     await near.send(b"last words")
     near.close()
-    _require(await _receive_exactly(far, 10) == b"last words", "what was sent before close did not arrive")
+    _require(
+        await _receive_exactly(far, 10) == b"last words",
+        "what was sent before close did not arrive",
+    )
     for _ in range(3):
         _require(not await _receive(far), "there were bytes after the end of the stream")
 
@@ -403,7 +429,10 @@ async def _two_receivers(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_expect_bytes, near, b"for the first")
         await wait_all_tasks_blocked(CUSHION)
-        await _expect_busy("receive_into during another task's", lambda: near.receive_into(memoryview(bytearray(1))))
+        await _expect_busy(
+            "receive_into during another task's",
+            lambda: near.receive_into(memoryview(bytearray(1))),
+        )
         await _transfer(near, far, b"and so is this")
         await far.send(b"for the first")
 
@@ -431,7 +460,10 @@ async def _cancelled_receive(near: Connection, far: Connection) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
         await near.receive_into(memoryview(bytearray(4)))
-    _require(scope.cancelled_caught, "receive_into with bytes at hand is no checkpoint: it ignored a cancellation")
+    _require(
+        scope.cancelled_caught,
+        "receive_into with bytes at hand is no checkpoint: it ignored a cancellation",
+    )
     await _expect_bytes(near, b"kept")
 
 
@@ -465,7 +497,10 @@ async def _cancelled_send(near: Connection, far: Connection) -> None:
     except ConnectionBroken:
         pass
     whole, rest = divmod(len(received), len(BLOCK))
-    _require(received == BLOCK * whole + BLOCK[:rest], "what a cancelled send has sent is no beginning of its buffers")
+    _require(
+        received == BLOCK * whole + BLOCK[:rest],
+        "what a cancelled send has sent is no beginning of its buffers",
+    )
 
 
 async def _many_connections(bench: _Bench) -> None:
@@ -476,7 +511,9 @@ async def _many_connections(bench: _Bench) -> None:
             stack.enter_context(closing(connection))
         for number, connection in enumerate(dialled):
             await connection.send(b"%2d" % number)
-        numbers = await _together(*[functools.partial(_receive_exactly, connection, 2) for connection in accepted])
+        numbers = await _together(
+            *[functools.partial(_receive_exactly, connection, 2) for connection in accepted]
+        )
         _require(sorted(map(int, numbers)) == list(range(MANY)), "connections got mixed up")
         for name, connection in zip(numbers, accepted, strict=True):
             await _transfer(connection, dialled[int(name)], name)
@@ -502,14 +539,18 @@ async def _names(bench: _Bench) -> None:
     asked = urlsplit(bench.make_uri())
     with await bench.transport.listen(asked) as listener:
         got = urlsplit(listener.uri)
-        _require(got.scheme == asked.scheme, f"a listener on {asked.scheme}: calls itself {listener.uri}")
+        _require(
+            got.scheme == asked.scheme, f"a listener on {asked.scheme}: calls itself {listener.uri}"
+        )
         _require(
             bench.transport.is_private(got) is bench.transport.is_private(asked),
             f"one of {asked.geturl()} and {listener.uri} is private, and the other is not",
         )
         dialled, accepted = await bench.connect(listener)
         with closing(dialled), closing(accepted):
-            _require(bool(dialled.peer) and bool(accepted.peer), "a connection does not name its peer")
+            _require(
+                bool(dialled.peer) and bool(accepted.peer), "a connection does not name its peer"
+            )
 
 
 async def _accept_and_dial_are_checkpoints(bench: _Bench) -> None:
@@ -586,7 +627,10 @@ async def _nobody_listens(bench: _Bench) -> None:
 
 
 async def _somebody_listens_already(bench: _Bench) -> None:
-    with await bench.listen() as listener, _expect(UsageError, f"a second listener on {listener.uri}"):
+    with (
+        await bench.listen() as listener,
+        _expect(UsageError, f"a second listener on {listener.uri}"),
+    ):
         (await bench.transport.listen(urlsplit(listener.uri))).close()
 
 

@@ -1,7 +1,8 @@
 """``memory://NAME``: connections within one process, for tests of whatever talks over a transport.
 
-Bounded like a real one, so that senders block; and without a kernel in between, so that the same test does the same
-thing each time: a connection breaks after exactly so many bytes, and receives at most so many at once.
+Bounded like a real one, so that senders block; and without a kernel in between, so that the same
+test does the same thing each time: a connection breaks after exactly so many bytes, and receives at
+most so many at once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class _Wire:
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def changed(self) -> None:
-        """Every change wakes every waiter, at most four of them, and they look again. Simple, and fast enough here.
+        """Every change wakes every waiter, at most four of them, and they look again. Simple, and
+        fast enough here.
 
         Looking without finding is no change, or two waiters would wake each other for ever.
         """
@@ -113,7 +115,9 @@ class MemoryConnection:
     async def send(self, *buffers: Buffer) -> None:
         self._check_open()
         with self._sending:
-            views = [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
+            views = [
+                memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes
+            ]
             try:
                 await trio.lowlevel.checkpoint()
                 for view in views:
@@ -136,7 +140,10 @@ class MemoryConnection:
     async def receive_into(self, buffer: memoryview) -> int:
         self._check_open()
         if not buffer.nbytes:
-            raise ValueError("an empty buffer receives nothing, and nothing would look like the end of the stream")
+            raise ValueError(
+                "an empty buffer receives nothing, and nothing would look like the end of the"
+                " stream"
+            )
         with self._receiving:
             await trio.lowlevel.checkpoint()
             with buffer.cast("B") as whole, whole[: self.max_receive] as view:
@@ -162,8 +169,8 @@ class MemoryConnection:
     def break_after(self, count: int) -> None:
         """Break the connection once this end has sent ``count`` more bytes; 0 breaks it now.
 
-        The peer receives them all. From then on both ends raise :exc:`~pagenet.errors.ConnectionBroken`, once they have
-        received what was under way.
+        The peer receives them all. From then on both ends raise
+        :exc:`~pagenet.errors.ConnectionBroken`, once they have received what was under way.
         """
         self._outgoing.break_after(count)
 
@@ -189,7 +196,8 @@ def memory_pair(
 
 
 class MemoryListener:
-    """A :class:`~pagenet.transport.Listener`. Connections wait in it, however many, until they are accepted."""
+    """A :class:`~pagenet.transport.Listener`. Connections wait in it, however many, until they are
+    accepted."""
 
     def __init__(self, transport: MemoryTransport, name: str) -> None:
         self._transport = transport
@@ -225,7 +233,12 @@ class MemoryListener:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def enqueue(self, connection: MemoryConnection) -> None:
@@ -240,8 +253,9 @@ class MemoryListener:
 class MemoryTransport:
     """A :class:`~pagenet.transport.Transport` whose names mean something to this object alone.
 
-    Without a NAME, a listener chooses one. Each connection gets ``capacity`` and ``max_receive``, and then
-    ``on_connect(dialled, accepted)`` may do to it whatever the test needs, before a byte travels::
+    Without a NAME, a listener chooses one. Each connection gets ``capacity`` and ``max_receive``,
+    and then ``on_connect(dialled, accepted)`` may do to it whatever the test needs, before a byte
+    travels::
 
         memory = MemoryTransport(on_connect=lambda dialled, accepted: accepted.break_after(1000))
         pagenet.transport.register("memory", memory)
@@ -264,8 +278,12 @@ class MemoryTransport:
         name = _name(uri)
         await trio.lowlevel.checkpoint()
         if name not in self.listeners:
-            raise SourceUnreachable(f"{uri.geturl()}: nobody listens there; listen first, on the same MemoryTransport")
-        dialled, accepted = memory_pair(capacity=self.capacity, max_receive=self.max_receive, name=name)
+            raise SourceUnreachable(
+                f"{uri.geturl()}: nobody listens there; listen first, on the same MemoryTransport"
+            )
+        dialled, accepted = memory_pair(
+            capacity=self.capacity, max_receive=self.max_receive, name=name
+        )
         if self.on_connect is not None:
             self.on_connect(dialled, accepted)
         self.listeners[name].enqueue(accepted)

@@ -1,8 +1,9 @@
-"""A source for tests: ``python -m pagenet.testing.pattern FILE --size BYTES`` writes what the workload expects to find.
+"""A source for tests: ``python -m pagenet.testing.pattern FILE --size BYTES`` writes what the
+workload expects to find.
 
 Every word of the pattern depends on its page and place (``native/testing/pattern.c``), so
-:mod:`pagenet.testing.workload`, given the same seed and share of zero pages, finds each byte that is missing,
-stale or in the wrong place.
+:mod:`pagenet.testing.workload`, given the same seed and share of zero pages, finds each byte that
+is missing, stale or in the wrong place.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ def pattern_command(*args: str) -> list[str]:
     return module_command("pagenet.testing.pattern", *args)
 
 
-def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_every: int = 0) -> None:
-    """Make ``path`` a file of ``size`` bytes, in whole pages, of pattern ``seed``; one page in ``zero_every`` is zero.
+def write_pattern(
+    path: str | os.PathLike[str], size: int, seed: int = 0, zero_every: int = 0
+) -> None:
+    """Make ``path`` a file of ``size`` bytes, in whole pages, of pattern ``seed``; one page in
+    ``zero_every`` is zero.
 
     Written, not mapped: a full tmpfs is then an :exc:`OSError`, where a mapping gets SIGBUS.
     """
     chunk = memoryview(bytearray(_CHUNK_PAGES * mmap.PAGESIZE))
-    # Written in place: the name may be that of an open file (/proc/PID/fd/N). A FIFO without a reader is ENXIO, and no wait.
+    # Written in place: the name may be that of an open file (/proc/PID/fd/N). A FIFO without a
+    # reader is ENXIO, and no wait.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "wb") as file:
         for first in range(0, size // mmap.PAGESIZE, _CHUNK_PAGES):
@@ -42,11 +47,23 @@ def write_pattern(path: str | os.PathLike[str], size: int, seed: int = 0, zero_e
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pagenet.testing.pattern", description="Write a file that knows its bytes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pagenet.testing.pattern", description="Write a file that knows its bytes."
+    )
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--size", type=parse_size, required=True, metavar="BYTES", help="suffixes K M G")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the pattern (%(default)s)")
-    parser.add_argument("--zero-every", type=int, default=0, metavar="N", help="one page in N is zero (%(default)s: none)")
+    parser.add_argument(
+        "--size", type=parse_size, required=True, metavar="BYTES", help="suffixes K M G"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the pattern (%(default)s)"
+    )
+    parser.add_argument(
+        "--zero-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="one page in N is zero (%(default)s: none)",
+    )
     options = parser.parse_args()
     try:
         write_pattern(options.file, options.size, options.seed, options.zero_every)

@@ -1,4 +1,5 @@
-"""Everything that touches userfaultfd: the descriptor, its events, owners and their handshake, placement."""
+"""Everything that touches userfaultfd: the descriptor, its events, owners and their handshake,
+placement."""
 
 from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 from ._abandoned import AbandonedOwner

@@ -1,4 +1,5 @@
-"""Owners whose destination has died, and whom another one takes over: all that it needs is still in the owner's process."""
+"""Owners whose destination has died, and whom another one takes over: all that it needs is still in
+the owner's process."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ __all__ = ["AbandonedOwner"]
 
 
 class AbandonedOwner:
-    """A process that has handed over its memory to a destination that is gone, and has kept its userfaultfd and the map of
-    pages (docs/protocol.md). Attach it as any owner; nothing is changed before.
+    """A process that has handed over its memory to a destination that is gone, and has kept its
+    userfaultfd and the map of pages (docs/protocol.md). Attach it as any owner; nothing is changed
+    before.
 
-    :exc:`~pagenet.errors.UsageError`: it is no such process, or another pagenet still fills its memory;
-    :exc:`~pagenet.errors.Unsupported`: this user may not look into it; :exc:`~pagenet.errors.OwnerGone`: it has ended.
+    :exc:`~pagenet.errors.UsageError`: it is no such process, or another pagenet still fills its
+    memory; :exc:`~pagenet.errors.Unsupported`: this user may not look into it;
+    :exc:`~pagenet.errors.OwnerGone`: it has ended.
     """
 
     def __init__(self, pid: int) -> None:
@@ -30,7 +33,9 @@ class AbandonedOwner:
         try:
             self._process = OtherProcess(pid)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"there is no process {pid}: {getattr(error, 'strerror', error)}") from None
+            raise UsageError(
+                f"there is no process {pid}: {getattr(error, 'strerror', error)}"
+            ) from None
         self._map_fd: int | None = None
         try:
             self._map_fd, found = self._find_map()
@@ -52,8 +57,8 @@ class AbandonedOwner:
         if error.errno in (errno.ESRCH, errno.ENOENT):
             return OwnerGone(f"process {self.pid} has ended")
         return Unsupported(
-            f"may not take over the memory of process {self.pid}: {error.strerror}; run as root, or as its user with ptrace "
-            "access (kernel.yama.ptrace_scope=0)"
+            f"may not take over the memory of process {self.pid}: {error.strerror}; run as root, or"
+            " as its user with ptrace access (kernel.yama.ptrace_scope=0)"
         )
 
     def _find_map(self) -> tuple[int, _native.FoundMap]:
@@ -77,14 +82,20 @@ class AbandonedOwner:
             if kept:
                 os.close(kept[0])
             what = "it has no userfaultfd" if not self._uffds else "it keeps no map of them"
-            raise UsageError(f"the pages of process {self.pid} ({self._process.name}) do not come from pagenet: {what}")
+            raise UsageError(
+                f"the pages of process {self.pid} ({self._process.name}) do not come from pagenet:"
+                f" {what}"
+            )
         return kept[0] if kept[1].finished else self._lock(kept[0]), kept[1]
 
     def _lock(self, file: int) -> int:
         try:
             return _native.lock_map(file)
         except BlockingIOError:
-            raise UsageError(f"another pagenet is at work on the memory of process {self.pid}: end that one first") from None
+            raise UsageError(
+                f"another pagenet is at work on the memory of process {self.pid}: end that one"
+                " first"
+            ) from None
         finally:
             os.close(file)
 
@@ -120,8 +131,8 @@ class AbandonedOwner:
             raise self._refused(error) from None
         if file is None:
             raise UsageError(
-                f"the memory of process {self.pid} is not what its map of pages says: no file that it "
-                "holds open, to read and to write, is mapped there; start that process again"
+                f"the memory of process {self.pid} is not what its map of pages says: no file that"
+                " it holds open, to read and to write, is mapped there; start that process again"
             )
         return file
 
@@ -135,11 +146,18 @@ class AbandonedOwner:
                 raise self._refused(error) from None
             try:
                 uffd = Userfaultfd.received(fd)  # which it may have put another one in the place of
-                uffd.register(first.address, first.size, Mode.MISSING | (Mode.MINOR if self._note.shared else Mode.MISSING))
+                uffd.register(
+                    first.address,
+                    first.size,
+                    Mode.MISSING | (Mode.MINOR if self._note.shared else Mode.MISSING),
+                )
                 return uffd
             except (ValueError, OSError):
                 os.close(fd)
-        raise UsageError(f"none of the userfaultfds of process {self.pid} watches its memory at {first.address:#x}")
+        raise UsageError(
+            f"none of the userfaultfds of process {self.pid} watches its memory at"
+            f" {first.address:#x}"
+        )
 
     def close(self) -> None:
         """Idempotent. What was attached stays so."""

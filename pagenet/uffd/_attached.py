@@ -1,4 +1,5 @@
-"""Owners that know nothing of pagenet: a process that is stopped for a moment, and given a userfaultfd (native/attach.c)."""
+"""Owners that know nothing of pagenet: a process that is stopped for a moment, and given a
+userfaultfd (native/attach.c)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ _MAX_DEVICE = 255
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it holds open.
+    """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it
+    holds open.
 
     Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
     """
@@ -75,36 +77,50 @@ class AttachedOwner:
             return OwnerGone(f"process {self.pid} has ended")
         if error.errno in _WHY_NOT:
             return Unsupported(f"cannot attach to process {self.pid}: {_WHY_NOT[error.errno]}")
-        hint = "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with no debugger on it"
+        hint = (
+            "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with"
+            " no debugger on it"
+        )
         return Unsupported(f"may not attach to process {self.pid}: {error.strerror}; {hint}")
 
     async def plant(self) -> None:
         """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
         device = os.environ.get("PAGENET_UFFD_DEVICE", DEVICE)
         if len(os.fsencode(device)) > _MAX_DEVICE:
-            raise UsageError(f"PAGENET_UFFD_DEVICE is longer than {_MAX_DEVICE} bytes: name a device node with a shorter path")
+            raise UsageError(
+                f"PAGENET_UFFD_DEVICE is longer than {_MAX_DEVICE} bytes: name a device node with a"
+                " shorter path"
+            )
         try:
-            planted = await trio.to_thread.run_sync(_native.plant, self.pid, self._process.pidfd, device)
+            planted = await trio.to_thread.run_sync(
+                _native.plant, self.pid, self._process.pidfd, device
+            )
         except OSError as error:
             raise self._refused(error) from None
         if planted.refused in (errno.EPERM, errno.EACCES):
             raise Unsupported(
-                f"process {self.pid} may not use userfaultfd: run it as root, give its user access to {device} (setfacl -m "
-                f"u:{self._user()}:rw {device}, of Debian's package acl), or set sysctl vm.unprivileged_userfaultfd=1"
+                f"process {self.pid} may not use userfaultfd: run it as root, give its user access"
+                f" to {device} (setfacl -m u:{self._user()}:rw {device}, of Debian's package acl),"
+                " or set sysctl vm.unprivileged_userfaultfd=1"
             )
         if planted.refused:
-            raise Unsupported(f"process {self.pid} cannot have a userfaultfd: {os.strerror(planted.refused)}")
+            raise Unsupported(
+                f"process {self.pid} cannot have a userfaultfd: {os.strerror(planted.refused)}"
+            )
         self._planted = planted
 
     def _user(self) -> int:
         return Path(f"/proc/{self.pid}").stat().st_uid
 
     async def uproot(self) -> None:
-        """Take them away again: the kernel stops watching with the last descriptor. For a process whose guest has not come."""
+        """Take them away again: the kernel stops watching with the last descriptor. For a process
+        whose guest has not come."""
         if self._planted is not None:
             planted, self._planted = self._planted, None
             with trio.CancelScope(shield=True), suppress(OSError):  # it has ended
-                await trio.to_thread.run_sync(_native.uproot, self.pid, self._process.pidfd, planted)
+                await trio.to_thread.run_sync(
+                    _native.uproot, self.pid, self._process.pidfd, planted
+                )
 
     @property
     def files(self) -> list[str]:
@@ -117,7 +133,9 @@ class AttachedOwner:
             for file, mapping in zip(self._files, self._mappings, strict=True):
                 _native.punch(file, mapping.size)
         except OSError as error:
-            raise UsageError(f"cannot empty the memory of process {self.pid}: {error.strerror}") from None
+            raise UsageError(
+                f"cannot empty the memory of process {self.pid}: {error.strerror}"
+            ) from None
 
     async def attach(self, region: Region) -> UffdTarget:
         if self._planted is None:
@@ -160,7 +178,8 @@ class AttachedOwner:
             raise UsageError(f"{what}: {error.strerror}") from None
 
     def _watch(self, fd: int) -> Userfaultfd:
-        if not is_userfaultfd(fd):  # another thread of it may have put something else there meanwhile
+        # another thread of it may have put something else there meanwhile
+        if not is_userfaultfd(fd):
             raise UsageError(f"process {self.pid} has closed the userfaultfd that it was given")
         features = Feature.EVENT_REMOVE
         what = f"the memory of process {self.pid}"
@@ -175,9 +194,14 @@ class AttachedOwner:
                 what = f"the memory of process {self.pid} at {mapping.address:#x}"
                 uffd.register(mapping.address, mapping.size, Mode.MISSING)
         except OSError as error:
-            if error.errno == errno.EBUSY:  # and was killed before the guest came: else it would be resumed
-                raise UsageError(f"cannot watch {what}: somebody else has begun to; start that process again") from None
-            raise UsageError(f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs") from None
+            # and was killed before the guest came: else it would be resumed
+            if error.errno == errno.EBUSY:
+                raise UsageError(
+                    f"cannot watch {what}: somebody else has begun to; start that process again"
+                ) from None
+            raise UsageError(
+                f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs"
+            ) from None
         return uffd
 
     def close(self) -> None:

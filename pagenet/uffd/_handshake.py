@@ -1,9 +1,10 @@
 """Firecracker's UFFD handshake: how an owner hands over its memory.
 
-The owner connects to a unix socket and sends one message: a JSON array with an object for each mapping, and the
-userfaultfd as SCM_RIGHTS. Pagenet's extensions are two more descriptors, in this order: the memfd or tmpfs file that is mapped
-(shared), in which flat byte ``offset`` of the region stands at file offset ``offset``; and an empty memfd of the name
-``pagenet-residency``, of which the owner keeps a descriptor: the map of pages is in there, and outlives the destination.
+The owner connects to a unix socket and sends one message: a JSON array with an object for each
+mapping, and the userfaultfd as SCM_RIGHTS. Pagenet's extensions are two more descriptors, in this
+order: the memfd or tmpfs file that is mapped (shared), in which flat byte ``offset`` of the region
+stands at file offset ``offset``; and an empty memfd of the name ``pagenet-residency``, of which the
+owner keeps a descriptor: the map of pages is in there, and outlives the destination.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """``size`` bytes at ``address`` in the owner are flat bytes ``offset``... of the region, in pages of ``page_size``."""
+    """``size`` bytes at ``address`` in the owner are flat bytes ``offset``... of the region, in
+    pages of ``page_size``."""
 
     address: int
     size: int
@@ -48,21 +50,26 @@ def parse_mappings(message: bytes) -> list[Mapping]:
 
 
 def parse_handshake(message: bytes) -> tuple[list[Mapping], bool]:
-    """The handshake's text: the mappings, and whether what the owner's userfaultfd watches outside of them
-    reads as zero. :exc:`HandshakeError` says in one line what is wrong with it."""
+    """The handshake's text: the mappings, and whether what the owner's userfaultfd watches outside
+    of them reads as zero. :exc:`HandshakeError` says in one line what is wrong with it."""
     try:
         entries = json.loads(message)
     except (ValueError, RecursionError) as error:
         raise HandshakeError(f"the owner's handshake is not JSON: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise HandshakeError("the owner's handshake is not a JSON array of mappings")
-    return [_mapping(entry, index) for index, entry in enumerate(entries)], _outside_is_zero(entries)
+    return [_mapping(entry, index) for index, entry in enumerate(entries)], _outside_is_zero(
+        entries
+    )
 
 
 def _outside_is_zero(entries: list[dict[str, Any]]) -> bool:
     words = [entry.get("outside", "poison") for entry in entries]
     if any(word not in ("poison", "zero") for word in words) or words.count(words[0]) < len(words):
-        raise HandshakeError("the owner's handshake says 'outside' otherwise than 'zero', or 'poison', in all mappings")
+        raise HandshakeError(
+            "the owner's handshake says 'outside' otherwise than 'zero', or 'poison', in all"
+            " mappings"
+        )
     return bool(words[0] == "zero")
 
 
@@ -72,8 +79,12 @@ def _mapping(entry: Any, index: int) -> Mapping:
     # Both names have always meant bytes; the older one is misnamed.
     page_size_key = "page_size" if "page_size" in entry else "page_size_kib"
     if page_size_key not in entry:
-        entry = {**entry, "page_size_kib": 4096}  # handshakes of before Firecracker 1.7 have neither
-    numbers = [_number(entry, key, index) for key in ("base_host_virt_addr", "size", "offset", page_size_key)]
+        # handshakes of before Firecracker 1.7 have neither
+        entry = {**entry, "page_size_kib": 4096}
+    numbers = [
+        _number(entry, key, index)
+        for key in ("base_host_virt_addr", "size", "offset", page_size_key)
+    ]
     return _checked(Mapping(*numbers), index)
 
 
@@ -87,18 +98,26 @@ def _number(entry: dict[str, Any], key: str, index: int) -> int:
 def _checked(mapping: Mapping, index: int) -> Mapping:
     page = mapping.page_size
     if page < 4096 or page & (page - 1) or page > 1 << 30:
-        raise HandshakeError(f"mapping {index}: page size {page} is not a power of two from 4 KiB to 1 GiB")
+        raise HandshakeError(
+            f"mapping {index}: page size {page} is not a power of two from 4 KiB to 1 GiB"
+        )
     if mapping.size == 0 or any(n % page for n in (mapping.address, mapping.size, mapping.offset)):
-        raise HandshakeError(f"mapping {index}: address, size and offset are not whole pages of {page} bytes")
+        raise HandshakeError(
+            f"mapping {index}: address, size and offset are not whole pages of {page} bytes"
+        )
     if mapping.address >= _MAX_ADDRESS or mapping.size > _MAX_ADDRESS - mapping.address:
-        raise HandshakeError(f"mapping {index}: {mapping.size:#x} bytes at {mapping.address:#x} is no address range")
+        raise HandshakeError(
+            f"mapping {index}: {mapping.size:#x} bytes at {mapping.address:#x} is no address range"
+        )
     return mapping
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is left with a map of pages, for whoever takes it over: the identity of the ``source``, whether pages come through
-    the file behind the memory (``shared``), the mappings, and whether what is outside of them reads as zero."""
+    """What is left with a map of pages, for whoever takes it over: the identity of the ``source``,
+    whether pages come through the file behind the memory (``shared``), the mappings, and whether
+    what is outside of them reads as zero.
+    """
 
     source: bytes
     shared: bool
@@ -108,17 +127,29 @@ class Note:
     def encode(self) -> bytes:
         outside = {"outside": "zero"} if self.outside_is_zero else {}
         entries = [
-            {"base_host_virt_addr": m.address, "size": m.size, "offset": m.offset, "page_size": m.page_size, **outside}
+            {
+                "base_host_virt_addr": m.address,
+                "size": m.size,
+                "offset": m.offset,
+                "page_size": m.page_size,
+                **outside,
+            }
             for m in self.mappings
         ]
-        return json.dumps({"source": self.source.hex(), "shared": self.shared, "mappings": entries}).encode()
+        return json.dumps(
+            {"source": self.source.hex(), "shared": self.shared, "mappings": entries}
+        ).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Note:
         """:exc:`HandshakeError` if it is none."""
         try:
             words = json.loads(data)
-            source, shared, mappings = bytes.fromhex(words["source"]), bool(words["shared"]), json.dumps(words["mappings"])
+            source, shared, mappings = (
+                bytes.fromhex(words["source"]),
+                bool(words["shared"]),
+                json.dumps(words["mappings"]),
+            )
         except (ValueError, TypeError, KeyError, RecursionError):
             raise HandshakeError("the note beside the map of pages makes no sense") from None
         found, outside_is_zero = parse_handshake(mappings.encode())
@@ -128,14 +159,15 @@ class Note:
 def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:
     """Hold ``mappings`` against the region and return the region in the owner's page sizes.
 
-    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two page sizes, or one that does
-    not divide it.
+    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two
+    page sizes, or one that does not divide it.
     """
     for mapping in mappings:
         if mapping.offset >= region.size or mapping.size > region.size - mapping.offset:
             raise HandshakeError(
-                f"the owner maps {mapping.size:#x} bytes at offset {mapping.offset:#x}: past the end of the region "
-                f"({region.size:#x} bytes); does it have the source's memory size?"
+                f"the owner maps {mapping.size:#x} bytes at offset {mapping.offset:#x}: past the"
+                f" end of the region ({region.size:#x} bytes); does it have the source's memory"
+                " size?"
             )
     _check_apart(sorted((m.address, m.size) for m in mappings), "in the owner's address space")
     _check_apart(sorted((m.offset, m.size) for m in mappings), "in the region")
@@ -143,7 +175,9 @@ def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:
     try:
         return region.with_page_sizes(page_sizes)
     except UsageError as error:
-        raise HandshakeError(f"the owner's page size does not fit the source's memory: {error}") from None
+        raise HandshakeError(
+            f"the owner's page size does not fit the source's memory: {error}"
+        ) from None
 
 
 def _check_apart(ranges: Sequence[tuple[int, int]], where: str) -> None:
@@ -157,7 +191,10 @@ def _page_size_of_block(mappings: Sequence[Mapping], region: Region, index: int)
     sizes = {m.page_size for m in mappings if m.offset < end and start < m.offset + m.size}
     block = region.blocks[index]
     if len(sizes) > 1:
-        raise HandshakeError(f"the owner maps block {block.name!r} in pages of {sorted(sizes)} bytes: one size a block")
+        raise HandshakeError(
+            f"the owner maps block {block.name!r} in pages of {sorted(sizes)} bytes: one size a"
+            " block"
+        )
     return sizes.pop() if sizes else block.page_size
 
 
@@ -174,7 +211,10 @@ def mapping_pieces(mapping: Mapping, region: Region) -> list[tuple[Run, int]]:
         page_size = region.blocks[index].page_size
         size = min(mapping.size - at, region.offsets[index + 1] - offset)
         if (offset - region.offsets[index]) % page_size or size % page_size:
-            raise HandshakeError(f"block {region.blocks[index].name!r} is not mapped in whole pages of {page_size} bytes")
+            raise HandshakeError(
+                f"block {region.blocks[index].name!r} is not mapped in whole pages of {page_size}"
+                " bytes"
+            )
         pieces.append((Run(region.page_at_offset(offset), size // page_size), mapping.address + at))
         at += size
     return pieces

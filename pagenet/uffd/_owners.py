@@ -29,7 +29,8 @@ __all__ = ["MAP_LINK", "OwnMemory", "Peer", "UffdSocket", "wait_memory_gone"]
 HUGE_PAGE = 2 << 20
 #: the owner's memfd for the map of pages, in /proc/PID/fd
 MAP_LINK = f"/memfd:{_native.MAP_NAME} (deleted)"
-# An owner sends its handshake in one go, right after it has connected. A stranger may never send anything.
+# An owner sends its handshake in one go, right after it has connected. A stranger may never send
+# anything.
 HANDSHAKE_TIMEOUT = 5.0
 # Owners that may wait for accept(): one, and perhaps a few that are turned away.
 _BACKLOG = 8
@@ -44,14 +45,15 @@ class OwnMemory:
 
     Attach it once, then touch it from C, at :attr:`address` and up.
 
-    **Never touch it from Python before the transfer is complete**: a thread that faults holds the GIL, and the process is
-    stuck for good. :meth:`read` copies from C without the GIL.
+    **Never touch it from Python before the transfer is complete**: a thread that faults holds the
+    GIL, and the process is stuck for good. :meth:`read` copies from C without the GIL.
 
-    ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB pages). The memory lives
-    until :meth:`close`; a page that was missing when a transfer failed raises SIGBUS. ``allocate``:
-    allocate shared memory before the first page comes. ``move``: where the kernel can (6.8), move
-    pages into anonymous memory instead of copying them. It costs more than it saves
-    (``pagenet-bench stream``): every page that is moved away must be replaced by a new one.
+    ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB
+    pages). The memory lives until :meth:`close`; a page that was missing when a transfer failed
+    raises SIGBUS. ``allocate``: allocate shared memory before the first page comes. ``move``: where
+    the kernel can (6.8), move pages into anonymous memory instead of copying them. It costs more
+    than it saves (``pagenet-bench stream``): every page that is moved away must be replaced by a
+    new one.
     """
 
     def __init__(
@@ -69,10 +71,14 @@ class OwnMemory:
 
     async def attach(self, region: Region) -> UffdTarget:
         if self._mapped is not None:
-            raise UsageError("this memory was attached before: each transfer fills memory of its own")
+            raise UsageError(
+                "this memory was attached before: each transfer fills memory of its own"
+            )
         page_size = HUGE_PAGE if self._kind == "hugetlb" else mmap.PAGESIZE
         if region.size % page_size:
-            raise UsageError(f"{region.size} bytes is not a whole number of {page_size}-byte huge pages")
+            raise UsageError(
+                f"{region.size} bytes is not a whole number of {page_size}-byte huge pages"
+            )
         uffd = Userfaultfd.open(self._features())
         shared_fd = None
         try:
@@ -102,7 +108,11 @@ class OwnMemory:
         return target
 
     def _features(self) -> Feature:
-        wanted = Feature.MOVE | Feature.EVENT_REMOVE if self._kind == "anonymous" and self._move else Feature.EVENT_REMOVE
+        wanted = (
+            Feature.MOVE | Feature.EVENT_REMOVE
+            if self._kind == "anonymous" and self._move
+            else Feature.EVENT_REMOVE
+        )
         return wanted & probe()
 
     def _map(self, size: int, page_size: int) -> None:
@@ -115,12 +125,17 @@ class OwnMemory:
         except OSError as error:
             raise Unsupported(
                 f"cannot map {size} bytes of {self._kind} memory: {error.strerror}"
-                + (" (reserve huge pages: sysctl vm.nr_hugepages)" if self._kind == "hugetlb" else "")
+                + (
+                    " (reserve huge pages: sysctl vm.nr_hugepages)"
+                    if self._kind == "hugetlb"
+                    else ""
+                )
             ) from None
 
     @property
     def address(self) -> int:
-        """Where the memory begins in this process; flat byte offsets of the region count from here."""
+        """Where the memory begins in this process; flat byte offsets of the region count from
+        here."""
         assert self._mapped is not None, "not attached yet"
         return self._mapped.address
 
@@ -132,7 +147,9 @@ class OwnMemory:
         """
         into = bytearray(length)
         # Abandoned: it waits for a transfer that may itself wait for the caller to leave.
-        await trio.to_thread.run_sync(_native.copy_out, self.address + offset, memoryview(into), abandon_on_cancel=True)
+        await trio.to_thread.run_sync(
+            _native.copy_out, self.address + offset, memoryview(into), abandon_on_cancel=True
+        )
         return bytes(into)
 
     def close(self) -> None:
@@ -146,7 +163,8 @@ class OwnMemory:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process at the other end of the owner's socket; pid 0 if it lives in a pid namespace that we do not see."""
+    """The process at the other end of the owner's socket; pid 0 if it lives in a pid namespace that
+    we do not see."""
 
     pid: int
     pidfd: int
@@ -157,14 +175,18 @@ class Peer:
         try:
             return cls(pid, os.pidfd_open(pid) if pid > 0 else -1)
         except ProcessLookupError:
-            raise HandshakeError(f"the owner (pid {pid}) ended right after it had connected") from None
+            raise HandshakeError(
+                f"the owner (pid {pid}) ended right after it had connected"
+            ) from None
 
     def keeps(self, uffd_fd: int) -> bool:
         """Whether it has its own descriptor for the userfaultfd. False if we may not look."""
         try:
             for entry in Path(f"/proc/{self.pid}/fd").iterdir():
                 with suppress(OSError):
-                    if "userfaultfd" in entry.readlink().name and _native.same_file(uffd_fd, self.pid, int(entry.name)):
+                    if "userfaultfd" in entry.readlink().name and _native.same_file(
+                        uffd_fd, self.pid, int(entry.name)
+                    ):
                         return True
         except OSError:
             pass
@@ -189,7 +211,9 @@ def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
         peer.close()
         _close_all(fds)
         if isinstance(error, HandshakeError):
-            raise UsageError(f"the memory of process {process.pid} cannot be filled from this source: {error}") from None
+            raise UsageError(
+                f"the memory of process {process.pid} cannot be filled from this source: {error}"
+            ) from None
         raise
 
 
@@ -219,7 +243,9 @@ class UffdSocket:
     async def listen(self) -> None:
         """Open the socket, so that owners may connect. :meth:`attach` does this if needed."""
         await trio.lowlevel.checkpoint()
-        self._file = self._file or UnixSocketFile(str(self.path), f"owner's socket {self.path}", _BACKLOG)
+        self._file = self._file or UnixSocketFile(
+            str(self.path), f"owner's socket {self.path}", _BACKLOG
+        )
 
     async def wait_owner(self) -> None:
         """Return once an owner has connected. It stays in the queue until :meth:`attach`."""
@@ -239,7 +265,11 @@ class UffdSocket:
                 break
             except trio.TooSlowError:
                 sock.close()
-                self._on_refused(HandshakeError(f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"))
+                self._on_refused(
+                    HandshakeError(
+                        f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"
+                    )
+                )
             except HandshakeError as error:
                 sock.close()
                 self._on_refused(error)
@@ -266,9 +296,13 @@ async def _allocate(target: UffdTarget) -> None:
     size = target.region.size
     for offset in range(0, size, _ALLOCATION_STEP):
         try:
-            await trio.to_thread.run_sync(target.allocate, offset, min(_ALLOCATION_STEP, size - offset))
+            await trio.to_thread.run_sync(
+                target.allocate, offset, min(_ALLOCATION_STEP, size - offset)
+            )
         except OSError as error:
-            raise Unsupported(f"cannot allocate {size} bytes of shared memory: {error.strerror}") from None
+            raise Unsupported(
+                f"cannot allocate {size} bytes of shared memory: {error.strerror}"
+            ) from None
 
 
 async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:
@@ -331,11 +365,15 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
         try:
             mine = _native.lock_map(fds[at])
         except OSError as error:
-            raise HandshakeError(f"the owner's map of pages is in use, or not to be had: {error.strerror}") from None
+            raise HandshakeError(
+                f"the owner's map of pages is in use, or not to be had: {error.strerror}"
+            ) from None
         os.close(fds[at])
         fds[at] = mine
         if os.fstat(mine).st_size:
-            raise HandshakeError("the owner's map of pages is not empty: its transfer is to be resumed, not begun")
+            raise HandshakeError(
+                "the owner's map of pages is not empty: its transfer is to be resumed, not begun"
+            )
     return fds[files[0]] if files else None, fds[maps[0]] if maps else None
 
 
@@ -346,15 +384,24 @@ async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[
     try:
         while not _is_whole(message):
             room = MAX_HANDSHAKE_BYTES + 1 - len(message)
-            data, control, flags, _ = await sock.recvmsg(room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC)
+            data, control, flags, _ = await sock.recvmsg(
+                room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
+            )
             fds += _descriptors(control)
             message += data
             if flags & socket.MSG_CTRUNC or len(fds) > 2 + any(map(_is_map, fds)):
-                raise HandshakeError("the owner's handshake carries more than two descriptors, and a map of its pages")
+                raise HandshakeError(
+                    "the owner's handshake carries more than two descriptors, and a map of its"
+                    " pages"
+                )
             if not data:
-                raise HandshakeError(f"the owner closed its socket after {len(message)} bytes of its handshake")
+                raise HandshakeError(
+                    f"the owner closed its socket after {len(message)} bytes of its handshake"
+                )
             if len(message) > MAX_HANDSHAKE_BYTES:
-                raise HandshakeError(f"the owner's handshake is longer than {MAX_HANDSHAKE_BYTES} bytes")
+                raise HandshakeError(
+                    f"the owner's handshake is longer than {MAX_HANDSHAKE_BYTES} bytes"
+                )
     except BaseException as error:
         _close_all(fds)
         if isinstance(error, OSError):

@@ -1,10 +1,11 @@
-"""What is taken out of another process, which may be hostile: descriptors, held against what it has mapped.
+"""What is taken out of another process, which may be hostile: descriptors, held against what it has
+mapped.
 
-A descriptor is duplicated by way of the process's pidfd, and so keeps the mode in which it was opened.
-It is never opened anew by its name in /proc/PID/fd: that asks whether *we* may, and root may write to
-any file that somebody else holds open for reading. The number of a process that has ended may be
-another's: so the pidfd comes first, and what /proc says by number counts only if the process is still
-there afterwards.
+A descriptor is duplicated by way of the process's pidfd, and so keeps the mode in which it was
+opened. It is never opened anew by its name in /proc/PID/fd: that asks whether *we* may, and root
+may write to any file that somebody else holds open for reading. The number of a process that has
+ended may be another's: so the pidfd comes first, and what /proc says by number counts only if the
+process is still there afterwards.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ __all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable"]
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A line of /proc/PID/maps: bytes [start, end) of a process, with the access ``mode``, are those from
-    ``offset`` on of the file with those device and inode numbers."""
+    """A line of /proc/PID/maps: bytes [start, end) of a process, with the access ``mode``, are
+    those from ``offset`` on of the file with those device and inode numbers."""
 
     start: int
     end: int
@@ -39,7 +40,8 @@ class Mapped:
 
 
 class OtherProcess:
-    """The process ``pid``: :exc:`OSError`, from each method, if it has ended or this user may not look into it."""
+    """The process ``pid``: :exc:`OSError`, from each method, if it has ended or this user may not
+    look into it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -66,26 +68,32 @@ class OtherProcess:
             span, mode, offset, device, inode, *_ = line.split()
             start, end = (int(number, 16) for number in span.split("-"))
             major, minor = (int(number, 16) for number in device.split(":"))
-            found.append(Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode)))
+            found.append(
+                Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode))
+            )
         self._check_alive()
         return found
 
     def file_at(self, mappings: Sequence[Mapping]) -> tuple[int, int] | None:
-        """Device and inode of the one file that is mapped there, shared and to be written, with each byte
-        of the region at its offset. Parts may be unmapped. None: that is not what it has mapped."""
+        """Device and inode of the one file that is mapped there, shared and to be written, with
+        each byte of the region at its offset. Parts may be unmapped. None: that is not what it has
+        mapped."""
         maps, found = self.maps(), set[tuple[int, int]]()
         for mapping in mappings:
             for part in maps:
                 if part.end <= mapping.address or part.start >= mapping.address + mapping.size:
                     continue
-                if not re.fullmatch("rw.s", part.mode) or part.offset - part.start != mapping.offset - mapping.address:
+                if (
+                    not re.fullmatch("rw.s", part.mode)
+                    or part.offset - part.start != mapping.offset - mapping.address
+                ):
                     return None
                 found.add((part.device, part.inode))
         return found.pop() if len(found) == 1 else None
 
     def take_file(self, mappings: Sequence[Mapping]) -> int | None:
-        """The file behind ``mappings``, as the process holds it, open for reading and writing: it may have
-        no name any more, or one that means another file here. None: it holds none."""
+        """The file behind ``mappings``, as the process holds it, open for reading and writing: it
+        may have no name any more, or one that means another file here. None: it holds none."""
         wanted = self.file_at(mappings)
         for number, link in self.descriptors() if wanted else ():
             if not link.startswith("/") or not self._may_be(number, wanted):
@@ -108,8 +116,13 @@ class OtherProcess:
     def _may_be(self, number: int, wanted: tuple[int, int] | None) -> bool:
         """Asking a file itself may wait for whoever serves its file system, who may be anybody."""
         with suppress(FileNotFoundError):
-            found = re.search(r"^ino:\s*(\d+)$", Path(f"/proc/{self.pid}/fdinfo/{number}").read_text(), re.MULTILINE)
-            return wanted is not None and (found is None or int(found[1]) == wanted[1])  # None: before Linux 5.14
+            found = re.search(
+                r"^ino:\s*(\d+)$",
+                Path(f"/proc/{self.pid}/fdinfo/{number}").read_text(),
+                re.MULTILINE,
+            )
+            # None: before Linux 5.14
+            return wanted is not None and (found is None or int(found[1]) == wanted[1])
         return False
 
     @property
@@ -145,8 +158,8 @@ def is_writable(fd: int) -> bool:
 
 
 def is_memory_file(fd: int) -> bool:
-    """A memfd, or a file of tmpfs or hugetlbfs: what userfaultfd watches, and what never waits for anybody. The kernel alone
-    answers, whatever the file is."""
+    """A memfd, or a file of tmpfs or hugetlbfs: what userfaultfd watches, and what never waits for
+    anybody. The kernel alone answers, whatever the file is."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

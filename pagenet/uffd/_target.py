@@ -1,11 +1,13 @@
-"""Filling memory that faults: a userfaultfd, the mappings it watches, and the file behind them if there is one.
+"""Filling memory that faults: a userfaultfd, the mappings it watches, and the file behind them if
+there is one.
 
 How pages get into place is decided here, once, by what the memory is:
 
-- shared, and the file behind it came along: write the page through a second mapping, then CONTINUE. The owner's ranges are
-  registered again for MISSING and MINOR, because a range that is registered for MINOR alone hands out fresh zero pages
-  where the file has a hole;
-- private anonymous memory of this very process, on a kernel that has it: MOVE. (It refuses other processes' memory.)
+- shared, and the file behind it came along: write the page through a second mapping, then CONTINUE.
+  The owner's ranges are registered again for MISSING and MINOR, because a range that is registered
+  for MINOR alone hands out fresh zero pages where the file has a hole;
+- private anonymous memory of this very process, on a kernel that has it: MOVE. (It refuses other
+  processes' memory.)
 - everything else: COPY.
 """
 
@@ -66,11 +68,12 @@ class NativeMemory:
 class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
 
-    ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there; ``recover``: a dead destination has
-    left one in it, with that
-    note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for ``uffd``, so that closing ours leaves
-    its threads waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go. ``own``: the memory
-    is this process's. ``outside_is_zero``: what the owner announced nothing about reads as zero; else it is poisoned.
+    ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there;
+    ``recover``: a dead destination has left one in it, with that note. ``keeps_uffd`` tells whether
+    the owner has a descriptor of its own for ``uffd``, so that closing ours leaves its threads
+    waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go.
+    ``own``: the memory is this process's. ``outside_is_zero``: what the owner announced nothing
+    about reads as zero; else it is poisoned.
     """
 
     def __init__(
@@ -99,14 +102,17 @@ class UffdTarget:
         self._outside_is_zero = outside_is_zero
         self.region = check_mappings(mappings, region)
         if uffd.features & (Feature.EVENT_FORK | Feature.EVENT_REMAP):
-            raise HandshakeError("the owner's userfaultfd reports forks and remaps, which pagenet does not follow")
+            raise HandshakeError(
+                "the owner's userfaultfd reports forks and remaps, which pagenet does not follow"
+            )
         self._pieces = sorted(self._cut(mappings), key=lambda piece: piece.run.first)
         self._check_watched()
         self._firsts = [piece.run.first for piece in self._pieces]
         self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
         self._addresses = [piece.address for piece in self._by_address]
         self._second: _native.Mapped | None = None
-        #: whether the second mapping's page tables are there, or must be used all the same: hugetlbfs has no write()
+        # : whether the second mapping's page tables are there, or must be used all the same:
+        # hugetlbfs has no write()
         self._in_place = self.region.max_page_size > mmap.PAGESIZE
         #: storing through the second mapping is never a SIGBUS
         self._sealed = shared_fd is not None and (own or _native.seal_size(shared_fd))
@@ -119,8 +125,10 @@ class UffdTarget:
                 yield _Piece(run, address, mapping.page_size)
 
     def _check_watched(self) -> None:
-        """Pages that nobody can place would be taken for pages that are not mapped. What is watched already
-        stays so; the kernel refuses memory that another userfaultfd watches, and one that is not set up."""
+        """Pages that nobody can place would be taken for pages that are not mapped. What is watched
+        already stays so; the kernel refuses memory that another userfaultfd watches, and one that
+        is not set up.
+        """
         for piece in self._pieces:
             try:
                 self._uffd.register(piece.address, piece.size, Mode.MISSING)
@@ -136,10 +144,12 @@ class UffdTarget:
         return "move" if own and Feature.MOVE in self._uffd.features else "copy"
 
     def _map_shared(self, fd: int) -> bool:
-        """Map the owner's file a second time and watch its ranges for MINOR too; False where the kernel cannot."""
+        """Map the owner's file a second time and watch its ranges for MINOR too; False where the
+        kernel cannot."""
         if os.fstat(fd).st_size < self.region.size:
             raise HandshakeError(
-                f"the owner's memory file is {os.fstat(fd).st_size:#x} bytes long, the region {self.region.size:#x}"
+                f"the owner's memory file is {os.fstat(fd).st_size:#x} bytes long, the region"
+                f" {self.region.size:#x}"
             )
         try:
             for piece in self._pieces:
@@ -165,14 +175,19 @@ class UffdTarget:
         if self._recover is not None and (was := self._recover.source) != source:
             other = f"{source.hex()[:8]} instead of {was.hex()[:8]}"
             raise UsageError(
-                f"this source is not the one whose pages were coming, but another machine's, or was changed since ({other}): "
-                f"if it holds the same bytes, serve it with --identity {was.hex()}"
+                "this source is not the one whose pages were coming, but another machine's, or was"
+                f" changed since ({other}): if it holds the same bytes, serve it with --identity"
+                f" {was.hex()}"
             )
         file, self._map_fd = self._map_fd, None  # the map's to close
         try:
-            return Residency(self.region.pages, note=note.encode(), file=file, recover=self._recover is not None)
+            return Residency(
+                self.region.pages, note=note.encode(), file=file, recover=self._recover is not None
+            )
         except OSError as error:
-            raise HandshakeError(f"the owner's memfd for the map of its pages cannot be used: {error.strerror}") from None
+            raise HandshakeError(
+                f"the owner's memfd for the map of its pages cannot be used: {error.strerror}"
+            ) from None
 
     def scope(self) -> Sequence[Run]:
         return [piece.run for piece in self._pieces]
@@ -223,7 +238,9 @@ class UffdTarget:
             return not self._retry(error, fault.address)
         piece, _ = next(self._parts(Run(page, 1)))
         address = piece.address_of(page)
-        settled = self._uffd.settle(fault, address, self._zeros.buffer(0, self._zeros.size), piece.page_size)
+        settled = self._uffd.settle(
+            fault, address, self._zeros.buffer(0, self._zeros.size), piece.page_size
+        )
         return not self._retry(settled.error, address)
 
     def wake(self, run: Run) -> None:
@@ -235,11 +252,12 @@ class UffdTarget:
             self._write_shared(run, None)
 
     def allocate(self, offset: int, size: int) -> None:
-        """Get a part of the shared memory (bytes of the region) from the system now, and have it at hand. :exc:`OSError` if
-        there is not that much.
+        """Get a part of the shared memory (bytes of the region) from the system now, and have it at
+        hand. :exc:`OSError` if there is not that much.
 
-        Call it in a thread, for one part after the other to the region's end, before the first page comes. Memory that is not
-        shared is left alone: a page that exists would be taken for one that has come.
+        Call it in a thread, for one part after the other to the region's end, before the first page
+        comes. Memory that is not shared is left alone: a page that exists would be taken for one
+        that has come.
         """
         if self._second is not None:
             assert self._shared_fd is not None
@@ -285,10 +303,15 @@ class UffdTarget:
         except OSError as error:
             if error.errno == errno.EFAULT:
                 raise HandshakeError(_NOT_THERE) from None
-            raise PagenetError(f"cannot write to the owner's memory file: {error.strerror}") from None
+            raise PagenetError(
+                f"cannot write to the owner's memory file: {error.strerror}"
+            ) from None
 
-    def _place(self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False) -> Outcome:
-        """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have the page any more."""
+    def _place(
+        self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False
+    ) -> Outcome:
+        """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have
+        the page any more."""
         placed = existed = absent = 0
         again = False
         for piece, part in self._parts(run):
@@ -330,7 +353,9 @@ class UffdTarget:
                 raise OwnerGone("the owner of the memory is gone")
             case errno.EFAULT if self._second is not None:
                 raise HandshakeError(_NOT_THERE)
-        raise PagenetError(f"cannot place a page at {address:#x} of the owner: {os.strerror(error)}")
+        raise PagenetError(
+            f"cannot place a page at {address:#x} of the owner: {os.strerror(error)}"
+        )
 
     async def wait_gone(self) -> None:
         await self._wait_gone()
@@ -339,8 +364,10 @@ class UffdTarget:
         return _native.uffd_probe(self._uffd.fd, self._pieces[0].address) != errno.ESRCH
 
     def close(self, missing: Sequence[Run]) -> None:
-        """Everything in place: stop watching, so that the owner never again waits for us. Otherwise keep the ranges watched;
-        an owner that has no descriptor of its own would read zeros from then on, so its missing pages become SIGBUS."""
+        """Everything in place: stop watching, so that the owner never again waits for us. Otherwise
+        keep the ranges watched; an owner that has no descriptor of its own would read zeros from
+        then on, so its missing pages become SIGBUS.
+        """
         if self._uffd.fd < 0:
             return
         if not missing:
@@ -358,7 +385,8 @@ class UffdTarget:
 
     def _unregister(self) -> None:
         for piece in self._pieces:
-            with suppress(OSError):  # unmapped meanwhile, or the owner is gone: nothing is watched there
+            # unmapped meanwhile, or the owner is gone: nothing is watched there
+            with suppress(OSError):
                 self._uffd.unregister(piece.address, piece.size)
         # An owner that was giving up memory just now waits until its event is read, watched or not.
         while _native.uffd_probe(self._uffd.fd, self._pieces[0].address) == errno.EAGAIN:

@@ -67,7 +67,8 @@ class Userfaultfd:
     def open(cls, wanted: Feature = NO_FEATURES, *, user_mode_only: bool = False) -> Userfaultfd:
         """A new one, for memory of this process.
 
-        Raises :exc:`Unsupported` where the kernel lacks userfaultfd or one of the features, or does not let us.
+        Raises :exc:`Unsupported` where the kernel lacks userfaultfd or one of the features, or does
+        not let us.
         """
         fd = _open(user_mode_only)
         try:
@@ -78,14 +79,16 @@ class Userfaultfd:
 
     @classmethod
     def received(cls, fd: int) -> Userfaultfd:
-        """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it is something else."""
+        """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it
+        is something else."""
         if not is_userfaultfd(fd):
             raise ValueError("the file descriptor is not a userfaultfd")
         os.set_blocking(fd, False)  # a blocking one polls POLLERR for ever
         return cls(fd, _enabled_features(fd))
 
     def close(self) -> None:
-        """Idempotent. Closing the last descriptor unregisters: from then on missing pages silently read as zeros."""
+        """Idempotent. Closing the last descriptor unregisters: from then on missing pages silently
+        read as zeros."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -95,7 +98,8 @@ class Userfaultfd:
         _native.uffd_register(self.fd, start, length, mode)
 
     def unregister(self, start: int, length: int) -> None:
-        """Stop watching [start, start + length): whoever waits there goes on, and missing pages read as zeros."""
+        """Stop watching [start, start + length): whoever waits there goes on, and missing pages
+        read as zeros."""
         _native.uffd_unregister(self.fd, start, length)
 
     def wake(self, start: int, length: int) -> None:
@@ -109,20 +113,27 @@ class Userfaultfd:
         except BlockingIOError:
             return []
 
-    def place(self, how: int, address: int, data: _native.Buffer | None, length: int, page_size: int) -> _native.Placed:
-        """Fill [address, address + length) and wake its waiters. The rules are in ``native/place.c``.
+    def place(
+        self, how: int, address: int, data: _native.Buffer | None, length: int, page_size: int
+    ) -> _native.Placed:
+        """Fill [address, address + length) and wake its waiters. The rules are in
+        ``native/place.c``.
 
-        ``error`` of the result: ``EAGAIN`` means that events must be read first, ``ESRCH`` that the owner is gone.
+        ``error`` of the result: ``EAGAIN`` means that events must be read first, ``ESRCH`` that the
+        owner is gone.
         """
         return _native.place(self.fd, how, address, data, length, page_size)
 
-    def settle(self, fault: Fault, address: int, zeros: _native.Buffer, page_size: int) -> _native.Placed:
-        """Answer ``fault`` on the page at ``address``, which was placed, or given up, before. ``error`` as in :meth:`place`."""
+    def settle(
+        self, fault: Fault, address: int, zeros: _native.Buffer, page_size: int
+    ) -> _native.Placed:
+        """Answer ``fault`` on the page at ``address``, which was placed, or given up, before.
+        ``error`` as in :meth:`place`."""
         return _native.settle(self.fd, address, fault.minor, zeros, page_size)
 
     def answer_outside(self, fault: Fault, zero: bool) -> int:
-        """Poison the page that ``fault`` waits for, or make it one of zeros: whatever the page size is there. An errno as in
-        :meth:`place`, or 0."""
+        """Poison the page that ``fault`` waits for, or make it one of zeros: whatever the page size
+        is there. An errno as in :meth:`place`, or 0."""
         flags = _FLAG_WP * fault.protected | _FLAG_MINOR * fault.minor
         return _native.answer_outside(self.fd, fault.address, flags, zero)
 
@@ -135,7 +146,9 @@ def is_userfaultfd(fd: int) -> bool:
 def _typed(event: _native.NativeEvent) -> Event:
     match event.kind:
         case 0x12:
-            write, protected, minor = (bool(event.flags & flag) for flag in (_FLAG_WRITE, _FLAG_WP, _FLAG_MINOR))
+            write, protected, minor = (
+                bool(event.flags & flag) for flag in (_FLAG_WRITE, _FLAG_WP, _FLAG_MINOR)
+            )
             return Fault(event.start, write, minor, event.thread, protected)
         case 0x13:
             return Forked(event.fd)
@@ -154,9 +167,9 @@ def _open(user_mode_only: bool) -> int:
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
             raise Unsupported(
-                f"userfaultfd is not permitted to this user: make {DEVICE} readable and writable for it (setfacl -m "
-                f"u:{os.getuid()}:rw {DEVICE}, of Debian's package acl), or set sysctl vm.unprivileged_userfaultfd=1, or give "
-                "CAP_SYS_PTRACE"
+                f"userfaultfd is not permitted to this user: make {DEVICE} readable and writable"
+                f" for it (setfacl -m u:{os.getuid()}:rw {DEVICE}, of Debian's package acl), or set"
+                " sysctl vm.unprivileged_userfaultfd=1, or give CAP_SYS_PTRACE"
             ) from None
         if error.errno == errno.ENOSYS:
             raise Unsupported("this kernel is built without CONFIG_USERFAULTFD") from None
@@ -180,5 +193,7 @@ def _missing_features(wanted: Feature, error: OSError) -> str:
 
 def _enabled_features(fd: int) -> Feature:
     # "API:	aa:<enabled>:<ioctls>", in hexadecimal. There is no ioctl that tells after UFFDIO_API.
-    match = re.search(r"^API:\s*[0-9a-f]+:([0-9a-f]+):", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE)
+    match = re.search(
+        r"^API:\s*[0-9a-f]+:([0-9a-f]+):", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE
+    )
     return Feature(int(match[1], 16) & 0x7FFFFFFF) if match else Feature(0)

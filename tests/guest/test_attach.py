@@ -1,4 +1,5 @@
-"""native/attach.c: a process that is stopped, given descriptors, and let go, and that notices nothing of it."""
+"""native/attach.c: a process that is stopped, given descriptors, and let go, and that notices
+nothing of it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from pagenet.uffd._userfaultfd import DEVICE
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="attaching is for x86-64")
 
-# Says that it is ready, does something, and says what came of it. The C library's errno tells what Python would hide.
+# Says that it is ready, does something, and says what came of it. The C library's errno tells what
+# Python would hide.
 VICTIM = """
 import ctypes, json, os, signal, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -50,7 +52,8 @@ def alarms():
 say(event="ready", fds=sorted(os.listdir("/proc/self/fd")))
 began = time.monotonic()
 answer = globals()[sys.argv[1]]()
-say(answer=answer, errno=ctypes.get_errno(), seconds=time.monotonic() - began, fds=sorted(os.listdir("/proc/self/fd")),
+say(answer=answer, errno=ctypes.get_errno(), seconds=time.monotonic() - began,
+    fds=sorted(os.listdir("/proc/self/fd")),
     blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 """
 
@@ -63,7 +66,10 @@ def uffd_permitted() -> None:
 @contextmanager
 def victim(does: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", VICTIM, does], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", VICTIM, does],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with process:
         try:
@@ -124,7 +130,9 @@ def test_nothing_is_noticed(does: str) -> None:
         assert told["blocked"] == []
         assert process.wait() == 0
         if does != "read":
-            assert float(str(told["seconds"])) > 0.69, "a system call that has a time began anew, and did not end early"
+            assert float(str(told["seconds"])) > 0.69, (
+                "a system call that has a time began anew, and did not end early"
+            )
 
 
 def test_descriptors_are_made_there() -> None:
@@ -132,7 +140,9 @@ def test_descriptors_are_made_there() -> None:
         heard(process)
         planted = plant(process.pid)
         pidfd = os.pidfd_open(process.pid)
-        uffd, file = (_native.take_descriptor(pidfd, number) for number in (planted.uffd, planted.map))
+        uffd, file = (
+            _native.take_descriptor(pidfd, number) for number in (planted.uffd, planted.map)
+        )
         try:
             _native.uffd_api(uffd, 0)
             assert os.fstat(file).st_size == 0
@@ -162,7 +172,9 @@ def test_process_that_is_traced_already() -> None:
     tracer = f"import ctypes, sys, time; {seize}; print(flush=True); time.sleep(60)"
     with victim("read") as process:
         heard(process)
-        with subprocess.Popen([sys.executable, "-c", tracer, str(process.pid)], stdout=subprocess.PIPE) as other:
+        with subprocess.Popen(
+            [sys.executable, "-c", tracer, str(process.pid)], stdout=subprocess.PIPE
+        ) as other:
             assert other.stdout is not None
             other.stdout.readline()
             assert error_of(process.pid) == errno.EPERM
@@ -190,11 +202,17 @@ def test_number_that_is_another_process_by_now() -> None:
 
 
 def test_userfaultfd_is_refused_there() -> None:
-    """Unprivileged, and the device node is for root: the kernel says so in there, and nothing is left."""
+    """Unprivileged, and the device node is for root: the kernel says so in there, and nothing is
+    left."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("vm.unprivileged_userfaultfd is set")
-    code = "import os, sys; os.setgroups([]), os.setgid(65534), os.setuid(65534); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    code = (
+        "import os, sys; os.setgroups([]), os.setgid(65534), os.setuid(65534); print(flush=True);"
+        " sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         before = sorted(links(process.pid))

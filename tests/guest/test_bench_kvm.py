@@ -16,7 +16,8 @@ COMPLAINT = "failed to set MSR 0x10a to 0x69"
 
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that is all of PATH; nothing is known of this host before, nor remembered afterwards."""
+    """A directory that is all of PATH; nothing is known of this host before, nor remembered
+    afterwards."""
     monkeypatch.setenv("PATH", str(tmp_path))
     find_kvm_cpu.cache_clear()
     yield tmp_path
@@ -46,5 +47,7 @@ def test_no_kvm_says_what_qemu_says(host: Path) -> None:
 
 
 def test_no_qemu() -> None:
-    with pytest.raises(Unsupported, match=f"^no guest runs under KVM here: {QEMU} is not installed$"):
+    with pytest.raises(
+        Unsupported, match=f"^no guest runs under KVM here: {QEMU} is not installed$"
+    ):
         find_kvm_cpu()

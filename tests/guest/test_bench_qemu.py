@@ -1,4 +1,5 @@
-"""pagenet-bench qemu: that it moves guests in all ways, what it makes of their words, and that it leaves nothing behind."""
+"""pagenet-bench qemu: that it moves guests in all ways, what it makes of their words, and that it
+leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -50,7 +51,13 @@ def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
     assert len(figures["targets"]) == 4  # those beside a postcopy without preempt are left out
     preempt, pagenet = figures["results"]
     for one in (preempt, pagenet):
-        assert (one["ram_mib"], one["rounds"], one["converged"], one["bad"], one["unbroken"]) == (160, 1, 1, 0, True)
+        assert (one["ram_mib"], one["rounds"], one["converged"], one["bad"], one["unbroken"]) == (
+            160,
+            1,
+            1,
+            0,
+            True,
+        )
         assert 0 < one["downtime_ms"] < one["total_s"] * 1000
         assert one["longest_gap_ms"] > 0
         assert one["total_s"] <= one["command_s"]
@@ -69,7 +76,9 @@ def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
 @contextmanager
 def running_bench(*args: str) -> Iterator[subprocess.Popen[str]]:
     """Once it has a machine."""
-    with subprocess.Popen(bench_command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        bench_command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             while process.poll() is None and not machines(process.pid):
                 time.sleep(0.01)
@@ -85,7 +94,11 @@ def machines(bench: int) -> list[Path]:
         with suppress(OSError):  # ended meanwhile
             for child in path.read_text().split():
                 words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-                found += [Path(word[len("unix:") :].partition(",")[0]) for word in words if ".qmp,server" in word]
+                found += [
+                    Path(word[len("unix:") :].partition(",")[0])
+                    for word in words
+                    if ".qmp,server" in word
+                ]
     return [monitor for monitor in found if monitor.exists()]
 
 
@@ -115,7 +128,9 @@ def test_nothing_is_left_when_it_is_stopped(number: int) -> None:
             time.sleep(0.02)
     assert not monitor.parent.exists()
     assert not is_used(monitor.parent)
-    assert (process.returncode, complaints) == ((130, "") if number == signal.SIGINT else (-signal.SIGKILL, ""))
+    assert (process.returncode, complaints) == (
+        (130, "") if number == signal.SIGINT else (-signal.SIGKILL, "")
+    )
 
 
 # ---- refused ----
@@ -131,9 +146,13 @@ sys.exit(main(["qemu", "--kernel", sys.executable]))
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 @needs_guest
 def test_needs_root() -> None:
-    ended = subprocess.run([sys.executable, "-c", NOT_ROOT], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", NOT_ROOT], capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 7
-    assert ended.stderr == "pagenet-bench: network namespaces need root: run pagenet-bench as root\n"
+    assert (
+        ended.stderr == "pagenet-bench: network namespaces need root: run pagenet-bench as root\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +171,9 @@ def test_needs_root() -> None:
     ],
 )
 @needs_guest
-def test_bad_usage_is_one_line(args: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_one_line(
+    args: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         code: object = main(["qemu", *args])
     except SystemExit as leaving:  # as argparse does it
@@ -166,7 +187,8 @@ def test_bad_usage_is_one_line(args: list[str], reason: str, capsys: pytest.Capt
 
 
 def said(*beats: tuple[float, int, int], rest: str = "", first: str = "") -> Serial:
-    """A machine whose guest said heartbeats at those times, of those numbers, after so many writes."""
+    """A machine whose guest said heartbeats at those times, of those numbers, after so many
+    writes."""
     serial = Serial("guest", Path("nowhere"))
     for time_, seq, writes in beats:
         text = f"HB seq={seq} t=0 w={writes} dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r\n"
@@ -204,13 +226,19 @@ def test_story_that_is_broken(next_: int) -> None:
 
 @pytest.mark.parametrize("again", [1, 3])
 def test_character_that_is_said_again(again: int) -> None:
-    """QEMU's serial port may repeat what it was saying as the guest was stopped, wherever in the line that was."""
+    """QEMU's serial port may repeat what it was saying as the guest was stopped, wherever in the
+    line that was."""
     line = "HB seq=2 t=0 w=300 dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r"
     for cut in range(1, len(line) + 1):
         before = said((1.0, 0, 100), (2.0, 1, 200), rest=line[:cut])
-        story = Story.of(before, said((6.0, 3, 330), first=line[cut - 1] * again + line[cut:] + "\n"))
+        story = Story.of(
+            before, said((6.0, 3, 330), first=line[cut - 1] * again + line[cut:] + "\n")
+        )
         assert story.unbroken, line[:cut]
-        assert [(beat.seq, beat.bad, beat.sweeps) for beat in story.beats[2:]] == [(2, 0, 0), (3, 0, 0)]
+        assert [(beat.seq, beat.bad, beat.sweeps) for beat in story.beats[2:]] == [
+            (2, 0, 0),
+            (3, 0, 0),
+        ]
 
 
 def test_garbled_heartbeat() -> None:
@@ -227,12 +255,15 @@ def test_wrong_page() -> None:
 
 
 def migration(method: str, completed: float | None, end: float) -> Migration:
-    """Asked for at 10 s, of a guest that writes 100 pages a second before, and stands still from 10 s to ``end``."""
+    """Asked for at 10 s, of a guest that writes 100 pages a second before, and stands still from 10
+    s to ``end``."""
     beats = [(number / 2, number, number * 50) for number in range(21)]
     after = [(end + number / 2, 21 + number, 1000 + number * 50) for number in range(20)]
     story = Story.of(said(*beats), said(*after))
     outcome = Outcome(completed, faults=7)
-    return Migration(method, 512 << 20, 0, 10.0, 10.1, 10.2, 10.25, outcome, 5 << 20, story, 100 * 4096, 1)
+    return Migration(
+        method, 512 << 20, 0, 10.0, 10.1, 10.2, 10.25, outcome, 5 << 20, story, 100 * 4096, 1
+    )
 
 
 def test_figures_of_a_migration() -> None:
@@ -245,13 +276,20 @@ def test_figures_of_a_migration() -> None:
     assert one.lost_ms() == pytest.approx(2000.0)
     # 100 pages take 3.28 s at 1 Mbit/s; the 400 writes that belong to them would have taken 4.
     assert one.least_lost_ms() == 0.0
-    assert replace(one, work=1000 * 4096, rate=0.5).least_lost_ms() == pytest.approx((65.536 - 40) * 1000)
+    assert replace(one, work=1000 * 4096, rate=0.5).least_lost_ms() == pytest.approx(
+        (65.536 - 40) * 1000
+    )
     assert replace(one, rate=None).least_lost_ms() is None
 
 
 def test_precopy_that_does_not_converge_has_no_figures() -> None:
     one = migration("precopy", None, 12.0)
-    assert (one.converged, one.total_s(), one.longest_gap_ms(), one.lost_ms()) == (False, None, None, None)
+    assert (one.converged, one.total_s(), one.longest_gap_ms(), one.lost_ms()) == (
+        False,
+        None,
+        None,
+        None,
+    )
     result = QemuResult("precopy", one.ram, [one, migration("precopy", 14.1, 11.0)])
     assert result.median(Migration.longest_gap_ms) == pytest.approx(1000.0)
 
@@ -264,7 +302,10 @@ def test_targets_are_beside_the_figures_that_they_are_set_for() -> None:
         QemuResult("pagenet", 512 << 20, [migration("pagenet", 14.1, 10.5)]),
     ]
     targets = targets_of(results, options)
-    assert {target.words.rpartition(": ")[2]: (round(target.figure, 3), target.is_met) for target in targets} == {
+    assert {
+        target.words.rpartition(": ")[2]: (round(target.figure, 3), target.is_met)
+        for target in targets
+    } == {
         "total, of QEMU postcopy's": (1.0, True),
         "longest gap, of preempt's": (0.125, True),
         "guest work lost, of preempt's": (0.125, True),

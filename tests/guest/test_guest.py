@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import trio
 from processes import run
-from vm import BUILDER, Serial, bare_command, check_unbroken, guest_files, needs_guest, qemu_command, ram_of, run_vm
+from vm import (
+    BUILDER,
+    Serial,
+    bare_command,
+    check_unbroken,
+    guest_files,
+    needs_guest,
+    qemu_command,
+    ram_of,
+    run_vm,
+)
 
 PAGES_PER_MIB = 256
 
@@ -22,7 +32,10 @@ COLD_PAGE = 8 * PAGES_PER_MIB - 1
 
 
 def beat(seq: int, bad: int = 0) -> str:
-    return f"HB seq={seq} t={seq * 20000} w={seq * 1000} dw=1000 bad={bad} sweeps={seq // 10} sw=7 gap_us=150\r\n"
+    return (
+        f"HB seq={seq} t={seq * 20000} w={seq * 1000} dw=1000 bad={bad} sweeps={seq // 10} sw=7"
+        " gap_us=150\r\n"
+    )
 
 
 def heard(text: str, name: str = "guest") -> Serial:
@@ -39,7 +52,10 @@ def test_words_come_in_pieces() -> None:
     for byte in (f"READY pages=24576 fill_ms=700\r\n{beat(0)}{beat(30)}HB seq=31").encode():
         serial.feed(bytes([byte]))
     assert serial.lines[0].text == "READY pages=24576 fill_ms=700"
-    assert [(said.seq, said.writes, said.bad, said.sweeps) for said in serial.beats] == [(0, 0, 0, 0), (30, 30000, 0, 3)]
+    assert [(said.seq, said.writes, said.bad, said.sweeps) for said in serial.beats] == [
+        (0, 0, 0, 0),
+        (30, 30000, 0, 3),
+    ]
     assert serial.beats[0].time <= serial.beats[1].time
     assert serial.rest == "HB seq=31"
 
@@ -57,7 +73,9 @@ def test_unbroken_wherever_the_line_is_cut() -> None:
 
 def test_unbroken_over_three_machines() -> None:
     cut = beat(2)
-    check_unbroken(heard(beat(0) + beat(1)[:9]), heard(beat(1)[9:] + cut[:20]), heard(cut[20:] + beat(3)))
+    check_unbroken(
+        heard(beat(0) + beat(1)[:9]), heard(beat(1)[9:] + cut[:20]), heard(cut[20:] + beat(3))
+    )
 
 
 @pytest.mark.parametrize("words", [beat(0) + beat(2), beat(1) + beat(1), beat(1) + beat(0)])
@@ -97,7 +115,11 @@ def test_silence() -> None:
 def test_builder_without_its_tools(tmp_path: Path) -> None:
     command = [sys.executable, str(BUILDER), "--cache", str(tmp_path / "cache")]
     done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "guest/build.py: apt-cache is not installed\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "guest/build.py: apt-cache is not installed\n",
+    )
 
 
 @needs_guest
@@ -129,7 +151,9 @@ async def test_guest_runs(tmp_path: Path) -> None:
 @needs_guest
 @pytest.mark.parametrize("words", [1, 1020])
 async def test_guest_without_kernel(words: int, tmp_path: Path) -> None:
-    async with run_vm(bare_command(tmp_path, "guest", work=8, hot=2, words=words), tmp_path, "guest") as vm:
+    async with run_vm(
+        bare_command(tmp_path, "guest", work=8, hot=2, words=words), tmp_path, "guest"
+    ) as vm:
         assert f"pages={8 * PAGES_PER_MIB} " in (await vm.serial.wait_ready()).text
         await vm.serial.wait_beats(3)
         await vm.serial.wait_sweeps(2)
@@ -139,7 +163,9 @@ async def test_guest_without_kernel(words: int, tmp_path: Path) -> None:
 
 @needs_guest
 async def test_guest_without_kernel_notices_a_wrong_byte(tmp_path: Path) -> None:
-    async with run_vm(bare_command(tmp_path, "guest", work=8, hot=2, words=1020), tmp_path, "guest") as vm:
+    async with run_vm(
+        bare_command(tmp_path, "guest", work=8, hot=2, words=1020), tmp_path, "guest"
+    ) as vm:
         await vm.serial.wait_beats(1)
         with vm.ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
             memory[(16 << 20) + COLD_PAGE * 4096 + 4095] ^= 1
@@ -150,7 +176,10 @@ async def test_guest_without_kernel_notices_a_wrong_byte(tmp_path: Path) -> None
 @needs_guest
 async def test_guest_that_has_not_enough_memory(tmp_path: Path) -> None:
     async with run_vm(bare_command(tmp_path, "guest", work=60), tmp_path, "guest") as vm:
-        await vm.serial.wait("a refusal", lambda: any("FAILED not enough memory" in line.text for line in vm.serial.lines))
+        await vm.serial.wait(
+            "a refusal",
+            lambda: any("FAILED not enough memory" in line.text for line in vm.serial.lines),
+        )
 
 
 def flip_last_byte(memory: mmap.mmap, page: int) -> None:

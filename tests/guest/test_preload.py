@@ -1,4 +1,5 @@
-"""native/preload.c in a process that knows nothing of pagenet: what it hands over, what it leaves alone, how it gives up."""
+"""native/preload.c in a process that knows nothing of pagenet: what it hands over, what it leaves
+alone, how it gives up."""
 
 from __future__ import annotations
 
@@ -39,15 +40,18 @@ pytestmark = pytest.mark.usefixtures("uffd_permitted")
 SIZE = 64 * PAGE
 NOBODY = 65534
 
-# A VMM in a few lines. Its arguments: mmap's flags and protection, how many threads map, the user to become (0: none), and the
-# files. Then it obeys the lines that come on stdin. It touches memory from C.
+# A VMM in a few lines. Its arguments: mmap's flags and protection, how many threads map, the user
+# to become (0: none), and the files. Then it obeys the lines that come on stdin. It touches memory
+# from C.
 VMM = """
 import ctypes, hashlib, json, mmap, os, sys, threading
 def say(event, **more):
     print(json.dumps({"event": event, **more}), flush=True)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+]
 flags, protection, threads = (int(argument) for argument in sys.argv[1:4])
 files = [os.open(path, os.O_RDWR) for path in sys.argv[5:]]
 if int(sys.argv[4]):
@@ -208,7 +212,10 @@ def userfaultfds(pid: int) -> int:
 
 async def test_file_comes_along(source: str, ram: Path, tmp_path: Path, lane: str) -> None:
     owner = UffdSocket(tmp_path / "uffd.sock")
-    async with filled(source, vmm(variables(owner.path, [ram]), ram), owner, lane) as (machine, transfer):
+    async with filled(source, vmm(variables(owner.path, [ram]), ram), owner, lane) as (
+        machine,
+        transfer,
+    ):
         refused = await machine.process.event("refused")
         mapped = await machine.process.event("mapped")
         assert refused["mmap"] == [2**64 - 1, 22]  # EINVAL: as without us
@@ -231,7 +238,9 @@ async def test_two_files_are_one_region(tmp_path: Path, lane: str) -> None:
             assert transfer.statistics().placement == "copy"
             await started.check_content(list(reversed(blocks)))
             await transfer.wait_complete()
-        assert [file.read_bytes() for file in files] == [Path(block).read_bytes() for block in blocks]
+        assert [file.read_bytes() for file in files] == [
+            Path(block).read_bytes() for block in blocks
+        ]
 
 
 async def test_threads_map_at_once(tmp_path: Path, lane: str) -> None:
@@ -239,7 +248,9 @@ async def test_threads_map_at_once(tmp_path: Path, lane: str) -> None:
     blocks = write_blocks(tmp_path, sizes)
     owner = UffdSocket(tmp_path / "uffd.sock")
     with shared_files(*sizes) as files:
-        async with filled(blocks, vmm(variables(owner.path, files), *files, threads=16), owner, lane) as (machine, transfer):
+        async with filled(
+            blocks, vmm(variables(owner.path, files), *files, threads=16), owner, lane
+        ) as (machine, transfer):
             await machine.check_content(blocks)
             assert machine.process.events[1] == {"event": "mapped", "errnos": [77] * 17}
             await transfer.wait_complete()
@@ -260,7 +271,9 @@ async def test_huge_pages(tmp_path: Path, lane: str) -> None:
             await transfer.wait_complete()
 
 
-async def test_nothing_is_there_before_it_is_watched(source: str, ram: Path, tmp_path: Path, lane: str) -> None:
+async def test_nothing_is_there_before_it_is_watched(
+    source: str, ram: Path, tmp_path: Path, lane: str
+) -> None:
     """MAP_POPULATE would fill the file with zeros, which then pass for pages that have come."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     machine = vmm(variables(owner.path, [ram]), ram, flags=MAP_SHARED | MAP_POPULATE)
@@ -270,11 +283,17 @@ async def test_nothing_is_there_before_it_is_watched(source: str, ram: Path, tmp
         assert await started.read(5 * PAGE) == pattern(5, 1)[:16]
 
 
-async def test_vmm_waits_when_pagenet_is_lost(source: str, ram: Path, tmp_path: Path, lane: str) -> None:
-    """It keeps a userfaultfd of its own. Without that it would read zeros from here on, or get SIGBUS."""
+async def test_vmm_waits_when_pagenet_is_lost(
+    source: str, ram: Path, tmp_path: Path, lane: str
+) -> None:
+    """It keeps a userfaultfd of its own. Without that it would read zeros from here on, or get
+    SIGBUS."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
-    async with serve(source, listen="tcp://127.0.0.1:0") as server, vmm(variables(owner.path, [ram]), ram) as machine:
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        vmm(variables(owner.path, [ram]), ram) as machine,
+    ):
         async with pull(server.uri, owner, lane=lane, background="off"):
             assert await machine.read(3 * PAGE) == pattern(3, 1)[:16]
             assert userfaultfds(machine.process.pid) == 1
@@ -288,7 +307,8 @@ async def test_vmm_waits_when_pagenet_is_lost(source: str, ram: Path, tmp_path: 
         assert await machine.process.rest() == []
 
 
-# Its standard files are closed by the time it maps memory. The first number that is free then goes to mmap's own duplicate.
+# Its standard files are closed by the time it maps memory. The first number that is free then goes
+# to mmap's own duplicate.
 WITHOUT_STDIO = """
 import mmap, os, signal, sys
 ram = os.open(sys.argv[1], os.O_RDWR)
@@ -299,7 +319,9 @@ signal.pause()
 """
 
 
-async def test_stdio_may_be_replaced_later(source: str, ram: Path, tmp_path: Path, lane: str) -> None:
+async def test_stdio_may_be_replaced_later(
+    source: str, ram: Path, tmp_path: Path, lane: str
+) -> None:
     """QEMU does so with -daemonize, and would close what we keep for good."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     environment = os.environ | {"LD_PRELOAD": str(preload_library())} | variables(owner.path, [ram])
@@ -342,7 +364,9 @@ async def test_nothing_happens_without_the_variables(ram: Path, tmp_path: Path) 
     {"flags": MAP_PRIVATE},
     {"protection": PROT_READ},
 ], ids=["private", "read-only"])  # fmt: skip
-async def test_other_mappings_of_the_file(options: dict[str, int], ram: Path, tmp_path: Path) -> None:
+async def test_other_mappings_of_the_file(
+    options: dict[str, int], ram: Path, tmp_path: Path
+) -> None:
     """Whoever was to be told, is not there: this would end it."""
     await check_left_alone(variables(tmp_path / "nobody.sock", [ram]), ram, **options)
 
@@ -352,7 +376,9 @@ async def test_other_files(ram: Path, tmp_path: Path) -> None:
         await check_left_alone(variables(tmp_path / "nobody.sock", [ram]), other)
 
 
-async def test_mappings_after_the_handoff(source: str, ram: Path, tmp_path: Path, lane: str) -> None:
+async def test_mappings_after_the_handoff(
+    source: str, ram: Path, tmp_path: Path, lane: str
+) -> None:
     owner = UffdSocket(tmp_path / "uffd.sock")
     with other_file() as other:
         machine = vmm(variables(owner.path, [ram]), ram, other, ram)
@@ -366,7 +392,9 @@ async def test_mappings_after_the_handoff(source: str, ram: Path, tmp_path: Path
 # ---- how it gives up ----
 
 
-async def check_gives_up(reason: str, environment: dict[str, str], *files: Path, uid: int = 0) -> None:
+async def check_gives_up(
+    reason: str, environment: dict[str, str], *files: Path, uid: int = 0
+) -> None:
     async with run_vmm(environment, *files, uid=uid) as process:
         with trio.fail_after(10):
             assert await process.wait() == 7
@@ -383,25 +411,41 @@ async def test_nobody_listens(ram: Path, tmp_path: Path) -> None:
 
 
 async def test_path_is_too_long(ram: Path) -> None:
-    await check_gives_up("longer than the kernel's 107 bytes", variables(Path("/" + "x" * 107), [ram]), ram)
+    await check_gives_up(
+        "longer than the kernel's 107 bytes", variables(Path("/" + "x" * 107), [ram]), ram
+    )
 
 
-@pytest.mark.parametrize("files", ["", "1", "1:", ":1", "1:2,", ",1:2", "1:2:3", "a:b", "-1:2", " 1:2", "1:2,1:2", "1:2 "])
+@pytest.mark.parametrize(
+    "files",
+    ["", "1", "1:", ":1", "1:2,", ",1:2", "1:2:3", "a:b", "-1:2", " 1:2", "1:2,1:2", "1:2 "],
+)
 async def test_list_that_makes_no_sense(files: str, ram: Path, tmp_path: Path) -> None:
-    environment = {"PAGENET_UFFD_SOCKET": str(tmp_path / "nobody.sock"), "PAGENET_UFFD_FILES": files}
-    await check_gives_up(f"PAGENET_UFFD_FILES is '{files}', not up to 64 different files", environment, ram)
+    environment = {
+        "PAGENET_UFFD_SOCKET": str(tmp_path / "nobody.sock"),
+        "PAGENET_UFFD_FILES": files,
+    }
+    await check_gives_up(
+        f"PAGENET_UFFD_FILES is '{files}', not up to 64 different files", environment, ram
+    )
 
 
 async def test_file_is_too_short(ram: Path, tmp_path: Path) -> None:
     os.truncate(ram, SIZE - 1)
-    await check_gives_up("guest RAM ends past the end of its file", variables(tmp_path / "nobody.sock", [ram]), ram)
+    await check_gives_up(
+        "guest RAM ends past the end of its file", variables(tmp_path / "nobody.sock", [ram]), ram
+    )
 
 
 async def test_file_on_a_disk(tmp_path: Path) -> None:
     disk = write_pattern(tmp_path / "disk", SIZE)
-    if (await trio.run_process(["stat", "-fc%T", str(disk)], capture_stdout=True)).stdout == b"tmpfs\n":
+    if (
+        await trio.run_process(["stat", "-fc%T", str(disk)], capture_stdout=True)
+    ).stdout == b"tmpfs\n":
         pytest.skip(f"{tmp_path} is on tmpfs")
-    await check_gives_up("put it on tmpfs (/dev/shm) or hugetlbfs", variables(tmp_path / "nobody.sock", [disk]), disk)
+    await check_gives_up(
+        "put it on tmpfs (/dev/shm) or hugetlbfs", variables(tmp_path / "nobody.sock", [disk]), disk
+    )
 
 
 def needs_to_become_nobody() -> None:
@@ -415,14 +459,20 @@ async def test_user_without_access(ram: Path, tmp_path: Path) -> None:
     needs_to_become_nobody()
     if os.stat("/dev/userfaultfd").st_mode & stat.S_IRWXO:
         pytest.skip("/dev/userfaultfd lets every user in")
-    reason = f"may not use userfaultfd: run as root, give this user access to /dev/userfaultfd (setfacl -m u:{NOBODY}:rw"
+    reason = (
+        "may not use userfaultfd: run as root, give this user access to /dev/userfaultfd (setfacl"
+        f" -m u:{NOBODY}:rw"
+    )
     reason += " /dev/userfaultfd, of Debian's package acl)"
     await check_gives_up(reason, variables(tmp_path / "nobody.sock", [ram]), ram, uid=NOBODY)
 
 
 async def test_user_with_a_device_node_of_his_own(source: str, lane: str) -> None:
     needs_to_become_nobody()
-    with tempfile.TemporaryDirectory(prefix="pagenet-test-") as directory, shared_files(SIZE) as (ram,):
+    with (
+        tempfile.TemporaryDirectory(prefix="pagenet-test-") as directory,
+        shared_files(SIZE) as (ram,),
+    ):
         os.chmod(directory, 0o755)
         node = Path(directory, "userfaultfd")
         try:
@@ -435,7 +485,10 @@ async def test_user_with_a_device_node_of_his_own(source: str, lane: str) -> Non
         await owner.listen()
         os.chmod(owner.path, 0o666)
         environment = variables(owner.path, [ram]) | {"PAGENET_UFFD_DEVICE": str(node)}
-        async with filled(source, vmm(environment, ram, uid=NOBODY), owner, lane) as (machine, transfer):
+        async with filled(source, vmm(environment, ram, uid=NOBODY), owner, lane) as (
+            machine,
+            transfer,
+        ):
             await machine.check_content([source])
             await transfer.wait_complete()
 
@@ -446,11 +499,15 @@ async def test_user_with_a_device_node_of_his_own(source: str, lane: str) -> Non
 def test_library_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert preload_library().is_file()
     monkeypatch.setattr(pagenet.qemu._preload, "__file__", str(tmp_path / "_preload.py"))
-    with pytest.raises(Unsupported, match=r"^/.*/pagenet\.preload\.so is missing: install pagenet again"):
+    with pytest.raises(
+        Unsupported, match=r"^/.*/pagenet\.preload\.so is missing: install pagenet again"
+    ):
         preload_library()
 
 
-def test_library_whose_path_the_loader_would_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_whose_path_the_loader_would_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "a b"
     directory.mkdir()
     (directory / "pagenet.preload.so").touch()

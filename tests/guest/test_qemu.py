@@ -1,4 +1,5 @@
-"""Guests of stock QEMU that move while they work: they check every page of theirs, and say so all the time."""
+"""Guests of stock QEMU that move while they work: they check every page of theirs, and say so all
+the time."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ async def test_migration(cpus: int, lane: Any, tmp_path: Path) -> None:
         check_unbroken(a.serial, b.serial)
         assert b.arrival is not None
         statistics = b.arrival.transfer.statistics()
-    told_here, told_there = ([n for n in events.names if n not in ("progress", "fault")] for events in (told, b.events))
+    told_here, told_there = (
+        [n for n in events.names if n not in ("progress", "fault")] for events in (told, b.events)
+    )
     assert told_here == ["connected", "stopped", "switchover", "resumed", "complete"]
     assert told_there[-4:] == ["serving", "loaded", "resumed", "complete"]
     assert statistics.complete
@@ -58,14 +61,18 @@ async def test_migration(cpus: int, lane: Any, tmp_path: Path) -> None:
     (bare_command, 6),
     pytest.param(qemu_command, 50, marks=[pytest.mark.soak, pytest.mark.timeout(1200)]),
 ])  # fmt: skip
-async def test_back_and_forth(machine: Callable[[Path, str], list[str]], moves: int, tmp_path: Path) -> None:
+async def test_back_and_forth(
+    machine: Callable[[Path, str], list[str]], moves: int, tmp_path: Path
+) -> None:
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(run_vm(machine(tmp_path, "m0"), tmp_path, "m0"))
         await first.serial.wait_sweeps(1)
         serials, monitor = [first.serial], first.qmp
         for number in range(1, moves + 1):
             command = machine(tmp_path, f"m{number}")
-            there = await stack.enter_async_context(destination(tmp_path, f"m{number}", command=command))
+            there = await stack.enter_async_context(
+                destination(tmp_path, f"m{number}", command=command)
+            )
             async with migrate(monitor, there.uri) as server:
                 await server.wait_complete()
             async with connect_qmp(monitor) as qmp:
@@ -108,13 +115,16 @@ PC, Q35 = r"pc-i440fx-\d+\.\d+-machine", r"pc-q35-\d+\.\d+-machine"  # whatever 
 
 @pytest.mark.parametrize(("command", "says"), [
     (other_cpu_count, "the number of CPUs differs: 1 at the source, 2 at the destination"),
-    (other_ram_size, "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
+    (other_ram_size,
+    "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
     (other_machine_type, f"the machine type differs: {PC} at the source, {Q35} at the destination"),
     (fewer_devices, "QEMU cannot load the guest's devices"),
     (fewer_devices, r"Unknown savevm section or instance '0000:00:02\.0/virtio-rng'"),
     (other_device_order, r"Unknown savevm section or instance '0000:00:02\.0/virtio-rng'"),
 ])  # fmt: skip
-async def test_destination_is_another_machine(command: Callable[[Path], list[str]], says: str, tmp_path: Path) -> None:
+async def test_destination_is_another_machine(
+    command: Callable[[Path], list[str]], says: str, tmp_path: Path
+) -> None:
     async with run_vm(bare_command(tmp_path, "a", extra=RNG), tmp_path, "a") as a:
         await a.serial.wait_sweeps(1)
         async with destination(tmp_path, command=command(tmp_path)) as b:
@@ -137,7 +147,9 @@ async def test_destination_that_has_ended(tmp_path: Path) -> None:
     with pytest.raises(BaseException) as raised:  # noqa: PT011
         async with destination(tmp_path, command=command):
             raise AssertionError("not reached")
-    assert raised.group_contains(AssertionError, match="ended before 'listening', .*QEMU has ended with exit status 1")
+    assert raised.group_contains(
+        AssertionError, match="ended before 'listening', .*QEMU has ended with exit status 1"
+    )
 
 
 async def test_nobody_there(tmp_path: Path) -> None:
@@ -149,7 +161,10 @@ async def test_nobody_there(tmp_path: Path) -> None:
 
 
 async def test_no_monitor(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no QMP monitor at .*: No such file or directory; start QEMU with -qmp unix:"):
+    with pytest.raises(
+        UsageError,
+        match=r"no QMP monitor at .*: No such file or directory; start QEMU with -qmp unix:",
+    ):
         async with migrate(tmp_path / "nothing", "unix:nobody"):
             raise AssertionError("not reached")
 
@@ -179,7 +194,9 @@ def test_command_lines_that_cannot_receive(old: str, new: str, says: str, tmp_pa
     command = bare_command(tmp_path, "b")
     try:
         with pytest.raises(UsageError, match=says):
-            prepare_incoming(" ".join(command).replace(old, new).split(), tmp_path / "monitor", tmp_path / "uffd")
+            prepare_incoming(
+                " ".join(command).replace(old, new).split(), tmp_path / "monitor", tmp_path / "uffd"
+            )
     finally:
         ram_of(command).unlink()
 
@@ -200,7 +217,10 @@ def test_ram_that_somebody_uses(tmp_path: Path) -> None:
 
 
 async def test_commands(tmp_path: Path) -> None:
-    async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a, run_incoming(tmp_path) as (incoming, serial, uri):
+    async with (
+        run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a,
+        run_incoming(tmp_path) as (incoming, serial, uri),
+    ):
         await a.serial.wait_sweeps(1)
         async with run(migrate_command(a.qmp, uri)) as leaving:
             assert await leaving.wait() == 0

@@ -41,7 +41,10 @@ def machine(directory: Path, name: str, *, incoming: Sequence[str] = ()) -> list
 async def two_machines(directory: Path) -> AsyncIterator[tuple[VM, VM]]:
     """One whose guest works, and one that waits for it."""
     waiting = machine(directory, "b", incoming=WAITS)
-    async with run_vm(machine(directory, "a"), directory, "a") as a, run_vm(waiting, directory, "b") as b:
+    async with (
+        run_vm(machine(directory, "a"), directory, "a") as a,
+        run_vm(waiting, directory, "b") as b,
+    ):
         await a.serial.wait_sweeps(1)
         yield a, b
 
@@ -98,13 +101,21 @@ async def check_refused(command: Sequence[str], status: int, says: str) -> None:
 async def test_qemu_that_does_not_wait(tmp_path: Path) -> None:
     async with run_vm(bare_command(tmp_path, "b"), tmp_path, "b") as b:
         await b.serial.wait_beats(1)
-        await check_refused(attach_command(b.qmp), 2, "does not wait for a guest (running): start it with -incoming defer")
+        await check_refused(
+            attach_command(b.qmp),
+            2,
+            "does not wait for a guest (running): start it with -incoming defer",
+        )
         await check_goes_on(b.serial)
-        await check_refused(attach_command(b.qmp, "--resume"), 2, "do not come from pagenet: it has no userfaultfd")
+        await check_refused(
+            attach_command(b.qmp, "--resume"), 2, "do not come from pagenet: it has no userfaultfd"
+        )
 
 
 async def test_ram_that_is_private(tmp_path: Path) -> None:
-    command = [word.replace("share=on", "share=off") for word in bare_command(tmp_path, "b", extra=WAITS)]
+    command = [
+        word.replace("share=on", "share=off") for word in bare_command(tmp_path, "b", extra=WAITS)
+    ]
     async with run_vm(command, tmp_path, "b") as b:
         await check_refused(attach_command(b.qmp), 2, "start it with share=on for ram0")
 
@@ -127,15 +138,26 @@ async def test_no_qemu(tmp_path: Path) -> None:
 
 
 async def test_without_ptrace_permission(tmp_path: Path) -> None:
-    """Root without CAP_SYS_PTRACE, which may not look into a process that has more than it. On either side."""
+    """Root without CAP_SYS_PTRACE, which may not look into a process that has more than it. On
+    either side."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
-        await check_refused([*LIMITED, *attach_command(b.qmp)], 7, f"may not look into QEMU (pid {b.pid}): Permission denied")
-        await check_refused([*LIMITED, *attach_command(b.qmp, "--resume")], 7, "may not take over the memory of process")
+        await check_refused(
+            [*LIMITED, *attach_command(b.qmp)],
+            7,
+            f"may not look into QEMU (pid {b.pid}): Permission denied",
+        )
+        await check_refused(
+            [*LIMITED, *attach_command(b.qmp, "--resume")],
+            7,
+            "may not take over the memory of process",
+        )
         assert await status_of(b.qmp) == "inmigrate"
     async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a:
         await a.serial.wait_beats(1)
         command = [*LIMITED, *migrate_command(a.qmp, f"unix:{tmp_path / 'nobody'}")]
-        await check_refused(command, 7, f"may not look into QEMU (pid {a.pid}): Permission denied; run as root")
+        await check_refused(
+            command, 7, f"may not look into QEMU (pid {a.pid}): Permission denied; run as root"
+        )
         await check_goes_on(a.serial)
 
 
@@ -163,10 +185,14 @@ async def test_both_have_one_file(tmp_path: Path) -> None:
         await a.serial.wait_sweeps(1)
         own = bare_command(tmp_path, "b", extra=WAITS)
         ram_of(own).unlink()
-        async with run_vm([word.replace(str(ram_of(own)), str(a.ram)) for word in own], tmp_path, "b") as b:
+        async with run_vm(
+            [word.replace(str(ram_of(own)), str(a.ram)) for word in own], tmp_path, "b"
+        ) as b:
             async with run(attach_command(b.qmp)) as incoming:
                 uri = (await incoming.event("listening"))["uri"]
-                await check_refused(migrate_command(a.qmp, uri), 1, "both QEMUs have the same file for their RAM")
+                await check_refused(
+                    migrate_command(a.qmp, uri), 1, "both QEMUs have the same file for their RAM"
+                )
                 assert await incoming.wait() == 2
             assert await status_of(b.qmp) == "inmigrate"
             await check_goes_on(a.serial)
@@ -174,7 +200,8 @@ async def test_both_have_one_file(tmp_path: Path) -> None:
 
 
 async def test_attached_twice(tmp_path: Path) -> None:
-    """As after a pagenet that was killed before the guest came. QEMU is as it was once both have let go."""
+    """As after a pagenet that was killed before the guest came. QEMU is as it was once both have
+    let go."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         async with connect_qmp(b.qmp) as qmp:
             with find_ram(b.pid, await describe(qmp)) as (found,):
@@ -184,7 +211,9 @@ async def test_attached_twice(tmp_path: Path) -> None:
             target = await first.attach(region)
             target.close(target.scope())
             with closing(AttachedOwner(b.pid, [found.mapping])) as second:
-                with pytest.raises(UsageError, match="somebody else has begun to; start that process again"):
+                with pytest.raises(
+                    UsageError, match="somebody else has begun to; start that process again"
+                ):
                     await second.attach(region)
                 await second.uproot()
             await first.uproot()

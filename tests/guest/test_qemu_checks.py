@@ -1,4 +1,5 @@
-"""What is looked at before a guest is touched: one line says what to change, and the guest goes on."""
+"""What is looked at before a guest is touched: one line says what to change, and the guest goes
+on."""
 
 from __future__ import annotations
 
@@ -32,12 +33,15 @@ MACHINE = Machine(
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"version": [8, 0, 0]}, "the destination's QEMU is older: 8.0.0 at the source, 7.2.22 at the destination; it must be the"),
+    ({"version": [8, 0, 0]},
+    "the destination's QEMU is older: 8.0.0 at the source, 7.2.22 at the destination; it must be "
+    "the"),
     ({"version": [7, 3, 0]}, "the destination's QEMU is older"),
     ({"version": "new"}, "the source does not say which QEMU it is"),
     ({"version": [7, "x"]}, "the source does not say which QEMU it is"),
     ({"kvm": True}, "the accelerator differs: KVM at the source, TCG at the destination"),
-    ({"arch": "aarch64"}, "the architecture differs: aarch64 at the source, x86_64 at the destination"),
+    ({"arch": "aarch64"},
+    "the architecture differs: aarch64 at the source, x86_64 at the destination"),
 ])  # fmt: skip
 def test_machines_that_differ(change: dict[str, Any], says: str) -> None:
     assert says in str(MACHINE.difference({**MACHINE.as_message(), **change}))
@@ -71,8 +75,12 @@ def private(command: list[str]) -> list[str]:
 
 def without_backend(command: list[str]) -> list[str]:
     at = command.index("-object")
-    unused = ["-fw_cfg", f"name=opt/unused,string=mem-path={ram_of(command)}"]  # its file is still to be removed
-    return [word.replace(",memory-backend=ram0", "") for word in [*command[:at], *command[at + 2 :], *unused]]
+    # its file is still to be removed
+    unused = ["-fw_cfg", f"name=opt/unused,string=mem-path={ram_of(command)}"]
+    return [
+        word.replace(",memory-backend=ram0", "")
+        for word in [*command[:at], *command[at + 2 :], *unused]
+    ]
 
 
 def two_backends(command: list[str]) -> list[str]:
@@ -80,17 +88,28 @@ def two_backends(command: list[str]) -> list[str]:
 
 
 def not_migratable(command: list[str]) -> list[str]:
-    return [*command, "-drive", f"file=fat:rw:{ram_of(command).with_suffix('.fat')},format=raw,if=none,id=fat"]
+    return [
+        *command,
+        "-drive",
+        f"file=fat:rw:{ram_of(command).with_suffix('.fat')},format=raw,if=none,id=fat",
+    ]
 
 
 @needs_guest
 @pytest.mark.parametrize(("machine", "says"), [
-    (private, "QEMU would send private RAM itself, which takes as long as a precopy: start it with share=on for ram0"),
-    (without_backend, "QEMU would send private RAM itself, .*: start it with -object memory-backend-file,id=ram0"),
-    (two_backends, "the machine has 2 memory backends, and not all of them are its RAM or a NUMA node's"),
-    (not_migratable, "QEMU cannot migrate this guest: The .* format used by node .*; take that out of it"),
+    (private,
+    "QEMU would send private RAM itself, which takes as long as a precopy: "
+     "start it with share=on for ram0"),
+    (without_backend,
+    "QEMU would send private RAM itself, .*: start it with -object memory-backend-file,id=ram0"),
+    (two_backends,
+    "the machine has 2 memory backends, and not all of them are its RAM or a NUMA node's"),
+    (not_migratable,
+    "QEMU cannot migrate this guest: The .* format used by node .*; take that out of it"),
 ])  # fmt: skip
-async def test_guest_that_cannot_leave(machine: Callable[[list[str]], list[str]], says: str, tmp_path: Path) -> None:
+async def test_guest_that_cannot_leave(
+    machine: Callable[[list[str]], list[str]], says: str, tmp_path: Path
+) -> None:
     command = bare_command(tmp_path, "a")
     directory = ram_of(command).with_suffix(".fat")
     directory.mkdir()
@@ -115,11 +134,16 @@ async def test_qemu_that_is_set_to_migrate_otherwise(tmp_path: Path) -> None:
             async with migrate(a.qmp, "unix:nobody"):
                 raise AssertionError("not reached")
         async with connect_qmp(a.qmp) as qmp:
-            await qmp.command("migrate-set-capabilities", capabilities=[{**capability, "state": False}])
+            await qmp.command(
+                "migrate-set-capabilities", capabilities=[{**capability, "state": False}]
+            )
             await qmp.command("migrate-set-parameters", max_bandwidth=1000)
             await qmp.command("migrate", uri="exec:cat >/dev/null")
             await qmp.command("query-migrate")
-        with pytest.raises(UsageError, match=r"QEMU is migrating already \((setup|active)\): wait for it, or say migrate_"):
+        with pytest.raises(
+            UsageError,
+            match=r"QEMU is migrating already \((setup|active)\): wait for it, or say migrate_",
+        ):
             async with migrate(a.qmp, "unix:nobody"):
                 raise AssertionError("not reached")
         await check_goes_on(a.serial)
@@ -133,8 +157,15 @@ async def test_qemu_that_is_set_to_migrate_otherwise(tmp_path: Path) -> None:
 def test_no_room_for_the_ram(tmp_path: Path) -> None:
     command = bare_command(tmp_path, "b")
     try:
-        with pytest.raises(UsageError, match=r"RAM is 70368744177664 bytes, and /dev/shm has room for \d+: make it larger"):
-            prepare_incoming([word.replace("size=67108864", "size=64T") for word in command], tmp_path / "a", tmp_path / "b")
+        with pytest.raises(
+            UsageError,
+            match=r"RAM is 70368744177664 bytes, and /dev/shm has room for \d+: make it larger",
+        ):
+            prepare_incoming(
+                [word.replace("size=67108864", "size=64T") for word in command],
+                tmp_path / "a",
+                tmp_path / "b",
+            )
     finally:
         ram_of(command).unlink()
 
@@ -157,12 +188,17 @@ def plant_file(path: Path, victim: Path) -> None:
 
 
 @pytest.mark.parametrize(("plant", "says"), [
-    (plant_link, "cannot make the destination's RAM {}: it is a symbolic link: name the file itself"),
-    (plant_hard_link, "{} is another user's file, or has another name too: remove it, or name another one"),
+    (plant_link,
+    "cannot make the destination's RAM {}: it is a symbolic link: name the file itself"),
+    (plant_hard_link,
+    "{} is another user's file, or has another name too: remove it, or name another one"),
     (plant_fifo, "{} is not a regular file: name another one for the destination's RAM"),
-    (plant_file, "{} is another user's file, or has another name too: remove it, or name another one"),
+    (plant_file,
+    "{} is another user's file, or has another name too: remove it, or name another one"),
 ])  # fmt: skip
-def test_planted_where_ram_is_to_be(plant: Callable[[Path, Path], None], says: str, tmp_path: Path) -> None:
+def test_planted_where_ram_is_to_be(
+    plant: Callable[[Path, Path], None], says: str, tmp_path: Path
+) -> None:
     """Nothing that another user has put there is followed, made longer, waited for, or used."""
     if plant is plant_file and os.geteuid():
         pytest.skip("needs root, to give a file to another user")
@@ -171,7 +207,11 @@ def test_planted_where_ram_is_to_be(plant: Callable[[Path, Path], None], says: s
     plant(ram, victim)
     backend = f"memory-backend-file,id=r,size=8M,mem-path={ram},share=on"
     with pytest.raises(UsageError) as raised:
-        prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "a", tmp_path / "b")
+        prepare_incoming(
+            ["qemu", "-object", backend, "-machine", "pc,memory-backend=r"],
+            tmp_path / "a",
+            tmp_path / "b",
+        )
     assert str(raised.value) == says.format(ram)
     assert victim.stat().st_size == 0
     assert ram.is_symlink() or ram.exists()
@@ -189,10 +229,22 @@ sys.exit(main(sys.argv[1:]))
 async def test_userfaultfd_is_not_permitted() -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("vm.unprivileged_userfaultfd is set")
-    command = [sys.executable, "-c", AS_NOBODY, "incoming", "--listen", "tcp://127.0.0.1:0", "--", "true"]
+    command = [
+        sys.executable,
+        "-c",
+        AS_NOBODY,
+        "incoming",
+        "--listen",
+        "tcp://127.0.0.1:0",
+        "--",
+        "true",
+    ]
     async with run(command) as incoming:
         assert await incoming.wait() == 7
-        assert "userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable" in incoming.stderr
+        assert (
+            "userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable"
+            in incoming.stderr
+        )
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

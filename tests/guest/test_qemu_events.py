@@ -20,7 +20,16 @@ pytestmark = needs_migration
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "qemu.md"
 SOURCE = ["connected", "stopped", "switchover", "resumed", "complete"]
-DESTINATION = ["qemu", "listening", "connected", "owner", "serving", "loaded", "resumed", "complete"]
+DESTINATION = [
+    "qemu",
+    "listening",
+    "connected",
+    "owner",
+    "serving",
+    "loaded",
+    "resumed",
+    "complete",
+]
 
 
 def fields_of(events: Events, name: str) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""What kinds of guests move, and as whom: with devices that use their memory, under KVM, by a user without privileges."""
+"""What kinds of guests move, and as whom: with devices that use their memory, under KVM, by a user
+without privileges."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import pytest
 import trio
 from cable import needs_cable, plugged_cable
 from devices import BLOCKS, echoing, screen, wait_devices, with_devices
-from migrations import attach_command, check_goes_on, destination, incoming_command, migrate_command, run_incoming
+from migrations import (
+    attach_command,
+    check_goes_on,
+    destination,
+    incoming_command,
+    migrate_command,
+    run_incoming,
+)
 from processes import run
 from vm import bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
@@ -28,13 +36,6 @@ pytestmark = needs_migration
 # ---- devices ----
 
 
-
-
-
-
-
-
-
 async def wait_balloon(qmp: Qmp, mib: int) -> None:
     """Until the guest has so much memory."""
     with trio.fail_after(60):
@@ -42,13 +43,13 @@ async def wait_balloon(qmp: Qmp, mib: int) -> None:
             await trio.sleep(0.02)
 
 
-
-
 @needs_cable
 @pytest.mark.timeout(300)
 async def test_devices(tmp_path: Path) -> None:
-    """First to a machine with the devices in another order, which QEMU notices at the very end: the guest goes on, with its
-    disk. Then to the right one, where the balloon takes memory and gives it back while pages still come."""
+    """First to a machine with the devices in another order, which QEMU notices at the very end: the
+    guest goes on, with its disk. Then to the right one, where the balloon takes memory and gives it
+    back while pages still come.
+    """
     (tmp_path / "disk").touch()
     os.truncate(tmp_path / "disk", BLOCKS * 4096)
     async with (
@@ -61,19 +62,22 @@ async def test_devices(tmp_path: Path) -> None:
         async with connect_qmp(a.qmp) as qmp:
             await qmp.command("balloon", value=224 << 20)
             await wait_balloon(qmp, 224)
-        async with destination(tmp_path, "c", command=with_devices(tmp_path, "c", swapped=True)) as wrong:
+        async with destination(
+            tmp_path, "c", command=with_devices(tmp_path, "c", swapped=True)
+        ) as wrong:
             with pytest.raises(PagenetError, match="QEMU cannot load the guest's devices"):
                 async with migrate(a.qmp, wrong.uri):
                     raise AssertionError("not reached")
             await wrong.ended.wait()
         before = await wait_devices(a.serial, a.serial.beats[-1])
 
-        command, listen = with_devices(tmp_path, "b"), [f"tcp://{cable.destination.address}:0", "--plaintext"]
-        async with run_incoming(tmp_path, command=command, listen=listen, within=cable.destination.within) as (
-            incoming,
-            serial,
-            uri,
-        ):
+        command, listen = (
+            with_devices(tmp_path, "b"),
+            [f"tcp://{cable.destination.address}:0", "--plaintext"],
+        )
+        async with run_incoming(
+            tmp_path, command=command, listen=listen, within=cable.destination.within
+        ) as (incoming, serial, uri):
             async with run([*cable.source.within, *migrate_command(a.qmp, uri)]) as leaving:
                 await leaving.event("resumed")
                 async with connect_qmp(tmp_path / "b.qmp") as qmp:
@@ -97,7 +101,8 @@ async def test_devices(tmp_path: Path) -> None:
 
 @pytest.fixture
 def kvm() -> None:
-    """For tests whose guest needs it. Found out here: QEMU is started for it, and collecting tests starts nothing."""
+    """For tests whose guest needs it. Found out here: QEMU is started for it, and collecting tests
+    starts nothing."""
     try:
         find_kvm_cpu()
     except Unsupported as error:
@@ -110,7 +115,10 @@ async def test_kvm(tmp_path: Path) -> None:
         # Little to do: where KVM has no hardware to rely on, it emulates each instruction.
         return bare_command(tmp_path, name, accel="kvm", work=8, hot=2, beat_ms=100, words=1)
 
-    async with run_vm(command("a"), tmp_path, "a") as a, destination(tmp_path, command=command("b")) as b:
+    async with (
+        run_vm(command("a"), tmp_path, "a") as a,
+        destination(tmp_path, command=command("b")) as b,
+    ):
         await a.serial.wait_beats(3)
         async with migrate(a.qmp, b.uri) as server:
             await server.wait_complete()
@@ -125,7 +133,12 @@ NOBODY = 65534
 # It may read what is not its own: the interpreter and this checkout may lie in somebody's home.
 AS_NOBODY = [
     *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"),
-    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search", "--"),
+    *(
+        "--inh-caps=-all,+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+        "--bounding-set=-all,+dac_read_search",
+        "--",
+    ),
 ]
 needs_users = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("setpriv") or not Path("/dev/userfaultfd").exists(),
@@ -179,7 +192,10 @@ async def test_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             assert await leaving.wait() == 0, leaving.stderr
             await incoming.event("complete")
-            assert f"Uid:\t{NOBODY}\t{NOBODY}" in Path(f"/proc/{incoming.events[0]['pid']}/status").read_text()
+            assert (
+                f"Uid:\t{NOBODY}\t{NOBODY}"
+                in Path(f"/proc/{incoming.events[0]['pid']}/status").read_text()
+            )
             await check_goes_on(serial)
             check_unbroken(a.serial, serial)
 
@@ -213,8 +229,13 @@ async def test_user_without_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("TMPDIR", str(directory))
         command = nobodys(bare_command(directory, "b"))
         try:
-            async with run([*AS_NOBODY, *incoming_command("tcp://127.0.0.1:0", command=command)]) as incoming:
+            async with run(
+                [*AS_NOBODY, *incoming_command("tcp://127.0.0.1:0", command=command)]
+            ) as incoming:
                 assert await incoming.wait() != 0
-                assert "may not use userfaultfd: run as root, give this user access to" in incoming.stderr
+                assert (
+                    "may not use userfaultfd: run as root, give this user access to"
+                    in incoming.stderr
+                )
         finally:
             ram_of(command).unlink()

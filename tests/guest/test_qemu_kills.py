@@ -1,6 +1,8 @@
-"""Whoever is killed, whenever: the guest runs here, or there, or it stands still and somebody says so. Never both, never wrong.
+"""Whoever is killed, whenever: the guest runs here, or there, or it stands still and somebody says
+so. Never both, never wrong.
 
-The long run is `pytest --soak tests/test_qemu_kills.py`; PAGENET_KILL_SEED repeats the moments of another one.
+The long run is `pytest --soak tests/test_qemu_kills.py`; PAGENET_KILL_SEED repeats the moments of
+another one.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ pytestmark = needs_migration
 
 QEMUS = ("source QEMU", "destination QEMU")
 VICTIMS = ("migrate", "incoming", *QEMUS, "guard of migrate", "guard of incoming")
-#: what the source's command says of a migration, in this order; the first of them is that it was started
+# : what the source's command says of a migration, in this order; the first of them is that it was
+# started
 STEPS = ("started", "connected", "stopped", "switchover", "resumed")
 
 SEED = os.environ.get("PAGENET_KILL_SEED") or str(time.time_ns())
 SOAK = 120
 
-# Twice what the slowest takes: the end of a connection is noticed after 10 s, and the guard of a dead process tries for 10 s.
+# Twice what the slowest takes: the end of a connection is noticed after 10 s, and the guard of a
+# dead process tries for 10 s.
 PATIENCE = 45.0
 
 
@@ -59,7 +63,12 @@ class Move:
 
     async def step(self, name: str) -> None:
         if name != "started":
-            await until(lambda: self.leaving.has_ended or any(event["event"] == name for event in self.leaving.events))
+            await until(
+                lambda: (
+                    self.leaving.has_ended
+                    or any(event["event"] == name for event in self.leaving.events)
+                )
+            )
 
     @property
     def is_over(self) -> bool:
@@ -72,7 +81,11 @@ class Move:
     @property
     def complaints(self) -> str:
         """What the two have told of what is wrong, to people or to programs."""
-        warnings = [event for event in self.leaving.events if event["event"] in ("waiting", "in_doubt", "abandoned")]
+        warnings = [
+            event
+            for event in self.leaving.events
+            if event["event"] in ("waiting", "in_doubt", "abandoned")
+        ]
         return "".join(map(str, warnings)) + self.leaving.stderr + self.incoming.stderr
 
 
@@ -83,7 +96,9 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 def guard_of(pid: int) -> int:
     """The process that stands by for the one of that id."""
-    children = [child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)]
+    children = [
+        child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)
+    ]
     guards = [child for child in children if b"pagenet.qemu._guard" in command_of(child)]
     if not guards:
         raise ProcessLookupError
@@ -112,7 +127,10 @@ async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[M
         run_incoming(directory, listen=listen_options, within=there) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
-        async with run([*here, *migrate_command(a.qmp, uri)]) as leaving, trio.open_nursery() as nursery:
+        async with (
+            run([*here, *migrate_command(a.qmp, uri)]) as leaving,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(listen, leaving)
             nursery.start_soon(listen, incoming)
             yield Move(a, serial, directory / "b.qmp", leaving, incoming)
@@ -120,7 +138,8 @@ async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[M
 
 
 async def settled(move: Move) -> tuple[str, str]:
-    """What the two machines are, once all is over and that does not change any more. Never both running, not for a moment."""
+    """What the two machines are, once all is over and that does not change any more. Never both
+    running, not for a moment."""
     seen: list[tuple[str, str]] = []
     with trio.move_on_after(PATIENCE):
         while len(seen) < 4 or len(set(seen[-4:])) > 1:
@@ -130,7 +149,10 @@ async def settled(move: Move) -> tuple[str, str]:
                 seen.clear()
             await trio.sleep(0.1)
         return seen[-1]
-    raise AssertionError(f"nothing came of it: {seen[-3:]}, {move.leaving.events}, {move.incoming.events}; {move.complaints}")
+    raise AssertionError(
+        f"nothing came of it: {seen[-3:]}, {move.leaving.events}, {move.incoming.events};"
+        f" {move.complaints}"
+    )
 
 
 async def outcome(move: Move, victim: str) -> str:
@@ -140,16 +162,25 @@ async def outcome(move: Move, victim: str) -> str:
         there = "gone"  # nobody came, and it waits for the next
     assert not any(beat.bad for beat in move.a.serial.beats + move.serial.beats)
     if here == "running":
-        # There is a moment between its two steps of taking the guest when nobody ends the QEMU of who is killed there.
-        assert there == "gone" or (victim == "incoming" and there != "silent"), f"the destination's QEMU is left: {there}"
+        # There is a moment between its two steps of taking the guest when nobody ends the QEMU of
+        # who is killed there.
+        assert there == "gone" or (victim == "incoming" and there != "silent"), (
+            f"the destination's QEMU is left: {there}"
+        )
         await check_goes_on(move.a.serial)
         check_unbroken(move.a.serial)
-        return "runs at the source" if there == "gone" else "runs at the source, and a QEMU that stands still is left"
+        return (
+            "runs at the source"
+            if there == "gone"
+            else "runs at the source, and a QEMU that stands still is left"
+        )
     if there in ("running", "silent"):
         return await outcome_there(move)
     if victim == "incoming" and there == "paused":
         # It had said that it takes the guest, and not yet told its guard to have it run.
-        assert "waiting" in move.complaints, f"it stands still, and nobody says so: {move.complaints}"
+        assert "waiting" in move.complaints, (
+            f"it stands still, and nobody says so: {move.complaints}"
+        )
         return "stands still at the destination, which has it; said so"
     assert there == "gone", f"the destination's QEMU is left: {there}"
     if victim in QEMUS:
@@ -177,7 +208,9 @@ async def strike(move: Move, victim: str, cable: Cable | None, cut: Cut) -> None
         move.kill(victim)
 
 
-async def kill_once(directory: Path, victim: str, step: str, delay: float, cut: Cut = CUTS[0]) -> str:
+async def kill_once(
+    directory: Path, victim: str, step: str, delay: float, cut: Cut = CUTS[0]
+) -> str:
     async with AsyncExitStack() as stack:
         cable = await stack.enter_async_context(plugged_cable()) if victim == "link" else None
         move = await stack.enter_async_context(moving(directory, cable))
@@ -196,20 +229,23 @@ async def test_killed(victim: str, step: str, tmp_path: Path) -> None:
 
 
 async def test_destination_stops(tmp_path: Path) -> None:
-    """Its connections stay, for the kernel keeps them, and nothing comes over them: the guest does not wait for ever."""
+    """Its connections stay, for the kernel keeps them, and nothing comes over them: the guest does
+    not wait for ever."""
     async with moving(tmp_path) as move:
         await move.step("connected")
         os.kill(move.incoming.pid, signal.SIGSTOP)
         await until(lambda: move.leaving.has_ended)
         os.kill(move.incoming.pid, signal.SIGKILL)
         assert await outcome(move, "incoming") == "runs at the source"
-        # Stopped later than was meant, it has yet to load the devices' state, which may take longer.
+        # Stopped later than was meant, it has yet to load the devices' state, which may take
+        # longer.
         assert " for 10 s\n" in move.leaving.stderr or " for 30 s\n" in move.leaving.stderr
 
 
 @needs_cable
 async def test_link_cut(tmp_path: Path) -> None:
-    """In each of the ways that a link breaks, before the guest is given away and after. All at once: it is waiting."""
+    """In each of the ways that a link breaks, before the guest is given away and after. All at
+    once: it is waiting."""
     found: dict[tuple[str, str], str] = {}
 
     async def cut(how: Cut, step: str) -> None:
@@ -221,7 +257,10 @@ async def test_link_cut(tmp_path: Path) -> None:
         for how in CUTS:
             nursery.start_soon(cut, how, "connected")
             nursery.start_soon(cut, how, "switchover")
-    assert {found[how, "connected"] for how in CUTS} <= {"runs at the source", "in doubt, stopped, said so"}
+    assert {found[how, "connected"] for how in CUTS} <= {
+        "runs at the source",
+        "in doubt, stopped, said so",
+    }
     assert {found[how, "switchover"] for how in CUTS} <= {
         "runs at the destination", "waits for pages at the destination, said so",
     }  # fmt: skip
@@ -230,7 +269,9 @@ async def test_link_cut(tmp_path: Path) -> None:
 @pytest.mark.soak
 @needs_cable
 @pytest.mark.parametrize("number", range(SOAK))
-async def test_killed_at_random(number: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+async def test_killed_at_random(
+    number: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     chance = random.Random(f"{SEED}/{number}")
     victim = (*VICTIMS, "link")[number % 7]
     step, delay, cut = chance.choice(STEPS), chance.uniform(0, 0.06), chance.choice(CUTS)

@@ -1,4 +1,5 @@
-"""Guests whose RAM is a memfd, as libvirt's, which QEMU since 8.1 does not leave out of its own stream."""
+"""Guests whose RAM is a memfd, as libvirt's, which QEMU since 8.1 does not leave out of its own
+stream."""
 
 from __future__ import annotations
 
@@ -15,11 +16,20 @@ from vm import VM, bare_command, check_unbroken, in_memfd, needs_migration, qemu
 
 from pagenet import PagenetError, UsageError
 from pagenet.qemu import MigrationRefused, connect_qmp, devices, machine, migrate
-from pagenet.qemu._stream import PAGE, PIECE, RamBlock, changed_pages, devices_of, every_page, opening
+from pagenet.qemu._stream import (
+    PAGE,
+    PIECE,
+    RamBlock,
+    changed_pages,
+    devices_of,
+    every_page,
+    opening,
+)
 
 pytestmark = needs_migration
 needs_addresses = pytest.mark.skipif(
-    qemu_version() < (8, 1), reason="needs QEMU 8.1 or newer, which says where the memory of its devices is"
+    qemu_version() < (8, 1),
+    reason="needs QEMU 8.1 or newer, which says where the memory of its devices is",
 )
 WAITS = ("-incoming", "defer")
 
@@ -37,7 +47,9 @@ def with_disk(directory: Path, name: str, *extra: str) -> list[str]:
     (directory / "disk").touch()
     os.truncate(directory / "disk", 1 << 20)
     disk = f"file={directory / 'disk'},format=raw,if=none,id=disk,cache=none"
-    return in_memory(directory, name, "-drive", disk, "-device", "virtio-blk-pci,drive=disk", *extra)
+    return in_memory(
+        directory, name, "-drive", disk, "-device", "virtio-blk-pci,drive=disk", *extra
+    )
 
 
 def locks(path: Path) -> int:
@@ -96,10 +108,13 @@ async def blocks_of(vm: VM) -> list[RamBlock]:
 
 def device_bytes(pid: int, blocks: list[RamBlock]) -> dict[str, bytes]:
     with open(f"/proc/{pid}/mem", "rb") as memory:
-        return {block.name: os.pread(memory.fileno(), block.size, block.address) for block in blocks}
+        return {
+            block.name: os.pread(memory.fileno(), block.size, block.address) for block in blocks
+        }
 
 
-# ---- on any QEMU: what it leaves out itself, it is taken not to; what it does not say of its memory is not sent ----
+# ---- on any QEMU: what it leaves out itself, it is taken not to; what it does not say of its
+#   memory is not sent ----
 
 
 @pytest.fixture
@@ -115,7 +130,9 @@ def narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def two(make: Callable[..., list[str]], directory: Path, *extra: str) -> AsyncIterator[tuple[VM, VM, Process, str]]:
+async def two(
+    make: Callable[..., list[str]], directory: Path, *extra: str
+) -> AsyncIterator[tuple[VM, VM, Process, str]]:
     """A machine with further devices, and one without that waits for it."""
     async with (
         run_vm(make(directory, "a", *extra), directory, "a") as a,
@@ -178,7 +195,10 @@ async def test_what_saving_would_lose(tmp_path: Path) -> None:
         async with connect_qmp(a.qmp) as qmp:
             dirty = [{"capability": "dirty-bitmaps", "state": True}]
             await qmp.command("migrate-set-capabilities", capabilities=dirty)
-        says = r"sends RAM that is no named file \(ram0\), and dirty bitmaps are to go along .*: use -object memory-backend"
+        says = (
+            r"sends RAM that is no named file \(ram0\), and dirty bitmaps are to go along .*: use"
+            r" -object memory-backend"
+        )
         with pytest.raises(UsageError, match=says):
             async with migrate(a.qmp, "unix:nobody"):
                 raise AssertionError("not reached")
@@ -201,7 +221,10 @@ def test_pages() -> None:
     before = {0: b"a" * PAGE + bytes(PIECE - PAGE)}
     records = every_page(block, before)
     assert records[0] == (0x08).to_bytes(8, "big") + b"\4vram" + b"a" * PAGE
-    assert records[1:3] == [(PAGE | 0x22).to_bytes(8, "big") + b"\0", (2 * PAGE | 0x22).to_bytes(8, "big") + b"\0"]
+    assert records[1:3] == [
+        (PAGE | 0x22).to_bytes(8, "big") + b"\0",
+        (2 * PAGE | 0x22).to_bytes(8, "big") + b"\0",
+    ]
     assert len(records) == 2 * PIECE // PAGE
     assert changed_pages(block, before, dict(before)) == []
     now = {PIECE: bytes(PAGE) + b"b" * PAGE + bytes(PIECE - 2 * PAGE)}

@@ -21,17 +21,31 @@ HALF = 32 << 20
 
 
 def numa_command(
-    directory: Path, name: str, *, as_json: bool = False, ids: Sequence[str] = ("ram1", "ram0"), extra: Sequence[str] = ()
+    directory: Path,
+    name: str,
+    *,
+    as_json: bool = False,
+    ids: Sequence[str] = ("ram1", "ram0"),
+    extra: Sequence[str] = (),
 ) -> list[str]:
     """Two nodes of the same size, and the first one's backend has the second name."""
-    command = [word.replace(",memory-backend=ram0", "") for word in bare_command(directory, name, smp=2, work=40)]
+    command = [
+        word.replace(",memory-backend=ram0", "")
+        for word in bare_command(directory, name, smp=2, work=40)
+    ]
     at = command.index("-object")
     ram_of(command).unlink()
     nodes = []
     for backend in ids:
         path = make_ram(name, HALF, None)
         words = f"memory-backend-file,id={backend},size={HALF},mem-path={path},share=on"
-        options = {"qom-type": "memory-backend-file", "id": backend, "size": HALF, "mem-path": str(path), "share": True}
+        options = {
+            "qom-type": "memory-backend-file",
+            "id": backend,
+            "size": HALF,
+            "mem-path": str(path),
+            "share": True,
+        }
         nodes += ["-object", json.dumps(options, separators=(",", ":")) if as_json else words]
         nodes += ["-numa", f"node,memdev={backend}"]
     return [*command[:at], *nodes, *command[at + 2 :], *extra]
@@ -78,7 +92,10 @@ async def test_nodes_that_differ(tmp_path: Path) -> None:
         destination(tmp_path, command=numa_command(tmp_path, "b", ids=("one", "two"))) as b,
     ):
         await a.serial.wait_sweeps(1)
-        with pytest.raises(Exception, match="the memory backends differ: one of 33554432 bytes, two of 33554432 bytes"):
+        with pytest.raises(
+            Exception,
+            match="the memory backends differ: one of 33554432 bytes, two of 33554432 bytes",
+        ):
             async with migrate(a.qmp, b.uri):
                 raise AssertionError("not reached")
         await check_goes_on(a.serial)
@@ -99,15 +116,20 @@ def test_files_in_the_order_of_the_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ((r"backend-file,id=ram0", "backend-memfd,id=ram0"), "ram0 must be a file, not memory-backend-memfd: .*attach: pagenet"),
+    ((r"backend-file,id=ram0", "backend-memfd,id=ram0"),
+    "ram0 must be a file, not memory-backend-memfd: .*attach: pagenet"),
     ((r"memdev=ram0", "memdev=ram2"), "must be a file"),
     ((r"(id=ram0.*)share=on", r"\1share=off"), "must be shared: add share=on"),
 ])  # fmt: skip
-def test_command_lines_that_cannot_receive(change: tuple[str, str], says: str, tmp_path: Path) -> None:
+def test_command_lines_that_cannot_receive(
+    change: tuple[str, str], says: str, tmp_path: Path
+) -> None:
     command = numa_command(tmp_path, "b")
     try:
         with pytest.raises(UsageError, match=says):
-            prepare_incoming([re.sub(*change, word) for word in command], tmp_path / "monitor", tmp_path / "uffd")
+            prepare_incoming(
+                [re.sub(*change, word) for word in command], tmp_path / "monitor", tmp_path / "uffd"
+            )
     finally:
         for ram in rams_of(command):
             ram.unlink()

@@ -1,4 +1,5 @@
-"""A guest whose pagenet-qemu is lost stands still at the next page that it misses, until another one comes."""
+"""A guest whose pagenet-qemu is lost stands still at the next page that it misses, until another
+one comes."""
 
 from __future__ import annotations
 
@@ -25,10 +26,23 @@ def machine(directory: Path, name: str) -> list[str]:
 
 
 def slow_incoming(directory: Path) -> AbstractAsyncContextManager[tuple[Process, Serial, str]]:
-    return run_incoming(directory, command=machine(directory, "b"), listen=["tcp://127.0.0.1:0", *SLOWLY])
+    return run_incoming(
+        directory, command=machine(directory, "b"), listen=["tcp://127.0.0.1:0", *SLOWLY]
+    )
+
 
 def resume_command(uri: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pagenet.cli.qemu", "incoming", "--json", "--resume", "--listen", uri, *options]
+    return [
+        sys.executable,
+        "-m",
+        "pagenet.cli.qemu",
+        "incoming",
+        "--json",
+        "--resume",
+        "--listen",
+        uri,
+        *options,
+    ]
 
 
 async def check_refused(command: Sequence[str], status: int, says: str) -> None:
@@ -39,8 +53,9 @@ async def check_refused(command: Sequence[str], status: int, says: str) -> None:
 
 
 async def test_resume(tmp_path: Path) -> None:
-    """The destination's pagenet-qemu is killed, and the guest stands still at the next page that it misses; until another one
-    comes and takes over, which is killed as well. The source waits for them."""
+    """The destination's pagenet-qemu is killed, and the guest stands still at the next page that it
+    misses; until another one comes and takes over, which is killed as well. The source waits for
+    them."""
     async with (
         run_vm(machine(tmp_path, "a"), tmp_path, "a") as a,
         slow_incoming(tmp_path) as (incoming, serial, uri),
@@ -56,7 +71,11 @@ async def test_resume(tmp_path: Path) -> None:
                 resuming = await first.event("resuming")
                 assert 0 < resuming["missing"] < resuming["pages"]
                 await first.event("owner")
-                await check_refused(resume_command(uri, "--pid", str(pid)), 2, "another pagenet is at work on the memory of")
+                await check_refused(
+                    resume_command(uri, "--pid", str(pid)),
+                    2,
+                    "another pagenet is at work on the memory of",
+                )
                 await serial.wait_beats(len(serial.beats) + 1)
                 await first.kill()
             await stand_still(pid)
@@ -72,7 +91,8 @@ async def test_resume(tmp_path: Path) -> None:
 
 
 async def test_both_daemons_are_lost(tmp_path: Path) -> None:
-    """The pages are still in the source's QEMU. Whoever gave up there has said how to bring them."""
+    """The pages are still in the source's QEMU. Whoever gave up there has said how to bring
+    them."""
     async with (
         run_vm(machine(tmp_path, "a"), tmp_path, "a") as a,
         slow_incoming(tmp_path) as (incoming, serial, uri),
@@ -89,7 +109,9 @@ async def test_both_daemons_are_lost(tmp_path: Path) -> None:
         async with run(resume_command(uri, "--pid", str(incoming.events[0]["pid"]))) as resumed:
             assert (await resumed.event("resuming"))["identity"] == abandoned["identity"]
             await resumed.event("listening")
-            command = serve_command(abandoned["source"], "--identity", abandoned["identity"], "--connect", uri)
+            command = serve_command(
+                abandoned["source"], "--identity", abandoned["identity"], "--connect", uri
+            )
             async with run(command) as serving:
                 assert await resumed.wait() == 0
                 assert await serving.wait() == 0

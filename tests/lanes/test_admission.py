@@ -78,7 +78,10 @@ async def test_the_oldest_stranger_gives_way() -> None:
     admission, gone = Admission(max_connections=100, max_strangers=3), []
 
     async def be_silent(number: int) -> None:
-        with pytest.raises(RemoteProtocolError, match="others wanted its place"), admission.stranger():
+        with (
+            pytest.raises(RemoteProtocolError, match="others wanted its place"),
+            admission.stranger(),
+        ):
             await trio.sleep_forever()
         gone.append(number)
 
@@ -124,7 +127,9 @@ async def test_a_stranger_gives_way_where_there_is_no_place_for_a_connection() -
 # ---- a source ----
 
 
-async def test_silent_peers_hold_up_nobody(mock_clock: trio.testing.MockClock, memory_file: str, tmp_path: Path) -> None:
+async def test_silent_peers_hold_up_nobody(
+    mock_clock: trio.testing.MockClock, memory_file: str, tmp_path: Path
+) -> None:
     """By a clock that stands still: it was not their time that was over."""
     events = Events()
     async with small_server(memory_file, events) as server:
@@ -142,24 +147,33 @@ async def small_server(memory_file: str, events: Events) -> AsyncIterator[pagene
     """Of 20 strangers at most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pagenet.source.serving.Admission", lambda most: Admission(most, 20))
-        async with pagenet.serve(memory_file, listen="tcp://127.0.0.1:0", on_event=events) as server:
+        async with pagenet.serve(
+            memory_file, listen="tcp://127.0.0.1:0", on_event=events
+        ) as server:
             yield server
 
 
 async def test_sessions_are_counted(memory_file: str, tmp_path: Path) -> None:
     events = Events()
-    async with pagenet.serve(memory_file, listen="tcp://127.0.0.1:0", max_sessions=2, on_event=events) as server:
+    async with pagenet.serve(
+        memory_file, listen="tcp://127.0.0.1:0", max_sessions=2, on_event=events
+    ) as server:
         with connections() as held:
             await dial(server.uri, 2, held)
             for connection in held:
                 await greet(MessageStream(connection), Hello(Role.DESTINATION, Channel.CONTROL))
-            with pytest.raises(SourceUnreachable, match=r"is busy: 2 destinations are served already.*--max-sessions"):
+            with pytest.raises(
+                SourceUnreachable,
+                match=r"is busy: 2 destinations are served already.*--max-sessions",
+            ):
                 await check_pull(server.uri, tmp_path / "copy")
             assert server.sessions == 2
             held[0].close()
             await events.wait("lost")
             await check_pull(server.uri, tmp_path / "copy")
-    assert next(reason for event, reason in events if event == "refused").startswith("2 destinations")
+    assert next(reason for event, reason in events if event == "refused").startswith(
+        "2 destinations"
+    )
 
 
 async def test_lanes_are_counted(memory_file: str) -> None:
@@ -171,10 +185,15 @@ async def test_lanes_are_counted(memory_file: str) -> None:
             ours = Hello(Role.DESTINATION, Channel.BACKGROUND, session)
             for lane in lanes:
                 await greet(lane, ours)
-            with pytest.raises(SourceUnreachable, match=r"a session may have 3 lanes.*--background-lanes.*--max-lanes"):
+            with pytest.raises(
+                SourceUnreachable,
+                match=r"a session may have 3 lanes.*--background-lanes.*--max-lanes",
+            ):
                 await greet(one_more, ours)
         with pytest.raises(SourceUnreachable, match="a session may have 3 lanes"):
-            async with pagenet.pull(server.uri, pagenet.OwnMemory(), background_lanes=3) as transfer:
+            async with pagenet.pull(
+                server.uri, pagenet.OwnMemory(), background_lanes=3
+            ) as transfer:
                 await transfer.wait_complete()
 
 
@@ -184,13 +203,18 @@ async def test_peer_that_does_not_read_the_answer(
     memory, events = MemoryTransport(), Events()
     monkeypatch.setitem(transport._transports, "memory", memory)
     memory.capacity = 120  # a hello fits, and what is the answer to it does not
-    async with pagenet.serve(memory_file, listen="memory://source", lane="trio", on_event=events) as server:
+    async with pagenet.serve(
+        memory_file, listen="memory://source", lane="trio", on_event=events
+    ) as server:
         stranger = await transport.dial(server.uri)
         await stranger.send(encode_message(Hello(Role.DESTINATION, Channel.CONTROL)))
         began = trio.current_time()
         await events.wait("lost")
         assert trio.current_time() - began == pytest.approx(HELLO_TIMEOUT)
-        assert events[1] == ("lost", f"the peer did not read the answer to its hello for {HELLO_TIMEOUT:g} s")
+        assert events[1] == (
+            "lost",
+            f"the peer did not read the answer to its hello for {HELLO_TIMEOUT:g} s",
+        )
         assert server.sessions == 0
         stranger.close()
 
@@ -199,14 +223,19 @@ async def test_peer_that_does_not_read_the_answer(
 
 
 def limited(command: Sequence[str], soft: int, hard: int) -> list[str]:
-    limit = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+    limit = (
+        f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+    )
     code = f"{limit}; os.execv(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", code, *command]
 
 
 async def test_more_peers_than_file_descriptors(memory_file: str, tmp_path: Path) -> None:
-    """Each waits in the backlog until there is one for it; those who said nothing give way; none is reset."""
-    async with run(limited(serve_command(memory_file, "--listen", "tcp://127.0.0.1:0"), 80, 80)) as server:
+    """Each waits in the backlog until there is one for it; those who said nothing give way; none is
+    reset."""
+    async with run(
+        limited(serve_command(memory_file, "--listen", "tcp://127.0.0.1:0"), 80, 80)
+    ) as server:
         uri = (await server.event("listening"))["uri"]
         with connections() as silent:
             await dial(uri, 200, silent)
@@ -216,6 +245,8 @@ async def test_more_peers_than_file_descriptors(memory_file: str, tmp_path: Path
 
 
 async def test_soft_limit_of_file_descriptors_is_raised(memory_file: str) -> None:
-    async with run(limited(serve_command(memory_file, "--listen", "tcp://127.0.0.1:0"), 64, 512)) as server:
+    async with run(
+        limited(serve_command(memory_file, "--listen", "tcp://127.0.0.1:0"), 64, 512)
+    ) as server:
         await server.event("listening")
         assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (512, 512)

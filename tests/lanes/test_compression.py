@@ -1,4 +1,5 @@
-"""Regions that travel compressed, in part, or not at all: every page is right, whoever drives the lanes."""
+"""Regions that travel compressed, in part, or not at all: every page is right, whoever drives the
+lanes."""
 
 from __future__ import annotations
 
@@ -23,11 +24,17 @@ pytestmark = pytest.mark.usefixtures("uffd_permitted")
 SIZE = 2 << 20
 PAGES = SIZE // PAGE
 COMPRESS = ["auto", "lz4", "none"]
-CONTENTS = [*((kind, "lz4") for kind in ("text", "random", "zero")), *(("mixed", compress) for compress in COMPRESS)]
+CONTENTS = [
+    *((kind, "lz4") for kind in ("text", "random", "zero")),
+    *(("mixed", compress) for compress in COMPRESS),
+]
 
 
 def text(order: random.Random) -> bytes:
-    words = b" ".join(order.choice([b"page", b"fault", b"lane", b"run", b"%d" % order.randrange(1000)]) for _ in range(1200))
+    words = b" ".join(
+        order.choice([b"page", b"fault", b"lane", b"run", b"%d" % order.randrange(1000)])
+        for _ in range(1200)
+    )
     return (words * 4)[:PAGE]
 
 
@@ -58,7 +65,9 @@ def check_counted(statistics: TransferStatistics, content: bytes, compress: str)
         assert statistics.lz4_ratio is None
         assert statistics.lz4_share == 0
     raw = statistics.size - zeros * PAGE - statistics.lz4_bytes
-    packed = sum(c.lz4_wire_bytes for c in (statistics.demand, statistics.prefetch, statistics.background))
+    packed = sum(
+        c.lz4_wire_bytes for c in (statistics.demand, statistics.prefetch, statistics.background)
+    )
     headers = statistics.wire_bytes - raw - packed
     assert 0 <= headers < SIZE // 64
 
@@ -67,7 +76,9 @@ def check_counted(statistics: TransferStatistics, content: bytes, compress: str)
 @pytest.mark.parametrize("memory", ["anonymous", "memfd", "allocated"])
 @pytest.mark.parametrize("lane", ["native", "trio"])
 @pytest.mark.parametrize("source_lane", ["native", "trio"])
-async def test_every_pairing(source_lane: Any, lane: Any, memory: Any, kind: str, compress: Any, tmp_path: Path) -> None:
+async def test_every_pairing(
+    source_lane: Any, lane: Any, memory: Any, kind: str, compress: Any, tmp_path: Path
+) -> None:
     content = make_content(kind)
     (tmp_path / "source").write_bytes(content)
     owner = OwnMemory("memfd", allocate=True) if memory == "allocated" else OwnMemory(memory)
@@ -76,7 +87,9 @@ async def test_every_pairing(source_lane: Any, lane: Any, memory: Any, kind: str
             serve(str(tmp_path / "source"), listen="tcp://127.0.0.1:0", lane=source_lane) as server,
             pagenet.pull(server.uri, owner, lane=lane, compress=compress) as transfer,
         ):
-            touched = [(page, await owner.read(page * PAGE, PAGE)) for page in (PAGES - 1, 7, PAGES // 2)]
+            touched = [
+                (page, await owner.read(page * PAGE, PAGE)) for page in (PAGES - 1, 7, PAGES // 2)
+            ]
             await transfer.wait_complete()
         assert await owner.read(0, SIZE) == content
     finally:
@@ -164,7 +177,9 @@ async def test_command(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(content)
     async with run_server(str(tmp_path / "source")) as (_, uri):
         for compress in ("lz4", "none"):
-            command = pull_command(uri, "--into", str(tmp_path / compress), "--compress", compress, lane="native")
+            command = pull_command(
+                uri, "--into", str(tmp_path / compress), "--compress", compress, lane="native"
+            )
             async with run(command) as puller:
                 complete = await puller.event("complete")
                 assert await puller.wait() == 0
@@ -177,7 +192,9 @@ async def test_command(tmp_path: Path) -> None:
                 assert compressed["bytes"] == SIZE
                 assert compressed["share"] > 0.99
                 assert compressed["ratio"] == pytest.approx(SIZE / complete["bytes_wire"], rel=0.02)
-        command = pull_command(uri, "--into", str(tmp_path / "copy"), "--compress", "lz4", lane="native", as_json=False)
+        command = pull_command(
+            uri, "--into", str(tmp_path / "copy"), "--compress", "lz4", lane="native", as_json=False
+        )
         async with run(command) as puller:
             words = "\n".join(await puller.rest())
             assert await puller.wait_end() == 0
@@ -185,7 +202,9 @@ async def test_command(tmp_path: Path) -> None:
 
 
 async def test_command_that_makes_no_sense(tmp_path: Path) -> None:
-    command = pull_command("unix:nowhere", "--into", str(tmp_path / "copy"), "--compress", "zstd", lane="native")
+    command = pull_command(
+        "unix:nowhere", "--into", str(tmp_path / "copy"), "--compress", "zstd", lane="native"
+    )
     async with run(command) as puller:
         assert await puller.wait() == 2
         assert "--compress: invalid choice: 'zstd'" in puller.stderr

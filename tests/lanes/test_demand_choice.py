@@ -1,4 +1,5 @@
-"""native/demand_choice.c: whether pages that somebody waits for come compressed, on links made of numbers; and lanes by it."""
+"""native/demand_choice.c: whether pages that somebody waits for come compressed, on links made of
+numbers; and lanes by it."""
 
 from __future__ import annotations
 
@@ -18,9 +19,17 @@ BOTH = 1 << Encoding.RAW | 1 << Encoding.ZERO | 1 << Encoding.LZ4
 
 
 class Path:
-    """Pages one after the other, over a link of so many ns a byte, with so many ns of delay; what LZ4 leaves of each."""
+    """Pages one after the other, over a link of so many ns a byte, with so many ns of delay; what
+    LZ4 leaves of each."""
 
-    def __init__(self, link: float, delay: float, left: Callable[[], float], noise: float = 0.0, seed: int = 1) -> None:
+    def __init__(
+        self,
+        link: float,
+        delay: float,
+        left: Callable[[], float],
+        noise: float = 0.0,
+        seed: int = 1,
+    ) -> None:
         self.link, self.delay, self.left, self.noise = link, delay, left, noise
         self.choice, self.order = DemandChoice(), random.Random(seed)
         self.packed = 0
@@ -58,12 +67,20 @@ def mixed() -> Callable[[], float]:
     return lambda: order.choice([0.4, 0.4, 1.0])
 
 
-LINKS = {"10 Mbit/s": 100 * GBIT, "100 Mbit/s": 10 * GBIT, "1 Gbit/s": GBIT, "10 Gbit/s": GBIT / 10, "memory": 0.1}
+LINKS = {
+    "10 Mbit/s": 100 * GBIT,
+    "100 Mbit/s": 10 * GBIT,
+    "1 Gbit/s": GBIT,
+    "10 Gbit/s": GBIT / 10,
+    "memory": 0.1,
+}
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("delay", [40_000, 60_000, 2_000_000])
-@pytest.mark.parametrize("left", [always(0.4), always(1.0), mixed()], ids=["text", "random", "mixed"])
+@pytest.mark.parametrize(
+    "left", [always(0.4), always(1.0), mixed()], ids=["text", "random", "mixed"]
+)
 @pytest.mark.parametrize("link", LINKS)
 def test_never_much_slower_than_none_and_close_to_the_better(
     link: str, left: Callable[[], float], delay: float, noise: float

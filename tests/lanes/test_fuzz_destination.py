@@ -1,5 +1,7 @@
-"""A destination's lanes, fed by a source that means ill: replies with right checksums over wrong blocks, headers that lie, ends
-anywhere. What is placed was sent by a reply that the protocol allows; all else ends the lane with one line."""
+"""A destination's lanes, fed by a source that means ill: replies with right checksums over wrong
+blocks, headers that lie, ends anywhere. What is placed was sent by a reply that the protocol
+allows; all else ends the lane with one line.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,29 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from fuzzing import BadBlock, Fuzz, NoDistance, encode_sequence, fragments, is_one_line, make_block, mutated, unpack, xxh64
+from fuzzing import (
+    BadBlock,
+    Fuzz,
+    NoDistance,
+    encode_sequence,
+    fragments,
+    is_one_line,
+    make_block,
+    mutated,
+    unpack,
+    xxh64,
+)
 from lanes import PAGE, RAW_OR_ZERO, Driver, Kind, Memory, Peer, Rig, content, poll, wait_until
 
 from pagenet import Run, Unsupported, _native
-from pagenet.protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, MAX_REASON_BYTES, REPLY_HEADER, Encoding, Request
+from pagenet.protocol import (
+    LANE_HEADER_SIZE,
+    MAX_LZ4_BYTES,
+    MAX_REASON_BYTES,
+    REPLY_HEADER,
+    Encoding,
+    Request,
+)
 from pagenet.residency import State
 from pagenet.uffd import probe
 
@@ -52,7 +72,8 @@ class Expected:
 
 @dataclass
 class Judge:
-    """Reads what a source sends, by the specification and nothing else. ``unit``: pages on the wire in one of ours."""
+    """Reads what a source sends, by the specification and nothing else. ``unit``: pages on the wire
+    in one of ours."""
 
     unit: int
     may_pack: bool
@@ -122,7 +143,11 @@ class Judge:
                 return False
             except BadBlock:
                 unpacked = None
-            if unpacked is None or len(unpacked.data) != size or xxh64(unpacked.data) != payload[:8]:
+            if (
+                unpacked is None
+                or len(unpacked.data) != size
+                or xxh64(unpacked.data) != payload[:8]
+            ):
                 self.verdict = "protocol"
                 return False
             pages, sure = unpacked.data, unpacked.proper
@@ -182,7 +207,8 @@ def other_size(pick: random.Random, size: int) -> bytes:
 
 
 def bad_distance(pick: random.Random, size: int) -> bytes:
-    """A match from before the beginning, or from nowhere; the checksum takes such bytes for zeros."""
+    """A match from before the beginning, or from nowhere; the checksum takes such bytes for
+    zeros."""
     literals = pick.randbytes(pick.randint(1, 40))
     match = size - len(literals) - 12
     distance = pick.choice([0, len(literals) + 1, 65535])
@@ -191,16 +217,25 @@ def bad_distance(pick: random.Random, size: int) -> bytes:
 
 
 def bad_length(pick: random.Random, size: int) -> bytes:
-    """Lengths that lie: literals behind the end of the block, or a match behind the end of the pages."""
+    """Lengths that lie: literals behind the end of the block, or a match behind the end of the
+    pages."""
     if pick.random() < 0.5:
-        block = bytes([0xF0]) + b"\xff" * pick.choice([1, 100, 300]) + bytes([pick.randrange(255)]) + bytes(20)
+        block = (
+            bytes([0xF0])
+            + b"\xff" * pick.choice([1, 100, 300])
+            + bytes([pick.randrange(255)])
+            + bytes(20)
+        )
     else:
-        block = encode_sequence(b"\0", 1, size + pick.choice([0, 4, 255, 1 << 20])) + encode_sequence(bytes(5))
+        block = encode_sequence(
+            b"\0", 1, size + pick.choice([0, 4, 255, 1 << 20])
+        ) + encode_sequence(bytes(5))
     return packed(bytes(size), block)
 
 
 def bad_end(pick: random.Random, size: int) -> bytes:
-    """A block that ends as no encoder would end it: few literals behind a match, or none, or something behind the last ones."""
+    """A block that ends as no encoder would end it: few literals behind a match, or none, or
+    something behind the last ones."""
     tail = pick.randint(0, 11)
     block = encode_sequence(b"z", 1, size - 1 - tail)
     block += pick.choice([encode_sequence(b"z" * tail), encode_sequence(b"z" * tail, 1, 4), b""])
@@ -209,7 +244,8 @@ def bad_end(pick: random.Random, size: int) -> bytes:
 
 
 def flipped(pick: random.Random, size: int) -> bytes:
-    """A bit of the block or of the checksum is another; or of the block, and the checksum is right again."""
+    """A bit of the block or of the checksum is another; or of the block, and the checksum is right
+    again."""
     payload = bytearray(right_payload(pick, size))
     payload[pick.randrange(len(payload))] ^= 1 << pick.randrange(8)
     if pick.random() < 0.5:
@@ -227,13 +263,22 @@ def scrambled(pick: random.Random, size: int) -> bytes:
     return packed(data, block)
 
 
-PAYLOADS: list[Callable[[random.Random, int], bytes]] = [other_size, bad_distance, bad_length, bad_end, flipped, scrambled]
+PAYLOADS: list[Callable[[random.Random, int], bytes]] = [
+    other_size,
+    bad_distance,
+    bad_length,
+    bad_end,
+    flipped,
+    scrambled,
+]
 
 
 class Hostile:
     """A source's end of one lane."""
 
-    def __init__(self, pick: random.Random, peer: Peer, judge: Judge, has_ended: Callable[[], bool]) -> None:
+    def __init__(
+        self, pick: random.Random, peer: Peer, judge: Judge, has_ended: Callable[[], bool]
+    ) -> None:
         self.pick, self.peer, self.judge, self.has_ended = pick, peer, judge, has_ended
         self._known = 0
 
@@ -248,7 +293,11 @@ class Hostile:
         id_ = self.pick.choice(list(self.judge.open))
         expected = self.judge.open[id_]
         units = (expected.end - expected.next) // self.judge.unit
-        return id_, expected, self.pick.choice([1, units, self.pick.randint(1, units)]) * self.judge.unit
+        return (
+            id_,
+            expected,
+            self.pick.choice([1, units, self.pick.randint(1, units)]) * self.judge.unit,
+        )
 
     def right(self) -> bytes:
         id_, expected, count = self.choose()
@@ -265,39 +314,69 @@ class Hostile:
         return header(id_, expected, Encoding.RAW, count, size) + self.pick.randbytes(size)
 
     def wrong(self) -> bytes:
-        ways = [self._payload, self._header, self._failure, self._scrambled, self._twice, self._split]
+        ways = [
+            self._payload,
+            self._header,
+            self._failure,
+            self._scrambled,
+            self._twice,
+            self._split,
+        ]
         return self.pick.choice([self._payload] * 2 + ways)()
 
     def _payload(self) -> bytes:
         id_, expected, count = self.choose()
         payload = self.pick.choice(PAYLOADS)(self.pick, count * PAGE)
-        length = len(payload) if self.pick.random() < 0.9 else max(0, len(payload) + self.pick.choice([-8, -1, 1, 24]))
+        length = (
+            len(payload)
+            if self.pick.random() < 0.9
+            else max(0, len(payload) + self.pick.choice([-8, -1, 1, 24]))
+        )
         return header(id_, expected, Encoding.LZ4, count, length) + payload
 
     def _header(self) -> bytes:
         id_, expected, count = self.choose()
         fields = [id_, expected.class_, Encoding.RAW, 0, expected.next, count, count * PAGE]
         if self.pick.random() < 0.5:
-            fields[2], fields[6] = self.pick.choice([(Encoding.ZERO, 0), (Encoding.LZ4, 100), (3, 0), (254, 0), (255, 2000)])
+            fields[2], fields[6] = self.pick.choice(
+                [(Encoding.ZERO, 0), (Encoding.LZ4, 100), (3, 0), (254, 0), (255, 2000)]
+            )
         which = self.pick.choice([0, 1, 2, 3, 4, 5, 5, 6, 6])
         limit = (1 << 8 * (4, 1, 1, 2, 8, 4, 4)[which]) - 1
         near = fields[which] + self.pick.choice([-1, 1, self.judge.unit, -self.judge.unit])
-        fields[which] = self.pick.choice([near, near, 0, limit, limit >> 1, self.pick.randint(0, limit)]) & limit
+        fields[which] = (
+            self.pick.choice([near, near, 0, limit, limit >> 1, self.pick.randint(0, limit)])
+            & limit
+        )
         if which == 0:  # not one that the lane may use a moment later
-            fields[0] = self.pick.choice([*self.judge.closed, 1 << 30, limit, self.pick.randint(1 << 24, limit)])
+            fields[0] = self.pick.choice(
+                [*self.judge.closed, 1 << 30, limit, self.pick.randint(1 << 24, limit)]
+            )
         return REPLY_HEADER.pack(*fields) + self.pick.randbytes(min(fields[6], 5000))
 
     def _failure(self) -> bytes:
         id_, expected, _ = self.choose()
         length = self.pick.choice([0, 1, 40, MAX_REASON_BYTES, MAX_REASON_BYTES + 1])
         reason = self.pick.choice([b"\x1b[2J\n%s%n", b"\xff\xfe\0", b"gone. "]) * length
-        head = REPLY_HEADER.pack(id_, expected.class_, 255, 0, self.pick.getrandbits(64), self.pick.getrandbits(32), length)
+        head = REPLY_HEADER.pack(
+            id_,
+            expected.class_,
+            255,
+            0,
+            self.pick.getrandbits(64),
+            self.pick.getrandbits(32),
+            length,
+        )
         return head + reason[:length]
 
     def _scrambled(self) -> bytes:
         right = self.right()
         # The id stays: another may be of a request that is in flight.
-        return right[:4] + mutated(self.pick, right[4 : LANE_HEADER_SIZE + 200]) + right[LANE_HEADER_SIZE + 200 :]
+        return (
+            right[:4]
+            + mutated(self.pick, right[4 : LANE_HEADER_SIZE + 200])
+            + right[LANE_HEADER_SIZE + 200 :]
+        )
 
     def _twice(self) -> bytes:
         return self.right() * 2
@@ -306,7 +385,9 @@ class Hostile:
         """A reply that ends within a unit, or begins within one."""
         id_, expected, count = self.choose()
         count += self.pick.choice([-1, 1])
-        return header(id_, expected, Encoding.RAW, count, count * PAGE) + bytes(min(count * PAGE, 1 << 17))
+        return header(id_, expected, Encoding.RAW, count, count * PAGE) + bytes(
+            min(count * PAGE, 1 << 17)
+        )
 
     def send(self, data: bytes) -> None:
         """As far as the lane takes it: one that has ended takes nothing."""
@@ -314,11 +395,16 @@ class Hostile:
         for piece in fragments(self.pick, data):
             view = memoryview(piece)
             while view:
-                wait_until(lambda: poll(self.peer.sock.fileno(), select.POLLOUT) or self.has_ended(), "the lane receives")
+                wait_until(
+                    lambda: poll(self.peer.sock.fileno(), select.POLLOUT) or self.has_ended(),
+                    "the lane receives",
+                )
                 if self.has_ended():
                     return
                 try:
-                    view = view[self.peer.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                    view = view[
+                        self.peer.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :
+                    ]
                 except BlockingIOError:
                     continue
                 except OSError:
@@ -344,7 +430,9 @@ class GuardedMemory(Memory):
 
     def check_hole(self) -> None:
         if self._fd >= 0:
-            assert os.pread(self._fd, self.page_size, 5 * self.page_size) == CANARY * (self.page_size // PAGE)
+            assert os.pread(self._fd, self.page_size, 5 * self.page_size) == CANARY * (
+                self.page_size // PAGE
+            )
 
 
 def is_present(address: int) -> bool:
@@ -372,7 +460,11 @@ def begin(pick: random.Random, rig: Rig, attacked: Peer, spared: set[int]) -> No
 
 
 def check_memory(
-    rig: Rig, memory: GuardedMemory, proper: dict[int, list[bytes | None]], due: set[int], spared: dict[int, bytes]
+    rig: Rig,
+    memory: GuardedMemory,
+    proper: dict[int, list[bytes | None]],
+    due: set[int],
+    spared: dict[int, bytes],
 ) -> None:
     for page in rig.scope():
         present = is_present(memory.address(page))
@@ -380,15 +472,23 @@ def check_memory(
             assert memory.read(page) == spared[page], f"page {page} was written over"
         elif rig.map.state(page) is State.RESIDENT:
             found = memory.read(page) if present else memory.read_behind(page)
-            assert found in proper.get(page, []) or None in proper.get(page, []), f"page {page} is none that was sent"
+            assert found in proper.get(page, []) or None in proper.get(page, []), (
+                f"page {page} is none that was sent"
+            )
         else:
             assert not present, f"page {page} is visible and {rig.map.state(page).name}"
-    missing = {page for page in due if rig.map.state(page) is not State.RESIDENT and page not in spared}
+    missing = {
+        page for page in due if rig.map.state(page) is not State.RESIDENT and page not in spared
+    }
     assert not missing, f"pages {sorted(missing)} came and are not there"
 
 
 def check_end(verdict: Verdict | None, end: _native.End) -> None:
-    assert is_one_line(end.text) or end.kind in (_native.END_CLOSED, _native.END_BROKEN, _native.END_FAILED), end
+    assert is_one_line(end.text) or end.kind in (
+        _native.END_CLOSED,
+        _native.END_BROKEN,
+        _native.END_FAILED,
+    ), end
     closed = {_native.END_CLOSED, _native.END_BROKEN}
     expected = {
         "protocol": {_native.END_PROTOCOL},
@@ -427,15 +527,21 @@ def run_round(pick: random.Random, driver: Driver, attacked: str) -> int:
     encodings = pick.choice([RAW_OR_ZERO | LZ4, LZ4 | 1 << Encoding.ZERO, RAW_OR_ZERO])
     prefetch = pick.choice([(0, 0), (2, 2), (8, 0)])
     buffer_size = pick.choice([None, None, 2048])
-    with Rig(memory, driver, prefetch=prefetch, buffer_size=buffer_size, encodings=encodings) as rig:
+    with Rig(
+        memory, driver, prefetch=prefetch, buffer_size=buffer_size, encodings=encodings
+    ) as rig:
         spared = spare(pick, rig)
-        lane, other = (rig.demand, rig.background) if attacked == "demand" else (rig.background, rig.demand)
+        lane, other = (
+            (rig.demand, rig.background) if attacked == "demand" else (rig.background, rig.demand)
+        )
         begin(pick, rig, lane, set(spared))
         judge = Judge(1 << shift, bool(encodings & LZ4))
         proper, due = judge.proper, judge.due
         for page in honest_answers(pick, rig, other):
             proper.setdefault(page, []).append(content(page, memory.page_size))
-        end = attack(pick, rig, Hostile(pick, lane, judge, lambda: not rig.lanes.is_running(attacked)))
+        end = attack(
+            pick, rig, Hostile(pick, lane, judge, lambda: not rig.lanes.is_running(attacked))
+        )
         check_end(judge.verdict, end)
         if driver == "native" and pick.random() < 0.3:
             check_other_lane(rig, other, proper)
@@ -447,7 +553,8 @@ def run_round(pick: random.Random, driver: Driver, attacked: str) -> int:
 
 
 def spare(pick: random.Random, rig: Rig) -> dict[int, bytes]:
-    """A page that somebody else has placed, where that is not for the file behind the memory to say."""
+    """A page that somebody else has placed, where that is not for the file behind the memory to
+    say."""
     if rig.memory.is_shared:
         return {}
     page, canary = pick.choice(list(rig.scope())), CANARY * (rig.memory.page_size // PAGE)

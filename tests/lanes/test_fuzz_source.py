@@ -1,5 +1,5 @@
-"""A source's lanes, asked by a destination that means ill: what is right is answered exactly, what is not closes the lane with
-one line, and another destination's pages come meanwhile."""
+"""A source's lanes, asked by a destination that means ill: what is right is answered exactly, what
+is not closes the lane with one line, and another destination's pages come meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from fuzzing import Fuzz, fragments, is_one_line, mutated, unpack, xxh64
 from lanes import PAGE, PATIENCE, Call, content, wait_until
 
 from pagenet import ConnectionBroken, RemoteProtocolError, Run, _native, open_source
-from pagenet.protocol import LANE_HEADER_SIZE, MAX_REQUEST_BYTES, REPLY_HEADER, REQUEST_HEADER, Encoding
+from pagenet.protocol import (
+    LANE_HEADER_SIZE,
+    MAX_REQUEST_BYTES,
+    REPLY_HEADER,
+    REQUEST_HEADER,
+    Encoding,
+)
 from pagenet.source.memory import Source
 from pagenet.source.trio_lane import TrioSourceLane
 from pagenet.tcp._connection import SocketConnection
@@ -57,7 +63,16 @@ def judged(stream: bytes) -> tuple[list[Request], bool]:
     """The requests before the first that makes no sense, and whether there is one."""
     requests: list[Request] = []
     whole = len(stream) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
-    for id_, class_, encodings, shift, reserved, first, count, reserved2 in REQUEST_HEADER.iter_unpack(stream[:whole]):
+    for (
+        id_,
+        class_,
+        encodings,
+        shift,
+        reserved,
+        first,
+        count,
+        reserved2,
+    ) in REQUEST_HEADER.iter_unpack(stream[:whole]):
         start, pages = (0, PAGES[0]) if first < PAGES[0] else (PAGES[0], PAGES[1])
         inside = count and first >= start and first + count <= start + pages
         unit = 1 << shift
@@ -81,7 +96,9 @@ def receive_answers(sock: socket.socket, requests: list[Request]) -> None:
             assert count % request.unit == 0
             assert length <= count * PAGE
             payload = receive(sock, length)
-            assert unpacked(request, encoding, count * PAGE, payload) == b"".join(map(content, range(first, first + count)))
+            assert unpacked(request, encoding, count * PAGE, payload) == b"".join(
+                map(content, range(first, first + count))
+            )
             next_ += count
 
 
@@ -120,8 +137,18 @@ def wrong(pick: random.Random) -> bytes:
     which = pick.choice([1, 3, 3, 4, 5, 5, 6, 6, 7])
     limit = (1 << 8 * sizes[which]) - 1
     near = fields[which] + pick.choice([-1, 1])
-    there = [PAGES[0] - 1, PAGES[0], REGION_PAGES - 1, REGION_PAGES, MAX_REQUEST_BYTES // PAGE, MAX_REQUEST_BYTES // PAGE + 1]
-    fields[which] = pick.choice([near, 0, limit, limit >> 1, 1 << pick.randrange(8 * sizes[which]), *there]) & limit
+    there = [
+        PAGES[0] - 1,
+        PAGES[0],
+        REGION_PAGES - 1,
+        REGION_PAGES,
+        MAX_REQUEST_BYTES // PAGE,
+        MAX_REQUEST_BYTES // PAGE + 1,
+    ]
+    fields[which] = (
+        pick.choice([near, 0, limit, limit >> 1, 1 << pick.randrange(8 * sizes[which]), *there])
+        & limit
+    )
     request = REQUEST_HEADER.pack(*fields)
     return request if pick.random() < 0.7 else mutated(pick, request)
 
@@ -164,7 +191,8 @@ Outcome = Literal["wrong", "cut", "whole", "gone"]
 
 
 def ask(pick: random.Random, ours: socket.socket) -> Outcome:
-    """All that one hostile destination says, and what it is answered. By chance, it leaves before that."""
+    """All that one hostile destination says, and what it is answered. By chance, it leaves before
+    that."""
     stream = make_stream(pick)
     requests, wrong = judged(stream)
     with ours:

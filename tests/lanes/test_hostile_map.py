@@ -1,4 +1,5 @@
-"""An owner that writes to the map of its pages while it is being filled: that costs its own transfer, and nothing else."""
+"""An owner that writes to the map of its pages while it is being filled: that costs its own
+transfer, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ import msgpack
 import pytest
 import trio
 from pagenet._pagenet import ffi, lib
-from processes import LANES, PAGE, Process, pull_command, run, run_server, run_workload, write_pattern
+from processes import (
+    LANES,
+    PAGE,
+    Process,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    write_pattern,
+)
 
 from pagenet import Block, HandshakeError, Region, Run, _native
 from pagenet.destination.filling import Filling
@@ -57,7 +67,11 @@ def write_header(mapped: mmap.mmap, rng: random.Random) -> None:
     """All of it but the count of what is in place, which would be the end."""
     at = DONE
     while at == DONE:
-        at = rng.randrange(0, CLASSES, 8) if rng.random() < 0.3 else rng.randrange(CLASSES, HEADER, 8)
+        at = (
+            rng.randrange(0, CLASSES, 8)
+            if rng.random() < 0.3
+            else rng.randrange(CLASSES, HEADER, 8)
+        )
     value = rng.choice([0, 1, PAGES, PAGES - 1, 2**63, 2**64 - 1, rng.getrandbits(64)])
     mapped[at : at + 8] = value.to_bytes(8, "little")
 
@@ -66,7 +80,11 @@ def write_states(mapped: mmap.mmap, rng: random.Random) -> None:
     """Those that a page can have, so that lanes go on with them."""
     first, count = rng.randrange(PAGES), rng.choice([1, 1, 1, 8, 64, 1000])
     count = min(count, PAGES - first)
-    states = bytes([rng.randrange(10)] * count) if rng.random() < 0.5 else bytes(rng.randrange(10) for _ in range(count))
+    states = (
+        bytes([rng.randrange(10)] * count)
+        if rng.random() < 0.5
+        else bytes(rng.randrange(10) for _ in range(count))
+    )
     mapped[HEADER + first : HEADER + first + count] = states
 
 
@@ -95,8 +113,11 @@ async def scribble(pulling: Process, mapped: mmap.mmap, write: Write, seed: int)
 
 
 @asynccontextmanager
-async def transfer(directory: Path, lane: str, memory: str) -> AsyncIterator[tuple[Process, Process]]:
-    """Pages come slowly enough to write to their map meanwhile; their owner touches them, and gives some of them up."""
+async def transfer(
+    directory: Path, lane: str, memory: str
+) -> AsyncIterator[tuple[Process, Process]]:
+    """Pages come slowly enough to write to their map meanwhile; their owner touches them, and gives
+    some of them up."""
     source = str(write_pattern(directory / "source", SIZE, zero_every=8))
     socket = directory / "owner.sock"
     limited = ["--max-bandwidth", "40M", "--background-lanes", "2"]
@@ -104,20 +125,40 @@ async def transfer(directory: Path, lane: str, memory: str) -> AsyncIterator[tup
         command = pull_command(uri, "--uffd-socket", str(socket), *limited, lane=lane)
         async with run([*command, "--prefetch", "auto"]) as pulling:
             await pulling.event("waiting")
-            options: list[str | int] = ["--memory", memory, "--size", SIZE, "--zero-every", 8, "--keep-map", "--wait-complete"]
-            touches: list[str | int] = ["--touches", 4 * PAGES, "--order", "random", "--write-share", 20, "--remove-share", 10]
+            options: list[str | int] = [
+                "--memory",
+                memory,
+                "--size",
+                SIZE,
+                "--zero-every",
+                8,
+                "--keep-map",
+                "--wait-complete",
+            ]
+            touches: list[str | int] = [
+                "--touches",
+                4 * PAGES,
+                "--order",
+                "random",
+                "--write-share",
+                20,
+                "--remove-share",
+                10,
+            ]
             async with run_workload(socket, *options, *touches) as owner:
                 await pulling.event("owner")
                 yield pulling, owner
 
 
 async def check_end(pulling: Process, seed: int) -> int:
-    """It ends without a signal, at SIGTERM at the latest, and says one line if anything was wrong."""
+    """It ends without a signal, at SIGTERM at the latest, and says one line if anything was
+    wrong."""
     if not pulling.has_ended:
         pulling.send_signal(signal.SIGTERM)
     code = await pulling.wait()
     said = pulling.stderr.strip().splitlines()
-    if code == -signal.SIGTERM:  # ours, which came when the transfer was over, and so was heeding signals
+    # ours, which came when the transfer was over, and so was heeding signals
+    if code == -signal.SIGTERM:
         assert said or pulling.events[-1]["event"] == "complete", (seed, code)
         return 6 if said else 0
     assert code in (0, 5, 6, 143), (seed, code, said)
@@ -127,8 +168,13 @@ async def check_end(pulling: Process, seed: int) -> int:
 
 
 @pytest.mark.native
-@pytest.mark.skipif("TSAN_OPTIONS" in os.environ, reason="ThreadSanitizer: two lanes that get the same page do race for it")
-@pytest.mark.parametrize(("lane", "memory"), [("trio", "memfd"), ("native", "memfd"), ("native", "anonymous")])
+@pytest.mark.skipif(
+    "TSAN_OPTIONS" in os.environ,
+    reason="ThreadSanitizer: two lanes that get the same page do race for it",
+)
+@pytest.mark.parametrize(
+    ("lane", "memory"), [("trio", "memfd"), ("native", "memfd"), ("native", "anonymous")]
+)
 @pytest.mark.parametrize("write", SCRIBBLERS, ids=lambda write: write.__name__)
 async def test_owner_scribbles_while_pages_come(
     lane: str, memory: str, write: Write, tmp_path: Path,
@@ -146,7 +192,8 @@ async def test_owner_scribbles_while_pages_come(
 @pytest.mark.native
 @pytest.mark.parametrize("lane", LANES)
 async def test_complete_by_its_owners_word_alone(lane: str, tmp_path: Path) -> None:
-    """The counter says that all pages are in place. Not all of them are: exit code 6, and one line."""
+    """The counter says that all pages are in place. Not all of them are: exit code 6, and one
+    line."""
     async with transfer(tmp_path, lane, "memfd") as (pulling, owner):
         with map_of(owner.pid) as mapped:
             mapped[DONE : DONE + 8] = PAGES.to_bytes(8, "little")
@@ -159,7 +206,8 @@ async def test_complete_by_its_owners_word_alone(lane: str, tmp_path: Path) -> N
 
 
 class Memory:
-    """Two mappings with a gap between them. A :class:`~pagenet.target.Target` that nothing comes to."""
+    """Two mappings with a gap between them. A :class:`~pagenet.target.Target` that nothing comes
+    to."""
 
     placement = "fake"
     event_fd = None
@@ -192,7 +240,9 @@ def test_completion_is_not_taken_from_the_counter(state: int, filling: Filling) 
     for part in filling.target.scope():
         filling.residency.set(part, State.RESIDENT)
     owner_writes(filling, HEADER + 17, bytes([state]))
-    with pytest.raises(HandshakeError, match=f"{WROTE}: it counts all of them as in place, and page 17 is not"):
+    with pytest.raises(
+        HandshakeError, match=f"{WROTE}: it counts all of them as in place, and page 17 is not"
+    ):
         filling.check_complete()
     assert not filling.completed.is_set()
     assert filling.residency.missing() == [Run(17, 1)]

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import trio
-from processes import LANES, PAGE, check_verified, pull, pull_command, run, run_server, run_workload, write_pattern
+from processes import (
+    LANES,
+    PAGE,
+    check_verified,
+    pull,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    write_pattern,
+)
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import pagenet
@@ -58,7 +68,8 @@ def test_rate(text: str, rate: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "M", "-1", "0", "0.0", "0.9", "fast", "60 M", "60Mb", "60m", "60T", "1e9", "inf", "nan", "5i", "7bit", "1,5M", "60M/s",
+    ["", "M", "-1", "0", "0.0", "0.9", "fast", "60 M", "60Mb", "60m", "60T", "1e9", "inf", "nan",
+    "5i", "7bit", "1,5M", "60M/s",
      "\u0661", "9" * 19, "9" * 5000, "1.", ".5M"],
 )  # fmt: skip
 def test_no_rate(text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +83,8 @@ def test_no_rate(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "words"), [(0, "0 B/s"), (999, "999 B/s"), (1500, "1.5 kB/s"), (6e7, "60.0 MB/s"), (2e9, "2.0 GB/s")]
+    ("rate", "words"),
+    [(0, "0 B/s"), (999, "999 B/s"), (1500, "1.5 kB/s"), (6e7, "60.0 MB/s"), (2e9, "2.0 GB/s")],
 )
 def test_rate_in_words(rate: float, words: str) -> None:
     assert rate_words(rate) == words
@@ -82,17 +94,23 @@ def test_rate_in_words(rate: float, words: str) -> None:
 
 
 @asynccontextmanager
-async def pulled(uri: str, lane: str, **options: Any) -> AsyncIterator[tuple[Transfer, pagenet.OwnMemory]]:
+async def pulled(
+    uri: str, lane: str, **options: Any
+) -> AsyncIterator[tuple[Transfer, pagenet.OwnMemory]]:
     memory = pagenet.OwnMemory("anonymous")
     try:
-        async with pull(uri, memory, lane=lane, background="linear", compress="none", **options) as transfer:
+        async with pull(
+            uri, memory, lane=lane, background="linear", compress="none", **options
+        ) as transfer:
             yield transfer, memory
     finally:
         memory.close()
 
 
 @asynccontextmanager
-async def transfer_of(source: str, lane: str, **options: Any) -> AsyncIterator[tuple[Transfer, pagenet.OwnMemory]]:
+async def transfer_of(
+    source: str, lane: str, **options: Any
+) -> AsyncIterator[tuple[Transfer, pagenet.OwnMemory]]:
     async with (
         pagenet.serve(source, listen="tcp://127.0.0.1:0") as server,
         pulled(server.uri, lane, **options) as (transfer, memory),
@@ -181,7 +199,14 @@ async def test_what_is_not_on_the_wire_does_not_count(lane: str, tmp_path: Path)
     async with pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server:
         memory = pagenet.OwnMemory("anonymous")
         try:
-            async with pull(server.uri, memory, lane=lane, background="linear", compress="lz4", max_bandwidth=rate) as transfer:
+            async with pull(
+                server.uri,
+                memory,
+                lane=lane,
+                background="linear",
+                compress="lz4",
+                max_bandwidth=rate,
+            ) as transfer:
                 with trio.fail_after(60):
                     await transfer.wait_complete()
                 done = transfer.statistics()
@@ -202,7 +227,8 @@ async def test_demand_is_never_held_up(lane: str, small: str, tmp_path: Path) ->
                 await check_verified(workload)
             complete = await puller.event("complete")
             assert await puller.wait() == 0
-    assert complete["demand"] >= (4 << 20) // PAGE - 2  # a page may come before there is a debt, on each side of a change
+    # a page may come before there is a debt, on each side of a change
+    assert complete["demand"] >= (4 << 20) // PAGE - 2
 
 
 # ---- when it begins ----
@@ -219,7 +245,20 @@ def test_start(text: str, start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "after", "after=", "after=-1", "after=x", "after=inf", "after=nan", "rate=0", "rate=-3", "soon=1", "2"]
+    "text",
+    [
+        "",
+        "after",
+        "after=",
+        "after=-1",
+        "after=x",
+        "after=inf",
+        "after=nan",
+        "rate=0",
+        "rate=-3",
+        "soon=1",
+        "2",
+    ],
 )
 def test_no_start(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="is neither after=SECONDS nor rate=N"):

@@ -1,4 +1,5 @@
-"""Peers that break the rules, over real sockets: what it costs them, and what it does not cost anybody else."""
+"""Peers that break the rules, over real sockets: what it costs them, and what it does not cost
+anybody else."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ import trio
 import trio.testing
 
 import pagenet
-from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, SourceLost, SourceUnreachable, UsageError, transport
+from pagenet import (
+    Block,
+    ConnectionBroken,
+    Region,
+    RemoteProtocolError,
+    SourceLost,
+    SourceUnreachable,
+    UsageError,
+    transport,
+)
 from pagenet._native import Packer
 from pagenet.protocol import (
     FRAME_HEADER,
@@ -41,7 +51,9 @@ SESSION = bytes(range(16))
 PAGE = 4096
 # More than one request may ask for. Every third page is zero, and no two others are alike.
 PAGES = 1040
-CONTENT = b"".join(bytes(PAGE) if page % 3 == 0 else struct.pack("<Q", page) * 512 for page in range(PAGES))
+CONTENT = b"".join(
+    bytes(PAGE) if page % 3 == 0 else struct.pack("<Q", page) * 512 for page in range(PAGES)
+)
 
 HTTP = b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"
 TLS = bytes.fromhex("1603010200010001fc0303")
@@ -75,7 +87,8 @@ class Events:
             await self._changed.wait()
 
     async def check_one(self, name: str, reason: str) -> None:
-        """Of all that can happen to a connection, this happened, once, and its reason is one line."""
+        """Of all that can happen to a connection, this happened, once, and its reason is one
+        line."""
         await self.wait("refused", "lost")
         ((seen, fields),) = self.of("refused", "lost")
         assert seen == name
@@ -110,7 +123,8 @@ def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Served:
-    """A real source, and an honest destination that wants its pages while the stranger is at work."""
+    """A real source, and an honest destination that wants its pages while the stranger is at
+    work."""
 
     server: pagenet.Server
     events: Events
@@ -142,21 +156,31 @@ STRANGERS: dict[str, tuple[bytes, bool, str, str]] = {
     "HTTP": (HTTP, False, "refused", "it begins with b'GET / HTTP/1.1\\r\\n'"),
     "TLS": (TLS, False, "refused", "does not speak pagenet"),
     "a scan": (b"", True, "lost", "closed the connection instead of a hello"),
-    "half a hello": (hello(Role.DESTINATION)[:40], True, "refused", "closed in the middle of a message (40 bytes"),
-    "another framing": (frame(b"", framing=2), False, "refused", "frames its messages in version 2"),
-    "4 GiB to come": (frame(b"", length=2**32 - 1), False, "refused", "announces a message of 4294967295 bytes"),
-    "more than a destination has to say": (frame(b"", length=(64 << 10) + 1), False, "refused", "a message of 65537 bytes"),
+    "half a hello": (hello(Role.DESTINATION)[:40], True, "refused",
+        "closed in the middle of a message (40 bytes"),
+    "another framing": (frame(b"", framing=2), False, "refused",
+        "frames its messages in version 2"),
+    "4 GiB to come": (frame(b"", length=2**32 - 1), False, "refused",
+        "announces a message of 4294967295 bytes"),
+    "more than a destination has to say": (frame(b"", length=(64 << 10) + 1), False, "refused",
+        "a message of 65537 bytes"),
     "nested deeply": (frame(b"\x91" * 60_000), False, "refused", "is not msgpack"),
     "not text": (frame(b"\x81\xa4type\xa2\xff\xff"), False, "refused", "is not msgpack"),
     "a long claim": (frame(b"\xdd\xff\xff\xff\xff"), False, "refused", "is not msgpack"),
-    "an escape": (frame(msgpack.packb({"type": "\x1b[2J\n"})), False, "refused", r"of type '\x1b[2J\n', which is unknown"),
+    "an escape": (frame(msgpack.packb({"type": "\x1b[2J\n"})), False, "refused",
+        r"of type '\x1b[2J\n', which is unknown"),
     "a source": (hello(Role.SOURCE), False, "refused", "the peer is a source too"),
-    "another version": (hello(Role.DESTINATION, version=9, oldest=8), False, "refused", "speaks protocol versions 8 to 9"),
-    "a lane": (hello(Role.DESTINATION, Channel.DEMAND, session=SESSION), False, "refused", "session that does not exist"),
-    "a lane of nothing": (hello(Role.DESTINATION, Channel.DEMAND), False, "refused", "session that does not exist"),
+    "another version": (hello(Role.DESTINATION, version=9, oldest=8), False, "refused",
+        "speaks protocol versions 8 to 9"),
+    "a lane": (hello(Role.DESTINATION, Channel.DEMAND, session=SESSION), False, "refused",
+        "session that does not exist"),
+    "a lane of nothing": (hello(Role.DESTINATION, Channel.DEMAND), False, "refused",
+        "session that does not exist"),
     "bye": (encode_message(Bye(True)), False, "refused", "first message is not a hello"),
-    "busy itself": (encode_message(Failure("busy", "no")), False, "refused", "the peer refused: no"),
-    "a failure": (encode_message(Failure("x", "not\nyou")), False, "refused", "the peer refused: not?you"),
+    "busy itself": (encode_message(Failure("busy", "no")), False, "refused",
+        "the peer refused: no"),
+    "a failure": (encode_message(Failure("x", "not\nyou")), False, "refused",
+        "the peer refused: not?you"),
 }  # fmt: skip
 
 
@@ -176,11 +200,16 @@ async def test_stranger(served: Served, data: bytes, closes: bool, event: str, r
     assert len(served.events.of("complete")) == 1
 
 
-@pytest.mark.parametrize("data", [b"", hello(Role.DESTINATION)[:-1]], ids=["nothing", "half a hello"])
-async def test_stranger_who_waits(served: Served, mock_clock: trio.testing.MockClock, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data", [b"", hello(Role.DESTINATION)[:-1]], ids=["nothing", "half a hello"]
+)
+async def test_stranger_who_waits(
+    served: Served, mock_clock: trio.testing.MockClock, data: bytes
+) -> None:
     stranger = await transport.dial(served.uri)
     await stranger.send(data)
-    await served.pull()  # by a clock that stands still: however long it takes, it was not the timeout that let it in
+    # by a clock that stands still: however long it takes, it was not the timeout that let it in
+    await served.pull()
     assert not served.events.of("refused", "lost")
     mock_clock.jump(HELLO_TIMEOUT)
     told = await until_closed(stranger)
@@ -269,14 +298,26 @@ async def test_half_a_request_and_gone(served: Served) -> None:
 CONTROL = {
     "hello again": (hello(Role.DESTINATION), False, "refused", "says hello twice"),
     "garbage": (HTTP, False, "refused", "does not speak pagenet"),
-    "a failure": (encode_message(Failure("x", "enough")), False, "refused", "the peer gave up: enough"),
+    "a failure": (
+        encode_message(Failure("x", "enough")),
+        False,
+        "refused",
+        "the peer gave up: enough",
+    ),
     "the end": (b"", True, "lost", "closed its connection before it was done"),
-    "the end of half a message": (encode_message(Bye(True))[:-1], True, "refused", "closed in the middle of a message"),
+    "the end of half a message": (
+        encode_message(Bye(True))[:-1],
+        True,
+        "refused",
+        "closed in the middle of a message",
+    ),
 }
 
 
 @pytest.mark.parametrize(("data", "closes", "event", "reason"), CONTROL.values(), ids=CONTROL)
-async def test_bad_control(served: Served, data: bytes, closes: bool, event: str, reason: str) -> None:
+async def test_bad_control(
+    served: Served, data: bytes, closes: bool, event: str, reason: str
+) -> None:
     async with trio.open_nursery() as nursery, connected(served.uri) as (control, lane):
         nursery.start_soon(served.pull)
         await control.connection.send(data)
@@ -287,7 +328,9 @@ async def test_bad_control(served: Served, data: bytes, closes: bool, event: str
     assert served.server.sessions == 0
 
 
-async def test_lane_whose_session_ends_while_it_is_greeted(monkeypatch: pytest.MonkeyPatch, memory_file: Path) -> None:
+async def test_lane_whose_session_ends_while_it_is_greeted(
+    monkeypatch: pytest.MonkeyPatch, memory_file: Path
+) -> None:
     memory, events = MemoryTransport(), Events()
     monkeypatch.setitem(transport._transports, "memory", memory)
     async with pagenet.serve(str(memory_file), listen="memory://source", on_event=events) as server:
@@ -305,7 +348,8 @@ async def test_lane_whose_session_ends_while_it_is_greeted(monkeypatch: pytest.M
 
 
 async def test_reason_that_is_no_text(somewhere: str, tmp_path: Path) -> None:
-    """A file's name may be any bytes, and is part of the block table and of the reason why the file cannot be read."""
+    """A file's name may be any bytes, and is part of the block table and of the reason why the file
+    cannot be read."""
     path = tmp_path / os.fsdecode(b"ram\xff")
     path.write_bytes(CONTENT)
 
@@ -341,13 +385,20 @@ async def expect_source_lost(action: Callable[[], Any]) -> None:
 # ---- limits ----
 
 
-async def test_more_sessions_than_there_may_be(somewhere: str, memory_file: Path, tmp_path: Path) -> None:
+async def test_more_sessions_than_there_may_be(
+    somewhere: str, memory_file: Path, tmp_path: Path
+) -> None:
     """One is refused, with the reason and the option; a session that ends makes room."""
     events = Events()
-    async with pagenet.serve(str(memory_file), listen=somewhere, on_event=events, max_sessions=1) as server:
+    async with pagenet.serve(
+        str(memory_file), listen=somewhere, on_event=events, max_sessions=1
+    ) as server:
         served = Served(server, events, tmp_path / "copy")
         async with connected(served.uri) as (control, lane):
-            with pytest.raises(SourceUnreachable, match=r"is busy: 1 destinations are served already.*--max-sessions"):
+            with pytest.raises(
+                SourceUnreachable,
+                match=r"is busy: 1 destinations are served already.*--max-sessions",
+            ):
                 await served.pull()
             await lane.send(request(1, 1))
             await control.send(Bye(False))  # whoever was served already does not notice
@@ -364,8 +415,12 @@ async def test_more_lanes_than_there_may_be(somewhere: str, memory_file: Path) -
     ):
         session = next(iter(server._sessions))
         another = await transport.dial(server.uri)
-        with pytest.raises(SourceUnreachable, match=r"is busy: a session may have 1 lanes.*--max-lanes"):
-            await greet(MessageStream(another), Hello(Role.DESTINATION, Channel.BACKGROUND, session))
+        with pytest.raises(
+            SourceUnreachable, match=r"is busy: a session may have 1 lanes.*--max-lanes"
+        ):
+            await greet(
+                MessageStream(another), Hello(Role.DESTINATION, Channel.BACKGROUND, session)
+            )
         another.close()
         await lane.send(request(1, 1))
         await control.send(Bye(False))
@@ -373,8 +428,12 @@ async def test_more_lanes_than_there_may_be(somewhere: str, memory_file: Path) -
     await events.check_one("refused", "--max-lanes")
 
 
-@pytest.mark.parametrize("data", [b"", hello(Role.DESTINATION)[:-1]], ids=["nothing", "half a hello"])
-async def test_silent_peers_make_room(served: Served, mock_clock: trio.testing.MockClock, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data", [b"", hello(Role.DESTINATION)[:-1]], ids=["nothing", "half a hello"]
+)
+async def test_silent_peers_make_room(
+    served: Served, mock_clock: trio.testing.MockClock, data: bytes
+) -> None:
     """By a clock that stands still: at the limit the oldest goes, and nobody's time is up."""
     served.server.admission._max_strangers = 3
     silent = []
@@ -429,7 +488,9 @@ class Impostor:
     """A source that does everything right until it does what it was made for."""
 
     control: Sends = (GREETING,)
-    lane: Callable[[Channel], Sends] = lambda channel: [hello(Role.SOURCE, channel, session=SESSION)]
+    lane: Callable[[Channel], Sends] = lambda channel: [
+        hello(Role.SOURCE, channel, session=SESSION)
+    ]
     replies: Callable[[Request], Sends] = honest
 
     async def meet(self, connection: transport.Connection) -> None:
@@ -491,7 +552,9 @@ def owner(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     memory.close()
 
 
-async def check_pull_fails(uri: str, owner: Any, error: type[Exception], reason: str) -> pagenet.Transfer | None:
+async def check_pull_fails(
+    uri: str, owner: Any, error: type[Exception], reason: str
+) -> pagenet.Transfer | None:
     """Nothing but the first page, if that, has been placed, and it is right."""
     transfers: list[pagenet.Transfer] = []
 
@@ -520,27 +583,38 @@ def after_the_first_page(**changes: int) -> Callable[[Request], Sends]:
     def replies(request: Request) -> Sends:
         length = changes.get("length", 0)
         payload = b"2" * min(length, 1 << 20)
-        return [first_page(request), reply(request, payload, **{"first": 1, "count": 2, "length": length, **changes})]
+        return [
+            first_page(request),
+            reply(request, payload, **{"first": 1, "count": 2, "length": length, **changes}),
+        ]
 
     return replies
 
 
 RAW = Encoding.RAW
 REPLIES: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
-    "too little": (after_the_first_page(encoding=RAW, length=2 * PAGE - 1), RemoteProtocolError, "8191 bytes for 2 pages"),
-    "too much": (after_the_first_page(encoding=RAW, length=2 * PAGE + 1), RemoteProtocolError, "8193 bytes for 2 pages"),
-    "4 GiB": (after_the_first_page(encoding=RAW, length=2**32 - 1), RemoteProtocolError, "4294967295 bytes for 2 pages"),
-    "bytes of zero": (after_the_first_page(length=PAGE), RemoteProtocolError, "4096 bytes for 2 pages of 0 bytes"),
-    "unasked": (after_the_first_page(request_id=77), RemoteProtocolError, "answers request 77, which is not open"),
+    "too little": (after_the_first_page(encoding=RAW, length=2 * PAGE - 1), RemoteProtocolError,
+        "8191 bytes for 2 pages"),
+    "too much": (after_the_first_page(encoding=RAW, length=2 * PAGE + 1), RemoteProtocolError,
+        "8193 bytes for 2 pages"),
+    "4 GiB": (after_the_first_page(encoding=RAW, length=2**32 - 1), RemoteProtocolError,
+        "4294967295 bytes for 2 pages"),
+    "bytes of zero": (after_the_first_page(length=PAGE), RemoteProtocolError,
+        "4096 bytes for 2 pages of 0 bytes"),
+    "unasked": (after_the_first_page(request_id=77), RemoteProtocolError,
+        "answers request 77, which is not open"),
     "again": (after_the_first_page(first=0), RemoteProtocolError, "out of turn"),
     "out of turn": (after_the_first_page(first=2, count=1), RemoteProtocolError, "out of turn"),
     "too far": (after_the_first_page(count=3), RemoteProtocolError, "out of turn"),
     "outside": (after_the_first_page(first=2**64 - 1), RemoteProtocolError, "out of turn"),
     "nothing": (after_the_first_page(count=0), RemoteProtocolError, "out of turn"),
     "another class": (after_the_first_page(class_=0), RemoteProtocolError, "of another class"),
-    "unknown encoding": (after_the_first_page(encoding=9), RemoteProtocolError, "encoding 9, which is unknown"),
-    "lz4": (after_the_first_page(encoding=Encoding.LZ4, length=100), RemoteProtocolError, "lz4, which was not asked for"),
-    "garbage": (lambda request: [first_page(request), b"\xa5" * 100], RemoteProtocolError, "which is not open"),
+    "unknown encoding": (after_the_first_page(encoding=9), RemoteProtocolError,
+        "encoding 9, which is unknown"),
+    "lz4": (after_the_first_page(encoding=Encoding.LZ4, length=100), RemoteProtocolError,
+        "lz4, which was not asked for"),
+    "garbage": (lambda request: [first_page(request), b"\xa5" * 100], RemoteProtocolError,
+        "which is not open"),
     "text": (lambda request: [first_page(request), HTTP], RemoteProtocolError, "which is not open"),
     "a long reason": (
         after_the_first_page(encoding=Encoding.FAILED, length=MAX_REASON_BYTES + 1),
@@ -548,16 +622,19 @@ REPLIES: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
         "a reason of 1025 bytes",
     ),
     "a failure": (
-        lambda request: [first_page(request), reply(request, b"disk\non fire \xff", encoding=Encoding.FAILED)],
+        lambda request: [first_page(request),
+        reply(request, b"disk\non fire \xff", encoding=Encoding.FAILED)],
         SourceLost,
         "the source cannot go on: disk?on fire \ufffd",
     ),
     "the end": (lambda request: [first_page(request), CLOSE], SourceLost, "the source is gone"),
     "the end of half a header": (
-        lambda request: [first_page(request), reply(request)[:10], CLOSE], SourceLost, "the source is gone",
+        lambda request: [first_page(request), reply(request)[:10], CLOSE], SourceLost,
+        "the source is gone",
     ),
     "the end of half a payload": (
-        lambda request: [first_page(request), reply(request, b"2" * 2 * PAGE, encoding=RAW, first=1, count=2)[:-1], CLOSE],
+        lambda request: [first_page(request),
+        reply(request, b"2" * 2 * PAGE, encoding=RAW, first=1, count=2)[:-1], CLOSE],
         SourceLost,
         "the source is gone",
     ),
@@ -566,7 +643,11 @@ REPLIES: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("replies", "error", "reason"), REPLIES.values(), ids=REPLIES)
 async def test_bad_reply(
-    somewhere: str, owner: Any, replies: Callable[[Request], Sends], error: type[Exception], reason: str
+    somewhere: str,
+    owner: Any,
+    replies: Callable[[Request], Sends],
+    error: type[Exception],
+    reason: str,
 ) -> None:
     async with Impostor(replies=replies).listening(somewhere) as uri:
         transfer = await check_pull_fails(uri, owner, error, reason)
@@ -582,7 +663,10 @@ def packed(payload: bytes, **changes: int) -> Callable[[Request], Sends]:
 
     def replies(request: Request) -> Sends:
         assert request.may_pack
-        return [first_page(request), reply(request, payload, **{"encoding": LZ4, "first": 1, "count": 2, **changes})]
+        return [
+            first_page(request),
+            reply(request, payload, **{"encoding": LZ4, "first": 1, "count": 2, **changes}),
+        ]
 
     return replies
 
@@ -599,17 +683,25 @@ COMPRESSED: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] =
     "checksum": (packed(flipped(0)), RemoteProtocolError, NOT_PAGES),
     "literal": (packed(flipped(9)), RemoteProtocolError, NOT_PAGES),
     "the last byte": (packed(flipped(len(PACKED) - 1)), RemoteProtocolError, NOT_PAGES),
-    "cut": (packed(PACKED[:-1]), RemoteProtocolError, f"the peer's {len(PACKED) - 1} compressed bytes are not 2 pages"),
-    "with a tail": (packed(PACKED + b"\0"), RemoteProtocolError, "compressed bytes are not 2 pages"),
-    "a page more": (packed(PACKED, count=1), RemoteProtocolError, "compressed bytes are not 1 pages"),
-    "a checksum alone": (packed(PACKED[:8]), RemoteProtocolError, "the peer's 8 compressed bytes are not 2 pages"),
+    "cut": (packed(PACKED[:-1]), RemoteProtocolError,
+        f"the peer's {len(PACKED) - 1} compressed bytes are not 2 pages"),
+    "with a tail": (packed(PACKED + b"\0"), RemoteProtocolError,
+        "compressed bytes are not 2 pages"),
+    "a page more": (packed(PACKED, count=1), RemoteProtocolError,
+        "compressed bytes are not 1 pages"),
+    "a checksum alone": (packed(PACKED[:8]), RemoteProtocolError,
+        "the peer's 8 compressed bytes are not 2 pages"),
     "a byte": (packed(b"x"), RemoteProtocolError, "the peer's 1 compressed bytes are not 2 pages"),
     "nothing": (packed(b""), RemoteProtocolError, "0 bytes for 2 pages of 8192 bytes"),
-    "no shorter": (packed(b"2" * 2 * PAGE), RemoteProtocolError, "8192 bytes for 2 pages of 8192 bytes"),
-    "4 GiB": (packed(PACKED, length=2**32 - 1), RemoteProtocolError, "4294967295 bytes for 2 pages of 8192 bytes"),
-    "a bomb": (packed(BOMB), RemoteProtocolError, f"the peer's {len(BOMB)} compressed bytes are not 2 pages"),
+    "no shorter": (packed(b"2" * 2 * PAGE), RemoteProtocolError,
+        "8192 bytes for 2 pages of 8192 bytes"),
+    "4 GiB": (packed(PACKED, length=2**32 - 1), RemoteProtocolError,
+        "4294967295 bytes for 2 pages of 8192 bytes"),
+    "a bomb": (packed(BOMB), RemoteProtocolError,
+        f"the peer's {len(BOMB)} compressed bytes are not 2 pages"),
     "the end of half a payload": (
-        lambda request: [*packed(PACKED)(request)[:1], (packed(PACKED)(request)[1] or b"")[:-1], CLOSE],
+        lambda request: [*packed(PACKED)(request)[:1], (packed(PACKED)(request)[1] or b"")[:-1],
+        CLOSE],
         SourceLost,
         "the source is gone",
     ),
@@ -618,7 +710,11 @@ COMPRESSED: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] =
 
 @pytest.mark.parametrize(("replies", "error", "reason"), COMPRESSED.values(), ids=COMPRESSED)
 async def test_bad_compressed_reply(
-    somewhere: str, owner: Any, replies: Callable[[Request], Sends], error: type[Exception], reason: str
+    somewhere: str,
+    owner: Any,
+    replies: Callable[[Request], Sends],
+    error: type[Exception],
+    reason: str,
 ) -> None:
     greeting = hello(Role.SOURCE, session=SESSION, region=REGION, features=frozenset({"lz4"}))
     async with Impostor([greeting], replies=replies).listening(somewhere) as uri:
@@ -629,7 +725,9 @@ async def test_bad_compressed_reply(
 
 
 @pytest.mark.parametrize("compress", ["auto", "lz4"])
-async def test_source_that_knows_nothing_of_compression(somewhere: str, compress: Any, tmp_path: Path) -> None:
+async def test_source_that_knows_nothing_of_compression(
+    somewhere: str, compress: Any, tmp_path: Path
+) -> None:
     asked: list[int] = []
 
     def replies(request: Request) -> Sends:
@@ -647,39 +745,57 @@ async def test_source_that_knows_nothing_of_compression(somewhere: str, compress
 
 def table(*blocks: Any) -> bytes:
     """A source's hello with such a block table, which this side's own encoder would not let out."""
-    fields = {"type": "hello", "version": 1, "oldest": 1, "role": "source", "channel": "control", "session": SESSION}
+    fields = {
+        "type": "hello",
+        "version": 1,
+        "oldest": 1,
+        "role": "source",
+        "channel": "control",
+        "session": SESSION,
+    }
     return frame(msgpack.packb({**fields, "blocks": blocks}))
 
 
 GREETINGS: dict[str, tuple[Sends, type[Exception], str]] = {
     "garbage": ([b"\x00\xff"], RemoteProtocolError, "does not speak pagenet"),
     "HTTP": ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], RemoteProtocolError, "does not speak pagenet"),
-    "the end": ([CLOSE], SourceLost, "the source is gone: the peer closed the connection instead of a hello"),
-    "half a hello": ([GREETING[:40], CLOSE], RemoteProtocolError, "closed in the middle of a message"),
-    "another version": ([hello(Role.SOURCE, version=9, oldest=8)], RemoteProtocolError, "bring both to releases"),
-    "a destination": ([hello(Role.DESTINATION)], RemoteProtocolError, "the peer is a destination too"),
-    "a lane": ([hello(Role.SOURCE, Channel.DEMAND, session=SESSION)], RemoteProtocolError, "answers on channel demand"),
-    "a failure": ([encode_message(Failure("x", "go\naway"))], RemoteProtocolError, "the peer refused: go?away"),
+    "the end": ([CLOSE], SourceLost,
+        "the source is gone: the peer closed the connection instead of a hello"),
+    "half a hello": ([GREETING[:40], CLOSE], RemoteProtocolError,
+        "closed in the middle of a message"),
+    "another version": ([hello(Role.SOURCE, version=9, oldest=8)], RemoteProtocolError,
+        "bring both to releases"),
+    "a destination": ([hello(Role.DESTINATION)], RemoteProtocolError,
+        "the peer is a destination too"),
+    "a lane": ([hello(Role.SOURCE, Channel.DEMAND, session=SESSION)], RemoteProtocolError,
+        "answers on channel demand"),
+    "a failure": ([encode_message(Failure("x", "go\naway"))], RemoteProtocolError,
+        "the peer refused: go?away"),
     "no blocks": ([hello(Role.SOURCE, session=SESSION)], RemoteProtocolError, "no block table"),
     "an empty table": ([table()], RemoteProtocolError, "1 to 4096 blocks, not 0"),
     "negative": ([table(["a", -PAGE, PAGE])], RemoteProtocolError, "makes no sense"),
     "half a page": ([table(["a", 2048, 2048])], RemoteProtocolError, "makes no sense"),
     "no such pages": ([table(["a", 2**63, 2**63])], RemoteProtocolError, "makes no sense"),
     "too large": ([table(["a", 2**63, PAGE])], RemoteProtocolError, "limit 17179869184"),
-    "too large in all": ([table(*([str(i), 2**46, PAGE] for i in range(2)))], RemoteProtocolError, "limit 17179869184"),
+    "too large in all": ([table(*([str(i), 2**46, PAGE] for i in range(2)))], RemoteProtocolError,
+        "limit 17179869184"),
     "twins": ([table(["a", PAGE, PAGE], ["a", PAGE, PAGE])], RemoteProtocolError, "same name"),
-    "a thousand too many": ([table(*([str(i), PAGE, PAGE] for i in range(5096)))], RemoteProtocolError, "5096 blocks"),
+    "a thousand too many": ([table(*([str(i), PAGE, PAGE] for i in range(5096)))],
+        RemoteProtocolError, "5096 blocks"),
     "hello, hello": ([GREETING, GREETING], RemoteProtocolError, "the source says hello twice"),
     "hello, garbage": ([GREETING + b"\0" * 100], RemoteProtocolError, "does not speak pagenet"),
     "hello, failure": ([GREETING, encode_message(Failure("x", "oh"))], SourceLost, "gave up: oh"),
     "hello, bye": ([GREETING + encode_message(Bye(True))], SourceLost, "has closed the session"),
     "hello, the end": ([GREETING, CLOSE], SourceLost, "has closed the session"),
-    "hello, half a message": ([GREETING + GREETING[:20], CLOSE], RemoteProtocolError, "in the middle of a message"),
+    "hello, half a message": ([GREETING + GREETING[:20], CLOSE], RemoteProtocolError,
+        "in the middle of a message"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("control", "error", "reason"), GREETINGS.values(), ids=GREETINGS)
-async def test_bad_control_of_a_source(somewhere: str, owner: Any, control: Sends, error: type[Exception], reason: str) -> None:
+async def test_bad_control_of_a_source(
+    somewhere: str, owner: Any, control: Sends, error: type[Exception], reason: str
+) -> None:
     async with Impostor(control).listening(somewhere) as uri:
         await check_pull_fails(uri, owner, error, reason)
 
@@ -687,8 +803,10 @@ async def test_bad_control_of_a_source(somewhere: str, owner: Any, control: Send
 LANES: dict[str, tuple[Callable[[Channel], Sends], type[Exception], str]] = {
     "garbage": (lambda channel: [HTTP], RemoteProtocolError, "does not speak pagenet"),
     "the end": (lambda channel: [CLOSE], SourceLost, "the source is gone"),
-    "the hello of control": (lambda channel: [GREETING], RemoteProtocolError, "answers on channel control"),
-    "a failure": (lambda channel: [encode_message(Failure("x", "no"))], RemoteProtocolError, "the peer refused: no"),
+    "the hello of control": (lambda channel: [GREETING], RemoteProtocolError,
+        "answers on channel control"),
+    "a failure": (lambda channel: [encode_message(Failure("x", "no"))], RemoteProtocolError,
+        "the peer refused: no"),
     "pages at once": (
         lambda channel: [hello(Role.SOURCE, channel, session=SESSION) + b"\0" * 24],
         RemoteProtocolError,
@@ -699,15 +817,23 @@ LANES: dict[str, tuple[Callable[[Channel], Sends], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("lane", "error", "reason"), LANES.values(), ids=LANES)
 async def test_bad_lane_of_a_source(
-    somewhere: str, owner: Any, lane: Callable[[Channel], Sends], error: type[Exception], reason: str
+    somewhere: str,
+    owner: Any,
+    lane: Callable[[Channel], Sends],
+    error: type[Exception],
+    reason: str,
 ) -> None:
     async with Impostor(lane=lane).listening(somewhere) as uri:
         await check_pull_fails(uri, owner, error, reason)
 
 
-async def test_source_that_never_says_hello(somewhere: str, owner: Any, mock_clock: trio.testing.MockClock) -> None:
+async def test_source_that_never_says_hello(
+    somewhere: str, owner: Any, mock_clock: trio.testing.MockClock
+) -> None:
     async with Impostor(control=[]).listening(somewhere) as uri, trio.open_nursery() as nursery:
-        nursery.start_soon(check_pull_fails, uri, owner, RemoteProtocolError, "the peer sent no hello for 10 s")
+        nursery.start_soon(
+            check_pull_fails, uri, owner, RemoteProtocolError, "the peer sent no hello for 10 s"
+        )
         await trio.testing.wait_all_tasks_blocked(0.01)
         mock_clock.jump(HELLO_TIMEOUT)
 
@@ -716,7 +842,9 @@ async def test_source_that_never_says_hello(somewhere: str, owner: Any, mock_clo
 async def test_source_whose_pages_are_larger_than_the_owners(owner: Any) -> None:
     huge = hello(Role.SOURCE, session=SESSION, region=Region([Block("ram", 2 << 20, 2 << 20)]))
     async with Impostor([huge]).listening("tcp://127.0.0.1:0") as uri:
-        await check_pull_fails(uri, owner, UsageError, "'ram' in pages of 2097152 bytes, and the owner in smaller ones")
+        await check_pull_fails(
+            uri, owner, UsageError, "'ram' in pages of 2097152 bytes, and the owner in smaller ones"
+        )
 
 
 # ---- who dials is another matter ----
@@ -737,8 +865,16 @@ LISTENED: dict[str, tuple[bytes, bool, str]] = {
     "HTTP": (HTTP, False, "does not speak pagenet"),
     "half a hello": (GREETING[:40], True, "closed in the middle of a message"),
     "a destination": (hello(Role.DESTINATION), False, "the peer is a destination too"),
-    "another version": (hello(Role.SOURCE, version=9, oldest=8), False, "speaks protocol versions 8 to 9"),
-    "a lane": (hello(Role.SOURCE, Channel.DEMAND, session=SESSION), False, "session that does not exist"),
+    "another version": (
+        hello(Role.SOURCE, version=9, oldest=8),
+        False,
+        "speaks protocol versions 8 to 9",
+    ),
+    "a lane": (
+        hello(Role.SOURCE, Channel.DEMAND, session=SESSION),
+        False,
+        "session that does not exist",
+    ),
     "a lane of nothing": (hello(Role.SOURCE, Channel.DEMAND), False, "session that does not exist"),
     "no blocks": (hello(Role.SOURCE, session=SESSION), False, "no block table or no session"),
     "no session": (hello(Role.SOURCE, region=REGION), False, "no block table or no session"),
@@ -783,10 +919,14 @@ async def test_stranger_who_waits_holds_nobody_up(
 async def test_second_source_is_refused(somewhere: str, tmp_path: Path) -> None:
     events = Events()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(expect_source_lost, partial(pull_listening, somewhere, tmp_path / "copy", events))
+        nursery.start_soon(
+            expect_source_lost, partial(pull_listening, somewhere, tmp_path / "copy", events)
+        )
         uri = await listening_uri(events)
         first, second = await transport.dial(uri), await transport.dial(uri)
-        await greet(MessageStream(first), Hello(Role.SOURCE, Channel.CONTROL, SESSION, region=REGION))
+        await greet(
+            MessageStream(first), Hello(Role.SOURCE, Channel.CONTROL, SESSION, region=REGION)
+        )
         await second.send(GREETING)
         await until_closed(second)
         second.close()
@@ -820,15 +960,18 @@ DIALLED: dict[str, tuple[Sends, type[Exception], str]] = {
     "a source": ([GREETING], RemoteProtocolError, "the peer is a source too"),
     "control for a lane": (
         [frame(msgpack.packb({
-            "type": "hello", "version": 1, "oldest": 1, "role": "destination", "channel": "control", "session": b"",
+            "type": "hello", "version": 1, "oldest": 1, "role": "destination", "channel": "control",
+                "session": b"",
             "lanes": ["control"],
         }))],
         RemoteProtocolError,
         "asks for its control channel as a lane",
     ),
-    "hello, garbage": ([hello(Role.DESTINATION), HTTP], RemoteProtocolError, "does not speak pagenet"),
+    "hello, garbage": ([hello(Role.DESTINATION), HTTP], RemoteProtocolError,
+        "does not speak pagenet"),
     "hello, the end": ([hello(Role.DESTINATION), CLOSE], ConnectionBroken, "before it was done"),
-    "a lane with garbage": ([hello(Role.DESTINATION, lanes=(Channel.DEMAND,))], RemoteProtocolError, "reserved bits"),
+    "a lane with garbage": ([hello(Role.DESTINATION, lanes=(Channel.DEMAND,))], RemoteProtocolError,
+        "reserved bits"),
 }  # fmt: skip
 
 
@@ -840,7 +983,10 @@ async def test_bad_destination_that_is_dialled(
         theirs = await MessageStream(connection).receive_hello(Role.SOURCE)
         is_control = theirs.channel is Channel.CONTROL
         with suppress(pagenet.ConnectionClosed):
-            await _send(connection, control if is_control else [hello(Role.DESTINATION, theirs.channel), HTTP])
+            await _send(
+                connection,
+                control if is_control else [hello(Role.DESTINATION, theirs.channel), HTTP],
+            )
             await until_closed(connection)
         connection.close()
 

@@ -1,4 +1,5 @@
-"""The destination's lanes in C, against those in Trio and against everything that may go wrong around them."""
+"""The destination's lanes in C, against those in Trio and against everything that may go wrong
+around them."""
 
 from __future__ import annotations
 
@@ -45,7 +46,14 @@ from processes import huge_pages
 
 from pagenet import Block, Region, RemoteProtocolError, Run, Unsupported, _native
 from pagenet.background.pacing import CHUNK_BYTES
-from pagenet.protocol import LANE_HEADER_SIZE, MAX_LZ4_BYTES, Class, Encoding, OutstandingRequests, Reply
+from pagenet.protocol import (
+    LANE_HEADER_SIZE,
+    MAX_LZ4_BYTES,
+    Class,
+    Encoding,
+    OutstandingRequests,
+    Reply,
+)
 from pagenet.residency import State
 from pagenet.uffd import Feature, Userfaultfd, probe
 from pagenet.uffd._handshake import Mapping
@@ -74,7 +82,9 @@ def make_rig() -> Iterator[MakeRig]:
     """``make_rig(kind, low, high, hole, **rig)``."""
     with ExitStack() as stack:
 
-        def make(kind: Kind = "copy", low: int = 10, high: int = 8, hole: int | None = 5, **options: Any) -> Rig:
+        def make(
+            kind: Kind = "copy", low: int = 10, high: int = 8, hole: int | None = 5, **options: Any
+        ) -> Rig:
             rig = Rig(Memory(kind, low, high, hole), **{"driver": "native", **options})
             return stack.enter_context(rig)
 
@@ -96,7 +106,8 @@ class Told:
 
 @dataclass
 class Play:
-    """A script drawn from ``seed``, step by step, each of which is over before the next. Knows what must come of it."""
+    """A script drawn from ``seed``, step by step, each of which is over before the next. Knows what
+    must come of it."""
 
     rig: Rig
     seed: int
@@ -107,7 +118,9 @@ class Play:
     cache: dict[int, bytes] = field(default_factory=dict)
     waiting: list[tuple[int, Call]] = field(default_factory=list)
     expected: dict[str, list[int]] = field(default_factory=dict)
-    asked: tuple[list[tuple[Class, Run]], list[tuple[Class, Run]]] = field(default_factory=lambda: ([], []))
+    asked: tuple[list[tuple[Class, Run]], list[tuple[Class, Run]]] = field(
+        default_factory=lambda: ([], [])
+    )
     #: a thread whose page is given up under it may fault once more than we know of
     faults_known: bool = True
     #: pages of the reply that is being sent
@@ -125,7 +138,17 @@ class Play:
 
     def run(self, steps: int) -> Told:
         for _ in range(steps):
-            self.step([self.touch, self.touch, self.feed, self.reply, self.reply, self.remove, self.intrude])
+            self.step(
+                [
+                    self.touch,
+                    self.touch,
+                    self.feed,
+                    self.reply,
+                    self.reply,
+                    self.remove,
+                    self.intrude,
+                ]
+            )
         self.finish()
         asked, counts = [peer.asked for peer in self.rig.peers], self.counts()
         memory = {page: self.memory.read(page) for page in self.pages}
@@ -137,7 +160,8 @@ class Play:
         return Told(asked, counts, self.rig.states(), memory)
 
     def counts(self) -> dict[str, list[int]]:
-        """Pages are counted, and threads woken, a moment before all that belongs to them is counted too."""
+        """Pages are counted, and threads woken, a moment before all that belongs to them is counted
+        too."""
         for name in ("wire_bytes", "zero_pages", "existed"):
             wait_until(partial(self.is_counted, name), name)
         return self.rig.counts()
@@ -240,7 +264,11 @@ class Play:
         run, data = peer.answer(open_, pages, zero, pack)
         if pack:
             self.expect_packed(class_, pages * size, len(data))
-        wanted = [page for page in range(run.first, run.end) if self.rig.map.state(page) in (State.COMING, State.REQUESTED)]
+        wanted = [
+            page
+            for page in range(run.first, run.end)
+            if self.rig.map.state(page) in (State.COMING, State.REQUESTED)
+        ]
         self.send(peer, run, data)
         self.expect_reply(class_, run, wanted, zero, len(data))
         self.rig.wait_came(sum(self.expected["pages"]) + sum(self.expected["dropped"]))
@@ -249,7 +277,9 @@ class Play:
     def send(self, peer: Peer, run: Run, data: bytes) -> None:
         """In pieces, between which other things happen to other pages."""
         self.in_flight = set(range(run.first, run.end))
-        cuts = sorted(self.random.randrange(len(data)) for _ in range(self.random.choice([0, 0, 1, 2, 5])))
+        cuts = sorted(
+            self.random.randrange(len(data)) for _ in range(self.random.choice([0, 0, 1, 2, 5]))
+        )
         for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
             peer.send(memoryview(data)[start:end])
             if end < len(data) and self.random.random() < 0.5:
@@ -257,14 +287,18 @@ class Play:
                 self.step([self.touch, self.feed, self.remove])
         self.in_flight = set()
 
-    def expect_reply(self, class_: Class, run: Run, wanted: list[int], zero: bool, size: int) -> None:
+    def expect_reply(
+        self, class_: Class, run: Run, wanted: list[int], zero: bool, size: int
+    ) -> None:
         add = self.expected
         add["runs"][class_] += 1
         add["wire_bytes"][class_] += size
         add["pages"][class_] += len(wanted)
         add["dropped"][class_] += run.count - len(wanted)
         add["zero_pages"][class_] += len(wanted) if zero else 0
-        add["existed"][class_] += sum(page in self.there and not self.is_held(class_, page) for page in wanted)
+        add["existed"][class_] += sum(
+            page in self.there and not self.is_held(class_, page) for page in wanted
+        )
         for page in wanted:
             data = content(page, self.memory.page_size)
             if self.memory.is_shared:
@@ -274,7 +308,11 @@ class Play:
 
     def is_held(self, class_: Class, page: int) -> bool:
         """Whether it is left as it is, to see whether it is touched."""
-        sampled = class_ is Class.PREFETCH and self.memory.is_shared and _native.before_sampled(page, 1) == 0
+        sampled = (
+            class_ is Class.PREFETCH
+            and self.memory.is_shared
+            and _native.before_sampled(page, 1) == 0
+        )
         return sampled and all(page != waiting for waiting, _ in self.waiting)
 
     def expect_packed(self, class_: Class, size: int, wire: int) -> None:
@@ -294,11 +332,15 @@ class Play:
         gone = set(range(run.first, run.end))
         if gone & self.in_flight or self.random.random() < 0.4:
             return
-        punch = self.memory.is_shared and (self.memory.kind == "hugetlb" or self.random.random() < 0.5)
+        punch = self.memory.is_shared and (
+            self.memory.kind == "hugetlb" or self.random.random() < 0.5
+        )
         self.rig.call(self.memory.remove, run, MADV_REMOVE if punch else MADV_DONTNEED).join()
         self.removed |= gone
         # The owner goes on once its event was read, a moment before that takes effect.
-        wait_until(lambda: all(self.rig.map.state(page) is State.REMOVED for page in gone), "removal")
+        wait_until(
+            lambda: all(self.rig.map.state(page) is State.REMOVED for page in gone), "removal"
+        )
         for page in gone:
             self.there.pop(page, None)
             if punch:
@@ -308,7 +350,8 @@ class Play:
         for page, call in woken:
             assert call.join() == self.memory_of(page)
         for page in {page for page, _ in woken}:
-            # Its zeros came before the memory was given up, or after: it may be there or not. Now it is.
+            # Its zeros came before the memory was given up, or after: it may be there or not. Now
+            # it is.
             self.faults_known = False
             assert self.rig.touch(page).join() == self.memory_of(page)
             self.there[page] = self.memory_of(page)
@@ -316,7 +359,12 @@ class Play:
     def intrude(self) -> None:
         """A third party places a page that is in flight, or will be."""
         page = self.random.choice(self.pages)
-        if page in self.there or page in self.removed or page in self.in_flight or page in self.cache:
+        if (
+            page in self.there
+            or page in self.removed
+            or page in self.in_flight
+            or page in self.cache
+        ):
             return
         data = b"3" * self.memory.page_size
         assert self.memory.place(page, data).placed == self.memory.page_size
@@ -364,7 +412,10 @@ def test_same_script_same_outcome(kind: Kind, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_same_script_same_outcome_with_huge_pages(seed: int) -> None:
     with huge_pages(7):
-        native, oracle = (told(driver, Memory("hugetlb", 5, 2, 3), seed, steps=20) for driver in ("native", "trio"))
+        native, oracle = (
+            told(driver, Memory("hugetlb", 5, 2, 3), seed, steps=20)
+            for driver in ("native", "trio")
+        )
     assert native == oracle
 
 
@@ -424,8 +475,11 @@ def test_the_last_missing_pages_are_given_up(kind: Kind, make_rig: MakeRig) -> N
 @pytest.mark.native
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int, make_rig: MakeRig) -> None:
-    """What the owner writes afterwards stays. (Allocated memory: the bytes go straight to where the owner would see them.)"""
+def test_given_up_again_and_again_while_its_bytes_come_in(
+    kind: Kind, times: int, make_rig: MakeRig
+) -> None:
+    """What the owner writes afterwards stays. (Allocated memory: the bytes go straight to where the
+    owner would see them.)"""
     rig = make_rig(kind)
     rig.feed(Run(10, 4))
     rig.background.wait_asked(1)
@@ -434,7 +488,9 @@ def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int
     rig.background.send(data[:half])
     wait_until(lambda: not rig.background.unread(), "half a page received")
     for _ in range(times):
-        rig.call(rig.memory.remove, Run(10, 2), MADV_REMOVE if rig.memory.is_shared else MADV_DONTNEED).join()
+        rig.call(
+            rig.memory.remove, Run(10, 2), MADV_REMOVE if rig.memory.is_shared else MADV_DONTNEED
+        ).join()
     writer = rig.call(rig.memory.write, 10, b"owner's" * 100)
     if kind != "allocated":
         writer.join()
@@ -445,7 +501,9 @@ def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int
     rig.background.send(rest)
     writer.join()
     rig.wait_came(4)
-    wait_until(lambda: rig.states()[10:14] == [State.REMOVED] * 2 + [State.RESIDENT] * 2, "the states")
+    wait_until(
+        lambda: rig.states()[10:14] == [State.REMOVED] * 2 + [State.RESIDENT] * 2, "the states"
+    )
     assert rig.touch(10).join() == (b"owner's" * 100).ljust(PAGE, b"\0")
     assert rig.touch(11).join() == bytes(PAGE)
     assert rig.touch(12).join() == content(12)
@@ -455,7 +513,8 @@ def test_given_up_again_and_again_while_its_bytes_come_in(kind: Kind, times: int
 @pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_placing_waits_for_the_reader_of_events(kind: Kind, make_rig: MakeRig) -> None:
-    """A background lane alone cannot read that memory was given up: it tries until the demand lane has."""
+    """A background lane alone cannot read that memory was given up: it tries until the demand lane
+    has."""
     rig = make_rig(kind, start=["background"])
     rig.feed(Run(10, 8))
     rig.background.wait_asked(1)
@@ -487,7 +546,8 @@ def test_stop_while_placing_waits_for_the_reader_of_events(kind: Kind, make_rig:
 
 
 def first_byte(address: int) -> bytes:
-    """Waits for its page. As a system call sees it: :exc:`OSError` (EFAULT) where a load would be a SIGBUS."""
+    """Waits for its page. As a system call sees it: :exc:`OSError` (EFAULT) where a load would be a
+    SIGBUS."""
     read_end, write_end = os.pipe()
     try:
         if libc.write(write_end, Address(address), Size(1)) < 0:
@@ -500,8 +560,11 @@ def first_byte(address: int) -> bytes:
 
 @pytest.mark.parametrize("zero", [False, True], ids=["poison", "zero"])
 @pytest.mark.parametrize("kind", ["copy", "memfd", "hugetlb"])
-def test_fault_outside_what_was_announced(kind: Kind, zero: bool, lane: str, kernel: Feature) -> None:
-    """Who touches that is told, or gets zeros, as the owner wants it; and all that was announced goes on coming."""
+def test_fault_outside_what_was_announced(
+    kind: Kind, zero: bool, lane: str, kernel: Feature
+) -> None:
+    """Who touches that is told, or gets zeros, as the owner wants it; and all that was announced
+    goes on coming."""
     if not zero and Feature.POISON not in kernel:
         pytest.skip("the kernel has no UFFDIO_POISON")
     driver: Any = lane
@@ -521,13 +584,20 @@ def test_fault_outside_what_was_announced(kind: Kind, zero: bool, lane: str, ker
                 assert told.value.errno == errno.EFAULT
             rig.answer_all(rig.demand)
             assert waiting.join() == content(3, memory.page_size)
-            assert (rig.count("faults"), rig.count("outside_faults"), rig.count("requests")) == (3, 2, 1)
+            assert (rig.count("faults"), rig.count("outside_faults"), rig.count("requests")) == (
+                3,
+                2,
+                1,
+            )
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("zero", [False, True], ids=["poison", "zero"])
-def test_fault_outside_waits_for_the_reader_of_events(zero: bool, lane: str, kernel: Feature) -> None:
-    """The owner gives memory up meanwhile, again and again: nothing can be poisoned, nor placed, until that is read."""
+def test_fault_outside_waits_for_the_reader_of_events(
+    zero: bool, lane: str, kernel: Feature
+) -> None:
+    """The owner gives memory up meanwhile, again and again: nothing can be poisoned, nor placed,
+    until that is read."""
     if not zero and Feature.POISON not in kernel:
         pytest.skip("the kernel has no UFFDIO_POISON")
     driver: Any = lane
@@ -567,7 +637,13 @@ def wrong_headers(rig: Rig) -> dict[str, bytes]:
     request = rig.background.open[0].request
     run, id_ = request.run, request.request_id
 
-    def reply(id_: int = id_, class_: int = BACKGROUND, encoding: int = 0, run: Run = run, length: int = -1) -> bytes:
+    def reply(
+        id_: int = id_,
+        class_: int = BACKGROUND,
+        encoding: int = 0,
+        run: Run = run,
+        length: int = -1,
+    ) -> bytes:
         size = run.count * PAGE if length < 0 else length
         return struct.pack("<IBBHQII", id_, class_, encoding, 0, run.first, run.count, size)
 
@@ -608,7 +684,9 @@ def test_wrong_replies_are_told_in_the_same_words(encodings: int, make_rig: Make
 @pytest.mark.native
 @pytest.mark.parametrize("lane", ["demand", "background"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_broken_compressed_pages_are_never_claimed(kind: Kind, lane: str, make_rig: MakeRig) -> None:
+def test_broken_compressed_pages_are_never_claimed(
+    kind: Kind, lane: str, make_rig: MakeRig
+) -> None:
     """Neither their states nor the memory behind them know that anything came."""
     rig = make_rig(kind, encodings=RAW_ZERO_OR_LZ4)
     if lane == "demand":
@@ -653,7 +731,12 @@ def test_source_that_fails(lane: str, whole: bool, reason: bytes, make_rig: Make
         peer = rig.background
     peer.wait_asked(1)
     request = peer.open[0].request
-    data = Reply(request.request_id, request.class_, Encoding.FAILED, request.run, len(reason)).encode() + reason
+    data = (
+        Reply(
+            request.request_id, request.class_, Encoding.FAILED, request.run, len(reason)
+        ).encode()
+        + reason
+    )
     for start in range(0, len(data), len(data) if whole else 1):
         peer.send(data[start : len(data) if whole else start + 1])
     end = rig.lanes.end_of(lane)
@@ -665,7 +748,8 @@ def test_source_that_fails(lane: str, whole: bool, reason: bytes, make_rig: Make
 
 @pytest.mark.native
 def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
-    """Every second page is there, so that each run is a page: the 4097th waits until one of the first is answered."""
+    """Every second page is there, so that each run is a page: the 4097th waits until one of the
+    first is answered."""
     pages = 9000
     rig = make_rig("copy", pages, 1, None)
     for page in range(1, pages, 2):
@@ -685,13 +769,18 @@ def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
         rig.background.send(b"".join(rig.background.answer(open_, 1, False)[1] for open_ in batch))
         came += len(batch)
         rig.wait_came(came)
-    assert len({run.first for _, run in rig.background.asked}) == pages // 2 == len(rig.background.asked)
+    assert (
+        len({run.first for _, run in rig.background.asked})
+        == pages // 2
+        == len(rig.background.asked)
+    )
     assert rig.touch(8000).join() == content(8000)
 
 
 @pytest.mark.native
 def test_more_faults_than_requests_may_be_open(make_rig: MakeRig) -> None:
-    """The source never answers and a third party lets the thread go on. In the end faults wait where they are."""
+    """The source never answers and a third party lets the thread go on. In the end faults wait
+    where they are."""
     pages = 3 * 1400
     rig = make_rig("copy", pages, 1, None, prefetch=(1, 1))
     touched = 0
@@ -767,7 +856,8 @@ def test_background_stays_in_its_window_before_the_first_reply(make_rig: MakeRig
 
 @pytest.mark.native
 def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> None:
-    """What the background has asked for may come at once. If it does not, whoever waits does not wait for it."""
+    """What the background has asked for may come at once. If it does not, whoever waits does not
+    wait for it."""
     rig = make_rig("copy", 64, 8, None)
     rig.feed(Run(0, 64))
     rig.background.wait_asked(1)
@@ -787,8 +877,9 @@ def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> N
 @pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_stretch_of_zeros(kind: Kind, make_rig: MakeRig) -> None:
-    """In shared memory it becomes a hole that nobody watches: it takes no memory, and is zero for whoever touches it. A page
-    that a third party had put there, and one that was given up, are zero too."""
+    """In shared memory it becomes a hole that nobody watches: it takes no memory, and is zero for
+    whoever touches it. A page that a third party had put there, and one that was given up, are zero
+    too."""
     rig = make_rig(kind, 512, 8, None)
     used = rig.memory.used()
     rig.feed(Run(0, 512))
@@ -799,7 +890,9 @@ def test_stretch_of_zeros(kind: Kind, make_rig: MakeRig) -> None:
     if kind in ("memfd", "allocated"):
         assert rig.memory.target.write(Run(64, 1), memoryview(b"3" * PAGE))
     for open_ in list(rig.background.open):
-        rig.background.send(rig.background.answer(open_, rig.background.left(open_).count, zero=True)[1])
+        rig.background.send(
+            rig.background.answer(open_, rig.background.left(open_).count, zero=True)[1]
+        )
     rig.wait_came(512)
     assert waiting.join() == bytes(PAGE)
     assert rig.count("zero_pages") == 511 == rig.count("pages", BACKGROUND)
@@ -884,7 +977,9 @@ class Busy:
                     time.sleep(0.0002)
                     continue
                 open_ = order.choice(peer.open)
-                peer.send(peer.answer(open_, order.randint(1, peer.left(open_).count), zero=False)[1])
+                peer.send(
+                    peer.answer(open_, order.randint(1, peer.left(open_).count), zero=False)[1]
+                )
 
     def touch(self, order: random.Random) -> None:
         while not self.stopped.is_set():
@@ -912,7 +1007,9 @@ def feed_until(rig: Rig, pages: int, stopped: threading.Event) -> None:
 @pytest.mark.native
 @pytest.mark.parametrize("stall", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stop_while_busy(kind: Kind, stall: bool, make_rig: MakeRig, record_property: Callable[[str, object], None]) -> None:
+def test_stop_while_busy(
+    kind: Kind, stall: bool, make_rig: MakeRig, record_property: Callable[[str, object], None]
+) -> None:
     rig = make_rig(kind, 1 << 14, 1, None, prefetch=(8, 8), window=(1 << 16, 1 << 18, 1 << 20))
     busy = Busy(rig, 1 << 14)
     busy.start(stall)
@@ -970,16 +1067,23 @@ sock.recv(1)
 
 
 def test_owner_dies_while_busy(tmp_path: Path) -> None:
-    """Without anybody who watches it, as these lanes have nobody: whoever places its next page notices."""
+    """Without anybody who watches it, as these lanes have nobody: whoever places its next page
+    notices."""
     pages = 1 << 15
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "owner"))
         listener.listen()
-        owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path / "owner"), str(pages * PAGE)])
+        owner = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(tmp_path / "owner"), str(pages * PAGE)]
+        )
         sock, _ = listener.accept()
     with sock:
         message, (uffd,), _, _ = socket.recv_fds(sock, 8, 1)
-        rig = Rig(OtherMemory(uffd, struct.unpack("<Q", message)[0], pages), "native", window=(1 << 16, 1 << 18, 1 << 20))
+        rig = Rig(
+            OtherMemory(uffd, struct.unpack("<Q", message)[0], pages),
+            "native",
+            window=(1 << 16, 1 << 18, 1 << 20),
+        )
         with rig:
             busy = Busy(rig, pages)
             busy.calls += [Call(feed_until, rig, pages, busy.stopped)]
@@ -1005,7 +1109,9 @@ class OtherMemory(Memory):
         self.wire = Region([Block("ram", pages * PAGE)])
         self._uffd = Userfaultfd.received(uffd)
         mapping = Mapping(address, pages * PAGE, 0, PAGE)
-        self.target = UffdTarget(self._uffd, [mapping], self.wire, keeps_uffd=lambda: True, wait_gone=trio.sleep_forever)
+        self.target = UffdTarget(
+            self._uffd, [mapping], self.wire, keeps_uffd=lambda: True, wait_gone=trio.sleep_forever
+        )
         self.region = self.target.region
 
 
@@ -1014,7 +1120,8 @@ class OtherMemory(Memory):
 
 @dataclass
 class Storm:
-    """Threads that touch, write, give up and place pages of their own accord, and sources that answer in any order."""
+    """Threads that touch, write, give up and place pages of their own accord, and sources that
+    answer in any order."""
 
     rig: Rig
     pages: int
@@ -1029,7 +1136,9 @@ class Storm:
         order = random.Random(self.seed)
         mine = set(order.sample(range(self.pages), self.pages // 8))
         servers = [Call(self.serve, peer, self.seed + n) for n, peer in enumerate(self.rig.peers)]
-        workers = [self.rig.call(self.touch, random.Random(self.seed * 7 + n), mine) for n in range(6)]
+        workers = [
+            self.rig.call(self.touch, random.Random(self.seed * 7 + n), mine) for n in range(6)
+        ]
         workers.append(self.rig.call(self.give_up, sorted(mine), shared))
         workers.append(Call(feed_until, self.rig, self.pages, self.served))
         if not shared:
@@ -1042,7 +1151,9 @@ class Storm:
             server.join()
         assert not self.wrong, self.wrong[:5]
         for page in range(self.pages):
-            assert self.rig.memory.read(page) == self.removed.get(page, content(page)), f"page {page}"
+            assert self.rig.memory.read(page) == self.removed.get(page, content(page)), (
+                f"page {page}"
+            )
 
     def serve(self, peer: Peer, seed: int) -> None:
         order = random.Random(seed)
@@ -1057,7 +1168,9 @@ class Storm:
                     open_ = order.choice(peer.open)
                     left = peer.left(open_)
                     zero = left.first % 6 == 5 and order.random() < 0.7
-                    batch.append(peer.answer(open_, 1 if zero else order.randint(1, left.count), zero)[1])
+                    batch.append(
+                        peer.answer(open_, 1 if zero else order.randint(1, left.count), zero)[1]
+                    )
             self.send(peer, b"".join(batch), order)
 
     def send(self, peer: Peer, data: bytes, order: random.Random) -> None:
@@ -1074,7 +1187,8 @@ class Storm:
                 self.wrong.append(f"page {page} reads {data[:8]!r}")
 
     def give_up(self, mine: list[int], shared: bool) -> None:
-        """Single pages, each of which then reads as zeros until it is written, and then as what was written."""
+        """Single pages, each of which then reads as zeros until it is written, and then as what was
+        written."""
         order = random.Random(self.seed)
         order.shuffle(mine)
         for page in mine:

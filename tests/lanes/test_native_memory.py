@@ -20,7 +20,8 @@ pytestmark = pytest.mark.native
 
 PAGE = 4096
 
-# Tells where its bytes are, and waits until stdin ends. The pattern makes every offset's byte known.
+# Tells where its bytes are, and waits until stdin ends. The pattern makes every offset's byte
+# known.
 VICTIM = """
 import ctypes, sys
 size = int(sys.argv[1])
@@ -76,7 +77,10 @@ def test_zero_run_against_plain_python(nonzero_at: list[int | None]) -> None:
     for page, at in enumerate(nonzero_at):
         if at is not None:
             memory[page * PAGE + at] = 0x80
-    first, *_ = groups = [(is_zero, len(list(run))) for is_zero, run in itertools.groupby(at is None for at in nonzero_at)]
+    first, *_ = groups = [
+        (is_zero, len(list(run)))
+        for is_zero, run in itertools.groupby(at is None for at in nonzero_at)
+    ]
     assert zero_run(memory) == (first[1], first[0])
     assert sum(length for _, length in groups) == len(nonzero_at)
 
@@ -93,7 +97,10 @@ def address_of(memory: mmap.mmap) -> int:
         return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
 
 
-@pytest.mark.parametrize(("offset", "length"), [(0, 4 * PAGE), (0, 0), (0, 1), (1, PAGE), (PAGE - 1, 2), (4 * PAGE - 1, 1)])
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, 4 * PAGE), (0, 0), (0, 1), (1, PAGE), (PAGE - 1, 2), (4 * PAGE - 1, 1)],
+)
 def test_reads_exactly_what_was_asked(own_pages: mmap.mmap, offset: int, length: int) -> None:
     expected = own_pages[offset : offset + length]
     assert read_process(os.getpid(), address_of(own_pages) + offset, length) == (0, expected)
@@ -117,7 +124,8 @@ def test_reads_another_process(stopped: bool) -> None:
 
 @pytest.mark.soak
 def test_reads_more_than_the_kernel_gives_at_once() -> None:
-    """One call gets at most 0x7ffff000 bytes. The tail then comes from, and goes to, where the first part ended."""
+    """One call gets at most 0x7ffff000 bytes. The tail then comes from, and goes to, where the
+    first part ended."""
     size, mark = (2 << 30) + PAGE, b"the end"
     with mmap.mmap(-1, size) as there, mmap.mmap(-1, size) as here:
         there[-len(mark) :] = mark

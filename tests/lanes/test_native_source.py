@@ -1,4 +1,5 @@
-"""The source's loop in C, against the decoder of a destination and against the source's lane in Trio."""
+"""The source's loop in C, against the decoder of a destination and against the source's lane in
+Trio."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def stretches(seed: int, pages: int = PAGES) -> frozenset[int]:
 
 @dataclass
 class Sparse:
-    """A file of ``pages`` pages, of which those in ``zeros`` were written as such, or (holes) never."""
+    """A file of ``pages`` pages, of which those in ``zeros`` were written as such, or (holes)
+    never."""
 
     path: str
     zeros: frozenset[int]
@@ -79,8 +81,12 @@ def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
             if kind == "process":  # this one
                 mapped = _native.Mapped(pages * PAGE)
                 stack.callback(mapped.close)
-                mapped.buffer(0, mapped.size)[:] = b"".join(content(page, zeros) for page in range(pages))
-                return Sparse(f"pid:{os.getpid()}:{mapped.address:#x}+{mapped.size:#x}", zeros, pages)
+                mapped.buffer(0, mapped.size)[:] = b"".join(
+                    content(page, zeros) for page in range(pages)
+                )
+                return Sparse(
+                    f"pid:{os.getpid()}:{mapped.address:#x}+{mapped.size:#x}", zeros, pages
+                )
             if kind.startswith("memfd"):
                 fd = os.memfd_create("test", os.MFD_CLOEXEC)
                 path = f"/proc/self/fd/{fd}"
@@ -112,7 +118,12 @@ class Serving:
         self._peers: list[Peer] = []
 
     def connect(
-        self, unread: bytes = b"", *, tcp: bool = False, buffer_size: int | None = None, encodings: int = RAW_OR_ZERO
+        self,
+        unread: bytes = b"",
+        *,
+        tcp: bool = False,
+        buffer_size: int | None = None,
+        encodings: int = RAW_OR_ZERO,
     ) -> Peer:
         ours, theirs = tcp_pair() if tcp else socket.socketpair()
         ours.setblocking(False)
@@ -150,7 +161,8 @@ class Serving:
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Between two addresses, as with a peer on another host: to one on this host nothing is sent by sendfile."""
+    """Between two addresses, as with a peer on another host: to one on this host nothing is sent by
+    sendfile."""
     with socket.create_server(("127.0.0.2", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname(), source_address=("127.0.0.1", 0))
         ours, _ = listener.accept()
@@ -160,7 +172,9 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 class Peer:
     """A destination. Checks every reply against the requests that are open."""
 
-    def __init__(self, sock: socket.socket, source: Source, number: int, encodings: int = RAW_OR_ZERO) -> None:
+    def __init__(
+        self, sock: socket.socket, source: Source, number: int, encodings: int = RAW_OR_ZERO
+    ) -> None:
         self.sock = sock
         self.number = number
         self.requests = OutstandingRequests(source.region, encodings)
@@ -171,7 +185,9 @@ class Peer:
         self.replies: list[Reply] = []
         sock.settimeout(PATIENCE)
 
-    def ask(self, first: int, count: int, class_: Class = Class.DEMAND, unit_shift: int = 0) -> Request:
+    def ask(
+        self, first: int, count: int, class_: Class = Class.DEMAND, unit_shift: int = 0
+    ) -> Request:
         request = self.requests.open(class_, Run(first, count), unit_shift)
         self.sock.sendall(request.encode())
         return request
@@ -197,7 +213,9 @@ class Peer:
             payload = bytes(pages)
         for index in range(reply.run.count):
             page = reply.run.first + index
-            self.pages[page] = payload[index * PAGE : (index + 1) * PAGE] if payload else bytes(PAGE)
+            self.pages[page] = (
+                payload[index * PAGE : (index + 1) * PAGE] if payload else bytes(PAGE)
+            )
             if reply.encoding is Encoding.ZERO:
                 self.flagged.add(page)
         return reply
@@ -254,7 +272,9 @@ def asked_of_trio(
 
         async def run() -> None:
             async with trio.open_nursery() as nursery:
-                lane = TrioSourceLane(SocketConnection(trio.socket.from_stdlib_socket(ours), "peer"), source)
+                lane = TrioSourceLane(
+                    SocketConnection(trio.socket.from_stdlib_socket(ours), "peer"), source
+                )
                 nursery.start_soon(lane.run, b"")
                 await trio.to_thread.run_sync(ask_and_fetch, peer, requests)
                 nursery.cancel_scope.cancel()
@@ -273,7 +293,9 @@ def ask_and_fetch(peer: Peer, requests: Sequence[tuple[int, int, int]]) -> None:
 def coverage(peer: Peer) -> list[tuple[int, int, Encoding]]:
     """Per request (by id) and page. Where replies are cut is nobody's business."""
     return [
-        (reply.request_id, page, reply.encoding) for reply in peer.replies for page in range(reply.run.first, reply.run.end)
+        (reply.request_id, page, reply.encoding)
+        for reply in peer.replies
+        for page in range(reply.run.first, reply.run.end)
     ]
 
 
@@ -288,7 +310,9 @@ def random_requests(order: random.Random, count: int) -> Iterator[tuple[int, int
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_answers_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_same_answers_as_in_trio(
+    kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memory = make_memory(kind, seed)
     requests = list(random_requests(random.Random(seed), 20))
     peer = serve(memory).connect(tcp=seed % 2 == 1)
@@ -306,7 +330,9 @@ def test_same_answers_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_compressed_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_compressed_as_in_trio(
+    kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     """Whatever becomes smaller, which is all that is not zero here."""
     memory = make_memory(kind, seed)
     requests = list(random_requests(random.Random(seed), 20))
@@ -322,12 +348,16 @@ def test_compressed_as_in_trio(kind: str, seed: int, make_memory: MakeMemory, se
 def random_file(tmp_path: Path) -> Path:
     """Every second stretch of 16 pages is random, every other one is not."""
     path, order = tmp_path / "random", random.Random(9)
-    path.write_bytes(b"".join(order.randbytes(16 * PAGE) + b"text" * (4 * PAGE) for _ in range(PAGES // 32)))
+    path.write_bytes(
+        b"".join(order.randbytes(16 * PAGE) + b"text" * (4 * PAGE) for _ in range(PAGES // 32))
+    )
     return path
 
 
 @pytest.mark.parametrize("count", [1, 16])
-def test_what_does_not_get_smaller_travels_raw(count: int, random_file: Path, serve: MakeServing) -> None:
+def test_what_does_not_get_smaller_travels_raw(
+    count: int, random_file: Path, serve: MakeServing
+) -> None:
     content = random_file.read_bytes()
     requests = [(first, count, 0) for first in range(0, PAGES, count)]
     peer = serve(Sparse(str(random_file), frozenset())).connect(encodings=LZ4_ALWAYS)
@@ -335,7 +365,9 @@ def test_what_does_not_get_smaller_travels_raw(count: int, random_file: Path, se
     assert b"".join(peer.pages[page] for page in range(PAGES)) == content
     for _, page, encoding in coverage(peer):
         assert encoding is (Encoding.LZ4 if page // 16 % 2 else Encoding.RAW)
-    assert coverage(peer) == asked_of_trio(Sparse(str(random_file), frozenset()), requests, LZ4_ALWAYS)
+    assert coverage(peer) == asked_of_trio(
+        Sparse(str(random_file), frozenset()), requests, LZ4_ALWAYS
+    )
 
 
 @pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_MAYBE])
@@ -353,8 +385,11 @@ def test_not_compressed_where_it_was_not_asked_for_or_is_not_worth_it(
     assert {reply.encoding for reply in peer.replies} == {Encoding.ZERO, Encoding.RAW}
 
 
-def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve: MakeServing) -> None:
-    """A reader that takes 20 MB/s: the background is compressed after a while, and then what somebody waits for is, too."""
+def test_the_source_chooses_by_what_the_link_does(
+    make_memory: MakeMemory, serve: MakeServing
+) -> None:
+    """A reader that takes 20 MB/s: the background is compressed after a while, and then what
+    somebody waits for is, too."""
     memory = make_memory("memfd", 1)
     serving = serve(memory)
     slow = serving.connect(encodings=LZ4_MAYBE, buffer_size=1 << 16)
@@ -375,7 +410,9 @@ def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve
         fetch_slowly()
         slow.ask(0, PAGES)
         slow.fetch()
-        if {(reply.class_, reply.encoding) for reply in slow.replies} >= {(class_, Encoding.LZ4) for class_ in both}:
+        if {(reply.class_, reply.encoding) for reply in slow.replies} >= {
+            (class_, Encoding.LZ4) for class_ in both
+        }:
             break
     else:
         raise AssertionError("never compressed")
@@ -387,7 +424,9 @@ def test_the_source_chooses_by_what_the_link_does(make_memory: MakeMemory, serve
 
 @pytest.mark.parametrize("step", [1, 999])
 @pytest.mark.parametrize("kind", ["memfd holes", "process"])
-def test_slow_reader_of_compressed_pages(kind: str, step: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_slow_reader_of_compressed_pages(
+    kind: str, step: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memory = make_memory(kind, 5, 256)
     peer = serve(memory).connect(tcp=True, buffer_size=4096, encodings=LZ4_ALWAYS)
     for _ in range(2):
@@ -438,7 +477,9 @@ def wait_nothing_kept(serving: Serving) -> None:
 
 @pytest.mark.parametrize("tcp", [False, True])
 @pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_ALWAYS])
-def test_large_unit_that_is_not_read_costs_no_more_than_a_small_one(encodings: int, tcp: bool, serve: MakeServing) -> None:
+def test_large_unit_that_is_not_read_costs_no_more_than_a_small_one(
+    encodings: int, tcp: bool, serve: MakeServing
+) -> None:
     """64 MiB each."""
     shift, count = 14, 8
     memory = large_memory(1 << shift)
@@ -475,15 +516,20 @@ def test_large_unit_is_zero_or_it_is_not(first: bytes, serve: MakeServing) -> No
     for unit in range(0, 4096, 1024):
         peer.ask(unit, 1024, unit_shift=10)
         peer.fetch()
-    shown = [(reply.run, reply.encoding) for reply in peer.replies if reply.encoding is not Encoding.ZERO]
+    shown = [
+        (reply.run, reply.encoding) for reply in peer.replies if reply.encoding is not Encoding.ZERO
+    ]
     raw = [Run(0, 1024)] if first == b"1" else []
     assert shown == [(run, Encoding.RAW) for run in [*raw, Run(3072, 1024)]]
     assert (peer.pages[0][:1], peer.pages[4095][-1:]) == (first, b"2")
     close_large(memory)
 
 
-def test_large_units_are_compressed_as_long_as_little_is_kept(tmp_path: Path, serve: MakeServing) -> None:
-    """Half of each unit is random, so that 1 MiB of 2 is kept: for some of them, and the others travel as they are."""
+def test_large_units_are_compressed_as_long_as_little_is_kept(
+    tmp_path: Path, serve: MakeServing
+) -> None:
+    """Half of each unit is random, so that 1 MiB of 2 is kept: for some of them, and the others
+    travel as they are."""
     path, order = tmp_path / "units", random.Random(3)
     half = order.randbytes(1 << 20)
     path.write_bytes(half + b"text" * (1 << 18))
@@ -504,9 +550,14 @@ def test_large_units_are_compressed_as_long_as_little_is_kept(tmp_path: Path, se
     wait_nothing_kept(serving)
 
 
-def test_nothing_is_kept_of_connections_that_are_gone(make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_nothing_is_kept_of_connections_that_are_gone(
+    make_memory: MakeMemory, serve: MakeServing
+) -> None:
     serving = serve(make_memory("memfd"))
-    peers = [serving.connect(buffer_size=4096, encodings=encodings) for encodings in (RAW_OR_ZERO, LZ4_ALWAYS) * 5]
+    peers = [
+        serving.connect(buffer_size=4096, encodings=encodings)
+        for encodings in (RAW_OR_ZERO, LZ4_ALWAYS) * 5
+    ]
     for peer in peers:
         for _ in range(20):
             peer.ask(0, PAGES)
@@ -552,7 +603,9 @@ def test_lane_in_trio_sends_large_units_in_pieces() -> None:
 
 @pytest.mark.parametrize("encodings", [RAW_OR_ZERO, LZ4_ALWAYS])
 @pytest.mark.parametrize("kind", ["holes", "memfd holes"])
-def test_serving_does_not_fill_holes(kind: str, encodings: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_serving_does_not_fill_holes(
+    kind: str, encodings: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memory = make_memory(kind, 3)
     blocks = os.stat(memory.path).st_blocks
     peer = serve(memory).connect(encodings=encodings)
@@ -580,7 +633,11 @@ def test_hole_between_pages_of_one_request(make_memory: MakeMemory, serve: MakeS
 
 
 def test_several_blocks(make_memory: MakeMemory, serve: MakeServing) -> None:
-    memories = [make_memory("file", 1, 40), make_memory("process", 2, 77), make_memory("memfd holes", 3, 130)]
+    memories = [
+        make_memory("file", 1, 40),
+        make_memory("process", 2, 77),
+        make_memory("memfd holes", 3, 130),
+    ]
     peer = serve(*memories).connect()
     first = 0
     for memory in memories:
@@ -594,7 +651,9 @@ def test_several_blocks(make_memory: MakeMemory, serve: MakeServing) -> None:
         first += memory.pages
 
 
-def test_unit_is_counted_from_its_block_and_never_split(make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_unit_is_counted_from_its_block_and_never_split(
+    make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memories = [make_memory("memfd", 1, 3), make_memory("memfd", 2, 1024)]
     peer = serve(*memories).connect()
     for shift in (3, 9, 10):
@@ -625,7 +684,9 @@ def test_slow_reader(kind: str, step: int, make_memory: MakeMemory, serve: MakeS
 
 
 @pytest.mark.parametrize("kind", ["memfd", "process"])
-def test_reader_that_stops_in_the_middle_and_goes_on(kind: str, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_reader_that_stops_in_the_middle_and_goes_on(
+    kind: str, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memory = make_memory(kind, 6)
     peer = serve(memory).connect(tcp=True, buffer_size=16384)
     order = random.Random(6)
@@ -671,7 +732,9 @@ def threads_and_memory() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("split", [0, 1, 23, 24, 25, 48, 24 * 128])
-def test_requests_that_came_before_the_loop_had_the_connection(split: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_requests_that_came_before_the_loop_had_the_connection(
+    split: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     memory = make_memory("memfd", 8)
     serving = serve(memory)
     requests = OutstandingRequests(serving.source.region)
@@ -689,16 +752,23 @@ def test_more_unread_than_the_loop_takes(make_memory: MakeMemory, serve: MakeSer
 
 
 @pytest.mark.parametrize("size", [1, 23, 25])
-def test_half_a_request_and_then_the_end(size: int, make_memory: MakeMemory, serve: MakeServing) -> None:
+def test_half_a_request_and_then_the_end(
+    size: int, make_memory: MakeMemory, serve: MakeServing
+) -> None:
     serving = serve(make_memory("memfd"))
     peer = serving.connect()
-    request = Request(0, Class.DEMAND, Run(0, 1)).encode() + Request(1, Class.DEMAND, Run(0, 1)).encode()
+    request = (
+        Request(0, Class.DEMAND, Run(0, 1)).encode() + Request(1, Class.DEMAND, Run(0, 1)).encode()
+    )
     peer.sock.sendall(request[:size])
     if size > 24:
         peer.receive(LANE_HEADER_SIZE)
     peer.sock.shutdown(socket.SHUT_WR)
     end = serving.wait_end(peer)
-    assert (end.kind, end.text) == (_native.END_PROTOCOL, "the peer closed in the middle of a request")
+    assert (end.kind, end.text) == (
+        _native.END_PROTOCOL,
+        "the peer closed in the middle of a request",
+    )
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -788,7 +858,8 @@ def test_file_that_becomes_shorter(
     assert end.kind == _native.END_FAILED
     assert re.search(rf"cannot be read any more: it ends at byte \d+ of {PAGES * PAGE}$", end.text)
     for page, data in peer.pages.items():
-        # The rest of a page that the new end cuts in two is zeros to whoever maps the file, or has it sent.
+        # The rest of a page that the new end cuts in two is zeros to whoever maps the file, or has
+        # it sent.
         assert data == content(page, memory.zeros) or page == length // PAGE, f"page {page}"
 
 
@@ -809,16 +880,22 @@ def test_process_that_ends(serve: MakeServing) -> None:
     peer.ask(0, 1)
     reply = peer.requests.reply(peer.receive(LANE_HEADER_SIZE))
     assert reply.encoding is Encoding.FAILED
-    assert peer.receive(reply.length).decode() == serving.thread.join().text == f"process {child} has ended"
+    assert (
+        peer.receive(reply.length).decode()
+        == serving.thread.join().text
+        == f"process {child} has ended"
+    )
     mapped.close()
 
 
 # ---- a child that holds copies of descriptors ----
 
 
-def test_connections_close_while_processes_start(make_memory: MakeMemory, serve: MakeServing) -> None:
-    """Between fork and exec a child has a copy of each socket: one that was closed here would stay in epoll's set, with a
-    connection that is no more."""
+def test_connections_close_while_processes_start(
+    make_memory: MakeMemory, serve: MakeServing
+) -> None:
+    """Between fork and exec a child has a copy of each socket: one that was closed here would stay
+    in epoll's set, with a connection that is no more."""
     serving = serve(make_memory("memfd", 10))
     stopped = threading.Event()
     started = Call(start_processes, stopped)

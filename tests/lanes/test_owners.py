@@ -1,4 +1,5 @@
-"""pagenet/uffd/_owners.py and _target.py: whose memory is filled, how it is handed over, and what its owner may do."""
+"""pagenet/uffd/_owners.py and _target.py: whose memory is filled, how it is handed over, and what
+its owner may do."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +95,17 @@ def huge_if(memory: str, count: int = 4) -> Any:
     ({"kind": "hugetlb"}, {"continue", "copy"}),
     ({"kind": "hugetlb", "allocate": True}, {"continue", "copy"}),
 ])  # fmt: skip
-async def test_own_memory(options: dict[str, Any], placements: set[str], tmp_path: Path, lane: str) -> None:
+async def test_own_memory(
+    options: dict[str, Any], placements: set[str], tmp_path: Path, lane: str
+) -> None:
     size = 2 * HUGE_PAGE
     path = write_pattern(tmp_path / "source", size, zero_every=3)
     memory = OwnMemory(**options)
     with huge_if(options.get("kind", "anonymous")):
-        async with serve(str(path), listen="tcp://127.0.0.1:0") as server, pull(server.uri, memory, lane=lane) as transfer:
+        async with (
+            serve(str(path), listen="tcp://127.0.0.1:0") as server,
+            pull(server.uri, memory, lane=lane) as transfer,
+        ):
             assert transfer.statistics().placement in placements
             await transfer.wait_complete()
             assert await memory.read(0, size) == path.read_bytes()
@@ -113,15 +125,21 @@ async def test_own_memory_is_attached_once() -> None:
 
 
 async def test_own_huge_pages_divide_the_region() -> None:
-    with pytest.raises(UsageError, match="262144 bytes is not a whole number of 2097152-byte huge pages"):
+    with pytest.raises(
+        UsageError, match="262144 bytes is not a whole number of 2097152-byte huge pages"
+    ):
         await OwnMemory("hugetlb").attach(REGION)
     with huge_pages(4), pytest.raises(HandshakeError, match="does not fit the source's memory"):
         await OwnMemory("hugetlb").attach(Region([Block("a", SIZE), Block("b", HUGE_PAGE - SIZE)]))
 
 
 async def test_own_huge_pages_that_are_not_there() -> None:
-    """Said at once: a page that cannot be had later would be SIGBUS in the middle of the transfer."""
-    with pytest.raises(Unsupported, match=r"^cannot map 1099511627776 bytes of hugetlb memory: .*vm\.nr_hugepages\)$"):
+    """Said at once: a page that cannot be had later would be SIGBUS in the middle of the
+    transfer."""
+    with pytest.raises(
+        Unsupported,
+        match=r"^cannot map 1099511627776 bytes of hugetlb memory: .*vm\.nr_hugepages\)$",
+    ):
         await OwnMemory("hugetlb").attach(Region([Block("ram", 1 << 40)]))
 
 
@@ -144,7 +162,8 @@ async def main(uri, kind, lane):
                 nursery.start_soon(read, memory, offset, into)
         await transfer.wait_complete()
     digest = hashlib.sha256(b"".join(into[offset] for offset in sorted(into))).hexdigest()
-    print(json.dumps({"event": "done", "digest": digest, "faults": transfer.statistics().demand.faults}), flush=True)
+    faults = transfer.statistics().demand.faults
+    print(json.dumps({"event": "done", "digest": digest, "faults": faults}), flush=True)
 try:
     trio.run(main, *sys.argv[1:4])
 except BaseException as error:
@@ -158,19 +177,29 @@ def run_own_memory(uri: str, kind: str, lane: str) -> AbstractAsyncContextManage
 
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])
 async def test_own_memory_is_read_while_it_comes(kind: str, source: str, lane: str) -> None:
-    async with serve(source, listen="tcp://127.0.0.1:0") as server, run_own_memory(server.uri, kind, lane) as process:
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        run_own_memory(server.uri, kind, lane) as process,
+    ):
         done = await process.event("done")
         assert done["digest"] == hashlib_of(Path(source).read_bytes())
-        assert done["faults"] >= SIZE // PAGE / 2  # of those that a thread could touch before the page came
+        # of those that a thread could touch before the page came
+        assert done["faults"] >= SIZE // PAGE / 2
         assert await process.wait() == 0
 
 
 def hashlib_of(content: bytes) -> str:
-    return subprocess.run(["sha256sum"], input=content, capture_output=True, check=True).stdout.split()[0].decode()
+    return (
+        subprocess.run(["sha256sum"], input=content, capture_output=True, check=True)
+        .stdout.split()[0]
+        .decode()
+    )
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])
-async def test_own_memory_is_sigbus_when_the_source_is_lost(kind: str, source: str, lane: str) -> None:
+async def test_own_memory_is_sigbus_when_the_source_is_lost(
+    kind: str, source: str, lane: str
+) -> None:
     if Feature.POISON not in probe():
         pytest.skip("the kernel has no UFFDIO_POISON")
     async with (
@@ -182,7 +211,8 @@ async def test_own_memory_is_sigbus_when_the_source_is_lost(kind: str, source: s
         await server.kill()
         await relay.cut()
         assert await process.wait() == -signal.SIGBUS, (process.events, process.stderr)
-        # "failed" if the thread that reads is slower to get its signal than the one that pulls is to say so
+        # "failed" if the thread that reads is slower to get its signal than the one that pulls is
+        # to say so
         assert {event["event"] for event in process.events} <= {"attached", "read", "failed"}
         assert len(process.events) < SIZE // PAGE
 
@@ -210,7 +240,12 @@ class Owner:
             self.uffd.register(self.memory.address, size, Mode.MISSING)
 
     def mapping(self, **changes: int) -> dict[str, int]:
-        whole = {"base_host_virt_addr": self.memory.address, "size": self.memory.size, "offset": 0, "page_size": PAGE}
+        whole = {
+            "base_host_virt_addr": self.memory.address,
+            "size": self.memory.size,
+            "offset": 0,
+            "page_size": PAGE,
+        }
         return {**whole, **changes}
 
     def send(self, message: bytes, *fds: int) -> None:
@@ -245,7 +280,9 @@ class Reception:
         self.owners: list[Owner] = []
         self.target: UffdTarget | None = None
         self.attached = trio.Event()
-        self.socket = UffdSocket(path, on_waiting=self._count, on_refused=lambda error: self.refused.append(str(error)))
+        self.socket = UffdSocket(
+            path, on_waiting=self._count, on_refused=lambda error: self.refused.append(str(error))
+        )
 
     def _count(self) -> None:
         self.waiting += 1
@@ -343,7 +380,8 @@ async def test_several_mappings(tmp_path: Path) -> None:
         address = owner.memory.address
         mappings = [
             owner.mapping(size=10 * PAGE, offset=20 * PAGE),
-            owner.mapping(base_host_virt_addr=address + 20 * PAGE, size=10 * PAGE),  # goes over the end of a block
+            # goes over the end of a block
+            owner.mapping(base_host_virt_addr=address + 20 * PAGE, size=10 * PAGE),
         ]
         owner.send(json.dumps(mappings).encode(), owner.uffd.fd)
         await reception.attached.wait()
@@ -358,31 +396,44 @@ BAD_MESSAGES: dict[str, tuple[Callable[[Owner], bytes], str]] = {
     "no json": (lambda owner: b"hello", "is not JSON"),
     "no utf-8": (lambda owner: b"[\xff\xfe]", "is not JSON"),
     "half": (lambda owner: json.dumps([owner.mapping()]).encode()[:30] + b"]", "is not JSON"),
-    "no array": (lambda owner: json.dumps(owner.mapping()).encode(), "is not a JSON array of mappings"),
+    "no array": (lambda owner: json.dumps(owner.mapping()).encode(),
+        "is not a JSON array of mappings"),
     "empty array": (lambda owner: b"[]", "is not a JSON array of mappings"),
-    "array of nothing": (lambda owner: b"[null]", "mapping 0 of the owner's handshake is not a JSON object"),
-    "no address": (lambda owner: b'[{"size": 4096, "offset": 0}]', "has no proper 'base_host_virt_addr'"),
+    "array of nothing": (lambda owner: b"[null]",
+        "mapping 0 of the owner's handshake is not a JSON object"),
+    "no address": (lambda owner: b'[{"size": 4096, "offset": 0}]',
+        "has no proper 'base_host_virt_addr'"),
     "text for a number": (
-        lambda owner: json.dumps([{**owner.mapping(), "size": "4096"}]).encode(), "has no proper 'size'"
+        lambda owner: json.dumps([{**owner.mapping(), "size": "4096"}]).encode(),
+        "has no proper 'size'"
     ),
-    "odd size": (lambda owner: json.dumps([owner.mapping(size=SIZE - 1)]).encode(), "not whole pages"),
-    "huge": (lambda owner: json.dumps([owner.mapping(size=1 << 60)]).encode(), "is no address range"),
-    "larger than the region": (lambda owner: json.dumps([owner.mapping(size=SIZE + PAGE)]).encode(), "past the end"),
-    "past the end": (lambda owner: json.dumps([owner.mapping(offset=PAGE)]).encode(), "past the end of the region"),
-    "wrapping": (lambda owner: json.dumps([owner.mapping(offset=2**64 - PAGE)]).encode(), "past the end of the region"),
+    "odd size": (lambda owner: json.dumps([owner.mapping(size=SIZE - 1)]).encode(),
+        "not whole pages"),
+    "huge": (lambda owner: json.dumps([owner.mapping(size=1 << 60)]).encode(),
+        "is no address range"),
+    "larger than the region": (lambda owner: json.dumps([owner.mapping(size=SIZE + PAGE)]).encode(),
+        "past the end"),
+    "past the end": (lambda owner: json.dumps([owner.mapping(offset=PAGE)]).encode(),
+        "past the end of the region"),
+    "wrapping": (lambda owner: json.dumps([owner.mapping(offset=2**64 - PAGE)]).encode(),
+        "past the end of the region"),
     "twice": (lambda owner: json.dumps([owner.mapping()] * 2).encode(), "mappings overlap"),
     "overlapping": (
-        lambda owner: json.dumps([owner.mapping(size=3 * PAGE), owner.mapping(size=PAGE, offset=8 * PAGE)]).encode(),
+        lambda owner: json.dumps([owner.mapping(size=3 * PAGE),
+        owner.mapping(size=PAGE, offset=8 * PAGE)]).encode(),
         "overlap in the owner's address space",
     ),
     "one page for two": (
         lambda owner: json.dumps([
-            owner.mapping(size=PAGE), owner.mapping(size=PAGE, base_host_virt_addr=owner.memory.address + PAGE)
+            owner.mapping(size=PAGE),
+            owner.mapping(size=PAGE, base_host_virt_addr=owner.memory.address + PAGE)
         ]).encode(),
         "overlap in the region",
     ),
-    "other page size": (lambda owner: json.dumps([owner.mapping(page_size=12288)]).encode(), "page size 12288"),
-    "endless": (lambda owner: b"[" + b" " * MAX_HANDSHAKE_BYTES, f"longer than {MAX_HANDSHAKE_BYTES} bytes"),
+    "other page size": (lambda owner: json.dumps([owner.mapping(page_size=12288)]).encode(),
+        "page size 12288"),
+    "endless": (lambda owner: b"[" + b" " * MAX_HANDSHAKE_BYTES,
+        f"longer than {MAX_HANDSHAKE_BYTES} bytes"),
 }  # fmt: skip
 
 
@@ -427,8 +478,12 @@ def directory(stack: ExitStack) -> int:
 DESCRIPTORS = [pipe, own_socket, device, directory, lambda stack: memfd_of(stack, SIZE)]
 
 
-@pytest.mark.parametrize("make", DESCRIPTORS, ids=["pipe", "socket", "device", "directory", "memfd"])
-async def test_descriptor_that_is_no_userfaultfd(make: Callable[[ExitStack], int], reception: Reception) -> None:
+@pytest.mark.parametrize(
+    "make", DESCRIPTORS, ids=["pipe", "socket", "device", "directory", "memfd"]
+)
+async def test_descriptor_that_is_no_userfaultfd(
+    make: Callable[[ExitStack], int], reception: Reception
+) -> None:
     with ExitStack() as stack:
         owner = reception.connect()
         owner.send(json.dumps([owner.mapping()]).encode(), make(stack))
@@ -488,7 +543,9 @@ async def test_map_that_is_not_empty(reception: Reception) -> None:
         os.write(file, b"x")
         owner = reception.connect()
         owner.hand_over(file)
-        await check_refused(reception, owner, "is not empty: its transfer is to be resumed, not begun")
+        await check_refused(
+            reception, owner, "is not empty: its transfer is to be resumed, not begun"
+        )
 
 
 async def test_map_that_another_process_uses(reception: Reception) -> None:
@@ -497,7 +554,9 @@ async def test_map_that_another_process_uses(reception: Reception) -> None:
         stack.callback(os.close, _native.lock_map(file))
         owner = reception.connect()
         owner.hand_over(file)
-        await check_refused(reception, owner, "the owner's map of pages is in use, or not to be had")
+        await check_refused(
+            reception, owner, "the owner's map of pages is in use, or not to be had"
+        )
 
 
 async def test_two_maps(reception: Reception) -> None:
@@ -517,7 +576,10 @@ async def test_map_that_cannot_be_sealed(reception: Reception) -> None:
             reception.target.open_residency(b"source")
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b"{", b'{"source": "x"}', b'{"source": "00", "shared": true, "mappings": []}'])
+@pytest.mark.parametrize(
+    "note",
+    [b"", b"[]", b"{", b'{"source": "x"}', b'{"source": "00", "shared": true, "mappings": []}'],
+)
 def test_note_that_makes_no_sense(note: bytes) -> None:
     with pytest.raises(HandshakeError):
         Note.decode(note)
@@ -543,7 +605,9 @@ async def test_closes_early(sent: int, reception: Reception) -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 30])
-async def test_says_nothing_more(sent: int, reception: Reception, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_says_nothing_more(
+    sent: int, reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pagenet.uffd._owners.HANDSHAKE_TIMEOUT", 0.1)
     owner = reception.connect()
     if sent:
@@ -572,12 +636,16 @@ def read_only(stack: ExitStack) -> int:
 
 
 @pytest.mark.parametrize(("make", "reason"), [
-    (lambda stack: memfd_of(stack, SIZE - PAGE), "memory file is 0x3f000 bytes long, the region 0x40000"),
+    (lambda stack: memfd_of(stack, SIZE - PAGE),
+    "memory file is 0x3f000 bytes long, the region 0x40000"),
     (pipe, "memory file is not a memfd"),
     (device, "memory file is not a memfd"),
-    (read_only, "memory file is not a memfd, or file of tmpfs or hugetlbfs, that is open to read and to write"),
+    (read_only,
+    "memory file is not a memfd, or file of tmpfs or hugetlbfs, that is open to read and to write"),
 ], ids=["short", "pipe", "device", "read-only"])  # fmt: skip
-async def test_file_that_is_of_no_use(make: Callable[[ExitStack], int], reason: str, reception: Reception) -> None:
+async def test_file_that_is_of_no_use(
+    make: Callable[[ExitStack], int], reason: str, reception: Reception
+) -> None:
     with ExitStack() as stack:
         owner = reception.connect(fd=memfd_of(stack, SIZE))
         owner.hand_over(make(stack))
@@ -606,7 +674,9 @@ async def test_file_of_private_memory_is_not_used(reception: Reception) -> None:
 async def test_address_where_nothing_is_mapped(reception: Reception) -> None:
     owner = reception.connect()
     owner.send(json.dumps([owner.mapping(base_host_virt_addr=1 << 46)]).encode(), owner.uffd.fd)
-    await check_refused(reception, owner, "the owner's userfaultfd does not watch its memory at 0x400000000000")
+    await check_refused(
+        reception, owner, "the owner's userfaultfd does not watch its memory at 0x400000000000"
+    )
 
 
 async def test_memory_that_another_userfaultfd_watches(reception: Reception) -> None:
@@ -620,21 +690,29 @@ async def test_memory_that_another_userfaultfd_watches(reception: Reception) -> 
 
 
 async def test_memory_that_was_unmapped_since(reception: Reception) -> None:
-    """Memory may be unmapped at any time, so its pages are no error: they are not there to be filled."""
+    """Memory may be unmapped at any time, so its pages are no error: they are not there to be
+    filled."""
     owner = reception.connect()
     owner.hand_over()
     await reception.attached.wait()
     owner.memory.close()
     assert reception.target is not None
-    assert reception.target.place(Run(0, 64), memoryview(bytes(SIZE))) == Outcome(placed=0, absent=64)
+    assert reception.target.place(Run(0, 64), memoryview(bytes(SIZE))) == Outcome(
+        placed=0, absent=64
+    )
 
 
 @pytest.mark.parametrize("kind", ["memfd", "hugetlb"])
 @pytest.mark.parametrize("compress", ["none", "lz4"])
-async def test_file_that_becomes_shorter(kind: str, compress: str, tmp_path: Path, lane: str) -> None:
+async def test_file_that_becomes_shorter(
+    kind: str, compress: str, tmp_path: Path, lane: str
+) -> None:
     """Its owner cuts it off while pages come. That ends the transfer, and sends nobody a signal."""
     size = 2 * HUGE_PAGE
-    source, path = str(write_pattern(tmp_path / "source", size, zero_every=3)), tmp_path / "uffd.sock"
+    source, path = (
+        str(write_pattern(tmp_path / "source", size, zero_every=3)),
+        tmp_path / "uffd.sock",
+    )
     receiver = UffdSocket(path, allocate=True)
     await receiver.listen()
     page_size = HUGE_PAGE if kind == "hugetlb" else PAGE
@@ -647,7 +725,9 @@ async def test_file_that_becomes_shorter(kind: str, compress: str, tmp_path: Pat
         owner.send(json.dumps([owner.mapping(page_size=page_size)]).encode(), owner.uffd.fd, fd)
         options = {"background": "off", "compress": compress}
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
-            with pytest.raises(HandshakeError, match=r"^the owner made its memory file shorter, or"):
+            with pytest.raises(
+                HandshakeError, match=r"^the owner made its memory file shorter, or"
+            ):
                 await cut_off(pull(server.uri, receiver, lane=lane, **options), fd)
     receiver.close()
 
@@ -709,7 +789,9 @@ async def test_socket_of_another_is_left_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["moved", "uffd.sock"]
 
 
-@pytest.mark.parametrize("what", ["a file", "a directory", "missing/uffd.sock", "x" * 120, "file/uffd.sock"])
+@pytest.mark.parametrize(
+    "what", ["a file", "a directory", "missing/uffd.sock", "x" * 120, "file/uffd.sock"]
+)
 async def test_path_where_no_socket_can_be(what: str, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / "file").touch()
@@ -738,7 +820,11 @@ MEMORIES = ["anonymous", "memfd", "tmpfs", "hugetlb"]
 
 @asynccontextmanager
 async def pulling(
-    uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process], **options: Any
+    uri: str,
+    owner: UffdSocket,
+    lane: str,
+    workload: AbstractAsyncContextManager[Process],
+    **options: Any,
 ) -> AsyncIterator[tuple[Process, Any]]:
     """A workload, started once it may connect, and the transfer into it."""
     await owner.listen()
@@ -768,7 +854,9 @@ async def test_removals(memory: str, tmp_path: Path, lane: str) -> None:
     ]
     with huge_if(memory, 33):
         source = str(write_pattern(tmp_path / "source", size, zero_every=10))
-        workload = run_workload(path, *arguments, "--zero-every", 10, "--remove-share", 40, "--write-share", 30)
+        workload = run_workload(
+            path, *arguments, "--zero-every", 10, "--remove-share", 40, "--write-share", 30
+        )
         async with (
             serve(source, listen="tcp://127.0.0.1:0") as server,
             pulling(server.uri, UffdSocket(path), lane, workload) as (process, transfer),
@@ -813,7 +901,9 @@ async def kill_owner(
 
 
 @pytest.mark.parametrize("kind", ["anonymous", "memfd"])
-async def test_owner_that_ends_once_it_has_all(kind: Any, source: str, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_owner_that_ends_once_it_has_all(
+    kind: Any, source: str, lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may end so soon after its last page that both are learnt at once."""
     transfers: list[Transfer] = []
 
@@ -823,14 +913,18 @@ async def test_owner_that_ends_once_it_has_all(kind: Any, source: str, lane: str
 
     monkeypatch.setattr(UffdTarget, "wait_gone", wait_gone)
     memory = OwnMemory(kind)
-    async with serve(source, listen="tcp://127.0.0.1:0") as server, pull(server.uri, memory, lane=lane) as transfer:
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        pull(server.uri, memory, lane=lane) as transfer,
+    ):
         transfers.append(transfer)
         await transfer.wait_complete()
     memory.close()
 
 
 async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str) -> None:
-    """One that ends before its handshake has been looked at is refused: then the next one stays for longer."""
+    """One that ends before its handshake has been looked at is refused: then the next one stays for
+    longer."""
     async with serve(source, listen="tcp://127.0.0.1:0") as server:
         for milliseconds in (1, 100, 10_000):
             if await ends_after(milliseconds, server.uri, tmp_path / "uffd.sock", lane):
@@ -840,7 +934,9 @@ async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str)
 
 async def ends_after(milliseconds: int, uri: str, path: Path, lane: str) -> bool:
     """Whether it was accepted before it ended."""
-    workload = run_workload(path, "--size", SIZE, "--order", "none", "--wait-complete", "--gone-after", milliseconds)
+    workload = run_workload(
+        path, "--size", SIZE, "--order", "none", "--wait-complete", "--gone-after", milliseconds
+    )
     with trio.CancelScope() as unless_refused:
         owner = UffdSocket(path, on_refused=lambda error: unless_refused.cancel())
         with pytest.raises(OwnerGone):
@@ -848,7 +944,9 @@ async def ends_after(milliseconds: int, uri: str, path: Path, lane: str) -> bool
     return not unless_refused.cancelled_caught
 
 
-async def wait_gone(uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process]) -> None:
+async def wait_gone(
+    uri: str, owner: UffdSocket, lane: str, workload: AbstractAsyncContextManager[Process]
+) -> None:
     async with pulling(uri, owner, lane, workload, background="off"):
         await trio.sleep_forever()
 
@@ -864,15 +962,20 @@ BAD_HANDSHAKES = {
 }
 
 
-async def test_bad_owners_before_a_good_one(source: str, tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagenet.uffd._owners.HANDSHAKE_TIMEOUT", 0.3)  # half a message, and then nothing
+async def test_bad_owners_before_a_good_one(
+    source: str, tmp_path: Path, lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # half a message, and then nothing
+    monkeypatch.setattr("pagenet.uffd._owners.HANDSHAKE_TIMEOUT", 0.3)
     path = tmp_path / "uffd.sock"
     refused: list[str] = []
     owner = UffdSocket(path, on_refused=lambda error: refused.append(str(error)))
     await owner.listen()
 
     async def send_bad_one(how: str) -> None:
-        async with run_workload(path, "--size", f"{SIZE // 2},{SIZE // 2}", "--bad-handshake", how) as bad:
+        async with run_workload(
+            path, "--size", f"{SIZE // 2},{SIZE // 2}", "--bad-handshake", how
+        ) as bad:
             assert await bad.wait() == 0, bad.stderr
 
     async def send_all() -> None:
@@ -892,8 +995,8 @@ async def test_bad_owners_before_a_good_one(source: str, tmp_path: Path, lane: s
         assert any(reason in line for line in refused), (reason, refused)
 
 
-# Hands over its memory, and then reads the pages whose numbers come on stdin. Its arguments: the socket, the kind of
-# memory, whether to keep a userfaultfd of its own.
+# Hands over its memory, and then reads the pages whose numbers come on stdin. Its arguments: the
+# socket, the kind of memory, whether to keep a userfaultfd of its own.
 READER = """
 import json, os, resource, socket, sys
 from pagenet import _native
@@ -924,11 +1027,15 @@ for line in sys.stdin:
 
 
 @asynccontextmanager
-async def run_reader(path: Path, memory: str, keep: str) -> AsyncIterator[tuple[Process, Callable[[int], None]]]:
+async def run_reader(
+    path: Path, memory: str, keep: str
+) -> AsyncIterator[tuple[Process, Callable[[int], None]]]:
     """The process, and how to have it read a page."""
     read_end, write_end = os.pipe()
     try:
-        async with run([sys.executable, "-c", READER, str(path), memory, keep], stdin=read_end) as process:
+        async with run(
+            [sys.executable, "-c", READER, str(path), memory, keep], stdin=read_end
+        ) as process:
             yield process, lambda page: (os.write(write_end, b"%d\n" % page), None)[1]
     finally:
         os.close(read_end)
@@ -961,7 +1068,9 @@ async def reading(
 @pytest.fixture
 def size_of_source(tmp_path: Path) -> Callable[[str], str]:
     def write(memory: str) -> str:
-        return str(write_pattern(tmp_path / "source", 2 * HUGE_PAGE if memory == "hugetlb" else SIZE))
+        return str(
+            write_pattern(tmp_path / "source", 2 * HUGE_PAGE if memory == "hugetlb" else SIZE)
+        )
 
     return write
 
@@ -1000,7 +1109,9 @@ async def test_owner_that_keeps_its_own_waits(
             assert await process.rest() == []
 
 
-async def read_one_and_lose_the_source(server: Process, process: Process, read: Callable[[int], None]) -> None:
+async def read_one_and_lose_the_source(
+    server: Process, process: Process, read: Callable[[int], None]
+) -> None:
     """And have it wait for another one meanwhile."""
     read(0)
     assert (await process.event("read"))["bytes"] == pattern(0, 1)[:16].hex()
@@ -1017,7 +1128,10 @@ async def test_leaving_early_is_no_different(source: str, tmp_path: Path, lane: 
     path = tmp_path / "uffd.sock"
     owner = UffdSocket(path)
     await owner.listen()
-    async with serve(source, listen="tcp://127.0.0.1:0") as server, run_reader(path, "anonymous", "lets go") as (process, read):
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        run_reader(path, "anonymous", "lets go") as (process, read),
+    ):
         async with pull(server.uri, owner, lane=lane, background="off"):
             read(0)
             await process.event("read")
@@ -1057,7 +1171,10 @@ async def test_owner_by_proxy(source: str, tmp_path: Path, lane: str) -> None:
     owner = UffdSocket(path)
     await owner.listen()
     command = [sys.executable, "-c", BY_PROXY, str(path), str(SIZE), "stays"]
-    async with serve(source, listen="tcp://127.0.0.1:0") as server, run(command, stdin=subprocess.PIPE) as process:
+    async with (
+        serve(source, listen="tcp://127.0.0.1:0") as server,
+        run(command, stdin=subprocess.PIPE) as process,
+    ):
         async with pull(server.uri, owner, lane=lane) as transfer:
             await transfer.wait_complete()
         owner.close()

@@ -1,4 +1,5 @@
-"""Whether prefetched pages are needed: a sample of them is not made visible before it is touched. Nobody may notice."""
+"""Whether prefetched pages are needed: a sample of them is not made visible before it is touched.
+Nobody may notice."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ async def touch_every_neighbourhood(memory: OwnMemory, transfer: Transfer) -> No
 
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
-async def test_the_share_that_was_not_touched(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
+async def test_the_share_that_was_not_touched(
+    lane: LaneKind, source: Path, memory: OwnMemory
+) -> None:
     async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         before = transfer.statistics()
@@ -86,12 +89,16 @@ async def test_the_share_that_was_not_touched(lane: LaneKind, source: Path, memo
         await transfer.wait_complete()
         assert transfer.statistics().prefetch_unused == now.prefetch_unused
         assert now.prefetch_unused is not None
-        assert complete_fields(transfer.statistics())["prefetch_unused"] == round(now.prefetch_unused, 3)
+        assert complete_fields(transfer.statistics())["prefetch_unused"] == round(
+            now.prefetch_unused, 3
+        )
         assert await memory.read(HALF, HALF) == content[HALF:]
 
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
-async def test_what_is_given_up_untouched_was_not_used_and_is_zero(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
+async def test_what_is_given_up_untouched_was_not_used_and_is_zero(
+    lane: LaneKind, source: Path, memory: OwnMemory
+) -> None:
     async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         advice, place = (MADV_REMOVE, ctypes.c_void_p(memory.address))
@@ -118,7 +125,9 @@ async def test_in_private_memory_it_cannot_be_known(source: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
-async def test_when_it_is_given_up_what_came_is_there(lane: LaneKind, source: Path, memory: OwnMemory) -> None:
+async def test_when_it_is_given_up_what_came_is_there(
+    lane: LaneKind, source: Path, memory: OwnMemory
+) -> None:
     async with coming(source, memory, lane) as transfer:
         await touch_every_neighbourhood(memory, transfer)
         assert transfer.statistics().prefetch.sampled > 0
@@ -128,14 +137,17 @@ async def test_when_it_is_given_up_what_came_is_there(lane: LaneKind, source: Pa
 
 @pytest.mark.parametrize("stride", [1, 2, 16, 17, 64, 512])
 def test_no_stride_misses_the_sample(stride: int) -> None:
-    pages = [page for page in range(0, 4000 * stride, stride) if _native.before_sampled(page, 1) == 0]
+    pages = [
+        page for page in range(0, 4000 * stride, stride) if _native.before_sampled(page, 1) == 0
+    ]
     assert 150 < len(pages) < 350
     assert _native.before_sampled(pages[0] + 1, 10_000) < 200
 
 
 # ---- killed while pages are held back ----
 
-# An owner that keeps its userfaultfd and the map of its pages, by the preload library. It reads the pages that it is told to.
+# An owner that keeps its userfaultfd and the map of its pages, by the preload library. It reads the
+# pages that it is told to.
 OWNER = """
 import hashlib, json, mmap, sys
 with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
@@ -157,7 +169,11 @@ async def keeping_owner(pulling: Process, socket: Path) -> AsyncIterator[Process
             "PAGENET_UFFD_SOCKET": str(socket),
             "PAGENET_UFFD_FILES": f"{status.st_dev}:{status.st_ino}",
         }
-        async with run([sys.executable, "-c", OWNER, file.name], env=os.environ | variables, stdin=subprocess.PIPE) as owner:
+        async with run(
+            [sys.executable, "-c", OWNER, file.name],
+            env=os.environ | variables,
+            stdin=subprocess.PIPE,
+        ) as owner:
             yield owner
 
 
@@ -165,7 +181,9 @@ async def is_right(owner: Process, content: bytes, first: int, count: int = 1) -
     with trio.fail_after(20):
         await owner.send(f"{first} {count}\n")
         read = await owner.event("read")
-    return bool(read["digest"] == hashlib.sha256(content[PAGE * first : PAGE * (first + count)]).hexdigest())
+    return bool(
+        read["digest"] == hashlib.sha256(content[PAGE * first : PAGE * (first + count)]).hexdigest()
+    )
 
 
 async def wait_done(pulling: Process, pages: int) -> None:
@@ -176,8 +194,10 @@ async def wait_done(pulling: Process, pages: int) -> None:
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_killed_while_pages_are_held(lane: str, source: Path, tmp_path: Path) -> None:
-    """They are nobody's but the owner's, whose map says that they are there. Without pagenet they are waited for, and are never
-    zeros; the next one answers for them, whether the owner touches them then, or is let go before."""
+    """They are nobody's but the owner's, whose map says that they are there. Without pagenet they
+    are waited for, and are never zeros; the next one answers for them, whether the owner touches
+    them then, or is let go before.
+    """
     content, socket = source.read_bytes(), tmp_path / "owner.sock"
     touched = range(8, 8 + 40 * STEP, STEP)
     around = [page for at in touched for page in range(at - 8, at + 9) if page != at]
@@ -195,10 +215,15 @@ async def test_killed_while_pages_are_held(lane: str, source: Path, tmp_path: Pa
         await pulling.kill()
         await owner.send(f"{held[0]} 1\n")
         await wait_in_faults(owner.pid, 1)
-        async with run([*pull_command(uri, "--resume", str(owner.pid), lane=lane), *options]) as pulling:
+        async with run(
+            [*pull_command(uri, "--resume", str(owner.pid), lane=lane), *options]
+        ) as pulling:
             with trio.fail_after(20):
                 read = await owner.event("read")
-            assert read["digest"] == hashlib.sha256(content[PAGE * held[0] : PAGE * (held[0] + 1)]).hexdigest()
+            assert (
+                read["digest"]
+                == hashlib.sha256(content[PAGE * held[0] : PAGE * (held[0] + 1)]).hexdigest()
+            )
             for page in held[1:10]:
                 assert await is_right(owner, content, page)
             await pulling.kill()

@@ -31,7 +31,9 @@ def recorded(*pages: int, region: Region = REGION) -> Recording:
 
 
 @given(st.lists(st.lists(st.integers(0, REGION.pages - 1), max_size=80), min_size=1, max_size=4))
-def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, runs: list[list[int]]) -> None:
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[list[int]]
+) -> None:
     path = tmp_path_factory.mktemp("recording") / "touches"
     recording = recorded(*runs[0])
     for pages in runs[1:]:
@@ -48,7 +50,9 @@ def test_a_page_is_recorded_at_its_first_touch() -> None:
 def test_it_is_small(tmp_path: Path) -> None:
     pick = random.Random(1)
     path = tmp_path / "touches"
-    recorded(*[pick.randrange(1 << 18) for _ in range(20_000)], region=Region([Block("ram", 1 << 30)])).save(path)
+    recorded(
+        *[pick.randrange(1 << 18) for _ in range(20_000)], region=Region([Block("ram", 1 << 30)])
+    ).save(path)
     assert path.stat().st_size < 8 * 20_000
 
 
@@ -62,13 +66,24 @@ def test_a_region_may_have_changed() -> None:
     pages = (5, 255, 256, 300, 256 + 511)
     smaller = Region([Block("new", MIB), Block("high", MIB), Block("low", MIB // 2)])
     assert recorded(*pages).pages_in(smaller) == [512 + 5, 256, 300]
-    assert recorded(*pages).merge(recorded(7, region=smaller)).pages_in(smaller) == [517, 7, 256, 300]
+    assert recorded(*pages).merge(recorded(7, region=smaller)).pages_in(smaller) == [
+        517,
+        7,
+        256,
+        300,
+    ]
     huge = REGION.with_page_sizes([PAGE, 2 * MIB])
     assert recorded(*pages).pages_in(huge) == [5, 255, 256]
     assert recorded(256, region=huge).pages_in(REGION) == list(range(256, 768))
 
 
-GOOD: dict[str, object] = {"format": "pagenet-touches", "version": 1, "runs": 1, "blocks": [["ram", MIB]], "touches": [3, 2, 1]}
+GOOD: dict[str, object] = {
+    "format": "pagenet-touches",
+    "version": 1,
+    "runs": 1,
+    "blocks": [["ram", MIB]],
+    "touches": [3, 2, 1],
+}
 WRONG: list[dict[str, object]] = [
     {"blocks": [["ram", 5]]},
     {"blocks": 7},
@@ -98,16 +113,24 @@ ODD: list[object] = [[], {}, None, 1, b"x"]
         (msgpack.packb(GOOD) + b"\x00", "not a recording"),
         (msgpack.packb([1, 2]), "not a recording of pagenet's"),
         (msgpack.packb({"format": "another"}), "not a recording of pagenet's"),
-        *[(msgpack.packb({**GOOD, "format": other}), "not a recording of pagenet's") for other in ODD],
+        *[
+            (msgpack.packb({**GOOD, "format": other}), "not a recording of pagenet's")
+            for other in ODD
+        ],
         (msgpack.packb({**GOOD, "version": 2}), "version 2: this pagenet reads version 1"),
         (msgpack.packb({**GOOD, "format": [1]}), "not a recording of pagenet's"),
         (msgpack.packb({**GOOD, "format": {}}), "not a recording of pagenet's"),
         (msgpack.packb({**GOOD, "version": "1\n"}), "its version is no number"),
-        (b"\x82\xa6format\xafpagenet-touches\xa7version" + b"\x91" * 1020 + b"\0", "its version is no number"),
+        (
+            b"\x82\xa6format\xafpagenet-touches\xa7version" + b"\x91" * 1020 + b"\0",
+            "its version is no number",
+        ),
         *[(msgpack.packb({**GOOD, **wrong}), "broken recording") for wrong in WRONG],
     ],
 )
-def test_a_broken_file_is_one_line(body: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_is_one_line(
+    body: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "touches"
     path.write_bytes(body)
     with pytest.raises(UsageError, match=words):
@@ -119,8 +142,12 @@ def test_a_broken_file_is_one_line(body: bytes, words: str, tmp_path: Path, caps
     assert path.read_bytes() == body
 
 
-@pytest.mark.parametrize("body", [[[]] * 30, [[[]] * 3] * 8, [{}] * 30, [{str(number): number} for number in range(15)]])
-def test_a_file_has_no_more_values_than_are_ever_written(body: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "body", [[[]] * 30, [[[]] * 3] * 8, [{}] * 30, [{str(number): number} for number in range(15)]]
+)
+def test_a_file_has_no_more_values_than_are_ever_written(
+    body: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "touches"
     path.write_bytes(msgpack.packb({**GOOD, "more": body}))
     load_recording(path)
@@ -130,7 +157,18 @@ def test_a_file_has_no_more_values_than_are_ever_written(body: object, tmp_path:
 
 
 def test_no_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["unix:/nowhere", "--into", str(tmp_path / "x"), "--background", f"recorded={tmp_path / 'none'}"]) == 2
+    assert (
+        main(
+            [
+                "unix:/nowhere",
+                "--into",
+                str(tmp_path / "x"),
+                "--background",
+                f"recorded={tmp_path / 'none'}",
+            ]
+        )
+        == 2
+    )
     assert "cannot read the recording" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["unix:/nowhere", "--into", str(tmp_path / "x"), "--background", "recorded="])
@@ -177,7 +215,14 @@ async def test_a_transfer_is_recorded_and_replayed(lane: LaneKind, tmp_path: Pat
         try:
             async with (
                 pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-                pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(0, 0), record=str(path)) as transfer,
+                pagenet.pull(
+                    server.uri,
+                    memory,
+                    lane=lane,
+                    background="off",
+                    prefetch=(0, 0),
+                    record=str(path),
+                ) as transfer,
             ):
                 for page in pages:
                     await memory.read(page * PAGE, 1)
@@ -192,10 +237,13 @@ async def test_a_transfer_is_recorded_and_replayed(lane: LaneKind, tmp_path: Pat
     try:
         async with (
             pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
-            pagenet.pull(server.uri, memory, lane=lane, background=f"recorded={path}", max_bandwidth=1) as transfer,
+            pagenet.pull(
+                server.uri, memory, lane=lane, background=f"recorded={path}", max_bandwidth=1
+            ) as transfer,
         ):
             assert transfer.background == "recorded"
-            for step in range(10):  # one page, until a change of the limit lets the next one through
+            # one page, until a change of the limit lets the next one through
+            for step in range(10):
                 with trio.fail_after(20):
                     while (done := transfer.statistics().done) <= step:  # noqa: ASYNC110
                         await trio.sleep(0.001)

@@ -38,7 +38,9 @@ async def transfer_of(
     memory = pagenet.OwnMemory("anonymous")
     try:
         async with pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server:
-            plan = pagenet.pull(server.uri, memory, lane=lane, background=background, prefetch=(0, 0), **options)
+            plan = pagenet.pull(
+                server.uri, memory, lane=lane, background=background, prefetch=(0, 0), **options
+            )
             async with plan as transfer:
                 yield transfer, memory
     finally:
@@ -79,7 +81,9 @@ async def test_switched_while_it_runs(lane: LaneKind, source: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_a_schedule_that_takes_over_knows_the_latest_faults(lane: LaneKind, source: Path) -> None:
+async def test_a_schedule_that_takes_over_knows_the_latest_faults(
+    lane: LaneKind, source: Path
+) -> None:
     async with transfer_of(source, lane, "off") as (transfer, memory):
         page = 1500
         await memory.read(page * PAGE, 1)
@@ -106,11 +110,15 @@ async def test_paused_and_resumed(lane: LaneKind, source: Path) -> None:
         assert transfer.background_paused
         transfer.set_max_bandwidth(None)
         asked = transfer.statistics().background.requests
-        await wait_until(lambda: transfer.statistics().background.runs >= asked, "what was asked for comes")
+        await wait_until(
+            lambda: transfer.statistics().background.runs >= asked, "what was asked for comes"
+        )
         before = brought(transfer)
-        for offset in range(SIZE - PAGE, SIZE - 20 * PAGE, -PAGE):  # demand goes on, and there is time enough
+        # demand goes on, and there is time enough
+        for offset in range(SIZE - PAGE, SIZE - 20 * PAGE, -PAGE):
             await memory.read(offset, 1)
-        assert brought(transfer) <= before + 4 * (256 << 10) // PAGE  # what a lane in Trio was handed already
+        # what a lane in Trio was handed already
+        assert brought(transfer) <= before + 4 * (256 << 10) // PAGE
         assert not transfer.statistics().complete
         transfer.resume_background()
         await check(transfer, memory, source)
@@ -120,14 +128,20 @@ async def test_paused_and_resumed(lane: LaneKind, source: Path) -> None:
 @pytest.mark.parametrize("lane", LANES)
 async def test_the_limit_is_kept_and_changes(lane: LaneKind, lanes: int, source: Path) -> None:
     rate = 2 << 20
-    async with transfer_of(source, lane, "hot", max_bandwidth=rate, background_lanes=lanes) as (transfer, memory):
+    async with transfer_of(source, lane, "hot", max_bandwidth=rate, background_lanes=lanes) as (
+        transfer,
+        memory,
+    ):
         began = time.monotonic()
         await wait_until(lambda: brought(transfer) > 0, "pages come")
         for _ in range(25):
             await trio.sleep(0.02)
-            asked = brought(transfer) * PAGE  # before the clock is read: it cannot be more than the time allowed for
+            # before the clock is read: it cannot be more than the time allowed for
+            asked = brought(transfer) * PAGE
             # a chunk of each lane is asked for before it is paid for
-            assert asked <= rate * (time.monotonic() - began + 0.02) + lanes * (256 << 10) + (256 << 10)
+            assert asked <= rate * (time.monotonic() - began + 0.02) + lanes * (256 << 10) + (
+                256 << 10
+            )
         with pytest.raises(UsageError, match="0 bytes a second"):
             transfer.set_max_bandwidth(0)
         assert transfer.max_bandwidth == rate

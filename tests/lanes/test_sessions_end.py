@@ -1,4 +1,5 @@
-"""How sessions end, and what they may cost before anything is known of the peer: who is told what, and who waits for whom."""
+"""How sessions end, and what they may cost before anything is known of the peer: who is told what,
+and who waits for whom."""
 
 from __future__ import annotations
 
@@ -15,7 +16,17 @@ import trio
 import trio.testing
 
 import pagenet
-from pagenet import Block, ConnectionBroken, Region, RemoteProtocolError, Run, SourceLost, UffdSocket, UsageError, transport
+from pagenet import (
+    Block,
+    ConnectionBroken,
+    Region,
+    RemoteProtocolError,
+    Run,
+    SourceLost,
+    UffdSocket,
+    UsageError,
+    transport,
+)
 from pagenet.destination.filling import Filling
 from pagenet.destination.into_file import FileTarget
 from pagenet.destination.source_session import LANE_TIMEOUT
@@ -88,7 +99,9 @@ async def test_closing_a_socket_file_wakes_who_accepts(tmp_path: Path) -> None:
         file.close()
 
 
-async def test_owners_socket_is_found_again_after_chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_owners_socket_is_found_again_after_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     owner = UffdSocket("uffd.sock")
     await owner.listen()
@@ -113,7 +126,9 @@ class Moved(MemoryTransport):
 async def test_the_address_that_was_bound_must_be_private(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = Moved()
     monkeypatch.setitem(transport._transports, "memory", moved)
-    with pytest.raises(UsageError, match=r"^memory://public can be reached from other hosts.*--plaintext"):
+    with pytest.raises(
+        UsageError, match=r"^memory://public can be reached from other hosts.*--plaintext"
+    ):
         await transport.listen("memory://private")
     assert not moved.listeners
     with await transport.listen("memory://private", plaintext=True) as listener:
@@ -129,8 +144,11 @@ async def serve_to(uri: str, path: Path) -> None:
 
 
 @asynccontextmanager
-async def dialled(path: Path, *lanes: Channel) -> AsyncIterator[tuple[MessageStream, list[transport.Connection]]]:
-    """A destination's ends of what a source has dialled: control, and the lanes. The source's error comes out."""
+async def dialled(
+    path: Path, *lanes: Channel
+) -> AsyncIterator[tuple[MessageStream, list[transport.Connection]]]:
+    """A destination's ends of what a source has dialled: control, and the lanes. The source's error
+    comes out."""
     connections = []
     try:
         async with pagenet.nurseries.open_failing_nursery() as nursery:
@@ -160,7 +178,9 @@ async def leave(path: Path, *last_words: Message) -> None:
 
 
 async def test_destination_that_leaves_too_early(memory: MemoryTransport, ram: Path) -> None:
-    with pytest.raises(ConnectionBroken, match=r"^the destination left before it had every page$") as caught:
+    with pytest.raises(
+        ConnectionBroken, match=r"^the destination left before it had every page$"
+    ) as caught:
         await leave(ram, Bye(False))
     assert caught.value.exit_code == 4
 
@@ -185,7 +205,11 @@ def closes(lane: MemoryConnection) -> None:
 @pytest.mark.parametrize("request_", [b"", b"half a request"])
 @pytest.mark.parametrize("end", [breaks, closes])
 async def test_lane_ends_before_bye_is_read(
-    memory: MemoryTransport, ram: Path, mock_clock: trio.testing.MockClock, request_: bytes, end: Callable[[Any], None]
+    memory: MemoryTransport,
+    ram: Path,
+    mock_clock: trio.testing.MockClock,
+    request_: bytes,
+    end: Callable[[Any], None],
 ) -> None:
     async with dialled(ram, Channel.DEMAND) as (control, lanes):
         if request_:
@@ -197,7 +221,9 @@ async def test_lane_ends_before_bye_is_read(
         await control.send(Bye(True))
 
 
-async def test_lane_breaks_and_no_bye_comes(memory: MemoryTransport, ram: Path, mock_clock: trio.testing.MockClock) -> None:
+async def test_lane_breaks_and_no_bye_comes(
+    memory: MemoryTransport, ram: Path, mock_clock: trio.testing.MockClock
+) -> None:
     async def stay() -> None:
         async with dialled(ram, Channel.DEMAND) as (_, lanes):
             breaks(lanes[0])  # type: ignore[arg-type]
@@ -219,7 +245,10 @@ async def pull_listening(path: Path) -> None:
 
 @pytest.mark.parametrize("lanes", [(), (Channel.DEMAND,)], ids=["none", "one"])
 async def test_source_that_dials_too_few_lanes(
-    memory: MemoryTransport, tmp_path: Path, autojump_clock: trio.testing.MockClock, lanes: tuple[Channel, ...]
+    memory: MemoryTransport,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    lanes: tuple[Channel, ...],
 ) -> None:
     told: list[Message | None] = []
 
@@ -274,7 +303,9 @@ async def test_source_is_told_what_is_wrong_with_its_answer(
     assert reason in told.text
 
 
-async def test_destination_is_told_what_is_wrong_with_its_answer(memory: MemoryTransport, ram: Path) -> None:
+async def test_destination_is_told_what_is_wrong_with_its_answer(
+    memory: MemoryTransport, ram: Path
+) -> None:
     with await transport.listen(HERE) as listener:
         async with trio.open_nursery() as nursery:
 
@@ -312,11 +343,13 @@ def touched(residency: Residency) -> int:
 
 
 class Endless:
-    """Memory of as many pages as there can be, of which little is in scope. A :class:`~pagenet.target.Target`."""
+    """Memory of as many pages as there can be, of which little is in scope. A
+    :class:`~pagenet.target.Target`."""
 
     placement = "fake"
     event_fd = None
-    read_events = pages_between = page_of = place = settle = wake = discard = wait_gone = None  # nothing is done with it
+    # nothing is done with it
+    read_events = pages_between = page_of = place = settle = wake = discard = wait_gone = None
 
     def __init__(self, pages: int, scope: list[Run]) -> None:
         self.region = Region([Block("ram", pages * PAGE)])
@@ -388,8 +421,11 @@ async def test_missing_pages_beside_touched_ones() -> None:
         assert {0, 499_999, 510_000, 700_000, (1 << 20) - 1} <= set(missing)
 
 
-async def test_owner_of_another_machine(memory: MemoryTransport, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source's pages that the owner does not map are marked one by one: there may not be too many."""
+async def test_owner_of_another_machine(
+    memory: MemoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's pages that the owner does not map are marked one by one: there may not be too
+    many."""
     target = Endless(MAX_PAGES, [Run(0, 1000)])
 
     class Owner:
@@ -424,7 +460,11 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
         ours, theirs = memory_pair(capacity=2 * size)
         requests = OutstandingRequests(source.region)
         lane = TrioSourceLane(ours, source)
-        for run, unit_shift in [(Run(0, size // PAGE), shift), (Run(0, 1), 0), (Run(0, size // PAGE), shift)]:
+        for run, unit_shift in [
+            (Run(0, size // PAGE), shift),
+            (Run(0, 1), 0),
+            (Run(0, size // PAGE), shift),
+        ]:
             await theirs.send(requests.open(Class.DEMAND, run, unit_shift).encode())
         theirs_closed = trio.Event()
 
@@ -447,11 +487,12 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
-    """A source whose file has been cut, which nobody notices before a page is asked for: where it listens. It raises
-    :exc:`SourceLost`, and nothing else, in the end."""
+    """A source whose file has been cut, which nobody notices before a page is asked for: where it
+    listens. It raises :exc:`SourceLost`, and nothing else, in the end."""
 
     async def serve(task_status: trio.TaskStatus[str]) -> None:
-        async with pagenet.serve(str(ram), listen=uri, lane="trio") as server:  # a clock that jumps waits for no thread
+        # a clock that jumps waits for no thread
+        async with pagenet.serve(str(ram), listen=uri, lane="trio") as server:
             os.truncate(ram, 0)
             task_status.started(server.uri)
             await trio.sleep_forever()
@@ -465,7 +506,9 @@ async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def connected(uri: str, *lanes: Channel) -> AsyncIterator[tuple[MessageStream, list[transport.Connection]]]:
+async def connected(
+    uri: str, *lanes: Channel
+) -> AsyncIterator[tuple[MessageStream, list[transport.Connection]]]:
     """A destination's ends of connections that it has dialled: control, and lanes."""
     connections = [await transport.dial(uri) for _ in range(1 + len(lanes))]
     try:
@@ -484,8 +527,13 @@ async def test_every_destination_reads_why_the_source_is_lost(
     memory: MemoryTransport, ram: Path, tmp_path: Path, uri: str
 ) -> None:
     async def pull(number: int) -> None:
-        with pytest.raises(SourceLost, match=r"^the source cannot go on: source .*ram cannot be read any more: it ends at"):
-            async with pagenet.pull(where, pagenet.IntoFile(tmp_path / f"copy-{number}")) as transfer:
+        with pytest.raises(
+            SourceLost,
+            match=r"^the source cannot go on: source .*ram cannot be read any more: it ends at",
+        ):
+            async with pagenet.pull(
+                where, pagenet.IntoFile(tmp_path / f"copy-{number}")
+            ) as transfer:
                 await transfer.wait_complete()
 
     async def idle() -> None:
@@ -498,7 +546,10 @@ async def test_every_destination_reads_why_the_source_is_lost(
             assert "cannot be read any more" in told.text
 
     is_idle = trio.Event()
-    async with losing(uri.format(tmp_path / "socket"), ram) as where, trio.open_nursery() as nursery:
+    async with (
+        losing(uri.format(tmp_path / "socket"), ram) as where,
+        trio.open_nursery() as nursery,
+    ):
         nursery.start_soon(idle)
         await is_idle.wait()
         nursery.start_soon(pull, 0)
@@ -512,7 +563,11 @@ async def test_lost_source_waits_for_destinations_to_leave(
     memory: MemoryTransport, ram: Path, mock_clock: trio.testing.MockClock
 ) -> None:
     """By a clock that stands still: it is not the timeout that ends it."""
-    async with losing(HERE, ram) as uri, connected(uri, Channel.DEMAND) as (control, lanes), connected(uri) as (other, _):
+    async with (
+        losing(HERE, ram) as uri,
+        connected(uri, Channel.DEMAND) as (control, lanes),
+        connected(uri) as (other, _),
+    ):
         await lanes[0].send(REQUEST)
         for stream in (other, control):
             assert isinstance(await stream.receive(), Failure)
@@ -563,11 +618,15 @@ async def test_source_that_dialled_is_lost(memory: MemoryTransport, ram: Path) -
         await lose()
 
 
-async def test_destination_says_the_reason_of_a_lost_source(memory: MemoryTransport, tmp_path: Path) -> None:
+async def test_destination_says_the_reason_of_a_lost_source(
+    memory: MemoryTransport, tmp_path: Path
+) -> None:
     async def impostor() -> None:
         stream = MessageStream(await listener.accept())
         await stream.receive()
-        await stream.connection.send(encode_message(GREETING), encode_message(Failure("source-lost", "disk\non fire")))
+        await stream.connection.send(
+            encode_message(GREETING), encode_message(Failure("source-lost", "disk\non fire"))
+        )
         while await stream.receive():
             pass
         stream.connection.close()

@@ -1,4 +1,5 @@
-"""pagenet/source/memory.py: every kind of source, what is wrong with some, and what may happen to one while it is served."""
+"""pagenet/source/memory.py: every kind of source, what is wrong with some, and what may happen to
+one while it is served."""
 
 from __future__ import annotations
 
@@ -20,7 +21,18 @@ import pytest
 import trio
 from processes import HUGE_PAGE, LANES, PAGE, huge_pages, pull
 
-from pagenet import Block, IntoFile, OwnMemory, Region, Run, Source, SourceLost, UsageError, open_source, serve
+from pagenet import (
+    Block,
+    IntoFile,
+    OwnMemory,
+    Region,
+    Run,
+    Source,
+    SourceLost,
+    UsageError,
+    open_source,
+    serve,
+)
 from pagenet.source.memory import named_identity
 
 PAGES = 5
@@ -32,7 +44,8 @@ def page_of(byte: int) -> bytes:
 
 CONTENT = b"".join(page_of(byte) for byte in range(1, PAGES + 1))
 
-# Has those bytes in a memfd and, with an unmapped page behind them, in private memory; stays until stdin ends.
+# Has those bytes in a memfd and, with an unmapped page behind them, in private memory; stays until
+# stdin ends.
 HOLDER = """
 import ctypes, json, mmap, os, sys
 content = b"".join(bytes([byte]) * 4096 for byte in range(1, 6))
@@ -80,7 +93,9 @@ def holder() -> Iterator[Holder]:
 
 def start_holder(stack: ExitStack) -> Holder:
     process = stack.enter_context(
-        subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
     )
     stack.callback(process.kill)
     assert process.stdout is not None
@@ -123,8 +138,12 @@ KINDS: dict[str, Callable[[Holder, ExitStack, Path], str]] = {
     "tmpfs": in_tmpfs,
     "own memfd": in_own_memfd,
     "memfd of another process": lambda holder, *_: f"/proc/{holder.pid}/fd/{holder.fd}",
-    "from-to, decimal": lambda holder, *_: f"pid:{holder.pid}:{holder.address}-{holder.address + len(CONTENT)}",
-    "from-to, hexadecimal": lambda holder, *_: f"pid:{holder.pid}:{holder.address:#x}-{holder.address + len(CONTENT):#X}",
+    "from-to, decimal": lambda holder, *_: (
+        f"pid:{holder.pid}:{holder.address}-{holder.address + len(CONTENT)}"
+    ),
+    "from-to, hexadecimal": lambda holder, *_: (
+        f"pid:{holder.pid}:{holder.address:#x}-{holder.address + len(CONTENT):#X}"
+    ),
     "from+size, mixed": lambda holder, *_: f"pid:{holder.pid}:{holder.address:#x}+{len(CONTENT)}",
     "hugetlb memfd": in_hugetlb_memfd,
 }
@@ -148,7 +167,10 @@ async def test_reads_any_run(kind: str, shared_holder: Holder, tmp_path: Path) -
         assert block.size == (2 * HUGE_PAGE if kind == "hugetlb memfd" else len(CONTENT))
         for first in range(PAGES):
             for count in range(1, PAGES - first + 1):
-                assert await read(source, first, count) == CONTENT[first * PAGE : (first + count) * PAGE]
+                assert (
+                    await read(source, first, count)
+                    == CONTENT[first * PAGE : (first + count) * PAGE]
+                )
         if kind == "hugetlb memfd":
             assert await read(source, PAGES, 512) in (None, bytes(HUGE_PAGE))
             assert await read(source, 510, 4) in (None, bytes(4 * PAGE))
@@ -160,7 +182,13 @@ def test_identity_is_the_memorys(kind: str, shared_holder: Holder, tmp_path: Pat
     with ExitStack() as stack:
         spec = KINDS[kind](shared_holder, stack, tmp_path)
         identities = []
-        for specs in ([spec], [f"NAME={spec}"], [tmp_path / "other"], [spec, tmp_path / "other"], [tmp_path / "other", spec]):
+        for specs in (
+            [spec],
+            [f"NAME={spec}"],
+            [tmp_path / "other"],
+            [spec, tmp_path / "other"],
+            [tmp_path / "other", spec],
+        ):
             with open_source(*specs) as source:
                 assert len(source.identity) == 16
                 identities.append(source.identity)
@@ -222,7 +250,9 @@ async def test_holes_are_known_without_reading(tmp_path: Path) -> None:
     with open_source(path) as source:
         assert await read(source, 0, 4) is None
         assert await read(source, 4, 2) == page_of(4) + page_of(5)
-        assert await read(source, 0, 8) == bytes(4 * PAGE) + page_of(4) + page_of(5) + bytes(2 * PAGE)
+        assert await read(source, 0, 8) == bytes(4 * PAGE) + page_of(4) + page_of(5) + bytes(
+            2 * PAGE
+        )
         assert await read(source, 6, 994) is None
         assert await read(source, 6, 995) == bytes(994 * PAGE) + page_of(6)
         assert await read(source, (1 << 28) - 64, 64) is None
@@ -246,7 +276,9 @@ async def test_blocks_one_after_the_other(tmp_path: Path, shared_holder: Holder)
     (tmp_path / "dir" / "ram").write_bytes(page_of(8))
     memory = f"pid:{shared_holder.pid}:{shared_holder.address}+{2 * PAGE}"
     with open_source(tmp_path / "ram", f"vga.vram={memory}", tmp_path / "dir" / "ram") as source:
-        assert source.region == Region([Block("ram", 3 * PAGE), Block("vga.vram", 2 * PAGE), Block("ram#2", PAGE)])
+        assert source.region == Region(
+            [Block("ram", 3 * PAGE), Block("vga.vram", 2 * PAGE), Block("ram#2", PAGE)]
+        )
         assert await read(source, 0, 3) == page_of(7) * 3
         assert await read(source, 3, 2) == CONTENT[: 2 * PAGE]
         assert await read(source, 5, 1) == page_of(8)
@@ -263,7 +295,9 @@ async def test_blocks_one_after_the_other(tmp_path: Path, shared_holder: Holder)
         ("\udcff", "\udcff", "\ufffd"),
     ],
 )
-def test_names(file: str, spec: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names(
+    file: str, spec: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path(file).write_bytes(CONTENT)
     with open_source(spec) as source:
@@ -298,7 +332,10 @@ def make_socket(path: Path) -> None:
 NO_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: None, "cannot open source .*: No such file or directory"),
     "directory": (lambda path: path.mkdir(), "is not a regular file"),
-    "empty": (lambda path: path.touch(), "is 0 bytes long: not a whole number of 4096-byte pages, or none"),
+    "empty": (
+        lambda path: path.touch(),
+        "is 0 bytes long: not a whole number of 4096-byte pages, or none",
+    ),
     "one byte": (lambda path: path.write_bytes(b"x"), "is 1 bytes long: not a whole number"),
     "a page and a byte": (lambda path: path.write_bytes(page_of(1) + b"x"), "is 4097 bytes long"),
     "fifo": (make_fifo, "is not a regular file"),
@@ -345,13 +382,17 @@ def test_no_syntax(spec: str) -> None:
     check_refused(r"is not pid:PID:START-END or pid:PID:START\+SIZE", f"ram={spec}")
 
 
-@pytest.mark.parametrize("range_", ["0x1000-0x1000", "0x2000-0x1000", "0x1000+0", "0x1001+0x1000", "0x1000+0x1001", "1-2"])
+@pytest.mark.parametrize(
+    "range_",
+    ["0x1000-0x1000", "0x2000-0x1000", "0x1000+0", "0x1001+0x1000", "0x1000+0x1001", "1-2"],
+)
 def test_no_whole_pages(range_: str) -> None:
     check_refused("is not a range of whole 4096-byte pages", f"pid:{os.getpid()}:{range_}")
 
 
 @pytest.mark.parametrize(
-    "range_", [f"{1 << 60}+4096", f"{1 << 64}+4096", f"4096+{1 << 64}", f"4096+{1 << 63}", f"4096-{1 << 70}"]
+    "range_",
+    [f"{1 << 60}+4096", f"{1 << 64}+4096", f"4096+{1 << 64}", f"4096+{1 << 63}", f"4096-{1 << 70}"],
 )
 def test_range_that_no_process_has(range_: str) -> None:
     check_refused("no process has 0x[0-9a-f]+ bytes at 0x", f"pid:{os.getpid()}:{range_}")
@@ -362,8 +403,12 @@ def test_range_that_is_not_mapped() -> None:
 
 
 def test_range_that_ends_in_the_void(shared_holder: Holder) -> None:
-    check_refused("Bad address", f"pid:{shared_holder.pid}:{shared_holder.address}+{len(CONTENT) + PAGE}")
-    check_refused("Bad address", f"pid:{shared_holder.pid}:{shared_holder.address + len(CONTENT)}+4096")
+    check_refused(
+        "Bad address", f"pid:{shared_holder.pid}:{shared_holder.address}+{len(CONTENT) + PAGE}"
+    )
+    check_refused(
+        "Bad address", f"pid:{shared_holder.pid}:{shared_holder.address + len(CONTENT)}+4096"
+    )
 
 
 def test_process_that_does_not_exist(holder: Holder) -> None:
@@ -373,7 +418,13 @@ def test_process_that_does_not_exist(holder: Holder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pid", "reason"), [("0", "Invalid argument"), (str(1 << 30), "No such process"), (str(1 << 40), ""), ("9" * 30, "")]
+    ("pid", "reason"),
+    [
+        ("0", "Invalid argument"),
+        (str(1 << 30), "No such process"),
+        (str(1 << 40), ""),
+        ("9" * 30, ""),
+    ],
 )
 def test_number_that_no_process_has(pid: str, reason: str) -> None:
     check_refused(f"source pid:{pid}: .*{reason}", f"pid:{pid}:0x1000+0x1000")
@@ -388,7 +439,9 @@ def test_one_bad_block_closes_the_good_ones(tmp_path: Path) -> None:
     check_refused("No such file", str(tmp_path / "file"), str(tmp_path / "missing"))
 
 
-def test_block_is_not_given_a_name_that_another_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_is_not_given_a_name_that_another_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "a#2"):
         Path(name).write_bytes(CONTENT)
@@ -421,10 +474,14 @@ def test_without_permission(shared_holder: Holder) -> None:
         assert result.stderr == ""
         assert result.stdout.splitlines() == [
             f"cannot open source {file.name}: Permission denied",
-            f"cannot read process {shared_holder.pid} at {shared_holder.address:#x}: Operation not permitted "
-            "(it takes the same user and ptrace access, or CAP_SYS_PTRACE)",
-            f"cannot open source {descriptor}: Operation not permitted; run as root, or as its user with ptrace access "
-            "(kernel.yama.ptrace_scope=0)",
+            (
+                f"cannot read process {shared_holder.pid} at {shared_holder.address:#x}: Operation"
+                " not permitted (it takes the same user and ptrace access, or CAP_SYS_PTRACE)"
+            ),
+            (
+                f"cannot open source {descriptor}: Operation not permitted; run as root, or as its"
+                " user with ptrace access (kernel.yama.ptrace_scope=0)"
+            ),
         ]
 
 
@@ -445,11 +502,16 @@ def test_descriptor_that_its_process_may_not_read(access: str, tmp_path: Path) -
     path = tmp_path / "secret"
     path.write_bytes(CONTENT)
     with subprocess.Popen(
-        [sys.executable, "-c", HANDLE_HOLDER, str(path), access], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HANDLE_HOLDER, str(path), access],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         descriptor = f"/proc/{process.pid}/fd/{int(process.stdout.readline())}"
-        with pytest.raises(UsageError, match=f"^cannot open source {descriptor}: that process may not read it either$"):
+        with pytest.raises(
+            UsageError,
+            match=f"^cannot open source {descriptor}: that process may not read it either$",
+        ):
             open_source(descriptor)
         process.kill()
 
@@ -467,7 +529,9 @@ print(os.lseek(fd, 0, os.SEEK_CUR), flush=True)
 
 
 def test_place_of_the_process_in_its_file_stays() -> None:
-    with subprocess.Popen([sys.executable, "-c", POSITION_HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", POSITION_HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         with open_source(f"/proc/{process.pid}/fd/{int(process.stdout.readline())}") as source:
             assert source.zero_map(Run(0, PAGES)) is not None  # looks for holes
@@ -485,7 +549,9 @@ async def test_truncated_file(to: int, tmp_path: Path) -> None:
     with open_source(path) as source:
         os.truncate(path, to)
         for first, count in [(to // PAGE, 1), (0, PAGES), (PAGES - 1, 1)]:
-            with pytest.raises(SourceLost, match=r"file cannot be read any more: it ends at byte \d+ of 20480$"):
+            with pytest.raises(
+                SourceLost, match=r"file cannot be read any more: it ends at byte \d+ of 20480$"
+            ):
                 await read(source, first, count)
         if to >= PAGE:
             assert await read(source, 0, 1) == page_of(1)
@@ -561,14 +627,18 @@ def lane() -> str:
     return LANES[0]  # of the destination, which fills a file here
 
 
-async def check_lost_while_served(spec: str, lose: Callable[[], None], reason: str, target: Path, lane: str) -> None:
+async def check_lost_while_served(
+    spec: str, lose: Callable[[], None], reason: str, target: Path, lane: str
+) -> None:
     """Both sides are told, and nothing half done is left."""
     with pytest.raises(SourceLost, match=reason):
         await lose_while_pulling(spec, lose, f"the source cannot go on: .*{reason}", target, lane)
     assert os.listdir(target.parent) == []
 
 
-async def lose_while_pulling(spec: str, lose: Callable[[], None], reason: str, target: Path, lane: str) -> None:
+async def lose_while_pulling(
+    spec: str, lose: Callable[[], None], reason: str, target: Path, lane: str
+) -> None:
     async with serve(spec, listen=f"unix:{target.with_name('socket')}") as server:
         lose()
         with pytest.raises(SourceLost, match=reason):
@@ -585,13 +655,19 @@ async def test_file_truncated_while_served(tmp_path: Path, lane: str) -> None:
     with tempfile.NamedTemporaryFile() as file:
         os.truncate(file.name, 1 << 20)
         await check_lost_while_served(
-            file.name, lambda: os.truncate(file.name, 512 << 10), "cannot be read any more", tmp_path / "into", lane
+            file.name,
+            lambda: os.truncate(file.name, 512 << 10),
+            "cannot be read any more",
+            tmp_path / "into",
+            lane,
         )
 
 
 async def test_process_ended_while_served(tmp_path: Path, holder: Holder, lane: str) -> None:
     spec = f"pid:{holder.pid}:{holder.address}+{len(CONTENT)}"
-    await check_lost_while_served(spec, holder.end, f"process {holder.pid}", tmp_path / "into", lane)
+    await check_lost_while_served(
+        spec, holder.end, f"process {holder.pid}", tmp_path / "into", lane
+    )
 
 
 # ---- a file that is written to is another source ----
@@ -640,7 +716,10 @@ async def test_file_changed_while_served(change: str, lanes: Any, tmp_path: Path
 
     async def change_while_serving() -> None:
         async with serve(str(path), listen=f"unix:{tmp_path}/socket", lane=lanes) as server:
-            with pytest.raises(SourceLost, match=r"the source cannot go on: source .* was changed while it was served"):
+            with pytest.raises(
+                SourceLost,
+                match=r"the source cannot go on: source .* was changed while it was served",
+            ):
                 await change_while_pulling(server.uri)
             await trio.sleep_forever()
 
@@ -677,4 +756,7 @@ def test_identity_by_name() -> None:
     assert named_identity("00ff" * 8) == bytes.fromhex("00ff" * 8)
     names = ["a", "b", "00ff" * 7, "sha256:" + "00" * 32]
     assert len({named_identity(name) for name in names}) == 4
-    assert all(len(named_identity(name)) == 16 and named_identity(name) == named_identity(name) for name in names)
+    assert all(
+        len(named_identity(name)) == 16 and named_identity(name) == named_identity(name)
+        for name in names
+    )

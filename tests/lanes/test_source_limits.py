@@ -43,7 +43,9 @@ def small(tmp_path: Path) -> Path:
 
 def private_memory(pid: int) -> int:
     """Bytes that the process has allocated and written to."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+    )
     assert found
     return int(found[1]) << 10
 
@@ -62,7 +64,8 @@ async def check_pulls(uri: str, path: Path) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_huge_units_that_nobody_reads(lane: str, large: Path) -> None:
-    """Each request is 24 bytes. Were what it asks for kept, eight of them would cost half a gigabyte."""
+    """Each request is 24 bytes. Were what it asks for kept, eight of them would cost half a
+    gigabyte."""
     async with run_server(str(large), "--lane", lane) as (server, uri):
         await check_pulls(uri, large)  # from here on nothing is allocated that any transfer takes
         before = private_memory(server.pid)
@@ -72,7 +75,8 @@ async def test_huge_units_that_nobody_reads(lane: str, large: Path) -> None:
                 stack.callback(connection.close)
                 request = Request(1, Class.BACKGROUND, Run(0, UNIT // PAGE), 14, ZERO_OR_LZ4)
                 await connection.send(request.encode())
-                await receive_exactly(connection, memoryview(bytearray(LANE_HEADER_SIZE)))  # and not a byte of the pages
+                # and not a byte of the pages
+                await receive_exactly(connection, memoryview(bytearray(LANE_HEADER_SIZE)))
             await check_pulls(uri, large)
             assert private_memory(server.pid) - before < UNIT // 4
 
@@ -85,8 +89,13 @@ async def test_huge_unit_that_is_read(lane: str, large: Path, tmp_path: Path) ->
     async with run_server(str(half_zero), "--lane", lane) as (_, uri), dial_source(uri) as session:
         connection = await session.open_lane(Channel.BACKGROUND)
         for first, whole in ((0, content[:UNIT]), (UNIT // PAGE, b"")):
-            await connection.send(Request(1, Class.BACKGROUND, Run(first, UNIT // PAGE), 14, ZERO_OR_LZ4).encode())
-            header, pages = memoryview(bytearray(LANE_HEADER_SIZE)), memoryview(bytearray(len(whole)))
+            await connection.send(
+                Request(1, Class.BACKGROUND, Run(first, UNIT // PAGE), 14, ZERO_OR_LZ4).encode()
+            )
+            header, pages = (
+                memoryview(bytearray(LANE_HEADER_SIZE)),
+                memoryview(bytearray(len(whole))),
+            )
             await receive_exactly(connection, header)
             await receive_exactly(connection, pages)  # nothing, of the unit that is zero
             assert pages == whole
@@ -100,7 +109,9 @@ async def test_as_many_sessions_as_there_may_be(small: Path) -> None:
     async with run_server(str(small), "--max-sessions", "1") as (server, uri):
         async with dial_source(uri):
             await server.event("connected")
-            async with run(pull_command(uri, "--into", str(small.with_name("no")), lane="native")) as refused:
+            async with run(
+                pull_command(uri, "--into", str(small.with_name("no")), lane="native")
+            ) as refused:
                 assert await refused.wait() == 3
                 (line,) = refused.stderr.splitlines()
             assert "busy: 1 destinations are served already: wait until one is done" in line
@@ -112,14 +123,20 @@ async def test_as_many_lanes_as_there_may_be(small: Path) -> None:
     async with run_server(str(small), "--max-lanes", "2") as (_, uri):
         for lanes, code in (("2", 3), ("1", 0)):
             into = str(small.with_name("copy"))
-            async with run(pull_command(uri, "--into", into, "--background-lanes", lanes, lane="native")) as pulling:
+            async with run(
+                pull_command(uri, "--into", into, "--background-lanes", lanes, lane="native")
+            ) as pulling:
                 assert await pulling.wait() == code
-                assert ("a session may have 2 lanes: ask for fewer --background-lanes" in pulling.stderr) == (code != 0)
+                assert (
+                    "a session may have 2 lanes: ask for fewer --background-lanes" in pulling.stderr
+                ) == (code != 0)
 
 
 @pytest.mark.parametrize("option", ["--max-sessions", "--max-lanes"])
 async def test_limits_that_are_none(option: str, small: Path) -> None:
-    async with run(serve_command(str(small), option, "0", "--listen", "tcp://127.0.0.1:0")) as server:
+    async with run(
+        serve_command(str(small), option, "0", "--listen", "tcp://127.0.0.1:0")
+    ) as server:
         assert await server.wait() == 2
         assert option in server.stderr
 
@@ -138,7 +155,9 @@ async def test_oldest_stranger_makes_room() -> None:
     gone: list[int] = []
 
     async def be_silent(number: int, task_status: trio.TaskStatus[None]) -> None:
-        with pytest.raises(RemoteProtocolError, match=r"^the peer sent no hello, and others wanted its place$"):
+        with pytest.raises(
+            RemoteProtocolError, match=r"^the peer sent no hello, and others wanted its place$"
+        ):
             await admission_of_silent(admission, task_status)
         gone.append(number)
 
@@ -174,7 +193,9 @@ async def test_a_place_is_waited_for() -> None:
                 await accepted.wait()
 
 
-async def test_a_stranger_makes_room_once_it_has_been_silent(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_stranger_makes_room_once_it_has_been_silent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     """At the limit of descriptors whoever has connected just now gets a moment to say hello."""
     admission = Admission(max_connections=1)
     with admission.connection():
@@ -210,10 +231,17 @@ async def few_descriptors(path: Path, limit: int) -> AsyncIterator[str]:
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit // 2}, {limit}))\n"
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
-    command = [sys.executable, "-c", program, *serve_command(str(path), "--listen", "tcp://127.0.0.1:0")[1:]]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *serve_command(str(path), "--listen", "tcp://127.0.0.1:0")[1:],
+    ]
     async with run(command) as server:
         uri = (await server.event("listening"))["uri"]
-        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] == limit, "the soft limit is raised"
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] == limit, (
+            "the soft limit is raised"
+        )
         yield uri
 
 

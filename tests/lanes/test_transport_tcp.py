@@ -1,4 +1,5 @@
-"""tcp:// beyond the contract: URIs, names and addresses, options, and what breaks a connection or hinders an accept."""
+"""tcp:// beyond the contract: URIs, names and addresses, options, and what breaks a connection or
+hinders an accept."""
 
 from __future__ import annotations
 
@@ -107,16 +108,25 @@ def test_is_private(uri: str, private: bool) -> None:
 
 @pytest.mark.parametrize(
     ("addresses", "private"),
-    [(["127.0.0.1"], True), (["127.0.0.1", "::1"], True), (["127.0.0.1", "10.0.0.1"], False), (["10.0.0.1"], False)],
+    [
+        (["127.0.0.1"], True),
+        (["127.0.0.1", "::1"], True),
+        (["127.0.0.1", "10.0.0.1"], False),
+        (["10.0.0.1"], False),
+    ],
 )
 def test_a_name_is_private_if_all_its_addresses_are(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str], private: bool
 ) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (host, 7000)) for host in addresses])
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (host, 7000)) for host in addresses]
+    )
     assert tcp.is_private(urlsplit("tcp://guest-7.example:7000")) is private
 
 
-def test_a_name_without_address_is_neither_private_nor_public(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_without_address_is_neither_private_nor_public(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -138,7 +148,10 @@ class Resolver(trio.abc.HostnameResolver):
         await trio.lowlevel.checkpoint()
         if host != b"guest-7.example":
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in self.addresses]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port))
+            for address in self.addresses
+        ]
 
     async def getnameinfo(self, *_: Any) -> Any:
         raise NotImplementedError
@@ -146,7 +159,10 @@ class Resolver(trio.abc.HostnameResolver):
 
 async def test_a_name_that_does_not_resolve() -> None:
     trio.socket.set_custom_hostname_resolver(Resolver())
-    with pytest.raises(SourceUnreachable, match=r"tcp://nowhere\.example:7000.*Name or service not known.*check host"):
+    with pytest.raises(
+        SourceUnreachable,
+        match=r"tcp://nowhere\.example:7000.*Name or service not known.*check host",
+    ):
         await dial("tcp://nowhere.example:7000")
     with pytest.raises(UsageError, match="Name or service not known"):
         await listen("tcp://nowhere.example:7000")
@@ -172,7 +188,10 @@ async def test_addresses_are_tried_in_turn() -> None:
     trio.socket.set_custom_hostname_resolver(Resolver("127.0.0.2", "127.0.0.1"))
     with await listen("tcp://127.0.0.1:0") as listener:
         port = urlsplit(listener.uri).port
-        with closing(await dial(f"tcp://guest-7.example:{port}")) as dialled, closing(await listener.accept()):
+        with (
+            closing(await dial(f"tcp://guest-7.example:{port}")) as dialled,
+            closing(await listener.accept()),
+        ):
             assert dialled.peer == listener.uri
 
 
@@ -182,9 +201,11 @@ async def test_all_addresses_refuse() -> None:
         port = urlsplit(listener.uri).port
     with pytest.raises(SourceUnreachable) as caught:
         await dial(f"tcp://guest-7.example:{port}")
-    assert str(caught.value) == (
-        f"tcp://guest-7.example:{port}: nothing answers (tcp://127.0.0.2:{port}: Connection refused, "
-        f"tcp://127.0.0.1:{port}: Connection refused); start the other side there, or check host, port and firewall"
+    assert (
+        str(caught.value)
+        == f"tcp://guest-7.example:{port}: nothing answers (tcp://127.0.0.2:{port}: Connection"
+        f" refused, tcp://127.0.0.1:{port}: Connection refused); start the other side there, or"
+        " check host, port and firewall"
     )
 
 
@@ -204,11 +225,16 @@ def swallowing(address: str) -> Iterator[int]:
 
 async def test_an_address_that_swallows_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tcp, "CONNECT_TIMEOUT", 0.1)
-    with swallowing("127.0.0.2") as port, pytest.raises(SourceUnreachable, match=r"no answer within 0\.1 s"):
+    with (
+        swallowing("127.0.0.2") as port,
+        pytest.raises(SourceUnreachable, match=r"no answer within 0\.1 s"),
+    ):
         await dial(f"tcp://127.0.0.2:{port}")
 
 
-async def test_an_address_that_swallows_packets_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_address_that_swallows_packets_leaves_time_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(_tcp, "CONNECT_TIMEOUT", 0.4)
     trio.socket.set_custom_hostname_resolver(Resolver("127.0.0.2", "127.0.0.1"))
     with swallowing("127.0.0.2") as port, await listen(f"tcp://127.0.0.1:{port}") as listener:
@@ -263,7 +289,10 @@ async def test_every_address_includes_the_old_ones() -> None:
 
 
 async def test_an_address_that_is_taken() -> None:
-    with await listen() as listener, pytest.raises(UsageError, match=r"Address already in use.*choose another"):
+    with (
+        await listen() as listener,
+        pytest.raises(UsageError, match=r"Address already in use.*choose another"),
+    ):
         await listen(listener.uri)
 
 
@@ -281,7 +310,8 @@ async def test_listening_again_while_old_connections_live() -> None:
 
 
 class Accepting:
-    """Stands in for a listening socket whose accept() fails in turn with ``errors``, and then works."""
+    """Stands in for a listening socket whose accept() fails in turn with ``errors``, and then
+    works."""
 
     def __init__(self, sock: trio.socket.SocketType, *errors: int) -> None:
         self.sock = sock
@@ -379,7 +409,9 @@ async def test_congestion_control_does_not_pace_near_by() -> None:
         host = congestion_control(plain)
     for connection in await connect():
         with as_socket(connection) as sock:
-            assert congestion_control(sock) in ({b"cubic", b"reno"} if host.startswith(b"bbr") else {host})
+            assert congestion_control(sock) in (
+                {b"cubic", b"reno"} if host.startswith(b"bbr") else {host}
+            )
 
 
 def test_far_peers_get_the_congestion_control_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

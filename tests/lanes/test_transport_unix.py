@@ -98,7 +98,9 @@ async def test_any_file_name(tmp_path: Path, name: bytes) -> None:
         await require_connects(listener.uri, listener)
 
 
-async def test_a_relative_path_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relative_path_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with await listen("unix:lane") as listener:
         await require_connects("unix:lane", listener)
@@ -112,7 +114,9 @@ async def test_a_relative_path_is_found_again(tmp_path: Path, monkeypatch: pytes
 
 
 async def test_nothing_there(path: Path) -> None:
-    with pytest.raises(SourceUnreachable, match=f"unix:{path}: nothing answers: No such file.*start the other side"):
+    with pytest.raises(
+        SourceUnreachable, match=f"unix:{path}: nothing answers: No such file.*start the other side"
+    ):
         await dial(f"unix:{path}")
 
 
@@ -173,7 +177,9 @@ async def test_a_full_backlog_is_somebody_listening(path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o177])
-async def test_only_this_user_may_connect(path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_this_user_may_connect(
+    path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     modes = []
     real_listen = socket.socket.listen
 
@@ -261,7 +267,8 @@ async def test_peers_have_names(path: Path) -> None:
 
 
 async def test_unread_bytes_reset_the_peer(path: Path) -> None:
-    """Closing with bytes unread is a reset, not an end: what the peer had not received yet is broken, and stays so."""
+    """Closing with bytes unread is a reset, not an end: what the peer had not received yet is
+    broken, and stays so."""
     with await listen(f"unix:{path}") as listener:
         near, far = await dial(listener.uri), await listener.accept()
     with closing(near):

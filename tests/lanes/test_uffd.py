@@ -1,4 +1,5 @@
-"""pagenet/uffd/_userfaultfd.py and native/place.c against the kernel: memory of this process, touched from C threads."""
+"""pagenet/uffd/_userfaultfd.py and native/place.c against the kernel: memory of this process,
+touched from C threads."""
 
 from __future__ import annotations
 
@@ -24,7 +25,18 @@ from processes import HUGE_PAGE, PAGE, huge_pages
 
 from pagenet import Unsupported, _native
 from pagenet._native import CONTINUE, COPY, MOVE, POISON, ZERO, Mapped, Placed
-from pagenet.uffd import Event, Fault, Feature, Forked, Mode, Remapped, Removed, Unmapped, Userfaultfd, probe
+from pagenet.uffd import (
+    Event,
+    Fault,
+    Feature,
+    Forked,
+    Mode,
+    Remapped,
+    Removed,
+    Unmapped,
+    Userfaultfd,
+    probe,
+)
 
 pytestmark = pytest.mark.native
 
@@ -34,7 +46,8 @@ MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate()
 NO_FEATURES = Feature(0)
 
-libc = ctypes.CDLL(None, use_errno=True)  # drops the GIL while it is in a call, which Python's own mmap does not
+# drops the GIL while it is in a call, which Python's own mmap does not
+libc = ctypes.CDLL(None, use_errno=True)
 libc.mremap.restype = ctypes.c_void_p
 Address = ctypes.c_void_p
 Size = ctypes.c_size_t
@@ -42,7 +55,8 @@ Offset = ctypes.c_long
 
 
 class Call:
-    """A thread that makes one call into C, which may wait for a page or for the reader of an event."""
+    """A thread that makes one call into C, which may wait for a page or for the reader of an
+    event."""
 
     def __init__(self, call: Callable[..., Any], *args: Any) -> None:
         self.result: Any = None
@@ -129,7 +143,9 @@ def page_of(byte: int, page_size: int = PAGE) -> bytes:
     return bytes([byte]) * page_size
 
 
-def placed(pages: int, existed: int = 0, absent: int = 0, error: int = 0, page_size: int = PAGE) -> Placed:
+def placed(
+    pages: int, existed: int = 0, absent: int = 0, error: int = 0, page_size: int = PAGE
+) -> Placed:
     return Placed(pages * page_size, existed * page_size, absent * page_size, error)
 
 
@@ -150,7 +166,11 @@ def watch(kernel: Feature) -> Iterator[Watch]:
     made: list[Watched] = []
 
     def watch(
-        pages: int = 4, features: Feature = NO_FEATURES, mode: Mode = Mode.MISSING, fd: int = -1, page_size: int = PAGE
+        pages: int = 4,
+        features: Feature = NO_FEATURES,
+        mode: Mode = Mode.MISSING,
+        fd: int = -1,
+        page_size: int = PAGE,
     ) -> Watched:
         if features & ~kernel:
             pytest.skip(f"the kernel has no {(features & ~kernel).name}")
@@ -231,7 +251,10 @@ def test_user_without_access_is_told_what_to_change() -> None:
     result = subprocess.run([sys.executable, "-c", UNPRIVILEGED], capture_output=True, text=True)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable for it")
+    assert line.startswith(
+        "userfaultfd is not permitted to this user: make /dev/userfaultfd readable and writable"
+        " for it"
+    )
     assert "setfacl -m u:" in line
     assert "of Debian's package acl" in line
     assert "vm.unprivileged_userfaultfd=1" in line
@@ -333,14 +356,17 @@ def test_remap(watch: Watch) -> None:
     watched = watch(features=Feature.EVENT_REMAP)
     room = Mapped(2 * PAGE)
     size, how = Size(2 * PAGE), MREMAP_MAYMOVE | MREMAP_FIXED
-    remap = watched.call(libc.mremap, Address(watched.at(2)), size, size, how, Address(room.address))
+    remap = watched.call(
+        libc.mremap, Address(watched.at(2)), size, size, how, Address(room.address)
+    )
     assert watched.wait_events() == [Remapped(watched.at(2), room.address, 2 * PAGE)]
     assert remap.join() == room.address
     watched.memory.size = 2 * PAGE
     room.close()
 
 
-# Its parent reads the event: a thread of its own would need what the forking thread holds meanwhile.
+# Its parent reads the event: a thread of its own would need what the forking thread holds
+# meanwhile.
 FORKING = """
 import os, socket, sys
 from pagenet import Unsupported, _native
@@ -362,12 +388,15 @@ os.waitpid(pid, 0)
 
 @contextmanager
 def run_with_socket(script: str) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
-    """A Python process, and the other end of the socket whose number it finds in its first argument."""
+    """A Python process, and the other end of the socket whose number it finds in its first
+    argument."""
     ours, theirs = socket.socketpair()
     with ours:
         command = [sys.executable, "-c", script, str(theirs.fileno())]
         with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
+            )
         with process:
             yield process, ours
             ours.close()
@@ -504,7 +533,8 @@ def test_unregister_forgets_nobody_who_faults_just_then(watch: Watch) -> None:
         touch = watched.touch(0, 2 * PAGE)
         watched.wait_fault()
         watched.place(ZERO, 0, bytes(PAGE))
-        until = time.perf_counter_ns() + delays.randrange(20_000)  # about what it needs from one page to the next
+        # about what it needs from one page to the next
+        until = time.perf_counter_ns() + delays.randrange(20_000)
         while time.perf_counter_ns() < until:
             pass
         watched.uffd.unregister(watched.at(0), 4 * PAGE)
@@ -553,7 +583,9 @@ def test_existing_pages_are_counted_and_kept(watch: Watch, there: set[int]) -> N
         watched.place(COPY, page, page_of(7))
     data = b"".join(page_of(10 + page) for page in range(6))
     assert watched.place(COPY, 0, data, 6) == placed(6 - len(there), existed=len(there))
-    assert [watched.read_page(page)[0] for page in range(6)] == [7 if page in there else 10 + page for page in range(6)]
+    assert [watched.read_page(page)[0] for page in range(6)] == [
+        7 if page in there else 10 + page for page in range(6)
+    ]
 
 
 def test_waiter_for_a_page_that_exists_is_woken(watch: Watch, memfd: int) -> None:
@@ -570,7 +602,8 @@ def test_waiter_for_a_page_that_exists_is_woken(watch: Watch, memfd: int) -> Non
 def test_page_that_is_not_mapped_is_absent(watch: Watch) -> None:
     watched = watch(5)
     data = b"".join(page_of(10 + page) for page in range(5))
-    watched.uffd.unregister(watched.at(1), PAGE)  # tears the one range into two, neither of which holds the run
+    # tears the one range into two, neither of which holds the run
+    watched.uffd.unregister(watched.at(1), PAGE)
     assert watched.place(COPY, 0, data, 5) == placed(4, absent=1)
     assert [watched.read_page(page)[0] for page in (0, 2, 3, 4)] == [10, 12, 13, 14]
     assert watched.place(COPY, 1, data, 1) == placed(0, absent=1)
@@ -596,11 +629,16 @@ def give_up(address: int, pages: int, advice: int) -> None:
         assert libc.madvise(Address(address + page * PAGE), Size(PAGE), advice) == 0
 
 
-@pytest.mark.parametrize("how", [COPY, ZERO, CONTINUE, MOVE], ids=["copy", "zero", "continue", "move"])
+@pytest.mark.parametrize(
+    "how", [COPY, ZERO, CONTINUE, MOVE], ids=["copy", "zero", "continue", "move"]
+)
 def test_no_progress_is_lost_when_events_interrupt(watch: Watch, how: int) -> None:
-    """A page that was counted twice would exist the second time; one that was never placed would fault at the end."""
+    """A page that was counted twice would exist the second time; one that was never placed would
+    fault at the end."""
     pages = 300
-    features = Feature.EVENT_REMOVE | {CONTINUE: Feature.MINOR_SHMEM, MOVE: Feature.MOVE}.get(how, NO_FEATURES)
+    features = Feature.EVENT_REMOVE | {CONTINUE: Feature.MINOR_SHMEM, MOVE: Feature.MOVE}.get(
+        how, NO_FEATURES
+    )
     fd = os.memfd_create("test", os.MFD_CLOEXEC) if how == CONTINUE else -1
     if fd >= 0:
         os.ftruncate(fd, 2 * pages * PAGE)
@@ -613,7 +651,9 @@ def test_no_progress_is_lost_when_events_interrupt(watch: Watch, how: int) -> No
     removals = watched.call(give_up, watched.at(pages), pages, advice)
     done = existed = 0
     while done < pages * PAGE:
-        data = {ZERO: memoryview(bytes(PAGE)), CONTINUE: None}.get(how, source.buffer(done, source.size - done))
+        data = {ZERO: memoryview(bytes(PAGE)), CONTINUE: None}.get(
+            how, source.buffer(done, source.size - done)
+        )
         result = watched.uffd.place(how, watched.at(0) + done, data, pages * PAGE - done, PAGE)
         done += result.done
         existed += result.existed
@@ -678,16 +718,22 @@ def test_huge_pages(watch: Watch) -> None:
         features = Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
         watched = watch(4, features, Mode.MISSING | Mode.MINOR, fd, HUGE_PAGE)
         second = Mapped(4 * HUGE_PAGE, fd, alignment=HUGE_PAGE)
-        touches = [watched.call(copied_out, watched.at(page) + HUGE_PAGE - 8, 8) for page in range(4)]
+        touches = [
+            watched.call(copied_out, watched.at(page) + HUGE_PAGE - 8, 8) for page in range(4)
+        ]
         faults: list[Event] = []
         while len(faults) < 4:
             faults += watched.wait_events()
-        assert {event.address for event in faults if isinstance(event, Fault)} == {watched.at(page) for page in range(4)}
+        assert {event.address for event in faults if isinstance(event, Fault)} == {
+            watched.at(page) for page in range(4)
+        }
         assert watched.place(COPY, 0, page_of(7, HUGE_PAGE)) == placed(1, page_size=HUGE_PAGE)
         assert watched.place(ZERO, 1, bytes(HUGE_PAGE), 2) == placed(2, page_size=HUGE_PAGE)
         second.buffer(3 * HUGE_PAGE, HUGE_PAGE)[:] = page_of(8, HUGE_PAGE)
         assert watched.place(CONTINUE, 3, None) == placed(1, page_size=HUGE_PAGE)
-        assert watched.place(COPY, 0, bytes(4 * HUGE_PAGE), 4) == placed(0, existed=4, page_size=HUGE_PAGE)
+        assert watched.place(COPY, 0, bytes(4 * HUGE_PAGE), 4) == placed(
+            0, existed=4, page_size=HUGE_PAGE
+        )
         assert [touch.join() for touch in touches] == [page_of(byte, 8) for byte in (7, 0, 0, 8)]
         watched.close()
         second.close()

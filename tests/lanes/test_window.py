@@ -1,4 +1,5 @@
-"""The prefetch window that adapts: what it asks for, over a residency map and nothing else; and the same on both lanes."""
+"""The prefetch window that adapts: what it asks for, over a residency map and nothing else; and the
+same on both lanes."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Memory:
         self.blocked += 1
         if self.fixed is not None:
             forward, backward = self.fixed
-            residency.claim(Run(page + 1, min(forward, residency.pages - page - 1)), MISSING, REQUESTED)
+            residency.claim(
+                Run(page + 1, min(forward, residency.pages - page - 1)), MISSING, REQUESTED
+            )
             while backward and page and residency.claim(Run(page - 1, 1), MISSING, REQUESTED):
                 page, backward = page - 1, backward - 1
             return []
@@ -80,7 +83,9 @@ def test_it_grows_on_sequential_access(memory: Memory, way: int) -> None:
 def test_it_grows_on_equal_steps_and_asks_for_nothing_between(memory: Memory, step: int) -> None:
     pages = range(500_000, 500_000 + 400 * step, step)
     assert memory.touch_all(pages) < 30
-    here = {page for run in runs_in(memory.residency, REQUESTED) for page in range(run.first, run.end)}
+    here = {
+        page for run in runs_in(memory.residency, REQUESTED) for page in range(run.first, run.end)
+    }
     assert len(here - set(pages)) < 3 * 8 + 32  # before it knew, and ahead of the last
 
 
@@ -106,7 +111,10 @@ def neighbourhoods(touches: int, seed: int = 1) -> list[int]:
     pick = random.Random(seed)
     areas = pick.sample(range(4096), 1300)
     shares = list(accumulate(1 / (rank + 1) ** 1.2 for rank in range(1300)))
-    return [area * AREA + pick.randrange(AREA) for area in pick.choices(areas, cum_weights=shares, k=touches)]
+    return [
+        area * AREA + pick.randrange(AREA)
+        for area in pick.choices(areas, cum_weights=shares, k=touches)
+    ]
 
 
 def test_a_fault_foretells_its_neighbourhood() -> None:
@@ -123,7 +131,9 @@ def test_a_fault_foretells_its_neighbourhood() -> None:
             memory.close()
 
 
-def test_what_saw_most_faults_is_asked_for_first_and_among_equals_the_newest(memory: Memory) -> None:
+def test_what_saw_most_faults_is_asked_for_first_and_among_equals_the_newest(
+    memory: Memory,
+) -> None:
     def fault(page: int) -> None:
         assert memory.residency.claim(Run(page, 1), MISSING, REQUESTED)
         memory.window.fault(memory.residency.shared, page, 0, memory.residency.pages, PAGE)
@@ -143,7 +153,12 @@ def test_after_random_access_it_learns_again() -> None:
         memory.touch_all([pick.randrange(1 << 26) for _ in range(1000)])
         assert memory.window.level < 16
         areas = [pick.randrange(1 << 20) for _ in range(200)]
-        assert memory.touch_all([area * AREA + pick.randrange(AREA) for area in areas for _ in range(40)]) < 500
+        assert (
+            memory.touch_all(
+                [area * AREA + pick.randrange(AREA) for area in areas for _ in range(40)]
+            )
+            < 500
+        )
     finally:
         memory.close()
 
@@ -198,7 +213,11 @@ async def test_both_lanes_decide_alike(seed: int, tmp_path: Path) -> None:
     at = 0
     while len(pages) < 60:
         step, at = pick.choice([1, -1, 5, 100, 0]), pick.randrange(2048)
-        pages += [page for k in range(pick.randrange(1, 8)) if 0 <= (page := at + k * (step or pick.randrange(64))) < 2048]
+        pages += [
+            page
+            for k in range(pick.randrange(1, 8))
+            if 0 <= (page := at + k * (step or pick.randrange(64))) < 2048
+        ]
     native, trio_ = [await states(source, lane, pages) for lane in ("native", "trio")]
     assert native == trio_
 
@@ -226,7 +245,9 @@ async def states(source: Path, lane: LaneKind, pages: Sequence[int]) -> list[lis
 
 
 def under_way(residency: Residency) -> bool:
-    return any(residency.find(state, 0) is not None for state in (REQUESTED, State.PLACING, State.READY))
+    return any(
+        residency.find(state, 0) is not None for state in (REQUESTED, State.PLACING, State.READY)
+    )
 
 
 def runs_in(residency: Residency, state: State) -> list[Run]:

@@ -1,4 +1,5 @@
-"""pagenet-bench: that it measures, beside what, and what it says. Never how fast: that is the machine's."""
+"""pagenet-bench: that it measures, beside what, and what it says. Never how fast: that is the
+machine's."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ SMALL_FAULT = ("--size", "16M", "--touches", "200", "--rounds", "1", "--threads"
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "pagenet.cli.bench", *args], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "pagenet.cli.bench", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def events(*args: str) -> list[dict[str, Any]]:
@@ -56,7 +62,15 @@ def test_all_ends_with_one_object_of_figures_and_floors() -> None:
         last["stream"]["floor_memcpy_gbps"],
     ]
     assert all(figure > 0 for figure in figures)
-    assert {"kernel", "page_size", "congestion_control", "cpus", "mtu_lo", "lane", "pagenet"} <= last["environment"].keys()
+    assert {
+        "kernel",
+        "page_size",
+        "congestion_control",
+        "cpus",
+        "mtu_lo",
+        "lane",
+        "pagenet",
+    } <= last["environment"].keys()
 
 
 async def test_a_child_that_ends_at_once_has_said_why() -> None:
@@ -67,7 +81,17 @@ async def test_a_child_that_ends_at_once_has_said_why() -> None:
 
 def test_children_are_of_this_pagenet_and_not_of_one_that_lies_here(tmp_path: Path) -> None:
     plant_pagenet(tmp_path)
-    command = [sys.executable, "-P", "-m", "pagenet.cli.bench", "stream", "--size", "4M", "--rounds", "1"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pagenet.cli.bench",
+        "stream",
+        "--size",
+        "4M",
+        "--rounds",
+        "1",
+    ]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not (tmp_path / "imported").exists()
@@ -83,13 +107,16 @@ def test_children_are_of_this_pagenet_and_not_of_one_that_lies_here(tmp_path: Pa
 )
 def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) -> None:
     many = ("--threads", ",".join(map(str, threads)))
-    said = events("fault", *SMALL_FAULT, *many, "--lane", lane, "--memory", memory, "--transport", "unix")
+    said = events(
+        "fault", *SMALL_FAULT, *many, "--lane", lane, "--memory", memory, "--transport", "unix"
+    )
     assert [result["threads"] for result in results(said, "fault")] == threads
     for result in results(said, "fault"):
         assert (result["lane"], result["transport"]) == (lane, "unix")
         assert result["placement"] in placement
         idle = result["idle"]
-        assert 0 < idle["touches"] <= 200  # all of them, unless the machine is so busy that time is up
+        # all of them, unless the machine is so busy that time is up
+        assert 0 < idle["touches"] <= 200
         assert 0 < idle["floor_touches"] <= 200
         assert 0 < idle["floor_local_touches"] <= 200
         assert 0 < idle["floor_p50_us"] <= idle["floor_p99_us"] <= idle["floor_p999_us"]
@@ -99,7 +126,19 @@ def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) 
 
 
 def test_fault_counts_no_page_that_prefetch_brought() -> None:
-    said = events("fault", "--size", "4M", "--touches", "1024", "--rounds", "1", "--threads", "1", "--prefetch", "64,64")
+    said = events(
+        "fault",
+        "--size",
+        "4M",
+        "--touches",
+        "1024",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--prefetch",
+        "64,64",
+    )
     (result,) = results(said, "fault")
     assert 0 < result["idle"]["touches"] < 1024
 
@@ -117,12 +156,35 @@ def test_stream_measures_every_placement_and_source() -> None:
 
 
 def test_stream_on_trio_lanes() -> None:
-    said = events("stream", "--size", "4M", "--rounds", "1", "--lane", "trio", "--placement", "copy", "--zero-every", "0")
+    said = events(
+        "stream",
+        "--size",
+        "4M",
+        "--rounds",
+        "1",
+        "--lane",
+        "trio",
+        "--placement",
+        "copy",
+        "--zero-every",
+        "0",
+    )
     assert {row["lane"] for row in results(said, "stream") if not row["floor"]} == {"trio"}
 
 
 def test_stream_by_lanes_and_chunk() -> None:
-    options = ("--placement", "copy", "--source", "file", "--zero-every", "0", "--lanes", "1,3", "--chunk", "64K")
+    options = (
+        "--placement",
+        "copy",
+        "--source",
+        "file",
+        "--zero-every",
+        "0",
+        "--lanes",
+        "1,3",
+        "--chunk",
+        "64K",
+    )
     rows = results(events("stream", "--size", "4M", "--rounds", "1", *options), "stream")
     assert [row["lanes"] for row in rows if not row["floor"]] == [1, 3]
     assert {row["chunk"] for row in rows} == {64 << 10}
@@ -132,7 +194,9 @@ def test_scale() -> None:
     said = events("scale", "--sizes", "4M,64M", "--touches", "300", "--rounds", "1")
     small, large = results(said, "scale")
     assert [small["bytes"], large["bytes"]] == [4 << 20, 64 << 20]
-    assert all(row["touches"] == 300 and 0 < row["p50_us"] <= row["p99_us"] for row in (small, large))
+    assert all(
+        row["touches"] == 300 and 0 < row["p50_us"] <= row["p99_us"] for row in (small, large)
+    )
     assert small["p50_to_first"] == 1
     assert large["p50_to_first"] > 0
     # One byte of the map for each page at least; of the rest, what a small region cannot hide.
@@ -166,7 +230,15 @@ def far_source(tmp_path: Path) -> Iterator[str]:
     """Where a pagenet-serve listens that the bench has not started."""
     source = tmp_path / "source"
     source.write_bytes(b"x" * (4 << 20))
-    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
+    serving = [
+        sys.executable,
+        "-m",
+        "pagenet.cli.serve",
+        str(source),
+        "--listen",
+        "tcp://127.0.0.1:0",
+        "--json",
+    ]
     with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -180,7 +252,9 @@ def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path)
     with far_source(tmp_path) as uri:
         *_, last = events(command, "--uri", uri, *FAR[command])
     if command == "fault":
-        assert last["fault"]["idle"]["touches"] == last["fault"]["idle"]["floor_local_touches"] == 50
+        assert (
+            last["fault"]["idle"]["touches"] == last["fault"]["idle"]["floor_local_touches"] == 50
+        )
         assert last["fault"]["idle"]["floor_p50_us"] is None
     else:
         assert last["stream"]["best_gbps"] > 0
@@ -190,7 +264,17 @@ def test_a_peer_elsewhere_has_no_floor_of_a_socket(command: str, tmp_path: Path)
 @pytest.fixture
 def floors() -> Iterator[str]:
     """Where a peer for the floors listens."""
-    command = [sys.executable, "-m", "pagenet.cli.bench", "peer", "--listen", "tcp://127.0.0.1:0", "--size", "4M", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "pagenet.cli.bench",
+        "peer",
+        "--listen",
+        "tcp://127.0.0.1:0",
+        "--size",
+        "4M",
+        "--json",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdout is not None
         yield json.loads(peer.stdout.readline())["uri"]
@@ -202,12 +286,17 @@ def floors() -> Iterator[str]:
 def test_far_peer_has_floors_too(command: str, floors: str, tmp_path: Path) -> None:
     with far_source(tmp_path) as uri:
         *_, last = events(command, "--uri", uri, "--floors", floors, *FAR[command])
-    figure = last["fault"]["idle"]["floor_p50_us"] if command == "fault" else last["stream"]["floor_copy_gbps"]
+    figure = (
+        last["fault"]["idle"]["floor_p50_us"]
+        if command == "fault"
+        else last["stream"]["floor_copy_gbps"]
+    )
     assert figure > 0
 
 
 @pytest.mark.parametrize(
-    "order", [b"", b"page", b"x" * 24, order_bytes(8 << 20, 4096), order_bytes(4096, 8192), order_pages(0)]
+    "order",
+    [b"", b"page", b"x" * 24, order_bytes(8 << 20, 4096), order_bytes(4096, 8192), order_pages(0)],
 )
 def test_peer_turns_away_who_makes_no_sense(order: bytes, floors: str) -> None:
     port = int(floors.rpartition(":")[2])
@@ -215,7 +304,8 @@ def test_peer_turns_away_who_makes_no_sense(order: bytes, floors: str) -> None:
         sock.sendall(order)
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""
-    with socket.create_connection(("127.0.0.1", port)) as sock:  # the next one is welcome, and leaves early
+    # the next one is welcome, and leaves early
+    with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(order_bytes(4 << 20, 4096))
         assert sock.recv(1, socket.MSG_WAITALL)
 
@@ -223,8 +313,16 @@ def test_peer_turns_away_who_makes_no_sense(order: bytes, floors: str) -> None:
 def test_tables_put_each_figure_beside_its_floor() -> None:
     ended = bench("fault", *SMALL_FAULT)
     assert ended.returncode == 0, ended.stderr
-    rows = ["bare C, page at hand", "bare C request, reply, copy", "idle", "a Trio task busy", "background flat out"]
-    assert all(row in ended.stdout for row in [*rows, "prefetch off", "x floor", "congestion control"])
+    rows = [
+        "bare C, page at hand",
+        "bare C request, reply, copy",
+        "idle",
+        "a Trio task busy",
+        "background flat out",
+    ]
+    assert all(
+        row in ended.stdout for row in [*rows, "prefetch off", "x floor", "congestion control"]
+    )
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("svg", b"<?xml"), ("png", b"\x89PNG")])
@@ -236,7 +334,8 @@ def test_plot(suffix: str, magic: bytes, tmp_path: Path) -> None:
 
 
 def stop_while_touches_wait(source: int, bench: int) -> None:
-    """From now on they wait. No thread may be waiting at the very moment of the stop: then it is tried again."""
+    """From now on they wait. No thread may be waiting at the very moment of the stop: then it is
+    tried again."""
     deadline = time.monotonic() + 20
     while True:
         while not threads_in_faults(bench):
@@ -251,19 +350,41 @@ def stop_while_touches_wait(source: int, bench: int) -> None:
 @pytest.mark.usefixtures("uffd_permitted")
 @pytest.mark.parametrize("who", ["source", "bench"])
 def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> None:
-    """Pages that never come are a SIGBUS to the bench's own threads: it must not be the end of the bench."""
+    """Pages that never come are a SIGBUS to the bench's own threads: it must not be the end of the
+    bench."""
     source = tmp_path / "source"
     source.write_bytes(b"x" * (64 << 20))
-    serving = [sys.executable, "-m", "pagenet.cli.serve", str(source), "--listen", "tcp://127.0.0.1:0", "--json"]
+    serving = [
+        sys.executable,
+        "-m",
+        "pagenet.cli.serve",
+        str(source),
+        "--listen",
+        "tcp://127.0.0.1:0",
+        "--json",
+    ]
     with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         uri = json.loads(server.stdout.readline())["uri"]
-        command = [sys.executable, "-m", "pagenet.cli.bench", "fault", "--uri", uri, "--touches", "16384", "--json"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        command = [
+            sys.executable,
+            "-m",
+            "pagenet.cli.bench",
+            "fault",
+            "--uri",
+            uri,
+            "--touches",
+            "16384",
+            "--json",
+        ]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as running:
             try:
                 assert running.stdout is not None
                 assert running.stdout.readline()  # it names the environment, and begins
-                # Of two sessions the first one asks for the size alone, and the second begins to touch.
+                # Of two sessions the first one asks for the size alone, and the second begins to
+                # touch.
                 said = [json.loads(server.stdout.readline())["event"] for _ in range(3)]
                 assert said == ["connected", "left", "connected"]
                 stop_while_touches_wait(server.pid, running.pid)
@@ -275,7 +396,9 @@ def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> 
             finally:
                 running.kill()
                 server.kill()
-    assert (running.returncode, complaints.count("\n")) == ((4, 1) if who == "source" else (130, 0)), complaints
+    assert (running.returncode, complaints.count("\n")) == (
+        (4, 1) if who == "source" else (130, 0)
+    ), complaints
 
 
 NO_MATPLOTLIB = """
@@ -287,7 +410,9 @@ sys.exit(main(["fault", "--plot", "x.svg"]))
 
 
 def test_plot_without_matplotlib_is_one_line() -> None:
-    ended = subprocess.run([sys.executable, "-c", NO_MATPLOTLIB], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_MATPLOTLIB], capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 2
     assert ended.stderr == "pagenet-bench: --plot needs matplotlib: pip install 'pagenet[plot]'\n"
 
@@ -297,7 +422,11 @@ def test_plot_without_matplotlib_is_one_line() -> None:
     [
         (["fault", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
         (["stream", "--uri", "tcp://127.0.0.1:1"], 3, "nothing answers"),
-        (["fault", "--uri", "tcp://127.0.0.1:1", "--floors", "tcp://127.0.0.1:1"], 3, "nothing answers"),
+        (
+            ["fault", "--uri", "tcp://127.0.0.1:1", "--floors", "tcp://127.0.0.1:1"],
+            3,
+            "nothing answers",
+        ),
         (["stream", "--floors", "tcp://127.0.0.1:1"], 2, "name both"),
         (["peer", "--listen", "tcp://0.0.0.0:0"], 2, "--plaintext"),
         (["fault", "--threads", "0"], 2, "'0' is not a number"),
@@ -326,7 +455,11 @@ def test_errors_are_one_line_and_an_exit_code(
 
 def test_a_quantile_is_the_median_of_the_rounds() -> None:
     sample, floor = Sample(), Sample()
-    for ours, least in ([30, 10, 20], [5, 5, 5]), ([4000, 4000, 4000], [1000, 1000, 1000]), ([2000] * 3, [1000] * 3):
+    for ours, least in (
+        ([30, 10, 20], [5, 5, 5]),
+        ([4000, 4000, 4000], [1000, 1000, 1000]),
+        ([2000] * 3, [1000] * 3),
+    ):
         sample.add(ours)
         floor.add(least)
     assert sample.microseconds(0.5) == 2.0
@@ -340,9 +473,17 @@ def test_a_quantile_is_the_median_of_the_rounds() -> None:
 
 
 def test_encodings() -> None:
-    said = events("stream", "--content", "compressible,random,zero", "--size", "8M", "--rounds", "1")
-    found = {(result["content"], result["encoding"]): result for result in results(said, "encodings")}
-    assert list(found) == [(content, name) for content in ("compressible", "random", "zero") for name in ("raw", "lz4", "auto")]
+    said = events(
+        "stream", "--content", "compressible,random,zero", "--size", "8M", "--rounds", "1"
+    )
+    found = {
+        (result["content"], result["encoding"]): result for result in results(said, "encodings")
+    }
+    assert list(found) == [
+        (content, name)
+        for content in ("compressible", "random", "zero")
+        for name in ("raw", "lz4", "auto")
+    ]
     packed = found["compressible", "lz4"]
     assert packed["share"] > 0.99
     assert packed["ratio"] == pytest.approx(2.5, rel=0.05)
@@ -352,14 +493,28 @@ def test_encodings() -> None:
     assert all(result["mbps"] > 0 and result["rate"] is None for result in found.values())
     held = said[-1]["encodings"]["targets"]
     assert {(target["content"], target["other"]) for target in held} == {
-        (content, other) for content in ("compressible", "random") for other in ("raw", "the better of the two")
+        (content, other)
+        for content in ("compressible", "random")
+        for other in ("raw", "the better of the two")
     }
     assert all(target["met"] == (target["times"] >= target["at_least"]) for target in held)
 
 
 @needs_namespaces
 def test_encodings_over_a_limited_link() -> None:
-    ended = bench("stream", "--content", "random", "--encoding", "raw,auto", "--rate", "200", "--size", "4M", "--rounds", "1")
+    ended = bench(
+        "stream",
+        "--content",
+        "random",
+        "--encoding",
+        "raw,auto",
+        "--rate",
+        "200",
+        "--size",
+        "4M",
+        "--rounds",
+        "1",
+    )
     assert ended.returncode == 0, ended.stderr
     assert "auto, random, 200 Mbit/s: " in ended.stdout
     assert "at least 0.97x" in ended.stdout
@@ -371,7 +526,10 @@ def test_encodings_over_a_limited_link() -> None:
         (("--encoding", "zip"), "zip: there are raw, lz4, auto"),
         (("--content", "text"), "text: there are compressible, random, zero"),
         (("--rate", "fast"), "'fast' is not a number from 1 on"),
-        (("--rate", "none", "--transport", "unix"), "compression is measured between processes here, over tcp"),
+        (
+            ("--rate", "none", "--transport", "unix"),
+            "compression is measured between processes here, over tcp",
+        ),
     ],
 )
 def test_encodings_that_make_no_sense(options: tuple[str, ...], complaint: str) -> None:

@@ -1,4 +1,5 @@
-"""pagenet-bench workload: the orders of the background against the same touches. Counts, and no times."""
+"""pagenet-bench workload: the orders of the background against the same touches. Counts, and no
+times."""
 
 from __future__ import annotations
 
@@ -42,7 +43,10 @@ def test_the_usual_trace_is_the_one_that_the_targets_are_about() -> None:
     pages = set(make_trace("zipf", 1 << 30).pages)
     assert 20_000 < len(pages) < 26_000
     assert 1200 < len({page // 64 for page in pages}) <= 1350
-    first, second = (make_trace("phases", 1 << 30).pages[part] for part in (slice(0, 40_000), slice(40_000, None)))
+    first, second = (
+        make_trace("phases", 1 << 30).pages[part]
+        for part in (slice(0, 40_000), slice(40_000, None))
+    )
     assert max(first) < min(second)
 
 
@@ -65,13 +69,15 @@ def test_hot_blocks_fewer_touches_than_linear_and_off(tmp_path: Path) -> None:
     rows = {event["order"]: event for event in said if event["event"] == "result"}
     assert tuple(rows) == orders
     off, linear, hot = (rows[order]["blocked"] for order in ("off", "linear 8/8", "hot"))
-    # Each page blocks once, and again if it is touched between its thread's wakeup and the map's being told.
+    # Each page blocks once, and again if it is touched between its thread's wakeup and the map's
+    # being told.
     assert rows["off"]["pages"] <= off < 1.02 * rows["off"]["pages"]
     assert rows["off"]["pages"] == rows["off"]["came"]["demand"]
     assert rows["off"]["wasted_bytes"] == 0
     assert hot < off / 4
     assert hot < linear
-    # They replay: on a busy machine a replay is late, more so than hot, and yet nowhere near an order that knows nothing.
+    # They replay: on a busy machine a replay is late, more so than hot, and yet nowhere near an
+    # order that knows nothing.
     assert rows["recorded"]["blocked"] < off / 2
     assert rows["clairvoyant"]["blocked"] < off / 2
     assert all(row["stall_seconds"] > 0 and row["to_50"] is not None for row in rows.values())
@@ -95,12 +101,32 @@ def test_every_trace_on_loopback(lane: str) -> None:
 
 @needs_namespaces
 @pytest.mark.parametrize("lane", ["native", "trio"])
-def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(lane: str, tmp_path: Path) -> None:
-    """All that came and was not touched was prefetched: so the bench knows what the sample is to say."""
+def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(
+    lane: str, tmp_path: Path
+) -> None:
+    """All that came and was not touched was prefetched: so the bench knows what the sample is to
+    say."""
     recorder = Recorder(Region([Block("ram", 64 * MIB)]))
-    recorder.note(page for first in range(8, 16000, 17) for page in (first, *range(first + 1, first + 1 + first % 9)))
+    recorder.note(
+        page
+        for first in range(8, 16000, 17)
+        for page in (first, *range(first + 1, first + 1 + first % 9))
+    )
     recorder.recording().save(tmp_path / "touches")
-    where = ("--rate", "none", "--bandwidth", "1", "--memory", "memfd", "--lane", lane, "--size", "64M", "--work", "1")
+    where = (
+        "--rate",
+        "none",
+        "--bandwidth",
+        "1",
+        "--memory",
+        "memfd",
+        "--lane",
+        lane,
+        "--size",
+        "64M",
+        "--work",
+        "1",
+    )
     said = workload("--order", "linear 8/8", "--trace", f"recorded={tmp_path / 'touches'}", *where)
     row = next(event for event in said if event["event"] == "result")
     prefetched = row["came"]["prefetch"]
@@ -121,9 +147,18 @@ def test_how_soon_a_change_of_phase_is_followed() -> None:
 
 def test_targets_are_held_against_the_same_trace() -> None:
     def result(order: str, blocked: int, trace: str = "zipf") -> WorkloadResult:
-        return WorkloadResult(trace, order, 100, 100, [{"blocked": blocked, "stall": blocked / 1000, "followed": 0.1}])
+        return WorkloadResult(
+            trace, order, 100, 100, [{"blocked": blocked, "stall": blocked / 1000, "followed": 0.1}]
+        )
 
-    targets = workload_targets([result("off", 1000), result("hot", 100), result("linear 8/8", 150), result("hot", 5, "phases")])
+    targets = workload_targets(
+        [
+            result("off", 1000),
+            result("hot", 100),
+            result("linear 8/8", 150),
+            result("hot", 5, "phases"),
+        ]
+    )
     met = {(target.trace, target.figure, target.other): target.met for target in targets}
     assert met == {
         ("zipf", "blocked", "0.1 x off"): True,
@@ -136,13 +171,16 @@ def test_targets_are_held_against_the_same_trace() -> None:
 
 @pytest.mark.parametrize("name", ["zipf", "random"])
 def test_no_order_does_better_than_chance(name: str) -> None:
-    """Over a link that carries nothing but what is waited for, every page is waited for; over one without limits, none but the
-    first. Between them more speed, or more work between touches, is less stall, and never none."""
+    """Over a link that carries nothing but what is waited for, every page is waited for; over one
+    without limits, none but the first. Between them more speed, or more work between touches, is
+    less stall, and never none."""
     size, touches = 256 * MIB, 20_000
     pages, trace = size // 4096, make_trace(name, size, touches).pages
     same = alike(name, pages)
     assert same is not None
-    none, slow, fast, endless = (least_stall(trace, pages, same, 50e-6, 1e-4, rate) for rate in (1, 1e7, 1e8, 1e15))
+    none, slow, fast, endless = (
+        least_stall(trace, pages, same, 50e-6, 1e-4, rate) for rate in (1, 1e7, 1e8, 1e15)
+    )
     assert none.blocked == pytest.approx(len(set(trace)), rel=0.03)
     assert none.blocked > slow.blocked > fast.blocked > 100 > endless.blocked
     assert fast.stall == pytest.approx(fast.blocked * 1e-4)
@@ -152,7 +190,10 @@ def test_no_order_does_better_than_chance(name: str) -> None:
 
 def test_where_all_pages_are_alike_counts_compare_orders_with_one_window() -> None:
     figures = {"hot": (106, 1.0), "linear": (100, 1.0), "linear 8/8": (50, 0.9)}
-    results = [WorkloadResult("random", order, 9, 9, [{"blocked": b, "stall": s}]) for order, (b, s) in figures.items()]
+    results = [
+        WorkloadResult("random", order, 9, 9, [{"blocked": b, "stall": s}])
+        for order, (b, s) in figures.items()
+    ]
     assert {(target.other, target.figure): target.met for target in workload_targets(results)} == {
         ("1.05 x linear", "blocked"): False,
         ("1.05 x linear", "stall"): True,
@@ -160,16 +201,25 @@ def test_where_all_pages_are_alike_counts_compare_orders_with_one_window() -> No
     }
 
 
-@pytest.mark.parametrize(("recorded", "clairvoyant", "met"), [(45, 3, 1), (60, 3, 0), (500, 240, 1), (500, 220, 0)])
-def test_a_replay_is_held_against_the_best_order_and_what_starting_costs(recorded: int, clairvoyant: int, met: int) -> None:
+@pytest.mark.parametrize(
+    ("recorded", "clairvoyant", "met"), [(45, 3, 1), (60, 3, 0), (500, 240, 1), (500, 220, 0)]
+)
+def test_a_replay_is_held_against_the_best_order_and_what_starting_costs(
+    recorded: int, clairvoyant: int, met: int
+) -> None:
     results = [
         WorkloadResult("zipf", order, 100, 100, [{"blocked": blocked, "stall": blocked / 5000}])
         for order, blocked in (("recorded", recorded), ("clairvoyant", clairvoyant))
     ]
-    assert {(target.figure, target.met) for target in workload_targets(results)} == {("blocked", met), ("stall", met)}
+    assert {(target.figure, target.met) for target in workload_targets(results)} == {
+        ("blocked", met),
+        ("stall", met),
+    }
 
 
-def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_root_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("pagenet.bench._site.check_tools", lambda *tools: None)
     assert main(["workload", "--trace", "zipf", "--size", "16M", "--touches", "10"]) == 7
@@ -178,7 +228,13 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @pytest.mark.parametrize(
     "options",
-    [["--trace", "backwards"], ["--order", "best"], ["--rate", "0"], ["--trace", "recorded=/nowhere"], ["--plot", "x.txt"]],
+    [
+        ["--trace", "backwards"],
+        ["--order", "best"],
+        ["--rate", "0"],
+        ["--trace", "recorded=/nowhere"],
+        ["--plot", "x.txt"],
+    ],
 )
 def test_bad_usage_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:

@@ -1,4 +1,5 @@
-"""pagenet/cli/: what the commands say, on which stream and in which shape, how they end, and what they leave behind."""
+"""pagenet/cli/: what the commands say, on which stream and in which shape, how they end, and what
+they leave behind."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture
 def lane() -> str:
-    """What a command says does not depend on who drives its lanes. Where it might, a test takes both."""
+    """What a command says does not depend on who drives its lanes. Where it might, a test takes
+    both."""
     return LANES[-1]
 
 
@@ -83,7 +85,9 @@ async def ended(command: Sequence[str], **options: Any) -> tuple[int, list[str],
 Main = Callable[[Sequence[str]], int]
 
 
-def check_bad_usage(main: Main, arguments: Sequence[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def check_bad_usage(
+    main: Main, arguments: Sequence[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
@@ -104,7 +108,9 @@ def test_help_names_every_exit_code(main: Main, capsys: pytest.CaptureFixture[st
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in text.splitlines())
 
 
-@pytest.mark.parametrize(("main", "name"), [(serve.main, "pagenet-serve"), (pull.main, "pagenet-pull")])
+@pytest.mark.parametrize(
+    ("main", "name"), [(serve.main, "pagenet-serve"), (pull.main, "pagenet-pull")]
+)
 def test_version(main: Main, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -142,7 +148,10 @@ async def test_first_line_names_the_address(address: str, source: str) -> None:
     if "::1" in address and not has_ipv6():
         pytest.skip("this host has no IPv6")
     async with run(serve_command(source, "--listen", address, as_json=False)) as server:
-        match = re.fullmatch(rf"serving {PAGES} pages \({SIZE} bytes\) on (tcp://\S+:(\d+))", await server.line() or "")
+        match = re.fullmatch(
+            rf"serving {PAGES} pages \({SIZE} bytes\) on (tcp://\S+:(\d+))",
+            await server.line() or "",
+        )
         assert match
         assert int(match[2]) > 0
         await check_served(match[1])
@@ -158,7 +167,8 @@ def has_ipv6() -> bool:
 
 
 async def check_served(uri: str) -> None:
-    """A region can be pulled from there, whatever becomes of it: the source is met, and there is no place to put it."""
+    """A region can be pulled from there, whatever becomes of it: the source is met, and there is no
+    place to put it."""
     with pytest.raises(pagenet.UsageError, match="/proc/nothing"):
         async with pagenet.pull(uri, pagenet.IntoFile("/proc/nothing/can/be/here")):
             pass
@@ -185,14 +195,17 @@ async def test_first_line_of_a_unix_listener(source: str, tmp_path: Path) -> Non
 @both_lanes
 async def test_0_complete(source: str, tmp_path: Path, lane: str) -> None:
     async with run_server(source, "--once") as (server, uri):
-        code, _, errors = await ended(pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane))
+        code, _, errors = await ended(
+            pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane)
+        )
         assert (code, errors) == (0, [])
         assert (await server.wait(), server.stderr) == (0, "")
     assert (tmp_path / "copy").read_bytes() == Path(source).read_bytes()
 
 
 @pytest.mark.parametrize(("spec", "reason"), [
-    ("/nowhere/at/all", "^pagenet-serve: cannot open source /nowhere/at/all: No such file or directory$"),
+    ("/nowhere/at/all",
+    "^pagenet-serve: cannot open source /nowhere/at/all: No such file or directory$"),
     ("/", "is not a regular file"),
     ("/dev/null", "is not a regular file"),
     ("pid:1:2", "is not pid:PID:START-END"),
@@ -219,7 +232,9 @@ def test_2_address_that_cannot_be_listened_on(
 async def test_2_address_that_another_has(source: str, tmp_path: Path) -> None:
     for listen in ("tcp://127.0.0.1:0", f"unix:{tmp_path}/s.sock"):
         async with pagenet.serve(source, listen=listen) as server:
-            code, output, errors = await ended(serve_command(source, "--listen", server.uri, as_json=False))
+            code, output, errors = await ended(
+                serve_command(source, "--listen", server.uri, as_json=False)
+            )
             assert (code, output, len(errors)) == (2, [], 1)
             assert re.search("another|already|in use", errors[0])
             await check_served(server.uri)
@@ -235,12 +250,19 @@ NO_PLACE = [
 ]
 
 
-async def test_2_no_place_for_the_pages(source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str) -> None:
+async def test_2_no_place_for_the_pages(
+    source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str
+) -> None:
     (tmp_path / "directory").mkdir()
-    async with pagenet.serve(source, listen="tcp://127.0.0.1:0") as server, trio.open_nursery() as nursery:
+    async with (
+        pagenet.serve(source, listen="tcp://127.0.0.1:0") as server,
+        trio.open_nursery() as nursery,
+    ):
         for place, reason in NO_PLACE:
             arguments = [argument.format(dir=tmp_path) for argument in place]
-            nursery.start_soon(check_refused, pull_command(server.uri, *arguments, lane=lane), reason)
+            nursery.start_soon(
+                check_refused, pull_command(server.uri, *arguments, lane=lane), reason
+            )
     assert listing() == ["directory", "source"]
 
 
@@ -262,10 +284,14 @@ async def test_3_nobody_there(source: str, nowhere: str, tmp_path: Path, lane: s
 
 
 @both_lanes
-async def test_4_source_truncated(source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str) -> None:
+async def test_4_source_truncated(
+    source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str
+) -> None:
     async with run_server(source) as (server, uri):
         os.truncate(source, SIZE // 2)
-        code, _, errors = await ended(pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane))
+        code, _, errors = await ended(
+            pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane)
+        )
         assert (code, len(errors)) == (4, 1), errors
         assert "cannot go on" in errors[0]
         assert "it ends at byte" in errors[0]
@@ -293,7 +319,9 @@ async def run_impostor(says: bytes) -> AsyncIterator[str]:
 
 async def test_4_hangs_up(source: str, tmp_path: Path, lane: str) -> None:
     async with run_impostor(b"") as uri:
-        code, _, errors = await ended(pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane))
+        code, _, errors = await ended(
+            pull_command(uri, "--into", str(tmp_path / "copy"), lane=lane)
+        )
         assert (code, len(errors)) == (4, 1), errors
         code, _, errors = await ended(serve_command(source, "--connect", uri))
         assert (code, len(errors)) == (4, 1), errors
@@ -302,7 +330,9 @@ async def test_4_hangs_up(source: str, tmp_path: Path, lane: str) -> None:
 async def test_4_destination_that_we_dialled_leaves(source: str, tmp_path: Path, lane: str) -> None:
     """Killed, or stopped: either way the pages are not where they should be."""
     for how, word in ((signal.SIGKILL, "closed|broke|reset"), (signal.SIGTERM, "left")):
-        command = pull_command("tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)
+        command = pull_command(
+            "tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane
+        )
         async with run(command) as puller:
             uri = (await puller.event("listening"))["uri"]
             async with run(serve_command(source, "--connect", uri)) as server:
@@ -322,7 +352,9 @@ async def test_5_owner_killed(
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (_, uri),
-        run(pull_command(uri, "--uffd-socket", str(path), "--background", "off", lane=lane)) as puller,
+        run(
+            pull_command(uri, "--uffd-socket", str(path), "--background", "off", lane=lane)
+        ) as puller,
         run_workload(path, "--size", SIZE, "--order", "none", "--wait-complete") as workload,
     ):
         await puller.event("owner")
@@ -330,13 +362,16 @@ async def test_5_owner_killed(
         assert await puller.wait() == 5
         assert puller.stderr == "pagenet-pull: the owner of the memory is gone\n"
         assert puller.events[-1] == {
-            "event": "error", "error": "OwnerGone", "message": "the owner of the memory is gone", "exit_code": 5,
+            "event": "error", "error": "OwnerGone", "message": "the owner of the memory is gone",
+                "exit_code": 5,
         }  # fmt: skip
     assert listing() == ["source"]
 
 
 @pytest.mark.parametrize(
-    "says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(100), os.urandom(100)], ids=["http", "zeros", "noise"]
+    "says",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(100), os.urandom(100)],
+    ids=["http", "zeros", "noise"],
 )
 async def test_6_not_pagenet(says: bytes, source: str, tmp_path: Path, lane: str) -> None:
     async with run_impostor(says) as uri:
@@ -361,7 +396,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-async def test_7_kernel_lacks_something(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_7_kernel_lacks_something(
+    source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     path = tmp_path / "uffd.sock"
     async with run_server(source) as (_, uri):
         arguments = pull_command(uri, "--uffd-socket", str(path), lane=lane)[3:]
@@ -382,7 +419,9 @@ async def test_130_and_143_of_a_server(number: signal.Signals, source: str, tmp_
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-async def test_130_and_143_while_waiting_for_an_owner(number: signal.Signals, source: str, tmp_path: Path, lane: str) -> None:
+async def test_130_and_143_while_waiting_for_an_owner(
+    number: signal.Signals, source: str, tmp_path: Path, lane: str
+) -> None:
     async with (
         run_server(source) as (server, uri),
         run(pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)) as puller,
@@ -395,7 +434,9 @@ async def test_130_and_143_while_waiting_for_an_owner(number: signal.Signals, so
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-async def test_130_and_143_while_waiting_for_a_source(number: signal.Signals, tmp_path: Path, lane: str) -> None:
+async def test_130_and_143_while_waiting_for_a_source(
+    number: signal.Signals, tmp_path: Path, lane: str
+) -> None:
     arguments = ["--listen", "--into", str(tmp_path / "copy")]
     async with run(pull_command(f"unix:{tmp_path}/s.sock", *arguments, lane=lane)) as puller:
         await puller.event("listening")
@@ -417,7 +458,9 @@ async def test_130_and_143_half_way(
         run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane)) as puller,
     ):
         await puller.event("waiting")
-        async with run_workload(path, "--size", SIZE, "--order", "random", "--zero-every", 4) as workload:
+        async with run_workload(
+            path, "--size", SIZE, "--order", "random", "--zero-every", 4
+        ) as workload:
             await relay.held.wait()
             await wait_in_faults(workload.pid, 2)
             puller.send_signal(number)
@@ -432,15 +475,20 @@ async def test_130_and_143_half_way(
 
 
 @both_lanes
-async def test_events_of_a_transfer(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_events_of_a_transfer(
+    source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source, "--once") as (server, uri),
         run_relay(uri, MIB) as relay,
         run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane)) as puller,
-        run_workload(path, "--size", SIZE, "--order", "random", "--zero-every", 4, "--wait-complete") as workload,
+        run_workload(
+            path, "--size", SIZE, "--order", "random", "--zero-every", 4, "--wait-complete"
+        ) as workload,
     ):
-        progress = await puller.event("progress")  # a second later: the source is held back until then
+        # a second later: the source is held back until then
+        progress = await puller.event("progress")
         relay.release()
         await check_verified(workload)
         assert await puller.wait() == 0
@@ -457,7 +505,16 @@ async def test_events_of_a_transfer(source: str, tmp_path: Path, uffd_permitted:
 
 
 def check_progress(event: dict[str, Any]) -> None:
-    numbers = {"share", "bytes", "bytes_per_s", "bytes_wire", "compressed", "faults", "fault_us", "seconds_left"}
+    numbers = {
+        "share",
+        "bytes",
+        "bytes_per_s",
+        "bytes_wire",
+        "compressed",
+        "faults",
+        "fault_us",
+        "seconds_left",
+    }
     assert set(event) == {"event", *numbers}
     assert 0 < event["bytes_wire"] < 2 * SIZE
     assert set(event["compressed"]) == {"bytes", "share", "ratio"}
@@ -514,7 +571,9 @@ async def test_server_tells_how_each_peer_left(source: str, tmp_path: Path, lane
         await check_served(uri)
 
 
-async def test_refused_owner_is_an_event(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_refused_owner_is_an_event(
+    source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (_, uri),
@@ -556,7 +615,9 @@ def extensions_of(process: Process) -> set[str]:
     return set(re.findall(r"/(_pagenet\w*)\.", maps))
 
 
-async def test_transfer_loads_nothing_of_the_tests(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_transfer_loads_nothing_of_the_tests(
+    source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     """In the middle of it: nothing is loaded late."""
     path = tmp_path / "uffd.sock"
     async with (
@@ -573,13 +634,17 @@ async def test_transfer_loads_nothing_of_the_tests(source: str, tmp_path: Path, 
 # ---- words ----
 
 
-async def test_words_of_a_transfer(source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_words_of_a_transfer(
+    source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     """Where nobody looks at a screen: a line for everything, a line a second, and the summary."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (_, uri),
         run_relay(uri, MIB) as relay,
-        run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane, as_json=False)) as puller,
+        run(
+            pull_command(relay.uri, "--uffd-socket", str(path), lane=lane, as_json=False)
+        ) as puller,
         run_workload(path, "--size", SIZE, "--zero-every", 4, "--wait-complete") as workload,
     ):
         assert await puller.line() == f"{relay.uri}: {PAGES} pages, {SIZE} bytes"
@@ -592,21 +657,36 @@ async def test_words_of_a_transfer(source: str, tmp_path: Path, uffd_permitted: 
         assert await puller.wait_end() == 0
         assert puller.stderr == ""
     summary = [line for line in lines if "resident" not in line]
-    assert re.fullmatch(r"complete: 4\.0 MiB in \d+\.\d\d s \(\d+ MiB/s\), placement copy", summary[0])
-    assert [line.split()[0] for line in summary[-4:]] == ["demand", "prefetch", "background", "faults:"]
+    assert re.fullmatch(
+        r"complete: 4\.0 MiB in \d+\.\d\d s \(\d+ MiB/s\), placement copy", summary[0]
+    )
+    assert [line.split()[0] for line in summary[-4:]] == [
+        "demand",
+        "prefetch",
+        "background",
+        "faults:",
+    ]
     assert "\x1b" not in "".join(lines)
 
 
 def check_moment(line: str) -> None:
-    assert re.fullmatch(r" *\d+\.\d% resident, \d+ of 4 MiB, \d+ MiB/s, \d+ faults \(p50 .+, p99 .+\)(, \d+ s left)?", line), (
-        line
-    )
+    assert re.fullmatch(
+        r" *\d+\.\d% resident, \d+ of 4 MiB, \d+ MiB/s, \d+ faults \(p50 .+, p99 .+\)(, \d+ s"
+        r" left)?",
+        line,
+    ), line
 
 
 async def test_words_of_a_server(source: str, tmp_path: Path, lane: str) -> None:
-    async with run(serve_command(source, "--listen", f"unix:{tmp_path}/s.sock", "--once", as_json=False)) as server:
-        assert await server.line() == f"serving {PAGES} pages ({SIZE} bytes) on unix:{tmp_path}/s.sock"
-        await ended(pull_command(f"unix:{tmp_path}/s.sock", "--into", str(tmp_path / "copy"), lane=lane))
+    async with run(
+        serve_command(source, "--listen", f"unix:{tmp_path}/s.sock", "--once", as_json=False)
+    ) as server:
+        assert (
+            await server.line() == f"serving {PAGES} pages ({SIZE} bytes) on unix:{tmp_path}/s.sock"
+        )
+        await ended(
+            pull_command(f"unix:{tmp_path}/s.sock", "--into", str(tmp_path / "copy"), lane=lane)
+        )
         assert re.search(r": connected$", await server.line() or "")
         assert re.search(r": has every page$", await server.line() or "")
         assert await server.line() is None
@@ -639,7 +719,9 @@ class Screen:
 
 
 @asynccontextmanager
-async def run_on_screen(command: Sequence[str], columns: int = 160) -> AsyncIterator[tuple[Process, Screen]]:
+async def run_on_screen(
+    command: Sequence[str], columns: int = 160
+) -> AsyncIterator[tuple[Process, Screen]]:
     screen = Screen(columns)
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": ""}
     try:
@@ -654,7 +736,9 @@ async def run_on_screen(command: Sequence[str], columns: int = 160) -> AsyncIter
 async def test_progress_on_a_terminal(columns: int, source: str, tmp_path: Path, lane: str) -> None:
     """One line, drawn again and again, and gone when it is over."""
     async with run_server(source) as (_, uri), run_relay(uri, MIB) as relay:
-        command = pull_command(relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=False)
+        command = pull_command(
+            relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=False
+        )
         async with run_on_screen(command, columns) as (puller, screen):
             await relay.held.wait()
             await screen.look_until(r"(?s)%.*%.*%")
@@ -667,13 +751,19 @@ async def test_progress_on_a_terminal(columns: int, source: str, tmp_path: Path,
             last_words = screen.text.rpartition("\x1b[2K")[2]
             assert "complete: 4.0 MiB" in last_words
             assert "resident" not in last_words
-            assert screen.text.count("\x1b[?25l") == screen.text.count("\x1b[?25h"), "the cursor is still hidden"
+            assert screen.text.count("\x1b[?25l") == screen.text.count("\x1b[?25h"), (
+                "the cursor is still hidden"
+            )
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-async def test_terminal_is_left_as_it_was(number: signal.Signals, source: str, tmp_path: Path, lane: str) -> None:
+async def test_terminal_is_left_as_it_was(
+    number: signal.Signals, source: str, tmp_path: Path, lane: str
+) -> None:
     async with run_server(source) as (_, uri), run_relay(uri, MIB) as relay:
-        command = pull_command(relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=False)
+        command = pull_command(
+            relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=False
+        )
         async with run_on_screen(command) as (puller, screen):
             await screen.look_until("resident")
             puller.send_signal(number)
@@ -688,9 +778,13 @@ async def test_terminal_is_left_as_it_was(number: signal.Signals, source: str, t
 
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://:0", "tcp://[::]:0"])
-def test_plaintext_has_to_be_asked_for(address: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plaintext_has_to_be_asked_for(
+    address: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_bad_usage(serve.main, [source, "--listen", address], "--plaintext", capsys)
-    check_bad_usage(pull.main, [address, "--listen", "--into", str(tmp_path / "copy")], "--plaintext", capsys)
+    check_bad_usage(
+        pull.main, [address, "--listen", "--into", str(tmp_path / "copy")], "--plaintext", capsys
+    )
 
 
 async def test_plaintext(source: str, tmp_path: Path, lane: str) -> None:
@@ -703,7 +797,9 @@ async def test_plaintext(source: str, tmp_path: Path, lane: str) -> None:
 
 async def test_once_means_one_that_has_it_all(source: str, tmp_path: Path, lane: str) -> None:
     async with run_server(source, "--once") as (server, uri):
-        async with run(pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)) as puller:
+        async with run(
+            pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)
+        ) as puller:
             await puller.event("waiting")
             puller.send_signal(signal.SIGINT)
             await puller.wait()
@@ -739,7 +835,11 @@ async def test_several_sources_are_several_blocks(source: str, tmp_path: Path, l
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, "source", "complete"])
 async def test_file_appears_when_it_is_complete(
-    end: signal.Signals | str, source: str, tmp_path: Path, listing: Callable[[], list[str]], lane: str
+    end: signal.Signals | str,
+    source: str,
+    tmp_path: Path,
+    listing: Callable[[], list[str]],
+    lane: str,
 ) -> None:
     """And replaces an older one then, and not before."""
     copy = tmp_path / "copy"
@@ -784,12 +884,14 @@ ROUNDS = 6
 
 
 def left_in(directory: Path) -> set[str]:
-    return set(os.listdir(directory)) | {name for name in os.listdir("/dev/shm") if "pagenet" in name}
+    return set(os.listdir(directory)) | {
+        name for name in os.listdir("/dev/shm") if "pagenet" in name
+    }
 
 
 async def stop_some_time(process: Process, number: signal.Signals, seconds: float) -> None:
-    """Python loses a Ctrl-C now and then while it is still importing, so that one comes after the first word. It ends with
-    the code for the signal, unless it was through, or had not begun."""
+    """Python loses a Ctrl-C now and then while it is still importing, so that one comes after the
+    first word. It ends with the code for the signal, unless it was through, or had not begun."""
     if number == signal.SIGINT:
         process.events.append(json.loads(await process.line() or '{"event": "error"}'))
     await trio.sleep(seconds)  # a random moment is what is wanted
@@ -821,7 +923,10 @@ async def test_servers_stopped_at_any_moment(source: str, tmp_path: Path, lane: 
 
     async def stop_one(index: int, number: signal.Signals) -> None:
         uri, copy = f"unix:{tmp_path}/{index}.sock", tmp_path / f"copy-{index}"
-        async with run(serve_command(source, "--listen", uri)) as server, trio.open_nursery() as nursery:
+        async with (
+            run(serve_command(source, "--listen", uri)) as server,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(keep_pulling, uri, copy)
             await stop_some_time(server, number, moments.uniform(0, 0.5))
             nursery.cancel_scope.cancel()
@@ -833,7 +938,9 @@ async def test_servers_stopped_at_any_moment(source: str, tmp_path: Path, lane: 
 
 @both_lanes
 @pytest.mark.parametrize("into", ["--into", "--uffd-socket"])
-async def test_pullers_stopped_at_any_moment(into: str, source: str, tmp_path: Path, uffd_permitted: None, lane: str) -> None:
+async def test_pullers_stopped_at_any_moment(
+    into: str, source: str, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
     moments = random.Random(into)
     before = left_in(tmp_path)
 
@@ -843,7 +950,9 @@ async def test_pullers_stopped_at_any_moment(into: str, source: str, tmp_path: P
             run(pull_command(server.uri, into, str(path), lane=lane)) as puller,
             run_workload(path, "--size", SIZE, "--zero-every", 4) as workload,
         ):
-            await stop_some_time(puller, number, moments.uniform(0, 0.1 if number == signal.SIGINT else 0.6))
+            await stop_some_time(
+                puller, number, moments.uniform(0, 0.1 if number == signal.SIGINT else 0.6)
+            )
             await workload.kill()
         if into == "--into":
             path.unlink(missing_ok=True)
@@ -861,7 +970,9 @@ async def test_reader_of_a_pullers_output_goes_away(
 ) -> None:
     for as_json in (True, False):
         async with run_server(source) as (_, uri), run_relay(uri, MIB) as relay:
-            command = pull_command(relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=as_json)
+            command = pull_command(
+                relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=as_json
+            )
             async with run(command) as puller:
                 await puller.line()
                 await puller.close_stdout()
@@ -870,7 +981,9 @@ async def test_reader_of_a_pullers_output_goes_away(
         assert listing() == ["source"]
 
 
-async def test_error_is_told_to_whoever_still_listens(source: str, tmp_path: Path, lane: str) -> None:
+async def test_error_is_told_to_whoever_still_listens(
+    source: str, tmp_path: Path, lane: str
+) -> None:
     async with (
         run_server(source) as (server, uri),
         run(pull_command(uri, "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane)) as puller,
@@ -891,7 +1004,9 @@ async def test_reader_of_a_servers_output_goes_away(
         async with run(command) as server:
             await server.line()
             await server.close_stdout()
-            await ended(pull_command(f"unix:{tmp_path}/s.sock", "--into", str(tmp_path / "copy"), lane=lane))
+            await ended(
+                pull_command(f"unix:{tmp_path}/s.sock", "--into", str(tmp_path / "copy"), lane=lane)
+            )
             assert await server.wait_end() == 1
             assert server.stderr == ""
         assert listing() == ["source"]
@@ -904,13 +1019,19 @@ def closing(streams: str, command: Sequence[str]) -> list[str]:
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 @pytest.mark.parametrize("as_json", [True, False])
-async def test_without_standard_streams(streams: str, as_json: bool, source: str, tmp_path: Path, lane: str) -> None:
+async def test_without_standard_streams(
+    streams: str, as_json: bool, source: str, tmp_path: Path, lane: str
+) -> None:
     uri = f"unix:{tmp_path}/s.sock"
-    async with run(closing(streams, serve_command(source, "--listen", uri, "--once", as_json=as_json))) as server:
+    async with run(
+        closing(streams, serve_command(source, "--listen", uri, "--once", as_json=as_json))
+    ) as server:
         while not (tmp_path / "s.sock").exists() and not server.has_ended:  # noqa: ASYNC110 - it says nothing
             await trio.sleep(0.01)
         into = ["--into", str(tmp_path / "copy")]
-        code, output, errors = await ended(closing(streams, pull_command(uri, *into, lane=lane, as_json=as_json)))
+        code, output, errors = await ended(
+            closing(streams, pull_command(uri, *into, lane=lane, as_json=as_json))
+        )
         assert (code, errors) == (0, [])
         assert bool(output) == (">&-" not in streams.split())
         assert (await server.wait_end(), server.stderr) == (0, "")

@@ -1,4 +1,5 @@
-"""Everything that can be chosen, drawn together, and changed while it runs: each page is right, whatever the choice."""
+"""Everything that can be chosen, drawn together, and changed while it runs: each page is right,
+whatever the choice."""
 
 from __future__ import annotations
 
@@ -13,34 +14,13 @@ from pagenet.testing import MemoryTransport
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-@pytest.mark.parametrize("seed", [*range(SEEDS), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 300))])
+@pytest.mark.parametrize(
+    "seed",
+    [*range(SEEDS), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 300))],
+)
 async def test_drawn(seed: int, tmp_path: Path) -> None:
     register("memory", MemoryTransport())
     await check_moves(drawn(seed), seed, tmp_path)
-
-
 
 
 def test_each_is_drawn() -> None:

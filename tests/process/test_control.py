@@ -1,4 +1,5 @@
-"""pagenet.control and pagenet-ctl: a daemon is looked at, told what to do, and spoken nonsense to, while it works."""
+"""pagenet.control and pagenet-ctl: a daemon is looked at, told what to do, and spoken nonsense to,
+while it works."""
 
 from __future__ import annotations
 
@@ -34,7 +35,13 @@ from processes import (
 )
 
 import pagenet
-from pagenet import ConnectionBroken, RemoteProtocolError, SourceUnreachable, UsageError, __version__
+from pagenet import (
+    ConnectionBroken,
+    RemoteProtocolError,
+    SourceUnreachable,
+    UsageError,
+    __version__,
+)
 from pagenet.cli import ctl
 from pagenet.control import COMMANDS, _channel, _client, _server, connect_control, serve_control
 from pagenet.control._protocol import MAX_MESSAGE, Decoder, decode_request, encode
@@ -121,7 +128,10 @@ NONSENSE = [
     (b"PX", "this is no control message"),
     (b"PGNT\1\0\0\0\0\0\0\0", "this is no control message"),  # the other protocol
     (b"PGNC\2\0\0\0\0\0\0\0", "framed in version 2"),
-    (b"PGNC\1\0\0\0" + (MAX_MESSAGE + 1).to_bytes(4, "little"), f"a message of {MAX_MESSAGE + 1} bytes is announced"),
+    (
+        b"PGNC\1\0\0\0" + (MAX_MESSAGE + 1).to_bytes(4, "little"),
+        f"a message of {MAX_MESSAGE + 1} bytes is announced",
+    ),
     (framed(b""), "not msgpack"),
     (framed(b"\xc1"), "not msgpack"),
     (framed(b"\x80\x80"), "not msgpack"),  # something behind it
@@ -131,7 +141,8 @@ NONSENSE = [
     (encode({"command": "status"}), "no proper 'id'"),
     (encode({"command": "status", "id": True}), "no proper 'id'"),
     (encode({"command": "status", "id": -1}), "no proper 'id'"),
-    (framed(b"\x82\xa7command\xa6status\xa2id" + b"\x91" * 1020 + b"\0"), "no proper 'id': "),  # too deep to be shown
+    # too deep to be shown
+    (framed(b"\x82\xa7command\xa6status\xa2id" + b"\x91" * 1020 + b"\0"), "no proper 'id': "),
     (framed(b"\x82\xa2id\x01\xa7command" + b"\x91" * 1020 + b"\0"), "no command "),
     (encode({"id": 1}), "no command None"),
     (encode({"command": "explode", "id": 1}), "no command 'explode': there are status, pause, "),
@@ -143,8 +154,14 @@ NONSENSE = [
     (encode({"command": "bandwidth", "id": 1, "rate": 0}), "bandwidth has no proper 'rate'"),
     (encode({"command": "bandwidth", "id": 1, "rate": 2**60}), "bandwidth has no proper 'rate'"),
     (encode({"command": "prefetch", "id": 1, "window": [1]}), "prefetch has no proper 'window'"),
-    (encode({"command": "prefetch", "id": 1, "window": [1, 1000]}), "prefetch has no proper 'window'"),
-    (encode({"command": "prefetch", "id": 1, "window": [1, True]}), "prefetch has no proper 'window'"),
+    (
+        encode({"command": "prefetch", "id": 1, "window": [1, 1000]}),
+        "prefetch has no proper 'window'",
+    ),
+    (
+        encode({"command": "prefetch", "id": 1, "window": [1, True]}),
+        "prefetch has no proper 'window'",
+    ),
 ]
 
 
@@ -175,8 +192,29 @@ def test_any_bytes_are_a_request_or_an_error(data: bytes) -> None:
 
 
 STATUS = {
-    *("program", "pid", "release", "state", "peer", "lane", "placement", "pages", "bytes", "pages_resident", "bytes_resident"),
-    *("share", "seconds", "seconds_left", "bytes_per_s", "wire_bytes_per_s", "faults_per_s", "bytes_wire", "zero_pages"),
+    *(
+        "program",
+        "pid",
+        "release",
+        "state",
+        "peer",
+        "lane",
+        "placement",
+        "pages",
+        "bytes",
+        "pages_resident",
+        "bytes_resident",
+    ),
+    *(
+        "share",
+        "seconds",
+        "seconds_left",
+        "bytes_per_s",
+        "wire_bytes_per_s",
+        "faults_per_s",
+        "bytes_wire",
+        "zero_pages",
+    ),
     *("faults", "fault_us", "classes", "schedule", "begun", "paused", "max_bandwidth", "prefetch"),
     *("prefetch_unused", "compressed"),
 }
@@ -185,7 +223,10 @@ STATUS = {
 @pytest.mark.parametrize("lane", LANES)
 async def test_status_and_commands(lane: str, source: str, tmp_path: Path) -> None:
     path = tmp_path / "ctl"
-    async with controlled_transfer(source, path, lane) as (transfer, memory), connect_control(path) as client:
+    async with (
+        controlled_transfer(source, path, lane) as (transfer, memory),
+        connect_control(path) as client,
+    ):
         assert client.hello["pid"] == os.getpid()
         assert client.hello["release"] == __version__
         assert client.hello["commands"] == list(COMMANDS)
@@ -195,7 +236,14 @@ async def test_status_and_commands(lane: str, source: str, tmp_path: Path) -> No
         assert status.keys() == STATUS
         expected = {"state": "running", "lane": lane, "pages": PAGES, "bytes": SIZE}
         expected |= {"pages_resident": 1, "bytes_resident": PAGE}
-        expected |= {"faults": 1, "schedule": "hot", "begun": False, "paused": False, "max_bandwidth": None, "prefetch": [0, 0]}
+        expected |= {
+            "faults": 1,
+            "schedule": "hot",
+            "begun": False,
+            "paused": False,
+            "max_bandwidth": None,
+            "prefetch": [0, 0],
+        }
         assert {name: status[name] for name in expected} == expected
         assert status["share"] == pytest.approx(1 / PAGES, rel=0.01)
         assert status["fault_us"]["p50"] > 0
@@ -205,8 +253,16 @@ async def test_status_and_commands(lane: str, source: str, tmp_path: Path) -> No
 
         assert (await client.command("pause"))["paused"] is True
         assert transfer.background_paused
-        assert (await client.command("bandwidth", rate=60_000_000))["max_bandwidth"] == transfer.max_bandwidth == 60_000_000
-        assert (await client.command("schedule", name="linear"))["schedule"] == transfer.background == "linear"
+        assert (
+            (await client.command("bandwidth", rate=60_000_000))["max_bandwidth"]
+            == transfer.max_bandwidth
+            == 60_000_000
+        )
+        assert (
+            (await client.command("schedule", name="linear"))["schedule"]
+            == transfer.background
+            == "linear"
+        )
         with pytest.raises(UsageError, match="no background order 'sideways'"):
             await client.command("schedule", name="sideways")
         with pytest.raises(UsageError, match="cannot read the recording"):
@@ -229,7 +285,10 @@ async def test_status_and_commands(lane: str, source: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("lane", LANES)
 async def test_another_window_from_now_on(lane: str, source: str, tmp_path: Path) -> None:
     path = tmp_path / "ctl"
-    async with controlled_transfer(source, path, lane) as (transfer, memory), connect_control(path) as client:
+    async with (
+        controlled_transfer(source, path, lane) as (transfer, memory),
+        connect_control(path) as client,
+    ):
         await memory.read(100 * PAGE, 1)
         assert transfer.statistics().prefetch.requests == 0
         await client.command("prefetch", window=[3, 2])
@@ -244,7 +303,10 @@ async def test_another_window_from_now_on(lane: str, source: str, tmp_path: Path
 
 async def test_time_left_follows_the_rate(source: str, tmp_path: Path) -> None:
     path = tmp_path / "ctl"
-    async with controlled_transfer(source, path, start_background=None, max_bandwidth=200_000), connect_control(path) as client:
+    async with (
+        controlled_transfer(source, path, start_background=None, max_bandwidth=200_000),
+        connect_control(path) as client,
+    ):
         with trio.fail_after(20):
             while not (status := await client.command("status"))["bytes_per_s"]:  # noqa: ASYNC110
                 await trio.sleep(0.01)
@@ -260,9 +322,15 @@ async def test_a_source_shows_its_destinations(source: str, tmp_path: Path) -> N
         connect_control(path) as client,
     ):
         status = await client.command("status")
-        assert (status["program"], status["state"], status["destinations"]) == ("mine", "waiting", [])
+        assert (status["program"], status["state"], status["destinations"]) == (
+            "mine",
+            "waiting",
+            [],
+        )
         assert (status["pages"], status["bytes"], status["uri"]) == (PAGES, SIZE, server.uri)
-        async with pull(server.uri, pagenet.IntoFile(tmp_path / "into"), lane="trio", max_bandwidth=1):
+        async with pull(
+            server.uri, pagenet.IntoFile(tmp_path / "into"), lane="trio", max_bandwidth=1
+        ):
             status = await client.command("status")
             assert (status["state"], len(status["destinations"])) == ("serving", 1)
         with pytest.raises(UsageError, match="bandwidth: this is a source"):
@@ -302,7 +370,10 @@ async def converse(path: Path, data: bytes, *, shut: bool = False) -> list[dict[
 
 async def test_whoever_talks_nonsense_is_told_and_let_go(source: str, tmp_path: Path) -> None:
     path, told = tmp_path / "ctl", Told()
-    async with controlled_transfer(source, path, told=told) as (_, memory), connect_control(path) as client:
+    async with (
+        controlled_transfer(source, path, told=told) as (_, memory),
+        connect_control(path) as client,
+    ):
         for data, says in NONSENSE:
             hello, error = await converse(path, data)
             assert hello["type"] == "hello"
@@ -311,17 +382,22 @@ async def test_whoever_talks_nonsense_is_told_and_let_go(source: str, tmp_path: 
             assert says in told.refused[-1]
         _, error = await converse(path, encode({"command": "status", "id": 1})[:-1], shut=True)
         assert "in the middle of a message" in error["text"]
-        _, reply, error = await converse(path, encode({"command": "status", "id": 7}) + b"x" * 100_000)
+        _, reply, error = await converse(
+            path, encode({"command": "status", "id": 7}) + b"x" * 100_000
+        )
         assert (reply["type"], reply["id"]) == ("reply", 7)
         assert "no control message" in error["text"]
         assert len(told.refused) == len(NONSENSE) + 2
-        assert len(await converse(path, b"", shut=True)) == 1  # who says nothing has done nothing wrong
+        # who says nothing has done nothing wrong
+        assert len(await converse(path, b"", shut=True)) == 1
         await memory.read(0, 1)
         assert (await client.command("status"))["faults"] == 1
         assert len(told.refused) == len(NONSENSE) + 2
 
 
-async def test_half_a_message_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_half_a_message_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_channel, "PATIENCE", 0.05)
     told = Told()
     async with serve_control(None, tmp_path / "ctl", on_event=told):
@@ -330,7 +406,9 @@ async def test_half_a_message_does_not_wait_for_ever(tmp_path: Path, monkeypatch
     assert len(told.refused) == 1
 
 
-async def test_whoever_does_not_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_whoever_does_not_read_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_channel, "PATIENCE", 0.05)
     path = tmp_path / "ctl"
     async with serve_control(None, path):
@@ -434,25 +512,49 @@ async def told_by(command: Sequence[str]) -> tuple[int, str, str]:
 
 async def test_a_transfer_from_beginning_to_end(source: str, tmp_path: Path) -> None:
     path, owner = tmp_path / "pull.ctl", tmp_path / "owner"
-    options = ("--uffd-socket", str(owner), "--control", str(path), "--start-background", "after=1000")
+    options = (
+        "--uffd-socket",
+        str(owner),
+        "--control",
+        str(path),
+        "--start-background",
+        "after=1000",
+    )
     async with run_server(source, "--control", str(tmp_path / "serve.ctl")) as (server, uri):
         async with run(pull_command(uri, *options, lane="native")) as puller:
             await puller.event("waiting")
             async with connect_control(path) as client:
                 assert (await client.command("status"))["state"] == "starting"
             code, out, err = await told_by(ctl_command(path, "resume"))
-            assert (code, out, err) == (2, "", "pagenet-ctl: resume: the transfer has not begun yet\n")
-            async with run_workload(owner, "--size", SIZE, "--order", "none", "--wait-complete") as workload:
+            assert (code, out, err) == (
+                2,
+                "",
+                "pagenet-ctl: resume: the transfer has not begun yet\n",
+            )
+            async with run_workload(
+                owner, "--size", SIZE, "--order", "none", "--wait-complete"
+            ) as workload:
                 await puller.event("owner")
-                code, out, err = await told_by([sys.executable, "-m", "pagenet.cli.pull", uri, *options])
+                code, out, err = await told_by(
+                    [sys.executable, "-m", "pagenet.cli.pull", uri, *options]
+                )
                 assert (code, out) == (2, "")
                 assert "somebody listens there already" in err
                 assert err.count("\n") == 1
                 code, out, _ = await told_by(ctl_command(path, "bandwidth", "800Mbit"))
-                assert (code, out) == (0, "background: hot, at most 100.0 MB/s, not begun yet; prefetch: 0,0")
+                assert (code, out) == (
+                    0,
+                    "background: hot, at most 100.0 MB/s, not begun yet; prefetch: 0,0",
+                )
                 code, out, _ = await told_by(ctl_command(path, "status"))
                 assert code == 0
-                assert {line.split()[0] for line in out.splitlines()} >= {"daemon", "state", "resident", "faults", "background"}
+                assert {line.split()[0] for line in out.splitlines()} >= {
+                    "daemon",
+                    "state",
+                    "resident",
+                    "faults",
+                    "background",
+                }
                 async with run(ctl_command(path, "--json", "status", "--watch", "0.05")) as watcher:
                     assert json.loads(await watcher.line() or "")["begun"] is False
                     code, out, _ = await told_by(ctl_command(path, "resume", "--json"))
@@ -472,7 +574,9 @@ async def test_a_transfer_from_beginning_to_end(source: str, tmp_path: Path) -> 
 async def test_stop_half_way(source: str, tmp_path: Path) -> None:
     path, into = tmp_path / "ctl", tmp_path / "into"
     async with run_server(source) as (_, uri):
-        command = pull_command(uri, "--into", str(into), "--max-bandwidth", "100k", "--control", str(path), lane="trio")
+        command = pull_command(
+            uri, "--into", str(into), "--max-bandwidth", "100k", "--control", str(path), lane="trio"
+        )
         async with run(command) as puller:
             await puller.event("owner")
             async with connect_control(path) as client:
@@ -483,7 +587,9 @@ async def test_stop_half_way(source: str, tmp_path: Path) -> None:
 
 async def test_nonsense_is_a_line_of_the_daemons(source: str, tmp_path: Path) -> None:
     path = tmp_path / "ctl"
-    command = serve_command(source, "--listen", "tcp://127.0.0.1:0", "--control", str(path), as_json=False)
+    command = serve_command(
+        source, "--listen", "tcp://127.0.0.1:0", "--control", str(path), as_json=False
+    )
     async with run(command) as server:
         await server.line()
         await converse(path, b"hello?")
@@ -513,7 +619,9 @@ async def record(source: str, path: Path) -> None:
     try:
         async with (
             pagenet.serve(source, listen="tcp://127.0.0.1:0") as server,
-            pagenet.pull(server.uri, memory, background="off", prefetch=(0, 0), record=path) as transfer,
+            pagenet.pull(
+                server.uri, memory, background="off", prefetch=(0, 0), record=path
+            ) as transfer,
         ):
             for page in range(0, PAGES, 7):
                 await memory.read(page * PAGE, 1)
@@ -523,16 +631,49 @@ async def record(source: str, path: Path) -> None:
         memory.close()
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.soak)])
-@pytest.mark.parametrize(("lane", "memory"), [("native", "anonymous"), ("native", "memfd"), ("trio", "anonymous")])
-async def test_commands_at_random(lane: str, memory: str, seed: int, source: str, tmp_path: Path) -> None:
-    path, owner, recording, draw = tmp_path / "ctl", tmp_path / "owner", tmp_path / "recording", random.Random(seed)
+@pytest.mark.parametrize(
+    "seed", [1, pytest.param(2, marks=pytest.mark.soak), pytest.param(3, marks=pytest.mark.soak)]
+)
+@pytest.mark.parametrize(
+    ("lane", "memory"), [("native", "anonymous"), ("native", "memfd"), ("trio", "anonymous")]
+)
+async def test_commands_at_random(
+    lane: str, memory: str, seed: int, source: str, tmp_path: Path
+) -> None:
+    path, owner, recording, draw = (
+        tmp_path / "ctl",
+        tmp_path / "owner",
+        tmp_path / "recording",
+        random.Random(seed),
+    )
     await record(source, recording)
-    work = ["--memory", memory, "--threads", "4", "--write-share", "30", "--touches", str(3 * PAGES), "--think-us", "100"]
+    work = [
+        "--memory",
+        memory,
+        "--threads",
+        "4",
+        "--write-share",
+        "30",
+        "--touches",
+        str(3 * PAGES),
+        "--think-us",
+        "100",
+    ]
     work += ["--seed", "0", "--remove-share", "10"]
     async with run_server(source) as (_, uri):
-        options = ("--uffd-socket", str(owner), "--control", str(path), "--max-bandwidth", "1M", "--background-lanes", "2")
-        command = pull_command(uri, *options, "--start-background", draw.choice(["after=0.1", "rate=100"]), lane=lane)
+        options = (
+            "--uffd-socket",
+            str(owner),
+            "--control",
+            str(path),
+            "--max-bandwidth",
+            "1M",
+            "--background-lanes",
+            "2",
+        )
+        command = pull_command(
+            uri, *options, "--start-background", draw.choice(["after=0.1", "rate=100"]), lane=lane
+        )
         async with run(command) as puller:
             await puller.event("waiting")
             async with run_workload(owner, "--size", SIZE, *work) as workload:
@@ -570,7 +711,9 @@ async def let_it_finish(path: Path) -> None:
     (["s", "status", "--watch", "0"], "'0' is no number of seconds"),
     (["s", "pause", "now"], "unrecognized arguments: now"),
 ])  # fmt: skip
-def test_ctl_arguments(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctl_arguments(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         ctl.main(arguments)
     assert caught.value.code == 2
@@ -606,7 +749,15 @@ async def impostor(path: Path, says: bytes, *, stays: bool = False) -> AsyncIter
             nursery.cancel_scope.cancel()
 
 
-HELLO = {"type": "hello", "version": 1, "oldest": 1, "program": "x", "pid": 1, "release": "1", "commands": []}
+HELLO = {
+    "type": "hello",
+    "version": 1,
+    "oldest": 1,
+    "program": "x",
+    "pid": 1,
+    "release": "1",
+    "commands": [],
+}
 
 
 @pytest.mark.parametrize(("says", "error", "reason"), [
@@ -614,16 +765,24 @@ HELLO = {"type": "hello", "version": 1, "oldest": 1, "program": "x", "pid": 1, "
     (b"", ConnectionBroken, "the daemon has ended"),
     (encode(HELLO)[:-3], RemoteProtocolError, "in the middle of a message"),
     (encode({"type": "reply"}), RemoteProtocolError, "not a hello"),
-    (encode({**HELLO, "version": 3, "oldest": 2}), RemoteProtocolError, "speaks control versions 2 to 3"),
-    (encode(HELLO) + encode({"type": "reply", "id": 9, "result": {}}), RemoteProtocolError, "something else than was asked"),
-    (encode(HELLO) + encode({"type": "reply", "id": 1}), RemoteProtocolError, "something else than was asked"),
-    (encode(HELLO) + encode({"type": "error", "code": "usage", "text": "no\nway"}), UsageError, "^no.way$"),
-    (encode({**HELLO, "version": 2, "more": 1}) + encode({"type": "error", "text": 5}), RemoteProtocolError, ": 5$"),
+    (encode({**HELLO, "version": 3, "oldest": 2}), RemoteProtocolError,
+    "speaks control versions 2 to 3"),
+    (encode(HELLO) + encode({"type": "reply", "id": 9, "result": {}}), RemoteProtocolError,
+    "something else than was asked"),
+    (encode(HELLO) + encode({"type": "reply", "id": 1}), RemoteProtocolError,
+    "something else than was asked"),
+    (encode(HELLO) + encode({"type": "error", "code": "usage", "text": "no\nway"}), UsageError,
+    "^no.way$"),
+    (encode({**HELLO, "version": 2, "more": 1}) + encode({"type": "error", "text": 5}),
+    RemoteProtocolError, ": 5$"),
     (
-        framed(b"\x82\xa4type\xa5error\xa4text" + b"\x91" * 1020 + b"\0"), RemoteProtocolError, r"\[\[",
+        framed(b"\x82\xa4type\xa5error\xa4text" + b"\x91" * 1020 + b"\0"), RemoteProtocolError,
+        r"\[\[",
     ),
 ])  # fmt: skip
-async def test_what_is_no_daemon(says: bytes, error: type[Exception], reason: str, tmp_path: Path) -> None:
+async def test_what_is_no_daemon(
+    says: bytes, error: type[Exception], reason: str, tmp_path: Path
+) -> None:
     async with impostor(tmp_path / "ctl", says):
         with pytest.raises(error, match=reason) as caught:
             async with connect_control(tmp_path / "ctl") as client:
@@ -631,7 +790,15 @@ async def test_what_is_no_daemon(says: bytes, error: type[Exception], reason: st
     assert "\n" not in str(caught.value)
 
 
-SOURCE = {"program": "x", "release": "1", "pid": 1, "state": "running", "destinations": [], "pages": 1, "bytes": 4096}
+SOURCE = {
+    "program": "x",
+    "release": "1",
+    "pid": 1,
+    "state": "running",
+    "destinations": [],
+    "pages": 1,
+    "bytes": 4096,
+}
 
 
 @pytest.mark.parametrize("status", [
@@ -640,25 +807,38 @@ SOURCE = {"program": "x", "release": "1", "pid": 1, "state": "running", "destina
     {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "", "destinations": 5},
     {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "", "bytes": "many"},
     {"program": "x", "release": "1", "pid": 1, "schedule": "hot"},
-    {"program": "x", "release": "1", "pid": 1, "schedule": "hot", "seconds_left": None, "fault_us": [1]},
+    {"program": "x", "release": "1", "pid": 1, "schedule": "hot", "seconds_left": None,
+    "fault_us": [1]},
 ])  # fmt: skip
 async def test_a_status_that_makes_no_sense(status: dict[str, Any], tmp_path: Path) -> None:
-    async with impostor(tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})):
+    async with impostor(
+        tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})
+    ):
         code, out, err = await told_by(ctl_command(tmp_path / "ctl", "status"))
     assert (code, out, err.count("\n")) == (6, "", 1)
     assert "the status of the daemon makes no sense" in err
 
 
 async def test_a_status_is_shown_as_text_alone(tmp_path: Path) -> None:
-    status = {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "[/red] \x1b[2J", "destinations": ["[link=x]\n"]}
-    async with impostor(tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})):
+    status = {
+        **SOURCE,
+        "pages_asked": 1,
+        "pages_demanded": 0,
+        "uri": "[/red] \x1b[2J",
+        "destinations": ["[link=x]\n"],
+    }
+    async with impostor(
+        tmp_path / "ctl", encode(HELLO) + encode({"type": "reply", "id": 1, "result": status})
+    ):
         code, out, err = await told_by(ctl_command(tmp_path / "ctl", "status"))
     assert (code, err) == (0, "")
     assert "[/red] ?[2J" in out
     assert "[link=x]?" in out
 
 
-async def test_a_daemon_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_daemon_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_client, "ANSWER_TIMEOUT", 0.05)
     async with impostor(tmp_path / "ctl", encode(HELLO), stays=True):
         with pytest.raises(ConnectionBroken, match="does not answer: is it stopped"):

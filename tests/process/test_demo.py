@@ -66,7 +66,11 @@ def test_table_for_people() -> None:
     done = run()
     assert (done.returncode, done.stderr) == (0, "")
     assert "pagenet-serve: serving 64 MiB on tcp://127.0.0.1:" in done.stdout
-    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in done.stdout.splitlines() if line.startswith("│")]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:3]]
+        for line in done.stdout.splitlines()
+        if line.startswith("│")
+    ]
     assert ["pages verified", str(PAGES)] in rows
     assert ["pages wrong", "0"] in rows
 
@@ -96,7 +100,9 @@ def test_too_little_memory_is_one_line() -> None:
 @pytest.mark.parametrize("moment", ["writer:", "pagenet-serve:", "pagenet-pull:", "owner:"])
 def test_signal_leaves_nothing(moment: str, stopping: signal.Signals) -> None:
     """Processes and files in /dev/shm are looked for after every test (conftest.py)."""
-    with subprocess.Popen(command(), stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as demo:
+    with subprocess.Popen(
+        command(), stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
             if line.startswith(moment):
@@ -117,7 +123,9 @@ def test_example_of_the_library(tmp_path_factory: pytest.TempPathFactory) -> Non
     directory = tmp_path_factory.mktemp("example")
     write_pattern(directory / "guest.memory", 1 << 20)
     code = example.partition("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=directory)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=directory
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("4096 256 ")
 

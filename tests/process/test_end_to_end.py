@@ -1,4 +1,5 @@
-"""A region moves: real sources, real userfaultfds, real owners that check every byte of what they get."""
+"""A region moves: real sources, real userfaultfds, real owners that check every byte of what they
+get."""
 
 from __future__ import annotations
 
@@ -36,7 +37,17 @@ from processes import (
     write_pattern,
 )
 
-from pagenet import IntoFile, OwnMemory, Server, TransferStatistics, UffdSocket, UsageError, _native, register, serve
+from pagenet import (
+    IntoFile,
+    OwnMemory,
+    Server,
+    TransferStatistics,
+    UffdSocket,
+    UsageError,
+    _native,
+    register,
+    serve,
+)
 from pagenet.background.pacing import CHUNK_BYTES
 from pagenet.session import receive_exactly
 from pagenet.testing import MemoryTransport
@@ -58,7 +69,8 @@ def address(tmp_path: Path) -> Callable[[str], str]:
     register("memory", MemoryTransport())
     return {
         "tcp": "tcp://127.0.0.1:0",
-        "tcp far": "tcp://127.0.0.2:0",  # dialled from 127.0.0.1: as far as addresses say, another host
+        # dialled from 127.0.0.1: as far as addresses say, another host
+        "tcp far": "tcp://127.0.0.2:0",
         "unix": f"unix:{tmp_path}/source.sock",
         "memory": "memory://",
     }.__getitem__
@@ -86,7 +98,9 @@ async def move(
     owner = UffdSocket(path, allocate=allocate)
     await owner.listen()
     try:
-        async with run_workload(path, "--wait-complete", "--zero-every", zero_every, *arguments) as workload:
+        async with run_workload(
+            path, "--wait-complete", "--zero-every", zero_every, *arguments
+        ) as workload:
             async with pull(uri, owner, lane=lane, **options) as transfer:
                 await transfer.wait_complete()
             return await check_verified(workload), transfer.statistics()
@@ -98,7 +112,9 @@ def check_complete(statistics: TransferStatistics, pages: int) -> None:
     assert statistics.complete
     assert statistics.pages == pages
     classes = (statistics.demand, statistics.prefetch, statistics.background)
-    assert sum(class_.pages for class_ in classes) == pages, "a page was placed twice, or not at all"
+    assert sum(class_.pages for class_ in classes) == pages, (
+        "a page was placed twice, or not at all"
+    )
     assert statistics.fault_latency.count <= statistics.demand.faults
 
 
@@ -116,11 +132,25 @@ TOUCHING = [
 
 @pytest.mark.parametrize(("order", "threads", "transport"), TOUCHING)
 async def test_touching_while_it_comes(
-    order: str, threads: int, transport: str, source: str, address: Callable[[str], str], tmp_path: Path, lane: str
+    order: str,
+    threads: int,
+    transport: str,
+    source: str,
+    address: Callable[[str], str],
+    tmp_path: Path,
+    lane: str,
 ) -> None:
     async with serve(source, listen=address(transport)) as server:
         _, statistics = await move(
-            server.uri, tmp_path / "uffd.sock", lane, "--size", SIZE, "--order", order, "--threads", threads
+            server.uri,
+            tmp_path / "uffd.sock",
+            lane,
+            "--size",
+            SIZE,
+            "--order",
+            order,
+            "--threads",
+            threads,
         )
     check_complete(statistics, SIZE // PAGE)
 
@@ -131,9 +161,13 @@ async def test_touched_pages_alone(
 ) -> None:
     async with serve(source, listen=address(transport)) as server:
         arguments = ("--size", SIZE, "--order", "random", "--threads", 8)
-        verified, statistics = await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, background="off")
+        verified, statistics = await move(
+            server.uri, tmp_path / "uffd.sock", lane, *arguments, background="off"
+        )
     check_complete(statistics, SIZE // PAGE)
-    assert statistics.demand.pages == statistics.demand.requests == verified["touches"] == SIZE // PAGE
+    assert (
+        statistics.demand.pages == statistics.demand.requests == verified["touches"] == SIZE // PAGE
+    )
     assert statistics.background.requests == 0
     assert statistics.fault_latency.count == SIZE // PAGE
 
@@ -142,7 +176,17 @@ async def test_sixty_four_faults_outstanding(source: str, tmp_path: Path, lane: 
     path = tmp_path / "uffd.sock"
     owner = UffdSocket(path)
     await owner.listen()
-    arguments = ("--size", SIZE, "--order", "random", "--threads", 64, "--zero-every", ZERO_EVERY, "--wait-complete")
+    arguments = (
+        "--size",
+        SIZE,
+        "--order",
+        "random",
+        "--threads",
+        64,
+        "--zero-every",
+        ZERO_EVERY,
+        "--wait-complete",
+    )
     async with (
         run_server(source) as (_, uri),
         run_relay(uri, 2048) as relay,  # hellos get through, and no page
@@ -175,12 +219,25 @@ SIZES = {
 @pytest.mark.parametrize("background", ["linear", "off"])
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-async def test_sizes(sizes: list[int], memory: str, background: str, tmp_path: Path, lane: str) -> None:
+async def test_sizes(
+    sizes: list[int], memory: str, background: str, tmp_path: Path, lane: str
+) -> None:
     """Each block its own mapping, at addresses that are not in their order."""
     sources = write_blocks(tmp_path, sizes, zero_every=ZERO_EVERY)
-    arguments = ("--size", ",".join(map(str, sizes)), "--memory", memory, "--order", "random", "--threads", 3)
+    arguments = (
+        "--size",
+        ",".join(map(str, sizes)),
+        "--memory",
+        memory,
+        "--order",
+        "random",
+        "--threads",
+        3,
+    )
     async with serve(sources, listen=f"unix:{tmp_path}/source.sock") as server:
-        _, statistics = await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, background=background)
+        _, statistics = await move(
+            server.uri, tmp_path / "uffd.sock", lane, *arguments, background=background
+        )
     check_complete(statistics, sum(sizes) // PAGE)
 
 
@@ -208,9 +265,19 @@ async def test_owner_that_maps_a_part(source: str, tmp_path: Path, lane: str) ->
 
 
 async def test_four_gib_of_zeros_but_for_some_pages(tmp_path: Path, lane: str) -> None:
-    """Zeros take no room anywhere. Pages on both sides of 2 and 4 GiB tell a number that was cut short."""
+    """Zeros take no room anywhere. Pages on both sides of 2 and 4 GiB tell a number that was cut
+    short."""
     pages = (4 << 30) // PAGE + 3
-    written = [0, 1, 1000, (2 << 30) // PAGE - 1, (2 << 30) // PAGE, (4 << 30) // PAGE - 1, (4 << 30) // PAGE, pages - 1]
+    written = [
+        0,
+        1,
+        1000,
+        (2 << 30) // PAGE - 1,
+        (2 << 30) // PAGE,
+        (4 << 30) // PAGE - 1,
+        (4 << 30) // PAGE,
+        pages - 1,
+    ]
     path = tmp_path / "source"
     path.touch()
     os.truncate(path, pages * PAGE)
@@ -256,7 +323,9 @@ async def test_zeros_travel_as_a_flag(tmp_path: Path, lane: str) -> None:
     source = str(write_pattern(tmp_path / "source", SIZE, zero_every=1))  # written: no holes
     async with serve(source, listen=f"unix:{tmp_path}/source.sock") as server:
         arguments = ("--size", SIZE, "--memory", "memfd")
-        _, statistics = await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, zero_every=1)
+        _, statistics = await move(
+            server.uri, tmp_path / "uffd.sock", lane, *arguments, zero_every=1
+        )
     check_complete(statistics, SIZE // PAGE)
     assert statistics.zero_pages == SIZE // PAGE
     assert statistics.wire_bytes < SIZE // 64
@@ -275,19 +344,32 @@ async def test_owners(memory: str, background: str, tmp_path: Path, lane: str) -
     arguments = ("--size", size, "--memory", memory, "--order", "random", "--threads", 4)
     with huge_if(memory, 9):
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
-            _, statistics = await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, background=background)
+            _, statistics = await move(
+                server.uri, tmp_path / "uffd.sock", lane, *arguments, background=background
+            )
     check_complete(statistics, size // (HUGE_PAGE if memory == "hugetlb" else PAGE))
     assert statistics.placement == PLACEMENTS[memory]
 
 
 @pytest.mark.parametrize("memory", ["memfd", "hugetlb"])
-async def test_shared_memory_that_is_registered_for_missing_alone(memory: str, tmp_path: Path, lane: str) -> None:
+async def test_shared_memory_that_is_registered_for_missing_alone(
+    memory: str, tmp_path: Path, lane: str
+) -> None:
     """As Firecracker does; pagenet registers it again."""
     size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
     with huge_if(memory, 9):
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
-            arguments = ("--size", size, "--memory", memory, "--register", "missing", "--order", "random")
+            arguments = (
+                "--size",
+                size,
+                "--memory",
+                memory,
+                "--register",
+                "missing",
+                "--order",
+                "random",
+            )
             await move(server.uri, tmp_path / "uffd.sock", lane, *arguments)
 
 
@@ -297,11 +379,28 @@ async def test_owner_that_writes(memory: str, background: str, tmp_path: Path, l
     """A page that is placed late, or twice, undoes a write."""
     size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
-    arguments = ("--size", size, "--memory", memory, "--order", "random", "--threads", 8, "--touches", 20_000)
+    arguments = (
+        "--size",
+        size,
+        "--memory",
+        memory,
+        "--order",
+        "random",
+        "--threads",
+        8,
+        "--touches",
+        20_000,
+    )
     with huge_if(memory, 9):
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
             verified, _ = await move(
-                server.uri, tmp_path / "uffd.sock", lane, *arguments, "--write-share", 60, background=background
+                server.uri,
+                tmp_path / "uffd.sock",
+                lane,
+                *arguments,
+                "--write-share",
+                60,
+                background=background,
             )
     assert verified["touches"] == 20_000
 
@@ -310,24 +409,63 @@ async def test_owner_that_writes(memory: str, background: str, tmp_path: Path, l
 async def test_owner_that_writes_and_removes(memory: str, tmp_path: Path, lane: str) -> None:
     size = 16 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
-    arguments = ("--size", size, "--memory", memory, "--order", "zipf", "--threads", 8, "--touches", 10_000)
+    arguments = (
+        "--size",
+        size,
+        "--memory",
+        memory,
+        "--order",
+        "zipf",
+        "--threads",
+        8,
+        "--touches",
+        10_000,
+    )
     with huge_if(memory, 17):
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
             verified, statistics = await move(
-                server.uri, tmp_path / "uffd.sock", lane, *arguments, "--write-share", 40, "--remove-share", 30
+                server.uri,
+                tmp_path / "uffd.sock",
+                lane,
+                *arguments,
+                "--write-share",
+                40,
+                "--remove-share",
+                30,
             )
     assert verified["removed"] > 0
     assert statistics.complete
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-async def test_owner_whose_memory_is_allocated_first(memory: str, tmp_path: Path, lane: str) -> None:
+async def test_owner_whose_memory_is_allocated_first(
+    memory: str, tmp_path: Path, lane: str
+) -> None:
     size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
-    arguments = ("--size", size, "--memory", memory, "--order", "random", "--threads", 8, "--touches", 20_000)
+    arguments = (
+        "--size",
+        size,
+        "--memory",
+        memory,
+        "--order",
+        "random",
+        "--threads",
+        8,
+        "--touches",
+        20_000,
+    )
     with huge_if(memory, 9):
         async with serve(source, listen="tcp://127.0.0.1:0") as server:
-            await move(server.uri, tmp_path / "uffd.sock", lane, *arguments, "--write-share", 60, allocate=True)
+            await move(
+                server.uri,
+                tmp_path / "uffd.sock",
+                lane,
+                *arguments,
+                "--write-share",
+                60,
+                allocate=True,
+            )
 
 
 async def test_allocated_before_the_first_page(source: str, tmp_path: Path, lane: str) -> None:
@@ -336,10 +474,16 @@ async def test_allocated_before_the_first_page(source: str, tmp_path: Path, lane
     await owner.listen()
     async with (
         serve(source, listen="tcp://127.0.0.1:0") as server,
-        run_workload(path, "--size", SIZE, "--memory", "memfd", "--zero-every", ZERO_EVERY, "--wait-complete") as workload,
+        run_workload(
+            path, "--size", SIZE, "--memory", "memfd", "--zero-every", ZERO_EVERY, "--wait-complete"
+        ) as workload,
         pull(server.uri, owner, lane=lane, held=True) as transfer,
     ):
-        (memory,) = (entry for entry in Path(f"/proc/{workload.pid}/fd").iterdir() if "pagenet-workload" in os.readlink(entry))
+        (memory,) = (
+            entry
+            for entry in Path(f"/proc/{workload.pid}/fd").iterdir()
+            if "pagenet-workload" in os.readlink(entry)
+        )
         assert memory.stat().st_blocks * 512 == SIZE
         assert transfer.statistics().done == 0
         transfer.release()
@@ -353,16 +497,36 @@ async def test_allocated_before_the_first_page(source: str, tmp_path: Path, lane
 
 @pytest.mark.parametrize("listens", ["source", "destination"])
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
-async def test_background_lanes(memory: str, listens: str, source: str, tmp_path: Path, lane: str) -> None:
+async def test_background_lanes(
+    memory: str, listens: str, source: str, tmp_path: Path, lane: str
+) -> None:
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
-    arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--memory", memory, "--order", "random")
+    arguments = (
+        "--wait-complete",
+        "--zero-every",
+        ZERO_EVERY,
+        "--size",
+        SIZE,
+        "--memory",
+        memory,
+        "--order",
+        "random",
+    )
     uri = f"unix:{tmp_path / 'source.sock'}"
-    options: dict[str, Any] = {"background_lanes": 5, "chunk": 64 << 10, "lane": lane, "listen": listens == "destination"}
+    options: dict[str, Any] = {
+        "background_lanes": 5,
+        "chunk": 64 << 10,
+        "lane": lane,
+        "listen": listens == "destination",
+    }
     try:
         async with run_workload(tmp_path / "uffd.sock", *arguments) as workload:
             if listens == "source":
-                async with serve(source, listen=uri) as server, pull(server.uri, owner, **options) as transfer:
+                async with (
+                    serve(source, listen=uri) as server,
+                    pull(server.uri, owner, **options) as transfer,
+                ):
                     await transfer.wait_complete()
             else:
                 async with trio.open_nursery() as nursery:
@@ -418,7 +582,11 @@ async def test_several_destinations_of_one_source(source: str, tmp_path: Path, l
                 nursery.start_soon(move_to, index, kind)
             nursery.start_soon(fill, IntoFile(tmp_path / "copy"))
             nursery.start_soon(fill, memory)
-        assert (tmp_path / "copy").read_bytes() == Path(source).read_bytes() == await memory.read(0, SIZE)
+        assert (
+            (tmp_path / "copy").read_bytes()
+            == Path(source).read_bytes()
+            == await memory.read(0, SIZE)
+        )
         await server.wait_complete()
         while server.sessions:  # noqa: ASYNC110
             await trio.sleep(0.01)
@@ -439,7 +607,9 @@ async def test_one_after_the_other(source: str, tmp_path: Path, lane: str) -> No
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_source_that_dials(transport: str, source: str, address: Callable[[str], str], tmp_path: Path, lane: str) -> None:
+async def test_source_that_dials(
+    transport: str, source: str, address: Callable[[str], str], tmp_path: Path, lane: str
+) -> None:
     where: dict[str, str] = {}
     listening = trio.Event()
 
@@ -456,7 +626,14 @@ async def test_source_that_dials(transport: str, source: str, address: Callable[
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dial)
         arguments = ("--size", SIZE, "--order", "random")
-        _, statistics = await move(address(transport), tmp_path / "uffd.sock", lane, *arguments, listen=True, on_event=on_event)
+        _, statistics = await move(
+            address(transport),
+            tmp_path / "uffd.sock",
+            lane,
+            *arguments,
+            listen=True,
+            on_event=on_event,
+        )
     check_complete(statistics, SIZE // PAGE)
 
 
@@ -468,7 +645,9 @@ async def test_daemons(source: str, tmp_path: Path, lane: str) -> None:
     async with (
         run_server(source, "--once") as (server, uri),
         run(pull_command(uri, "--uffd-socket", str(path), lane=lane)) as puller,
-        run_workload(path, "--size", SIZE, "--zero-every", ZERO_EVERY, "--wait-complete") as workload,
+        run_workload(
+            path, "--size", SIZE, "--zero-every", ZERO_EVERY, "--wait-complete"
+        ) as workload,
     ):
         await check_verified(workload)
         assert (await puller.wait(), puller.stderr) == (0, "")
@@ -482,11 +661,15 @@ async def test_daemons(source: str, tmp_path: Path, lane: str) -> None:
 
 async def test_daemons_when_the_source_dials(source: str, tmp_path: Path, lane: str) -> None:
     path = tmp_path / "uffd.sock"
-    async with run(pull_command("tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(path), lane=lane)) as puller:
+    async with run(
+        pull_command("tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(path), lane=lane)
+    ) as puller:
         uri = (await puller.event("listening"))["uri"]
         async with (
             run(serve_command(source, "--connect", uri)) as server,
-            run_workload(path, "--size", SIZE, "--zero-every", ZERO_EVERY, "--wait-complete") as workload,
+            run_workload(
+                path, "--size", SIZE, "--zero-every", ZERO_EVERY, "--wait-complete"
+            ) as workload,
         ):
             await check_verified(workload)
             assert (await puller.wait(), puller.stderr) == (0, "")
@@ -501,10 +684,14 @@ async def test_memory_of_a_process_to_another(tmp_path: Path, lane: str) -> None
         owning(server, tmp_path / "first.sock", "memfd", lane) as owner,
     ):
         fd = next(
-            int(entry.name) for entry in Path(f"/proc/{owner.pid}/fd").iterdir() if "pagenet-workload" in os.readlink(entry)
+            int(entry.name)
+            for entry in Path(f"/proc/{owner.pid}/fd").iterdir()
+            if "pagenet-workload" in os.readlink(entry)
         )
         async with serve(f"/proc/{owner.pid}/fd/{fd}", listen="tcp://127.0.0.1:0") as second:
-            await move(second.uri, tmp_path / "second.sock", lane, "--size", SIZE, "--order", "random")
+            await move(
+                second.uri, tmp_path / "second.sock", lane, "--size", SIZE, "--order", "random"
+            )
 
 
 @asynccontextmanager
@@ -513,7 +700,9 @@ async def owning(server: Server, path: Path, memory: str, lane: str) -> AsyncIte
     owner = UffdSocket(path)
     await owner.listen()
     async with (
-        run_workload(path, "--size", SIZE, "--memory", memory, "--zero-every", ZERO_EVERY, "--wait-complete") as workload,
+        run_workload(
+            path, "--size", SIZE, "--memory", memory, "--zero-every", ZERO_EVERY, "--wait-complete"
+        ) as workload,
         pull(server.uri, owner, lane=lane) as transfer,
     ):
         await workload.event("touching")
@@ -545,7 +734,9 @@ async def test_source_killed_half_way(memory: str, tmp_path: Path, lane: str) ->
         run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane)) as puller,
     ):
         await puller.event("waiting")
-        async with run_workload(path, "--size", size, "--memory", memory, "--order", "random", "--threads", 4) as workload:
+        async with run_workload(
+            path, "--size", size, "--memory", memory, "--order", "random", "--threads", 4
+        ) as workload:
             await workload.event("touching")
             await relay.held.wait()
             await wait_in_faults(workload.pid, 4)
@@ -570,12 +761,16 @@ LARGE = 1 << 30
 TOUCH_LARGE = ("--size", LARGE, "--zero-every", 1, "--order", "random", "--think-us", 1000)
 
 
-async def test_source_killed_while_a_fault_waits(large_source: str, tmp_path: Path, lane: str) -> None:
+async def test_source_killed_while_a_fault_waits(
+    large_source: str, tmp_path: Path, lane: str
+) -> None:
     """With nothing in between."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(large_source) as (server, uri),
-        run(pull_command(uri, "--uffd-socket", str(path), "--background", "off", lane=lane)) as puller,
+        run(
+            pull_command(uri, "--uffd-socket", str(path), "--background", "off", lane=lane)
+        ) as puller,
     ):
         await puller.event("waiting")
         async with run_workload(path, *TOUCH_LARGE) as workload:
@@ -592,7 +787,8 @@ async def check_puller_lost_its_source(puller: Process) -> None:
     (line,) = puller.stderr.splitlines()
     assert line.startswith("pagenet-pull: the source ")
     assert puller.events[-1] == {
-        "event": "error", "error": "SourceLost", "message": line.removeprefix("pagenet-pull: "), "exit_code": 4,
+        "event": "error", "error": "SourceLost", "message": line.removeprefix("pagenet-pull: "),
+            "exit_code": 4,
     }  # fmt: skip
 
 
@@ -609,7 +805,15 @@ async def test_source_killed_before_the_owner_comes(source: str, tmp_path: Path,
 
 async def test_source_that_dialled_is_killed(large_source: str, tmp_path: Path, lane: str) -> None:
     path = tmp_path / "uffd.sock"
-    command = pull_command("tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(path), "--background", "off", lane=lane)
+    command = pull_command(
+        "tcp://127.0.0.1:0",
+        "--listen",
+        "--uffd-socket",
+        str(path),
+        "--background",
+        "off",
+        lane=lane,
+    )
     async with run(command) as puller:
         uri = (await puller.event("listening"))["uri"]
         async with run(serve_command(large_source, "--connect", uri)) as server:
@@ -698,7 +902,12 @@ class Dealer:
 
     def _deal(self) -> None:
         self._socket.connect(str(self.owner.path))
-        mapping = {"base_host_virt_addr": self._memory.address, "size": CANCELLED_SIZE, "offset": 0, "page_size": PAGE}
+        mapping = {
+            "base_host_virt_addr": self._memory.address,
+            "size": CANCELLED_SIZE,
+            "offset": 0,
+            "page_size": PAGE,
+        }
         socket.send_fds(self._socket, [json.dumps([mapping]).encode()], [self._uffd.fd])
 
     def close(self) -> None:
@@ -716,7 +925,11 @@ def owner_of(kind: str, directory: Path) -> Iterator[UffdSocket | OwnMemory | In
     if kind == "file":
         yield IntoFile(directory / "copy")
         return
-    made = Dealer(directory / "uffd.sock") if kind == "socket" else OwnMemory("memfd" if kind == "memfd" else "anonymous")
+    made = (
+        Dealer(directory / "uffd.sock")
+        if kind == "socket"
+        else OwnMemory("memfd" if kind == "memfd" else "anonymous")
+    )
     try:
         yield made.owner if isinstance(made, Dealer) else made
     finally:
@@ -741,7 +954,9 @@ OWNERS = ["file", "anonymous", "memfd", "socket"]
 MOMENTS = 50
 
 
-async def cancel_everywhere(work: Callable[[], Awaitable[None]], check: Callable[[], Awaitable[None]]) -> None:
+async def cancel_everywhere(
+    work: Callable[[], Awaitable[None]], check: Callable[[], Awaitable[None]]
+) -> None:
     total = await steps_until_cancelled(work, 1 << 60)
     await check()
     for step in sorted({1 + index * total // MOMENTS for index in range(MOMENTS)}):
@@ -857,7 +1072,8 @@ async def test_stream_that_nobody_talks_on(source: str, lane: str) -> None:
 
 
 async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> None:
-    """Nothing is asked for before: what the source's memory holds until then is not what it will hold."""
+    """Nothing is asked for before: what the source's memory holds until then is not what it will
+    hold."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
     arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--threads", 2)
@@ -871,7 +1087,11 @@ async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> No
             with closing(OwnMemory()) as other:  # meanwhile, moved from its first page to its last
                 async with pull(server.uri, other, lane=lane) as moving:
                     await moving.wait_complete()
-            assert transfer.statistics().demand.requests == transfer.statistics().background.requests == 0
+            assert (
+                transfer.statistics().demand.requests
+                == transfer.statistics().background.requests
+                == 0
+            )
             transfer.release()
             await transfer.wait_complete()
             await check_verified(workload)

@@ -1,4 +1,5 @@
-"""What is made from the parsers, and from the docstrings: manual pages, completion, the API reference."""
+"""What is made from the parsers, and from the docstrings: manual pages, completion, the API
+reference."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = next(
-    line.partition(":=")[2].split() for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PUBLIC")
+    line.partition(":=")[2].split()
+    for line in (ROOT / "Makefile").read_text().splitlines()
+    if line.startswith("PUBLIC")
 )
 
 
@@ -52,7 +55,9 @@ def test_manual_pages_are_well_formed(pages: dict[str, str]) -> None:
     for name in [name for name in pages if name.startswith("man/")]:
         text = (ROOT / "docs" / name).read_text()
         assert {line.split()[0] for line in text.splitlines() if line.startswith(".")} <= macros
-        assert [f".SH {title}" in text for title in ("NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS")] == [True] * 4
+        assert [
+            f".SH {title}" in text for title in ("NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS")
+        ] == [True] * 4
         assert ".SH EXIT STATUS\n.nf\n  0    done" in text
 
 
@@ -75,12 +80,23 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def test_bash_completes(words: str, offered: set[str]) -> None:
     command = words.split()[0]
     path = ROOT / "docs" / "completion" / "bash" / command
-    done = subprocess.run(["bash", "-c", COMPLETE, "bash", str(path), words, command], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", str(path), words, command], capture_output=True, text=True
+    )
     assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_reference_has_every_public_name(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pdoc", "--docformat", "restructuredtext", "--output-directory", str(tmp_path), *PUBLIC]
+    command = [
+        sys.executable,
+        "-m",
+        "pdoc",
+        "--docformat",
+        "restructuredtext",
+        "--output-directory",
+        str(tmp_path),
+        *PUBLIC,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in PUBLIC:
@@ -96,6 +112,8 @@ def test_every_public_name_is_explained(name: str) -> None:
     unexplained = [
         public
         for public in module.__all__
-        if callable(thing := getattr(module, public)) and not inspect.getdoc(thing) and inspect.getmodule(thing) is not None
+        if callable(thing := getattr(module, public))
+        and not inspect.getdoc(thing)
+        and inspect.getmodule(thing) is not None
     ]
     assert not unexplained

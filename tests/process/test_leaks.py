@@ -102,7 +102,8 @@ def test_child_that_nobody_waited_for(before: Snapshot) -> None:
 
 
 def test_child_of_another_thread(before: Snapshot) -> None:
-    """The kernel lists children by the thread that started them; a thread that ends hands its own to another."""
+    """The kernel lists children by the thread that started them; a thread that ends hands its own
+    to another."""
     children: list[subprocess.Popen[bytes]] = []
     thread = threading.Thread(target=lambda: children.append(subprocess.Popen(["sleep", "60"])))
     thread.start()
@@ -139,7 +140,9 @@ def test_file_in_dev_shm(before: Snapshot, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_mount(before: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PAGENET_TEST_SHARED_HOST", raising=False)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"this user may not mount a tmpfs: {mounted.stderr.strip()}")
     leaks = left_behind(before, grace=0)
@@ -196,7 +199,8 @@ def test_session_ends_with_an_error_if_a_process_outlives_it(tmp_path: Path) -> 
 
 
 def test_it_is_cheap(before: Snapshot) -> None:
-    """More than 2 ms a test would be felt over thousands of tests. Best of 20, as the machine is shared."""
+    """More than 2 ms a test would be felt over thousands of tests. Best of 20, as the machine is
+    shared."""
     best = min(_seconds_of_both(before) for _ in range(20))
     assert best < 0.002
 

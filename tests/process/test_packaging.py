@@ -17,7 +17,8 @@ pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-#: left out of the copy that is built: made by tools, or by earlier builds that could lend this one their files
+# : left out of the copy that is built: made by tools, or by earlier builds that could lend this one
+# their files
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".*_cache", ".hypothesis", ".venv", "*.egg-info", "*.so", "__pycache__", "build", "dist"
 )
@@ -50,7 +51,9 @@ for script in distribution("pagenet").entry_points.select(group="console_scripts
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    result = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -67,7 +70,8 @@ def sources(directory: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with the sdist of the checkout, and the wheel made from that sdist, in isolated environments."""
+    """The directory with the sdist of the checkout, and the wheel made from that sdist, in isolated
+    environments."""
     directory = tmp_path_factory.mktemp("packaging")
     shutil.copytree(ROOT, directory / "checkout", ignore=NOT_SOURCE)
     run(sys.executable, "-m", "build", "--outdir", directory / "dist", cwd=directory / "checkout")
@@ -95,7 +99,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("installed")
     venv.create(directory, with_pip=True, symlinks=True)
     python = directory / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, cwd=directory)
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        wheel,
+        cwd=directory,
+    )
     return python
 
 
@@ -105,13 +118,22 @@ def test_sdist_has_all_of(sdist: set[str], directory: str) -> None:
 
 
 def test_sdist_can_be_worked_on(sdist: set[str]) -> None:
-    assert {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"} <= sdist
+    assert {
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "setup.py",
+    } <= sdist
     assert {"CONTRIBUTING.md", "SECURITY.md", ".pre-commit-config.yaml"} <= sdist
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    code = {name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")}
+    code = {
+        name for name in names if not name.startswith(f"pagenet-{PROJECT['version']}.dist-info/")
+    }
     assert code == sources("pagenet") | {
         "pagenet/_pagenet.abi3.so",
         "pagenet/_pagenet_testing.abi3.so",

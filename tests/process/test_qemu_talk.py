@@ -1,4 +1,5 @@
-"""What the two sides of a guest's migration say to each other, and to a monitor that is none: no QEMU is needed for that."""
+"""What the two sides of a guest's migration say to each other, and to a monitor that is none: no
+QEMU is needed for that."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ async def test_silence() -> None:
 
 @pytest.mark.parametrize("end", range(len(said("ready"))))
 async def test_cut_off(end: int) -> None:
-    with pytest.raises(ConnectionBroken, match="closed the connection in the middle of a migration"):
+    with pytest.raises(
+        ConnectionBroken, match="closed the connection in the middle of a migration"
+    ):
         await heard(said("ready")[:end])
 
 
@@ -77,7 +80,8 @@ async def test_cut_off(end: int) -> None:
     (bytes(msgpack.packb({1: 2})), RemoteProtocolError, "not msgpack"),
     (b"\xc1", RemoteProtocolError, "not msgpack"),
     (b"\xa1\xff", RemoteProtocolError, "not msgpack"),
-    (bytes(msgpack.packb({"say": "x" * 100_000})), RemoteProtocolError, "longer than 65536 bytes|not msgpack"),
+    (bytes(msgpack.packb({"say": "x" * 100_000})), RemoteProtocolError,
+    "longer than 65536 bytes|not msgpack"),
 ])  # fmt: skip
 async def test_nonsense(data: bytes, error: type[PagenetError], message: str) -> None:
     with pytest.raises(error, match=message) as raised:
@@ -119,7 +123,8 @@ def socket_pair() -> tuple[Connection, Connection]:
 
 @pytest.mark.parametrize("has_socket", [True, False])
 async def test_a_connection_for_qemu(has_socket: bool) -> None:
-    """It gets the socket itself, or one behind which bytes are passed on, until both have had enough."""
+    """It gets the socket itself, or one behind which bytes are passed on, until both have had
+    enough."""
     ours, theirs = socket_pair() if has_socket else memory_pair()
     qemu, buffer = Taker(), memoryview(bytearray(6))
     async with open_failing_nursery() as nursery:
@@ -138,7 +143,9 @@ async def test_a_connection_for_qemu(has_socket: bool) -> None:
 
 
 @asynccontextmanager
-async def answering(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[None]:
+async def answering(
+    path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]
+) -> AsyncIterator[None]:
     """Whoever connects to ``path`` first is answered so."""
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(path))
@@ -165,12 +172,15 @@ async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]
     (b"[1]\n", PagenetError, "is no QMP monitor"),
     (b"7\n", PagenetError, "is no QMP monitor"),
     (b'{"event": 1}\n', PagenetError, "is no QMP monitor"),
-    (b'{"QMP": {}}\n{"id": 0, "error": {}}\n', PagenetError, "refuses qmp_capabilities: no reason given"),
-    (b'{"QMP": {}}\n{"id": 0, "error": {"desc": "no\\n\\u001b[2J"}}\n', PagenetError, r"refuses qmp_capabilities: no\?\?\[2J"),
+    (b'{"QMP": {}}\n{"id": 0, "error": {}}\n', PagenetError,
+    "refuses qmp_capabilities: no reason given"),
+    (b'{"QMP": {}}\n{"id": 0, "error": {"desc": "no\\n\\u001b[2J"}}\n', PagenetError,
+    r"refuses qmp_capabilities: no\?\?\[2J"),
     (b'{"QMP": {}}\n{"id": 0, "error": "no"}\n', PagenetError, "is no QMP monitor"),
     (b'{"QMP": {}}\n{"id": 0}\n', PagenetError, "is no QMP monitor"),
     (b"[" * 100_000 + b"\n", PagenetError, "is no QMP monitor"),
-    (b'{"event": "STOP", "data": 5, "timestamp": {"seconds": 1, "microseconds": 1}}\n', PagenetError, "is no QMP monitor"),
+    (b'{"event": "STOP", "data": 5, "timestamp": {"seconds": 1, "microseconds": 1}}\n',
+    PagenetError, "is no QMP monitor"),
     (
         b'{"event": "STOP", "timestamp": {"seconds": 1%s, "microseconds": 1}}\n' % (b"0" * 400),
         PagenetError,
@@ -179,7 +189,9 @@ async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]
     (b'{"QMP": {}}\n{"id": 0, "ret', OwnerGone, "closed its monitor"),
     (b"x" * (5 << 20), PagenetError, "is no QMP monitor: a line of"),
 ])  # fmt: skip
-async def test_monitor_that_is_none(says: bytes, error: type[PagenetError], message: str, tmp_path: Path) -> None:
+async def test_monitor_that_is_none(
+    says: bytes, error: type[PagenetError], message: str, tmp_path: Path
+) -> None:
     async def answer(stream: trio.SocketStream) -> None:
         await stream.send_all(says)
 
@@ -224,7 +236,8 @@ async def test_error_of_a_block_that_is_cancelled_meanwhile(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("text", "size"), [
-    ("4096", 4096), ("4096B", 4096), ("64K", 64 << 10), ("512M", 512 << 20), ("1.5G", 3 << 29), ("2t", 2 << 40),
+    ("4096", 4096), ("4096B", 4096), ("64K", 64 << 10), ("512M", 512 << 20), ("1.5G", 3 << 29),
+    ("2t", 2 << 40),
 ])  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert _parse_size(text) == size
@@ -249,7 +262,11 @@ def test_ram_file(exists: bool, tmp_path: Path) -> None:
     if exists:
         ram.touch()
     backend = f"memory-backend-file,id=r,size=1M,mem-path={ram},share=on"
-    incoming = prepare_incoming(["qemu", "-object", backend, "-machine", "pc,memory-backend=r"], tmp_path / "m", tmp_path / "u")
+    incoming = prepare_incoming(
+        ["qemu", "-object", backend, "-machine", "pc,memory-backend=r"],
+        tmp_path / "m",
+        tmp_path / "u",
+    )
     assert incoming.rams == [ram]
     assert ram.stat().st_size == 1 << 20
     monitor = f"unix:{tmp_path / 'm'},server=on,wait=off"

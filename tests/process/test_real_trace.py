@@ -1,4 +1,5 @@
-"""The first touches of real programs, which know nothing of pagenet: written down by pagenet-bench trace, and played."""
+"""The first touches of real programs, which know nothing of pagenet: written down by pagenet-bench
+trace, and played."""
 
 from __future__ import annotations
 
@@ -60,14 +61,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trace_command(data: Path, output: Path, program: str, *arguments: str, json: bool = False) -> list[str]:
+def trace_command(
+    data: Path, output: Path, program: str, *arguments: str, json: bool = False
+) -> list[str]:
     options = ["--data", str(data), "--output", str(output), *(["--json"] if json else [])]
     command = [sys.executable, "-c", program, "{}", *arguments]
     return [sys.executable, "-m", "pagenet.cli.bench", "trace", *options, "--", *command]
 
 
 def traced(data: Path, output: Path, program: str, *arguments: str) -> tuple[int, str, str]:
-    ended = subprocess.run(trace_command(data, output, program, *arguments), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        trace_command(data, output, program, *arguments), capture_output=True, text=True, timeout=60
+    )
     return ended.returncode, ended.stdout, ended.stderr
 
 
@@ -78,7 +83,11 @@ def test_a_real_program_is_traced_and_played(data: Path, tmp_path: Path) -> None
     status, said, told = traced(data, output, BISECT, *map(str, WANTED))
     assert (status, said) == (3, "found\n")
     worked = sum(work for _, work in load_touches(output).touches) / 1e9
-    assert told == f"pagenet-bench: {len(expected())} of 2048 pages touched, after {worked:.3f} s of work: {output}\n"
+    assert (
+        told
+        == f"pagenet-bench: {len(expected())} of 2048 pages touched, after {worked:.3f} s of work:"
+        f" {output}\n"
+    )
     assert list(make_trace(f"recorded={output}", SIZE).pages) == expected()
     assert data.read_bytes() == before
     assert list(tmp_path.iterdir()) == [output]
@@ -90,7 +99,17 @@ def expected() -> list[int]:
 
 
 def check_played(touches: Path, pages: int) -> None:
-    options = ["--trace", f"recorded={touches}", "--order", "off,recorded", "--rate", "none", "--size", "8M", "--json"]
+    options = [
+        "--trace",
+        f"recorded={touches}",
+        "--order",
+        "off,recorded",
+        "--rate",
+        "none",
+        "--size",
+        "8M",
+        "--json",
+    ]
     command = [sys.executable, "-m", "pagenet.cli.bench", "workload", *options]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     rows = [event for event in map(json.loads, said.splitlines()) if event["event"] == "result"]
@@ -99,10 +118,12 @@ def check_played(touches: Path, pages: int) -> None:
     assert rows[0]["blocked"] == pages
 
 
-# Touches pages of the file, as it was opened and mapped; computes for a while before each of them, and says for how long.
+# Touches pages of the file, as it was opened and mapped; computes for a while before each of them,
+# and says for how long.
 TOUCH = """
 import mmap, sys, time
-with open(sys.argv[1], sys.argv[2]) as file, mmap.mmap(file.fileno(), 0, access=getattr(mmap, sys.argv[3])) as data:
+access = getattr(mmap, sys.argv[3])
+with open(sys.argv[1], sys.argv[2]) as file, mmap.mmap(file.fileno(), 0, access=access) as data:
     for argument in sys.argv[4:]:
         page, seconds = argument.split(":")
         began = time.thread_time_ns()
@@ -113,7 +134,10 @@ with open(sys.argv[1], sys.argv[2]) as file, mmap.mmap(file.fileno(), 0, access=
 """
 
 
-@pytest.mark.parametrize("how", ["r+b ACCESS_WRITE", "r+b ACCESS_READ", "rb ACCESS_READ", "r+b ACCESS_COPY", "rb ACCESS_COPY"])
+@pytest.mark.parametrize(
+    "how",
+    ["r+b ACCESS_WRITE", "r+b ACCESS_READ", "rb ACCESS_READ", "r+b ACCESS_COPY", "rb ACCESS_COPY"],
+)
 def test_however_it_is_mapped_and_opened(how: str, data: Path, tmp_path: Path) -> None:
     assert traced(data, tmp_path / "touches", TOUCH, *how.split(), "9:0", "2000:0", "3:0")[0] == 0
     assert [page for page, _ in load_touches(tmp_path / "touches").touches] == [9, 2000, 3]
@@ -124,11 +148,14 @@ def test_how_long_it_works_between(data: Path, tmp_path: Path) -> None:
     touches = ["1:0", "2:0.05", "3:0.005", "4:0.1"]
     status, said, _ = traced(data, tmp_path / "touches", TOUCH, "rb", "ACCESS_READ", *touches)
     assert status == 0
-    for (_, work), own in zip(load_touches(tmp_path / "touches").touches, map(int, said.split()), strict=True):
+    for (_, work), own in zip(
+        load_touches(tmp_path / "touches").touches, map(int, said.split()), strict=True
+    ):
         assert own <= work < own + 20_000_000
 
 
-# Maps the file again in a child, and in parts, and by many threads; reads it, too. Each finds the data right.
+# Maps the file again in a child, and in parts, and by many threads; reads it, too. Each finds the
+# data right.
 MANY = """
 import mmap, os, sys, threading
 def check(data, page, at=0):
@@ -144,11 +171,13 @@ with open(sys.argv[1], "rb") as file:
         assert os.waitpid(child, 0)[1] == 0
         check(data, 11)
     for page in range(20, 40):
-        with mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ, offset=4096 * page) as part: check(part, page, page)
+        with mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ, offset=4096 * page) as part:
+            check(part, page, page)
     file.seek(4096 * 50)
     assert file.read(16) == b"%015d\\n" % (256 * 50)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        threads = [threading.Thread(target=lambda first=first: [check(data, page) for page in range(first, 1600, 4)])
+        def check_from(first): [check(data, page) for page in range(first, 1600, 4)]
+        threads = [threading.Thread(target=check_from, args=[first])
                    for first in range(100, 104)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
@@ -156,7 +185,8 @@ with open(sys.argv[1], "rb") as file:
 
 
 def test_processes_threads_and_parts(data: Path, tmp_path: Path) -> None:
-    """What is mapped is watched. What a child has from its parent is not, and works all the same, as does reading."""
+    """What is mapped is watched. What a child has from its parent is not, and works all the same,
+    as does reading."""
     assert traced(data, tmp_path / "touches", MANY)[0] == 0
     pages = [page for page, _ in load_touches(tmp_path / "touches").touches]
     assert pages[:24] == [7, 9, 10, 11, *range(20, 40)]
@@ -204,12 +234,19 @@ def test_killed(data: Path, tmp_path: Path) -> None:
 
 def test_the_programs_signal_is_its_status(data: Path, tmp_path: Path) -> None:
     program = TOUCH + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert traced(data, tmp_path / "touches", program, "rb", "ACCESS_READ", "9:0")[0] == 128 + signal.SIGKILL
-    assert load_touches(tmp_path / "touches") == Touches(SIZE // PAGE, ((9, load_touches(tmp_path / "touches").touches[0][1]),))
+    assert (
+        traced(data, tmp_path / "touches", program, "rb", "ACCESS_READ", "9:0")[0]
+        == 128 + signal.SIGKILL
+    )
+    assert load_touches(tmp_path / "touches") == Touches(
+        SIZE // PAGE, ((9, load_touches(tmp_path / "touches").touches[0][1]),)
+    )
 
 
 def test_for_machines(data: Path, tmp_path: Path) -> None:
-    command = trace_command(data, tmp_path / "touches", TOUCH + "time.sleep(1.2)", "rb", "ACCESS_READ", "9:0", json=True)
+    command = trace_command(
+        data, tmp_path / "touches", TOUCH + "time.sleep(1.2)", "rb", "ACCESS_READ", "9:0", json=True
+    )
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0
     assert int(ended.stdout) >= 0
@@ -220,17 +257,29 @@ def test_for_machines(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["--data", "{data}", "--output", "{output}"], 2, "say which program"),
-    (["--data", "{data}", "--output", "{output}", "--", "true"], 2, "no argument of the program has {} in it"),
-    (["--data", "{data}", "--output", "{output}", "--", "/nowhere", "{}"], 2, "cannot run /nowhere: No such file"),
-    (["--data", "{data}", "--output", "{output}", "--", "true", "{}"], 1, "has touched no page of a mapping of its data"),
-    (["--data", "{data}", "--output", "{output}", "--", "false", "{}"], 1, "false ended with status 1, and has touched no"),
-    (["--data", "/nowhere", "--output", "{output}", "--", "true", "{}"], 2, "cannot copy /nowhere into memory: No such file"),
-    (["--data", "/dev/null", "--output", "{output}", "--", "true", "{}"], 2, "is empty, or no file that could be mapped"),
-    (["--data", "/", "--output", "{output}", "--", "true", "{}"], 2, "is empty, or no file that could be mapped"),
+    (["--data", "{data}", "--output", "{output}", "--", "true"], 2,
+    "no argument of the program has {} in it"),
+    (["--data", "{data}", "--output", "{output}", "--", "/nowhere", "{}"], 2,
+    "cannot run /nowhere: No such file"),
+    (["--data", "{data}", "--output", "{output}", "--", "true", "{}"], 1,
+    "has touched no page of a mapping of its data"),
+    (["--data", "{data}", "--output", "{output}", "--", "false", "{}"], 1,
+    "false ended with status 1, and has touched no"),
+    (["--data", "/nowhere", "--output", "{output}", "--", "true", "{}"], 2,
+    "cannot copy /nowhere into memory: No such file"),
+    (["--data", "/dev/null", "--output", "{output}", "--", "true", "{}"], 2,
+    "is empty, or no file that could be mapped"),
+    (["--data", "/", "--output", "{output}", "--", "true", "{}"], 2,
+    "is empty, or no file that could be mapped"),
     (["--output", "{output}", "--", "true", "{}"], 2, "required: --data"),
 ])  # fmt: skip
 def test_bad_usage_is_one_line(
-    arguments: list[str], code: int, words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    words: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = {"{data}": str(data), "{output}": str(tmp_path / "touches")}
     try:
@@ -244,9 +293,14 @@ def test_bad_usage_is_one_line(
 
 
 def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
-    status, _, err = traced(data, tmp_path / "nowhere" / "touches", TOUCH, "rb", "ACCESS_READ", "9:0")
+    status, _, err = traced(
+        data, tmp_path / "nowhere" / "touches", TOUCH, "rb", "ACCESS_READ", "9:0"
+    )
     assert status == 2
-    assert err.splitlines() == [f"pagenet-bench: cannot write the trace {tmp_path}/nowhere/touches: No such file or directory"]
+    assert err.splitlines() == [
+        f"pagenet-bench: cannot write the trace {tmp_path}/nowhere/touches: No such file or"
+        " directory"
+    ]
 
 
 AS_NOBODY = """
@@ -260,7 +314,9 @@ sys.exit(main(sys.argv[1:]))
 def test_where_it_is_not_permitted(data: Path, tmp_path: Path) -> None:
     """As a user who may have no userfaultfd: before the program is run."""
     command = trace_command(data, tmp_path / "touches", TOUCH, "rb", "ACCESS_READ", "9:0")[3:]
-    ended = subprocess.run([sys.executable, "-c", AS_NOBODY, *command], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, *command], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout) == (7, "")
     (line,) = ended.stderr.splitlines()
     assert "userfaultfd" in line

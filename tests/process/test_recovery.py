@@ -1,4 +1,5 @@
-"""A destination is killed in the middle, and another goes on: at any moment, again and again, and every byte is right."""
+"""A destination is killed in the middle, and another goes on: at any moment, again and again, and
+every byte is right."""
 
 from __future__ import annotations
 
@@ -25,7 +26,17 @@ from processes import (
     write_pattern,
 )
 
-from pagenet import AbandonedOwner, Block, HandshakeError, OwnerGone, Region, Run, UsageError, _native, open_source
+from pagenet import (
+    AbandonedOwner,
+    Block,
+    HandshakeError,
+    OwnerGone,
+    Region,
+    Run,
+    UsageError,
+    _native,
+    open_source,
+)
 from pagenet.destination.filling import Filling
 from pagenet.protocol import Class
 from pagenet.residency import Residency, State
@@ -91,11 +102,18 @@ async def is_killed(pulling: Process, after: float) -> bool:
 
 
 @pytest.mark.parametrize("lane", LANES)
-@pytest.mark.parametrize(("memory", "window"), [("anonymous", "0,0"), ("memfd", "0,0"), ("memfd", "8,8")])
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(300)])])
-async def test_killed_again_and_again(kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path) -> None:
-    """The owner writes to its pages, and gives some of them up, all the time. Neither is undone, and nothing is missed. What is
-    prefetched into shared memory is partly held back at that moment."""
+@pytest.mark.parametrize(
+    ("memory", "window"), [("anonymous", "0,0"), ("memfd", "0,0"), ("memfd", "8,8")]
+)
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(300)])]
+)
+async def test_killed_again_and_again(
+    kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path
+) -> None:
+    """The owner writes to its pages, and gives some of them up, all the time. Neither is undone,
+    and nothing is missed. What is prefetched into shared memory is partly held back at that
+    moment."""
     longest, prefetch = 0.5 / kills, ("--prefetch", window)
     async with run_server(source) as (_, uri):
         more: list[str | int] = ["--touches", 8 * PAGES, "--order", "random", "--wait-complete"]
@@ -107,7 +125,9 @@ async def test_killed_again_and_again(kills: int, memory: str, window: str, lane
                 async with run([*resume_command(uri, owner.pid, lane), *prefetch]) as pulling:
                     if not await begins(pulling):
                         break
-                    going_on = await is_killed(pulling, random.uniform(0.0, longest) if kills > 0 else 60)
+                    going_on = await is_killed(
+                        pulling, random.uniform(0.0, longest) if kills > 0 else 60
+                    )
             await check_verified(owner)
 
 
@@ -124,8 +144,8 @@ async def begins(pulling: Process) -> bool:
 
 
 class Left:
-    """Memory of this process whose destinations come and go, as an owner has it: all that it keeps is a userfaultfd, a memfd of
-    its pages, and one of their map."""
+    """Memory of this process whose destinations come and go, as an owner has it: all that it keeps
+    is a userfaultfd, a memfd of its pages, and one of their map."""
 
     def __init__(self, pages: int) -> None:
         self.region = Region([Block("ram", pages * PAGE)])
@@ -145,7 +165,9 @@ class Left:
             self.region,
             shared_fd=os.dup(self.memory),
             map_fd=map_fd,
-            recover=Note.decode(_native.find_map(self.map).note) if os.fstat(self.map).st_size else None,
+            recover=(
+                Note.decode(_native.find_map(self.map).note) if os.fstat(self.map).st_size else None
+            ),
             keeps_uffd=lambda: True,
             wait_gone=trio.sleep_forever,
         )
@@ -180,7 +202,8 @@ NEW, OLD = b"n" * PAGE, b"o" * PAGE
 
 def test_what_every_state_becomes(left: Left) -> None:
     dead = left.fill()
-    states = [state for state in State if state is not State.OUTSIDE]  # which no page is that is mapped
+    # which no page is that is mapped
+    states = [state for state in State if state is not State.OUTSIDE]
     for state in states:
         dead.residency.set(Run(state, 1), state)
     os.pwrite(left.memory, NEW, State.READY * PAGE)
@@ -222,7 +245,8 @@ def test_what_the_owner_has_written_stays(left: Left) -> None:
 
 
 def test_a_page_that_was_given_up_since(left: Left) -> None:
-    """The dead destination has read that, and died: nobody will say it again. It is not there, and does not come back."""
+    """The dead destination has read that, and died: nobody will say it again. It is not there, and
+    does not come back."""
     dead = left.fill()
     dead.residency.set(Run(3, 1), State.READY)
     dead.close()
@@ -246,7 +270,9 @@ def test_half_a_page_is_not_seen(left: Left) -> None:
 
 def test_another_source(left: Left) -> None:
     left.fill().close()
-    with pytest.raises(UsageError, match="not the one whose pages were coming, but another machine's"):
+    with pytest.raises(
+        UsageError, match="not the one whose pages were coming, but another machine's"
+    ):
         left.fill(b"another")
     left.fill().close()
 
@@ -275,13 +301,20 @@ def test_owner_that_ends_meanwhile(left: Left, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_map_of_another_size(left: Left) -> None:
-    with Residency(8, file=_native.lock_map(left.map), note=Note(b"source", True, (Mapping(0, PAGE, 0, PAGE),)).encode()):
+    with Residency(
+        8,
+        file=_native.lock_map(left.map),
+        note=Note(b"source", True, (Mapping(0, PAGE, 0, PAGE),)).encode(),
+    ):
         pass
     with pytest.raises(HandshakeError, match="cannot be used: Invalid argument"):
         left.fill()
 
 
-@pytest.mark.parametrize(("state", "says"), [(255, "cannot be used: Invalid argument"), (State.OUTSIDE, "not that of its")])
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [(255, "cannot be used: Invalid argument"), (State.OUTSIDE, "not that of its")],
+)
 def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) -> None:
     left.fill().close()
     os.pwrite(left.map, bytes([state]), lib.pn_map_bytes(3))
@@ -289,7 +322,9 @@ def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) ->
         left.fill()
 
 
-@pytest.mark.parametrize("garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + b"\xff" * 50000])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + b"\xff" * 50000]
+)
 def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
     file = os.memfd_create("map", os.MFD_CLOEXEC)
     try:
@@ -304,9 +339,12 @@ def test_state_that_no_page_can_have(left: Left) -> None:
     """Its owner has the map open, too, and writes to it while pages come."""
     filling = left.fill()
     os.pwrite(left.map, b"\xff", lib.pn_map_bytes(3))
-    with pytest.raises(HandshakeError, match="the owner has written to the map of its pages: page 3"):
+    with pytest.raises(
+        HandshakeError, match="the owner has written to the map of its pages: page 3"
+    ):
         filling.residency.state(3)
-    assert sum(run.count for run in filling.residency.missing()) == 16  # nobody is to read zeros there
+    # nobody is to read zeros there
+    assert sum(run.count for run in filling.residency.missing()) == 16
     os.pwrite(left.map, b"\0", lib.pn_map_bytes(3))
     filling.close()
 
@@ -333,7 +371,10 @@ def test_no_owner(pid: Callable[[], int], says: str) -> None:
 
 async def test_owner_without_a_map(source: str, tmp_path: Path) -> None:
     socket = tmp_path / "owner.sock"
-    async with run_server(source) as (_, uri), run(pull_command(uri, "--uffd-socket", str(socket), lane="native")) as pulling:
+    async with (
+        run_server(source) as (_, uri),
+        run(pull_command(uri, "--uffd-socket", str(socket), lane="native")) as pulling,
+    ):
         await pulling.event("waiting")
         async with run_workload(socket, "--size", SIZE) as owner:
             await pulling.event("owner")
@@ -343,26 +384,43 @@ async def test_owner_without_a_map(source: str, tmp_path: Path) -> None:
 
 async def test_another_process_is_at_work(source: str, tmp_path: Path) -> None:
     async with run_server(source) as (_, uri):  # noqa: SIM117
-        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (_, owner):
-            with pytest.raises(UsageError, match=f"another pagenet is at work on the memory of process {owner.pid}"):
+        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (
+            _,
+            owner,
+        ):
+            with pytest.raises(
+                UsageError, match=f"another pagenet is at work on the memory of process {owner.pid}"
+            ):
                 AbandonedOwner(owner.pid)
 
 
 async def test_of_another_user(source: str, tmp_path: Path) -> None:
     async with run_server(source) as (_, uri):  # noqa: SIM117
-        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (pulling, owner):
+        async with begun(uri, tmp_path, "memfd", "native", "--order", "none", background="off") as (
+            pulling,
+            owner,
+        ):
             await pulling.kill()
-            command = [sys.executable, "-c", AS_NOBODY, *resume_command(uri, owner.pid, "native")[3:]]
+            command = [
+                sys.executable,
+                "-c",
+                AS_NOBODY,
+                *resume_command(uri, owner.pid, "native")[3:],
+            ]
             async with run(command) as resumed:
                 assert await resumed.wait() == 7
-                assert f"may not take over the memory of process {owner.pid}: Permission denied" in resumed.stderr
+                assert (
+                    f"may not take over the memory of process {owner.pid}: Permission denied"
+                    in resumed.stderr
+                )
 
 
 # ---- owners that lie ----
 
 
-# An unprivileged process that says it was being filled: a map of pages and the note beside it, a userfaultfd, and a file of
-# root's that it may read. Its arguments: the file, the source's identity, and what it has mapped.
+# An unprivileged process that says it was being filled: a map of pages and the note beside it, a
+# userfaultfd, and a file of root's that it may read. Its arguments: the file, the source's
+# identity, and what it has mapped.
 FORGER = """
 import ctypes, json, mmap, os, sys
 from pagenet import _native
@@ -379,8 +437,11 @@ fd = -1 if how == "nothing" else file
 flags = mmap.MAP_SHARED if how == "shared" else mmap.MAP_PRIVATE
 access = mmap.PROT_READ if how == "shared" else mmap.PROT_READ | mmap.PROT_WRITE
 memory = mmap.mmap(fd, size, flags=flags | (mmap.MAP_ANONYMOUS if fd < 0 else 0), prot=access)
-address = next(int(line.split("-")[0], 16) for line in open("/proc/self/maps") if path in line) if fd >= 0 else (
-    ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+if fd >= 0:
+    lines = [line for line in open("/proc/self/maps") if path in line]
+    address = int(lines[0].split("-")[0], 16)
+else:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 if how != "shared":
     uffd.register(address, size, Mode.MISSING)
 note = Note(bytes.fromhex(identity), True, (Mapping(address, size, 0, 4096),)).encode()
@@ -404,8 +465,11 @@ def file_of_roots() -> Iterator[Path]:
 @pytest.mark.skipif(os.getuid() != 0, reason="this is about what root may do, and others may not")
 @pytest.mark.parametrize("how", ["privately", "shared", "nothing"])
 @pytest.mark.parametrize("lane", LANES)
-async def test_root_is_not_lent_out(how: str, lane: str, file_of_roots: Path, tmp_path: Path) -> None:
-    """Root's file is open in a process that may read it. Nobody opens it anew, and asks whether root may write."""
+async def test_root_is_not_lent_out(
+    how: str, lane: str, file_of_roots: Path, tmp_path: Path
+) -> None:
+    """Root's file is open in a process that may read it. Nobody opens it anew, and asks whether
+    root may write."""
     before = file_of_roots.read_bytes()
     chosen = str(write_pattern(tmp_path / "chosen", len(before)))
     with open_source(chosen) as source:
@@ -415,14 +479,22 @@ async def test_root_is_not_lent_out(how: str, lane: str, file_of_roots: Path, tm
         await forger.event("ready")
         async with run(resume_command(uri, forger.pid, lane)) as resumed:
             assert await resumed.wait() == 2, resumed.stderr
-            assert f"the memory of process {forger.pid} is not what its map of pages says" in resumed.stderr
+            assert (
+                f"the memory of process {forger.pid} is not what its map of pages says"
+                in resumed.stderr
+            )
             assert resumed.stderr.count("\n") == 1
     assert file_of_roots.read_bytes() == before
 
 
-async def resumed_from(server_arguments: Sequence[str], owner: Process, lane: str) -> tuple[int, str]:
+async def resumed_from(
+    server_arguments: Sequence[str], owner: Process, lane: str
+) -> tuple[int, str]:
     """How a destination ends that goes on from there, and what it says."""
-    async with run_server(*server_arguments) as (_, uri), run(resume_command(uri, owner.pid, lane)) as pulling:
+    async with (
+        run_server(*server_arguments) as (_, uri),
+        run(resume_command(uri, owner.pid, lane)) as pulling,
+    ):
         return await pulling.wait(), pulling.stderr
 
 
@@ -431,7 +503,10 @@ async def test_a_file_that_was_written_to_is_another_source(lane: str, tmp_path:
     """Refused in one line, which says under which identity the same bytes would be taken."""
     source = write_pattern(tmp_path / "source", SIZE, zero_every=16)
     touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
-    async with run_server(str(source)) as (_, uri), begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner):
+    async with (
+        run_server(str(source)) as (_, uri),
+        begun(uri, tmp_path, "memfd", lane, *touches) as (pulling, owner),
+    ):
         await pulling.kill()
         body = source.read_bytes()
         source.write_bytes(body)

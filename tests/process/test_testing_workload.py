@@ -1,4 +1,5 @@
-"""native/testing: pattern.c, and workload.c as the process that it is made for. Most handlers here only listen."""
+"""native/testing: pattern.c, and workload.c as the process that it is made for. Most handlers here
+only listen."""
 
 from __future__ import annotations
 
@@ -38,17 +39,23 @@ PAGES = st.integers(0, 2**52)
 # ---- the pattern ----
 
 
-def fill(first: int, pages: int, page_size: int = PAGE, seed: int = 1, zero_every: int = 0) -> bytearray:
+def fill(
+    first: int, pages: int, page_size: int = PAGE, seed: int = 1, zero_every: int = 0
+) -> bytearray:
     memory = bytearray(b"\xaa" * pages * page_size)
     lib.pn_pattern_fill(ffi.from_buffer(memory), first, pages, page_size, seed, zero_every)
     return memory
 
 
-def check(memory: bytearray, first: int, page_size: int = PAGE, seed: int = 1, zero_every: int = 0) -> tuple[int, int | None]:
+def check(
+    memory: bytearray, first: int, page_size: int = PAGE, seed: int = 1, zero_every: int = 0
+) -> tuple[int, int | None]:
     """How many pages differ, and the first of them."""
     bad = ffi.new("uint64_t *")
     pages = len(memory) // page_size
-    differ = lib.pn_pattern_check(ffi.from_buffer(memory), first, pages, page_size, seed, zero_every, bad)
+    differ = lib.pn_pattern_check(
+        ffi.from_buffer(memory), first, pages, page_size, seed, zero_every, bad
+    )
     return differ, bad[0] if differ else None
 
 
@@ -56,8 +63,16 @@ def words(memory: bytearray) -> array.array[int]:
     return array.array("Q", bytes(memory))
 
 
-@given(first=PAGES, pages=st.integers(0, 9), page_size=SIZES, seed=NUMBERS, zero_every=st.integers(0, 5))
-def test_pattern_checks_what_it_filled(first: int, pages: int, page_size: int, seed: int, zero_every: int) -> None:
+@given(
+    first=PAGES,
+    pages=st.integers(0, 9),
+    page_size=SIZES,
+    seed=NUMBERS,
+    zero_every=st.integers(0, 5),
+)
+def test_pattern_checks_what_it_filled(
+    first: int, pages: int, page_size: int, seed: int, zero_every: int
+) -> None:
     memory = fill(first, pages, page_size, seed, zero_every)
     assert check(memory, first, page_size, seed, zero_every) == (0, None)
     alone = [fill(first + page, 1, page_size, seed, zero_every) for page in range(pages)]
@@ -95,10 +110,14 @@ def test_no_two_words_agree() -> None:
 
 
 @given(page=PAGES, page_size=SIZES, seed=NUMBERS, zero_every=st.integers(0, 3))
-def test_word_functions_agree_with_the_page(page: int, page_size: int, seed: int, zero_every: int) -> None:
+def test_word_functions_agree_with_the_page(
+    page: int, page_size: int, seed: int, zero_every: int
+) -> None:
     expected = words(fill(page, 1, page_size, seed, zero_every))
     assert lib.pn_pattern_word(page, page_size, seed, zero_every) == expected[0]
-    assert [lib.pn_pattern_word_at(page, i, seed, zero_every) for i in range(len(expected))] == list(expected)
+    assert [
+        lib.pn_pattern_word_at(page, i, seed, zero_every) for i in range(len(expected))
+    ] == list(expected)
 
 
 @pytest.mark.parametrize("zero_every", [2, 8, 50])
@@ -183,13 +202,21 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_runs_on_this_python() -> None:
-    assert workload_command("--help") == [sys.executable, "-P", "-m", "pagenet.testing.workload", "--help"]
+    assert workload_command("--help") == [
+        sys.executable,
+        "-P",
+        "-m",
+        "pagenet.testing.workload",
+        "--help",
+    ]
 
 
 def test_help() -> None:
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("usage: python -m pagenet.testing.workload --socket PATH --size BYTES [options]\n")
+    assert result.stdout.startswith(
+        "usage: python -m pagenet.testing.workload --socket PATH --size BYTES [options]\n"
+    )
     assert "--bad-handshake no|json|nofd|overlap|past-end|empty|huge|long\n" in result.stdout
 
 
@@ -272,9 +299,22 @@ def test_mappings_lie_apart(start: Start) -> None:
         assert base + size < following
 
 
-@pytest.mark.parametrize(("memory", "asked"), [("anonymous", "missing"), ("memfd", "missing"), ("memfd", "minor")])
+@pytest.mark.parametrize(
+    ("memory", "asked"), [("anonymous", "missing"), ("memfd", "missing"), ("memfd", "minor")]
+)
 def test_registers_as_asked(start: Start, memory: str, asked: str) -> None:
-    owner = start("--size", "4K", "--memory", memory, "--register", asked, "--order", "none", "--verify", "none")
+    owner = start(
+        "--size",
+        "4K",
+        "--memory",
+        memory,
+        "--register",
+        asked,
+        "--order",
+        "none",
+        "--verify",
+        "none",
+    )
     assert owner.event() == {"event": "connected", "registered": asked}
 
 
@@ -360,7 +400,9 @@ def test_outlives_the_thread_that_started_it(start: Start) -> None:
     owners: list[Owner] = []
 
     def launch() -> None:
-        owners.append(start("--size", "64K", "--order", "none", "--verify", "none", "--wait-complete"))
+        owners.append(
+            start("--size", "64K", "--order", "none", "--verify", "none", "--wait-complete")
+        )
         assert [owners[0].event()["event"] for _ in range(2)] == ["connected", "touching"]
 
     thread = threading.Thread(target=launch)
@@ -374,9 +416,12 @@ def test_outlives_the_thread_that_started_it(start: Start) -> None:
 
 
 class Handler:
-    """Answers faults of one region, one at a time, with the pattern of seed 0; spoil() has the last word on each page."""
+    """Answers faults of one region, one at a time, with the pattern of seed 0; spoil() has the last
+    word on each page."""
 
-    def __init__(self, owner: Owner, spoil: Callable[[int, bytearray], int] = lambda page, data: _native.COPY) -> None:
+    def __init__(
+        self, owner: Owner, spoil: Callable[[int, bytearray], int] = lambda page, data: _native.COPY
+    ) -> None:
         (self.region,), self.owner, self.spoil = owner.regions, owner, spoil
 
     def serve(self) -> dict[str, Any]:
@@ -408,7 +453,18 @@ class Handler:
 
 @pytest.mark.parametrize("order", ["zipf", "random", "sequential", "strided", "none"])
 def test_right_bytes_are_found_right(start: Start, order: str) -> None:
-    owner = start("--size", "1M", "--order", order, "--threads", "4", "--touches", "2000", "--write-share", "50")
+    owner = start(
+        "--size",
+        "1M",
+        "--order",
+        order,
+        "--threads",
+        "4",
+        "--touches",
+        "2000",
+        "--write-share",
+        "50",
+    )
     found = Handler(owner).serve()
     touches = 0 if order == "none" else 2000
     check_found(found, pages=256, bad=0, first_bad=None, touches=touches, poisoned=0)
@@ -434,17 +490,32 @@ def last_bit(page: int, data: bytearray) -> int:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "verify"), [(zeros, "none"), (zeros, "all"), (last_bit, "all")], ids=["touch", "verification", "one bit"]
+    ("spoil", "verify"),
+    [(zeros, "none"), (zeros, "all"), (last_bit, "all")],
+    ids=["touch", "verification", "one bit"],
 )
-def test_wrong_bytes_are_found(start: Start, spoil: Callable[[int, bytearray], int], verify: str) -> None:
+def test_wrong_bytes_are_found(
+    start: Start, spoil: Callable[[int, bytearray], int], verify: str
+) -> None:
     owner = start("--size", "1M", "--order", "random", "--verify", verify)
     check_found(Handler(owner, spoil).serve(), bad=2, first_bad=7)
     assert owner.process.wait() == 1
 
 
 def test_lost_write_is_found(start: Start) -> None:
-    """Late placement: a page's old content comes once more, over what the owner has written since."""
-    owner = start("--size", "4K", "--memory", "memfd", "--touches", "100", "--write-share", "100", "--wait-complete")
+    """Late placement: a page's old content comes once more, over what the owner has written
+    since."""
+    owner = start(
+        "--size",
+        "4K",
+        "--memory",
+        "memfd",
+        "--touches",
+        "100",
+        "--write-share",
+        "100",
+        "--wait-complete",
+    )
     handler, old = Handler(owner), bytes(fill(0, 1, seed=0))
     owner.wait_fault()
     handler.answer(owner.fds[0])
@@ -458,7 +529,9 @@ def test_lost_write_is_found(start: Start) -> None:
 
 def test_poisoned_pages_are_counted(start: Start) -> None:
     owner = start("--size", "1M", "--threads", "4", "--order", "random", "--write-share", "50")
-    found = Handler(owner, lambda page, data: _native.POISON if page % 8 == 0 else _native.COPY).serve()
+    found = Handler(
+        owner, lambda page, data: _native.POISON if page % 8 == 0 else _native.COPY
+    ).serve()
     if not found["poisoned"]:
         pytest.skip("the kernel has no UFFDIO_POISON")
     check_found(found, pages=256, bad=0, poisoned=32)

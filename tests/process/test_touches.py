@@ -1,4 +1,5 @@
-"""The file of a program's first touches, and the time between them; and a player that works as long as it says."""
+"""The file of a program's first touches, and the time between them; and a player that works as long
+as it says."""
 
 from __future__ import annotations
 
@@ -22,11 +23,16 @@ from pagenet.cli.bench import main
 PAGES = 1000
 MIB = 1 << 20
 
-touched = st.lists(st.tuples(st.integers(0, PAGES - 1), st.integers(0, 3600 * 10**9)), unique_by=lambda touch: touch[0])
+touched = st.lists(
+    st.tuples(st.integers(0, PAGES - 1), st.integers(0, 3600 * 10**9)),
+    unique_by=lambda touch: touch[0],
+)
 
 
 @given(touched)
-def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, touches: list[tuple[int, int]]) -> None:
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, touches: list[tuple[int, int]]
+) -> None:
     path = tmp_path_factory.mktemp("touches") / "touches"
     Touches(PAGES, tuple(touches)).save(path)
     assert load_touches(path) == Touches(PAGES, tuple(touches))
@@ -124,7 +130,9 @@ def played(*options: str) -> dict[str, float]:
     where = ("--order", "off", "--rate", "none", "--size", "1M", "--json")
     command = [sys.executable, "-m", "pagenet.cli.bench", "workload", *where, *options]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    row: dict[str, float] = next(event for event in map(json.loads, said.splitlines()) if event["event"] == "result")
+    row: dict[str, float] = next(
+        event for event in map(json.loads, said.splitlines()) if event["event"] == "result"
+    )
     return row
 
 

@@ -1,4 +1,5 @@
-"""pagenet/whole_file.py: what is written by name is whole and its writer's own, or there is one line and the older file."""
+"""pagenet/whole_file.py: what is written by name is whole and its writer's own, or there is one
+line and the older file."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def test_two_at_once_have_a_file_each(making: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["note"]
 
 
-def test_a_name_within_the_current_directory(making: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_within_the_current_directory(
+    making: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And that is where it goes, wherever its writer has gone since."""
     monkeypatch.chdir(tmp_path)
     with WholeFile("note", "note") as file:
@@ -123,7 +126,9 @@ async def test_cancelled_before_the_thread_begins(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-async def test_the_disk_is_waited_for_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_disk_is_waited_for_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that never ends holds up nobody, and leaves nothing."""
     began, go_on = trio.Event(), trio.lowlevel.current_trio_token()
     read_end, write_end = os.pipe()
@@ -183,7 +188,9 @@ def test_a_name_that_is_something_else(kind: str, making: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_name_that_becomes_something_else_meanwhile(kind: str, making: str, tmp_path: Path) -> None:
+def test_a_name_that_becomes_something_else_meanwhile(
+    kind: str, making: str, tmp_path: Path
+) -> None:
     make, words = OTHERS[kind]
     (tmp_path / "mine").write_bytes(b"mine")
     with WholeFile(tmp_path / "note", "note") as file:
@@ -304,10 +311,19 @@ def limited(size: int) -> Iterator[None]:
 
 def test_no_room_is_one_line(making: str, tmp_path: Path) -> None:
     (tmp_path / "note").write_bytes(b"older")
-    with limited(PAGE), pytest.raises(PagenetError, match=r"File too large; what was there before is as it was") as failed:
+    with (
+        limited(PAGE),
+        pytest.raises(
+            PagenetError, match=r"File too large; what was there before is as it was"
+        ) as failed,
+    ):
         write(tmp_path / "note", bytes(PAGE + 1))
     assert failed.value.exit_code == 1
-    with limited(PAGE), WholeFile(tmp_path / "note", "note") as file, pytest.raises(UsageError, match="8192 bytes long"):
+    with (
+        limited(PAGE),
+        WholeFile(tmp_path / "note", "note") as file,
+        pytest.raises(UsageError, match="8192 bytes long"),
+    ):
         file.resize(2 * PAGE)
     assert os.listdir(tmp_path) == ["note"]
     assert (tmp_path / "note").read_bytes() == b"older"
@@ -362,7 +378,8 @@ def into(uri: str, path: Path) -> list[str]:
 
 @pytest.mark.parametrize("killed", [False, True])
 async def test_two_transfers_into_one_file(killed: bool, tmp_path: Path) -> None:
-    """The first is done while the second has half of its pages; its file stays whole, also if the second is killed."""
+    """The first is done while the second has half of its pages; its file stays whole, also if the
+    second is killed."""
     one = write_pattern(tmp_path / "one", MIB, seed=1)
     other = write_pattern(tmp_path / "other", 2 * MIB, seed=2)
     copy = tmp_path / "copy"
@@ -405,7 +422,9 @@ async def test_links_planted_where_pagenet_might_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("option", ["--into", "--record"])
-async def test_a_transfer_to_a_name_that_is_something_else(kind: str, option: str, tmp_path: Path) -> None:
+async def test_a_transfer_to_a_name_that_is_something_else(
+    kind: str, option: str, tmp_path: Path
+) -> None:
     source = write_pattern(tmp_path / "source", MIB)
     make, words = OTHERS[kind]
     (tmp_path / "mine").write_bytes(b"mine")
@@ -426,7 +445,10 @@ async def test_a_transfer_onto_a_full_disk(tmp_path: Path) -> None:
     source = write_pattern(tmp_path / "source", MIB)
     with mounted(tmp_path / "small", f"size={64 * PAGE}") as small:
         (small / "copy").write_bytes(b"older")
-        async with run_server(str(source)) as (server, uri), run(into(uri, small / "copy")) as puller:
+        async with (
+            run_server(str(source)) as (server, uri),
+            run(into(uri, small / "copy")) as puller,
+        ):
             await puller.rest()
             assert await puller.wait_end() == 1
             assert "No space left on device; what was there before is as it was" in puller.stderr
@@ -444,10 +466,19 @@ async def test_sigterm_ends_a_daemon_that_was_told_to_read_a_fifo(tmp_path: Path
     options = ["--control", str(control), "--max-bandwidth", "1", "--background", "linear"]
     async with (
         run_server(str(source)) as (_, uri),
-        run([*pull_command(uri, "--into", str(tmp_path / "copy"), lane="trio"), *options]) as puller,
+        run(
+            [*pull_command(uri, "--into", str(tmp_path / "copy"), lane="trio"), *options]
+        ) as puller,
     ):
         await puller.event("owner")
-        command = [sys.executable, "-m", "pagenet.cli.ctl", str(control), "schedule", f"recorded={tmp_path / 'fifo'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pagenet.cli.ctl",
+            str(control),
+            "schedule",
+            f"recorded={tmp_path / 'fifo'}",
+        ]
         async with run(command) as ctl:
             await ctl.rest()
             assert await ctl.wait_end() == 2
@@ -461,7 +492,10 @@ async def test_a_fifo_for_a_recording(option: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     value = str(tmp_path / "fifo") if option == "--record" else f"recorded={tmp_path / 'fifo'}"
     source = write_pattern(tmp_path / "source", PAGE)
-    async with run_server(str(source)) as (_, uri), run([*into(uri, tmp_path / "copy"), option, value]) as puller:
+    async with (
+        run_server(str(source)) as (_, uri),
+        run([*into(uri, tmp_path / "copy"), option, value]) as puller,
+    ):
         await puller.rest()
         assert await puller.wait_end() == 2
         assert "is not a regular file" in puller.stderr
@@ -495,7 +529,15 @@ def test_a_trace_under_a_name_that_is_something_else(kind: str, tmp_path: Path) 
     (tmp_path / "data").write_bytes(bytes(PAGE))
     make(tmp_path / "touches")
     program = ["touch", str(tmp_path / "has run"), "{}"]
-    done = bench("trace", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "touches"), "--", *program)
+    done = bench(
+        "trace",
+        "--data",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "touches"),
+        "--",
+        *program,
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert words in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["data", "mine", "touches"]
@@ -510,6 +552,13 @@ def test_a_trace_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_pattern_into_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    command = [sys.executable, "-m", "pagenet.testing.pattern", str(tmp_path / "fifo"), "--size", "4K"]
+    command = [
+        sys.executable,
+        "-m",
+        "pagenet.testing.pattern",
+        str(tmp_path / "fifo"),
+        "--size",
+        "4K",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -57,16 +57,30 @@ REGION = Region([Block("a", (1 << 20) + 8192, 4096), Block("b", 4 << 20, 2 << 20
 
 
 def run_tests(cpus: int, *which: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [guest_python(), "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=5", *which]
+    command = [
+        guest_python(),
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--durations=5",
+        *which,
+    ]
     return run_in_guest(*command, options=("--cpus", str(cpus)), timeout=PATIENCE)
 
 
 @pytest.mark.timeout(2 * PATIENCE + 120)
 def test_in_guests_with_a_device() -> None:
-    """All with one processor, which is what an emulator is fast with, in two guests at a time; and some with four, which are
-    enough for the destination to look for the end of a READ before it sleeps."""
-    # What is imported there is compiled here: an emulated processor takes long for that, and keeps nothing.
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True)
+    """All with one processor, which is what an emulator is fast with, in two guests at a time; and
+    some with four, which are enough for the destination to look for the end of a READ before it
+    sleeps."""
+    # What is imported there is compiled here: an emulated processor takes long for that, and keeps
+    # nothing.
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True
+    )
     guest_files()  # there is no network there
     others = [path for path in sorted(INSIDE.glob("test_*.py")) if path not in FIRST]
     with ThreadPoolExecutor(2) as threads:
@@ -89,13 +103,18 @@ def test_in_guests_with_a_device() -> None:
 def test_two_guests_joined_by_a_wire(tmp_path: Path) -> None:
     python, wire = guest_python(), tmp_path / "wire"
     source = write_pattern(tmp_path / "source", 16 << 20, zero_every=7)
-    serve = f"{python} -m pagenet.cli.serve {source} --listen rdma://10.77.0.1:7000 --plaintext --once"
+    serve = (
+        f"{python} -m pagenet.cli.serve {source} --listen rdma://10.77.0.1:7000 --plaintext --once"
+    )
     pull = f"{python} -m pagenet.cli.pull rdma://10.77.0.1:7000 --into /tmp/copy"
     # Whoever begins to pull before there is a server is told so by exit code 3.
     pulling = f"while {pull}; test $? = 3; do sleep 1; done; cp /tmp/copy /mnt/exchange"
     with ThreadPoolExecutor() as threads:
         server = threads.submit(
-            run_in_guest, *serve.split(), options=("--wire", f"listen:{wire}", "--address", "10.77.0.1"), timeout=PATIENCE
+            run_in_guest,
+            *serve.split(),
+            options=("--wire", f"listen:{wire}", "--address", "10.77.0.1"),
+            timeout=PATIENCE,
         )
         while not wire.exists() and not server.done():
             time.sleep(0.1)
@@ -113,7 +132,9 @@ def test_two_guests_joined_by_a_wire(tmp_path: Path) -> None:
 
 def test_no_pyverbs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyverbs", None)
-    with pytest.raises(Unsupported, match=r"RDMA takes pyverbs .* apt install python3-pyverbs") as raised:
+    with pytest.raises(
+        Unsupported, match=r"RDMA takes pyverbs .* apt install python3-pyverbs"
+    ) as raised:
         check_device(Wanted())
     assert "\n" not in str(raised.value)
 
@@ -143,7 +164,9 @@ async def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagenet.rdma._pyverbs.load", modules.__getitem__)
     transport = RdmaTransport(TcpTransport())
     for use in (transport.dial, transport.listen):
-        with pytest.raises(Unsupported, match=r"no RDMA device on this host: .*rdma link add") as raised:
+        with pytest.raises(
+            Unsupported, match=r"no RDMA device on this host: .*rdma link add"
+        ) as raised:
             await use(urlsplit("rdma://127.0.0.1:7000"))
         assert "\n" not in str(raised.value)
 
@@ -152,13 +175,17 @@ async def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "device", "gid"), [("", None, None), ("?device=mlx5_0", "mlx5_0", None), ("?gid=3&device=rxe0", "rxe0", 3)]
+    ("query", "device", "gid"),
+    [("", None, None), ("?device=mlx5_0", "mlx5_0", None), ("?gid=3&device=rxe0", "rxe0", 3)],
 )
 def test_uris(query: str, device: str | None, gid: int | None) -> None:
     assert _wanted(urlsplit(f"rdma://10.0.0.1:7000{query}")) == Wanted(device, gid)
 
 
-@pytest.mark.parametrize("query", ["?port=1", "?device=", "?gid=x", "?gid=256", "?gid=-1", "?device=a&device=b", "?mlx5_0"])
+@pytest.mark.parametrize(
+    "query",
+    ["?port=1", "?device=", "?gid=x", "?gid=256", "?gid=-1", "?device=a&device=b", "?mlx5_0"],
+)
 async def test_senseless_uris(query: str) -> None:
     transport = RdmaTransport(TcpTransport())
     uri = urlsplit(f"rdma://10.0.0.1:7000{query}")
@@ -170,7 +197,9 @@ async def test_senseless_uris(query: str) -> None:
 async def test_what_the_carrier_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pagenet.rdma._transport.check_device", lambda wanted: None)
     transport = RdmaTransport(TcpTransport())
-    with pytest.raises(UsageError, match=r"^rdma://127.0.0.1: the port is missing: say rdma://HOST:PORT"):
+    with pytest.raises(
+        UsageError, match=r"^rdma://127.0.0.1: the port is missing: say rdma://HOST:PORT"
+    ):
         await transport.listen(urlsplit("rdma://127.0.0.1"))
     with pytest.raises(SourceUnreachable, match=r"^rdma://127.0.0.1:1: nothing answers"):
         await transport.dial(urlsplit("rdma://127.0.0.1:1"))
@@ -189,7 +218,8 @@ def test_endpoints() -> None:
 
 @pytest.mark.parametrize(
     ("at", "value", "complaint"),
-    [(0, 0x58, "does not speak of RDMA"), (4, 2, "version 2"), (5, 0, "no sense"), (5, 6, "no sense"), (6, 0, "no sense"),
+    [(0, 0x58, "does not speak of RDMA"), (4, 2, "version 2"), (5, 0, "no sense"),
+    (5, 6, "no sense"), (6, 0, "no sense"),
      (31, 1, "no sense"), (35, 1, "no sense")],
 )  # fmt: skip
 def test_senseless_endpoints(at: int, value: int, complaint: str) -> None:
@@ -203,7 +233,8 @@ def test_senseless_endpoints(at: int, value: int, complaint: str) -> None:
 def test_chunks() -> None:
     assert chunk_run(REGION, 0) == chunk_run(REGION, 255) == Run(0, 256)
     assert chunk_run(REGION, 256) == chunk_run(REGION, 257) == Run(256, 2)  # the rest of its block
-    assert [chunk_run(REGION, 258), chunk_run(REGION, 259)] == [Run(258, 1), Run(259, 1)]  # larger than a chunk
+    # larger than a chunk
+    assert [chunk_run(REGION, 258), chunk_run(REGION, 259)] == [Run(258, 1), Run(259, 1)]
 
 
 def test_askings_come_in_pieces() -> None:
@@ -219,7 +250,8 @@ def test_askings_come_in_pieces() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "first", "count", "length"),
-    [(3, 0, 256, 0), (0, 0, 256, 0), (1, 0, 256, 1), (1, 1, 256, 0), (1, 0, 255, 0), (1, 0, 512, 0), (1, 260, 1, 0),
+    [(3, 0, 256, 0), (0, 0, 256, 0), (1, 0, 256, 1), (1, 1, 256, 0), (1, 0, 255, 0), (1, 0, 512, 0),
+    (1, 260, 1, 0),
      (1, 2**64 - 1, 1, 0), (2, 0, 0, 0)],
 )  # fmt: skip
 def test_senseless_askings(kind: int, first: int, count: int, length: int) -> None:
@@ -244,7 +276,8 @@ def test_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "length"), [(0, 0), (4, 0), (Answer.HERE, 0), (Answer.HERE, 47), (Answer.ZERO, 1), (Answer.FAILED, 1025)]
+    ("answer", "length"),
+    [(0, 0), (4, 0), (Answer.HERE, 0), (Answer.HERE, 47), (Answer.ZERO, 1), (Answer.FAILED, 1025)],
 )
 def test_senseless_answers(answer: int, length: int) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -11,7 +11,10 @@ from rdma_guest import RDMA_GUEST, run_in_guest
 
 
 def test_exit_status_output_and_files(tmp_path: Path) -> None:
-    script = "pwd; ls /sys/class/infiniband; echo kept > /mnt/exchange/out; echo lost > lost; echo $PYTHONPATH; exit 3"
+    script = (
+        "pwd; ls /sys/class/infiniband; echo kept > /mnt/exchange/out; echo lost > lost; echo"
+        " $PYTHONPATH; exit 3"
+    )
     done = run_in_guest("sh", "-c", script, options=("--exchange", tmp_path))
     root = str(RDMA_GUEST.parents[1])
     assert (done.returncode, done.stdout.split(), done.stderr) == (3, [root, "rxe0", root], "")
@@ -38,8 +41,13 @@ def test_clock_that_counts_instructions() -> None:
 def test_tools_are_missing(tmp_path: Path) -> None:
     code = "import os, rdma; os.access = lambda *_: False; rdma.main(['x'])"
     environment = {"PYTHONPATH": str(RDMA_GUEST.parent / "guest")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stderr == "rdma-guest: qemu-system-x86_64 is not installed; Debian has it in qemu-system-x86\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (
+        done.stderr
+        == "rdma-guest: qemu-system-x86_64 is not installed; Debian has it in qemu-system-x86\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The tests of the C core once more, on a build with AddressSanitizer and UndefinedBehaviorSanitizer, and on one with
-ThreadSanitizer."""
+"""The tests of the C core once more, on a build with AddressSanitizer and
+UndefinedBehaviorSanitizer, and on one with ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from sanitizers import ADDRESS, THREAD, Build, Sanitizer, build, unavailable
 
-# Minutes each, and several times as long on a busy machine: what hangs is found by the limit of each test within.
+# Minutes each, and several times as long on a busy machine: what hangs is found by the limit of
+# each test within.
 pytestmark = pytest.mark.timeout(1800)
 
 OVERFLOW = """
@@ -28,8 +29,8 @@ memory = ffi.new("char[]", lib.pn_map_bytes(1) + 1)
 lib.pn_map_init(ffi.cast("struct pn_map *", memory + 1), 1)
 """
 
-# pn_pattern_fill writes without atomics: it is for whoever has the memory to himself. Long enough to be interrupted in the
-# middle even where there is one processor for both.
+# pn_pattern_fill writes without atomics: it is for whoever has the memory to himself. Long enough
+# to be interrupted in the middle even where there is one processor for both.
 RACE = """
 import threading
 from pagenet._pagenet_testing import ffi, lib
@@ -71,8 +72,11 @@ def test_sees_misuse(sanitized: Build) -> None:
 
 
 def test_native_tests_pass(sanitized: Build) -> None:
-    # capture=sys: a process that a sanitizer ends has no time left to show what pytest had captured of its stderr.
-    result = sanitized.run("-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", "-m", "native", "tests")
+    # capture=sys: a process that a sanitizer ends has no time left to show what pytest had captured
+    # of its stderr.
+    result = sanitized.run(
+        "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", "-m", "native", "tests"
+    )
     reports = sanitized.reports()
     assert not reports, reports
     assert result.returncode == 0, result.stdout

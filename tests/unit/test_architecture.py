@@ -1,4 +1,5 @@
-"""Which module may import which: the graph has all imports, those for the type checker and those within functions included."""
+"""Which module may import which: the graph has all imports, those for the type checker and those
+within functions included."""
 
 from __future__ import annotations
 
@@ -14,21 +15,29 @@ ROOT = Path(__file__).parents[2]
 
 def modules_of(root: Path, package: str) -> dict[str, Path]:
     """By name; a package is its __init__."""
-    paths = {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.glob(f"{package}/**/*.py")}
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in root.glob(f"{package}/**/*.py")
+    }
     return {name.removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    """The modules among ``modules`` that it names. A name out of a package is that package's, unless it is a module."""
+    """The modules among ``modules`` that it names. A name out of a package is that package's,
+    unless it is a module."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             source = ".".join([*base, *([node.module] if node.module else [])])
             inner = (f"{source}.{alias.name}" for alias in node.names)
-            yield from (module if module in modules else source for module in inner if source in modules)
+            yield from (
+                module if module in modules else source for module in inner if source in modules
+            )
 
 
 def graph_of(root: Path, package: str = "pagenet") -> dict[str, set[str]]:
@@ -84,7 +93,11 @@ SURFACE = ("pagenet.cli", "pagenet.bench", "pagenet.control", "pagenet.qemu", "p
 
 
 def within(names: set[str], *rooms: str) -> set[str]:
-    return {name for name in names if name.startswith(tuple(f"{room}." for room in rooms)) or name in rooms}
+    return {
+        name
+        for name in names
+        if name.startswith(tuple(f"{room}." for room in rooms)) or name in rooms
+    }
 
 
 @pytest.mark.parametrize("seam", ["pagenet.transport", "pagenet.target"])
@@ -114,7 +127,14 @@ def test_what_moves_memory_does_without_what_tests_need(command: str) -> None:
 
 def test_the_extension_modules_are_touched_in_one_place() -> None:
     graph = graph_of(ROOT)
-    extensions = {f"pagenet.{name}": ROOT / "pagenet" / f"{name}.so" for name in ("_pagenet", "_pagenet_testing")}
+    extensions = {
+        f"pagenet.{name}": ROOT / "pagenet" / f"{name}.so"
+        for name in ("_pagenet", "_pagenet_testing")
+    }
     modules = modules_of(ROOT, "pagenet")
-    importing = {name for name in graph if extensions.keys() & set(imports_of(name, modules[name], modules | extensions))}
+    importing = {
+        name
+        for name in graph
+        if extensions.keys() & set(imports_of(name, modules[name], modules | extensions))
+    }
     assert importing == {"pagenet._native._library", "pagenet._native.testing"}

@@ -17,10 +17,11 @@ GBIT = 1e9 / 125e6  # ns a byte on the wire
 
 @dataclass
 class Path:
-    """A source that compresses, a link, and a destination that asks for the next chunk when one has come.
+    """A source that compresses, a link, and a destination that asks for the next chunk when one has
+    come.
 
-    All in ns a byte: on the wire ``link``; of a page, ``read`` and ``pack`` at the source, ``place`` and ``unpack`` at the
-    destination. ``left``: of each chunk when compressed, in turn.
+    All in ns a byte: on the wire ``link``; of a page, ``read`` and ``pack`` at the source,
+    ``place`` and ``unpack`` at the destination. ``left``: of each chunk when compressed, in turn.
     """
 
     link: float
@@ -72,7 +73,11 @@ class Path:
         wire = int(CHUNK * left) if packing else CHUNK
         self.now += self.spent(cost * CHUNK)
         self.link_free = max(self.link_free, self.now) + self.spent(self.link * wire)
-        self.placed = max(self.placed, self.link_free) + self.stall() + self.spent((self.place + packing * self.unpack) * CHUNK)
+        self.placed = (
+            max(self.placed, self.link_free)
+            + self.stall()
+            + self.spent((self.place + packing * self.unpack) * CHUNK)
+        )
         self.came.append(self.placed)
         self.choice.answered(CHUNK, wire, began, self.now)
         self.packed_bytes += packing * CHUNK
@@ -105,7 +110,13 @@ def mixed(*left: float) -> Callable[[], float]:
     return stretches().__next__
 
 
-LINKS = {"100 Mbit/s": 10 * GBIT, "1 Gbit/s": GBIT, "2.5 Gbit/s": GBIT / 2.5, "10 Gbit/s": GBIT / 10, "memory": 0.15}
+LINKS = {
+    "100 Mbit/s": 10 * GBIT,
+    "1 Gbit/s": GBIT,
+    "2.5 Gbit/s": GBIT / 2.5,
+    "10 Gbit/s": GBIT / 10,
+    "memory": 0.15,
+}
 # A mixture knows how far it is: each path gets one of its own.
 CONTENTS: dict[str, Callable[[], Callable[[], float]]] = {
     "program": lambda: always(0.4),
@@ -122,7 +133,8 @@ CONTENTS: dict[str, Callable[[], Callable[[], float]]] = {
 def test_close_to_the_better_of_the_two(link: str, left: str, noise: float) -> None:
     pack = 0.1 if left == "random" else 0.5 if left == "nearly zero" else 2.0
     took = {
-        mode: Path(LINKS[link], CONTENTS[left](), pack=pack, noise=noise).run(1 << 30, mode) for mode in ("auto", "lz4", "none")
+        mode: Path(LINKS[link], CONTENTS[left](), pack=pack, noise=noise).run(1 << 30, mode)
+        for mode in ("auto", "lz4", "none")
     }
     assert took["auto"] <= 1.03 * took["none"]
     assert took["auto"] <= 1.15 * min(took.values()) + 0.25  # it has to look first
@@ -144,7 +156,8 @@ def test_fast_link_costs_not_even_samples() -> None:
 @pytest.mark.parametrize("stalls", [0.01, 0.05, 0.2])
 def test_busy_machine_is_not_a_slow_link(stalls: float, seed: int) -> None:
     took = {
-        mode: Path(0.15, always(0.4), stalls=stalls, order=random.Random(seed)).run(1 << 30, mode) for mode in ("auto", "none")
+        mode: Path(0.15, always(0.4), stalls=stalls, order=random.Random(seed)).run(1 << 30, mode)
+        for mode in ("auto", "none")
     }
     assert took["auto"] < 1.25 * took["none"]  # by chance alone they differ by 10 %
 
@@ -188,7 +201,9 @@ def test_memory_that_becomes_random_and_readable_again() -> None:
     assert path.choice.packs
 
 
-@pytest.mark.parametrize(("link", "packed"), [(10 * GBIT, True), (GBIT, True), (GBIT / 2.5, False), (0.15, False)])
+@pytest.mark.parametrize(
+    ("link", "packed"), [(10 * GBIT, True), (GBIT, True), (GBIT / 2.5, False), (0.15, False)]
+)
 def test_pages_that_somebody_waits_for(link: float, packed: bool) -> None:
     """They pay for compressing in full, since nothing else is in flight meanwhile."""
     path = Path(link, always(0.4))

@@ -1,4 +1,5 @@
-"""What the documents name is there: paths, links and their anchors; and their lines are of a length that can be read."""
+"""What the documents name is there: paths, links and their anchors; and their lines are of a length
+that can be read."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def prose(text: str) -> str:
 
 
 def paths_in(text: str) -> Iterator[str]:
-    """Words that begin with a folder of the project: ``tests/test_a.py::test_b``'s file, ``tools/guest/``, ``docs/*.md``."""
+    """Words that begin with a folder of the project: ``tests/test_a.py::test_b``'s file,
+    ``tools/guest/``, ``docs/*.md``."""
     for word in re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*", text):
         yield word.rstrip(".")
 
@@ -41,7 +43,9 @@ def anchors_of(text: str) -> set[str]:
 def links_of(text: str) -> list[str]:
     """Those to files of the project."""
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(text))
-    return [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    return [
+        target for target in targets if "://" not in target and not target.startswith("mailto:")
+    ]
 
 
 def lines_to_read(text: str) -> Iterator[str]:
@@ -56,20 +60,30 @@ def names_nothing(pattern: str, directory: Path = ROOT) -> bool:
 
 
 def test_paths_are_seen() -> None:
-    text = "`tests/test_a.py::test_b`, tools/guest/. See (docs/*.md) and a/docs/x.md, `lane.c`, `pn_x.y`."
+    text = (
+        "`tests/test_a.py::test_b`, tools/guest/. See (docs/*.md) and a/docs/x.md, `lane.c`,"
+        " `pn_x.y`."
+    )
     assert list(paths_in(text)) == ["tests/test_a.py", "tools/guest/", "docs/*.md"]
     assert list(bare_names_in(text)) == ["lane.c"]
 
 
 def test_anchors_are_those_of_code_hosts() -> None:
-    assert anchors_of("# What `x` costs: a, b\n## --transport rdma\n") == {"what-x-costs-a-b", "--transport-rdma"}
+    assert anchors_of("# What `x` costs: a, b\n## --transport rdma\n") == {
+        "what-x-costs-a-b",
+        "--transport-rdma",
+    }
 
 
 @each_document
 def test_paths_that_a_document_names_exist(document: Path) -> None:
     text = document.read_text()
     assert not [path for path in paths_in(text) if names_nothing(path.rstrip("/"))]
-    assert not [name for name in bare_names_in(text) if all(names_nothing(f"{at}/**/{name}") for at in FOLDERS)]
+    assert not [
+        name
+        for name in bare_names_in(text)
+        if all(names_nothing(f"{at}/**/{name}") for at in FOLDERS)
+    ]
 
 
 @each_document

@@ -1,4 +1,5 @@
-"""What becomes of faults, pages and removals, in any order, on a memory that is not the kernel's."""
+"""What becomes of faults, pages and removals, in any order, on a memory that is not the
+kernel's."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def contents(run: Run) -> memoryview:
 
 
 class FakeMemory:
-    """An owner's memory that behaves as the kernel's: threads wait for pages, and a removal waits for its reader, during
-    which nothing can be placed. A :class:`~pagenet.target.Target`."""
+    """An owner's memory that behaves as the kernel's: threads wait for pages, and a removal waits
+    for its reader, during which nothing can be placed. A :class:`~pagenet.target.Target`."""
 
     placement = "fake"
     event_fd = None
@@ -80,7 +81,12 @@ class FakeMemory:
 
     def pages_between(self, start: int, end: int) -> Sequence[Run]:
         first, past = (start - BASE) // PAGE, (end - BASE) // PAGE
-        wanted = [page for run in self._scope for page in range(run.first, run.end) if first <= page < past]
+        wanted = [
+            page
+            for run in self._scope
+            for page in range(run.first, run.end)
+            if first <= page < past
+        ]
         return [Run(page, 1) for page in wanted]
 
     def page_of(self, fault: Fault) -> int:
@@ -209,13 +215,27 @@ def test_begins_with_everything_missing(filled: Filled) -> None:
     assert filled.states() == [State.MISSING] * 8
     assert not filled.filling.completed.is_set()
     statistics = filled.filling.statistics()
-    assert (statistics.pages, statistics.done, statistics.size, statistics.placement) == (8, 0, 8 * PAGE, "fake")
+    assert (statistics.pages, statistics.done, statistics.size, statistics.placement) == (
+        8,
+        0,
+        8 * PAGE,
+        "fake",
+    )
 
 
 def test_what_the_owner_does_not_map_is_outside() -> None:
     filled = make_filled(8, [Run(1, 2), Run(5, 1)])
     outside, missing = State.OUTSIDE, State.MISSING
-    assert filled.states() == [outside, missing, missing, outside, outside, missing, outside, outside]
+    assert filled.states() == [
+        outside,
+        missing,
+        missing,
+        outside,
+        outside,
+        missing,
+        outside,
+        outside,
+    ]
     for run in (Run(1, 2), Run(5, 1)):
         assert not filled.filling.completed.is_set()
         filled.arrive(filled.ask(run.first, run.count))
@@ -286,8 +306,11 @@ def test_many_faults_on_one_page_are_one_demand(filled: Filled) -> None:
 
 
 @pytest.mark.parametrize("background_first", [False, True])
-def test_page_on_its_way_in_the_background_is_asked_for_once_more(filled: Filled, background_first: bool) -> None:
-    """It stands in a queue, and a thread that waits does not wait for that. Whichever comes second is dropped."""
+def test_page_on_its_way_in_the_background_is_asked_for_once_more(
+    filled: Filled, background_first: bool
+) -> None:
+    """It stands in a queue, and a thread that waits does not wait for that. Whichever comes second
+    is dropped."""
     run = filled.ask(4, 4)
     assert filled.states()[4:] == [State.COMING] * 4
     filled.touch(5)
@@ -310,7 +333,9 @@ def test_page_on_its_way_in_the_background_is_asked_for_once_more(filled: Filled
 # ---- prefetch ----
 
 
-def prefetching(forward: int, backward: int, pages: int = 32, scope: Sequence[Run] | None = None) -> Filled:
+def prefetching(
+    forward: int, backward: int, pages: int = 32, scope: Sequence[Run] | None = None
+) -> Filled:
     filled = make_filled(pages, scope)
     filled.filling.prefetch = (forward, backward)
     return filled
@@ -328,7 +353,14 @@ def test_prefetch_follows_all_faulted_pages() -> None:
     filled.touch(4, 20, 12)
     assert [class_ for class_, _ in filled.asked] == [DEMAND] * 3 + [PREFETCH] * 6
     assert filled.demanded == [4, 20, 12]
-    assert filled.prefetched == [Run(5, 1), Run(3, 1), Run(21, 1), Run(19, 1), Run(13, 1), Run(11, 1)]
+    assert filled.prefetched == [
+        Run(5, 1),
+        Run(3, 1),
+        Run(21, 1),
+        Run(19, 1),
+        Run(13, 1),
+        Run(11, 1),
+    ]
 
 
 def test_page_that_is_waited_for_is_no_prefetch_of_its_neighbours() -> None:
@@ -356,7 +388,16 @@ def test_prefetch_ends_where_the_region_does(page: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [State.COMING, State.REQUESTED, State.PLACING, State.RESIDENT, State.REMOVED, State.OUTSIDE, State.POISONED]
+    "state",
+    [
+        State.COMING,
+        State.REQUESTED,
+        State.PLACING,
+        State.RESIDENT,
+        State.REMOVED,
+        State.OUTSIDE,
+        State.POISONED,
+    ],
 )
 def test_prefetch_ends_at_pages_that_are_not_missing(state: State) -> None:
     filled = prefetching(8, 8)
@@ -398,7 +439,11 @@ def test_prefetched_page_that_is_touched_is_not_asked_for_again() -> None:
     filled.arrive(Run(11, 2), PREFETCH)
     assert filled.memory.waiting == {10}
     statistics = filled.filling.statistics()
-    assert (statistics.demand.faults, statistics.fault_latency.count, statistics.prefetch.pages) == (2, 1, 2)
+    assert (
+        statistics.demand.faults,
+        statistics.fault_latency.count,
+        statistics.prefetch.pages,
+    ) == (2, 1, 2)
 
 
 # ---- faults on pages that are being placed, or done with ----
@@ -516,7 +561,13 @@ def test_claim_leaves_out_what_is_somebody_elses(filled: Filled) -> None:
     assert filled.claim(1, 6) == [Run(1, 2), Run(4, 2)]
     assert filled.claim(1, 6) == []
     assert filled.claim(0, 8) == [Run(0, 1), Run(7, 1)]
-    assert filled.states() == [*[State.COMING] * 3, State.REQUESTED, *[State.COMING] * 2, State.RESIDENT, State.COMING]
+    assert filled.states() == [
+        *[State.COMING] * 3,
+        State.REQUESTED,
+        *[State.COMING] * 2,
+        State.RESIDENT,
+        State.COMING,
+    ]
 
 
 def test_claim_takes_one_part_at_a_time(filled: Filled) -> None:
@@ -536,8 +587,12 @@ def test_page_that_was_there_already_is_counted(filled: Filled) -> None:
     assert filled.memory.there[1] == b"older"
 
 
-def test_page_without_a_mapping_is_done_with(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filled.memory, "place", lambda run, data: Outcome(placed=run.count - 1, absent=1))
+def test_page_without_a_mapping_is_done_with(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        filled.memory, "place", lambda run, data: Outcome(placed=run.count - 1, absent=1)
+    )
     filled.arrive(filled.ask(0, 8))
     assert filled.filling.completed.is_set()
 
@@ -567,7 +622,12 @@ def test_pages_of_two_sizes() -> None:
     for run in (Run(0, 2), Run(2, 2)):
         size = sum(filling.region.size_of(part) for part in filling.claim(run))
         filling.arrived(BACKGROUND, run, memoryview(bytes(size)), wire_bytes=size)
-    assert taken == [(Run(0, 2), 2 * PAGE), (Run(1, 1), PAGE), (Run(2, 2), 4 << 20), (Run(3, 1), 2 << 20)]
+    assert taken == [
+        (Run(0, 2), 2 * PAGE),
+        (Run(1, 1), PAGE),
+        (Run(2, 2), 4 << 20),
+        (Run(3, 1), 2 << 20),
+    ]
     assert filling.completed.is_set()
     assert filling.statistics().size == 2 * PAGE + (4 << 20)
 
@@ -576,7 +636,9 @@ def test_pages_of_two_sizes() -> None:
 
 
 @pytest.mark.parametrize("event", [Removed, Unmapped])
-def test_removed_before_it_was_asked_for(filled: Filled, event: type[Removed] | type[Unmapped]) -> None:
+def test_removed_before_it_was_asked_for(
+    filled: Filled, event: type[Removed] | type[Unmapped]
+) -> None:
     filled.memory.unread.append(event(BASE + 2 * PAGE, BASE + 5 * PAGE))
     filled.filling.read_events()
     assert filled.states()[2:5] == [State.REMOVED] * 3
@@ -644,7 +706,9 @@ def test_removal_of_the_last_missing_page_completes(filled: Filled) -> None:
 
 def test_removal_of_all_the_rest_while_placing_completes(filled: Filled) -> None:
     run = filled.ask(0, 1)
-    filled.memory.before_placing = lambda page: None if filled.memory.removed else filled.memory.give_up(Run(1, 7))
+    filled.memory.before_placing = lambda page: (
+        None if filled.memory.removed else filled.memory.give_up(Run(1, 7))
+    )
     filled.arrive(run)
     assert filled.filling.completed.is_set()
 
@@ -656,7 +720,9 @@ def test_removal_reaches_no_further_than_the_mappings() -> None:
     assert filled.states() == [State.OUTSIDE] * 2 + [State.REMOVED] * 4 + [State.OUTSIDE] * 2
 
 
-def test_again_without_an_event_is_asked_again(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_again_without_an_event_is_asked_again(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The event was read, but the owner is not yet through with what it does."""
     outcomes = [Outcome(1, again=True), Outcome(0, again=True), Outcome(0, again=True), Outcome(2)]
     asked: list[Run] = []
@@ -735,7 +801,9 @@ def test_removed_page_has_no_latency(clock: SimpleNamespace) -> None:
 # ---- any order ----
 
 _PAGES = 6
-_runs = st.tuples(st.integers(0, _PAGES - 1), st.integers(1, _PAGES)).map(lambda t: Run(t[0], min(t[1], _PAGES - t[0])))
+_runs = st.tuples(st.integers(0, _PAGES - 1), st.integers(1, _PAGES)).map(
+    lambda t: Run(t[0], min(t[1], _PAGES - t[0]))
+)
 _steps = st.lists(
     st.one_of(
         st.tuples(st.just("touch"), st.integers(0, _PAGES - 1)),

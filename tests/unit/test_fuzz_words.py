@@ -1,5 +1,7 @@
-"""Words from strangers, of which each decoder makes something that makes sense, or an error of pagenet's own in one line:
-session messages, keys for RDMA, control messages, owners' handshakes and notes, a monitor's answers."""
+"""Words from strangers, of which each decoder makes something that makes sense, or an error of
+pagenet's own in one line: session messages, keys for RDMA, control messages, owners' handshakes and
+notes, a monitor's answers.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,6 @@ ROUNDS = 3000
 REGION = Region([Block("a", (1 << 20) + 8192), Block("b", 6 << 20, 2 << 20)])
 
 
-
-
-
-
-
-
-
-
 def check(decode: Callable[[], object], *errors: type[PagenetError]) -> None:
     reason = "none"
     try:
@@ -57,8 +51,21 @@ def check(decode: Callable[[], object], *errors: type[PagenetError]) -> None:
 # ---- sessions ----
 
 MESSAGES = [
-    encode_message(Hello(Role.SOURCE, Channel.CONTROL, bytes(16), b"identity", REGION, features=frozenset({"lz4"}))),
-    encode_message(Hello(Role.DESTINATION, Channel.CONTROL, bytes(16), lanes=(Channel.DEMAND, Channel.BACKGROUND))),
+    encode_message(
+        Hello(
+            Role.SOURCE,
+            Channel.CONTROL,
+            bytes(16),
+            b"identity",
+            REGION,
+            features=frozenset({"lz4"}),
+        )
+    ),
+    encode_message(
+        Hello(
+            Role.DESTINATION, Channel.CONTROL, bytes(16), lanes=(Channel.DEMAND, Channel.BACKGROUND)
+        )
+    ),
     encode_message(Failure("protocol", "a reason")),
     encode_message(Bye(True)),
 ]
@@ -108,7 +115,12 @@ def test_rdma_words(fuzz: Fuzz) -> None:
     for pick in fuzz.rounds(ROUNDS):
         asked = chunk_run(REGION, pick.randrange(REGION.pages))
         answers = [
-            encode_key(asked, pick.choice([0, 4096, 2**64 - 4096, 2**64 - 1]), pick.getrandbits(32), pick.randbytes(32)),
+            encode_key(
+                asked,
+                pick.choice([0, 4096, 2**64 - 4096, 2**64 - 1]),
+                pick.getrandbits(32),
+                pick.randbytes(32),
+            ),
             encode_key(asked, pick.getrandbits(64), 1, b""),
             encode_key(chunk_run(REGION, pick.randrange(REGION.pages)), 4096, 1, b"\xff" * 32),
             encode_word(pick.choice(list(Answer)[1:]), asked),
@@ -119,7 +131,9 @@ def test_rdma_words(fuzz: Fuzz) -> None:
             answer = mutated(pick, answer)
         if len(answer) >= KEY_HEADER.size:
             check(lambda: read_answers(answer, asked), RemoteProtocolError)  # noqa: B023
-        askings = b"".join(Asking(pick.choice(list(Kind)), chunk_run(REGION, 0)).encode() for _ in range(3))
+        askings = b"".join(
+            Asking(pick.choice(list(Kind)), chunk_run(REGION, 0)).encode() for _ in range(3)
+        )
         unread = bytearray(mutated(pick, askings))
         check(lambda: list(decode_askings(unread, REGION)), RemoteProtocolError)  # noqa: B023
         endpoint = mutated(pick, ENDPOINT)[: len(ENDPOINT)].ljust(len(ENDPOINT), b"\0")
@@ -137,7 +151,9 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-def decode_control(pick: random.Random, stream: bytes, decode: Callable[[control.Fields], object]) -> None:
+def decode_control(
+    pick: random.Random, stream: bytes, decode: Callable[[control.Fields], object]
+) -> None:
     decoder = control.Decoder()
     for piece in fragments(pick, stream):
         decoder.feed(piece)
@@ -150,7 +166,11 @@ def test_control_messages(fuzz: Fuzz) -> None:
     for pick in fuzz.rounds(ROUNDS):
         fields = pick.choice(REQUESTS)
         decode = control.check_hello if "type" in fields else control.decode_request
-        body = as_msgpack(pick, odd(pick, fields)) if pick.random() < 0.6 else mutated(pick, as_msgpack(pick, fields))
+        body = (
+            as_msgpack(pick, odd(pick, fields))
+            if pick.random() < 0.6
+            else mutated(pick, as_msgpack(pick, fields))
+        )
         message = control.FRAME_HEADER.pack(control.MAGIC, 1, 0, len(body)) + body
         if pick.random() < 0.2:
             message = mutated(pick, message)
@@ -160,8 +180,18 @@ def test_control_messages(fuzz: Fuzz) -> None:
 # ---- owners ----
 
 MAPPINGS: list[dict[str, Any]] = [
-    {"base_host_virt_addr": 0x7F0000000000, "size": (1 << 20) + 8192, "offset": 0, "page_size": 4096},
-    {"base_host_virt_addr": 0x7F1000000000, "size": 6 << 20, "offset": (1 << 20) + 8192, "page_size_kib": 4096},
+    {
+        "base_host_virt_addr": 0x7F0000000000,
+        "size": (1 << 20) + 8192,
+        "offset": 0,
+        "page_size": 4096,
+    },
+    {
+        "base_host_virt_addr": 0x7F1000000000,
+        "size": 6 << 20,
+        "offset": (1 << 20) + 8192,
+        "page_size_kib": 4096,
+    },
 ]
 
 
@@ -199,7 +229,8 @@ WORDS: list[dict[str, Any]] = [
 
 
 async def talk(lines: list[bytes]) -> None:
-    """A monitor that greets, lets itself be asked two things, and says ``lines``, whatever they are."""
+    """A monitor that greets, lets itself be asked two things, and says ``lines``, whatever they
+    are."""
     ours, theirs = trio.socket.socketpair()
     with ours, theirs:
         qmp = Qmp(trio.SocketStream(ours), "/monitor")
@@ -217,7 +248,10 @@ async def test_a_monitor(fuzz: Fuzz) -> None:
         words = [GREETING, {"return": {}, "id": 0}, pick.choice(WORDS), pick.choice(WORDS)]
         at = pick.randrange(len(words))
         words[at] = odd(pick, words[at])
-        lines = [as_json(pick, word) if number == at else json.dumps(word).encode() for number, word in enumerate(words)]
+        lines = [
+            as_json(pick, word) if number == at else json.dumps(word).encode()
+            for number, word in enumerate(words)
+        ]
         reason = "none"
         try:
             await talk(lines)

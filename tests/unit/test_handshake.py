@@ -1,4 +1,5 @@
-"""pagenet/uffd/_handshake.py: what an owner's text may claim, and how its mappings cover a region."""
+"""pagenet/uffd/_handshake.py: what an owner's text may claim, and how its mappings cover a
+region."""
 
 from __future__ import annotations
 
@@ -43,7 +44,13 @@ def text(*entries: Any) -> bytes:
     ],
 )
 def test_page_size_has_had_three_spellings(page_size: dict[str, int], expected: int) -> None:
-    entry = {"base_host_virt_addr": BASE, "size": 2 * MIB, "offset": 4 * MIB, **page_size, "later": "ignored"}
+    entry = {
+        "base_host_virt_addr": BASE,
+        "size": 2 * MIB,
+        "offset": 4 * MIB,
+        **page_size,
+        "later": "ignored",
+    }
     assert parse_mappings(text(entry)) == [Mapping(BASE, 2 * MIB, 4 * MIB, expected)]
 
 
@@ -78,7 +85,9 @@ def test_cut_anywhere_is_no_json() -> None:
             parse_mappings(whole[:end])
 
 
-@pytest.mark.parametrize("message", [b"[]", b"{}", b"null", b"1", b'"text"', b"true", json.dumps(GOOD).encode()])
+@pytest.mark.parametrize(
+    "message", [b"[]", b"{}", b"null", b"1", b'"text"', b"true", json.dumps(GOOD).encode()]
+)
 def test_no_array(message: bytes) -> None:
     with pytest.raises(HandshakeError, match="is not a JSON array of mappings"):
         parse_mappings(message)
@@ -90,7 +99,9 @@ def test_no_object(entry: object) -> None:
         parse_mappings(text(GOOD, entry))
 
 
-@pytest.mark.parametrize("value", [True, False, None, "4096", 4096.0, float("inf"), [], {}, -4096, 2**64, 10**400])
+@pytest.mark.parametrize(
+    "value", [True, False, None, "4096", 4096.0, float("inf"), [], {}, -4096, 2**64, 10**400]
+)
 @pytest.mark.parametrize("key", ["base_host_virt_addr", "size", "offset", "page_size"])
 def test_no_proper_number(key: str, value: object) -> None:
     with pytest.raises(HandshakeError, match=f"mapping 0 .* has no proper '{key}'"):
@@ -129,7 +140,12 @@ def test_no_possible_mapping(change: dict[str, int], reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("said", "is_zero"),
-    [((None, None), False), (("zero", "zero"), True), (("poison", "poison"), False), (("poison", None), False)],
+    [
+        ((None, None), False),
+        (("zero", "zero"), True),
+        (("poison", "poison"), False),
+        (("poison", None), False),
+    ],
 )
 def test_what_is_outside(said: tuple[str | None, ...], is_zero: bool) -> None:
     entries = [GOOD if word is None else {**GOOD, "outside": word} for word in said]
@@ -140,11 +156,25 @@ def test_what_is_outside(said: tuple[str | None, ...], is_zero: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [("zero", None), (None, "zero"), ("zero", "poison"), ("nothing",), (0,), (True,), ([],), (None,)]
+    "said",
+    [
+        ("zero", None),
+        (None, "zero"),
+        ("zero", "poison"),
+        ("nothing",),
+        (0,),
+        (True,),
+        ([],),
+        (None,),
+    ],
 )
 def test_what_is_outside_makes_no_sense(said: tuple[object, ...]) -> None:
-    entries = [GOOD if word is None and len(said) > 1 else {**GOOD, "outside": word} for word in said]
-    with pytest.raises(HandshakeError, match="says 'outside' otherwise than 'zero', or 'poison', in all mappings"):
+    entries = [
+        GOOD if word is None and len(said) > 1 else {**GOOD, "outside": word} for word in said
+    ]
+    with pytest.raises(
+        HandshakeError, match="says 'outside' otherwise than 'zero', or 'poison', in all mappings"
+    ):
         parse_handshake(text(*entries))
 
 
@@ -158,7 +188,8 @@ def test_up_to_the_last_user_address() -> None:
     | st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
         lambda inner: (
-            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*GOOD, "page_size_kib", "x"]), inner, max_size=5)
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from([*GOOD, "page_size_kib", "x"]), inner, max_size=5)
         ),
         max_leaves=6,
     ).map(lambda value: json.dumps([value]).encode())
@@ -186,9 +217,13 @@ def at(offset: int, size: int, page_size: int = 4096, address: int | None = None
     [
         ([at(0, REGION.size)], [4096, 4096, 4096]),
         ([at(0, 6 * MIB, 2 * MIB), at(6 * MIB, 12 * KIB)], [2 * MIB, 2 * MIB, 4096]),
-        ([at(2 * MIB, 2 * MIB, 2 * MIB)], [2 * MIB, 4096, 4096]),  # what is not mapped stays as it is
+        # what is not mapped stays as it is
+        ([at(2 * MIB, 2 * MIB, 2 * MIB)], [2 * MIB, 4096, 4096]),
         ([at(0, 4096), at(8192, 4096)], [4096, 4096, 4096]),
-        ([at(4 * MIB, 2 * MIB, address=BASE), at(0, 4 * MIB, address=BASE + 2 * MIB)], [4096, 4096, 4096]),
+        (
+            [at(4 * MIB, 2 * MIB, address=BASE), at(0, 4 * MIB, address=BASE + 2 * MIB)],
+            [4096, 4096, 4096],
+        ),
     ],
 )
 def test_region_in_the_owners_pages(mappings: list[Mapping], page_sizes: list[int]) -> None:
@@ -202,12 +237,21 @@ def test_region_in_the_owners_pages(mappings: list[Mapping], page_sizes: list[in
         ([at(REGION.size, 4096)], "past the end of the region"),
         ([at(2**64 - 4096, 4096, address=BASE)], "past the end of the region"),
         ([at(4096, 1 << 56, address=0)], "past the end of the region"),
-        ([at(0, 8192), at(8192, 4096, address=BASE + 4096)], r"overlap in the owner's address space, at 0x7f0000001000"),
+        (
+            [at(0, 8192), at(8192, 4096, address=BASE + 4096)],
+            r"overlap in the owner's address space, at 0x7f0000001000",
+        ),
         ([at(0, 8192), at(4096, 4096, address=2 * BASE)], r"overlap in the region, at 0x1000"),
         ([at(0, 4096), at(0, 4096, address=2 * BASE)], "overlap in the region"),
-        ([at(0, 2 * MIB, 2 * MIB), at(2 * MIB, 4096)], r"block 'a' in pages of \[4096, 2097152\] bytes: one size a block"),
+        (
+            [at(0, 2 * MIB, 2 * MIB), at(2 * MIB, 4096)],
+            r"block 'a' in pages of \[4096, 2097152\] bytes: one size a block",
+        ),
         ([at(0, 2 * MIB), at(2 * MIB, 4 * MIB, 2 * MIB)], "block 'a' in pages of"),
-        ([at(6 * MIB, 8 * KIB, 8 * KIB)], "does not fit the source's memory: .* 12288 bytes is not a whole number of 8192"),
+        (
+            [at(6 * MIB, 8 * KIB, 8 * KIB)],
+            "does not fit the source's memory: .* 12288 bytes is not a whole number of 8192",
+        ),
     ],
 )
 def test_mappings_that_do_not_fit(mappings: list[Mapping], reason: str) -> None:
@@ -239,12 +283,15 @@ def test_pieces(mapping: Mapping, page_sizes: list[int], pieces: list[tuple[Run,
 
 @pytest.mark.parametrize("mapping", [at(4096, 2 * MIB), at(0, 4096), at(2 * MIB, MIB)])
 def test_pieces_are_whole_pages_of_their_block(mapping: Mapping) -> None:
-    with pytest.raises(HandshakeError, match="block 'a' is not mapped in whole pages of 2097152 bytes"):
+    with pytest.raises(
+        HandshakeError, match="block 'a' is not mapped in whole pages of 2097152 bytes"
+    ):
         mapping_pieces(mapping, REGION.with_page_sizes([2 * MIB, 4096, 4096]))
 
 
 def test_block_that_begins_off_its_page_size() -> None:
-    """Its pages begin where it begins, so an owner whose pages are aligned in the flat numbering cannot map it."""
+    """Its pages begin where it begins, so an owner whose pages are aligned in the flat numbering
+    cannot map it."""
     region = Region([Block("rom", 4096), Block("ram", 4 * MIB)])
     mapping = at(2 * MIB, 2 * MIB, 2 * MIB)
     with pytest.raises(HandshakeError, match="'ram' is not mapped in whole pages"):
@@ -253,14 +300,22 @@ def test_block_that_begins_off_its_page_size() -> None:
 
 @given(st.data())
 def test_pieces_cover_the_mappings_exactly(data: st.DataObject) -> None:
-    region = Region(Block(f"b{i}", 4096 * n) for i, n in enumerate(data.draw(st.lists(st.integers(1, 5), min_size=1))))
+    region = Region(
+        Block(f"b{i}", 4096 * n)
+        for i, n in enumerate(data.draw(st.lists(st.integers(1, 5), min_size=1)))
+    )
     cuts = data.draw(st.sets(st.integers(0, region.pages), min_size=2).map(sorted))
-    mappings = [at(start * 4096, (end - start) * 4096) for start, end in zip(cuts[::2], cuts[1::2], strict=False)]
+    mappings = [
+        at(start * 4096, (end - start) * 4096)
+        for start, end in zip(cuts[::2], cuts[1::2], strict=False)
+    ]
     region = check_mappings(mappings, region)
     pieces = [piece for mapping in mappings for piece in mapping_pieces(mapping, region)]
     assert all(region.contains(run) for run, _ in pieces)
     assert all(address == BASE + region.offset_of_page(run.first) for run, address in pieces)
     covered = [page for run, _ in pieces for page in range(run.first, run.end)]
     assert covered == [
-        page for mapping in mappings for page in range(mapping.offset // 4096, (mapping.offset + mapping.size) // 4096)
+        page
+        for mapping in mappings
+        for page in range(mapping.offset // 4096, (mapping.offset + mapping.size) // 4096)
     ]

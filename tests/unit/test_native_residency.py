@@ -1,4 +1,5 @@
-"""native/residency.c: the map of pages, alone and under several threads. A list of states is the oracle."""
+"""native/residency.c: the map of pages, alone and under several threads. A list of states is the
+oracle."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Map:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """``work(0)`` to ``work(THREADS - 1)``, let loose at once. cffi drops the GIL around each call, so they do overlap."""
+    """``work(0)`` to ``work(THREADS - 1)``, let loose at once. cffi drops the GIL around each call,
+    so they do overlap."""
     start = threading.Barrier(THREADS)
     failures: list[BaseException] = []
 
@@ -122,13 +124,18 @@ def span_in(states: list[int], first: int, end: int, state: int) -> int:
 
 @pytest.mark.parametrize("needle", range(20))
 def test_find_and_span_at_every_edge(needle: int) -> None:
-    """The search goes in steps of eight: 20 pages have every alignment of first, end and needle to a step."""
+    """The search goes in steps of eight: 20 pages have every alignment of first, end and needle to
+    a step."""
     states = [MISSING] * 20
     states[needle] = RESIDENT
     pages = Map(20, states)
     for first, end in itertools.combinations_with_replacement(range(21), 2):
-        assert lib.pn_map_find(pages.map, first, end, RESIDENT) == find_in(states, first, end, RESIDENT)
-        assert lib.pn_map_span(pages.map, first, end, MISSING) == span_in(states, first, end, MISSING)
+        assert lib.pn_map_find(pages.map, first, end, RESIDENT) == find_in(
+            states, first, end, RESIDENT
+        )
+        assert lib.pn_map_span(pages.map, first, end, MISSING) == span_in(
+            states, first, end, MISSING
+        )
 
 
 def test_find_and_span_of_what_is_not_there() -> None:
@@ -138,11 +145,20 @@ def test_find_and_span_of_what_is_not_there() -> None:
 
 
 any_state = st.sampled_from(STATES)
-#: call, first page, pages (cut at the map's end), the state to change from (ignored by set), the state to change to
-steps = st.tuples(st.sampled_from(["set", "claim", "replace"]), st.integers(0, 23), st.integers(0, 24), any_state, any_state)
+# : call, first page, pages (cut at the map's end), the state to change from (ignored by set), the
+# state to change to
+steps = st.tuples(
+    st.sampled_from(["set", "claim", "replace"]),
+    st.integers(0, 23),
+    st.integers(0, 24),
+    any_state,
+    any_state,
+)
 
 
-def apply_to_list(states: list[int], call: str, first: int, count: int, from_: int, to: int) -> int | None:
+def apply_to_list(
+    states: list[int], call: str, first: int, count: int, from_: int, to: int
+) -> int | None:
     affected = range(first, first + count)
     if call == "claim":
         affected = affected[: span_in(states, first, first + count, from_)]
@@ -167,8 +183,8 @@ def test_any_sequence_against_the_oracle(sequence: list[tuple[str, int, int, int
 
 
 def test_no_page_is_claimed_twice() -> None:
-    """Each claims all that is left, until another is faster with a page, then goes on where that one is: all the time they
-    are at the same page."""
+    """Each claims all that is left, until another is faster with a page, then goes on where that
+    one is: all the time they are at the same page."""
     size = 500_000
     pages = Map(size)
     won: list[list[range]] = [[] for _ in range(THREADS)]
@@ -187,7 +203,8 @@ def test_no_page_is_claimed_twice() -> None:
 
 
 def test_no_page_is_replaced_twice() -> None:
-    """Whoever lags behind has less to do a page and catches up: all the time they are at the same page."""
+    """Whoever lags behind has less to do a page and catches up: all the time they are at the same
+    page."""
     size = 1_000_000
     pages = Map(size)
     won = [0] * THREADS
@@ -257,7 +274,17 @@ def bucket_found(nanoseconds: int) -> int:
 
 @pytest.mark.parametrize(
     ("nanoseconds", "bucket"),
-    [(0, 0), (15, 15), (16, 16), (17, 16), (18, 17), (31, 23), (32, 24), (1 << 41, 312), ((1 << 42) - 1, 319)],
+    [
+        (0, 0),
+        (15, 15),
+        (16, 16),
+        (17, 16),
+        (18, 17),
+        (31, 23),
+        (32, 24),
+        (1 << 41, 312),
+        ((1 << 42) - 1, 319),
+    ],
 )
 def test_latency_bucket(nanoseconds: int, bucket: int) -> None:
     assert bucket_found(nanoseconds) == bucket_of(nanoseconds) == bucket
@@ -274,7 +301,8 @@ def test_latency_buckets_against_the_definition(nanoseconds: int) -> None:
 
 
 def test_latency_buckets_are_contiguous() -> None:
-    """No bucket is skipped, and a larger value is never in a smaller bucket: percentiles may sum from the left."""
+    """No bucket is skipped, and a larger value is never in a smaller bucket: percentiles may sum
+    from the left."""
     found = [bucket_found(value) for value in range(5000)]
     assert found == sorted(found)
     assert set(found) == set(range(found[-1] + 1))

@@ -21,8 +21,8 @@ NARROW, WIDE = 64 * PAGE, 256 * PAGE
 
 @dataclass
 class Link:
-    """Two loops of one destination (demand, background) at the end of a link: so many bytes a second, so long there and back.
-    The source answers in the order in which it was asked."""
+    """Two loops of one destination (demand, background) at the end of a link: so many bytes a
+    second, so long there and back. The source answers in the order in which it was asked."""
 
     rate: int = 125_000_000
     trip: int = MS // 5
@@ -37,7 +37,9 @@ class Link:
     _events: list[tuple[int, int, tuple[int, int, int]]] = field(default_factory=list)
     _number: int = 0
     _free: int = 0
-    came: dict[int, int] = field(default_factory=lambda: dict.fromkeys((DEMAND, PREFETCH, BACKGROUND), 0))
+    came: dict[int, int] = field(
+        default_factory=lambda: dict.fromkeys((DEMAND, PREFETCH, BACKGROUND), 0)
+    )
     #: (time, bytes) of background that was asked for
     asked: list[tuple[int, int]] = field(default_factory=list)
     largest: int = 0
@@ -61,12 +63,15 @@ class Link:
         return int(self.background.background.in_flight)
 
     def ask(self, class_: int, size: int) -> None:
-        """``size`` bytes are on the wire after half a trip, one after the other, and here after the other half."""
+        """``size`` bytes are on the wire after half a trip, one after the other, and here after the
+        other half."""
         lib.pn_pace_sent(self.background if class_ == BACKGROUND else self.demand, class_, size)
         start = max(self.now + self.trip // 2, self._free)
         self._free = start + size * SECOND // self.rate
         self._number += 1
-        heapq.heappush(self._events, (self._free + self.trip // 2, self._number, (class_, size, self.now)))
+        heapq.heappush(
+            self._events, (self._free + self.trip // 2, self._number, (class_, size, self.now))
+        )
 
     def feed(self) -> int:
         """The background asks for what it may: ns until it may ask again by its rate."""
@@ -83,7 +88,8 @@ class Link:
         return int(wait[0])
 
     def step(self, until: int) -> bool:
-        """On to the next event, with the background fed before: False if there is none before ``until``."""
+        """On to the next event, with the background fed before: False if there is none before
+        ``until``."""
         again = self.now + self.feed()
         due = self._events[0][0] if self._events else 2**64
         if min(due, again) > until:
@@ -150,7 +156,8 @@ def test_window_opens_while_nobody_faults_and_closes_again() -> None:
 
 
 def test_window_holds_what_a_long_path_holds() -> None:
-    """A guest that only waits, 20 ms away: the least window would be asked for once in each round trip."""
+    """A guest that only waits, 20 ms away: the least window would be asked for once in each round
+    trip."""
     link = Link(trip=20 * MS, window=(NARROW, NARROW, WIDE))
     link.touches(100)
     assert link.largest == WIDE
@@ -167,9 +174,14 @@ def test_who_only_waits_finds_little_before_its_page_on_a_near_path() -> None:
 
 
 @pytest.mark.parametrize(("waits", "prefetches"), [(True, True), (True, False), (False, True)])
-def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(waits: bool, prefetches: bool) -> None:
-    """Only beside an owner that waits, and only if something is prefetched. At this rate, 0.15 ms are less than a page."""
-    link = Link(trip=20 * MS, limit=80 * PAGE * 50, prefetches=prefetches, window=(NARROW, NARROW, WIDE))
+def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(
+    waits: bool, prefetches: bool
+) -> None:
+    """Only beside an owner that waits, and only if something is prefetched. At this rate, 0.15 ms
+    are less than a page."""
+    link = Link(
+        trip=20 * MS, limit=80 * PAGE * 50, prefetches=prefetches, window=(NARROW, NARROW, WIDE)
+    )
     link.shared.best = MS // 10
     link.demand.demand.window = 0
     lib.pn_pace_faulted(link.shared, link.now)
@@ -214,7 +226,8 @@ def test_window_of_what_is_prefetched_grows_while_pages_come_as_fast_as_at_best(
 
 @pytest.mark.parametrize("lost", [0, 20 * MS], ids=["on time", "20 ms lost every 100"])
 def test_rate_is_kept_smoothly(lost: int) -> None:
-    """A loop that gets no processor for a while makes up for it, and no 10 ms see twice the rate."""
+    """A loop that gets no processor for a while makes up for it, and no 10 ms see twice the
+    rate."""
     rate = 8_000_000
     link = Link(limit=rate)
     for _ in range(20):

@@ -56,7 +56,8 @@ class Lost:
 
 @pytest.mark.parametrize("lost", [0.0, 0.02], ids=["on time", "20 ms lost every 100"])
 async def test_rate_is_kept_smoothly(lost: float, autojump_clock: MockClock) -> None:
-    """A lane that gets no processor for a while makes up for it, and no 10 ms see twice the rate."""
+    """A lane that gets no processor for a while makes up for it, and no 10 ms see twice the
+    rate."""
     rate = 8_000_000
     background = Background(None)
     background.set_max_bandwidth(rate)

@@ -72,7 +72,10 @@ def test_checksum_is_xxh64() -> None:
 def test_any_pages(seed: int, count: int, share: float) -> None:
     """Pages of which some are random: packed they are shorter, or not packed."""
     order = random.Random(seed)
-    pages = b"".join(order.randbytes(PAGE) if order.random() < share else TEXT[i : i + PAGE] for i in range(count))
+    pages = b"".join(
+        order.randbytes(PAGE) if order.random() < share else TEXT[i : i + PAGE]
+        for i in range(count)
+    )
     packed = Packer().pack(memoryview(pages))
     if packed is not None:
         assert len(packed) <= len(pages) - len(pages) // 16

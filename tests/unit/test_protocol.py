@@ -76,13 +76,19 @@ MESSAGES: list[Message] = [
 ]
 
 
-def frame(body: bytes, *, magic: bytes = b"PGNT", framing: int = 1, length: int | None = None) -> bytes:
+def frame(
+    body: bytes, *, magic: bytes = b"PGNT", framing: int = 1, length: int | None = None
+) -> bytes:
     return FRAME_HEADER.pack(magic, framing, 0, len(body) if length is None else length) + body
 
 
 def packed(**changes: Any) -> bytes:
     """A hello with ``changes``; a field that changes to ``...`` is left out."""
-    return frame(msgpack.packb({name: value for name, value in {**HELLO, **changes}.items() if value is not ...}))
+    return frame(
+        msgpack.packb(
+            {name: value for name, value in {**HELLO, **changes}.items() if value is not ...}
+        )
+    )
 
 
 def decode(*pieces: bytes) -> list[Message]:
@@ -150,7 +156,9 @@ def test_what_follows_a_message_is_left_alone() -> None:
     check_refused("does not speak pagenet: it begins with b'lane headers'", decoder.next)
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00", b"\0", b"PGNt", b"\n" * 100])
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00", b"\0", b"PGNt", b"\n" * 100]
+)
 def test_garbage_is_known_by_its_first_wrong_byte(garbage: bytes) -> None:
     for end in range(4 if garbage.startswith(b"PGN") else 1, len(garbage)):
         check_refused("does not speak pagenet", partial(decode, garbage[:end]))
@@ -160,7 +168,8 @@ def test_garbage_is_known_by_its_first_wrong_byte(garbage: bytes) -> None:
     ("data", "reason"),
     [
         (frame(b"", framing=2), "frames its messages in version 2"),
-        (frame(b"", length=MAX_MESSAGE + 1), "a message of 2097153 bytes"),  # before any of it is kept
+        # before any of it is kept
+        (frame(b"", length=MAX_MESSAGE + 1), "a message of 2097153 bytes"),
         (frame(b"", length=2**32 - 1), "a message of 4294967295 bytes"),
     ],
     ids=readable,
@@ -211,7 +220,9 @@ def test_no_msgpack(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 100, 500, 900, 990, 1000, 1010, 1020, 1030])
-@pytest.mark.parametrize("field", ["type", "version", "role", "session", "identity", "features", "lanes", "blocks"])
+@pytest.mark.parametrize(
+    "field", ["type", "version", "role", "session", "identity", "features", "lanes", "blocks"]
+)
 def test_nested_deeply(field: str, depth: int) -> None:
     """Around 1000 levels msgpack still accepts what Python no longer prints."""
     mark = b"\xa6insert"
@@ -219,7 +230,9 @@ def test_nested_deeply(field: str, depth: int) -> None:
     check_refused("the peer", lambda: decode(frame(body.replace(mark, b"\x91" * depth + b"\xc0"))))
 
 
-@pytest.mark.parametrize("body", [0, None, True, 1.5, "hello", b"hello", [], [HELLO], msgpack.Timestamp(0)])
+@pytest.mark.parametrize(
+    "body", [0, None, True, 1.5, "hello", b"hello", [], [HELLO], msgpack.Timestamp(0)]
+)
 def test_no_map(body: Any) -> None:
     check_refused("is not a map", lambda: decode(frame(msgpack.packb(body))))
 
@@ -244,7 +257,9 @@ def test_no_such_message(body: dict[str, Any], reason: str) -> None:
 
 
 def test_a_strangers_text_fits_one_line() -> None:
-    body = msgpack.packb({"type": "failure", "code": "a\nb" + "c" * 100, "text": "x\r\n\x1b[31m\u202e" + "y" * 2000})
+    body = msgpack.packb(
+        {"type": "failure", "code": "a\nb" + "c" * 100, "text": "x\r\n\x1b[31m\u202e" + "y" * 2000}
+    )
     (failure,) = decode(frame(body))
     assert isinstance(failure, Failure)
     assert failure.code == "a?b" + "c" * 61
@@ -263,12 +278,24 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "session": [None, "x" * 16, 0, list(SESSION)],
     "identity": [None, "identity", 16],
     "features": [None, "lz4", {"lz4": True}, [1], [b"lz4"], [None], ["x"] * 65],
-    "lanes": [None, "demand", ["demand", "x"], [b"demand"], [True], [["demand"]], ["control"], ["demand"] * 65],
+    "lanes": [
+        None,
+        "demand",
+        ["demand", "x"],
+        [b"demand"],
+        [True],
+        [["demand"]],
+        ["control"],
+        ["demand"] * 65,
+    ],
     "blocks": [None, "ram", {"ram": 4096}, 1],
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG_TYPES.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in WRONG_TYPES.items() for value in values],
+)
 def test_hello_field_of_the_wrong_kind(field: str, value: object) -> None:
     check_refused("the peer", lambda: decode(packed(**{field: value})))
 
@@ -279,7 +306,9 @@ def test_hello_field_missing(field: str) -> None:
 
 
 def test_hello_fields_that_may_be_missing_or_unknown() -> None:
-    assert decode(packed(features=..., later={"a": [1]})) == [Hello(Role.SOURCE, Channel.CONTROL, SESSION)]
+    assert decode(packed(features=..., later={"a": [1]})) == [
+        Hello(Role.SOURCE, Channel.CONTROL, SESSION)
+    ]
     (hello,) = decode(packed(identity=b"i" * 100))
     assert isinstance(hello, Hello)
     assert hello.identity == b"i" * 64
@@ -287,7 +316,9 @@ def test_hello_fields_that_may_be_missing_or_unknown() -> None:
 
 @pytest.mark.parametrize("length", [1, 15, 17, 32])
 def test_session_of_another_length(length: int) -> None:
-    check_refused(f"session is {length} bytes long, not 16", lambda: decode(packed(session=b"s" * length)))
+    check_refused(
+        f"session is {length} bytes long, not 16", lambda: decode(packed(session=b"s" * length))
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,7 +368,12 @@ def test_absurd_block_table(blocks: list[Any], reason: str) -> None:
         ((1, 1), (2, 2**64 - 1), None),
     ],
 )
-def test_versions(monkeypatch: pytest.MonkeyPatch, ours: tuple[int, int], theirs: tuple[int, int], common: int | None) -> None:
+def test_versions(
+    monkeypatch: pytest.MonkeyPatch,
+    ours: tuple[int, int],
+    theirs: tuple[int, int],
+    common: int | None,
+) -> None:
     monkeypatch.setattr(protocol, "OLDEST_VERSION", ours[0])
     monkeypatch.setattr(protocol, "VERSION", ours[1])
     oldest, version = theirs
@@ -346,9 +382,14 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, ours: tuple[int, int], theirs
         assert decode(packed(oldest=oldest, version=version, session=b"")) == [hello]
         assert negotiate(hello) == common
     else:
-        reason = f"speaks protocol versions {oldest} to {version}, this pagenet {ours[0]} to {ours[1]}: bring both"
+        reason = (
+            f"speaks protocol versions {oldest} to {version}, this pagenet {ours[0]} to {ours[1]}:"
+            " bring both"
+        )
         # the rest of such a hello may be anything
-        check_refused(reason, lambda: decode(packed(oldest=oldest, version=version, role="?", session=None)))
+        check_refused(
+            reason, lambda: decode(packed(oldest=oldest, version=version, role="?", session=None))
+        )
         check_refused(reason, lambda: negotiate(hello))
 
 
@@ -361,7 +402,14 @@ def test_impossible_versions(oldest: int, version: int) -> None:
 
 
 def request(
-    first: int = 0, count: int = 1, *, class_: int = 0, encodings: int = 3, unit: int = 0, pad: int = 0, pad2: int = 0
+    first: int = 0,
+    count: int = 1,
+    *,
+    class_: int = 0,
+    encodings: int = 3,
+    unit: int = 0,
+    pad: int = 0,
+    pad2: int = 0,
 ) -> bytes:
     return REQUEST_HEADER.pack(7, class_, encodings, unit, pad, first, count, pad2)
 
@@ -395,7 +443,9 @@ def test_requests_whole_and_in_bytes() -> None:
     data = b"".join(request.encode() for request in GOOD_REQUESTS)
     assert requests(data) == GOOD_REQUESTS
     assert requests(*one_byte_each(data)) == GOOD_REQUESTS
-    assert [requests(request.encode()) for request in GOOD_REQUESTS] == [[request] for request in GOOD_REQUESTS]
+    assert [requests(request.encode()) for request in GOOD_REQUESTS] == [
+        [request] for request in GOOD_REQUESTS
+    ]
 
 
 def test_request_cut_anywhere() -> None:
@@ -412,7 +462,13 @@ def test_request_cut_anywhere() -> None:
 
 @pytest.mark.parametrize(
     ("encodings", "may_pack", "must_pack"),
-    [(0, False, False), (0b011, False, False), (0b111, True, False), (0b110, True, True), (0b100, True, True)],
+    [
+        (0, False, False),
+        (0b011, False, False),
+        (0b111, True, False),
+        (0b110, True, True),
+        (0b100, True, True),
+    ],
 )
 def test_what_a_request_takes(encodings: int, may_pack: bool, must_pack: bool) -> None:
     (found,) = requests(request(encodings=encodings))
@@ -421,7 +477,13 @@ def test_what_a_request_takes(encodings: int, may_pack: bool, must_pack: bool) -
 
 @pytest.mark.parametrize(
     ("compress", "features", "encodings"),
-    [("auto", {LZ4}, 0b111), ("lz4", {LZ4, "x"}, 0b110), ("none", {LZ4}, 0b011), ("auto", set(), 0b011), ("lz4", {"x"}, 0b011)],
+    [
+        ("auto", {LZ4}, 0b111),
+        ("lz4", {LZ4, "x"}, 0b110),
+        ("none", {LZ4}, 0b011),
+        ("auto", set(), 0b011),
+        ("lz4", {"x"}, 0b011),
+    ],
 )
 def test_what_is_asked_of_a_source(compress: Compress, features: set[str], encodings: int) -> None:
     assert encodings_for(compress, frozenset(features)) == encodings
@@ -467,7 +529,8 @@ def test_request_refused(data: bytes, reason: str) -> None:
 
 
 def test_a_unit_is_a_gigabyte_at_most() -> None:
-    """The largest page an owner may have. A reply's length has room for 4 GiB, and a source must hold one unit."""
+    """The largest page an owner may have. A reply's length has room for 4 GiB, and a source must
+    hold one unit."""
     decoder = RequestDecoder(Region([Block("ram", 1 << 40), Block("huge", 1 << 40, 2 << 20)]))
     huge = 1 << 28
     decoder.feed(request(0, 1 << 18, unit=18) + request(huge, 512, unit=9))
@@ -522,7 +585,9 @@ def test_replies_cover_a_request_from_first_to_last() -> None:
         assert outstanding.reply(expected.encode()) == expected
     assert not outstanding.is_open(0)
     assert len(outstanding) == 0
-    check_refused("answers request 0, which is not open", lambda: outstanding.reply(replies[-1].encode()))
+    check_refused(
+        "answers request 0, which is not open", lambda: outstanding.reply(replies[-1].encode())
+    )
 
 
 def test_requests_are_answered_in_any_order() -> None:
@@ -581,9 +646,12 @@ def test_compressed_reply_that_is_not_shorter(length: int) -> None:
     outstanding = OutstandingRequests(REGION, 0b110)
     outstanding.open(Class.BACKGROUND, Run(0, 4))
     check_refused(
-        f"{length} bytes for 4 pages of 16384 bytes", lambda: outstanding.reply(reply(encoding=Encoding.LZ4, length=length))
+        f"{length} bytes for 4 pages of 16384 bytes",
+        lambda: outstanding.reply(reply(encoding=Encoding.LZ4, length=length)),
     )
-    assert outstanding.reply(reply(encoding=Encoding.LZ4, length=4 * 4096 - 1)).length == 4 * 4096 - 1
+    assert (
+        outstanding.reply(reply(encoding=Encoding.LZ4, length=4 * 4096 - 1)).length == 4 * 4096 - 1
+    )
 
 
 def test_compressed_reply_of_too_much() -> None:
@@ -605,7 +673,8 @@ def test_reply_that_comes_twice_or_goes_back() -> None:
 
 @pytest.mark.parametrize(
     ("run", "parts"),
-    [(Run(4, 8), [2, 1, 4]), (Run(ROM, 2), [1]), (Run(HUGE, 2), [1])],  # HUGE is odd: in its block it is page 0
+    # HUGE is odd: in its block it is page 0
+    [(Run(4, 8), [2, 1, 4]), (Run(ROM, 2), [1]), (Run(HUGE, 2), [1])],
 )
 def test_replies_do_not_split_a_unit(run: Run, parts: list[int]) -> None:
     outstanding = asked(run, unit_shift=1)
@@ -622,8 +691,13 @@ def test_replies_do_not_split_a_unit(run: Run, parts: list[int]) -> None:
 
 def test_raw_length_counts_in_the_blocks_pages() -> None:
     outstanding = asked(Run(HUGE, 2))
-    assert outstanding.reply(reply(HUGE, 1, encoding=Encoding.RAW, length=2 << 20)).length == 2 << 20
-    check_refused("4096 bytes", lambda: outstanding.reply(reply(HUGE + 1, 1, encoding=Encoding.RAW, length=4096)))
+    assert (
+        outstanding.reply(reply(HUGE, 1, encoding=Encoding.RAW, length=2 << 20)).length == 2 << 20
+    )
+    check_refused(
+        "4096 bytes",
+        lambda: outstanding.reply(reply(HUGE + 1, 1, encoding=Encoding.RAW, length=4096)),
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1, MAX_REASON_BYTES])
@@ -635,7 +709,9 @@ def test_failed_ends_the_request(length: int) -> None:
     assert not outstanding.is_open(0)
 
 
-@pytest.mark.parametrize("run", [Run(0, 0), Run(-1, 1), Run(2047, 2), Run(REGION.pages, 1), Run(0, 2**63)])
+@pytest.mark.parametrize(
+    "run", [Run(0, 0), Run(-1, 1), Run(2047, 2), Run(REGION.pages, 1), Run(0, 2**63)]
+)
 def test_asking_for_what_is_no_run_is_our_own_mistake(run: Run) -> None:
     with pytest.raises(LocalProtocolError, match="is not a run of the region"):
         OutstandingRequests(REGION).open(Class.DEMAND, run)
@@ -644,30 +720,46 @@ def test_asking_for_what_is_no_run_is_our_own_mistake(run: Run) -> None:
 # ---- whatever comes ----
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-block_tables = st.lists(st.tuples(names, st.integers(1, 2**20)), min_size=1, max_size=5, unique_by=lambda pair: pair[0])
+block_tables = st.lists(
+    st.tuples(names, st.integers(1, 2**20)), min_size=1, max_size=5, unique_by=lambda pair: pair[0]
+)
 hellos = st.builds(
     Hello,
     role=st.sampled_from(Role),
     channel=st.sampled_from(Channel),
     session=st.just(b"") | st.binary(min_size=16, max_size=16),
-    region=st.none() | block_tables.map(lambda table: Region(Block(name, pages * 4096) for name, pages in table)),
+    region=st.none()
+    | block_tables.map(lambda table: Region(Block(name, pages * 4096) for name, pages in table)),
     lanes=st.lists(st.sampled_from([Channel.DEMAND, Channel.BACKGROUND]), max_size=4).map(tuple),
     features=st.frozensets(names, max_size=5),
     version=st.integers(1, 2**64 - 1),
 )
-line = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs"]), max_size=64)
+line = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs"]), max_size=64
+)
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=8) | st.binary(max_size=20),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=20),
     lambda inner: st.lists(inner, max_size=4),
     max_leaves=6,
 )
 
 
-@given(st.lists(hellos | st.builds(Failure, line, line) | st.builds(Bye, st.booleans()), max_size=4), st.data())
+@given(
+    st.lists(hellos | st.builds(Failure, line, line) | st.builds(Bye, st.booleans()), max_size=4),
+    st.data(),
+)
 def test_messages_in_any_pieces(messages: list[Message], data: st.DataObject) -> None:
     whole = b"".join(map(encode_message, messages))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
-    assert decode(*(whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True))) == messages
+    assert (
+        decode(*(whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)))
+        == messages
+    )
 
 
 def survives(decode: Callable[[], object]) -> None:
@@ -691,12 +783,19 @@ def test_random_bytes(data: bytes) -> None:
 
 
 @settings(max_examples=300)
-@given(st.dictionaries(st.sampled_from([*HELLO, "identity", "blocks", "lanes"]), anything, max_size=3))
+@given(
+    st.dictionaries(st.sampled_from([*HELLO, "identity", "blocks", "lanes"]), anything, max_size=3)
+)
 def test_random_fields(changes: dict[str, Any]) -> None:
     survives(lambda: decode(packed(**changes)))
 
 
-@given(st.sampled_from(MESSAGES).map(encode_message), st.integers(0, 2**32), st.integers(0, 255), st.binary(max_size=3))
+@given(
+    st.sampled_from(MESSAGES).map(encode_message),
+    st.integers(0, 2**32),
+    st.integers(0, 255),
+    st.binary(max_size=3),
+)
 def test_one_byte_changed(data: bytes, at: int, value: int, behind: bytes) -> None:
     changed = bytearray(data)
     changed[at % len(data)] = value
@@ -704,13 +803,17 @@ def test_one_byte_changed(data: bytes, at: int, value: int, behind: bytes) -> No
 
 
 fields = st.sampled_from([0, 1, 2, 3, 9, 255])
-wide = st.sampled_from([0, 1, 2, 511, 512, 1024, 2047, 2048, ROM, HUGE, 2**32 - 1]) | st.integers(0, 2**32 - 1)
+wide = st.sampled_from([0, 1, 2, 511, 512, 1024, 2047, 2048, ROM, HUGE, 2**32 - 1]) | st.integers(
+    0, 2**32 - 1
+)
 first = wide | st.sampled_from([2**63, 2**64 - 1])
 
 
 @settings(max_examples=300)
 @given(fields, fields, fields, st.sampled_from([0, 0, 1]), first, wide)
-def test_any_request_is_refused_or_safe(class_: int, encodings: int, unit: int, pad: int, first: int, count: int) -> None:
+def test_any_request_is_refused_or_safe(
+    class_: int, encodings: int, unit: int, pad: int, first: int, count: int
+) -> None:
     data = request(first, count, class_=class_, encodings=encodings, unit=unit, pad=pad)
     try:
         (heard,) = requests(data)
@@ -729,7 +832,15 @@ def test_any_request_is_refused_or_safe(class_: int, encodings: int, unit: int, 
 def test_any_reply_is_refused_or_fits(
     request_id: int, class_: int, encoding: int, pad: int, first: int, count: int, length: int
 ) -> None:
-    data = reply(first, count, request_id=request_id, class_=class_, encoding=encoding, pad=pad, length=length)
+    data = reply(
+        first,
+        count,
+        request_id=request_id,
+        class_=class_,
+        encoding=encoding,
+        pad=pad,
+        length=length,
+    )
     try:
         fits = asked(Run(0, 1024)).reply(data)
     except RemoteProtocolError:
@@ -765,7 +876,11 @@ class Recording:
             decoder.feed(there)
             hello = decoder.next()
             assert isinstance(hello, Hello)
-            ours, theirs = ("source", "destination") if hello.role is Role.SOURCE else ("destination", "source")
+            ours, theirs = (
+                ("source", "destination")
+                if hello.role is Role.SOURCE
+                else ("destination", "source")
+            )
             flows[f"{hello.channel.value}, {ours} to {theirs}"] = bytes(there)
             flows[f"{hello.channel.value}, {theirs} to {ours}"] = bytes(back)
         return flows
@@ -786,7 +901,8 @@ def _tapped(connection: MemoryConnection) -> bytearray:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
-    """Over ``memory:``, with what is random made the same each time, and files where they have short names."""
+    """Over ``memory:``, with what is random made the same each time, and files where they have
+    short names."""
     recording = Recording()
     monkeypatch.setitem(transport._transports, "memory", MemoryTransport(on_connect=recording.tap))
     monkeypatch.setattr(os, "urandom", lambda size: bytes(range(size)))
@@ -795,7 +911,8 @@ def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
 
 
 def documented(section: str) -> Flows:
-    """The flows that the document shows in hexadecimal. ``61 x 4096`` is 4096 bytes 0x61; the rest of a line is comment."""
+    """The flows that the document shows in hexadecimal. ``61 x 4096`` is 4096 bytes 0x61; the rest
+    of a line is comment."""
     flows: dict[str, bytes] = {}
     text = DOCUMENT.split(f"### {section}")[1].split("\n### ")[0].split("\n## ")[0]
     for block in re.findall(r"^```wire\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
@@ -803,7 +920,9 @@ def documented(section: str) -> Flows:
         for line in block.splitlines():
             if match := re.fullmatch(r"(\w+, \w+ to \w+)(?:: .*)?", line):
                 title = match[1]
-            elif match := re.fullmatch(r"  ((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: x (\d+))?(?:  .*)?", line):
+            elif match := re.fullmatch(
+                r"  ((?:[0-9a-f]{2})+(?: (?:[0-9a-f]{2})+)*)(?: x (\d+))?(?:  .*)?", line
+            ):
                 flows[title] = flows.get(title, b"") + bytes.fromhex(match[1]) * int(match[2] or 1)
             else:
                 assert not line, f"neither a title nor bytes: {line!r}"
@@ -842,8 +961,13 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
 
     async def destination() -> None:
         lanes = (Channel.DEMAND, Channel.BACKGROUND)
-        async with accept_source("memory://destination", False, lanes, lambda *_, **__: listening.set()) as session:
-            lane, requests = await session.open_lane(Channel.DEMAND), OutstandingRequests(session.region)
+        async with accept_source(
+            "memory://destination", False, lanes, lambda *_, **__: listening.set()
+        ) as session:
+            lane, requests = (
+                await session.open_lane(Channel.DEMAND),
+                OutstandingRequests(session.region),
+            )
             await session.open_lane(Channel.BACKGROUND)
             await lane.send(requests.open(Class.DEMAND, Run(512, 512), unit_shift=9).encode())
             assert await receive_reply(lane, requests) == b"c" * (2 << 20)
@@ -879,7 +1003,8 @@ def rows(heading: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("heading", "header"), [("Frame", FRAME_HEADER), ("Requests", REQUEST_HEADER), ("Replies", REPLY_HEADER)]
+    ("heading", "header"),
+    [("Frame", FRAME_HEADER), ("Requests", REQUEST_HEADER), ("Replies", REPLY_HEADER)],
 )
 def test_header_tables_in_the_document(heading: str, header: struct.Struct) -> None:
     sizes = [struct.calcsize(f"<{code}") for code in re.findall(r"\d*[a-zA-Z]", header.format)]
@@ -889,8 +1014,16 @@ def test_header_tables_in_the_document(heading: str, header: struct.Struct) -> N
 
 def test_limits_in_the_document() -> None:
     shown = {name: int(value) for name, value, *_ in rows("Limits")}
-    assert shown == {name: getattr(protocol, name, None) or getattr(pagenet.region, name) for name in shown}
-    assert {"MAX_MESSAGE", "MAX_REQUEST_BYTES", "MAX_REASON_BYTES", "MAX_BLOCKS", "MAX_PAGES"} <= set(shown)
+    assert shown == {
+        name: getattr(protocol, name, None) or getattr(pagenet.region, name) for name in shown
+    }
+    assert {
+        "MAX_MESSAGE",
+        "MAX_REQUEST_BYTES",
+        "MAX_REASON_BYTES",
+        "MAX_BLOCKS",
+        "MAX_PAGES",
+    } <= set(shown)
 
 
 def test_every_field_and_number_is_in_the_document() -> None:

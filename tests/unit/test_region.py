@@ -17,8 +17,13 @@ HUGE = (2**31, 2**32 - 1, 2**63, 2**64 - 1)
 
 @st.composite
 def regions(draw: st.DrawFn) -> Region:
-    shapes = draw(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(PAGE_SIZES)), min_size=1, max_size=4))
-    return Region(Block(f"block{i}", pages * page_size, page_size) for i, (pages, page_size) in enumerate(shapes))
+    shapes = draw(
+        st.lists(st.tuples(st.integers(1, 5), st.sampled_from(PAGE_SIZES)), min_size=1, max_size=4)
+    )
+    return Region(
+        Block(f"block{i}", pages * page_size, page_size)
+        for i, (pages, page_size) in enumerate(shapes)
+    )
 
 
 def table(region: Region) -> list[tuple[int, int, int]]:
@@ -77,7 +82,9 @@ def test_split_covers_exactly(region: Region, data: st.DataObject) -> None:
     run = Run(first, data.draw(st.integers(0, region.pages - first)))
     max_bytes = data.draw(st.sampled_from([1, 4096, 8191, 8192, 12288, 2 << 20, 1 << 40]))
     parts = list(region.split(run, max_bytes))
-    assert [page for part in parts for page in range(part.first, part.end)] == list(range(run.first, run.end))
+    assert [page for part in parts for page in range(part.first, part.end)] == list(
+        range(run.first, run.end)
+    )
     assert all(region.contains(part) for part in parts)
     assert all(region.size_of(part) <= max_bytes or part.count == 1 for part in parts)
     for part in parts[:-1]:  # each as long as it may be

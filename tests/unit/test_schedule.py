@@ -24,7 +24,9 @@ class Bed:
     """A region of which a schedule names the missing pages, and nobody brings them."""
 
     def __init__(self, name: str, *sizes: int, page_size: int = 4096) -> None:
-        self.region = Region(Block(str(number), size, page_size) for number, size in enumerate(sizes))
+        self.region = Region(
+            Block(str(number), size, page_size) for number, size in enumerate(sizes)
+        )
         self.residency = Residency(self.region.pages)
         schedule = make_schedule(name, self.region, self.residency)
         assert schedule is not None
@@ -86,7 +88,9 @@ def test_every_page_is_named_once_whatever_is_faulted_on(
         while True:
             if pick.random() < 0.5:
                 first, step = pick.randrange(bed.region.pages), pick.choice([1, -1, 3, 70, -80])
-                bed.fault(*[page for k in range(5) if 0 <= (page := first + k * step) < bed.region.pages])
+                bed.fault(
+                    *[page for k in range(5) if 0 <= (page := first + k * step) < bed.region.pages]
+                )
             missing = bed.residency.find(State.MISSING, 0)
             run = bed.schedule.next_run(max_pages * page_size)
             assert (run is None) == (missing is None)
@@ -95,7 +99,9 @@ def test_every_page_is_named_once_whatever_is_faulted_on(
             took = bed.residency.replace(run, State.MISSING, State.COMING)
             assert took  # it never names in vain what a lane has taken
             named += took
-        asked = sum(bed.residency.state(page) is State.REQUESTED for page in range(bed.region.pages))
+        asked = sum(
+            bed.residency.state(page) is State.REQUESTED for page in range(bed.region.pages)
+        )
         assert named + asked == bed.region.pages
     finally:
         bed.residency.close()
@@ -104,7 +110,13 @@ def test_every_page_is_named_once_whatever_is_faulted_on(
 @on("linear", MIB, MIB)
 def test_linear_goes_from_the_first_page_to_the_last(bed: Bed) -> None:
     bed.fault(300)
-    assert bed.taken(9, MIB // 2) == [Run(0, 128), Run(128, 128), Run(256, 44), Run(301, 128), Run(429, 83)]
+    assert bed.taken(9, MIB // 2) == [
+        Run(0, 128),
+        Run(128, 128),
+        Run(256, 44),
+        Run(301, 128),
+        Run(429, 83),
+    ]
 
 
 @on("linear", MIB)
@@ -224,7 +236,8 @@ def test_regions_of_a_billion_pages_cost_what_is_in_use() -> None:
 
 @on("linear", 2_000_000 * 4096)
 def test_a_region_of_a_million_runs(bed: Bed) -> None:
-    """Every other page is there. What is named is missing, and each is named once, near the faults first."""
+    """Every other page is there. What is named is missing, and each is named once, near the faults
+    first."""
     for page in range(0, bed.region.pages, 2):
         bed.residency.set(Run(page, 1), State.RESIDENT)
     pick, named = random.Random(5), set[int]()
@@ -242,7 +255,9 @@ def test_a_region_of_a_million_runs(bed: Bed) -> None:
 
 def test_a_ranking_is_the_sum_of_decayed_heat() -> None:
     ranking = Ranking(half_life=1.0, most=100)
-    warmed = [(pick.randrange(8), number * 0.3) for pick in [random.Random(4)] for number in range(200)]
+    warmed = [
+        (pick.randrange(8), number * 0.3) for pick in [random.Random(4)] for number in range(200)
+    ]
     for key, now in warmed:
         ranking.warm(key, now)
     heat = {key: sum(0.5 ** (60 - now) for k, now in warmed if k == key) for key in range(8)}

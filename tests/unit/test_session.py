@@ -1,4 +1,5 @@
-"""pagenet/session.py over the in-memory transport: messages, hellos, and telling the peer what it did wrong."""
+"""pagenet/session.py over the in-memory transport: messages, hellos, and telling the peer what it
+did wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def pair(request: pytest.FixtureRequest) -> tuple[MessageStream, MemoryConnectio
 Pair = tuple[MessageStream, MemoryConnection]
 
 
-async def one_line(reason: str, error: type[Exception], action: Callable[[], Awaitable[object]]) -> None:
+async def one_line(
+    reason: str, error: type[Exception], action: Callable[[], Awaitable[object]]
+) -> None:
     with pytest.raises(error, match=reason) as caught:
         await action()
     assert "\n" not in str(caught.value)
@@ -43,9 +46,16 @@ async def one_line(reason: str, error: type[Exception], action: Callable[[], Awa
 
 async def test_messages_until_the_peer_closes(pair: Pair) -> None:
     stream, peer = pair
-    await peer.send(encode_message(SOURCE) + encode_message(Failure("x", "y")), encode_message(Bye(True)))
+    await peer.send(
+        encode_message(SOURCE) + encode_message(Failure("x", "y")), encode_message(Bye(True))
+    )
     peer.close()
-    assert [await stream.receive() for _ in range(4)] == [SOURCE, Failure("x", "y"), Bye(True), None]
+    assert [await stream.receive() for _ in range(4)] == [
+        SOURCE,
+        Failure("x", "y"),
+        Bye(True),
+        None,
+    ]
     assert await stream.receive() is None
 
 
@@ -121,7 +131,9 @@ async def test_receive_exactly() -> None:
     await receive_exactly(ours, memoryview(into))
     assert into == b"01234567"
     await receive_exactly(ours, memoryview(b""))
-    await one_line("closed the connection", ConnectionBroken, lambda: receive_exactly(ours, memoryview(into)))
+    await one_line(
+        "closed the connection", ConnectionBroken, lambda: receive_exactly(ours, memoryview(into))
+    )
 
 
 # ---- hellos ----
@@ -131,17 +143,23 @@ async def test_receive_exactly() -> None:
     ("data", "error", "reason"),
     [
         (encode_message(SOURCE), None, ""),
-        (encode_message(DESTINATION), RemoteProtocolError, "the peer is a destination too: one side serves, the other"),
-        (encode_message(Failure("protocol", "no\nthanks")), RemoteProtocolError, r"the peer refused: no\?thanks"),
+        (encode_message(DESTINATION), RemoteProtocolError,
+        "the peer is a destination too: one side serves, the other"),
+        (encode_message(Failure("protocol", "no\nthanks")), RemoteProtocolError,
+        r"the peer refused: no\?thanks"),
         (encode_message(Bye(True)), RemoteProtocolError, "first message is not a hello"),
-        (encode_message(Hello(Role.SOURCE, Channel.CONTROL, version=9, oldest=8)), RemoteProtocolError, "versions 8 to 9"),
-        (b"GET / HTTP/1.1\r\n\r\n", RemoteProtocolError, "does not speak pagenet: it begins with b'G"),
+        (encode_message(Hello(Role.SOURCE, Channel.CONTROL, version=9, oldest=8)),
+        RemoteProtocolError, "versions 8 to 9"),
+        (b"GET / HTTP/1.1\r\n\r\n", RemoteProtocolError,
+        "does not speak pagenet: it begins with b'G"),
         (encode_message(SOURCE)[:20], RemoteProtocolError, "closed in the middle of a message"),
         (b"", ConnectionBroken, "closed the connection instead of a hello"),
     ],
     ids=lambda parameter: parameter[:24].hex() if isinstance(parameter, bytes) else None,
 )  # fmt: skip
-async def test_receive_hello(pair: Pair, data: bytes, error: type[Exception] | None, reason: str) -> None:
+async def test_receive_hello(
+    pair: Pair, data: bytes, error: type[Exception] | None, reason: str
+) -> None:
     stream, peer = pair
     await peer.send(data)
     peer.close()
@@ -154,10 +172,16 @@ async def test_receive_hello(pair: Pair, data: bytes, error: type[Exception] | N
 async def test_both_are_sources(pair: Pair) -> None:
     stream, peer = pair
     await peer.send(encode_message(SOURCE))
-    await one_line("the peer is a source too", RemoteProtocolError, lambda: stream.receive_hello(Role.DESTINATION))
+    await one_line(
+        "the peer is a source too",
+        RemoteProtocolError,
+        lambda: stream.receive_hello(Role.DESTINATION),
+    )
 
 
-async def test_half_a_hello_is_waited_for_no_longer_than_none(autojump_clock: trio.testing.MockClock, pair: Pair) -> None:
+async def test_half_a_hello_is_waited_for_no_longer_than_none(
+    autojump_clock: trio.testing.MockClock, pair: Pair
+) -> None:
     stream, peer = pair
 
     async def trickle() -> None:
@@ -168,12 +192,18 @@ async def test_half_a_hello_is_waited_for_no_longer_than_none(autojump_clock: tr
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trickle)
         begun = trio.current_time()
-        await one_line("the peer sent no hello for 10 s", RemoteProtocolError, lambda: stream.receive_hello(Role.SOURCE))
+        await one_line(
+            "the peer sent no hello for 10 s",
+            RemoteProtocolError,
+            lambda: stream.receive_hello(Role.SOURCE),
+        )
         assert trio.current_time() - begun == pytest.approx(session.HELLO_TIMEOUT)
         nursery.cancel_scope.cancel()
 
 
-async def test_silence_after_the_hello_is_no_timeout(autojump_clock: trio.testing.MockClock, pair: Pair) -> None:
+async def test_silence_after_the_hello_is_no_timeout(
+    autojump_clock: trio.testing.MockClock, pair: Pair
+) -> None:
     stream, peer = pair
     await peer.send(encode_message(SOURCE))
     assert await stream.receive_hello(Role.SOURCE) == SOURCE
@@ -197,14 +227,24 @@ async def test_greet(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "reason"),
     [
-        (DESTINATION, Hello(Role.SOURCE, Channel.DEMAND, SESSION), "answers on channel demand, not control"),
-        (Hello(Role.SOURCE, Channel.BACKGROUND, SESSION), DESTINATION, "answers on channel control, not background"),
+        (
+            DESTINATION,
+            Hello(Role.SOURCE, Channel.DEMAND, SESSION),
+            "answers on channel demand, not control",
+        ),
+        (
+            Hello(Role.SOURCE, Channel.BACKGROUND, SESSION),
+            DESTINATION,
+            "answers on channel control, not background",
+        ),
         (DESTINATION, DESTINATION, "the peer is a destination too"),
         (SOURCE, SOURCE, "the peer is a source too"),
         (DESTINATION, Failure("protocol", "go away"), "the peer refused: go away"),
     ],
 )
-async def test_greet_is_answered_wrongly(pair: Pair, ours: Hello, theirs: Hello | Failure, reason: str) -> None:
+async def test_greet_is_answered_wrongly(
+    pair: Pair, ours: Hello, theirs: Hello | Failure, reason: str
+) -> None:
     stream, peer = pair
     await peer.send(encode_message(theirs))
     await one_line(reason, RemoteProtocolError, lambda: greet(stream, ours))
@@ -249,8 +289,12 @@ async def test_telling_sends_one_line_whatever_the_text(text: str) -> None:
     assert 0 < len(told.text) <= 1024
 
 
-@pytest.mark.parametrize("end", [lambda ours, theirs: theirs.close(), lambda ours, theirs: ours.close()])
-async def test_telling_a_peer_that_is_gone(end: Callable[[MemoryConnection, MemoryConnection], None]) -> None:
+@pytest.mark.parametrize(
+    "end", [lambda ours, theirs: theirs.close(), lambda ours, theirs: ours.close()]
+)
+async def test_telling_a_peer_that_is_gone(
+    end: Callable[[MemoryConnection, MemoryConnection], None],
+) -> None:
     ours, theirs = memory_pair()
     end(ours, theirs)
     with pytest.raises(RemoteProtocolError, match="the cause"):

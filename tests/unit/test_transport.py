@@ -40,7 +40,14 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "", pytest.param("[::1]", marks=needs_ipv6), pytest.param("[::]", marks=needs_ipv6)]
+    "host",
+    [
+        "127.0.0.1",
+        "localhost",
+        "",
+        pytest.param("[::1]", marks=needs_ipv6),
+        pytest.param("[::]", marks=needs_ipv6),
+    ],
 )
 async def test_tcp_conforms(host: str) -> None:
     await check_transport(TcpTransport(), lambda: f"tcp://{host}:0")
@@ -73,7 +80,9 @@ async def test_the_scheme_chooses_the_backend(uri: str) -> None:
         accepted.close()
 
 
-@pytest.mark.parametrize("uri", ["carrier-pigeon://roof", "127.0.0.1:7000", "/run/pagenet", "", "tcp//127.0.0.1:7000"])
+@pytest.mark.parametrize(
+    "uri", ["carrier-pigeon://roof", "127.0.0.1:7000", "/run/pagenet", "", "tcp//127.0.0.1:7000"]
+)
 async def test_unknown_schemes(uri: str) -> None:
     with pytest.raises(UsageError, match="no transport of that name"):
         await transport.dial(uri)
@@ -86,7 +95,9 @@ async def test_what_is_no_uri_at_all() -> None:
         await transport.dial("tcp://[::1:7000")
 
 
-@pytest.mark.parametrize("uri", ["tcp://:0", "tcp://0.0.0.0:0", "tcp://[::]:0", "tcp://192.0.2.1:0"])
+@pytest.mark.parametrize(
+    "uri", ["tcp://:0", "tcp://0.0.0.0:0", "tcp://[::]:0", "tcp://192.0.2.1:0"]
+)
 async def test_listening_beyond_this_host_needs_a_word(uri: str) -> None:
     with pytest.raises(UsageError, match="--plaintext"):
         await transport.listen(uri)

@@ -1,4 +1,5 @@
-"""What the memory transport offers beyond the contract: short reads, breaks at an exact byte, a hook on each connection."""
+"""What the memory transport offers beyond the contract: short reads, breaks at an exact byte, a
+hook on each connection."""
 
 from __future__ import annotations
 
@@ -122,7 +123,10 @@ async def test_names_belong_to_one_transport() -> None:
 
 async def test_unnamed_listeners_differ() -> None:
     memory = MemoryTransport()
-    with await memory.listen(urlsplit("memory://")) as one, await memory.listen(urlsplit("memory:")) as other:
+    with (
+        await memory.listen(urlsplit("memory://")) as one,
+        await memory.listen(urlsplit("memory:")) as other,
+    ):
         assert one.uri != other.uri
 
 
@@ -134,7 +138,10 @@ async def test_connections_that_nobody_accepted_break() -> None:
         await receive(dialled)
 
 
-@pytest.mark.parametrize("uri", ["memory:source", "memory:///source", "memory://source/lane", "memory://s?x=1", "memory://s#x"])
+@pytest.mark.parametrize(
+    "uri",
+    ["memory:source", "memory:///source", "memory://source/lane", "memory://s?x=1", "memory://s#x"],
+)
 async def test_senseless_uris(uri: str) -> None:
     with pytest.raises(UsageError, match="say memory://NAME"):
         await MemoryTransport().listen(urlsplit(uri))

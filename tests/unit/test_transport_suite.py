@@ -1,4 +1,5 @@
-"""The conformance suite itself: each of these backends breaks the contract in one way, and the suite must say which."""
+"""The conformance suite itself: each of these backends breaks the contract in one way, and the
+suite must say which."""
 
 from __future__ import annotations
 
@@ -10,8 +11,20 @@ from urllib.parse import SplitResult
 import pytest
 import trio
 
-from pagenet.errors import ConnectionBroken, ConnectionClosed, PagenetError, SourceUnreachable, UsageError
-from pagenet.testing import MemoryConnection, MemoryListener, MemoryTransport, _check_transport, check_transport
+from pagenet.errors import (
+    ConnectionBroken,
+    ConnectionClosed,
+    PagenetError,
+    SourceUnreachable,
+    UsageError,
+)
+from pagenet.testing import (
+    MemoryConnection,
+    MemoryListener,
+    MemoryTransport,
+    _check_transport,
+    check_transport,
+)
 from pagenet.transport import Buffer
 
 
@@ -40,7 +53,8 @@ class KeepsViews(MemoryConnection):
 
 
 class SendsLater(MemoryConnection):
-    """Returns from send at once, like a backend that posts work requests and does not wait for them."""
+    """Returns from send at once, like a backend that posts work requests and does not wait for
+    them."""
 
     async def send(self, *buffers: Buffer) -> None:
         self._check_open()
@@ -139,7 +153,10 @@ CONNECTIONS: list[tuple[type[MemoryConnection], str]] = [
     (ClosesQuietly, "close wakes own tasks: something hangs"),
     (ClosesOnce, "ConnectionClosed\\(.* is closed on this side"),
     (CloseBreaks, "wanted ConnectionClosed, got ConnectionBroken"),
-    (SendsNothingWhenClosed, "use after close: send of 1 buffers after close: wanted ConnectionClosed"),
+    (
+        SendsNothingWhenClosed,
+        "use after close: send of 1 buffers after close: wanted ConnectionClosed",
+    ),
     (SharesReceiving, "two receivers: .* wanted ConnectionBusy, but it waits"),
     (SharesSending, "two senders: .* wanted ConnectionBusy, but it waits"),
     (LosesBytesWhenCancelled, "receive cancelled as bytes arrive: something hangs"),
@@ -158,7 +175,9 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_check_transport, "PATIENCE", 2)
 
 
-@pytest.mark.parametrize(("kind", "complaint"), CONNECTIONS, ids=[kind.__name__ for kind, _ in CONNECTIONS])
+@pytest.mark.parametrize(
+    ("kind", "complaint"), CONNECTIONS, ids=[kind.__name__ for kind, _ in CONNECTIONS]
+)
 async def test_bad_connections(kind: type[MemoryConnection], complaint: str) -> None:
     def on_connect(*ends: MemoryConnection) -> None:
         for end in ends:

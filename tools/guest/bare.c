@@ -1,25 +1,31 @@
-/* A guest without a kernel, for where none boots or none is worth its seconds: it is up in milliseconds, under TCG and KVM.
- * Its work and its words are those of init.c, from which it takes its options too, out of the boot loader's command line:
- *   wl_mb     MiB of pages to work on; they begin at 16 MiB, and a word for each of them stands behind them
- *   wl_wss    MiB of them that are hot: verified and written again, at random
- *   wl_hb     milliseconds between two heartbeats
- *   wl_words  about how many of the 1020 words of a page are written and verified, spread over all of it. One is enough to
- *             tell a page from another, and where every instruction is emulated, all are too many.
- * Multiboot starts it in 32-bit mode without paging, and interrupts stay off: nothing here but the processor, its memory, a
- * serial port and a timer. Its clock wraps after 71 minutes.
+/* A guest without a kernel, for where none boots or none is worth its seconds: it is up in
+ * milliseconds, under TCG and KVM. Its work and its words are those of init.c, from which it takes
+ * its options too, out of the boot loader's command line: wl_mb     MiB of pages to work on; they
+ * begin at 16 MiB, and a word for each of them stands behind them wl_wss    MiB of them that are
+ * hot: verified and written again, at random wl_hb     milliseconds between two heartbeats wl_words
+ * about how many of the 1020 words of a page are written and verified, spread over all of it. One
+ * is enough to tell a page from another, and where every instruction is emulated, all are too many.
+ * Multiboot starts it in 32-bit mode without paging, and interrupts stay off: nothing here but the
+ * processor, its memory, a serial port and a timer. Its clock wraps after 71 minutes.
  */
 #include <stdbool.h>
 #include <stdint.h>
 
 enum { PAGE = 4096, PAGES_PER_MIB = 256, WORDS = PAGE / 4 - 4, FIRST_MIB = 16, LOW_MIB = 1 };
 enum { BATCH = 16, WRITES_PER_SWEPT = 4, BAD_LINES = 20 };
-enum { SERIAL = 0x3f8, SERIAL_ENABLE = SERIAL + 1, SERIAL_FORMAT = SERIAL + 3, SERIAL_STATUS = SERIAL + 5 };
+enum {
+    SERIAL = 0x3f8,
+    SERIAL_ENABLE = SERIAL + 1,
+    SERIAL_FORMAT = SERIAL + 3,
+    SERIAL_STATUS = SERIAL + 5
+};
 enum { EIGHT_BITS = 3, CAN_SEND = 0x20 };
 enum { PCI_ADDRESS = 0xcf8, PCI_DATA = 0xcfc, TIMER_PORT = 8 };
 
 #define MAGIC 0x7061676eu
 #define STEP 0x9e3779b9u
-#define POWER_MANAGEMENT 0x80000b40u /* of the PC's south bridge, function 3: where the firmware has put its ports */
+/* Of the PC's south bridge, function 3: where the firmware has put its ports. */
+#define POWER_MANAGEMENT 0x80000b40u
 #define LOADER 0x2badb002u
 #define US_PER_TICK 4686970u /* in units of 2^-24 */
 
@@ -54,9 +60,13 @@ static uint32_t writes, bad, sweeps, swept;
 static uint32_t timer, last_ticks;
 static uint64_t ticks;
 
-static void out8(uint16_t port, uint8_t value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
+static void out8(uint16_t port, uint8_t value) {
+    __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
 
-static void out32(uint16_t port, uint32_t value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
+static void out32(uint16_t port, uint32_t value) {
+    __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port));
+}
 
 static uint8_t in8(uint16_t port) {
     uint8_t value;
@@ -168,7 +178,8 @@ static void write_page(uint32_t index) {
 
 static void verify_page(uint32_t index) {
     const volatile struct page *page = &pages[index];
-    bool is_right = page->magic == MAGIC && page->index == index && page->counter == expected[index];
+    bool is_right =
+        page->magic == MAGIC && page->index == index && page->counter == expected[index];
     if ((is_right && page->sum == checksum(page)) || bad++ >= BAD_LINES)
         return;
     say_number("BAD page=", index);
@@ -228,7 +239,8 @@ static _Noreturn void beat(void) {
 }
 
 static void read_options(const char *line, uint32_t mib) {
-    uint32_t work_mib = option(line, "wl_mb=", 16), hot_mib = option(line, "wl_wss=", 4), words = option(line, "wl_words=", WORDS);
+    uint32_t work_mib = option(line, "wl_mb=", 16), hot_mib = option(line, "wl_wss=", 4),
+             words = option(line, "wl_words=", WORDS);
     if (FIRST_MIB + work_mib + work_mib / 1024 + 1 > mib)
         fail("not enough memory for wl_mb, and 16 MiB below it");
     if (!hot_mib || hot_mib > work_mib || !words || words > WORDS)

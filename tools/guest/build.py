@@ -1,8 +1,8 @@
-"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing but its drivers, init.c and
-devices.c in it; and bare.c, which needs no kernel.
+"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing
+but its drivers, init.c and devices.c in it; and bare.c, which needs no kernel.
 
-Prints the paths as one JSON line. They are kept in a cache, so that only the first run needs the network. Nothing is
-installed; apt-get, dpkg-deb and gcc with a static libc must be there.
+Prints the paths as one JSON line. They are kept in a cache, so that only the first run needs the
+network. Nothing is installed; apt-get, dpkg-deb and gcc with a static libc must be there.
 """
 
 from __future__ import annotations
@@ -54,13 +54,17 @@ def run(*command: str | Path, cwd: Path) -> str:
     except FileNotFoundError:
         raise Failure(f"{command[0]} is not installed") from None
     if done.returncode:
-        raise Failure(f"{command[0]} failed: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+        raise Failure(
+            f"{command[0]} failed:"
+            f" {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}"
+        )
     return done.stdout
 
 
 @contextmanager
 def made_whole(target: Path) -> Iterator[Path]:
-    """Where to build ``target``, which appears at once and complete: another build may be after the same."""
+    """Where to build ``target``, which appears at once and complete: another build may be after the
+    same."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as directory:
         unfinished = Path(directory) / target.name
         yield unfinished
@@ -80,7 +84,13 @@ def kernel(cache: Path) -> tuple[Path, Path]:
     with made_whole(modules_of(target)) as modules, made_whole(target) as unfinished:
         run("apt-get", "--quiet", "download", package, cwd=unfinished.parent)
         unpacked = unfinished.with_name("unpacked")
-        run("dpkg-deb", "--extract", next(unfinished.parent.glob("*.deb")), unpacked, cwd=unfinished.parent)
+        run(
+            "dpkg-deb",
+            "--extract",
+            next(unfinished.parent.glob("*.deb")),
+            unpacked,
+            cwd=unfinished.parent,
+        )
         modules.write_bytes(archive(module_entries(unpacked)))
         (unpacked / "boot" / target.name).replace(unfinished)
     return target, modules_of(target)
@@ -93,14 +103,23 @@ def modules_of(kernel: Path) -> Path:
 def module_entries(unpacked: Path) -> list[bytes]:
     """By their numbers, without those that are part of this kernel."""
     found = [path for name in MODULES for path in unpacked.rglob(f"{name}.ko*")]
-    contents = [lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes() for path in found]
-    files = [entry(100 + number, f"modules/{number}", FILE, data) for number, data in enumerate(contents)]
+    contents = [
+        lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        for path in found
+    ]
+    files = [
+        entry(100 + number, f"modules/{number}", FILE, data) for number, data in enumerate(contents)
+    ]
     return [entry(99, "modules", DIRECTORY), *files]
 
 
 def kernel_package(cwd: Path) -> str:
     depends = run("apt-cache", "depends", NEWEST_KERNEL, cwd=cwd)
-    names = [line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends: linux-image-")]
+    names = [
+        line.split()[-1]
+        for line in depends.splitlines()
+        if line.strip().startswith("Depends: linux-image-")
+    ]
     if not names:
         raise Failure(f"apt knows no kernel for {NEWEST_KERNEL}; apt-get update may help")
     return names[0]
@@ -111,7 +130,9 @@ def kernel_package(cwd: Path) -> str:
 
 def named_after(name: str, *sources: Path) -> str:
     """What a file is made from is in its name: an edited source is another file."""
-    made_from = hashlib.sha256(b"".join(source.read_bytes() for source in (*sources, Path(__file__)))).hexdigest()
+    made_from = hashlib.sha256(
+        b"".join(source.read_bytes() for source in (*sources, Path(__file__)))
+    ).hexdigest()
     return f"{name}-{made_from[:16]}"
 
 
@@ -122,7 +143,19 @@ def initrd(cache: Path, modules: Path) -> Path:
         return target
     with made_whole(target) as unfinished:
         program = unfinished.with_name("init")
-        run("gcc", "-static", "-pthread", "-O2", "-Wall", "-Wextra", "-s", "-o", program, *INIT, cwd=unfinished.parent)
+        run(
+            "gcc",
+            "-static",
+            "-pthread",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-s",
+            "-o",
+            program,
+            *INIT,
+            cwd=unfinished.parent,
+        )
         entries = [
             entry(1, "dev", DIRECTORY),
             entry(2, "dev/console", CHARACTER_DEVICE, device=CONSOLE),
@@ -134,16 +167,32 @@ def initrd(cache: Path, modules: Path) -> Path:
 
 
 def archive(entries: list[bytes]) -> bytes:
-    """A cpio archive of the kind that the kernel unpacks; not compressed, for an emulated machine is slow at that."""
+    """A cpio archive of the kind that the kernel unpacks; not compressed, for an emulated machine
+    is slow at that."""
     return b"".join([*entries, entry(0, "TRAILER!!!", 0)])
 
 
-def entry(inode: int, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> bytes:
-    """One file in the "newc" format: a header in hexadecimal, the name and the data, both padded to four bytes."""
+def entry(
+    inode: int, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)
+) -> bytes:
+    """One file in the "newc" format: a header in hexadecimal, the name and the data, both padded to
+    four bytes."""
     owner = group = modified = checksum = 0
     links, own_device = 1, (0, 0)
     path = name.encode() + b"\0"
-    numbers = (inode, mode, owner, group, links, modified, len(data), *own_device, *device, len(path), checksum)
+    numbers = (
+        inode,
+        mode,
+        owner,
+        group,
+        links,
+        modified,
+        len(data),
+        *own_device,
+        *device,
+        len(path),
+        checksum,
+    )
     header = b"070701" + b"".join(b"%08x" % number for number in numbers)
     return padded(header + path) + padded(data)
 
@@ -154,11 +203,28 @@ def padded(data: bytes) -> bytes:
 
 # ---- the guest without a kernel ----
 
-# 32-bit code that takes nothing from a C library, and nothing of the processor that a boot loader does not set up. Linked to
-# where a PC has memory, without a segment for the headers, which would lie where it has none.
+# 32-bit code that takes nothing from a C library, and nothing of the processor that a boot loader
+# does not set up. Linked to where a PC has memory, without a segment for the headers, which would
+# lie where it has none.
 BARE_OPTIONS = [
-    *("-m32", "-O2", "-Wall", "-Wextra", "-s", "-static", "-no-pie", "-nostdlib", "-ffreestanding", "-fno-pic"),
-    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-mgeneral-regs-only"),
+    *(
+        "-m32",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-s",
+        "-static",
+        "-no-pie",
+        "-nostdlib",
+        "-ffreestanding",
+        "-fno-pic",
+    ),
+    *(
+        "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables",
+        "-fcf-protection=none",
+        "-mgeneral-regs-only",
+    ),
     "-Wl,-n,-Ttext=0x100000,--build-id=none",
 ]
 
@@ -172,13 +238,25 @@ def bare(cache: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="make what the tests boot in QEMU: kernel and initrd, and a guest without")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where they are kept [%(default)s]")
+    parser = argparse.ArgumentParser(
+        description="make what the tests boot in QEMU: kernel and initrd, and a guest without"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="DIR",
+        help="where they are kept [%(default)s]",
+    )
     cache: Path = parser.parse_args().cache.absolute()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         image, modules = kernel(cache)
-        made = {"kernel": str(image), "initrd": str(initrd(cache, modules)), "bare": str(bare(cache))}
+        made = {
+            "kernel": str(image),
+            "initrd": str(initrd(cache, modules)),
+            "bare": str(bare(cache)),
+        }
     except (Failure, OSError) as error:
         print(f"guest/build.py: {error}", file=sys.stderr)
         return 1

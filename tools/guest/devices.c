@@ -1,9 +1,10 @@
 /* Work for the devices of the guest, each in a thread of its own that verifies what it has done:
  *   wl_net=1      a frame goes out and whoever is there sends it back
- *   wl_disk=N     N blocks of 4 KiB at the beginning of the disk are read, verified and written again, past the page cache
- *   wl_screen=1   a picture of 640x480; its upper half stays, rows of the lower half are drawn again all the time
- *   wl_churn=N    N MiB of memory are allocated, written, verified and given back, over and over
- * The drivers are modules, which lie in the initrd as /modules/0, 1... in the order in which they want to be loaded.
+ *   wl_disk=N     N blocks of 4 KiB at the beginning of the disk are read, verified and written
+ * again, past the page cache wl_screen=1   a picture of 640x480; its upper half stays, rows of the
+ * lower half are drawn again all the time wl_churn=N    N MiB of memory are allocated, written,
+ * verified and given back, over and over The drivers are modules, which lie in the initrd as
+ * /modules/0, 1... in the order in which they want to be loaded.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -32,7 +33,15 @@
 enum { BAD_LINES = 20, PAUSE_US = 2000, BUFFERS = 256, PAGES_PER_MIB = 256 };
 enum { ETHERTYPE_EXPERIMENT = 0x88b5, FRAME_WORDS = 180, ANSWER_MS = 20 };
 enum { WIDTH = 640, HEIGHT = 480, ROW_WORDS = WIDTH / 2 };
-enum { VGA_INDEX = 0x1ce, VGA_DATA = 0x1cf, VGA_XRES = 1, VGA_YRES = 2, VGA_DEPTH = 3, VGA_ENABLE = 4, VGA_LINEAR = 0x41 };
+enum {
+    VGA_INDEX = 0x1ce,
+    VGA_DATA = 0x1cf,
+    VGA_XRES = 1,
+    VGA_YRES = 2,
+    VGA_DEPTH = 3,
+    VGA_ENABLE = 4,
+    VGA_LINEAR = 0x41
+};
 
 struct frame {
     struct ethhdr header;
@@ -83,7 +92,8 @@ static _Noreturn void *use_disk(void *unused) {
     (void)unused;
     uint64_t blocks = option("wl_disk", 0), random = 1, turn = 0;
     uint64_t *counters = calloc(blocks, sizeof *counters);
-    struct page *buffers = memory(BUFFERS * PAGE); /* many, so that some have not come yet when the device writes to them */
+    struct page *buffers = memory(
+        BUFFERS * PAGE); /* many, so that some have not come yet when the device writes to them */
     int fd = open_soon("/dev/vda", O_RDWR | O_DIRECT);
     for (uint64_t index = 0; index < blocks; index++) {
         write_page(buffers, index, 0);
@@ -114,9 +124,9 @@ static int open_network(struct sockaddr_ll *address) {
             fail("eth0");
         usleep(20000);
     }
-    *address = (struct sockaddr_ll){
-        .sll_family = AF_PACKET, .sll_protocol = htons(ETHERTYPE_EXPERIMENT), .sll_ifindex = request.ifr_ifindex
-    };
+    *address = (struct sockaddr_ll){.sll_family = AF_PACKET,
+                                    .sll_protocol = htons(ETHERTYPE_EXPERIMENT),
+                                    .sll_ifindex = request.ifr_ifindex};
     request.ifr_flags = IFF_UP;
     if (ioctl(fd, SIOCSIFFLAGS, &request) || bind(fd, (struct sockaddr *)address, sizeof *address))
         fail("eth0");
@@ -136,7 +146,8 @@ static void fill_frame(struct frame *frame, uint64_t seq) {
 static void take_frame(const struct frame *frame, size_t length, uint64_t sent) {
     struct frame expected;
     fill_frame(&expected, frame->seq);
-    if (length < sizeof *frame || frame->seq > sent || memcmp(frame->words, expected.words, sizeof expected.words))
+    if (length < sizeof *frame || frame->seq > sent ||
+        memcmp(frame->words, expected.words, sizeof expected.words))
         wrong("frame", frame->seq);
     device_work.frames++;
 }
@@ -257,7 +268,8 @@ static void start(void *(*work)(void *)) {
 }
 
 bool start_devices(void) {
-    bool disk = option("wl_disk", 0), network = option("wl_net", 0), screen = option("wl_screen", 0);
+    bool disk = option("wl_disk", 0), network = option("wl_net", 0),
+         screen = option("wl_screen", 0);
     bool churn = option("wl_churn", 0);
     if (!disk && !network && !screen && !churn)
         return false;

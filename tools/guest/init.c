@@ -1,18 +1,16 @@
-/* The /init of the guest that tests move: works on its memory for ever, and can tell what every page of it must hold.
+/* The /init of the guest that tests move: works on its memory for ever, and can tell what every
+ * page of it must hold.
  *
- * It takes its options from the kernel's command line, which hands them on as environment variables:
- *   wl_mb       MiB of pages to work on
- *   wl_wss      MiB of them that are hot: verified and written again, at random
- *   wl_hb       milliseconds between two heartbeats
- *   wl_threads  how many threads share the pages, each a part of its own
- * and those of devices.c, which has work for the machine's devices.
- * Meanwhile it sweeps through all pages, hot or not, and verifies them. What it says, a line each:
- *   READY pages=.. fill_ms=..
- *   HB seq=.. t=<us> w=<writes> dw=<since the last> bad=.. sweeps=.. sw=<next page to sweep> gap_us=<longest batch>
- *   BAD page=.. counter=.. expected=..
- *   FAILED ..
- * With devices, a heartbeat goes on with net=.. disk=.. screen=.. churn=.., and bad has what was wrong with theirs too.
- * The thread that says heartbeats works as the others do: if a page keeps it waiting, its next heartbeat is late.
+ * It takes its options from the kernel's command line, which hands them on as environment
+ * variables: wl_mb       MiB of pages to work on wl_wss      MiB of them that are hot: verified and
+ * written again, at random wl_hb       milliseconds between two heartbeats wl_threads  how many
+ * threads share the pages, each a part of its own and those of devices.c, which has work for the
+ * machine's devices. Meanwhile it sweeps through all pages, hot or not, and verifies them. What it
+ * says, a line each: READY pages=.. fill_ms=.. HB seq=.. t=<us> w=<writes> dw=<since the last>
+ * bad=.. sweeps=.. sw=<next page to sweep> gap_us=<longest batch> BAD page=.. counter=..
+ * expected=.. FAILED .. With devices, a heartbeat goes on with net=.. disk=.. screen=.. churn=..,
+ * and bad has what was wrong with theirs too. The thread that says heartbeats works as the others
+ * do: if a page keeps it waiting, its next heartbeat is late.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -34,7 +32,8 @@ enum { BATCH = 16, WRITES_PER_SWEPT = 4, BAD_LINES = 20 };
 #define MAGIC UINT64_C(0x706167656e657421)
 #define STEP UINT64_C(0x9e3779b97f4a7c15)
 
-/* Pages first <= index < end, of which those below hot_end are hot. Only writes, bad and sweeps are for other threads. */
+/* Pages first <= index < end, of which those below hot_end are hot. Only writes, bad and sweeps are
+ * for other threads. */
 struct worker {
     uint64_t first, hot_end, end, swept, random;
     _Atomic uint64_t writes, bad, sweeps;
@@ -79,7 +78,8 @@ uint64_t seed(uint64_t index, uint64_t counter) {
     return value ^ value >> 31;
 }
 
-/* Starts from the page's number and counter: a page that is half old and half new does not add up. */
+/* Starts from the page's number and counter: a page that is half old and half new does not add up.
+ */
 static uint64_t checksum(const struct page *page) {
     uint64_t sum = seed(page->index, page->counter);
     for (unsigned i = 0; i < WORDS; i++)
@@ -98,7 +98,8 @@ void write_page(struct page *page, uint64_t index, uint64_t counter) {
 }
 
 bool is_right(const struct page *page, uint64_t index, uint64_t counter) {
-    return page->magic == MAGIC && page->index == index && page->counter == counter && page->sum == checksum(page);
+    return page->magic == MAGIC && page->index == index && page->counter == counter &&
+           page->sum == checksum(page);
 }
 
 static void verify_page(struct worker *worker, uint64_t index) {
@@ -106,7 +107,8 @@ static void verify_page(struct worker *worker, uint64_t index) {
     if (is_right(page, index, expected[index]))
         return;
     if (worker->bad++ < BAD_LINES)
-        say("BAD page=%" PRIu64 " counter=%" PRIu64 " expected=%" PRIu64 "\n", index, page->counter, expected[index]);
+        say("BAD page=%" PRIu64 " counter=%" PRIu64 " expected=%" PRIu64 "\n", index, page->counter,
+            expected[index]);
 }
 
 static uint64_t next_random(struct worker *worker) {
@@ -141,8 +143,9 @@ static _Noreturn void *work_on(void *worker) {
 
 static const char *device_words(void) {
     static char words[128];
-    snprintf(words, sizeof words, " net=%" PRIu64 " disk=%" PRIu64 " screen=%" PRIu64 " churn=%" PRIu64, device_work.frames,
-             device_work.blocks, device_work.rows, device_work.rounds);
+    snprintf(words, sizeof words,
+             " net=%" PRIu64 " disk=%" PRIu64 " screen=%" PRIu64 " churn=%" PRIu64,
+             device_work.frames, device_work.blocks, device_work.rows, device_work.rounds);
     return words;
 }
 
@@ -162,9 +165,10 @@ static _Noreturn void beat(uint64_t period_us, bool with_devices) {
             bad += workers[i].bad;
             sweeps = workers[i].sweeps < sweeps ? workers[i].sweeps : sweeps;
         }
-        say("HB seq=%" PRIu64 " t=%" PRIu64 " w=%" PRIu64 " dw=%" PRIu64 " bad=%" PRIu64 " sweeps=%" PRIu64 " sw=%" PRIu64
-            " gap_us=%" PRIu64 "%s\n",
-            seq++, now, writes, writes - before, bad, sweeps, workers[0].swept, longest, with_devices ? device_words() : "");
+        say("HB seq=%" PRIu64 " t=%" PRIu64 " w=%" PRIu64 " dw=%" PRIu64 " bad=%" PRIu64
+            " sweeps=%" PRIu64 " sw=%" PRIu64 " gap_us=%" PRIu64 "%s\n",
+            seq++, now, writes, writes - before, bad, sweeps, workers[0].swept, longest,
+            with_devices ? device_words() : "");
         before = writes;
         longest = 0;
         last = now_us();
@@ -176,18 +180,21 @@ void *memory(uint64_t size) {
     void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED)
         fail("memory");
-    madvise(start, size, MADV_NOHUGEPAGE); /* so that neighbours need not be neighbours on the host */
+    madvise(start, size,
+            MADV_NOHUGEPAGE); /* so that neighbours need not be neighbours on the host */
     return start;
 }
 
 int main(void) {
-    uint64_t count = option("wl_mb", 96) * PAGES_PER_MIB, hot = option("wl_wss", 24) * PAGES_PER_MIB;
+    uint64_t count = option("wl_mb", 96) * PAGES_PER_MIB,
+             hot = option("wl_wss", 24) * PAGES_PER_MIB;
     uint64_t period_us = option("wl_hb", 20) * 1000;
     threads = option("wl_threads", 1);
     if (hot > count)
         hot = count;
     if (threads < 1 || threads > MAX_THREADS || hot < threads) {
-        say("FAILED wl_threads must be 1 to %d, and wl_mb and wl_wss enough for all\n", MAX_THREADS);
+        say("FAILED wl_threads must be 1 to %d, and wl_mb and wl_wss enough for all\n",
+            MAX_THREADS);
         return 1;
     }
     pages = memory(count * PAGE);

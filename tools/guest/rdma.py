@@ -1,10 +1,13 @@
-"""Runs a command in a throw-away QEMU guest that has software RDMA (rdma_rxe) and sees this host's files.
+"""Runs a command in a throw-away QEMU guest that has software RDMA (rdma_rxe) and sees this host's
+files.
 
-The guest boots Debian's kernel, with the host's file system underneath, read-only, and a layer in memory on top: what the
-command writes is gone when it ends, but for what it writes to /mnt/exchange if --exchange names a directory. It runs in the
-current directory, with the environment's PYTHONPATH and PAGENET_ variables, as root, and has one RDMA device, rxe0, with
-address 10.77.0.1, besides loopback. The first run makes kernel and initrd, which takes the network; they are kept in a cache.
-The processor is emulated: nothing of the host but QEMU is needed, and everything is ten times slower.
+The guest boots Debian's kernel, with the host's file system underneath, read-only, and a layer in
+memory on top: what the command writes is gone when it ends, but for what it writes to /mnt/exchange
+if --exchange names a directory. It runs in the current directory, with the environment's PYTHONPATH
+and PAGENET_ variables, as root, and has one RDMA device, rxe0, with address 10.77.0.1, besides
+loopback. The first run makes kernel and initrd, which takes the network; they are kept in a cache.
+The processor is emulated: nothing of the host but QEMU is needed, and everything is ten times
+slower.
 
 exit codes:
   the command's own; besides those
@@ -57,7 +60,9 @@ TOOLS = {
 
 def guest_files(cache: Path) -> tuple[Path, Path]:
     """Kernel and initrd for it. What they are made from is in the name of their directory."""
-    made_from = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), INIT))).hexdigest()
+    made_from = hashlib.sha256(
+        b"".join(path.read_bytes() for path in (Path(__file__), INIT))
+    ).hexdigest()
     kept = sorted(cache.glob(f"rdma-{made_from[:16]}-*"))
     if not kept:
         kept = [make_guest(cache, f"rdma-{made_from[:16]}")]
@@ -74,7 +79,9 @@ def make_guest(cache: Path, name: str) -> Path:
         run("dpkg-deb", "--extract", next(work.glob("*.deb")), unpacked, cwd=work)
         made = work / "made"
         made.mkdir()
-        (made / "vmlinux").write_bytes(uncompressed(next((unpacked / "boot").glob("vmlinuz-*")), work))
+        (made / "vmlinux").write_bytes(
+            uncompressed(next((unpacked / "boot").glob("vmlinuz-*")), work)
+        )
         (made / "initrd").write_bytes(initrd(unpacked, work))
         with contextlib.suppress(OSError):  # another one was faster
             made.rename(target)
@@ -83,20 +90,29 @@ def make_guest(cache: Path, name: str) -> Path:
 
 def kernel_package(cwd: Path) -> str:
     depends = run("apt-cache", "depends", KERNEL_PACKAGE, cwd=cwd)
-    names = [line.split()[-1] for line in depends.splitlines() if line.strip().startswith("Depends: linux-image-")]
+    names = [
+        line.split()[-1]
+        for line in depends.splitlines()
+        if line.strip().startswith("Depends: linux-image-")
+    ]
     if not names:
         raise Failure(f"apt knows no kernel for {KERNEL_PACKAGE}; apt-get update may help")
     return names[0]
 
 
 def uncompressed(bzimage: Path, cwd: Path) -> bytes:
-    """The ELF kernel within: unpacking itself would take an emulated processor eight seconds, each time."""
+    """The ELF kernel within: unpacking itself would take an emulated processor eight seconds, each
+    time."""
     data = bzimage.read_bytes()
     start = ((data[0x1F1] or 4) + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
     size = int.from_bytes(data[0x24C:0x250], "little") - 4  # its last word is the unpacked size
     payload = cwd / "payload"
     payload.write_bytes(data[start : start + size])
-    unpack = {b"\xfd7zXZ\0": ["xz", "-dc"], b"\x28\xb5\x2f\xfd": ["zstd", "-dc"], b"\x1f\x8b": ["gzip", "-dc"]}
+    unpack = {
+        b"\xfd7zXZ\0": ["xz", "-dc"],
+        b"\x28\xb5\x2f\xfd": ["zstd", "-dc"],
+        b"\x1f\x8b": ["gzip", "-dc"],
+    }
     for magic, command in unpack.items():
         if data[start : start + len(magic)] == magic:
             return output([*command, str(payload)], cwd)
@@ -104,7 +120,8 @@ def uncompressed(bzimage: Path, cwd: Path) -> bytes:
 
 
 def initrd(unpacked: Path, work: Path) -> bytes:
-    # depmod looks in lib/modules; since Debian 13 the package has that in usr, where lib is a link to on a whole system.
+    # depmod looks in lib/modules; since Debian 13 the package has that in usr, where lib is a link
+    # to on a whole system.
     if not (unpacked / "lib").exists():
         (unpacked / "lib").symlink_to("usr/lib")
     [version] = os.listdir(unpacked / "lib/modules")
@@ -118,14 +135,24 @@ def initrd(unpacked: Path, work: Path) -> bytes:
     entries.append(build.entry(52, "init", build.PROGRAM, INIT.read_bytes()))
     for number, path in enumerate(module_files(unpacked, version, work)):
         data = path.read_bytes() if path.suffix == ".ko" else output(["xz", "-dc", str(path)], work)
-        entries.append(build.entry(100 + number, f"modules/{number:03}-{path.name.removesuffix('.xz')}", build.PROGRAM, data))
+        entries.append(
+            build.entry(
+                100 + number,
+                f"modules/{number:03}-{path.name.removesuffix('.xz')}",
+                build.PROGRAM,
+                data,
+            )
+        )
     entries.append(build.entry(0, "TRAILER!!!", 0))
     return b"".join(entries)
 
 
 def module_files(unpacked: Path, version: str, cwd: Path) -> list[Path]:
     """The modules and what they need, each once, in an order in which they can be loaded."""
-    shown = [run("modprobe", "-d", unpacked, "-S", version, "--show-depends", module, cwd=cwd) for module in MODULES]
+    shown = [
+        run("modprobe", "-d", unpacked, "-S", version, "--show-depends", module, cwd=cwd)
+        for module in MODULES
+    ]
     lines = [line.split() for text in shown for line in text.splitlines()]
     return list(dict.fromkeys(Path(line[1]) for line in lines if line[0] == "insmod"))
 
@@ -150,7 +177,11 @@ def tool(name: str) -> str:
 
 def write_command(exchange: Path, command: Sequence[str]) -> None:
     """What the guest runs, and where."""
-    kept = {name: value for name, value in os.environ.items() if name == "PYTHONPATH" or name.startswith("PAGENET_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "PYTHONPATH" or name.startswith("PAGENET_")
+    }
     lines = [
         "#!/bin/sh",
         "export HOME=/root LANG=C.UTF-8 PAGENET_RDMA_GUEST=1",
@@ -164,8 +195,17 @@ def write_command(exchange: Path, command: Sequence[str]) -> None:
     (exchange / "status").unlink(missing_ok=True)
 
 
-def qemu_command(kernel: Path, initrd: Path, exchange: Path, options: argparse.Namespace) -> list[str]:
-    words = ["console=ttyS0", "quiet", "loglevel=3", "panic=-1", "mitigations=off", "cryptomgr.notests"]
+def qemu_command(
+    kernel: Path, initrd: Path, exchange: Path, options: argparse.Namespace
+) -> list[str]:
+    words = [
+        "console=ttyS0",
+        "quiet",
+        "loglevel=3",
+        "panic=-1",
+        "mitigations=off",
+        "cryptomgr.notests",
+    ]
     words.append(f"ADDRESS={options.address}")
     wire: list[str] = []
     if options.wire is not None:
@@ -173,11 +213,14 @@ def qemu_command(kernel: Path, initrd: Path, exchange: Path, options: argparse.N
         side, _, path = options.wire.partition(":")
         mac = "52:54:00:77:00:01" if side == "listen" else "52:54:00:77:00:02"
         wire = [
-            "-netdev", f"stream,id=wire,server={'on' if side == 'listen' else 'off'},addr.type=unix,addr.path={path}",
+            "-netdev",
+                f"stream,id=wire,server={'on' if side == 'listen' else 'off'},"
+            f"addr.type=unix,addr.path={path}",
             "-device", f"virtio-net-pci,netdev=wire,mac={mac},host_mtu=4500",
         ]  # fmt: skip
     return [
-        tool("qemu-system-x86_64"), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        tool("qemu-system-x86_64"), "-nodefaults", "-no-user-config", "-display", "none",
+        "-no-reboot",
         "-machine", "q35", *(COUNTING if options.icount else FREE), "-cpu", "max",
         "-smp", str(options.cpus), "-m", str(options.memory),
         "-kernel", str(kernel), "-initrd", str(initrd), "-append", " ".join(words),
@@ -185,7 +228,8 @@ def qemu_command(kernel: Path, initrd: Path, exchange: Path, options: argparse.N
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
         "-fsdev", f"local,id=exchange,path={exchange},security_model=none",
         "-device", "virtio-9p-pci,fsdev=exchange,mount_tag=exchange",
-        "-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-serial", "stdio", *wire,
+        "-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-serial",
+            "stdio", *wire,
     ]  # fmt: skip
 
 
@@ -207,7 +251,8 @@ def run_guest(command: list[str], exchange: Path, timeout: float) -> int:
 
 
 def pass_on(qemu: subprocess.Popen[bytes], deadline: float) -> tuple[bool, bool]:
-    """The guest's words to our output, to their end. Whether there was a panic among them, and whether the time was over."""
+    """The guest's words to our output, to their end. Whether there was a panic among them, and
+    whether the time was over."""
     assert qemu.stdout is not None
     panicked, tail = False, b""
     with selectors.DefaultSelector() as selector:
@@ -232,18 +277,59 @@ def say(text: str, status: int) -> int:
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     usage, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        prog="rdma-guest", description=usage, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="rdma-guest",
+        description=usage,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="of kernel and initrd [%(default)s]")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="for the whole run, in seconds [%(default)s]")
-    parser.add_argument("--memory", type=int, default=1536, metavar="MIB", help="of the guest [%(default)s]")
-    # With two, and the host's processors busy, everything is slower: each waits for the other's emulation.
-    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of the guest [%(default)s]")
-    parser.add_argument("--icount", action="store_true", help="its clock counts instructions, of 2 ns, and does not go by ours")
-    parser.add_argument("--exchange", type=Path, metavar="DIR", help="what the guest sees as /mnt/exchange, writable")
-    parser.add_argument("--address", default="10.77.0.1", metavar="IP", help="of the guest's RDMA device, /24 [%(default)s]")
-    parser.add_argument("--wire", metavar="listen:PATH|dial:PATH", help="join two guests by the unix socket PATH")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="absolute, or in the guest's PATH")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="DIR",
+        help="of kernel and initrd [%(default)s]",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="S",
+        help="for the whole run, in seconds [%(default)s]",
+    )
+    parser.add_argument(
+        "--memory", type=int, default=1536, metavar="MIB", help="of the guest [%(default)s]"
+    )
+    # With two, and the host's processors busy, everything is slower: each waits for the other's
+    # emulation.
+    parser.add_argument(
+        "--cpus", type=int, default=1, metavar="N", help="of the guest [%(default)s]"
+    )
+    parser.add_argument(
+        "--icount",
+        action="store_true",
+        help="its clock counts instructions, of 2 ns, and does not go by ours",
+    )
+    parser.add_argument(
+        "--exchange",
+        type=Path,
+        metavar="DIR",
+        help="what the guest sees as /mnt/exchange, writable",
+    )
+    parser.add_argument(
+        "--address",
+        default="10.77.0.1",
+        metavar="IP",
+        help="of the guest's RDMA device, /24 [%(default)s]",
+    )
+    parser.add_argument(
+        "--wire", metavar="listen:PATH|dial:PATH", help="join two guests by the unix socket PATH"
+    )
+    parser.add_argument(
+        "command",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND ...",
+        help="absolute, or in the guest's PATH",
+    )
     options = parser.parse_args(argv)
     if options.icount and options.cpus != 1:
         parser.error("--icount is for one processor")
@@ -251,7 +337,9 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     if not options.command:
         parser.error("there is no command to run")
     if options.wire is not None and options.wire.partition(":")[0] not in ("listen", "dial"):
-        parser.error(f"--wire {options.wire}: say listen:PATH in one guest and dial:PATH in the other")
+        parser.error(
+            f"--wire {options.wire}: say listen:PATH in one guest and dial:PATH in the other"
+        )
     return options
 
 
@@ -264,10 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache.mkdir(parents=True, exist_ok=True)
         kernel, initial = guest_files(cache)
         with contextlib.ExitStack() as stack:
-            exchange = options.exchange or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rdma-guest-")))
+            exchange = options.exchange or Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="rdma-guest-"))
+            )
             exchange = exchange.absolute()
             write_command(exchange, options.command)
-            return run_guest(qemu_command(kernel, initial, exchange, options), exchange, options.timeout)
+            return run_guest(
+                qemu_command(kernel, initial, exchange, options), exchange, options.timeout
+            )
     except (Failure, OSError) as error:
         return say(str(error), NOT_RUN)
 

@@ -1,4 +1,5 @@
-"""A running guest moves between two QEMUs, by QEMU's own means and by pagenet's, over the same link."""
+"""A running guest moves between two QEMUs, by QEMU's own means and by pagenet's, over the same
+link."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ BEFORE_SECONDS = 2.0
 AFTER_SECONDS = 1.0
 #: what the targets are set for: Mbit/s
 TARGET_RATE = 1000
-#: pages that the guest writes (tools/guest), at random, for each page of its round through all that it works on
+# : pages that the guest writes (tools/guest), at random, for each page of its round through all
+# that it works on
 WRITES_PER_SWEPT = 4
 _PAGE = 4096
 #: as much again counts as no more: a downtime is some ms of a scheduler's whims
@@ -39,8 +41,8 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True, slots=True)
 class QemuOptions:
-    """``rams``: bytes; ``rate``: of the link, in Mbit/s, None for a loopback; ``work``, ``hot``: percent of the RAM that the
-    guest works on, and that it writes to."""
+    """``rams``: bytes; ``rate``: of the link, in Mbit/s, None for a loopback; ``work``, ``hot``:
+    percent of the RAM that the guest works on, and that it writes to."""
 
     files: GuestFiles
     rams: Sequence[int] = (512 << 20,)
@@ -57,9 +59,9 @@ class QemuOptions:
 class Migration:
     """One of them. All times in seconds of time.monotonic().
 
-    ``asked``: the command was given; ``began``: QEMU was told to migrate; ``stopped``, ``resumed``: the guest, by its QEMUs'
-    own clocks; ``outcome``: what the method itself has to tell; ``work``: bytes that the guest works on; ``rate``: of the
-    link, in Mbit/s.
+    ``asked``: the command was given; ``began``: QEMU was told to migrate; ``stopped``, ``resumed``:
+    the guest, by its QEMUs' own clocks; ``outcome``: what the method itself has to tell; ``work``:
+    bytes that the guest works on; ``rate``: of the link, in Mbit/s.
     """
 
     method: str
@@ -98,21 +100,26 @@ class Migration:
         return self.wire
 
     def downtime_ms(self) -> float | None:
-        return None if self.stopped is None or self.resumed is None else (self.resumed - self.stopped) * 1e3
+        return (
+            None
+            if self.stopped is None or self.resumed is None
+            else (self.resumed - self.stopped) * 1e3
+        )
 
     def longest_gap_ms(self) -> float | None:
         return None if self._end is None else self.story.longest_gap(self.asked, self._end) * 1e3
 
     def lost_ms(self) -> float | None:
-        """How long the guest would have needed, at its rate before, for the work that it did not do meanwhile."""
+        """How long the guest would have needed, at its rate before, for the work that it did not do
+        meanwhile."""
         if self._end is None:
             return None
         did = self.story.rate(self.asked, self._end) / self.writes_per_s()
         return (1 - did) * (self._end - self.asked) * 1e3
 
     def least_lost_ms(self) -> float | None:
-        """What nothing after the switch could save: the guest gets through all that it works on no sooner than that has come
-        over the link, in whichever order. None over a loopback."""
+        """What nothing after the switch could save: the guest gets through all that it works on no
+        sooner than that has come over the link, in whichever order. None over a loopback."""
         if self.rate is None:
             return None
         writes = self.work / _PAGE * WRITES_PER_SWEPT
@@ -138,22 +145,32 @@ class QemuResult:
 
     def typical(self) -> Migration:
         """The one to draw: with the median of the longest gaps."""
-        return sorted(self.migrations, key=lambda one: one.longest_gap_ms() or 0.0)[len(self.migrations) // 2]
+        return sorted(self.migrations, key=lambda one: one.longest_gap_ms() or 0.0)[
+            len(self.migrations) // 2
+        ]
 
 
-async def measure_qemu(options: QemuOptions, on_migration: Callable[[Migration], None]) -> list[QemuResult]:
-    """A result for each size and method. In each round each method has its turn. ``on_migration`` hears of each.
+async def measure_qemu(
+    options: QemuOptions, on_migration: Callable[[Migration], None]
+) -> list[QemuResult]:
+    """A result for each size and method. In each round each method has its turn. ``on_migration``
+    hears of each.
 
-    :exc:`UsageError`, :exc:`~pagenet.errors.Unsupported` if it cannot be done here; :exc:`~pagenet.errors.PagenetError` if a
-    guest does not get there. Migrations that end with a guest that is not what it was are in the results.
+    :exc:`UsageError`, :exc:`~pagenet.errors.Unsupported` if it cannot be done here;
+    :exc:`~pagenet.errors.PagenetError` if a guest does not get there. Migrations that end with a
+    guest that is not what it was are in the results.
     """
     check_tools(QEMU)
     _check_memory(options)
-    done: dict[tuple[int, str], list[Migration]] = {(ram, name): [] for ram in options.rams for name in options.methods}
+    done: dict[tuple[int, str], list[Migration]] = {
+        (ram, name): [] for ram in options.rams for name in options.methods
+    }
     async with open_link(options.rate) as link:
         for number in range(options.rounds):
             for ram, name in done:
-                guest = Guest(options.files, ram, options.work, options.hot, options.cpus, options.accel)
+                guest = Guest(
+                    options.files, ram, options.work, options.hot, options.cpus, options.accel
+                )
                 migration = await _migrate_once(METHODS[name](), guest, link, number)
                 done[ram, name].append(migration)
                 on_migration(migration)
@@ -164,13 +181,20 @@ def _check_memory(options: QemuOptions) -> None:
     """Two machines, both whole at the end. Half of tmpfs is what a system has by default."""
     needed = 2 * max(options.rams)
     status = os.statvfs("/dev/shm")
-    for there, where in ((available_memory(), "memory"), (status.f_bavail * status.f_frsize, "/dev/shm")):
+    for there, where in (
+        (available_memory(), "memory"),
+        (status.f_bavail * status.f_frsize, "/dev/shm"),
+    ):
         if there < needed:
-            raise UsageError(f"two guests of {needed >> 21} MiB need {needed >> 20} MiB: {where} has {there >> 20} left")
+            raise UsageError(
+                f"two guests of {needed >> 21} MiB need {needed >> 20} MiB: {where} has"
+                f" {there >> 20} left"
+            )
 
 
 async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -> Migration:
-    # A host may have taken the memory that its guests, of which this may be one, leave free: getting it back takes long.
+    # A host may have taken the memory that its guests, of which this may be one, leave free:
+    # getting it back takes long.
     await trio.to_thread.run_sync(bench_claim_memory, 2 * guest.ram)
     async with open_site(link) as site, AsyncExitStack() as stack:
         starting = start_machine(site, guest, "source", at=link.source, shared=method.shared)
@@ -185,7 +209,18 @@ async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -
         story, stopped, resumed = await _ending(source, destination, outcome)
     work = guest.ram * guest.work // 100
     return Migration(
-        method.name, guest.ram, number, asked, began, stopped, resumed, outcome, wire_bytes, story, work, link.rate
+        method.name,
+        guest.ram,
+        number,
+        asked,
+        began,
+        stopped,
+        resumed,
+        outcome,
+        wire_bytes,
+        story,
+        work,
+        link.rate,
     )
 
 
@@ -193,8 +228,11 @@ def _is_setup(data: dict[str, object]) -> bool:
     return data["status"] == "setup"
 
 
-async def _ending(source: Machine, destination: Machine, outcome: Outcome) -> tuple[Story, float | None, float | None]:
-    """What became of the guest, once it has verified all of its memory, and when it was stopped and resumed."""
+async def _ending(
+    source: Machine, destination: Machine, outcome: Outcome
+) -> tuple[Story, float | None, float | None]:
+    """What became of the guest, once it has verified all of its memory, and when it was stopped and
+    resumed."""
     if outcome.completed is None:
         await source.serial.wait_verified()
         return Story.of(source.serial), None, None
@@ -224,7 +262,8 @@ class Target:
 
 
 def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Target]:
-    """Those that can be told from what was measured: they are set for 1 Gbit/s, and for a loopback."""
+    """Those that can be told from what was measured: they are set for 1 Gbit/s, and for a
+    loopback."""
     targets: list[Target] = []
     ours = [result for result in results if result.method in OURS]
     if options.rate not in (None, TARGET_RATE):
@@ -234,7 +273,12 @@ def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Targ
         who = f"{result.method}, {result.ram >> 20} MiB"
         postcopy, preempt = others.get("postcopy"), others.get("preempt")
         wanted: list[tuple[str, Callable[[Migration], float | None], QemuResult | None, float]] = [
-            ("total, of QEMU postcopy's", Migration.total_s, postcopy, 1.0 if options.rate is None else 1.02)
+            (
+                "total, of QEMU postcopy's",
+                Migration.total_s,
+                postcopy,
+                1.0 if options.rate is None else 1.02,
+            )
         ]
         if options.rate is not None:
             wanted += [
@@ -247,11 +291,18 @@ def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Targ
             if other is not None:
                 targets += _ratio(f"{who}: {words}", result.median(of), other.median(of), limit)
         if options.rate is not None:
-            targets += _ratio(f"{who}: downtime, of 10 ms", result.median(Migration.downtime_ms), 10.0, 1.0)
+            targets += _ratio(
+                f"{who}: downtime, of 10 ms", result.median(Migration.downtime_ms), 10.0, 1.0
+            )
             first = next(other for other in ours if other.method == result.method)
             if first is not result:
                 words = f"{who}: downtime, of that with {first.ram >> 20} MiB"
-                targets += _ratio(words, result.median(Migration.downtime_ms), first.median(Migration.downtime_ms), SAME)
+                targets += _ratio(
+                    words,
+                    result.median(Migration.downtime_ms),
+                    first.median(Migration.downtime_ms),
+                    SAME,
+                )
     return targets
 
 

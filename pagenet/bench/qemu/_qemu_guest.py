@@ -52,7 +52,8 @@ class GuestFiles(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """``ram``: bytes. ``work``, ``hot``: percent of it that the guest works on, and that it writes to."""
+    """``ram``: bytes. ``work``, ``hot``: percent of it that the guest works on, and that it writes
+    to."""
 
     files: GuestFiles
     ram: int
@@ -63,13 +64,18 @@ class Guest:
 
 
 def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[str]:
-    """A machine for it, whose RAM is a shared file, or private as QEMU has it by default. Its sockets are in the site's
-    directory: two monitors, one of which is ours, and the serial port."""
+    """A machine for it, whose RAM is a shared file, or private as QEMU has it by default. Its
+    sockets are in the site's directory: two monitors, one of which is ours, and the serial port."""
     mib = guest.ram >> 20
-    kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"  # silent but for its death, or its words get in between the guest's
-    work = f"wl_mb={mib * guest.work // 100} wl_wss={max(1, mib * guest.hot // 100)} wl_hb={BEAT_MS} wl_threads={guest.cpus}"
+    # silent but for its death, or its words get in between the guest's
+    kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
+    work = (
+        f"wl_mb={mib * guest.work // 100} wl_wss={max(1, mib * guest.hot // 100)} wl_hb={BEAT_MS}"
+        f" wl_threads={guest.cpus}"
+    )
     if guest.accel == "kvm":
-        work += " wl_words=16"  # for bare.c: enough to know a page by, where the processor has to be emulated all the same
+        # for bare.c: enough to know a page by, where the processor has to be emulated all the same
+        work += " wl_words=16"
     size = f"id=ram0,size={guest.ram}"
     options = {
         "-name": name,
@@ -78,13 +84,16 @@ def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[s
         "-smp": str(guest.cpus),
         "-m": f"{mib}M",
         "-machine": "pc,memory-backend=ram0",
-        "-object": f"memory-backend-file,{size},mem-path={site.directory / name}.ram,share=on"
-        if shared
-        else f"memory-backend-ram,{size}",
+        "-object": (
+            f"memory-backend-file,{size},mem-path={site.directory / name}.ram,share=on"
+            if shared
+            else f"memory-backend-ram,{size}"
+        ),
         "-display": "none",
         "-chardev": f"socket,id=ours,path={site.directory / name}.ours,server=on,wait=off",
         "-mon": "chardev=ours,mode=control",
-        # Behind the monitors: QEMU makes them in this order, and so whoever has met the last one finds the others.
+        # Behind the monitors: QEMU makes them in this order, and so whoever has met the last one
+        # finds the others.
         "-qmp": f"unix:{site.directory / name}.qmp,server=on,wait=off",
         "-serial": f"unix:{site.directory / name}.serial,server=on,wait=off",
         "-kernel": str(guest.files.kernel),
@@ -95,8 +104,8 @@ def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[s
 
 
 def find_guest(kernel: Path | None, initrd: Path | None, accel: str) -> GuestFiles:
-    """What QEMU is to boot: those files, or what the checkout that this is has a builder for. :exc:`UsageError` if there is
-    neither."""
+    """What QEMU is to boot: those files, or what the checkout that this is has a builder for.
+    :exc:`UsageError` if there is neither."""
     if kernel is None:
         if initrd is not None:
             raise UsageError("--initrd goes with --kernel")
@@ -110,12 +119,20 @@ def find_guest(kernel: Path | None, initrd: Path | None, accel: str) -> GuestFil
 def _built(accel: str) -> GuestFiles:
     builder = Path(__file__).parents[3] / "tools" / "guest" / "build.py"
     if not builder.is_file():
-        raise UsageError("there is no guest to move: name one by --kernel and --initrd (pagenet's sources have tools/guest)")
+        raise UsageError(
+            "there is no guest to move: name one by --kernel and --initrd (pagenet's sources have"
+            " tools/guest)"
+        )
     done = subprocess.run([sys.executable, str(builder)], capture_output=True, text=True)
     if done.returncode:
-        raise UsageError(f"there is no guest to move: {done.stderr.strip()}; or name one by --kernel and --initrd")
+        raise UsageError(
+            f"there is no guest to move: {done.stderr.strip()}; or name one by --kernel and"
+            " --initrd"
+        )
     made = json.loads(done.stdout)
-    if accel == "kvm":  # in a nested machine Debian's kernel may not get through its decompressor within any reasonable time
+    # in a nested machine Debian's kernel may not get through its decompressor within any reasonable
+    # time
+    if accel == "kvm":
         return GuestFiles(Path(made["bare"]), None)
     return GuestFiles(Path(made["kernel"]), Path(made["initrd"]))
 
@@ -124,7 +141,8 @@ def _built(accel: str) -> GuestFiles:
 
 
 class Beat(NamedTuple):
-    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has started."""
+    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has
+    started."""
 
     time: float
     seq: int
@@ -148,8 +166,10 @@ def _goes_on(beats: Sequence[Beat], text: str) -> bool:
 
 
 def joined_line(before: str, after: str, makes_sense: Callable[[str], bool]) -> str:
-    """A line whose end comes out of another machine than its beginning. A QEMU whose serial port was held up may have said the
-    last character once more, here or there, and more than once: what makes sense is what was said."""
+    """A line whose end comes out of another machine than its beginning. A QEMU whose serial port
+    was held up may have said the last character once more, here or there, and more than once: what
+    makes sense is what was said.
+    """
     last = before[-1:]
     head, tail = before.rstrip(last), after.lstrip(last)
     most = len(before) + len(after) - len(head) - len(tail)
@@ -179,20 +199,28 @@ class Serial(Words):
         await self.wait(has_worked, "heartbeat", _PATIENCE)
 
     async def wait_verified(self) -> None:
-        """Until it has gone through all its memory from now on: a round is under way, so the second one counts."""
+        """Until it has gone through all its memory from now on: a round is under way, so the second
+        one counts."""
         await self.wait(lambda: self.beats, "heartbeat", _PATIENCE)
         enough = self.beats[-1].sweeps + 2
-        await self.wait(lambda: self.beats[-1].sweeps >= enough, "round through its memory", _PATIENCE)
+        await self.wait(
+            lambda: self.beats[-1].sweeps >= enough, "round through its memory", _PATIENCE
+        )
 
     def complaint(self) -> str:
         told = [line.text for line in self.lines[-1:] if not line.text.startswith("HB")]
-        told += self._errors.read_text(errors="replace").splitlines()[-1:] if self._errors.exists() else []
+        told += (
+            self._errors.read_text(errors="replace").splitlines()[-1:]
+            if self._errors.exists()
+            else []
+        )
         return f": {told[-1]}" if told else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A guest's heartbeats through all the machines that it was in. ``unbroken``: none of them is missing or garbled."""
+    """A guest's heartbeats through all the machines that it was in. ``unbroken``: none of them is
+    missing or garbled."""
 
     beats: Sequence[Beat]
     unbroken: bool
@@ -204,7 +232,9 @@ class Story:
         whole, cut = True, ""
         for serial in serials:
             for line in serial.lines:
-                said = Line(line.time, joined_line(cut, line.text, lambda text: _goes_on(beats, text)))
+                said = Line(
+                    line.time, joined_line(cut, line.text, lambda text: _goes_on(beats, text))
+                )
                 if beat := _beat(said):
                     whole = whole and _goes_on(beats, said.text)
                     beats.append(beat)
@@ -220,7 +250,8 @@ class Story:
         return self.beats[-1].bad
 
     def longest_gap(self, start: float, end: float) -> float:
-        """Seconds between two heartbeats, of which the later came after ``start`` and the earlier before ``end``."""
+        """Seconds between two heartbeats, of which the later came after ``start`` and the earlier
+        before ``end``."""
         return max(
             later.time - earlier.time
             for earlier, later in itertools.pairwise(self.beats)
@@ -233,7 +264,9 @@ class Story:
         if place in (0, len(self.beats)):
             return self.beats[max(0, place - 1)].writes
         before, after = self.beats[place - 1], self.beats[place]
-        share = (time - before.time) / (after.time - before.time) if after.time > before.time else 1.0
+        share = (
+            (time - before.time) / (after.time - before.time) if after.time > before.time else 1.0
+        )
         return before.writes + share * (after.writes - before.writes)
 
     def rate(self, start: float, end: float) -> float:
@@ -246,7 +279,8 @@ class Story:
 
 @dataclass(slots=True)
 class Machine:
-    """``qmp``: our own monitor; ``monitor``: the other one's socket; ``ram``: the file behind its RAM, if that is one."""
+    """``qmp``: our own monitor; ``monitor``: the other one's socket; ``ram``: the file behind its
+    RAM, if that is one."""
 
     pid: int
     qmp: Qmp
@@ -256,7 +290,9 @@ class Machine:
 
 
 @asynccontextmanager
-async def start_machine(site: Site, guest: Guest, name: str, *options: str, at: int, shared: bool) -> AsyncIterator[Machine]:
+async def start_machine(
+    site: Site, guest: Guest, name: str, *options: str, at: int, shared: bool
+) -> AsyncIterator[Machine]:
     """QEMU with that guest, until the block ends."""
     command = [*qemu_command(site, guest, name, shared=shared), *options]
     if shared:
@@ -271,12 +307,15 @@ async def start_machine(site: Site, guest: Guest, name: str, *options: str, at: 
 
 @asynccontextmanager
 async def meet_machine(site: Site, name: str, pid: int, started_as: str) -> AsyncIterator[Machine]:
-    """A QEMU that was started as ``started_as``, by us or for us; it is killed when the block ends."""
+    """A QEMU that was started as ``started_as``, by us or for us; it is killed when the block
+    ends."""
     serial = Serial(f"the guest ({name})", site.errors(started_as))
     async with killing(pid) as pidfd:
         site.listen_to(serial, await _connect(site.directory / f"{name}.serial", pidfd, serial))
         async with connect_qmp(site.directory / f"{name}.ours", wait=_PATIENCE) as qmp:
-            yield Machine(pid, qmp, site.directory / f"{name}.qmp", serial, site.directory / f"{name}.ram")
+            yield Machine(
+                pid, qmp, site.directory / f"{name}.qmp", serial, site.directory / f"{name}.ram"
+            )
 
 
 async def _connect(path: Path, pidfd: int, serial: Serial) -> trio.SocketStream:

@@ -18,7 +18,8 @@ __all__ = ["METHODS", "OURS", "Method", "Outcome", "monotonic"]
 
 # QEMU's word for no limit of its own; the link is the limit, for all alike.
 _UNLIMITED = 10**12
-# A precopy that has not converged by then never will: the guest writes faster than the link carries.
+# A precopy that has not converged by then never will: the guest writes faster than the link
+# carries.
 _PRECOPY_SECONDS = 20.0
 _START_SECONDS = 30.0
 _PORT = 7000
@@ -26,10 +27,11 @@ _PORT = 7000
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``completed``: when the last page was there (s of time.monotonic()); None: the guest could not be moved.
+    """``completed``: when the last page was there (s of time.monotonic()); None: the guest could
+    not be moved.
 
-    ``faults``: that were answered over the network. ``p50_us``, ``p99_us``: how long they took, as pagenet counts it.
-    ``blocked_ms``: how long the guest waited for them in all, as QEMU counts it.
+    ``faults``: that were answered over the network. ``p50_us``, ``p99_us``: how long they took, as
+    pagenet counts it. ``blocked_ms``: how long the guest waited for them in all, as QEMU counts it.
     """
 
     completed: float | None
@@ -64,7 +66,15 @@ class _Qemu:
     _uri: str = ""
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
-        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=self.shared)
+        starting = start_machine(
+            site,
+            guest,
+            "destination",
+            "-incoming",
+            "defer",
+            at=site.link.destination,
+            shared=self.shared,
+        )
         machine = await stack.enter_async_context(starting)
         blocktime = ("postcopy-blocktime",) if self.postcopy else ()
         await _enable(machine.qmp, *self._capabilities(), *blocktime)
@@ -79,7 +89,9 @@ class _Qemu:
 
     async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
         await _enable(source.qmp, *self._capabilities())
-        await source.qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0)
+        await source.qmp.command(
+            "migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0
+        )
         await source.qmp.command("migrate", uri=self._uri)
         if not self.postcopy:
             return await self._precopy(source, destination)
@@ -89,7 +101,9 @@ class _Qemu:
         await _status(source.qmp, "completed", patience)
         ram = (await source.qmp.command("query-migrate"))["ram"]
         there = await destination.qmp.command("query-migrate")
-        return Outcome(monotonic(completed), ram["postcopy-requests"], blocked_ms=there["postcopy-blocktime"])
+        return Outcome(
+            monotonic(completed), ram["postcopy-requests"], blocked_ms=there["postcopy-blocktime"]
+        )
 
     async def _precopy(self, source: Machine, destination: Machine) -> Outcome:
         with trio.move_on_after(_PRECOPY_SECONDS):
@@ -106,7 +120,9 @@ async def _enable(qmp: Qmp, *names: str) -> None:
 
 
 async def _status(qmp: Qmp, status: str, patience: float) -> QmpEvent:
-    return await qmp.wait_event("MIGRATION", where=lambda data: data["status"] == status, patience=patience)
+    return await qmp.wait_event(
+        "MIGRATION", where=lambda data: data["status"] == status, patience=patience
+    )
 
 
 def monotonic(event: QmpEvent) -> float:
@@ -131,7 +147,9 @@ class _Pagenet:
         incoming = await self._start(site, stack, "--", *command)
         _, qemu = await incoming.event("qemu", _START_SECONDS)
         await site.ends_with_us(qemu["pid"])
-        machine = await stack.enter_async_context(meet_machine(site, "destination", qemu["pid"], incoming.name))
+        machine = await stack.enter_async_context(
+            meet_machine(site, "destination", qemu["pid"], incoming.name)
+        )
         await incoming.event("listening", _START_SECONDS)
         return machine
 
@@ -146,7 +164,9 @@ class _Pagenet:
         assert self._site is not None
         assert self._incoming is not None
         link = self._site.link
-        leaving = self._site.daemon("migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source)
+        leaving = self._site.daemon(
+            "migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source
+        )
         async with leaving as daemon:
             await daemon.event("resumed", patience)
             completed, complete = await self._incoming.event("complete", patience)
@@ -160,7 +180,9 @@ class _Attached(_Pagenet):
     """Without it, in a QEMU that waits already."""
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
-        starting = start_machine(site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=True)
+        starting = start_machine(
+            site, guest, "destination", "-incoming", "defer", at=site.link.destination, shared=True
+        )
         machine = await stack.enter_async_context(starting)
         incoming = await self._start(site, stack, "--qmp", str(machine.monitor))
         await incoming.event("listening", _START_SECONDS)

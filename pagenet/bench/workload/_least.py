@@ -1,4 +1,5 @@
-"""What no order can save that does not know the trace: as few blocked touches, and as little stall, as chance allows."""
+"""What no order can save that does not know the trace: as few blocked touches, and as little stall,
+as chance allows."""
 
 from __future__ import annotations
 
@@ -18,14 +19,19 @@ class Least(NamedTuple):
     stall: float
 
 
-def least_stall(trace: array[int], pages: int, alike: int, work: float, each: float, rate: float) -> Least:
-    """Of a program that works for ``work`` seconds before each touch, over a link that carries ``rate`` bytes a second.
+def least_stall(
+    trace: array[int], pages: int, alike: int, work: float, each: float, rate: float
+) -> Least:
+    """Of a program that works for ``work`` seconds before each touch, over a link that carries
+    ``rate`` bytes a second.
 
-    The trace's touches are drawn at random, each from a neighbourhood of ``alike`` pages, which all are as likely: however one
-    orders pages, a touch finds its page missing as often as its neighbourhood is. The order here knows more than any that
-    learns from faults: how often each neighbourhood will be touched, from its first touch on. So at any time the best that the
-    link can carry are pages of the one that is touched most; where nothing is known to be needed, it carries neighbourhoods
-    that nobody has touched yet. Nothing else is in the way of a page that is waited for, which takes ``each`` seconds.
+    The trace's touches are drawn at random, each from a neighbourhood of ``alike`` pages, which all
+    are as likely: however one orders pages, a touch finds its page missing as often as its
+    neighbourhood is. The order here knows more than any that learns from faults: how often each
+    neighbourhood will be touched, from its first touch on. So at any time the best that the link
+    can carry are pages of the one that is touched most; where nothing is known to be needed, it
+    carries neighbourhoods that nobody has touched yet. Nothing else is in the way of a page that is
+    waited for, which takes ``each`` seconds.
     """
     touches: dict[int, int] = {}
     for page in trace:

@@ -13,7 +13,8 @@ __all__ = ["Toucher"]
 
 
 class Toucher:
-    """Touches in a thread of its own: a touch that nobody answers can be left behind, until the failed transfer ends it."""
+    """Touches in a thread of its own: a touch that nobody answers can be left behind, until the
+    failed transfer ends it."""
 
     def __init__(self, touch: Callable[[], array[int]]) -> None:
         self._touch = touch

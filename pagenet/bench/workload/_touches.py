@@ -1,8 +1,10 @@
-"""The first touches of a program, and the time between them, on disk: written by ``pagenet-bench trace``.
+"""The first touches of a program, and the time between them, on disk: written by ``pagenet-bench
+trace``.
 
-A file is one msgpack map: ``format`` ("pagenet-trace"), ``version`` (1), ``pages`` (of 4 KiB, of the program's data) and
-``touches``: numbers, two for each page that was touched, in that order: how many pages lie between it and the end of the one
-before, and how many ns the program worked before it was touched.
+A file is one msgpack map: ``format`` ("pagenet-trace"), ``version`` (1), ``pages`` (of 4 KiB, of
+the program's data) and ``touches``: numbers, two for each page that was touched, in that order: how
+many pages lie between it and the end of the one before, and how many ns the program worked before
+it was touched.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from ...background.recording import MOST_PAGES, load_fields, write_fields
 from ...errors import UsageError
 from ...whole_file import WholeFile
 
-__all__ = ["TOUCHES_FORMAT", "TOUCHES_VERSION", "Touches", "load_touches", "touches_file", "touches_of"]
+__all__ = [
+    "TOUCHES_FORMAT",
+    "TOUCHES_VERSION",
+    "Touches",
+    "load_touches",
+    "touches_file",
+    "touches_of",
+]
 
 TOUCHES_FORMAT, TOUCHES_VERSION = "pagenet-trace", 1
 # Before one touch: an hour. Who plays a trace takes as long.
@@ -25,21 +34,27 @@ _MOST_NS = 3600 * 10**9
 
 @dataclass(frozen=True)
 class Touches:
-    """Of ``pages`` pages of 4 KiB: which were touched, in the order of their first touches, each with the ns of processor time
-    that the program had taken since the one before."""
+    """Of ``pages`` pages of 4 KiB: which were touched, in the order of their first touches, each
+    with the ns of processor time that the program had taken since the one before."""
 
     pages: int
     touches: tuple[tuple[int, int], ...]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`~pagenet.PagenetError` if it cannot be written."""
+        """In place of what is there, whole or not at all. :exc:`~pagenet.PagenetError` if it cannot
+        be written."""
         with touches_file(path) as file:
             self.write(file)
 
     def write(self, file: WholeFile) -> None:
         """As the whole of ``file``."""
         numbers = list(_packed(self.touches[:MOST_PAGES]))
-        fields = {"format": TOUCHES_FORMAT, "version": TOUCHES_VERSION, "pages": self.pages, "touches": numbers}
+        fields = {
+            "format": TOUCHES_FORMAT,
+            "version": TOUCHES_VERSION,
+            "pages": self.pages,
+            "touches": numbers,
+        }
         write_fields(file, fields)
 
 
@@ -49,7 +64,8 @@ def touches_file(path: str | os.PathLike[str]) -> WholeFile:
 
 
 def load_touches(path: str | os.PathLike[str]) -> Touches:
-    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version that is not known."""
+    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version
+    that is not known."""
     return touches_of(load_fields(path, {TOUCHES_FORMAT: TOUCHES_VERSION}, "trace"), path)
 
 
@@ -72,7 +88,11 @@ def _packed(touches: Sequence[tuple[int, int]]) -> Iterator[int]:
 
 
 def _unpacked(numbers: Sequence[int], pages: int) -> Iterator[tuple[int, int]]:
-    if len(numbers) % 2 or len(numbers) > 2 * MOST_PAGES or not all(type(number) is int for number in numbers):
+    if (
+        len(numbers) % 2
+        or len(numbers) > 2 * MOST_PAGES
+        or not all(type(number) is int for number in numbers)
+    ):
         raise ValueError("its numbers make no sense")
     end, seen = 0, set[int]()
     for skip, work in zip(numbers[::2], numbers[1::2], strict=True):

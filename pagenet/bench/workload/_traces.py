@@ -42,9 +42,12 @@ def _strided(pages: int, touches: int, pick: random.Random) -> list[int]:
 
 
 def _phases(pages: int, touches: int, pick: random.Random) -> list[int]:
-    """Neighbourhoods of the first half of the memory, and from the middle on those of the second."""
+    """Neighbourhoods of the first half of the memory, and from the middle on those of the
+    second."""
     half = pages // 2
-    first, second = (_neighbourhoods(half, count, pick) for count in (touches // 2, touches - touches // 2))
+    first, second = (
+        _neighbourhoods(half, count, pick) for count in (touches // 2, touches - touches // 2)
+    )
     return [*first, *(half + page for page in second)]
 
 
@@ -63,19 +66,22 @@ TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = 
 
 
 def alike(name: str, pages: int) -> int | None:
-    """Within how many pages all are touched alike, if touches are drawn by the same rule from the first to the last."""
+    """Within how many pages all are touched alike, if touches are drawn by the same rule from the
+    first to the last."""
     return {"zipf": min(_NEIGHBOURHOOD, pages), "random": pages}.get(name)
 
 
 class Trace(NamedTuple):
-    """Pages of 4 KiB in the order in which they are touched; how many ns the program works before each, if that is known."""
+    """Pages of 4 KiB in the order in which they are touched; how many ns the program works before
+    each, if that is known."""
 
     pages: array[int]
     work_ns: array[int] | None = None
 
 
 def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) -> Trace:
-    """Of ``size`` bytes of memory. ``recorded=FILE``: as ``pagenet-bench trace`` or ``--record`` wrote it.
+    """Of ``size`` bytes of memory. ``recorded=FILE``: as ``pagenet-bench trace`` or ``--record``
+    wrote it.
 
     :exc:`UsageError` if there is no such trace, or nothing in it.
     """
@@ -88,14 +94,19 @@ def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) 
     if name not in TRACES:
         raise UsageError(f"no trace {name!r}: there are {', '.join(TRACES)}, {RECORDED}FILE")
     make, usual = TRACES[name]
-    return Trace(array("Q", make(pages, usual if touches is None else touches, random.Random(seed))))
+    return Trace(
+        array("Q", make(pages, usual if touches is None else touches, random.Random(seed)))
+    )
 
 
 def _recorded(path: str, pages: int) -> Trace:
-    """What lies within so many pages. Whatever blocks a recording has, here they lie one behind the other."""
+    """What lies within so many pages. Whatever blocks a recording has, here they lie one behind the
+    other."""
     fields = load_fields(path, {FORMAT: VERSION, TOUCHES_FORMAT: TOUCHES_VERSION}, "recording")
     if fields["format"] == FORMAT:
-        return Trace(array("Q", [page for page in recording_of(fields, path).order if page < pages]))
+        return Trace(
+            array("Q", [page for page in recording_of(fields, path).order if page < pages])
+        )
     inside, work_ns, work = array("Q"), array("Q"), 0
     for page, before in touches_of(fields, path).touches:
         work += before  # also what was done before a touch of a page that is not there

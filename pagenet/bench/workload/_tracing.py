@@ -1,7 +1,8 @@
-"""Which pages of its data a program touches first, and how long it works between: ``native/testing/trace.c``,
-preloaded, sees it.
+"""Which pages of its data a program touches first, and how long it works between:
+``native/testing/trace.c``, preloaded, sees it.
 
-The program works on a copy of its data in a memfd, and is never without a byte of it: only its page tables fill as it goes.
+The program works on a copy of its data in a memfd, and is never without a byte of it: only its page
+tables fill as it goes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class _Header(NamedTuple):
 
 
 class _Data:
-    """A copy of a file, in memory. It has a name for as long as this process lives, and leaves nothing behind."""
+    """A copy of a file, in memory. It has a name for as long as this process lives, and leaves
+    nothing behind."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """:exc:`UsageError` if it cannot be had."""
@@ -69,7 +71,10 @@ class _Data:
                 raise UsageError(f"{self._path} is empty, or no file that could be mapped")
             if self.size > available_memory():
                 available = available_memory() >> 20
-                raise UsageError(f"{self._path} has {self.size >> 20} MiB, and {available} MiB of memory are available")
+                raise UsageError(
+                    f"{self._path} has {self.size >> 20} MiB, and {available} MiB of memory are"
+                    " available"
+                )
             self._cleanup = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -128,19 +133,28 @@ class _Log:
 
 
 async def trace_program(
-    command: Sequence[str], data: str | os.PathLike[str], output: str | os.PathLike[str], on_event: EventHandler
+    command: Sequence[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    on_event: EventHandler,
 ) -> int:
-    """Run a program with a copy of ``data``, whose name replaces ``{}`` in its arguments, and write its first touches to
-    ``output``, also if this is cancelled, which ends the program. Its exit status, or 128 and the signal that ended it.
+    """Run a program with a copy of ``data``, whose name replaces ``{}`` in its arguments, and write
+    its first touches to ``output``, also if this is cancelled, which ends the program. Its exit
+    status, or 128 and the signal that ended it.
 
-    :exc:`UsageError` if data or program cannot be used; :exc:`~pagenet.errors.Unsupported` where mappings cannot be watched;
-    :exc:`PagenetError` if it has not mapped the data. Events: ``progress``, ``unwatched``, ``traced``.
+    :exc:`UsageError` if data or program cannot be used; :exc:`~pagenet.errors.Unsupported` where
+    mappings cannot be watched; :exc:`PagenetError` if it has not mapped the data. Events:
+    ``progress``, ``unwatched``, ``traced``.
     """
     if not any(DATA in argument for argument in command):
         raise UsageError(f"no argument of the program has {DATA} in it, which stands for its data")
     Userfaultfd.open(Feature.MINOR_SHMEM).close()  # as the program will
     # The trace's file first: a program that has run for an hour has then not run in vain.
-    with touches_file(output) as file, _Data(data) as copy, _Log(copy.fd, -(-copy.size // mmap.PAGESIZE)) as log:
+    with (
+        touches_file(output) as file,
+        _Data(data) as copy,
+        _Log(copy.fd, -(-copy.size // mmap.PAGESIZE)) as log,
+    ):
         variables = _variables(log)
         await copy.copy()
         words = [argument.replace(DATA, copy.name) for argument in command]
@@ -150,7 +164,10 @@ async def trace_program(
         finally:
             _save(log, file, on_event)
         if not log.header().touched:
-            raise PagenetError(f"{command[0]} ended with status {status}, and has touched no page of a mapping of its data")
+            raise PagenetError(
+                f"{command[0]} ended with status {status}, and has touched no page of a mapping of"
+                " its data"
+            )
     return status if status >= 0 else 128 - status
 
 
@@ -161,7 +178,9 @@ def _variables(log: _Log) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def _running(command: Sequence[str], variables: dict[str, str]) -> AsyncIterator[trio.Process]:
+async def _running(
+    command: Sequence[str], variables: dict[str, str]
+) -> AsyncIterator[trio.Process]:
     """With our own standard streams. Told to end when the block does, and killed if it does not."""
     try:
         process = await trio.lowlevel.open_process(list(command), env=os.environ | variables)
@@ -194,4 +213,10 @@ def _save(log: _Log, file: WholeFile, on_event: EventHandler) -> None:
         touches = log.touches()
         touches.write(file)
         seconds = round(sum(work for _, work in touches.touches) / 1e9, 6)
-        on_event("traced", touched=len(touches.touches), pages=touches.pages, work_seconds=seconds, file=file.path)
+        on_event(
+            "traced",
+            touched=len(touches.touches),
+            pages=touches.pages,
+            work_seconds=seconds,
+            file=file.path,
+        )

@@ -1,7 +1,7 @@
 """The same touches against every order of the background, over a link of a given rate.
 
-A program touches the pages of a trace, with some work before each touch, while they come. Source and program are processes of
-their own in network namespaces, joined by a link.
+A program touches the pages of a trace, with some work before each touch, while they come. Source
+and program are processes of their own in network namespaces, joined by a link.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ _BLOCK = "memory"
 
 
 class _Order(NamedTuple):
-    """``background`` and ``prefetch`` as pull() has them; a background that ends in ``=`` is given its file."""
+    """``background`` and ``prefetch`` as pull() has them; a background that ends in ``=`` is given
+    its file."""
 
     background: str
     prefetch: tuple[int, int] | None
 
 
-#: what is compared, by name. The first writes down what recorded replays; clairvoyant replays the trace itself.
+# : what is compared, by name. The first writes down what recorded replays; clairvoyant replays the
+# trace itself.
 ORDERS: dict[str, _Order] = {
     "off": _Order("off", (0, 0)),
     "linear 8/8": _Order("linear", (8, 8)),
@@ -69,10 +71,10 @@ Memory = Literal["anonymous", "memfd"]
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """``work_us``: before each touch, None: the program's own, where the trace has that, and else :data:`USUAL_WORK_US`;
-    ``memory``: private, or shared, where a sample tells what was prefetched in vain; ``rate``: of the link, in Mbit/s, None:
-    loopback; ``bandwidth``: that the background is held to, in bytes a second, None: not; ``touches`` None: as many as the
-    trace usually has."""
+    """``work_us``: before each touch, None: the program's own, where the trace has that, and else
+    :data:`USUAL_WORK_US`; ``memory``: private, or shared, where a sample tells what was prefetched
+    in vain; ``rate``: of the link, in Mbit/s, None: loopback; ``bandwidth``: that the background is
+    held to, in bytes a second, None: not; ``touches`` None: as many as the trace usually has."""
 
     lane: LaneKind = "native"
     traces: Sequence[str] = tuple(TRACES)
@@ -112,7 +114,8 @@ class WorkloadResult:
 
 
 class WorkloadTarget(NamedTuple):
-    """``figure`` of one order is to be at most ``limit``, which ``other`` names; in seconds if that is no other order."""
+    """``figure`` of one order is to be at most ``limit``, which ``other`` names; in seconds if that
+    is no other order."""
 
     trace: str
     order: str
@@ -126,10 +129,15 @@ class WorkloadTarget(NamedTuple):
         return self.value <= self.limit
 
 
-async def measure_workload(options: WorkloadOptions, on_result: Callable[[WorkloadResult], None]) -> list[WorkloadResult]:
-    """Each trace against each order, in turn. :exc:`~pagenet.errors.Unsupported` where there can be no such link."""
+async def measure_workload(
+    options: WorkloadOptions, on_result: Callable[[WorkloadResult], None]
+) -> list[WorkloadResult]:
+    """Each trace against each order, in turn. :exc:`~pagenet.errors.Unsupported` where there can be
+    no such link."""
     if (needed := 2 * options.size + (256 << 20)) > available_memory():
-        raise UsageError(f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available")
+        raise UsageError(
+            f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available"
+        )
     traces = {name: make_trace(name, options.size, options.touches) for name in options.traces}
     results = []
     with Source(options.size) as source:
@@ -144,8 +152,9 @@ _PAYLOAD = 1448 / 1514
 
 
 def least_possible(options: WorkloadOptions, results: Sequence[WorkloadResult]) -> dict[str, Least]:
-    """What no order can save that does not know the trace, as far as that can be told: by trace, where ``off`` was measured,
-    whose touches say how long a page takes that nothing is in the way of."""
+    """What no order can save that does not know the trace, as far as that can be told: by trace,
+    where ``off`` was measured, whose touches say how long a page takes that nothing is in the way
+    of."""
     found = {}
     for off in results:
         same = alike(off.trace, options.size // 4096)
@@ -163,7 +172,9 @@ async def _served(source: Source, options: WorkloadOptions) -> AsyncIterator[tup
     async with open_link(options.rate) as link:
         where, there = f"tcp://{link.address}:0", inside(link.destination)
         spec = f"{_BLOCK}={source.spec}"
-        async with served_at(where, spec, "--plaintext", "--lane", options.lane, inside=there) as server:
+        async with served_at(
+            where, spec, "--plaintext", "--lane", options.lane, inside=there
+        ) as server:
             yield server.uri, inside(link.source)
 
 
@@ -177,8 +188,14 @@ async def _measure(
 ) -> list[WorkloadResult]:
     orders = [order for order in ORDERS if order in options.orders]
     own_work = options.work_us is None and trace.work_ns is not None
-    results = {order: WorkloadResult(name, order, len(trace.pages), len(set(trace.pages))) for order in orders}
-    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory, _Shared(trace, own_work) as fd:
+    results = {
+        order: WorkloadResult(name, order, len(trace.pages), len(set(trace.pages)))
+        for order in orders
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="pagenet-bench-") as directory,
+        _Shared(trace, own_work) as fd,
+    ):
         files = {order: str(Path(directory) / order) for order in ("recorded", "clairvoyant")}
         recorder = Recorder(Region([Block(_BLOCK, options.size)]))
         recorder.note(trace.pages)
@@ -192,7 +209,9 @@ async def _measure(
                     "uri": uri,
                     "memory": options.memory,
                     "lane": options.lane,
-                    "background": background + files[order] if background == RECORDED else background,
+                    "background": (
+                        background + files[order] if background == RECORDED else background
+                    ),
                     "prefetch": prefetch,
                     "max_bandwidth": options.bandwidth,
                     "record": files["recorded"] if order == "off" and not number else None,
@@ -200,7 +219,9 @@ async def _measure(
                     "trace": fd,
                     "change": len(trace.pages) // 2 if name == "phases" else 0,
                 }
-                result.rounds.append(await worked("pagenet.bench.workload.player", told, fd, inside=destination))
+                result.rounds.append(
+                    await worked("pagenet.bench.workload.player", told, fd, inside=destination)
+                )
                 if number == options.rounds - 1:
                     on_result(result)
     return list(results.values())
@@ -231,19 +252,22 @@ _TARGETS: list[tuple[str, str, float, str, Sequence[str]]] = [
     ("zipf", "hot", 0.5, "linear 8/8", _BOTH),
     ("zipf", "recorded", 0.1, "linear 8/8", _BOTH),
     ("zipf", "recorded", 2.0, "clairvoyant", _BOTH),
-    # Among pages that are all alike, touches block the less often, the longer each of them waits while others come: counts
-    # compare orders with the same window alone, and stall compares everything.
+    # Among pages that are all alike, touches block the less often, the longer each of them waits
+    # while others come: counts compare orders with the same window alone, and stall compares
+    # everything.
     ("random", "hot", 1.05, "linear", _BOTH),
     ("random", "hot", 1.05, "linear 8/8", ["stall"]),
 ]
-# Whatever the order, the first touches come before its first page: a connection's first reply, and threads that begin to run.
-# Half of nothing is not to be had, so twice clairvoyant is that much more.
+# Whatever the order, the first touches come before its first page: a connection's first reply, and
+# threads that begin to run. Half of nothing is not to be had, so twice clairvoyant is that much
+# more.
 _START_UP = {"blocked": 50, "stall": 0.01}
 _FOLLOWED_WITHIN = 0.2
 
 
 def workload_targets(results: Sequence[WorkloadResult]) -> list[WorkloadTarget]:
-    """What is aimed at, as far as it was measured: blocked touches and stall of one order against another's."""
+    """What is aimed at, as far as it was measured: blocked touches and stall of one order against
+    another's."""
     found = []
     by_name = {(result.trace, result.order): result for result in results}
     for trace, order, factor, other, figures in _TARGETS:
@@ -253,9 +277,13 @@ def workload_targets(results: Sequence[WorkloadResult]) -> list[WorkloadTarget]:
                 value, base = ours.figure(figure) or 0, theirs.figure(figure) or 0
                 more = _START_UP[figure] if other == "clairvoyant" else 0
                 name = f"{factor:g} x {other}" + (f" + {more:g}" if more else "")
-                found.append(WorkloadTarget(trace, order, figure, name, value, factor * base + more))
+                found.append(
+                    WorkloadTarget(trace, order, figure, name, value, factor * base + more)
+                )
     if (phases := by_name.get(("phases", "hot"))) is not None:
         followed = phases.figure("followed")
         seconds = float("inf") if followed is None else followed
-        found.append(WorkloadTarget("phases", "hot", "followed", "seconds", seconds, _FOLLOWED_WITHIN))
+        found.append(
+            WorkloadTarget("phases", "hot", "followed", "seconds", seconds, _FOLLOWED_WITHIN)
+        )
     return found

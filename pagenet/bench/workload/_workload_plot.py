@@ -23,7 +23,8 @@ _STYLES = {
 
 
 def plot_workload(path: Path, results: Sequence[WorkloadResult], title: str) -> None:
-    """A panel for each trace, a curve for each order: the share of the working set that is there, over time."""
+    """A panel for each trace, a curve for each order: the share of the working set that is there,
+    over time."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -37,7 +38,13 @@ def plot_workload(path: Path, results: Sequence[WorkloadResult], title: str) -> 
                 color, style = _STYLES[result.order]
                 curve = result.rounds[-1]["curve"]
                 shares = [there / result.pages for _, there in curve]
-                panel.plot([seconds for seconds, _ in curve], shares, label=result.order, color=color, linestyle=style)
+                panel.plot(
+                    [seconds for seconds, _ in curve],
+                    shares,
+                    label=result.order,
+                    color=color,
+                    linestyle=style,
+                )
         panel.set_title(Path(trace).name, fontsize=10)
         panel.set_xlabel("s")
         panel.set_ylim(0, 1.02)

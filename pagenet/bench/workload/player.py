@@ -1,9 +1,11 @@
-"""A program that works on memory while it comes: ``python -m pagenet.bench.workload.player``, started by pagenet-bench alone.
+"""A program that works on memory while it comes: ``python -m pagenet.bench.workload.player``,
+started by pagenet-bench alone.
 
-Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``, ``background``, ``prefetch``,
-``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with which another phase begins, or 0) and ``trace``, a memfd
-with the pages to touch, behind which, if ``work_us`` is null, are the ns of work before each. It touches them from C, and says
-how that went as one JSON object.
+Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``,
+``background``, ``prefetch``, ``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with
+which another phase begins, or 0) and ``trace``, a memfd with the pages to touch, behind which, if
+``work_us`` is null, are the ns of work before each. It touches them from C, and says how that went
+as one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ class _Watch:
         self._play = play
         self._set = array("Q", sorted(set(trace)))
         self._change = change
-        self._after = array("Q", range(max(trace[:change], default=0) + 1, transfer.region.pages)) if change else array("Q")
+        self._after = (
+            array("Q", range(max(trace[:change], default=0) + 1, transfer.region.pages))
+            if change
+            else array("Q")
+        )
         self._all = array("Q", range(transfer.region.pages)) if change else array("Q")
         self._began = time.monotonic()
         self._changed: float | None = None
@@ -66,7 +72,8 @@ class _Watch:
                 self.followed = now - self._changed
 
     def seconds_to(self, share: float) -> float | None:
-        """Until that share of the working set was there; None: it never was while the trace was played."""
+        """Until that share of the working set was there; None: it never was while the trace was
+        played."""
         wanted = share * len(self._set)
         return next((seconds for seconds, there in self.curve if there >= wanted), None)
 
@@ -77,7 +84,13 @@ class _Watch:
 
 
 async def _play(
-    uri: str, trace: int, work_us: float | None, change: int, prefetch: Any, memory: Any, **options: Any
+    uri: str,
+    trace: int,
+    work_us: float | None,
+    change: int,
+    prefetch: Any,
+    memory: Any,
+    **options: Any,
 ) -> dict[str, object]:
     pages = _read_trace(trace)
     work: int | array[int] = 0 if work_us is None else round(work_us * 1000)

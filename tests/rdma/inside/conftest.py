@@ -1,4 +1,5 @@
-"""These tests need an RDMA device: ../test_rdma.py runs them in a guest that has one. Elsewhere they are not collected."""
+"""These tests need an RDMA device: ../test_rdma.py runs them in a guest that has one. Elsewhere
+they are not collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What goes wrong: the same errors as over TCP, soon, with no wrong page; and the source goes on serving others."""
+"""What goes wrong: the same errors as over TCP, soon, with no wrong page; and the source goes on
+serving others."""
 
 from __future__ import annotations
 
@@ -50,7 +51,13 @@ class Failed:
     at: float
 
 
-async def fail(uri: str, path: Path, lane: LaneKind, cause: Callable[[], object] | None = None, size: int = SIZE) -> Failed:
+async def fail(
+    uri: str,
+    path: Path,
+    lane: LaneKind,
+    cause: Callable[[], object] | None = None,
+    size: int = SIZE,
+) -> Failed:
     """``cause`` is called in the midst of it."""
     at = 0.0
 
@@ -81,8 +88,9 @@ async def fail(uri: str, path: Path, lane: LaneKind, cause: Callable[[], object]
 
 
 class BareRead:
-    """A READ through a queue pair that is joined to none, beside what is tested, on the same busy machine: it fails when it has
-    been sent :data:`RETRIES` times more, which takes less than 2 s of the device's own time."""
+    """A READ through a queue pair that is joined to none, beside what is tested, on the same busy
+    machine: it fails when it has been sent :data:`RETRIES` times more, which takes less than 2 s of
+    the device's own time."""
 
     def __init__(self) -> None:
         self._begin = trio.Event()
@@ -198,7 +206,9 @@ async def test_chunk_deregistered(lane: LaneKind, source: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_host_gone_without_a_word(lane: LaneKind, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_host_gone_without_a_word(
+    lane: LaneKind, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing answers READs, and the connection beside them is none the wiser."""
     queue_pair = _memory._queue_pair
 
@@ -232,7 +242,9 @@ async def test_host_gone_without_a_word(lane: LaneKind, source: str, tmp_path: P
     ],
     ids=["another chunk", "a part", "no page", "a refusal with a text"],
 )
-async def test_senseless_answers(answer: bytes, complaint: str, source: str, tmp_path: Path) -> None:
+async def test_senseless_answers(
+    answer: bytes, complaint: str, source: str, tmp_path: Path
+) -> None:
     async def senseless(self: RegisteredMemory, run: Run, held: int) -> tuple[bytes, bool]:
         return answer, False
 
@@ -244,8 +256,12 @@ async def test_senseless_answers(answer: bytes, complaint: str, source: str, tmp
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_source_that_shrinks(lane: LaneKind, server: Server, source: str, tmp_path: Path) -> None:
+async def test_source_that_shrinks(
+    lane: LaneKind, server: Server, source: str, tmp_path: Path
+) -> None:
     """What it has registered can be read still; the next key is refused, and the reason told."""
-    failed = await fail(server.uri, tmp_path / "uffd.sock", lane, lambda: os.truncate(source, PAGE), size=LARGE)
+    failed = await fail(
+        server.uri, tmp_path / "uffd.sock", lane, lambda: os.truncate(source, PAGE), size=LARGE
+    )
     assert isinstance(failed.error, SourceLost)
     assert "the source" in str(failed.error)

@@ -1,4 +1,5 @@
-"""The source hands out keys, in C and in Trio: what a peer may not say, and what becomes of its keys when it goes."""
+"""The source hands out keys, in C and in Trio: what a peer may not say, and what becomes of its
+keys when it goes."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from pagenet import Server, serve
 from pagenet.protocol import Channel, Hello, Role
 from pagenet.rdma import default_path
 from pagenet.rdma._lanes import exchange
-from pagenet.rdma._wire import KEY_HEADER, Answer, Asking, Endpoint, Key, Kind, decode_answer, read_key
+from pagenet.rdma._wire import (
+    KEY_HEADER,
+    Answer,
+    Asking,
+    Endpoint,
+    Key,
+    Kind,
+    decode_answer,
+    read_key,
+)
 from pagenet.region import Run
 from pagenet.session import MessageStream, greet, receive_exactly
 from pagenet.transport import Connection, dial
@@ -87,7 +97,11 @@ def give_back(run: Run) -> Asking:
 
 def zeros_of(source: Path, run: Run) -> list[int]:
     content = source.read_bytes()
-    return [page for page in range(run.first, run.end) if not any(content[page * PAGE : (page + 1) * PAGE])]
+    return [
+        page
+        for page in range(run.first, run.end)
+        if not any(content[page * PAGE : (page + 1) * PAGE])
+    ]
 
 
 async def none_pinned(server: Server) -> None:
@@ -99,14 +113,20 @@ async def none_pinned(server: Server) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_keys(lane: Any, source: Path) -> None:
-    """Answers in order, zeros as they are, and everything given back in the end, by a peer that says so or by one that goes."""
-    async with serve(str(source), listen="rdma://127.0.0.1:0", lane=lane) as server, peer_of(server) as peer:
+    """Answers in order, zeros as they are, and everything given back in the end, by a peer that
+    says so or by one that goes."""
+    async with (
+        serve(str(source), listen="rdma://127.0.0.1:0", lane=lane) as server,
+        peer_of(server) as peer,
+    ):
         await peer.say(*map(ask, CHUNKS))
         keys = [await peer.answer() for _ in CHUNKS]
         assert [key.run for key in keys] == CHUNKS
         assert [key.answer for key in keys] == [Answer.HERE, Answer.ZERO, Answer.HERE]
         for key in keys:
-            assert [page for page in range(key.run.first, key.run.end) if key.is_zero(page)] == zeros_of(source, key.run)
+            assert [
+                page for page in range(key.run.first, key.run.end) if key.is_zero(page)
+            ] == zeros_of(source, key.run)
         assert zeros_of(source, CHUNKS[0])
         await peer.say(give_back(CHUNKS[0]), give_back(CHUNKS[2]))
         await none_pinned(server)
@@ -129,7 +149,9 @@ async def test_senseless_askings(lane: Any, source: Path) -> None:
             reasons.append(fields["reason"])
             refused.set()
 
-    async with serve(str(source), listen="rdma://127.0.0.1:0", lane=lane, on_event=on_event) as server:
+    async with serve(
+        str(source), listen="rdma://127.0.0.1:0", lane=lane, on_event=on_event
+    ) as server:
         for askings, complaint in [
             ([ask(CHUNKS[0]), ask(CHUNKS[0])], "asks for a key that it has"),
             ([give_back(CHUNKS[0])], "gives back a key that it does not have"),

@@ -1,4 +1,5 @@
-"""Memory is registered within what the process may lock: where that is too little, both sides say so, and what to do."""
+"""Memory is registered within what the process may lock: where that is too little, both sides say
+so, and what to do."""
 
 from __future__ import annotations
 
@@ -30,12 +31,15 @@ def as_nobody(limit: int) -> Callable[[], None]:
     """For a :class:`Command`: an ordinary user, who may lock so many bytes."""
 
     def become() -> None:
-        "".encode("idna")  # Python may lie where others may not look, and loads this when a name is looked up
+        # Python may lie where others may not look, and loads this when a name is looked up
+        "".encode("idna")
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-        effective = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        effective = re.search(
+            r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
         assert effective is not None
         assert not int(effective[1], 16) >> CAP_IPC_LOCK & 1
 
@@ -60,10 +64,20 @@ def source(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def workload(directory: Path, source: Path, *more: str) -> Command:
-    return Command(run_workload, "--socket", directory / "uffd", "--size", source.stat().st_size, "--wait-complete", *more)
+    return Command(
+        run_workload,
+        "--socket",
+        directory / "uffd",
+        "--size",
+        source.stat().st_size,
+        "--wait-complete",
+        *more,
+    )
 
 
-def pull_into_owner(uri: str, directory: Path, *more: str, before: Callable[[], object] = lambda: None) -> Command:
+def pull_into_owner(
+    uri: str, directory: Path, *more: str, before: Callable[[], object] = lambda: None
+) -> Command:
     return Command(pull, uri, "--uffd-socket", directory / "uffd", "--json", *more, before=before)
 
 
@@ -87,11 +101,14 @@ def check_told(text: str, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "lane", "says"),
-    [(512 * KIB, "native", "Cannot allocate memory (RDMA locks memory, and this process may lock 512 KiB"),
+    [(512 * KIB, "native",
+    "Cannot allocate memory (RDMA locks memory, and this process may lock 512 KiB"),
      (0, "trio", "Operation not permitted (RDMA locks memory, and this process may lock 0 KiB")],
     ids=["little", "nothing"],
 )  # fmt: skip
-def test_source_may_lock_too_little(limit: int, lane: str, says: str, source: Path, directory: Path) -> None:
+def test_source_may_lock_too_little(
+    limit: int, lane: str, says: str, source: Path, directory: Path
+) -> None:
     """The destination is told why, and the source goes on: with more, it serves the next one."""
     with Command(serve, source, "--listen", LISTEN, "--json", before=as_nobody(limit)) as server:
         uri = server.event("listening")["uri"]
@@ -99,20 +116,29 @@ def test_source_may_lock_too_little(limit: int, lane: str, says: str, source: Pa
             pulling.event("waiting")
             with workload(directory, source):
                 assert pulling.wait() == 4
-            check_told(pulling.stderr, "the source cannot go on: cannot register memory for RDMA: ", says)
+            check_told(
+                pulling.stderr, "the source cannot go on: cannot register memory for RDMA: ", says
+            )
         assert says in server.event("lost")["reason"]
-        resource.prlimit(server.pid, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.prlimit(
+            server.pid, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
         check_moves(uri, directory, source)
 
 
 def test_source_that_dials_and_may_lock_too_little(source: Path, directory: Path) -> None:
     with Command(pull, LISTEN, "--listen", "--into", directory / "copy", "--json") as pulling:
         uri = pulling.event("listening")["uri"]
-        with Command(serve, source, "--connect", uri, "--json", before=as_nobody(512 * KIB)) as server:
+        with Command(
+            serve, source, "--connect", uri, "--json", before=as_nobody(512 * KIB)
+        ) as server:
             assert server.wait() == 7
             check_told(server.stderr, "cannot register memory for RDMA: Cannot allocate memory")
         assert pulling.wait() == 4
-        check_told(pulling.stderr, "the source cannot go on: cannot register memory for RDMA: Cannot allocate memory")
+        check_told(
+            pulling.stderr,
+            "the source cannot go on: cannot register memory for RDMA: Cannot allocate memory",
+        )
 
 
 def test_source_may_lock_a_part_of_a_large_one(source: Path, directory: Path) -> None:
@@ -125,7 +151,9 @@ def test_source_may_lock_a_part_of_a_large_one(source: Path, directory: Path) ->
 
 
 @pytest.mark.parametrize(("lane", "limit"), [("native", 8 * MIB), ("trio", 512 * KIB)])
-def test_destination_may_lock_too_little(lane: str, limit: int, source: Path, directory: Path) -> None:
+def test_destination_may_lock_too_little(
+    lane: str, limit: int, source: Path, directory: Path
+) -> None:
     """8 MiB are what Linux lets a process lock that was told nothing."""
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]
@@ -133,19 +161,25 @@ def test_destination_may_lock_too_little(lane: str, limit: int, source: Path, di
             pulling.event("waiting")
             with workload(directory, source):
                 assert pulling.wait() == 7
-            check_told(pulling.stderr, "Cannot allocate memory", f"this process may lock {limit >> 10} KiB")
+            check_told(
+                pulling.stderr, "Cannot allocate memory", f"this process may lock {limit >> 10} KiB"
+            )
         reason = server.event("lost")["reason"]
         assert "the destination gave up: " in reason
         assert HINT in reason
         check_moves(uri, directory, source)
 
 
-def test_destination_may_lock_its_stage_and_no_more_of_a_large_one(source: Path, directory: Path) -> None:
+def test_destination_may_lock_its_stage_and_no_more_of_a_large_one(
+    source: Path, directory: Path
+) -> None:
     """What cannot be received where it belongs comes through the stage."""
     limit = 16 * MIB + 512 * KIB  # less than a chunk more
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]
-        with pull_into_owner(uri, directory, "--lane", "native", before=as_nobody(limit)) as pulling:
+        with pull_into_owner(
+            uri, directory, "--lane", "native", before=as_nobody(limit)
+        ) as pulling:
             pulling.event("waiting")
             with workload(directory, source, "--memory", "memfd") as owner:
                 assert pulling.event("owner")["placement"] == "continue"

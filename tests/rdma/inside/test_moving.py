@@ -1,4 +1,5 @@
-"""A region moves over RDMA: every byte of it, from every kind of source, into every kind of memory."""
+"""A region moves over RDMA: every byte of it, from every kind of source, into every kind of
+memory."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ LANES: list[LaneKind] = ["native", "trio"]
 
 
 async def move(
-    uri: str, path: Path, lane: LaneKind, *arguments: str | int, size: str | int = SIZE, **options: Any
+    uri: str,
+    path: Path,
+    lane: LaneKind,
+    *arguments: str | int,
+    size: str | int = SIZE,
+    **options: Any,
 ) -> TransferStatistics:
     """Into a workload, which checks every byte after the last page has come."""
     owner = UffdSocket(path)
@@ -59,17 +65,24 @@ def source(tmp_path: Path) -> Iterator[str]:
     path.unlink()
 
 
-# The rest of the guest's time is better spent on pages: a connection of this transport is one of TCP's in all that this checks.
+# The rest of the guest's time is better spent on pages: a connection of this transport is one of
+# TCP's in all that this checks.
 async def test_conformance() -> None:
     await check_transport(RdmaTransport(TcpTransport()), lambda: LISTEN)
 
 
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize(("memory", "placement"), [("anonymous", "copy"), ("memfd", "continue")])
-async def test_touching_while_it_comes(memory: str, placement: str, lane: LaneKind, source: str, tmp_path: Path) -> None:
+async def test_touching_while_it_comes(
+    memory: str, placement: str, lane: LaneKind, source: str, tmp_path: Path
+) -> None:
     said: list[tuple[str, dict[str, Any]]] = []
-    async with serve(source, listen=LISTEN, on_event=lambda event, /, **fields: said.append((event, fields))) as server:
-        statistics = await move(server.uri, tmp_path / "uffd.sock", lane, "--memory", memory, "--threads", 4)
+    async with serve(
+        source, listen=LISTEN, on_event=lambda event, /, **fields: said.append((event, fields))
+    ) as server:
+        statistics = await move(
+            server.uri, tmp_path / "uffd.sock", lane, "--memory", memory, "--threads", 4
+        )
     assert statistics.placement == placement
     assert statistics.demand.pages
     assert ("path", {"path": "rxe0 port 1, gid 1 (10.77.0.1)"}) in said
@@ -77,7 +90,9 @@ async def test_touching_while_it_comes(memory: str, placement: str, lane: LaneKi
 
 async def test_zero_pages_are_not_read(source: str, tmp_path: Path) -> None:
     async with serve(source, listen=LISTEN) as server:
-        statistics = await move(server.uri, tmp_path / "uffd.sock", "native", "--order", "none", prefetch=(0, 0))
+        statistics = await move(
+            server.uri, tmp_path / "uffd.sock", "native", "--order", "none", prefetch=(0, 0)
+        )
     content = Path(source).read_bytes()
     zero = sum(not any(content[at : at + PAGE]) for at in range(0, SIZE, PAGE))
     assert zero
@@ -90,13 +105,22 @@ async def test_huge_pages(source: str, tmp_path: Path) -> None:
         path = write_pattern(Path("/dev/shm/huge"), 4 * MIB, zero_every=ZERO_EVERY)
         try:
             async with serve(str(path), listen=LISTEN) as server:
-                await move(server.uri, tmp_path / "uffd.sock", "native", "--memory", "hugetlb", size=4 * MIB)
+                await move(
+                    server.uri,
+                    tmp_path / "uffd.sock",
+                    "native",
+                    "--memory",
+                    "hugetlb",
+                    size=4 * MIB,
+                )
         finally:
             path.unlink()
 
 
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
-async def test_written_and_given_up_while_it_comes(memory: str, source: str, tmp_path: Path) -> None:
+async def test_written_and_given_up_while_it_comes(
+    memory: str, source: str, tmp_path: Path
+) -> None:
     async with serve(source, listen=LISTEN) as server:
         arguments = ("--memory", memory, "--write-share", 30, "--remove-share", 10, "--threads", 4)
         await move(server.uri, tmp_path / "uffd.sock", "native", *arguments)
@@ -105,7 +129,8 @@ async def test_written_and_given_up_while_it_comes(memory: str, source: str, tmp
 @pytest.mark.parametrize("lane", LANES)
 async def test_blocks_that_end_within_a_chunk(lane: LaneKind, tmp_path: Path) -> None:
     sizes = [MIB + PAGE, PAGE, 300 << 10]
-    paths = write_blocks(tmp_path, sizes, zero_every=ZERO_EVERY)  # on a disk: registered as a copy, before Linux 6.2
+    # on a disk: registered as a copy, before Linux 6.2
+    paths = write_blocks(tmp_path, sizes, zero_every=ZERO_EVERY)
     async with serve(paths, listen=LISTEN) as server:
         await move(server.uri, tmp_path / "uffd.sock", lane, size=",".join(map(str, sizes)))
 
@@ -125,21 +150,31 @@ def holder(tmp_path: Path) -> Iterator[tuple[str, str]]:
         sys.stdin.read()"""
     pattern = write_pattern(tmp_path / "pattern", MIB + 8 * PAGE, zero_every=ZERO_EVERY)
     command = ["/usr/bin/python3", "-c", script, str(pattern)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         fd, address = map(int, process.stdout.readline().split())
-        yield f"/proc/{process.pid}/fd/{fd}", f"pid:{process.pid}:{address:#x}+{pattern.stat().st_size:#x}"
+        yield (
+            f"/proc/{process.pid}/fd/{fd}",
+            f"pid:{process.pid}:{address:#x}+{pattern.stat().st_size:#x}",
+        )
         process.communicate()
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-async def test_source_in_another_process(kind: int, holder: tuple[str, str], tmp_path: Path) -> None:
+async def test_source_in_another_process(
+    kind: int, holder: tuple[str, str], tmp_path: Path
+) -> None:
     async with serve(holder[kind], listen=LISTEN) as server:
         await move(server.uri, tmp_path / "uffd.sock", "native", size=MIB + 8 * PAGE)
 
 
 async def test_into_a_file(source: str, tmp_path: Path) -> None:
-    async with serve(source, listen=LISTEN) as server, pull(server.uri, IntoFile(tmp_path / "copy")) as transfer:
+    async with (
+        serve(source, listen=LISTEN) as server,
+        pull(server.uri, IntoFile(tmp_path / "copy")) as transfer,
+    ):
         await transfer.wait_complete()
     assert (tmp_path / "copy").read_bytes() == Path(source).read_bytes()
 
@@ -164,7 +199,9 @@ async def test_source_that_dials(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_no_more_is_pinned_than_allowed(lane: LaneKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_more_is_pinned_than_allowed(
+    lane: LaneKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pinned: list[int] = []
     take = RegisteredMemory.take
 
@@ -176,12 +213,23 @@ async def test_no_more_is_pinned_than_allowed(lane: LaneKind, tmp_path: Path, mo
     monkeypatch.setattr(RegisteredMemory, "take", taking)
     path = write_pattern(tmp_path / "large", LARGE, zero_every=ZERO_EVERY)
     async with serve(str(path), listen=LISTEN, rdma_pin_limit=MIB, lane="trio") as server:
-        await move(server.uri, tmp_path / "uffd.sock", lane, "--order", "random", "--threads", 4, size=LARGE)
+        await move(
+            server.uri,
+            tmp_path / "uffd.sock",
+            lane,
+            "--order",
+            "random",
+            "--threads",
+            4,
+            size=LARGE,
+        )
     connections = 1 if lane == "native" else 2
     assert max(pinned) <= connections * KEYS_IN_ANY_CASE * MIB < LARGE
 
 
-async def test_no_more_is_pinned_than_allowed_in_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_more_is_pinned_than_allowed_in_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memories: list[NativeMemory] = []
     make = NativeMemory.__init__
 
@@ -192,7 +240,10 @@ async def test_no_more_is_pinned_than_allowed_in_c(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(NativeMemory, "__init__", making)
     path = write_pattern(Path("/dev/shm/large"), LARGE, zero_every=ZERO_EVERY)
     most = 0
-    async with serve(str(path), listen=LISTEN, rdma_pin_limit=MIB) as server, trio.open_nursery() as nursery:
+    async with (
+        serve(str(path), listen=LISTEN, rdma_pin_limit=MIB) as server,
+        trio.open_nursery() as nursery,
+    ):
 
         async def look() -> None:
             nonlocal most
@@ -201,7 +252,16 @@ async def test_no_more_is_pinned_than_allowed_in_c(tmp_path: Path, monkeypatch: 
                 await trio.sleep(0.002)
 
         nursery.start_soon(look)
-        await move(server.uri, tmp_path / "uffd.sock", "native", "--order", "random", "--threads", 4, size=LARGE)
+        await move(
+            server.uri,
+            tmp_path / "uffd.sock",
+            "native",
+            "--order",
+            "random",
+            "--threads",
+            4,
+            size=LARGE,
+        )
         nursery.cancel_scope.cancel()
     [memory] = memories
     path.unlink()
@@ -238,7 +298,9 @@ async def test_stopped_source(server: Server, tmp_path: Path) -> None:
 
 def test_commands(source: str, tmp_path: Path) -> None:
     socket = tmp_path / "uffd.sock"
-    with Command(serve_main, source, "--listen", LISTEN, "--once", "--rdma-pin-limit", "2M", "--json") as server:
+    with Command(
+        serve_main, source, "--listen", LISTEN, "--once", "--rdma-pin-limit", "2M", "--json"
+    ) as server:
         uri = server.event("listening")["uri"]
         with Command(pull_main, uri, "--uffd-socket", socket, "--json") as puller:
             puller.event("waiting")
@@ -255,7 +317,8 @@ def test_commands(source: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def bad_wire() -> Iterator[None]:
-    """Two devices, joined by a wire that delays every packet by 5 ms, and loses one in a hundred."""
+    """Two devices, joined by a wire that delays every packet by 5 ms, and loses one in a
+    hundred."""
     script = Path(__file__).with_name("wire.sh")
     subprocess.run(["sh", script, "up"], check=True)
     yield
@@ -277,11 +340,16 @@ def spun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-async def test_packets_are_late_and_lost(bad_wire: None, source: str, tmp_path: Path, spun: list[int]) -> None:
-    """With processors to spare, it looks for the end of a READ before it sleeps: tests/test_rdma.py runs this with four too."""
+async def test_packets_are_late_and_lost(
+    bad_wire: None, source: str, tmp_path: Path, spun: list[int]
+) -> None:
+    """With processors to spare, it looks for the end of a READ before it sleeps: tests/test_rdma.py
+    runs this with four too."""
     async with serve(source, listen="rdma://10.88.0.1:0?device=rxea", plaintext=True) as server:
         before = sent_over_wire()
-        statistics = await move(f"{server.uri}?device=rxeb", tmp_path / "uffd.sock", "native", "--threads", 4)
+        statistics = await move(
+            f"{server.uri}?device=rxeb", tmp_path / "uffd.sock", "native", "--threads", 4
+        )
     assert sent_over_wire() - before > statistics.wire_bytes
     assert [bool(times) for times in spun] == [os.sysconf("SC_NPROCESSORS_ONLN") >= 4]
 

@@ -1,4 +1,5 @@
-"""A destination is killed, and another takes over what it has left; a source that has lost its destination dials it again."""
+"""A destination is killed, and another takes over what it has left; a source that has lost its
+destination dials it again."""
 
 from __future__ import annotations
 
@@ -22,7 +23,18 @@ ZERO_EVERY = 7
 LISTEN = "rdma://127.0.0.1:0"
 SLOWLY = ("--max-bandwidth", MIB // 4, "--prefetch", "0,0")
 #: it writes to its pages, and gives some of them up: neither is to be undone
-WORK = ("--touches", SIZE // PAGE // 2, "--order", "random", "--write-share", 30, "--remove-share", 10, "--think-us", 2000)
+WORK = (
+    "--touches",
+    SIZE // PAGE // 2,
+    "--order",
+    "random",
+    "--write-share",
+    30,
+    "--remove-share",
+    10,
+    "--think-us",
+    2000,
+)
 
 
 @pytest.fixture
@@ -47,10 +59,11 @@ def kill_half_way(pulling: Command, begun: float = 0.0) -> float:
 
 
 @pytest.mark.parametrize(
-    ("memory", "lane", "next_lane"),
-    [("memfd", "native", "trio"), ("anonymous", "trio", "native")],
+    ("memory", "lane", "next_lane"), [("memfd", "native", "trio"), ("anonymous", "trio", "native")]
 )
-def test_killed_and_resumed(memory: str, lane: str, next_lane: str, source: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(
+    memory: str, lane: str, next_lane: str, source: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "uffd"
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]

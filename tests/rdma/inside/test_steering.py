@@ -1,4 +1,5 @@
-"""What the user may choose, and change while pages come, over RDMA: on lanes of both kinds, with every byte right."""
+"""What the user may choose, and change while pages come, over RDMA: on lanes of both kinds, with
+every byte right."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def transfer_of(source: Path, lane: str, **options: Any) -> AsyncIterator[tuple[Transfer, OwnMemory]]:
+async def transfer_of(
+    source: Path, lane: str, **options: Any
+) -> AsyncIterator[tuple[Transfer, OwnMemory]]:
     memory = OwnMemory(options.pop("memory", "memfd"))
     try:
         async with pagenet.serve(str(source), listen=LISTEN) as server:
@@ -81,7 +84,10 @@ async def test_recorded_and_replayed(lane: str, source: Path, tmp_path: Path) ->
             transfer.set_background(name)
         await check(transfer, memory, source)
     assert list(load_recording(path).order) == pages
-    async with transfer_of(source, lane, background=f"recorded={path}", max_bandwidth=1) as (transfer, memory):
+    async with transfer_of(source, lane, background=f"recorded={path}", max_bandwidth=1) as (
+        transfer,
+        memory,
+    ):
         for step in range(8):  # one page, until a change of the limit lets the next one through
             await until(transfer, partial(done_more_than, step))
             transfer.set_max_bandwidth(1)
@@ -97,7 +103,10 @@ async def test_recorded_and_replayed(lane: str, source: Path, tmp_path: Path) ->
 async def test_hot_follows_the_faults_within_the_limit(lane: str, source: Path) -> None:
     """And a page that somebody waits for is not held up by it."""
     rate, page = MIB // 2, 300
-    async with transfer_of(source, lane, start_background="after=1000000", max_bandwidth=rate) as (transfer, memory):
+    async with transfer_of(source, lane, start_background="after=1000000", max_bandwidth=rate) as (
+        transfer,
+        memory,
+    ):
         await memory.read(page * PAGE, 1)
         # The lane in C tells of its faults a little later.
         with trio.fail_after(60):
@@ -111,7 +120,8 @@ async def test_hot_follows_the_faults_within_the_limit(lane: str, source: Path) 
         assert page // 64 * 64 <= first
         for _ in range(100):
             await memory.read((transfer.statistics().done * 7 + 3) % (SIZE // PAGE) * PAGE, 1)
-            # before the clock is read: it cannot be more than the time allowed for, and a chunk that is paid for later
+            # before the clock is read: it cannot be more than the time allowed for, and a chunk
+            # that is paid for later
             asked = transfer.statistics().background.pages * PAGE
             assert asked <= rate * (time.monotonic() - began + 0.02) + (256 << 10)
         transfer.set_max_bandwidth(None)
@@ -134,13 +144,21 @@ async def test_nothing_is_compressed(source: Path, tmp_path: Path) -> None:
                 raise AssertionError("not reached")
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 20))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 20))]
+)
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
 @pytest.mark.parametrize("lane", LANES)
 async def test_drawn(lane: str, memory: str, seed: int, tmp_path: Path) -> None:
     """As tests/test_combinations.py, but for what RDMA has not."""
     number = 1000 + 10 * seed + 2 * LANES.index(lane) + (memory == "memfd")
-    only = {"transport": "rdma", "lane": lane, "memory": memory, "background_lanes": 1, "compress": "auto"}
+    only = {
+        "transport": "rdma",
+        "lane": lane,
+        "memory": memory,
+        "background_lanes": 1,
+        "compress": "auto",
+    }
     await check_moves(drawn(number) | only, number, tmp_path)
 
 
@@ -153,7 +171,9 @@ def pull_into_owner(uri: str, socket: Path, path: Path, lane: str) -> Command:
 
 
 def workload(socket: Path) -> Command:
-    return Command(run_workload, "--socket", socket, "--size", SIZE, "--order", "none", "--wait-complete")
+    return Command(
+        run_workload, "--socket", socket, "--size", SIZE, "--order", "none", "--wait-complete"
+    )
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -180,7 +200,11 @@ def test_ctl(lane: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
                 pulling.event("owner")
                 status = told("status")
                 assert "rdma by rxe0" in status["lane"]
-                assert (status["state"], status["begun"], status["pages_resident"]) == ("running", False, 0)
+                assert (status["state"], status["begun"], status["pages_resident"]) == (
+                    "running",
+                    False,
+                    0,
+                )
                 assert told("pause")["paused"] is True
                 assert told("schedule", "linear")["schedule"] == "linear"
                 assert told("bandwidth", "50M")["max_bandwidth"] == 50_000_000
