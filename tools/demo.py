@@ -2,9 +2,9 @@
 checked.
 
 A writer fills tmpfs with a pattern in which every word depends on its page and place.
-``pagenet-serve`` serves it, ``pagenet-pull`` pulls it into an owner in C, which touches pages from
-its first moment on, before any of them is there, and reads all of them back at the end. The exit
-status is 0 if every byte was right and every process ended well.
+``pagenet-serve`` serves it, and ``pagenet-pull`` pulls it into an owner in C. The owner touches
+pages from its first moment on, before any page is there, and reads all pages back at the end. The
+exit status is 0 if every byte was right and every process ended well.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from pagenet.testing.pattern import parse_size, pattern_command
 from pagenet.testing.workload import workload_command
 
 MIB = 1 << 20
-SLACK = 256 * MIB  # four Pythons, the residency map, the owner's books
+SLACK = 256 * MIB  # four Pythons, the residency map, the owner's bookkeeping
 PATTERN = ("--seed", "1", "--zero-every", "64")
 
 
 class Failed(PagenetError):
-    """Why the demo cannot go on, or was wrong. Exit status 1."""
+    """Why the demo cannot continue, or that pages were wrong. Exit status 1."""
 
 
 class Story:
-    """What the processes tell: kept, and shown as a bar on a terminal, as lines elsewhere, not at
-    all if ``quiet``."""
+    """The events of the processes: kept, and shown as a bar on a terminal, as lines elsewhere, and
+    not at all if ``quiet``."""
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
@@ -60,8 +60,8 @@ class Story:
         self.console.print(f"{who + ':':15}{words}", markup=False)
 
     def last(self, who: str, event: str) -> dict[str, Any]:
-        """The last event of that kind, with ``at``, when it came, and ``touched`` until then. Empty
-        if there was none."""
+        """The last event of that kind, with ``at``, the time at which it came, and ``touched``, the
+        touches until then. Empty if there was none."""
         return self._told.get((who, event), {})
 
     def touches(self) -> int:
@@ -99,10 +99,10 @@ async def run(
     pass_fds: Sequence[int] = (),
     task_status: trio.TaskStatus[dict[str, Any]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """One process from start to end, which counts as started with its event ``until``. Cancelled,
-    it is terminated.
+    """Run one process from start to end. It counts as started with its event ``until``. A
+    cancellation terminates it.
 
-    In a process group of its own: Ctrl-C is for the demo, which ends the others in good order.
+    It has a process group of its own: Ctrl-C is for the demo, which ends the others in good order.
     """
     async with open_failing_nursery() as nursery:
         start = partial(
@@ -142,7 +142,7 @@ def daemon(name: str, *args: str) -> list[str]:
 async def demo(options: argparse.Namespace, report: Report) -> None:
     check_room(options)
     story = Story(quiet=options.json)
-    # has no name: cannot be left behind
+    # it has no name, so it cannot be left behind
     source = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         await fill(source, options, story)
@@ -161,8 +161,8 @@ async def demo(options: argparse.Namespace, report: Report) -> None:
 
 
 def check_room(options: argparse.Namespace) -> None:
-    """The source is in /dev/shm, and so is the owner's memory if it is tmpfs. All of it is memory
-    in the end."""
+    """Raise :exc:`Failed` if there is too little room. The source is in /dev/shm, and so is the
+    owner's memory if it is tmpfs; all of it is memory in the end."""
     shm = os.statvfs("/dev/shm")
     available = re.search(
         r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
@@ -209,8 +209,8 @@ async def move(source: int, directory: Path, options: argparse.Namespace, story:
             options.memory,
             *PATTERN,
         ),
-        # As many touches as are over before the background is: then all of them were made while the
-        # memory moved.
+        # As many touches as end before the background does: then all of them are made while the
+        # memory moves.
         *(
             "--order",
             "zipf",
@@ -246,10 +246,10 @@ def outcome(story: Story, latencies_file: Path, options: argparse.Namespace) -> 
     complete, verified = story.last("pagenet-pull", "complete"), story.last("owner", "verified")
     if not complete or not verified:
         raise Failed("a process ended without a word on how it went")
-    # of touches that took over 2 us, in the order in which they ended
+    # latencies of touches that took over 2 us, in the order in which they ended
     recorded = array("Q", latencies_file.read_bytes())
     outlasted = story.last("owner", "touching")["at"] + verified["seconds"] > complete["at"]
-    # Up to a second old, what the owner had told of; and each fault is a touch.
+    # What the owner had reported is up to a second old; and each fault is a touch.
     at_least = max(complete["touched"], complete["faults"] - options.threads)
     taken_over = (
         "placement",

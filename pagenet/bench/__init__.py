@@ -1,5 +1,5 @@
-"""What pagenet-bench measures: every figure beside its floor, which is a bare loop in C that does
-the least any page mover must do, run in the same call and in turn with what it is compared to.
+"""What pagenet-bench measures. Every figure stands beside its floor: a bare loop in C that does
+only what any page mover must do. Both run in the same call, in turn.
 """
 
 from __future__ import annotations

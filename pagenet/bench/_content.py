@@ -1,4 +1,4 @@
-"""Memory to be moved that compresses as memory does, or does not."""
+"""Memory to be moved: content that compresses as a guest's memory does, random bytes, or zeros."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ._peers import MemoryFile
 
 __all__ = ["CONTENTS", "RATIO", "Content"]
 
-#: by name: what is in the pages
+#: names of what is in the pages
 CONTENTS = ("compressible", "random", "zero")
-#: of compressible content, as blocks of 128 KiB: what a guest's program text and heap come to
+#: compression ratio of compressible content in blocks of 128 KiB: that of a guest's program text
+#: and heap
 RATIO = 2.5
 _STRETCH = 128 << 10
 _STEP = 1 << 20
 _PAGE = 4096
-# Of each mapping; and of all that is found, or it would not be much of a mixture. What is chosen
-# repeats itself, at a distance that LZ4 does not look back to.
+# Bytes: at most from each mapping, and at least in all, or it would not be much of a mixture. The
+# chosen stretches repeat, at a distance that LZ4 does not look back to.
 _MOST, _LEAST = 16 << 20, 4 << 20
 
 
@@ -48,8 +49,9 @@ def _random() -> Iterator[bytes]:
 
 
 def _programs() -> Iterator[bytes]:
-    """Stretches of this very process's programs and heap, without those that compress worst: what
-    is left comes to RATIO."""
+    """Stretches of this process's programs and heap, in random order, over and over. Those that
+    compress worst are left out, so that the others compress to RATIO. :exc:`PagenetError` if too
+    few are left."""
     stretches = sorted(_stretches(), key=lambda stretch: stretch[1])
     sizes = [length for _, length in stretches]
     while sizes and sum(sizes) * RATIO > len(sizes) * _STRETCH:
@@ -62,7 +64,7 @@ def _programs() -> Iterator[bytes]:
 
 
 def _stretches() -> Iterator[tuple[bytes, int]]:
-    """Stretches without zero pages, each with what it becomes when compressed."""
+    """Stretches of 128 KiB without zero pages, each with its compressed size in bytes."""
     packer = _native.Packer()
     pages = b""
     for data in _memory():
@@ -84,7 +86,7 @@ _MAKERS = {"compressible": _programs, "random": _random, "zero": _nothing}
 
 
 def _memory() -> Iterator[bytes]:
-    """What this process has mapped, its own or from files."""
+    """The private mappings of this process, anonymous or of files, in pieces of at most 1 MiB."""
     with open("/proc/self/mem", "rb", buffering=0) as memory:
         for line in Path("/proc/self/maps").read_text().splitlines():
             if match := re.match(r"(\w+)-(\w+) r..p ", line):

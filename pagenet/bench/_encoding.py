@@ -1,8 +1,8 @@
-"""What compression is worth: the same pages as they are, compressed, and as ``auto`` has it, by
-content and by link.
+"""What compression brings: the same pages uncompressed, compressed, and with ``auto``, by content
+and by link.
 
-Both sides are processes of their own, in network namespaces where the link has a rate. What is
-compared with each other is measured in turn, and every page is compared afterwards.
+Both sides are processes of their own, in network namespaces if the link has a rate. The encodings
+that are compared are measured in turn, and every page is verified after its transfer.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ __all__ = [
     "measure_encodings",
 ]
 
-#: what is asked for, by the name of how pages then travel
+#: by name: the ``compress`` that the destination asks for
 ENCODINGS: dict[str, Compress] = {"raw": "none", "lz4": "lz4", "auto": "auto"}
-#: auto against raw: (content, Mbit/s or None) -> at least so many times as fast
+#: auto compared with raw: (content, Mbit/s or None) -> the lowest ratio of their rates that meets
+#: the target
 _AT_LEAST: dict[tuple[str, int | None], float] = {
     ("compressible", 1000): 2.0,
     ("random", 1000): 0.97,
@@ -44,7 +45,8 @@ _CLOSE_TO_BEST = 0.9
 
 @dataclass(frozen=True, slots=True)
 class EncodingOptions:
-    """``rates``: of the link, in Mbit/s; None: loopback, unlimited."""
+    """``size``, ``chunk``: bytes. ``rates``: of the link, in Mbit/s; None is loopback, without a
+    limit."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
@@ -57,8 +59,9 @@ class EncodingOptions:
 
 @dataclass(slots=True)
 class EncodingResult:
-    """Of each round: seconds for ``size`` bytes, bytes on the wire, the share that went compressed
-    (0 to 1), and how many times smaller that was, if anything was."""
+    """Lists have an entry for each round: ``seconds`` for ``size`` bytes, ``wires`` in bytes,
+    ``shares`` that went compressed (0 to 1). ``ratios`` are of what went compressed, in rounds in
+    which anything did."""
 
     encoding: str
     content: str
@@ -88,7 +91,7 @@ class EncodingResult:
 
 
 class EncodingTarget(NamedTuple):
-    """``times``: how many times as fast ``auto`` is as ``other``."""
+    """``times``: the rate of ``auto`` over that of ``other``."""
 
     content: str
     rate: int | None
@@ -102,7 +105,10 @@ class EncodingTarget(NamedTuple):
 
 
 async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
-    """:exc:`~pagenet.errors.Unsupported` where a link cannot be limited."""
+    """A result for each rate, content and encoding.
+
+    Raises :exc:`~pagenet.errors.Unsupported` if a link cannot be limited here, :exc:`UsageError` if
+    there is too little memory, and :exc:`PagenetError` if pages differ after a transfer."""
     if (needed := 3 * options.size) > available_memory():
         raise UsageError(
             f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available"
@@ -118,8 +124,8 @@ async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
 
 @asynccontextmanager
 async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], str]]:
-    """What comes before the source's and the destination's commands, and where the source
-    listens."""
+    """The prefixes of the source's and the destination's commands, and the address at which the
+    source listens."""
     if rate is None:
         yield [], [], "127.0.0.1"
         return
@@ -175,7 +181,7 @@ async def _pull(
 
 
 def encoding_targets(results: Sequence[EncodingResult]) -> list[EncodingTarget]:
-    """What ``auto`` is held to, as far as it was measured."""
+    """The targets of ``auto`` for which figures were measured."""
     found = []
     for auto in results:
         if auto.encoding != "auto" or auto.content == "zero":

@@ -1,4 +1,4 @@
-"""What the figures depend on, and cannot be compared without."""
+"""The environment that figures depend on: figures without it cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The other side of the floors, when that is another host: what ``pagenet-bench peer`` runs there,
-and how to reach it.
+"""The other side of the floors on another host: what ``pagenet-bench peer`` runs there, and how to
+reach it.
 
-Whoever connects says once what it wants, in 24 bytes: pages for requests, or so many bytes in
-chunks of so many.
+A client sends one order of 24 bytes: pages in reply to requests, or a number of bytes in chunks of
+a given size.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["blocking", "far_socket", "order_bytes", "order_pages", "serve_floors
 
 _ORDER = struct.Struct("<4s4xQQ")
 _PAGES, _BYTES = b"page", b"byte"
-# Whoever connects and says nothing is not waited for longer.
+# Seconds to wait for the order of a client that has connected.
 _ORDER_TIMEOUT = 10.0
 _MAX_PAGE = 2 << 20
 _MAX_CONNECTIONS = 16
 
 
 async def serve_floors(uri: str, size: int, *, plaintext: bool, on_event: EventHandler) -> None:
-    """Until cancelled. Sends at most ``size`` bytes over a connection. Events: ``listening``,
-    ``refused``."""
+    """Serve floors at ``uri`` until cancelled. Sends at most ``size`` bytes over a connection.
+    Events: ``listening``, ``refused``."""
     with Source(size) as source, await transport.listen(uri, plaintext=plaintext) as listener:
         memory = _native.Mapped(size, source.fd)
         limiter = trio.CapacityLimiter(_MAX_CONNECTIONS)
@@ -68,7 +68,7 @@ async def _answer(
             reason=str(error) or f"it asked for nothing for {_ORDER_TIMEOUT:g} s",
         )
     except OSError:
-        pass  # whoever measures has left
+        pass  # the client has left
     finally:
         connection.close()
 
@@ -88,8 +88,8 @@ async def _order(connection: Connection, memory: _native.Mapped) -> Callable[[in
 
 @asynccontextmanager
 async def blocking(connection: Connection) -> AsyncIterator[socket.socket]:
-    """The connection's socket, for a loop in C in a thread, which a cancellation has to shut down
-    to end."""
+    """The connection's socket, blocking, for a loop in C in a thread. A cancellation shuts it down,
+    which ends the loop. :exc:`UsageError` if the connection has no socket."""
     if not isinstance(connection, Detachable):
         raise UsageError(f"{connection.peer}: the floors need a transport over sockets")
     with socket.socket(fileno=connection.detach()) as sock:
@@ -119,8 +119,8 @@ def order_bytes(length: int, chunk: int) -> bytes:
 
 @asynccontextmanager
 async def far_socket(uri: str) -> AsyncIterator[socket.socket]:
-    """A blocking connection to the ``pagenet-bench peer`` there, of the kind that pagenet would
-    use. It waits for an order."""
+    """A blocking connection, of the kind that pagenet uses, to the ``pagenet-bench peer`` at
+    ``uri``. The peer waits for an order."""
     connection = await transport.dial(uri)
     try:
         async with blocking(connection) as sock:

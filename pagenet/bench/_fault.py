@@ -1,8 +1,8 @@
-"""How long a thread waits that touches a missing page, from the touch to the thread's going on.
+"""How long a thread waits for a missing page, from its touch until it resumes.
 
 Threads in C touch random pages of memory in this process, each once, and read the clock before and
-after. Only touches that had to wait count: what background or prefetch had brought before is left
-out.
+after. Only touches that had to wait count: touches of pages that background or prefetch had already
+brought are left out.
 
 The floors are the same touches, of memory of the same kind, answered by a bare loop in C that
 handles one fault after the other: one has the page at hand, the other asks a process for it over a
@@ -40,18 +40,19 @@ __all__ = ["LIMIT_SECONDS", "FaultOptions", "FaultResult", "MemoryKind", "measur
 MemoryKind = Literal["anonymous", "memfd", "hugetlb"]
 
 HUGE_PAGE = 2 << 20
-# A measurement ends after this long whatever is left to touch: slow lanes have fewer touches, and
-# not a longer bench.
+# Seconds after which a measurement ends, whatever is left to touch: with slow lanes it has fewer
+# touches, and takes no longer.
 LIMIT_SECONDS = 3.0
-# How long a task of the destination's keeps Trio, and the GIL, to itself in the busy variant.
+# Seconds for which a task of the destination keeps Trio, and the GIL, to itself in the busy
+# variant.
 BUSY_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class FaultOptions:
-    """``touches``: at most, in each round of each variant. ``uri``: a peer to measure instead of
-    one that is started here; ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a
-    socket."""
+    """``touches``: at most, in each round of each variant. ``size``: bytes. ``prefetch``: pages
+    forward and back, or None for auto. ``uri``: a source to measure instead of one that is started
+    here; ``floors``: the URI of the ``pagenet-bench peer`` beside it, for the socket floors."""
 
     lane: LaneKind = "native"
     threads: Sequence[int] = (1, 8, 64)
@@ -63,7 +64,7 @@ class FaultOptions:
     rounds: int = 5
     uri: str | None = None
     floors: str | None = None
-    #: leave out what is busy or under load, and the floors of a socket
+    #: leave out the busy and loaded variants, and the socket floors
     only_idle: bool = False
     #: bytes; the first touch in each area of that size is counted apart (0: none is)
     area: int = 0
@@ -71,20 +72,20 @@ class FaultOptions:
 
 @dataclass(slots=True)
 class FaultResult:
-    """Latencies of so many threads. Floors may be empty: a peer on another host has no socket floor
-    here."""
+    """Latencies with ``threads`` threads. Floors may be empty: a source on another host has a
+    socket floor only if ``floors`` names a peer there."""
 
     threads: int
     floor_local: Sample = field(default_factory=Sample)
     floor: Sample = field(default_factory=Sample)
     floor_busy: Sample = field(default_factory=Sample)
     idle: Sample = field(default_factory=Sample)
-    #: of the idle ones, the first in each area
+    #: of the idle touches, the first in each area
     first: Sample = field(default_factory=Sample)
     loaded: Sample = field(default_factory=Sample)
     busy: Sample = field(default_factory=Sample)
-    # : of the pages chosen under load, those that the background had brought before their turn
-    # came, or that it left no time for
+    #: of the pages chosen under load, those that were not counted: the background had brought them,
+    #: or all pages, before their turn came, or the time was over
     loaded_not_counted: int = 0
     placement: str = ""
     lane: str = ""
@@ -184,7 +185,7 @@ class _Measure:
             try:
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(_answer, uffd, peer, stop, self._page_size)
-                    # it cannot be left, and takes no longer than its limit
+                    # the touches cannot be cancelled, and end within LIMIT_SECONDS
                     with trio.CancelScope(shield=True):
                         latencies = await toucher.latencies()
                     os.eventfd_write(stop, 1)
@@ -209,8 +210,8 @@ class _Measure:
                 prefetch=options.prefetch,
             ) as transfer:
                 self._check(transfer, result)
-                # The background goes from the first page to the last. What it reaches last it
-                # leaves to us longest.
+                # The background goes from the first page to the last, so the pages of the second
+                # half stay missing longest.
                 first = 0 if background == "off" else transfer.region.pages // 2
                 pages = self._pages(pick, first)
                 toucher = Toucher(self._touch(transfer, memory.address, pages, result.threads))
@@ -227,7 +228,8 @@ class _Measure:
     def _without_first(
         self, pages: Sequence[int], latencies: array[int], result: FaultResult
     ) -> array[int]:
-        """Of one thread, which has touched ``pages`` in turn."""
+        """The latencies without the first in each area, which go to ``result.first``. One thread
+        has touched ``pages`` in turn."""
         first, others, seen = array("Q"), array("Q"), set[int]()
         for page, latency in zip(pages, latencies, strict=False):
             area = page * self._page_size // self._options.area
@@ -253,7 +255,7 @@ class _Measure:
 
 @asynccontextmanager
 async def _kept_busy() -> AsyncIterator[None]:
-    """With a task that keeps Trio from everything else for 10 ms at a time."""
+    """Run the block beside a task that keeps Trio busy for 10 ms at a time."""
 
     async def be_busy() -> None:
         while True:
@@ -297,8 +299,8 @@ def _bare_memory(
 
 
 async def _answer(uffd: Userfaultfd, peer: int, stop: int, page_size: int) -> None:
-    """The bare handler. When it ends nobody waits for it any more: with the userfaultfd, the
-    memory's pages become zeros."""
+    """The bare handler. It closes the userfaultfd when it ends: missing pages then read as zeros,
+    and no thread waits any longer."""
     try:
         await trio.to_thread.run_sync(bench_fault_floor, uffd.fd, peer, stop, page_size)
     except OSError as error:

@@ -11,8 +11,8 @@ __all__ = ["Sample", "median"]
 
 @dataclass(slots=True)
 class Sample:
-    """Latencies in ns, by round. A quantile is that of each round, and of those the median: one bad
-    round is not the result."""
+    """Latencies in ns, by round. A quantile is the median of the rounds' quantiles: one bad round
+    is not the result."""
 
     rounds: list[Sequence[int]] = field(default_factory=list)
 
@@ -24,14 +24,14 @@ class Sample:
         return sum(map(len, self.rounds))
 
     def microseconds(self, share: float) -> float | None:
-        """The latency that ``share`` (0 to 1) of the touches do not exceed; None if there are
+        """The latency in us that ``share`` (0 to 1) of the touches do not exceed; None if there are
         none."""
         quantiles = [_quantile(latencies, share) for latencies in self.rounds if latencies]
         return round(median(quantiles) / 1000, 2) if quantiles else None
 
     def ratio(self, floor: Sample, share: float) -> float | None:
-        """That quantile over the one of ``floor`` in the same round, the median of the rounds; None
-        if either has none."""
+        """The quantile at ``share`` over that of ``floor`` in the same round: the median of the
+        rounds. None if no round has both."""
         pairs = [
             (ours, least)
             for ours, least in zip(self.rounds, floor.rounds, strict=False)

@@ -1,8 +1,8 @@
 """How long an honest destination waits for a page while another peer of the same source attacks it.
 
 Pages are asked for one at a time on a demand lane, by a blocking socket in a process that does
-nothing else: alone, and beside each attack in turn. The attacker is a process of its own, niced: an
-attack comes over the network, and here they share processors.
+nothing else: alone, and beside each attack in turn. The attacker is a process of its own, and
+niced: an attack comes over the network, but here attacker and source share processors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .attacker import ATTACKS, attacker_command
 __all__ = ["MOST_BESIDE", "HostileOptions", "HostileResult", "measure_hostile"]
 
 PAGE = 4096
-#: p99 beside an attack, of p99 alone in the same round
+#: the highest ratio of p99 beside an attack to p99 alone, in the same round, that meets the target
 MOST_BESIDE = 3.0
 
 
@@ -45,7 +45,7 @@ class HostileOptions:
 
 @dataclass(slots=True)
 class HostileResult:
-    """``attack``: its name; empty: alone."""
+    """``attack``: its name, or empty for the destination alone."""
 
     attack: str
     latencies: Sample = field(default_factory=Sample)
@@ -69,7 +69,7 @@ async def measure_hostile(options: HostileOptions) -> list[HostileResult]:
 
 @asynccontextmanager
 async def _attacked(attack: str, uri: str) -> AsyncIterator[None]:
-    """From when the attack is on, for as long as the block runs."""
+    """Run the block while the attack is on. The attacker ends with the block."""
     if not attack:
         yield
         return

@@ -11,17 +11,17 @@ __all__ = ["QEMU", "find_kvm_cpu"]
 
 QEMU = "qemu-system-x86_64"
 # On an AMD host whose own hypervisor invents IA32_ARCH_CAPABILITIES, KVM offers that register and
-# refuses to set it, and QEMU aborts. A guest that is not shown the register needs it no more than
-# any other does on AMD.
+# refuses to set it, and QEMU aborts. A guest to which the register is not shown does without it, as
+# any guest does on AMD.
 _PROCESSORS = ("host", "host,-arch-capabilities")
-# Starting takes QEMU a fraction of a second; whoever takes longer hangs.
+# Seconds. QEMU starts within a fraction of a second; a QEMU that takes this long hangs.
 _PATIENCE = 60
 
 
 @functools.cache
 def find_kvm_cpu() -> str:
-    """QEMU's ``-cpu`` for a guest under KVM that may use all that this host's KVM offers. QEMU is
-    started to find out, once.
+    """QEMU's ``-cpu`` for a guest under KVM that may use all that this host's KVM offers. The first
+    call starts QEMU to find out.
 
     :exc:`Unsupported`, with what QEMU says, if no guest can run under KVM here.
     """
@@ -35,8 +35,8 @@ def find_kvm_cpu() -> str:
 
 
 def _complaint(processor: str) -> str | None:
-    """Why QEMU does not start with that processor; None if it does. The machine is made whole, and
-    never runs."""
+    """Why QEMU does not start with that processor; None if it does. The machine is made, and never
+    runs."""
     command = [
         QEMU,
         "-nodefaults",

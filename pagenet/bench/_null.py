@@ -1,5 +1,5 @@
-"""What the machinery costs by itself, with nothing behind it: the books, the protocol, and a
-transfer of no bytes."""
+"""What the machinery costs by itself, without memory or network behind it: the residency map, the
+protocol, the order of the background, and a transfer of no bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ._figures import median
 
 __all__ = ["NullResult", "measure_null"]
 
-# Of single pages, each between two that are there.
+# Runs of one missing page, each between two resident pages.
 _RUNS = 1_000_000
 
 _SCHEME = "memory"
@@ -111,7 +111,7 @@ def _claim_in_python(pages: int) -> int:
 
 
 def _faults(count: int, runs: int) -> int:
-    """Faults anywhere in 4 TiB, and so many runs of ``hot``'s named for each."""
+    """``count`` faults anywhere in 4 TiB; after each, ``hot`` names ``runs`` runs."""
     region = _region(1 << 30)
     with Residency(region.pages) as residency:
         return _rank(region, residency, count, runs)
@@ -167,7 +167,7 @@ def _hellos(count: int) -> int:
 
 
 class _NullPiece:
-    """Pages that are zero without a look."""
+    """Pages that are zero, which no memory has to be read for."""
 
     identity = "null"
 
@@ -194,7 +194,7 @@ class _NullPiece:
 
 
 class _NullMemory:
-    """An owner, and its target, where pages go that nobody keeps."""
+    """An owner and its target, which keep no page that is placed."""
 
     placement = "null"
     event_fd = None
@@ -238,7 +238,7 @@ class _NullMemory:
 
 async def _transfer(pages: int, rounds: int) -> NullResult:
     """Zero pages through Trio lanes, over connections within this process: sessions, requests,
-    replies, books."""
+    replies, residency."""
     transport.register(_SCHEME, MemoryTransport(capacity=1 << 20))
     source = Source([("null", _NullPiece(pages * mmap.PAGESIZE))])
     seconds = []

@@ -1,4 +1,4 @@
-"""Processes that stand on the other side: a real pagenet-serve, and what the floors talk to."""
+"""Processes on the other side: a real pagenet-serve, and the peers of the floors."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class MemoryFile:
 
     @property
     def spec(self) -> str:
-        """How pagenet-serve is told of it."""
+        """Its name on pagenet-serve's command line."""
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
 
@@ -101,8 +101,8 @@ class Child:
         self._errors = errors
 
     async def first_line(self) -> str:
-        """What it says first. :exc:`PagenetError`, with the last of its complaints, if it ends
-        instead."""
+        """The first line of its stdout. :exc:`PagenetError`, with the last line of its stderr, if
+        it ends before."""
         assert self.process.stdout is not None
         line = bytearray()
         while not line.endswith(b"\n"):
@@ -121,7 +121,7 @@ class Child:
 
 @asynccontextmanager
 async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[Child]:
-    """A process, for as long as the block runs."""
+    """A process, which is killed when the block ends."""
     with tempfile.TemporaryFile() as errors:
         process = await trio.lowlevel.open_process(
             list(command),
@@ -164,7 +164,8 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
 async def served_at(
     listen: str, spec: str, *options: str, inside: Sequence[str] = ()
 ) -> AsyncIterator[Served]:
-    """The same, where and how the caller wants it; ``inside``: what comes before its command."""
+    """The same, which listens at ``listen``, with these options; ``inside``: a prefix of its
+    command."""
     command = [
         *inside,
         *module_command("pagenet.cli.serve", spec, "--listen", listen, *options, "--json"),
@@ -178,7 +179,8 @@ async def served_at(
 
 @asynccontextmanager
 async def memory_holder(source: Source) -> AsyncIterator[str]:
-    """A process that has the same bytes in private memory: the source's name for it."""
+    """A process that has the same bytes in private memory. Yields what names them on
+    pagenet-serve's command line."""
     async with running(peer_command("memory", source.fd, source.size), [source.fd]) as holder:
         address = int(await holder.first_line())
         yield f"pid:{holder.process.pid}:{address:#x}+{source.size:#x}"
@@ -186,7 +188,7 @@ async def memory_holder(source: Source) -> AsyncIterator[str]:
 
 @contextmanager
 def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Two ends of a blocking connection, of the kind that pagenet would use."""
+    """Two ends of a blocking connection, of the kind that pagenet uses."""
     if transport == "unix":
         ours, theirs = socket.socketpair()
     else:
@@ -206,7 +208,7 @@ def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]
 async def connected_peer(
     transport: str, role: str, *numbers: int, fds: Sequence[int] = ()
 ) -> AsyncIterator[socket.socket]:
-    """A peer of a floor (:mod:`.peer`), and the socket to talk to it over."""
+    """A peer of a floor (:mod:`.peer`). Yields the socket that is connected to it."""
     with socket_pair(transport) as (ours, theirs):
         command = peer_command(role, theirs.fileno(), *numbers)
         async with running(command, [theirs.fileno(), *fds]):

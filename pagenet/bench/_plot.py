@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["check_plot", "plot_latencies", "plot_work", "save_figure"]
 
-# A picture is for showing: what the umask leaves of it.
+# A picture's mode, of which the umask is taken away: others may look at it.
 _MODE = 0o666
 
-# What is a floor is grey; what is ours has a colour that differs in lightness too (Okabe and Ito).
+# Floors are grey; pagenet's curves have colours that differ in lightness too (Okabe and Ito).
 _CURVES = [
     ("floor_local", "bare C, page at hand", "0.7", ":"),
     ("floor", "bare C request and reply", "0.45", "--"),
@@ -36,7 +36,8 @@ _SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)
 
 
 def check_plot(path: Path) -> None:
-    """:exc:`UsageError` if no picture could be drawn there, before anything is measured."""
+    """Called before anything is measured. :exc:`UsageError` if no picture could be drawn at
+    ``path``."""
     if path.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {path}: the name ends in .svg or .png")
     if not path.parent.is_dir():
@@ -67,7 +68,7 @@ def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> No
 
 
 def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
-    """With one legend, that of ``panel``, for all."""
+    """Write ``figure`` to ``path``, with the legend of ``panel`` for all panels."""
     figure.suptitle(title, fontsize=11)
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(
@@ -103,7 +104,8 @@ def _draw(panel: Axes, result: FaultResult) -> None:
             rest = [1 - rank / len(latencies) for rank in ranks]
             seconds = [latencies[rank] / 1e9 for rank in ranks]
             panel.plot(seconds, rest, label=label, color=color, linestyle=style)
-    # As many nines as there are: linear in the share, the tail would be a line along the top.
+    # The axis is logarithmic in the rest: linear in the share, the tail would be a line along the
+    # top.
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_ylim(1.3, 0.8e-4)
@@ -129,15 +131,15 @@ _METHOD_COLORS = {
 }
 _BIN_SECONDS = 0.1
 _BEFORE_SECONDS = 1.0
-# What comes later is nothing but a precopy that does not converge.
+# Seconds. Later there is only a precopy that does not converge.
 _MAX_SECONDS = 60.0
 
 
 def plot_work(
     path: Path, results: Sequence[QemuResult], names: Mapping[str, str], title: str
 ) -> None:
-    """One panel for each size of RAM, and one curve for each method, called by its name: of the
-    round with the median of the longest gaps. A dot marks where the guest went on at the
+    """One panel for each size of RAM, and one curve for each method, labelled by ``names``: the
+    round with the median of the longest gaps. A dot marks when the guest resumed at the
     destination."""
     import matplotlib
     from matplotlib.figure import Figure

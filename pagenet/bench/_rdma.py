@@ -1,11 +1,11 @@
-"""Pages over RDMA beside what perftest measures of the same device: ib_read_lat and ib_read_bw, run
-in turn with ours.
+"""Pages over RDMA compared with perftest on the same device: ib_read_lat and ib_read_bw, run in
+turn with pagenet.
 
-Both sides are on this host. READs of perftest's sleep until they are done, as ours do on a few
-processors. The floor of a fault is one READ of a page, and a fault answered by a bare loop in C
-with the page at hand. perftest registers memory and joins queue pairs before its clock starts: so
-faults that wait for a chunk's key first are counted apart, and the background's clock starts when a
-first page has come.
+Both sides are on this host. perftest's READs sleep until they are done, as pagenet's do on a host
+with few processors. The floor of a fault is one READ of a page, plus a fault that a bare loop in C
+answers with the page at hand. perftest registers memory and connects queue pairs before its clock
+starts. So faults that first wait for a chunk's key are counted apart, and the background's clock
+starts when a first page has come.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .workload._toucher import Toucher
 __all__ = ["RdmaOptions", "RdmaResult", "measure_rdma"]
 
 PAGE = 4096
-#: what the background reads at a time
+#: bytes that the background reads at a time
 CHUNK = 256 << 10
-_TICKS = 100  # a second, of the times in /proc/PID/stat, on every Linux
+_TICKS = 100  # per second, of the times in /proc/PID/stat, on every Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,9 @@ class RdmaOptions:
 
 @dataclass(slots=True)
 class RdmaResult:
-    """Medians of the rounds. Latencies in us, rates in 10^9 bytes a second, ``set_up`` in seconds,
-    ``source_cpu`` in seconds of user and of system time for ``size`` bytes by transport."""
+    """Lists have an entry for each round: latencies in us, rates in 10^9 bytes a second, ``set_up``
+    in seconds, ``source_cpu`` in seconds of user and of system time for ``size`` bytes by
+    transport. Properties are of the medians."""
 
     path: str = ""
     size: int = 0
@@ -60,7 +61,7 @@ class RdmaResult:
 
     @property
     def fault_floor(self) -> float | None:
-        """One READ, and one fault with the page at hand."""
+        """One READ plus one fault with the page at hand, in us."""
         local = self.faults.floor_local.microseconds(0.5)
         return None if local is None else round(median(self.read_lat) + local, 1)
 
@@ -115,7 +116,8 @@ async def measure_rdma(options: RdmaOptions) -> RdmaResult:
 async def _perftest(
     program: str, device: str, gid: int, size: int, iterations: int, column: int
 ) -> float:
-    """One run against itself: a figure of its last line."""
+    """One run of ``program``, as server and as client: the figure in ``column`` of its last
+    line."""
     with socket.socket() as probe:  # a port that is free now
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,7 +138,7 @@ async def _perftest(
     ]
     try:
         async with running(command):
-            for _ in range(100):  # the server says nothing when it is ready
+            for _ in range(100):  # the server does not tell when it is ready
                 done = await trio.run_process(
                     [*command, "127.0.0.1"], capture_stdout=True, capture_stderr=True, check=False
                 )
@@ -170,8 +172,8 @@ class _Pulled(NamedTuple):
 async def _pull_all(
     size: int, transport: Literal["rdma", "tcp"], allocate: bool = False
 ) -> _Pulled:
-    """All of it in the background, into shared memory, which with ``allocate`` has its pages
-    before: from when a first page has come."""
+    """All of it in the background, into shared memory, whose pages are allocated before with
+    ``allocate``. The clock starts when a first page has come."""
     with Source(size) as source:
         async with served(source.spec, transport, "native") as serving:
             memory = OwnMemory("memfd", allocate=allocate)

@@ -1,9 +1,10 @@
-"""What grows with the memory: how long a touch waits, and what the two daemons need for each page.
+"""What grows with the memory: how long a touch waits, and how much memory each daemon needs for a
+page.
 
-The memory is sparse, with bytes in the pages that are touched alone: it may be larger than the
-host's. A first transfer, with the background off, is touched as in :mod:`._fault`, each size in
-turn. A second one is completed, and both processes are asked how much memory they hold that is no
-page of the region.
+The memory is sparse, and may be larger than the host's: only pages that are touched have bytes.
+During a first transfer, with the background off, pages are touched as in :mod:`._fault`, each size
+in turn. A second transfer is completed, and then the memory of both processes is read, less the
+pages of the region.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .workload._toucher import Toucher
 
 __all__ = ["ScaleOptions", "ScaleResult", "measure_scale"]
 
-# A touch loop ends after this long, whatever is left.
+# Seconds after which a touch loop ends, whatever is left.
 _LIMIT_SECONDS = 5.0
 
 
@@ -47,8 +48,8 @@ class ScaleOptions:
 
 @dataclass(slots=True)
 class ScaleResult:
-    """``source_bytes``, ``destination_bytes``: by how much the two processes had grown at the end
-    of a complete transfer, the pages that were moved left out."""
+    """``source_bytes``, ``destination_bytes``: by how much each process had grown at the end of a
+    complete transfer, without the pages that were moved."""
 
     size: int
     latencies: Sample = field(default_factory=Sample)
@@ -124,7 +125,7 @@ async def _weigh(source: _Source, result: ScaleResult, options: ScaleOptions) ->
 
 
 def _held_by(pid: int) -> int:
-    """Bytes of memory that are the process's own: private, and of shared memory what it has mapped
+    """Resident bytes of the process: its anonymous memory, and the shared memory that it has mapped
     (the map of pages)."""
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -1,8 +1,8 @@
 """Where guests move: network namespaces joined by a link, and processes in them.
 
-Nothing has a name that could stay behind: a namespace lives as long as the process that holds it,
-which ends with the bench, and so does the one that then kills the machines and removes their RAM,
-should the bench itself be killed.
+Nothing has a name that could stay behind. A namespace lives as long as the process that has it,
+which ends with the bench. If the bench itself is killed, one more process, the undertaker, kills
+the machines and removes their RAM.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ __all__ = [
 T = TypeVar("T")
 
 _SOURCE, _DESTINATION = "10.0.0.1", "10.0.0.2"
-# Bytes that may leave at once, and ms of them that may queue behind: what a switch's port would
-# hold.
+# Bytes that may leave at once, and ms of queue behind them: as in a switch's port.
 _BURST = 256 << 10
 _QUEUE_MS = 8
-# A daemon that was told to end has this long: it has a socket and a directory of its own to remove.
+# Seconds that a daemon has after it was told to end: it removes a socket and a directory.
 _END_SECONDS = 5.0
 
 
@@ -55,7 +54,7 @@ _END_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """``source``, ``destination``: processes that live in the two network namespaces. ``address``:
+    """``source``, ``destination``: pids of processes in the two network namespaces. ``address``:
     the destination's. ``rate``: Mbit/s in each direction; None: both are in one namespace, and its
     loopback is the link.
     """
@@ -67,7 +66,7 @@ class Link:
     rate: int | None
 
     def wire_bytes(self) -> int:
-        """What has gone over it so far in both directions, headers included."""
+        """Bytes that it has carried in both directions, headers included."""
         for line in Path(f"/proc/{self.source}/net/dev").read_text().splitlines():
             name, _, figures = line.partition(":")
             if name.strip() == self.interface:
@@ -78,7 +77,7 @@ class Link:
 
 
 def check_tools(*tools: str) -> None:
-    """:exc:`UsageError` naming the first that is not installed."""
+    """:exc:`UsageError` with the name of the first that is not installed."""
     for tool in tools:
         if not shutil.which(tool):
             raise UsageError(f"{tool} is not installed")
@@ -114,7 +113,7 @@ async def open_link(rate: int | None) -> AsyncIterator[Link]:
 
 @asynccontextmanager
 async def _namespace() -> AsyncIterator[int]:
-    """A process that holds a network namespace of its own, and ends when we do."""
+    """The pid of a process in a network namespace of its own, which ends when the bench does."""
     process = await trio.lowlevel.open_process(
         ["unshare", "--net", "sh", "-c", "echo; exec cat"],
         stdin=subprocess.PIPE,
@@ -149,7 +148,7 @@ def inside(pid: int) -> list[str]:
     return ["nsenter", f"--net=/proc/{pid}/ns/net"]
 
 
-# ---- what is said ----
+# ---- output ----
 
 
 class Line(NamedTuple):
@@ -160,7 +159,8 @@ class Line(NamedTuple):
 
 
 class Words:
-    """What somebody says, line by line. ``rest``: the line that is not yet whole."""
+    """The output of a process or a guest, line by line. ``rest``: the last line, if it is not yet
+    complete."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -170,7 +170,7 @@ class Words:
         self._news = trio.Event()
 
     async def read(self, stream: trio.abc.ReceiveStream) -> None:
-        """All there is."""
+        """Read ``stream`` to its end."""
         try:
             async with stream:
                 async for data in stream:
@@ -195,8 +195,8 @@ class Words:
         news.set()
 
     async def wait(self, find: Callable[[], T], what: str, patience: float) -> T:
-        """What ``find`` finds, which is asked whenever something was said. :exc:`PagenetError` if
-        that never is, or if it takes more than ``patience`` seconds."""
+        """What ``find`` finds; it is called after each piece of output. :exc:`PagenetError`, about
+        ``what``, if the output ends before, or if it takes more than ``patience`` seconds."""
         with trio.move_on_after(patience):
             while not (found := find()):
                 if self.has_ended:
@@ -206,12 +206,12 @@ class Words:
         raise PagenetError(f"{self.name}: no {what} for {patience:.0f} s{self.complaint()}")
 
     def complaint(self) -> str:
-        """For the error's last words."""
+        """The end of an error message."""
         return ""
 
 
 class Daemon(Words):
-    """A process of pagenet's that says JSON objects, and where it complains."""
+    """A process of pagenet's: the JSON objects on its stdout, and the file of its stderr."""
 
     def __init__(self, name: str, process: trio.Process, errors: Path) -> None:
         super().__init__(name)
@@ -224,7 +224,8 @@ class Daemon(Words):
             self._events.append((line.time, json.loads(line.text)))
 
     async def event(self, name: str, patience: float) -> tuple[float, dict[str, Any]]:
-        """The first event of that name, and when it was said."""
+        """When the first event of that name came, on the clock of time.monotonic(), and the
+        event."""
         found = await self.wait(
             lambda: [event for event in self._events if event[1].get("event") == name],
             name,
@@ -258,7 +259,7 @@ class Site:
         self._nursery.start_soon(words.read, stream)
 
     async def ends_with_us(self, pid: int) -> None:
-        """Have that process killed should we be."""
+        """Have that process killed if the bench is."""
         assert self._undertaker.stdin is not None
         await self._undertaker.stdin.send_all(f"{pid}\n".encode())
 
@@ -266,8 +267,8 @@ class Site:
     async def running(
         self, command: Sequence[str], name: str, at: int, output: int, end: int = signal.SIGTERM
     ) -> AsyncIterator[trio.Process]:
-        """``command`` in the namespace of the process ``at``, until the block ends, and ``end`` it.
-        It complains into :meth:`errors`."""
+        """``command`` in the network namespace of the process ``at``. When the block ends it gets
+        the signal ``end``. Its stderr goes to :meth:`errors`."""
         with self.errors(name).open("ab") as errors:
             process = await trio.lowlevel.open_process(
                 [*inside(at), *command],
@@ -314,7 +315,7 @@ async def open_site(link: Link) -> AsyncIterator[Site]:
             nursery.cancel_scope.cancel()
 
 
-# Told a pid a line; at the end of its input all of them have to go, and the directory.
+# Reads a pid from each line; at the end of its input it kills them all, and removes the directory.
 _UNDERTAKER = (
     'while read -r pid; do set -- "$@" "$pid"; done; [ $# = 0 ] || kill -KILL "$@" 2>/dev/null; rm'
     ' -rf "$0"'
@@ -331,8 +332,8 @@ async def _undertaker(directory: str) -> AsyncIterator[trio.Process]:
         yield process
     finally:
         with trio.CancelScope(shield=True):
-            # before its input ends: what it knows has ended already, and the numbers may be others'
-            # by now
+            # before its input ends: the processes that it was told of have ended, and their pids
+            # may be other processes' by now
             process.kill()
             await process.wait()
             await process.stdin.aclose()
@@ -340,8 +341,8 @@ async def _undertaker(directory: str) -> AsyncIterator[trio.Process]:
 
 @asynccontextmanager
 async def killing(pid: int) -> AsyncIterator[int]:
-    """That process, which need not be our child, is killed when the block ends, and has ended then.
-    Its pidfd."""
+    """Kill that process, which need not be a child, when the block ends, and wait until it has
+    ended. Yields its pidfd."""
     pidfd = os.pidfd_open(pid)
     try:
         yield pidfd

@@ -1,11 +1,9 @@
-"""How fast the background brings what nobody touches, by how pages get into place and where they
-come from.
+"""How fast the background brings pages that no thread touches, by placement and by source.
 
-The clock runs from the moment the lanes start until the last page is in place. Afterwards every
-page is compared with what it should be. The floors are bare loops in C in two processes: the bytes
-alone (send, and recv into one buffer), and the same with each chunk put in place by COPY, or
-received in place and put there by CONTINUE; and memcpy between two buffers that are in memory
-already.
+The clock runs from the moment the lanes start until the last page is in place. Every page is
+verified afterwards. The floors are bare loops in C in two processes: the bytes alone (send, and
+recv into one buffer), and the same with each chunk put in place by COPY, or received in place and
+made visible by CONTINUE; and memcpy between two buffers that are in memory already.
 """
 
 from __future__ import annotations
@@ -50,11 +48,11 @@ _MEMCPY_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """``chunk``: bytes sent at a time by the floors, and asked for by us. ``lanes``: connections
-    for the background, each number in turn. ``zero_every``: one page in so many is zero in a
-    further run of each placement (0: no such run). ``uri``: a peer to measure instead of one that
-    is started here; ``floors``: the ``pagenet-bench peer`` beside it, for the floors of a
-    socket."""
+    """``chunk``: bytes that the floors send, and that pagenet asks for, at a time. ``lanes``:
+    connections for the background, each number in turn. ``zero_every``: N adds a run of each
+    placement in which one page in N is zero (0: no further run). ``uri``: a source to measure
+    instead of one that is started here; ``floors``: the URI of the ``pagenet-bench peer`` beside
+    it, for the socket floors."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
@@ -71,7 +69,7 @@ class StreamOptions:
 
 @dataclass(slots=True)
 class StreamResult:
-    """Seconds of each round for ``size`` bytes. Of a floor, ``source`` is empty."""
+    """``seconds``: of each round, for ``size`` bytes. ``source`` is empty for a floor."""
 
     name: str
     source: str = ""
@@ -93,8 +91,8 @@ class StreamResult:
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """One row: a source to pull from, and a placement. ``source`` None: nobody here knows what it
-    holds."""
+    """One row: a source to pull from, and a placement. ``source`` is None if its bytes are not
+    known here."""
 
     result: StreamResult
     uri: str
@@ -103,7 +101,10 @@ class _Variant:
 
 async def measure_streams(options: StreamOptions, on_event: EventHandler) -> list[StreamResult]:
     """The floors, then every placement from every source. Event: ``skipped``, of a source that
-    cannot be had here."""
+    cannot be measured here.
+
+    Raises :exc:`UsageError` if there is too little memory, and :exc:`PagenetError` if pages differ
+    after a transfer, or were placed in another way."""
     async with AsyncExitStack() as stack:
         if options.uri is not None:
             variants = [_Variant(result, options.uri, None) for result in _results(options, "peer")]
@@ -200,8 +201,8 @@ async def _stream(variant: _Variant, options: StreamOptions) -> None:
         memory.close()
 
 
-# A connection over which bytes are about to come: the socket, and how to order so many of them in
-# such chunks.
+# A connection over which bytes will come: the socket, and a function that orders a number of bytes
+# in chunks of a given size.
 _Sender = Callable[
     [], AbstractAsyncContextManager[tuple[socket.socket, Callable[[int, int], None]]]
 ]
@@ -230,7 +231,7 @@ async def _far_sender(uri: str) -> AsyncIterator[tuple[socket.socket, Callable[[
 class _Floors:
     """What no page mover can beat by much. Without a sender, memcpy alone.
 
-    Every measurement has a connection of its own, as every transfer has: one that is warm is
+    Every measurement has a connection of its own, as every transfer has: a warm connection is
     faster.
     """
 
@@ -249,7 +250,7 @@ class _Floors:
         ]  # fmt: skip
 
     async def round(self) -> None:
-        """Each once."""
+        """Run each floor once."""
         self._memcpy.seconds.append(await trio.to_thread.run_sync(self._time_memcpy))
         if self._sender is not None:
             for result, time_it in (
@@ -264,9 +265,9 @@ class _Floors:
         size = self._memcpy.size
         from_, to = _native.Mapped(size), _native.Mapped(size)
         try:
-            # Memory that was never written is one page of zeros, over and over, in the cache.
+            # All pages of memory that was never written are one page of zeros, in the cache.
             bench_memcpy(from_.address, to.address, size)
-            for _ in range(2):  # the first time brings the pages
+            for _ in range(2):  # the first pass allocates the pages
                 start = time.perf_counter()
                 bench_memcpy(to.address, from_.address, size)
                 seconds = time.perf_counter() - start
@@ -304,8 +305,7 @@ class _Floors:
             memory.close()
 
     def _time_continue(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
-        """Into memory that was allocated, and whose second mapping is at hand, before the clock
-        starts."""
+        """Into memory that is allocated, with a second mapping made, before the clock starts."""
         size = self._options.size
         bench_claim_memory(2 * size)
         with ExitStack() as stack:

@@ -1,5 +1,4 @@
-"""A task for a process of its own: its arguments go to it, and its figures come back, as one JSON
-object each."""
+"""A task in a process of its own: its arguments and its figures are one JSON object each."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ __all__ = ["work_once", "worked"]
 async def worked(
     module: str, task: dict[str, Any], fd: int, *, inside: Sequence[str]
 ) -> dict[str, Any]:
-    """What a process of that module, which inherits ``fd`` and is :func:`work_once`, says of its
-    task. ``inside``: what comes before its command. :exc:`PagenetError` if it fails."""
+    """The figures of a task that :func:`work_once` runs in a process of ``module``, which inherits
+    ``fd``. ``inside``: a prefix of its command. :exc:`PagenetError` if the task fails."""
     async with running([*inside, *module_command(module, json.dumps(task))], [fd]) as child:
         told: dict[str, Any] = json.loads(await child.first_line())
     if "error" in told:
@@ -30,7 +29,7 @@ async def worked(
 
 
 def work_once(work: Callable[..., Awaitable[dict[str, object]]]) -> None:
-    """The whole of such a process. An error of pagenet's own is an answer too."""
+    """All that such a process does. It reports a :exc:`PagenetError` as well."""
     try:
         print(json.dumps(trio.run(lambda: work(**json.loads(sys.argv[1])))), flush=True)
     except PagenetError as error:

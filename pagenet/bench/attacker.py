@@ -1,8 +1,8 @@
 """A hostile peer, as a process of its own: ``python -m pagenet.bench.attacker ATTACK URI``, started
 by pagenet-bench alone.
 
-It says so when the attack is on, and goes on until its input ends. Each attack is bounded: in
-connections, and in requests.
+It prints a line when the attack is on, and continues until its input ends. Each attack is bounded:
+in connections, and in requests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ async def _lanes(session: SourceSession, count: int) -> list[Connection]:
 
 
 async def _huge_units(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> None:
-    """Units of 256 MiB, compressed, and not a byte of them read."""
+    """Requests for compressed units of 256 MiB, of which not a byte is read."""
     session = await stack.enter_async_context(dial_source(uri))
     for lane in await _lanes(session, _LANES):
         unit = Run(0, min(1 << _UNIT_SHIFT, session.region.pages))
@@ -53,7 +53,7 @@ async def _huge_units(uri: str, stack: AsyncExitStack, ready: Callable[[], None]
 
 
 async def _slow_readers(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> None:
-    """Everything is asked for, and read a little at a time."""
+    """Requests for 128 MiB on each lane, which are read 4 KiB at a time."""
     session = await stack.enter_async_context(dial_source(uri))
     lanes = await _lanes(session, _LANES)
     buffer = memoryview(bytearray(4096))
@@ -68,8 +68,7 @@ async def _slow_readers(uri: str, stack: AsyncExitStack, ready: Callable[[], Non
 
 
 async def _silent_peers(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> None:
-    """More connections that say nothing than a source keeps; those that it closes are made
-    again."""
+    """More silent connections than a source keeps. Every 0.2 s all are closed and made again."""
     told = False
     while True:
         async with AsyncExitStack() as round_:
@@ -91,7 +90,7 @@ async def _flood(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> 
 
 
 async def _many_sessions(uri: str, stack: AsyncExitStack, ready: Callable[[], None]) -> None:
-    """Nearly as many destinations as there may be, which then do nothing."""
+    """Nearly as many destinations as a source admits, which then do nothing."""
     for _ in range(_SESSIONS):
         session = await stack.enter_async_context(dial_source(uri))
         await session.open_lane(Channel.DEMAND)

@@ -1,10 +1,10 @@
 """The other side of a floor, as a process of its own: ``python -m pagenet.bench.peer``, started by
 pagenet-bench alone.
 
-``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` holds a copy of
-that memory, and sends it over each connection that it gets over its unix socket, together with how
-much and in which chunks. ``memory MEMFD SIZE`` holds a copy in private memory, says where, and
-waits for the end of its input.
+``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` keeps a copy of
+that memory. Over its unix socket it takes connections, each with an order (how many bytes, in
+chunks of which size), and sends the bytes over them. ``memory MEMFD SIZE`` keeps a copy in private
+memory, prints its address, and waits for the end of its input.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..children import module_command
 
 __all__ = ["ORDER", "READY", "peer_command"]
 
-#: how many bytes to send, in chunks of how many
+#: an order: how many bytes to send, and how many in a chunk
 ORDER = struct.Struct("<QQ")
-#: that it may be ordered
+#: sent when orders may come
 READY = b"."
 
 
@@ -72,7 +72,7 @@ _ROLES: dict[str, Callable[..., None]] = {
 
 def main() -> int:
     role, *numbers = sys.argv[1:]
-    with suppress(BrokenPipeError):  # whoever measures has left
+    with suppress(BrokenPipeError):  # the bench has ended
         _ROLES[role](*map(int, numbers))
     return 0
 

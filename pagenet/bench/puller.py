@@ -2,8 +2,8 @@
 pagenet-bench alone.
 
 Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, and ``fd``, a memfd
-with what the pages should be. It pulls them into memory of its own, compares them, and says what
-became of it as one JSON object.
+with what the pages should be. It pulls the pages into memory of its own, compares them with the
+memfd, and prints its figures as one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..destination.pulling import pull
 from ..uffd import OwnMemory
 from ._task import work_once
 
-# Compared at a time.
+# Bytes compared at a time.
 _STEP = 1 << 20
 
 
@@ -47,7 +47,7 @@ async def _pull(uri: str, compress: Any, lane: Any, chunk: int, fd: int) -> dict
 
 
 def _differs(memory: OwnMemory, fd: int, size: int) -> int:
-    """Megabytes that are not what they should be."""
+    """How many MiB differ from the memfd."""
     wanted = _native.Mapped(size, fd)
     try:
         bad = 0

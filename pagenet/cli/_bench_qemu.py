@@ -48,21 +48,21 @@ Fields = dict[str, Any]
 
 def add_qemu_options(parser: Parser) -> None:
     parser.add_argument(
-        "--ram", type=_rams, default=(512,), metavar="MIB,...", help="of the guest (512)"
+        "--ram", type=_rams, default=(512,), metavar="MIB,...", help="RAM of the guest (512)"
     )
     parser.add_argument(
         "--rate",
         type=count_or_none,
         default=1000,
         metavar="MBIT",
-        help="of the link, or none: loopback (%(default)s)",
+        help="rate of the link; none: loopback (%(default)s)",
     )
     parser.add_argument(
         "--methods",
         type=names(QEMU_METHODS),
         default=tuple(QEMU_METHODS),
         metavar="NAME,...",
-        help=f"of {', '.join(QEMU_METHODS)} (all of them)",
+        help=f"any of {', '.join(QEMU_METHODS)} (all of them)",
     )
     parser.add_argument(
         "--workload",
@@ -72,7 +72,7 @@ def add_qemu_options(parser: Parser) -> None:
         help="percent of the RAM that the guest works on, and that it writes to (60,12)",
     )
     parser.add_argument(
-        "--cpus", type=count, default=1, metavar="N", help="of the guest (%(default)s)"
+        "--cpus", type=count, default=1, metavar="N", help="processors of the guest (%(default)s)"
     )
     parser.add_argument(
         "--accel", choices=["tcg", "kvm"], default="tcg", help="QEMU's accelerator (%(default)s)"
@@ -81,10 +81,13 @@ def add_qemu_options(parser: Parser) -> None:
         "--kernel",
         type=Path,
         metavar="FILE",
-        help="of the guest (what the checkout's tools/guest/build.py has made)",
+        help="the guest's kernel (what tools/guest/build.py of the checkout makes)",
     )
     parser.add_argument(
-        "--initrd", type=Path, metavar="FILE", help="of the guest, with --kernel, if it needs one"
+        "--initrd",
+        type=Path,
+        metavar="FILE",
+        help="the guest's initrd, with --kernel, if it needs one",
     )
     parser.add_argument(
         "--plot",
@@ -112,7 +115,7 @@ def _workload(text: str) -> tuple[int, int]:
 
 
 async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
-    """What the last object has to say; ``wrong``: the migrations after which the guest was not what
+    """The fields of the last object; ``wrong``: the migrations after which the guest was not what
     it had been."""
     work, hot = options.workload
     wanted = QemuOptions(
@@ -274,11 +277,13 @@ def _print_results(
         )
     console.print(table)
     capped = (
-        "Nothing is capped"
+        "Nothing is limited"
         if options.rate is None
-        else "The link alone is capped, in both directions, for all alike"
+        else "Only the link is limited, in both directions, for all methods alike"
     )
-    limits = "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so is any limit of ours"
+    limits = (
+        "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so is any limit of pagenet's"
+    )
     console.print(f"{capped}: {limits}.", style="dim")
     if targets:
         table = make_table("target", "is", "at most", "")

@@ -1,4 +1,4 @@
-"""``pagenet-bench trace``: its options, and what it says."""
+"""``pagenet-bench trace``: its options and its output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_trace_options(parser: Parser) -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="what the program maps: it is given a copy, in memory",
+        help="the file that the program maps; it is given a copy, in memory",
     )
     parser.add_argument(
         "--output",
@@ -36,7 +36,7 @@ def add_trace_options(parser: Parser) -> None:
 
 
 def trace_report(prog: str, as_json: bool) -> Report:
-    """The program has stdout for itself."""
+    """A report on stderr: stdout is the program's."""
     return Report(
         prog, as_json, {event: f"{prog}: {words}" for event, words in _WORDS.items()}, to=sys.stderr
     )

@@ -1,5 +1,4 @@
-"""pagenet-bench: what a fault and a byte cost here, each figure beside the least that it could
-be."""
+"""pagenet-bench: what a fault and a byte cost on this machine, each figure beside its floor."""
 
 from __future__ import annotations
 
@@ -69,29 +68,30 @@ _PROG = "pagenet-bench"
 _SUITES = {
     "all": "Faults and streams, quickly: under a minute.",
     "fault": (
-        "How long a thread waits that touches a missing page, idle, with a task of Trio's busy, and"
-        " under load."
+        "How long a thread waits for a missing page: idle, with a busy task of Trio's, and under"
+        " load."
     ),
     "stream": "How fast the background brings pages, by placement and source.",
     "scale": (
-        "What grows with the memory: the wait for a page, and what both sides need for each page."
+        "What grows with the memory: the wait for a page, and the memory that each side needs for a"
+        " page."
     ),
     "workload": (
-        "The same touches against every order of the background: how many wait, and how long. Needs"
-        " root."
+        "The same touches with every order of the background: how many wait, and for how long."
+        " Needs root."
     ),
     "trace": (
-        "Run a program, and write down which pages of its data it touches first, and when: a trace"
-        " for workload."
+        "Run a program, and record in which order it first touches the pages of its data, and when:"
+        " a trace for workload."
     ),
     "hostile": (
         "How long an honest destination waits for a page while another peer attacks the same"
         " source."
     ),
     "null": "What the machinery costs with no memory, no bytes and no network behind it.",
-    "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
+    "peer": "The other side of the floors, on the host of --uri. Runs until it is stopped.",
     "qemu": (
-        "How a running guest fares that moves by QEMU's own means, and by pagenet's, over the same"
+        "Compare migrations of a running guest by QEMU's own means and by pagenet's, over the same"
         " link. Needs root."
     ),
 }
@@ -115,7 +115,7 @@ _ROUNDS = {
 }
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
-#: of the table: what, in words, and what it is beside
+#: rows of the table: the sample, its label, and the sample that it is compared with
 _ROWS = [
     ("floor_local", "bare C, page at hand", ""),
     ("floor", "bare C request, reply, copy", ""),
@@ -148,7 +148,7 @@ def make_parser() -> Parser:
             "--rounds",
             type=count,
             default=_ROUNDS[name],
-            help="figures are medians of so many (%(default)s)",
+            help="figures are medians of this many (%(default)s)",
         )
         if name == "qemu":
             add_qemu_options(suite)
@@ -164,24 +164,24 @@ def make_parser() -> Parser:
             "--transport",
             choices=transports,
             default="tcp",
-            help="between processes here (%(default)s)",
+            help="between processes on this host (%(default)s)",
         )
         if name == "scale":
             _add_scale_options(suite)
             continue
         suite.add_argument(
-            "--uri", help="measure against the pagenet-serve that listens there, on another host"
+            "--uri", help="measure with the pagenet-serve that listens at this URI, on another host"
         )
         suite.add_argument(
             "--floors",
             metavar="URI",
-            help="where pagenet-bench peer listens there, for a socket's floors",
+            help="where pagenet-bench peer listens on that host, for the socket floors",
         )
         suite.add_argument(
             "--size",
             type=parse_size,
             default=_SIZES[name],
-            help="of the memory, in bytes or with K, M, G",
+            help="size of the memory, in bytes or with K, M, G",
         )
         if name != "stream":
             _add_fault_options(suite, quick=name == "all")
@@ -191,7 +191,7 @@ def make_parser() -> Parser:
 
 
 class _SuiteParser(Parser):
-    """A command's own: with the options that all have."""
+    """The parser of one command, with the options that all have."""
 
     def __init__(self, prog: str, description: str, **_: Any) -> None:
         super().__init__(prog, description)
@@ -223,20 +223,20 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         type=_counts,
         default=(1, 8) if quick else (1, 8, 64),
         metavar="N,N...",
-        help="how many touch at a time",
+        help="how many threads touch at a time, each number in turn",
     )
     parser.add_argument(
         "--touches",
         type=count,
         default=4000,
         metavar="N",
-        help="in each round at most (%(default)s)",
+        help="at most this many touches in each round (%(default)s)",
     )
     parser.add_argument(
         "--memory",
         choices=["anonymous", "memfd", "hugetlb"],
         default="anonymous",
-        help="that is touched (%(default)s)",
+        help="kind of the memory that is touched (%(default)s)",
     )
     parser.add_argument(
         "--prefetch",
@@ -244,8 +244,8 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         default=(0, 0),
         metavar="FWD,BACK|auto",
         help=(
-            "pages asked for around each one touched; what they bring is not waited for, and not"
-            " counted (0,0: a pure lane)"
+            "pages prefetched around each touched one; they are not waited for, and not counted"
+            " (0,0: none)"
         ),
     )
     parser.add_argument(
@@ -262,7 +262,7 @@ def _add_stream_options(parser: Parser) -> None:
         type=parse_size,
         default=256 << 10,
         metavar="BYTES",
-        help="sent at a time by the floors, asked for at a time by us (256K)",
+        help="what the floors send, and pagenet asks for, at a time (256K)",
     )
     parser.add_argument(
         "--lanes",
@@ -297,14 +297,14 @@ def _add_stream_options(parser: Parser) -> None:
         "--rate",
         type=_rates,
         metavar="MBIT,...",
-        help="of a link between network namespaces, as root; none: loopback (none)",
+        help="rate of a link between network namespaces, as root; none: loopback (none)",
     )
     parser.add_argument(
         "--zero-every",
         type=int,
         default=2,
         metavar="N",
-        help="measure with one page in N zero, too (%(default)s; 0: do not)",
+        help="measure also with one page in N zero (%(default)s; 0: do not)",
     )
 
 
@@ -315,14 +315,14 @@ def _add_scale_options(parser: Parser) -> None:
         type=_sizes,
         default=sizes,
         metavar="SIZE,...",
-        help="of the memory, which is sparse (256M,8G)",
+        help="sizes of the memory, which is sparse (256M,8G)",
     )
     parser.add_argument(
         "--touches",
         type=count,
         default=4000,
         metavar="N",
-        help="pages that are not zero, and touched (%(default)s)",
+        help="how many pages are not zero, and are touched (%(default)s)",
     )
 
 
@@ -331,7 +331,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _one_of(names: Iterable[str], default: str = "all of them") -> str:
-    return f"of {', '.join(names)} ({default})"
+    return f"any of {', '.join(names)} ({default})"
 
 
 def _rates(text: str) -> tuple[int | None, ...]:
@@ -452,7 +452,7 @@ def _quantiles(sample: Sample, prefix: str = "") -> Fields:
 
 
 async def _rdma(options: argparse.Namespace, report: Report) -> Fields:
-    """Of faults and streams what perftest has a measure for."""
+    """The figures of faults and streams that perftest measures too."""
     if options.uri is not None or options.lane != "native":
         raise UsageError("RDMA is measured between processes here, with lanes in C")
     wanted = RdmaOptions(size=options.size, rounds=options.rounds)
@@ -715,7 +715,7 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
     console.print(table)
     skipped = sum(result.loaded_not_counted for result in results)
     console.print(
-        f"Under load only touches that waited count: {skipped:,} others fell on pages that the"
+        f"Under load only touches that waited count: {skipped:,} others were of pages that the"
         " background had brought, or came after it was done. No measurement takes more than"
         f" {LIMIT_SECONDS:g} s.",
         style="dim",
@@ -743,15 +743,17 @@ def _print_rdma(fields: Fields) -> None:
         table.add_row(label, *rates, shown(fields[f"{name}_to_floor"], "x"))
     console.print(table)
     set_up = (
-        f"From the call to the first page: {fields['set_up_s']:.2f} s, which the background's rate"
-        " is without."
+        f"From the call to the first page: {fields['set_up_s']:.2f} s. The background's rate does"
+        " not include it."
     )
     console.print(set_up, style="dim")
     cpu = ", ".join(
         f"{used['user']:.2f} s user and {used['system']:.2f} s system over {transport}"
         for transport, used in fields["source_cpu_s"].items()
     )
-    console.print(f"The source's processors, for {fields['bytes'] >> 20} MiB: {cpu}.", style="dim")
+    console.print(
+        f"Processor time of the source for {fields['bytes'] >> 20} MiB: {cpu}.", style="dim"
+    )
 
 
 def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> None:
@@ -777,7 +779,7 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         )
     console.print(table)
     console.print(
-        "The floor of each is send/recv+copy. Every page was compared after its transfer.",
+        "The floor of each is send/recv+copy. Every page was verified after its transfer.",
         style="dim",
     )
 
@@ -814,7 +816,7 @@ def _print_encodings(
             table.add_section()
     console.print(table)
     console.print(
-        "MB are of pages, whatever went over the wire. Every page was compared after its transfer.",
+        "MB/s count pages, and not the wire. Every page was verified after its transfer.",
         style="dim",
     )
     for content, rate, other, times, at_least in held:

@@ -1,4 +1,4 @@
-"""The contract of :mod:`pagenet.transport`, as code that any backend can be held against."""
+"""The contract of :mod:`pagenet.transport`, as code that any backend can be checked with."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from ..transport import Buffer, Connection, Detachable, Listener, Transport
 
 __all__ = ["check_transport"]
 
-# No check takes more than a second or two on a machine that is not overloaded. One that takes this
-# long hangs.
+# Seconds. No check takes more than one or two on a machine that is not overloaded. A check that
+# takes this long hangs.
 PATIENCE = 60.0
 
-# What a transfer consists of: random, so that a part that is lost, repeated or swapped shows.
+# The bytes of a transfer. They are random: a part that is lost, repeated or swapped shows.
 BLOCK = random.Random("pagenet").randbytes(1 << 20)
 
-# More than any connection buffers while nobody receives: the kernel's TCP autotuning grows a
-# receive buffer only for those who read.
+# MiB: more than any connection buffers while its peer does not receive. The kernel's TCP autotuning
+# grows a receive buffer only while it is read.
 CLOG = 64
 
 # Connections at once: more than any session has.
 MANY = 50
 
-# How long nothing must move for a sender to count as blocked. It only ever delays a check, and
-# never fails one.
+# Seconds without progress after which a sender counts as blocked. They delay a check, and never
+# fail one.
 CUSHION = 0.01
 
 T = TypeVar("T")
@@ -59,13 +59,13 @@ async def check_transport(transport: Transport, make_uri: Callable[[], str]) -> 
         async def test_conformance():
             await check_transport(CarrierPigeons(), lambda: "pigeons://127.0.0.1:0")
 
-    It dials, within the same process, what :attr:`Listener.uri <pagenet.transport.Listener.uri>`
-    says; the transport need not be registered. :class:`~pagenet.transport.Detachable` is checked of
-    connections that have it. Beyond the contract it takes for granted that a connection with nobody
-    receiving takes in 100 bytes, and does not take in 64 MiB.
+    It dials :attr:`Listener.uri <pagenet.transport.Listener.uri>` within the same process; the
+    transport need not be registered. :class:`~pagenet.transport.Detachable` is checked on
+    connections that have it. Beyond the contract it takes for granted that a connection whose peer
+    does not receive takes in 100 bytes, and does not take in 64 MiB.
 
     It takes a few seconds and the file descriptors of 50 connections. Call it under a real clock:
-    on ``autojump_clock``, whoever waits for a kernel seems to hang.
+    on ``autojump_clock``, a task that waits for the kernel seems to hang.
     """
     for check in CHECKS:
         await run_check(check, transport, make_uri)
@@ -94,8 +94,8 @@ def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, AssertionError) else repr(error)
 
 
-# The bench: everything that checks work with. No `assert`: the suite must work under -O and without
-# pytest.
+# The bench: everything that the checks work with. No `assert`: the suite must work under -O and
+# without pytest.
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -151,8 +151,8 @@ async def _together(*calls: Callable[[], Awaitable[T]]) -> list[T]:
 
 
 def _from_either_end(check: CheckOfEnds) -> Check:
-    """Run a check of two connected ends twice: what holds of the end that dialled must hold of the
-    other."""
+    """Run a check of two connected ends twice: what holds for the end that dialled must hold for
+    the other."""
 
     @functools.wraps(check)
     async def run(bench: _Bench) -> None:
@@ -197,7 +197,7 @@ async def _transfer(sender: Connection, receiver: Connection, *buffers: Buffer) 
 
 
 async def _clog(connection: Connection) -> None:
-    """Send more than a connection takes in while nobody receives."""
+    """Send more than a connection takes in while its peer does not receive."""
     await connection.send(*[BLOCK] * CLOG)
 
 

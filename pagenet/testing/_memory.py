@@ -1,8 +1,8 @@
-"""``memory://NAME``: connections within one process, for tests of whatever talks over a transport.
+"""``memory://NAME``: connections within one process, for tests of code that talks over a transport.
 
-Bounded like a real one, so that senders block; and without a kernel in between, so that the same
-test does the same thing each time: a connection breaks after exactly so many bytes, and receives at
-most so many at once.
+Connections are bounded like real ones, so senders block. There is no kernel in between, so a test
+does the same thing each time: a connection breaks after an exact number of bytes, and receives at
+most a given number at once.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from ..errors import ConnectionBroken, ConnectionClosed, SourceUnreachable, Usag
 from ..one_task import OneTask
 from ..transport import Buffer
 
-# Bytes that one direction holds before its sender blocks. Small, so that tests get there soon.
+# Bytes that one direction holds before its sender blocks. Small, so tests get there soon.
 DEFAULT_CAPACITY = 64 * 1024
 
 
 class _Wire:
-    """What the two ends share: that it broke, and whoever waits for either end to do something."""
+    """What the two ends share: whether the connection is broken, and the tasks that wait for a
+    change at either end."""
 
     def __init__(self) -> None:
         self.broken = False
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def changed(self) -> None:
-        """Every change wakes every waiter, at most four of them, and they look again. Simple, and
-        fast enough here.
+        """Wait for a change. Every change wakes every waiter, at most four of them, and they look
+        again. That is simple, and fast enough here.
 
-        Looking without finding is no change, or two waiters would wake each other for ever.
+        Looking without finding anything is no change: two waiters would wake each other for ever.
         """
         await self._waiting.park()
 
@@ -48,7 +49,7 @@ class _Wire:
 
 
 class _Pipe:
-    """The bytes under way in one direction."""
+    """The bytes in flight in one direction."""
 
     def __init__(self, wire: _Wire, capacity: int) -> None:
         self._wire = wire
@@ -59,7 +60,7 @@ class _Pipe:
         self.receiver_closed = False
 
     def put(self, view: memoryview) -> int:
-        """Take what there is room for, from the front of ``view``; returns how much that was."""
+        """Take the first bytes of ``view``, as many as there is room for. Returns their number."""
         room = self._capacity - len(self._bytes)
         if self._until_break is not None:
             room = min(room, self._until_break)
@@ -90,8 +91,8 @@ class _Pipe:
 class MemoryConnection:
     """One end of a connection within this process: a :class:`~pagenet.transport.Connection`.
 
-    ``max_receive`` may be set at any time: at most so many bytes come out of each
-    :meth:`receive_into`. 1 finds every place that takes a short read for a whole message.
+    ``max_receive``, which may be set at any time, is how many bytes :meth:`receive_into` returns at
+    most. 1 finds every place that takes a short read for a whole message.
     """
 
     def __init__(self, wire: _Wire, outgoing: _Pipe, incoming: _Pipe, peer: str) -> None:
@@ -170,7 +171,7 @@ class MemoryConnection:
         """Break the connection once this end has sent ``count`` more bytes; 0 breaks it now.
 
         The peer receives them all. From then on both ends raise
-        :exc:`~pagenet.errors.ConnectionBroken`, once they have received what was under way.
+        :exc:`~pagenet.errors.ConnectionBroken`, once they have received what was in flight.
         """
         self._outgoing.break_after(count)
 
@@ -196,7 +197,7 @@ def memory_pair(
 
 
 class MemoryListener:
-    """A :class:`~pagenet.transport.Listener`. Connections wait in it, however many, until they are
+    """A :class:`~pagenet.transport.Listener`. Any number of connections wait in it until they are
     accepted."""
 
     def __init__(self, transport: MemoryTransport, name: str) -> None:
@@ -251,11 +252,11 @@ class MemoryListener:
 
 
 class MemoryTransport:
-    """A :class:`~pagenet.transport.Transport` whose names mean something to this object alone.
+    """A :class:`~pagenet.transport.Transport` whose names are known to this object alone.
 
     Without a NAME, a listener chooses one. Each connection gets ``capacity`` and ``max_receive``,
-    and then ``on_connect(dialled, accepted)`` may do to it whatever the test needs, before a byte
-    travels::
+    and then ``on_connect(dialled, accepted)`` may change it as the test needs, before a byte is
+    sent::
 
         memory = MemoryTransport(on_connect=lambda dialled, accepted: accepted.break_after(1000))
         pagenet.transport.register("memory", memory)

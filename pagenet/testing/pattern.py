@@ -33,11 +33,12 @@ def write_pattern(
     """Make ``path`` a file of ``size`` bytes, in whole pages, of pattern ``seed``; one page in
     ``zero_every`` is zero.
 
-    Written, not mapped: a full tmpfs is then an :exc:`OSError`, where a mapping gets SIGBUS.
+    The file is written, not mapped: a full tmpfs is then an :exc:`OSError`, where a mapping gets
+    SIGBUS.
     """
     chunk = memoryview(bytearray(_CHUNK_PAGES * mmap.PAGESIZE))
-    # Written in place: the name may be that of an open file (/proc/PID/fd/N). A FIFO without a
-    # reader is ENXIO, and no wait.
+    # Written in place: the name may be that of an open file (/proc/PID/fd/N). Opening a FIFO
+    # without a reader fails with ENXIO, and does not wait.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
     with open(os.open(path, flags, 0o666), "wb") as file:
         for first in range(0, size // mmap.PAGESIZE, _CHUNK_PAGES):

@@ -3,8 +3,8 @@
 
 It moves onto pagenet as a VMM does: maps memory, hands its userfaultfd over a unix socket with
 Firecracker's handshake, touches pages from C threads while they come, and checks every byte against
-the pattern of ``native/testing/pattern.c``. What it finds comes as JSON lines on stdout, the last
-of them ``{"event": "verified", ...}``; exit status 0 means that every byte was right. Always a
+the pattern of ``native/testing/pattern.c``. It prints what it finds as JSON lines, the last of them
+``{"event": "verified", ...}``. Exit status 0 means that every byte was right. It is always a
 process of its own: a Python thread must never touch memory whose pages another Python thread
 places.
 """

@@ -306,10 +306,10 @@ def test_targets_are_beside_the_figures_that_they_are_set_for() -> None:
         target.words.rpartition(": ")[2]: (round(target.figure, 3), target.is_met)
         for target in targets
     } == {
-        "total, of QEMU postcopy's": (1.0, True),
-        "longest gap, of preempt's": (0.125, True),
-        "guest work lost, of preempt's": (0.125, True),
-        "downtime, of QEMU postcopy's": (1.0, True),
-        "downtime, of preempt's": (1.0, True),
-        "downtime, of 10 ms": (5.0, False),
+        "total, relative to QEMU postcopy's": (1.0, True),
+        "longest gap, relative to preempt's": (0.125, True),
+        "guest work lost, relative to preempt's": (0.125, True),
+        "downtime, relative to QEMU postcopy's": (1.0, True),
+        "downtime, relative to preempt's": (1.0, True),
+        "downtime, relative to 10 ms": (5.0, False),
     }

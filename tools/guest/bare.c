@@ -1,13 +1,15 @@
-/* A guest without a kernel, for where none boots or none is worth its seconds: it is up in
- * milliseconds, under TCG and KVM. Its work and its words are those of init.c, from which it takes
- * its options too, out of the boot loader's command line: wl_mb     MiB of pages to work on; they
- * begin at 16 MiB, and a word for each of them stands behind them wl_wss    MiB of them that are
- * hot: verified and written again, at random wl_hb     milliseconds between two heartbeats wl_words
- * about how many of the 1020 words of a page are written and verified, spread over all of it. One
- * is enough to tell a page from another, and where every instruction is emulated, all are too many.
- * Multiboot starts it in 32-bit mode without paging, and interrupts stay off: nothing here but the
- * processor, its memory, a serial port and a timer. Its clock wraps after 71 minutes.
- */
+/* A guest without a kernel, for machines on which no kernel boots, or on which booting takes too
+ * long: it is up in milliseconds, under TCG and KVM. Its work and its output are those of init.c.
+ * Its options come from the boot loader's command line:
+ * - wl_mb: MiB of pages to work on. They begin at 16 MiB; a word for each page stands behind them.
+ * - wl_wss: MiB of them that are hot: verified and written again, at random.
+ * - wl_hb: milliseconds between two heartbeats.
+ * - wl_words: about how many of the 1020 words of a page are written and verified, spread over all
+ *   of it. One is enough to tell a page from another, and where every instruction is emulated, all
+ *   are too many.
+ *
+ * Multiboot starts it in 32-bit mode without paging, and interrupts stay off: it uses only the
+ * processor, its memory, a serial port and a timer. Its clock wraps after 71 minutes. */
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -24,7 +26,8 @@ enum { PCI_ADDRESS = 0xcf8, PCI_DATA = 0xcfc, TIMER_PORT = 8 };
 
 #define MAGIC 0x7061676eu
 #define STEP 0x9e3779b9u
-/* Of the PC's south bridge, function 3: where the firmware has put its ports. */
+/* PCI address of the register, in function 3 of the PC's south bridge, that has the base of the
+ * ports that the firmware chose. */
 #define POWER_MANAGEMENT 0x80000b40u
 #define LOADER 0x2badb002u
 #define US_PER_TICK 4686970u /* in units of 2^-24 */
@@ -33,7 +36,7 @@ struct page {
     uint32_t magic, index, counter, sum, words[WORDS];
 };
 
-/* What the boot loader knows, as far as it is of interest. */
+/* What the boot loader tells, as far as it is used here. */
 struct boot {
     uint32_t flags, lower_kib, upper_kib, device;
     const char *command_line;
@@ -41,7 +44,7 @@ struct boot {
 
 __asm__(".section .text\n"
         ".align 4\n"
-        ".long 0x1badb002, 0, -0x1badb002\n" /* by this the boot loader knows us */
+        ".long 0x1badb002, 0, -0x1badb002\n" /* by this the boot loader recognises the program */
         ".globl _start\n"
         "_start: mov $stack_end, %esp\n"
         "push %ebx\n"
@@ -80,7 +83,7 @@ static uint32_t in32(uint16_t port) {
     return value;
 }
 
-/* ---- words ---- */
+/* ---- output ---- */
 
 static void say(const char *text) {
     for (; *text; text++) {
@@ -117,7 +120,7 @@ static bool begins_with(const char *text, const char *beginning) {
     return true;
 }
 
-/* Of `name`, which includes its equals sign. */
+/* The value of `name`, which includes its equals sign. */
 static uint32_t option(const char *line, const char *name, uint32_t otherwise) {
     for (; *line; line++) {
         if (!begins_with(line, name))
@@ -132,7 +135,7 @@ static uint32_t option(const char *line, const char *name, uint32_t otherwise) {
     return otherwise;
 }
 
-/* ---- time: 24 bits of a counter with 3.579545 MHz, which wrap every 4.7 s ---- */
+/* ---- time: the 24 bits of a counter at 3.579545 MHz, which wraps every 4.7 s ---- */
 
 static void start_clock(void) {
     out32(PCI_ADDRESS, POWER_MANAGEMENT);

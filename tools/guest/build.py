@@ -1,7 +1,7 @@
-"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has nothing
-but its drivers, init.c and devices.c in it; and bare.c, which needs no kernel.
+"""Makes what QEMU boots in the tests: Debian's kernel, unpatched, with an initrd that has only its
+drivers, init.c and devices.c in it; and bare.c, which needs no kernel.
 
-Prints the paths as one JSON line. They are kept in a cache, so that only the first run needs the
+Prints the paths as one JSON line. The files are kept in a cache, so only the first run needs the
 network. Nothing is installed; apt-get, dpkg-deb and gcc with a static libc must be there.
 """
 
@@ -22,10 +22,10 @@ from pathlib import Path
 INIT = [Path(__file__).with_name(name) for name in ("init.c", "devices.c")]
 HEADER = Path(__file__).with_name("guest.h")
 BARE = Path(__file__).with_name("bare.c")
-#: depends on the package of the newest kernel, whose name has its version in it
+#: a package that depends on that of the newest kernel, whose name has its version in it
 NEWEST_KERNEL = "linux-image-cloud-amd64"
 
-#: drivers that are modules of that kernel, in the order in which they want to be loaded
+#: drivers that are modules of that kernel, in the order in which they must be loaded
 MODULES = [
     *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
     *("failover", "net_failover", "virtio_net", "virtio_blk", "virtio_balloon"),
@@ -39,7 +39,7 @@ CONSOLE = (5, 1)
 
 
 class Failure(Exception):
-    """Says in one line what could not be done."""
+    """What could not be done, in one line."""
 
 
 def default_cache() -> Path:
@@ -63,8 +63,8 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @contextmanager
 def made_whole(target: Path) -> Iterator[Path]:
-    """Where to build ``target``, which appears at once and complete: another build may be after the
-    same."""
+    """Yields where to build ``target``, which then appears at once and complete: another build may
+    make the same."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as directory:
         unfinished = Path(directory) / target.name
         yield unfinished
@@ -75,7 +75,7 @@ def made_whole(target: Path) -> Iterator[Path]:
 
 
 def kernel(cache: Path) -> tuple[Path, Path]:
-    """It and an archive of its drivers. Any that is in the cache, else Debian's newest."""
+    """The kernel, and an archive of its drivers: any that is in the cache, else Debian's newest."""
     for cached in sorted(cache.glob("vmlinuz-*"), reverse=True):
         if modules_of(cached).exists():
             return cached, modules_of(cached)
@@ -101,7 +101,8 @@ def modules_of(kernel: Path) -> Path:
 
 
 def module_entries(unpacked: Path) -> list[bytes]:
-    """By their numbers, without those that are part of this kernel."""
+    """Archive entries of the modules, named by their numbers. Drivers that are built into this
+    kernel are left out."""
     found = [path for name in MODULES for path in unpacked.rglob(f"{name}.ko*")]
     contents = [
         lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
@@ -129,7 +130,7 @@ def kernel_package(cwd: Path) -> str:
 
 
 def named_after(name: str, *sources: Path) -> str:
-    """What a file is made from is in its name: an edited source is another file."""
+    """A name with a hash of what the file is made from: an edited source makes another file."""
     made_from = hashlib.sha256(
         b"".join(source.read_bytes() for source in (*sources, Path(__file__)))
     ).hexdigest()
@@ -137,7 +138,7 @@ def named_after(name: str, *sources: Path) -> str:
 
 
 def initrd(cache: Path, modules: Path) -> Path:
-    """The kernel unpacks several archives in a row."""
+    """Two archives in one file: the kernel unpacks several in a row."""
     target = cache / named_after("initrd", *INIT, HEADER, modules)
     if target.exists():
         return target
@@ -167,8 +168,8 @@ def initrd(cache: Path, modules: Path) -> Path:
 
 
 def archive(entries: list[bytes]) -> bytes:
-    """A cpio archive of the kind that the kernel unpacks; not compressed, for an emulated machine
-    is slow at that."""
+    """A cpio archive of the kind that the kernel unpacks. It is not compressed: an emulated machine
+    is slow to unpack."""
     return b"".join([*entries, entry(0, "TRAILER!!!", 0)])
 
 
@@ -203,9 +204,9 @@ def padded(data: bytes) -> bytes:
 
 # ---- the guest without a kernel ----
 
-# 32-bit code that takes nothing from a C library, and nothing of the processor that a boot loader
-# does not set up. Linked to where a PC has memory, without a segment for the headers, which would
-# lie where it has none.
+# 32-bit code that uses nothing of a C library, and nothing of the processor that a boot loader does
+# not set up. It is linked to where a PC has memory, without a segment for the headers, which would
+# lie where a PC has none.
 BARE_OPTIONS = [
     *(
         "-m32",

@@ -1,11 +1,13 @@
 /* Work for the devices of the guest, each in a thread of its own that verifies what it has done:
- *   wl_net=1      a frame goes out and whoever is there sends it back
- *   wl_disk=N     N blocks of 4 KiB at the beginning of the disk are read, verified and written
- * again, past the page cache wl_screen=1   a picture of 640x480; its upper half stays, rows of the
- * lower half are drawn again all the time wl_churn=N    N MiB of memory are allocated, written,
- * verified and given back, over and over The drivers are modules, which lie in the initrd as
- * /modules/0, 1... in the order in which they want to be loaded.
- */
+ * - wl_net=1: frames go out, and the peer on the network sends them back.
+ * - wl_disk=N: N blocks of 4 KiB at the beginning of the disk are read, verified and written again,
+ *   past the page cache.
+ * - wl_screen=1: a picture of 640x480. Its upper half stays; rows of the lower half are drawn again
+ *   all the time.
+ * - wl_churn=N: N MiB of memory are allocated, written, verified and given back, over and over.
+ *
+ * The drivers are modules, in the initrd as /modules/0, 1... in the order in which they must be
+ * loaded. */
 #define _GNU_SOURCE
 #include "guest.h"
 
@@ -75,7 +77,7 @@ static void load_modules(void) {
     }
 }
 
-/* Drivers find their devices in their own time. */
+/* Opens the file once it exists: a driver finds its device some time after it was loaded. */
 static int open_soon(const char *path, int flags) {
     for (unsigned tries = 0; tries < 200; tries++) {
         int fd = open(path, flags);
@@ -92,8 +94,8 @@ static _Noreturn void *use_disk(void *unused) {
     (void)unused;
     uint64_t blocks = option("wl_disk", 0), random = 1, turn = 0;
     uint64_t *counters = calloc(blocks, sizeof *counters);
-    struct page *buffers = memory(
-        BUFFERS * PAGE); /* many, so that some have not come yet when the device writes to them */
+    struct page *buffers =
+        memory(BUFFERS * PAGE); /* many: some have not come yet when the device writes to them */
     int fd = open_soon("/dev/vda", O_RDWR | O_DIRECT);
     for (uint64_t index = 0; index < blocks; index++) {
         write_page(buffers, index, 0);
@@ -152,7 +154,7 @@ static void take_frame(const struct frame *frame, size_t length, uint64_t sent) 
     device_work.frames++;
 }
 
-/* Frames get lost when the machine moves, as on any network; those that come are to be right. */
+/* Frames get lost when the machine moves, as on any network; those that come must be right. */
 static _Noreturn void *use_network(void *unused) {
     (void)unused;
     struct sockaddr_ll address;
@@ -184,7 +186,7 @@ static bool is_display(const char *directory) {
     return is;
 }
 
-/* The first of its regions is its memory. */
+/* The first region of the display's PCI device is its memory. */
 static uint64_t *map_screen(void) {
     glob_t found;
     char path[128] = "no display";

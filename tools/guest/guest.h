@@ -1,5 +1,4 @@
-/* What the parts of the Linux guest share: its words, its options, and pages that tell whether they
- * are right. */
+/* What the parts of the Linux guest share: output, options, and pages that can be verified. */
 #pragma once
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -14,15 +13,15 @@ struct page {
 /* init.c */
 __attribute__((format(printf, 1, 2))) void say(const char *format, ...);
 __attribute__((noreturn)) void
-fail(const char *what); /* with the reason in errno: the end of the machine */
+fail(const char *what); /* prints the reason in errno, and ends the machine */
 uint64_t option(const char *name, uint64_t otherwise);
 void *memory(uint64_t size);
 uint64_t seed(uint64_t index, uint64_t counter);
 void write_page(struct page *page, uint64_t index, uint64_t counter);
 bool is_right(const struct page *page, uint64_t index, uint64_t counter);
 
-/* devices.c: what has come over the network, went to the disk, was drawn and was allocated so far;
- * and what of it was wrong */
+/* devices.c: how many frames came over the network, blocks were verified on the disk, rows were
+ * verified on the screen, and rounds of allocations were made so far; and how much was wrong */
 struct device_work {
     _Atomic uint64_t frames, blocks, rows, rounds, bad;
 };

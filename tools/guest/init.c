@@ -1,17 +1,25 @@
-/* The /init of the guest that tests move: works on its memory for ever, and can tell what every
- * page of it must hold.
+/* The /init of the guest that tests move: it works on its memory for ever, and knows what every
+ * page of it must contain.
  *
- * It takes its options from the kernel's command line, which hands them on as environment
- * variables: wl_mb       MiB of pages to work on wl_wss      MiB of them that are hot: verified and
- * written again, at random wl_hb       milliseconds between two heartbeats wl_threads  how many
- * threads share the pages, each a part of its own and those of devices.c, which has work for the
- * machine's devices. Meanwhile it sweeps through all pages, hot or not, and verifies them. What it
- * says, a line each: READY pages=.. fill_ms=.. HB seq=.. t=<us> w=<writes> dw=<since the last>
- * bad=.. sweeps=.. sw=<next page to sweep> gap_us=<longest batch> BAD page=.. counter=..
- * expected=.. FAILED .. With devices, a heartbeat goes on with net=.. disk=.. screen=.. churn=..,
- * and bad has what was wrong with theirs too. The thread that says heartbeats works as the others
- * do: if a page keeps it waiting, its next heartbeat is late.
- */
+ * Its options come from the kernel's command line; the kernel hands them on as environment
+ * variables:
+ * - wl_mb: MiB of pages to work on.
+ * - wl_wss: MiB of them that are hot: verified and written again, at random.
+ * - wl_hb: milliseconds between two heartbeats.
+ * - wl_threads: how many threads share the pages; each has a part of its own.
+ * - those of devices.c, which has work for the machine's devices.
+ *
+ * Meanwhile it sweeps through all pages, hot or not, and verifies them. It prints lines of these
+ * kinds:
+ * - READY pages=.. fill_ms=..
+ * - HB seq=.. t=<us> w=<writes> dw=<since the last> bad=.. sweeps=.. sw=<next page to sweep>
+ *   gap_us=<longest batch>
+ * - BAD page=.. counter=.. expected=..
+ * - FAILED ..
+ *
+ * With devices, a heartbeat has net=.. disk=.. screen=.. churn=.. too, and bad includes what was
+ * wrong with them. The thread that prints heartbeats works as the others do: if it has to wait for
+ * a page, its next heartbeat is late. */
 #define _GNU_SOURCE
 #include "guest.h"
 
@@ -32,8 +40,8 @@ enum { BATCH = 16, WRITES_PER_SWEPT = 4, BAD_LINES = 20 };
 #define MAGIC UINT64_C(0x706167656e657421)
 #define STEP UINT64_C(0x9e3779b97f4a7c15)
 
-/* Pages first <= index < end, of which those below hot_end are hot. Only writes, bad and sweeps are
- * for other threads. */
+/* Works on pages first <= index < end, of which those below hot_end are hot. Other threads read
+ * only writes, bad and sweeps. */
 struct worker {
     uint64_t first, hot_end, end, swept, random;
     _Atomic uint64_t writes, bad, sweeps;
@@ -50,7 +58,7 @@ void say(const char *format, ...) {
     va_start(arguments, format);
     int length = vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    /* In one piece, so that two threads do not mix their lines. */
+    /* In one write, so that two threads do not mix their lines. */
     if (write(STDOUT_FILENO, line, length) != length)
         _exit(1); /* the end of init is a panic, and so the end of the machine */
 }
@@ -149,7 +157,7 @@ static const char *device_words(void) {
     return words;
 }
 
-/* Works as the first of the workers, and speaks for all of them. */
+/* Works as the first worker, and prints the heartbeats of all. */
 static _Noreturn void beat(uint64_t period_us, bool with_devices) {
     uint64_t before = 0, longest = 0, last = now_us(), due = last + period_us;
     for (uint64_t seq = 0;;) {
@@ -181,7 +189,7 @@ void *memory(uint64_t size) {
     if (start == MAP_FAILED)
         fail("memory");
     madvise(start, size,
-            MADV_NOHUGEPAGE); /* so that neighbours need not be neighbours on the host */
+            MADV_NOHUGEPAGE); /* so that neighbouring pages need not be neighbours on the host */
     return start;
 }
 

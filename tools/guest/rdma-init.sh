@@ -1,10 +1,11 @@
 #!/bin/busybox sh
-# /init of the guest with software RDMA: modules, then the host's files, read-only, under a layer in memory that takes writes.
+# /init of the guest with software RDMA. It loads modules, then mounts the host's files, read-only,
+# under a layer in memory that takes writes.
 set -u
 b=/bin/busybox
 die() {
     echo "rdma-guest: $*"
-    echo c > /proc/sysrq-trigger # a panic: whoever waits outside sees one
+    echo c > /proc/sysrq-trigger # a panic, which rdma.py sees
 }
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys

@@ -1,6 +1,6 @@
 #!/bin/sh
-# First process on the host's files: a network with software RDMA, then the command. WIRE, ADDRESS come from the kernel's
-# command line, as environment.
+# The first process on the host's files: it sets up a network with software RDMA, then runs the
+# command. WIRE and ADDRESS come from the kernel's command line, as environment variables.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 ulimit -l unlimited
 stty -F /dev/console -onlcr
@@ -11,7 +11,7 @@ if [ -n "${WIRE:-}" ]; then
 else
     ip link add eth0 type dummy
 fi
-# RoCE packs a power of two below the MTU into each packet: 4500 gives the largest, 4096.
+# RoCE puts a power of two below the MTU into each packet: 4500 gives the largest, 4096.
 ip link set eth0 mtu 4500
 ip address add "${ADDRESS:-10.77.0.1}/24" dev eth0
 ip link set eth0 up

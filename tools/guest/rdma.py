@@ -1,18 +1,16 @@
-"""Runs a command in a throw-away QEMU guest that has software RDMA (rdma_rxe) and sees this host's
-files.
+"""Runs a command in a throw-away QEMU guest with software RDMA (rdma_rxe) and this host's files.
 
-The guest boots Debian's kernel, with the host's file system underneath, read-only, and a layer in
-memory on top: what the command writes is gone when it ends, but for what it writes to /mnt/exchange
-if --exchange names a directory. It runs in the current directory, with the environment's PYTHONPATH
-and PAGENET_ variables, as root, and has one RDMA device, rxe0, with address 10.77.0.1, besides
-loopback. The first run makes kernel and initrd, which takes the network; they are kept in a cache.
-The processor is emulated: nothing of the host but QEMU is needed, and everything is ten times
-slower.
+The guest boots Debian's kernel. It sees the host's file system read-only, under a layer in memory:
+what the command writes is gone when it ends, except what it writes to /mnt/exchange if --exchange
+names a directory. The command runs as root in the current directory, with the environment's
+PYTHONPATH and PAGENET_ variables. The guest has loopback, and one RDMA device, rxe0, with address
+10.77.0.1. The first run makes kernel and initrd, which takes the network; they are kept in a cache.
+The processor is emulated: the host needs nothing but QEMU, and everything is ten times slower.
 
 exit codes:
-  the command's own; besides those
+  the command's own, and these:
   124  the time was over
-  125  the guest could not be prepared or started, or ended without a word
+  125  the guest could not be prepared or started, or ended without a status
   126  the guest's kernel panicked
 """
 
@@ -43,7 +41,7 @@ INIT, START = HERE / "rdma-init.sh", HERE / "rdma-start.sh"
 DIRECTORIES = ["bin", "dev", "host", "layer", "modules", "proc", "root", "sys"]
 MODULES = [
     "virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_rng",
-    "crc32_generic",  # rdma_rxe asks for it by algorithm, and modprobe does not know
+    "crc32_generic",  # rdma_rxe asks for it by algorithm, which modprobe does not see
     "rdma_rxe", "rdma_ucm", "dummy", "veth", "virtio_net", "sch_netem",
 ]  # fmt: skip
 TOOLS = {
@@ -59,7 +57,8 @@ TOOLS = {
 
 
 def guest_files(cache: Path) -> tuple[Path, Path]:
-    """Kernel and initrd for it. What they are made from is in the name of their directory."""
+    """Kernel and initrd of the guest. The name of their directory has a hash of what they are made
+    from."""
     made_from = hashlib.sha256(
         b"".join(path.read_bytes() for path in (Path(__file__), INIT))
     ).hexdigest()
@@ -83,7 +82,7 @@ def make_guest(cache: Path, name: str) -> Path:
             uncompressed(next((unpacked / "boot").glob("vmlinuz-*")), work)
         )
         (made / "initrd").write_bytes(initrd(unpacked, work))
-        with contextlib.suppress(OSError):  # another one was faster
+        with contextlib.suppress(OSError):  # another run was faster
             made.rename(target)
     return target
 
@@ -101,7 +100,7 @@ def kernel_package(cwd: Path) -> str:
 
 
 def uncompressed(bzimage: Path, cwd: Path) -> bytes:
-    """The ELF kernel within: unpacking itself would take an emulated processor eight seconds, each
+    """The ELF kernel within: an emulated processor would take eight seconds to unpack it, each
     time."""
     data = bzimage.read_bytes()
     start = ((data[0x1F1] or 4) + 1) * 512 + int.from_bytes(data[0x248:0x24C], "little")
@@ -120,8 +119,8 @@ def uncompressed(bzimage: Path, cwd: Path) -> bytes:
 
 
 def initrd(unpacked: Path, work: Path) -> bytes:
-    # depmod looks in lib/modules; since Debian 13 the package has that in usr, where lib is a link
-    # to on a whole system.
+    # depmod looks in lib/modules. Since Debian 13 the package has usr/lib/modules; on a whole
+    # system lib is a link to usr/lib.
     if not (unpacked / "lib").exists():
         (unpacked / "lib").symlink_to("usr/lib")
     [version] = os.listdir(unpacked / "lib/modules")
@@ -148,7 +147,7 @@ def initrd(unpacked: Path, work: Path) -> bytes:
 
 
 def module_files(unpacked: Path, version: str, cwd: Path) -> list[Path]:
-    """The modules and what they need, each once, in an order in which they can be loaded."""
+    """The modules and those that they need, each once, in an order in which they can be loaded."""
     shown = [
         run("modprobe", "-d", unpacked, "-S", version, "--show-depends", module, cwd=cwd)
         for module in MODULES
@@ -176,7 +175,7 @@ def tool(name: str) -> str:
 
 
 def write_command(exchange: Path, command: Sequence[str]) -> None:
-    """What the guest runs, and where."""
+    """Write what the guest runs, and where."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -234,7 +233,7 @@ def qemu_command(
 
 
 def run_guest(command: list[str], exchange: Path, timeout: float) -> int:
-    """Start QEMU, pass on what the guest says, and find out how it ended."""
+    """Start QEMU, pass on the guest's output, and find out how it ended."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
         try:
             panicked, timed_out = pass_on(qemu, time.monotonic() + timeout)
@@ -251,7 +250,7 @@ def run_guest(command: list[str], exchange: Path, timeout: float) -> int:
 
 
 def pass_on(qemu: subprocess.Popen[bytes], deadline: float) -> tuple[bool, bool]:
-    """The guest's words to our output, to their end. Whether there was a panic among them, and
+    """Copy the guest's output to stdout until it ends. Returns whether there was a panic in it, and
     whether the time was over."""
     assert qemu.stdout is not None
     panicked, tail = False, b""
@@ -299,7 +298,7 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--memory", type=int, default=1536, metavar="MIB", help="of the guest [%(default)s]"
     )
-    # With two, and the host's processors busy, everything is slower: each waits for the other's
+    # With two processors, and the host's busy, everything is slower: each waits for the other's
     # emulation.
     parser.add_argument(
         "--cpus", type=int, default=1, metavar="N", help="of the guest [%(default)s]"

@@ -1,1 +1,1 @@
-"""How a running guest fares that moves, by QEMU's own means and by pagenet's."""
+"""Migrations of a running guest, by QEMU's own means and by pagenet's."""

@@ -23,19 +23,20 @@ from ._qemu_methods import METHODS, OURS, Method, Outcome, monotonic
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
 
-#: the guest's rate is that of its last so many seconds before it was told to move
+#: seconds before the command over which the guest's own rate is measured
 BEFORE_SECONDS = 2.0
-#: it is watched until so many seconds after its last page has come
+#: seconds for which the guest is watched after its last page has come
 AFTER_SECONDS = 1.0
-#: what the targets are set for: Mbit/s
+#: Mbit/s of the link that the targets are set for
 TARGET_RATE = 1000
-# : pages that the guest writes (tools/guest), at random, for each page of its round through all
-# that it works on
+#: pages that the guest (tools/guest) writes at random for each page of its sweep through all that
+#: it works on
 WRITES_PER_SWEPT = 4
 _PAGE = 4096
-#: as much again counts as no more: a downtime is some ms of a scheduler's whims
+#: a downtime up to this many times another counts as no longer: it varies by some ms with the
+#: scheduler
 SAME = 1.25
-# Beyond what the link takes for all of the RAM four times over.
+# Seconds, beyond the time that the link takes for all of the RAM four times.
 _PATIENCE = 120.0
 
 
@@ -57,11 +58,11 @@ class QemuOptions:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One of them. All times in seconds of time.monotonic().
+    """One migration. All times are in seconds of time.monotonic().
 
     ``asked``: the command was given; ``began``: QEMU was told to migrate; ``stopped``, ``resumed``:
-    the guest, by its QEMUs' own clocks; ``outcome``: what the method itself has to tell; ``work``:
-    bytes that the guest works on; ``rate``: of the link, in Mbit/s.
+    when the guest was, by its QEMUs' own clocks; ``outcome``: what the method reports; ``wire``:
+    bytes on the link; ``work``: bytes that the guest works on; ``rate``: of the link, in Mbit/s.
     """
 
     method: str
@@ -93,7 +94,7 @@ class Migration:
         return None if self.outcome.completed is None else self.outcome.completed - self.began
 
     def command_s(self) -> float | None:
-        """With what it takes before QEMU is told, in which the guest is not disturbed."""
+        """Seconds in all, with those before QEMU is told, in which the guest is not disturbed."""
         return None if self.outcome.completed is None else self.outcome.completed - self.asked
 
     def wire_bytes(self) -> int:
@@ -110,23 +111,24 @@ class Migration:
         return None if self._end is None else self.story.longest_gap(self.asked, self._end) * 1e3
 
     def lost_ms(self) -> float | None:
-        """How long the guest would have needed, at its rate before, for the work that it did not do
-        meanwhile."""
+        """How long the guest would have needed, at its rate before the migration, for the work that
+        it did not do during it."""
         if self._end is None:
             return None
         did = self.story.rate(self.asked, self._end) / self.writes_per_s()
         return (1 - did) * (self._end - self.asked) * 1e3
 
     def least_lost_ms(self) -> float | None:
-        """What nothing after the switch could save: the guest gets through all that it works on no
-        sooner than that has come over the link, in whichever order. None over a loopback."""
+        """A lower bound of :meth:`lost_ms` for pages that come after the switch: in whichever order
+        they come, the guest completes a sweep through the memory that it works on no sooner than
+        all of that has come over the link. None over a loopback."""
         if self.rate is None:
             return None
         writes = self.work / _PAGE * WRITES_PER_SWEPT
         return max(0.0, self.work * 8 / (self.rate * 1e6) - writes / self.writes_per_s()) * 1e3
 
     def writes_per_s(self) -> float:
-        """Of the guest, before."""
+        """Pages that the guest wrote per second before the command."""
         return self.story.rate(self.asked - BEFORE_SECONDS, self.asked)
 
 
@@ -139,12 +141,13 @@ class QemuResult:
     migrations: Sequence[Migration]
 
     def median(self, of: Callable[[Migration], float | None]) -> float | None:
-        """Of those that converged; None if none did, or if the method has no such figure."""
+        """Over the migrations that have the figure, which mostly those have that converged; None if
+        none has it."""
         values = [value for value in map(of, self.migrations) if value is not None]
         return median(values) if values else None
 
     def typical(self) -> Migration:
-        """The one to draw: with the median of the longest gaps."""
+        """The migration to draw: the one with the median of the longest gaps."""
         return sorted(self.migrations, key=lambda one: one.longest_gap_ms() or 0.0)[
             len(self.migrations) // 2
         ]
@@ -154,11 +157,11 @@ async def measure_qemu(
     options: QemuOptions, on_migration: Callable[[Migration], None]
 ) -> list[QemuResult]:
     """A result for each size and method. In each round each method has its turn. ``on_migration``
-    hears of each.
+    is called with each migration.
 
     :exc:`UsageError`, :exc:`~pagenet.errors.Unsupported` if it cannot be done here;
-    :exc:`~pagenet.errors.PagenetError` if a guest does not get there. Migrations that end with a
-    guest that is not what it was are in the results.
+    :exc:`~pagenet.errors.PagenetError` if a guest does not arrive. Migrations after which the guest
+    was not what it was are in the results.
     """
     check_tools(QEMU)
     _check_memory(options)
@@ -178,7 +181,8 @@ async def measure_qemu(
 
 
 def _check_memory(options: QemuOptions) -> None:
-    """Two machines, both whole at the end. Half of tmpfs is what a system has by default."""
+    """:exc:`UsageError` without room for two machines, of which both have all their RAM in the end.
+    By default /dev/shm may take half of a system's memory."""
     needed = 2 * max(options.rams)
     status = os.statvfs("/dev/shm")
     for there, where in (
@@ -193,8 +197,8 @@ def _check_memory(options: QemuOptions) -> None:
 
 
 async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -> Migration:
-    # A host may have taken the memory that its guests, of which this may be one, leave free:
-    # getting it back takes long.
+    # This machine may be a guest, and its host may have taken back the memory that is free here:
+    # getting that again takes long.
     await trio.to_thread.run_sync(bench_claim_memory, 2 * guest.ram)
     async with open_site(link) as site, AsyncExitStack() as stack:
         starting = start_machine(site, guest, "source", at=link.source, shared=method.shared)
@@ -231,8 +235,8 @@ def _is_setup(data: dict[str, object]) -> bool:
 async def _ending(
     source: Machine, destination: Machine, outcome: Outcome
 ) -> tuple[Story, float | None, float | None]:
-    """What became of the guest, once it has verified all of its memory, and when it was stopped and
-    resumed."""
+    """The guest's story, once it has verified all of its memory, and when it was stopped and
+    resumed (None if it did not move)."""
     if outcome.completed is None:
         await source.serial.wait_verified()
         return Story.of(source.serial), None, None
@@ -240,12 +244,12 @@ async def _ending(
     resume = await destination.qmp.wait_event("RESUME", patience=1)
     await trio.sleep(outcome.completed + AFTER_SECONDS - time.monotonic())
     with suppress(ProcessLookupError):
-        os.kill(source.pid, signal.SIGKILL)  # the guest does without it
+        os.kill(source.pid, signal.SIGKILL)  # the guest has left this machine
     await destination.serial.wait_verified()
     return Story.of(source.serial, destination.serial), monotonic(stop), monotonic(resume)
 
 
-# ---- what is to be reached ----
+# ---- targets ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +266,7 @@ class Target:
 
 
 def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Target]:
-    """Those that can be told from what was measured: they are set for 1 Gbit/s, and for a
+    """The targets for which figures were measured. They are set for 1 Gbit/s, and for a
     loopback."""
     targets: list[Target] = []
     ours = [result for result in results if result.method in OURS]
@@ -274,7 +278,7 @@ def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Targ
         postcopy, preempt = others.get("postcopy"), others.get("preempt")
         wanted: list[tuple[str, Callable[[Migration], float | None], QemuResult | None, float]] = [
             (
-                "total, of QEMU postcopy's",
+                "total, relative to QEMU postcopy's",
                 Migration.total_s,
                 postcopy,
                 1.0 if options.rate is None else 1.02,
@@ -282,21 +286,24 @@ def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Targ
         ]
         if options.rate is not None:
             wanted += [
-                ("longest gap, of preempt's", Migration.longest_gap_ms, preempt, 0.2),
-                ("guest work lost, of preempt's", Migration.lost_ms, preempt, 0.33),
-                ("downtime, of QEMU postcopy's", Migration.downtime_ms, postcopy, 1.0),
-                ("downtime, of preempt's", Migration.downtime_ms, preempt, 1.0),
+                ("longest gap, relative to preempt's", Migration.longest_gap_ms, preempt, 0.2),
+                ("guest work lost, relative to preempt's", Migration.lost_ms, preempt, 0.33),
+                ("downtime, relative to QEMU postcopy's", Migration.downtime_ms, postcopy, 1.0),
+                ("downtime, relative to preempt's", Migration.downtime_ms, preempt, 1.0),
             ]
         for words, of, other, limit in wanted:
             if other is not None:
                 targets += _ratio(f"{who}: {words}", result.median(of), other.median(of), limit)
         if options.rate is not None:
             targets += _ratio(
-                f"{who}: downtime, of 10 ms", result.median(Migration.downtime_ms), 10.0, 1.0
+                f"{who}: downtime, relative to 10 ms",
+                result.median(Migration.downtime_ms),
+                10.0,
+                1.0,
             )
             first = next(other for other in ours if other.method == result.method)
             if first is not result:
-                words = f"{who}: downtime, of that with {first.ram >> 20} MiB"
+                words = f"{who}: downtime, relative to that with {first.ram >> 20} MiB"
                 targets += _ratio(
                     words,
                     result.median(Migration.downtime_ms),

@@ -1,4 +1,4 @@
-"""The guest that is moved: the machine it runs in, what it says, and what can be read from that."""
+"""The guest that is moved: its machine, its output, and what that output tells."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
     "start_machine",
 ]
 
-#: between two heartbeats, if nothing keeps the guest from working
+#: ms between two heartbeats, if nothing keeps the guest from working
 BEAT_MS = 10
 # An emulated guest on a busy host boots slowly.
 _PATIENCE = 120.0
@@ -64,17 +64,19 @@ class Guest:
 
 
 def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[str]:
-    """A machine for it, whose RAM is a shared file, or private as QEMU has it by default. Its
-    sockets are in the site's directory: two monitors, one of which is ours, and the serial port."""
+    """QEMU's command line for a machine with that guest. Its RAM is a shared file, or private as is
+    QEMU's default. Its sockets are in the site's directory: two monitors, one of which is the
+    bench's own, and the serial port."""
     mib = guest.ram >> 20
-    # silent but for its death, or its words get in between the guest's
+    # the kernel is silent but for its death: its words would mix with the guest's
     kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
     work = (
         f"wl_mb={mib * guest.work // 100} wl_wss={max(1, mib * guest.hot // 100)} wl_hb={BEAT_MS}"
         f" wl_threads={guest.cpus}"
     )
     if guest.accel == "kvm":
-        # for bare.c: enough to know a page by, where the processor has to be emulated all the same
+        # for bare.c: enough words of a page to recognise it, where the processor is emulated even
+        # under KVM
         work += " wl_words=16"
     size = f"id=ram0,size={guest.ram}"
     options = {
@@ -92,8 +94,8 @@ def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[s
         "-display": "none",
         "-chardev": f"socket,id=ours,path={site.directory / name}.ours,server=on,wait=off",
         "-mon": "chardev=ours,mode=control",
-        # Behind the monitors: QEMU makes them in this order, and so whoever has met the last one
-        # finds the others.
+        # Behind the monitors: QEMU makes sockets in this order, so when the last one is there, the
+        # others are.
         "-qmp": f"unix:{site.directory / name}.qmp,server=on,wait=off",
         "-serial": f"unix:{site.directory / name}.serial,server=on,wait=off",
         "-kernel": str(guest.files.kernel),
@@ -104,7 +106,7 @@ def qemu_command(site: Site, guest: Guest, name: str, *, shared: bool) -> list[s
 
 
 def find_guest(kernel: Path | None, initrd: Path | None, accel: str) -> GuestFiles:
-    """What QEMU is to boot: those files, or what the checkout that this is has a builder for.
+    """What QEMU is to boot: those files, or what tools/guest/build.py makes if this is a checkout.
     :exc:`UsageError` if there is neither."""
     if kernel is None:
         if initrd is not None:
@@ -137,12 +139,12 @@ def _built(accel: str) -> GuestFiles:
     return GuestFiles(Path(made["kernel"]), Path(made["initrd"]))
 
 
-# ---- what it says ----
+# ---- output ----
 
 
 class Beat(NamedTuple):
-    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has
-    started."""
+    """A heartbeat. ``writes`` and ``bad`` count pages, and ``sweeps`` sweeps through the memory,
+    since the guest has started."""
 
     time: float
     seq: int
@@ -160,15 +162,15 @@ def _beat(line: Line) -> Beat | None:
 
 
 def _goes_on(beats: Sequence[Beat], text: str) -> bool:
-    """Whether that is the heartbeat after the last of those."""
+    """Whether ``text`` is the heartbeat that follows the last of ``beats``."""
     beat = _beat(Line(0.0, text))
     return beat is not None and (not beats or beat.seq == beats[-1].seq + 1)
 
 
 def joined_line(before: str, after: str, makes_sense: Callable[[str], bool]) -> str:
-    """A line whose end comes out of another machine than its beginning. A QEMU whose serial port
-    was held up may have said the last character once more, here or there, and more than once: what
-    makes sense is what was said.
+    """A line that begins on one machine and ends on another. A QEMU whose serial port was blocked
+    may repeat the last character, on either machine, and more than once: the reading that makes
+    sense is returned.
     """
     last = before[-1:]
     head, tail = before.rstrip(last), after.lstrip(last)
@@ -191,7 +193,7 @@ class Serial(Words):
             self.beats.append(beat)
 
     async def wait_beats(self, seconds: float) -> None:
-        """Until it has worked that long since its first heartbeat."""
+        """Wait until the guest has worked for ``seconds`` since its first heartbeat."""
 
         def has_worked() -> bool:
             return bool(self.beats) and self.beats[-1].time - self.beats[0].time >= seconds
@@ -199,8 +201,8 @@ class Serial(Words):
         await self.wait(has_worked, "heartbeat", _PATIENCE)
 
     async def wait_verified(self) -> None:
-        """Until it has gone through all its memory from now on: a round is under way, so the second
-        one counts."""
+        """Wait until the guest has swept through all its memory from now on. A sweep is under way,
+        so the one after it counts."""
         await self.wait(lambda: self.beats, "heartbeat", _PATIENCE)
         enough = self.beats[-1].sweeps + 2
         await self.wait(
@@ -219,7 +221,7 @@ class Serial(Words):
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A guest's heartbeats through all the machines that it was in. ``unbroken``: none of them is
+    """A guest's heartbeats on all the machines that it was in. ``unbroken``: none of them is
     missing or garbled."""
 
     beats: Sequence[Beat]
@@ -246,7 +248,7 @@ class Story:
 
     @property
     def bad(self) -> int:
-        """Pages that did not hold what they should."""
+        """Pages whose content was wrong."""
         return self.beats[-1].bad
 
     def longest_gap(self, start: float, end: float) -> float:
@@ -259,7 +261,7 @@ class Story:
         )
 
     def writes_at(self, time: float) -> float:
-        """Pages written up to then; between two heartbeats as if they had come evenly."""
+        """Pages written until ``time``, interpolated between two heartbeats."""
         place = bisect.bisect_left(self.beats, time, key=lambda beat: beat.time)
         if place in (0, len(self.beats)):
             return self.beats[max(0, place - 1)].writes
@@ -279,8 +281,8 @@ class Story:
 
 @dataclass(slots=True)
 class Machine:
-    """``qmp``: our own monitor; ``monitor``: the other one's socket; ``ram``: the file behind its
-    RAM, if that is one."""
+    """``qmp``: the bench's own monitor; ``monitor``: the socket of the other one; ``ram``: the file
+    of its RAM, if it is shared."""
 
     pid: int
     qmp: Qmp
@@ -307,8 +309,8 @@ async def start_machine(
 
 @asynccontextmanager
 async def meet_machine(site: Site, name: str, pid: int, started_as: str) -> AsyncIterator[Machine]:
-    """A QEMU that was started as ``started_as``, by us or for us; it is killed when the block
-    ends."""
+    """A QEMU that was started under the name ``started_as``, by the bench or for it. It is killed
+    when the block ends."""
     serial = Serial(f"the guest ({name})", site.errors(started_as))
     async with killing(pid) as pidfd:
         site.listen_to(serial, await _connect(site.directory / f"{name}.serial", pidfd, serial))
@@ -319,10 +321,11 @@ async def meet_machine(site: Site, name: str, pid: int, started_as: str) -> Asyn
 
 
 async def _connect(path: Path, pidfd: int, serial: Serial) -> trio.SocketStream:
-    """Soon enough to hear the guest's first words: QEMU drops what nobody listens to."""
+    """Connect early enough for the guest's first words: QEMU drops output while no client is
+    connected."""
     while not select.select([pidfd], [], [], 0)[0]:
         try:
             return await trio.open_unix_socket(path)
         except OSError:
-            await trio.sleep(0.005)  # QEMU is not that far yet
+            await trio.sleep(0.005)  # QEMU has not made it yet
     raise PagenetError(f"QEMU has ended at once{serial.complaint()}")

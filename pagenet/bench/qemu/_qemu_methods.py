@@ -1,4 +1,4 @@
-"""The ways to move a guest that are compared: QEMU's own, and pagenet's."""
+"""The methods of migration that are compared: QEMU's own, and pagenet's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machi
 
 __all__ = ["METHODS", "OURS", "Method", "Outcome", "monotonic"]
 
-# QEMU's word for no limit of its own; the link is the limit, for all alike.
+# With this value QEMU has no limit of its own: the link is the limit, for all methods.
 _UNLIMITED = 10**12
-# A precopy that has not converged by then never will: the guest writes faster than the link
-# carries.
+# Seconds. A precopy that has not converged by then never will: the guest writes faster than the
+# link carries.
 _PRECOPY_SECONDS = 20.0
 _START_SECONDS = 30.0
 _PORT = 7000
@@ -30,8 +30,9 @@ class Outcome:
     """``completed``: when the last page was there (s of time.monotonic()); None: the guest could
     not be moved.
 
-    ``faults``: that were answered over the network. ``p50_us``, ``p99_us``: how long they took, as
-    pagenet counts it. ``blocked_ms``: how long the guest waited for them in all, as QEMU counts it.
+    ``faults``: how many were answered over the network. ``p50_us``, ``p99_us``: how long they took,
+    as pagenet counts it. ``blocked_ms``: how long the guest waited for them in all, as QEMU counts
+    it.
     """
 
     completed: float | None
@@ -42,7 +43,8 @@ class Outcome:
 
 
 class Method(Protocol):
-    """``shared``: what RAM the source's machine has (see :func:`~._qemu_guest.qemu_command`)."""
+    """``shared``: whether the source's machine has shared RAM (see
+    :func:`~._qemu_guest.qemu_command`)."""
 
     name: str
     shared: bool
@@ -51,7 +53,8 @@ class Method(Protocol):
         """Start a machine that waits for the guest, and whatever else belongs to it."""
 
     async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
-        """Have the guest move: return when every page is there."""
+        """Move the guest. Returns when every page is at the destination, or when a precopy is given
+        up."""
 
 
 # ---- QEMU's own ----
@@ -126,7 +129,7 @@ async def _status(qmp: Qmp, status: str, patience: float) -> QmpEvent:
 
 
 def monotonic(event: QmpEvent) -> float:
-    """When it was, on the clock of time.monotonic()."""
+    """When ``event`` came, on the clock of time.monotonic()."""
     return event.time - time.time() + time.monotonic()
 
 
@@ -177,7 +180,7 @@ class _Pagenet:
 
 @dataclass(slots=True)
 class _Attached(_Pagenet):
-    """Without it, in a QEMU that waits already."""
+    """Without the preload library, in a QEMU that waits already."""
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
         starting = start_machine(
@@ -189,7 +192,7 @@ class _Attached(_Pagenet):
         return machine
 
 
-#: what can be compared, by name
+#: the methods that can be compared, by name
 METHODS: dict[str, Callable[[], Method]] = {
     "precopy": lambda: _Qemu("precopy"),
     "postcopy": lambda: _Qemu("postcopy", postcopy=True),
@@ -197,5 +200,5 @@ METHODS: dict[str, Callable[[], Method]] = {
     "pagenet": lambda: _Pagenet("pagenet"),
     "attach": lambda: _Attached("attach"),
 }
-#: those of them that are pagenet's
+#: names of pagenet's methods
 OURS = ("pagenet", "attach")

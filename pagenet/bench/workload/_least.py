@@ -1,5 +1,5 @@
-"""What no order can save that does not know the trace: as few blocked touches, and as little stall,
-as chance allows."""
+"""A lower bound for orders that do not know the trace: the fewest blocked touches, and the shortest
+stall, that chance allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAGE = 4096
 
 
 class Least(NamedTuple):
-    """``stall`` in seconds. Both are expectations, so no whole numbers."""
+    """``stall`` in seconds. Both are expectations, so not whole numbers."""
 
     blocked: float
     stall: float
@@ -22,22 +22,23 @@ class Least(NamedTuple):
 def least_stall(
     trace: array[int], pages: int, alike: int, work: float, each: float, rate: float
 ) -> Least:
-    """Of a program that works for ``work`` seconds before each touch, over a link that carries
-    ``rate`` bytes a second.
+    """The lower bound for a program that works for ``work`` seconds before each touch, over a link
+    that carries ``rate`` bytes a second.
 
-    The trace's touches are drawn at random, each from a neighbourhood of ``alike`` pages, which all
-    are as likely: however one orders pages, a touch finds its page missing as often as its
-    neighbourhood is. The order here knows more than any that learns from faults: how often each
-    neighbourhood will be touched, from its first touch on. So at any time the best that the link
-    can carry are pages of the one that is touched most; where nothing is known to be needed, it
-    carries neighbourhoods that nobody has touched yet. Nothing else is in the way of a page that is
-    waited for, which takes ``each`` seconds.
+    The trace's touches are drawn at random, each from a neighbourhood of ``alike`` pages that are
+    equally likely. So in whatever order pages come, the probability that a touch finds its page
+    missing is the missing share of its neighbourhood. The order assumed here knows more than any
+    that learns from faults: from the first touch of a neighbourhood on, it knows how often that one
+    will be touched. So at any time the best that the link can carry are pages of the neighbourhood
+    that is touched most. While no page is known to be needed, the link carries pages of
+    neighbourhoods that were not touched yet. Nothing else delays a page that is waited for, which
+    takes ``each`` seconds.
     """
     touches: dict[int, int] = {}
     for page in trace:
         touches[page // alike] = touches.get(page // alike, 0) + 1
-    there: dict[int, float] = {}  # pages of each neighbourhood
-    wanted: list[tuple[int, int]] = []  # the one most touched first
+    there: dict[int, float] = {}  # resident pages of each neighbourhood
+    wanted: list[tuple[int, int]] = []  # the most touched first
     blind, room, blocked = 0.0, 0.0, 0.0
     for page in trace:
         here = page // alike

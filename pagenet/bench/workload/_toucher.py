@@ -1,4 +1,4 @@
-"""Touching memory, in C, from a thread that can be left behind."""
+"""Touches memory, in C, from a thread that can be left behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Toucher"]
 
 
 class Toucher:
-    """Touches in a thread of its own: a touch that nobody answers can be left behind, until the
-    failed transfer ends it."""
+    """Touches in a thread of its own: a touch that is not answered can be left behind, until the
+    end of the failed transfer ends it."""
 
     def __init__(self, touch: Callable[[], array[int]]) -> None:
         self._touch = touch

@@ -2,9 +2,9 @@
 trace``.
 
 A file is one msgpack map: ``format`` ("pagenet-trace"), ``version`` (1), ``pages`` (of 4 KiB, of
-the program's data) and ``touches``: numbers, two for each page that was touched, in that order: how
-many pages lie between it and the end of the one before, and how many ns the program worked before
-it was touched.
+the program's data) and ``touches``: two numbers for each page that was touched, in the order of the
+touches. The first is the page's number minus that of the page after the previous one; the second is
+how many ns the program worked before the touch.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ __all__ = [
 ]
 
 TOUCHES_FORMAT, TOUCHES_VERSION = "pagenet-trace", 1
-# Before one touch: an hour. Who plays a trace takes as long.
+# Before one touch: an hour. Playing a trace takes as long as it has.
 _MOST_NS = 3600 * 10**9
 
 
 @dataclass(frozen=True)
 class Touches:
-    """Of ``pages`` pages of 4 KiB: which were touched, in the order of their first touches, each
-    with the ns of processor time that the program had taken since the one before."""
+    """Which of ``pages`` pages of 4 KiB were touched, in the order of their first touches, each
+    with the ns of processor time that the program had taken since the previous one."""
 
     pages: int
     touches: tuple[tuple[int, int], ...]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`~pagenet.PagenetError` if it cannot
-        be written."""
+        """Replace the file at ``path``, whole or not at all. :exc:`~pagenet.PagenetError` if it
+        cannot be written."""
         with touches_file(path) as file:
             self.write(file)
 
     def write(self, file: WholeFile) -> None:
-        """As the whole of ``file``."""
+        """Write it as the whole content of ``file``."""
         numbers = list(_packed(self.touches[:MOST_PAGES]))
         fields = {
             "format": TOUCHES_FORMAT,
@@ -59,18 +59,18 @@ class Touches:
 
 
 def touches_file(path: str | os.PathLike[str]) -> WholeFile:
-    """What :class:`Touches` are written into. :exc:`UsageError` if there can be none."""
+    """The file that :class:`Touches` are written into. :exc:`UsageError` if it cannot be made."""
     return WholeFile(path, "trace")
 
 
 def load_touches(path: str | os.PathLike[str]) -> Touches:
-    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version
-    that is not known."""
+    """The trace in that file. :exc:`UsageError`, in one line, if there is none, or if it has
+    another format, is broken, or has an unknown version."""
     return touches_of(load_fields(path, {TOUCHES_FORMAT: TOUCHES_VERSION}, "trace"), path)
 
 
 def touches_of(fields: dict[str, Any], path: str | os.PathLike[str]) -> Touches:
-    """What the fields of that file say. :exc:`UsageError` if they make no sense."""
+    """The trace in the fields of that file. :exc:`UsageError` if they make no sense."""
     try:
         pages, numbers = fields["pages"], fields["touches"]
         if type(pages) is not int or not 0 < pages < 1 << 40 or not isinstance(numbers, list):

@@ -1,4 +1,4 @@
-"""Which pages a program touches, in which order: made up by a rule, or as one really did."""
+"""Which pages a program touches, in which order: made up by a rule, or as a program really did."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from ._touches import TOUCHES_FORMAT, TOUCHES_VERSION, touches_of
 
 __all__ = ["TRACES", "Trace", "alike", "make_trace"]
 
-# Touches that lie close together do so within that many pages: 256 KiB.
+# Touches that lie close together do so within this many pages: 256 KiB.
 _NEIGHBOURHOOD = 64
-# Of the neighbourhoods of 1 GiB, so many are used, as often as Zipf's law with this exponent says.
+# The share of neighbourhoods that are used (of those of 1 GiB, 1350), and the exponent of Zipf's
+# law by which they are.
 _SHARE, _EXPONENT = 1350 / 4096, 1.25
 _STRIDE = 100
 
 
 def _neighbourhoods(pages: int, touches: int, pick: random.Random) -> list[int]:
-    """Zipf over neighbourhoods that are scattered over all of the memory, and any page of each."""
+    """Zipf over neighbourhoods that are scattered over all of the memory; within one, any page."""
     all_of_them = max(1, pages // _NEIGHBOURHOOD)
     used = pick.sample(range(all_of_them), max(1, round(all_of_them * _SHARE)))
     shares = list(accumulate((rank + 1) ** -_EXPONENT for rank in range(len(used))))
@@ -55,7 +56,7 @@ def _random(pages: int, touches: int, pick: random.Random) -> list[int]:
     return [pick.randrange(pages) for _ in range(touches)]
 
 
-#: how to make each of so many pages, and how many touches it has
+#: how to make each, and how many touches it usually has
 TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = {
     "zipf": (_neighbourhoods, 140_000),
     "sequential": (_sequential, 60_000),
@@ -66,22 +67,22 @@ TRACES: dict[str, tuple[Callable[[int, int, random.Random], list[int]], int]] = 
 
 
 def alike(name: str, pages: int) -> int | None:
-    """Within how many pages all are touched alike, if touches are drawn by the same rule from the
-    first to the last."""
+    """The size, in pages, of areas in which all pages are equally likely to be touched. None if
+    touches are not drawn by one rule from the first to the last."""
     return {"zipf": min(_NEIGHBOURHOOD, pages), "random": pages}.get(name)
 
 
 class Trace(NamedTuple):
-    """Pages of 4 KiB in the order in which they are touched; how many ns the program works before
-    each, if that is known."""
+    """``pages``: of 4 KiB, in the order in which they are touched; ``work_ns``: how many ns the
+    program works before each touch, if that is known."""
 
     pages: array[int]
     work_ns: array[int] | None = None
 
 
 def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) -> Trace:
-    """Of ``size`` bytes of memory. ``recorded=FILE``: as ``pagenet-bench trace`` or ``--record``
-    wrote it.
+    """A trace in ``size`` bytes of memory. ``recorded=FILE`` reads what ``pagenet-bench trace`` or
+    ``--record`` wrote.
 
     :exc:`UsageError` if there is no such trace, or nothing in it.
     """
@@ -100,8 +101,8 @@ def make_trace(name: str, size: int, touches: int | None = None, seed: int = 1) 
 
 
 def _recorded(path: str, pages: int) -> Trace:
-    """What lies within so many pages. Whatever blocks a recording has, here they lie one behind the
-    other."""
+    """The touches within the first ``pages`` pages. The blocks of a recording lie one behind the
+    other here."""
     fields = load_fields(path, {FORMAT: VERSION, TOUCHES_FORMAT: TOUCHES_VERSION}, "recording")
     if fields["format"] == FORMAT:
         return Trace(
@@ -109,7 +110,7 @@ def _recorded(path: str, pages: int) -> Trace:
         )
     inside, work_ns, work = array("Q"), array("Q"), 0
     for page, before in touches_of(fields, path).touches:
-        work += before  # also what was done before a touch of a page that is not there
+        work += before  # also the work before a touch of a page that is left out
         if page < pages:
             inside.append(page)
             work_ns.append(work)

@@ -1,8 +1,8 @@
-"""Which pages of its data a program touches first, and how long it works between:
-``native/testing/trace.c``, preloaded, sees it.
+"""Records in which order a program first touches the pages of its data, and how long it works
+between: ``native/testing/trace.c``, preloaded, sees the touches.
 
-The program works on a copy of its data in a memfd, and is never without a byte of it: only its page
-tables fill as it goes.
+The program works on a copy of its data in a memfd, and all bytes of it are there from the
+beginning: only the page tables fill as it goes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DATA = "{}"
 _HEADER = struct.Struct("<QQQQQq")
 _TOUCH = struct.Struct("<QQ")
 _UNIT = 4096
-# Copied between two looks at whether anybody still wants it.
+# Bytes copied between two checks for a cancellation.
 _STEP = 64 << 20
 _PROGRESS_SECONDS = 1.0
-# What a program that is told to end gets before it is killed.
+# Seconds that a program has after it was told to end, before it is killed.
 _END_SECONDS = 5.0
 
 
@@ -57,7 +57,7 @@ class _Data:
     nothing behind."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """:exc:`UsageError` if it cannot be had."""
+        """:exc:`UsageError` if it cannot be made."""
         self._path = os.fspath(path)
         with ExitStack() as stack:
             try:
@@ -87,7 +87,7 @@ class _Data:
         return UsageError(f"cannot copy {self._path} into memory: {error.strerror}")
 
     async def copy(self) -> None:
-        """:exc:`UsageError` if it cannot be."""
+        """Copy the file's bytes. :exc:`UsageError` if that fails."""
         try:
             while await trio.to_thread.run_sync(os.sendfile, self.fd, self._file, None, _STEP):
                 pass
@@ -100,7 +100,7 @@ class _Data:
 
 
 class _Log:
-    """Where the library writes touches down: of ``pages`` pages of this system's size."""
+    """Where the library records touches: of ``pages`` pages of this system's page size."""
 
     def __init__(self, data: int, pages: int) -> None:
         status = os.fstat(data)
@@ -123,7 +123,7 @@ class _Log:
         return _Header(*_HEADER.unpack(os.pread(self._fd, _HEADER.size, 0)))
 
     def touches(self) -> Touches:
-        """Those so far, of pages of 4 KiB: the first of a larger one."""
+        """The touches so far, of pages of 4 KiB: of a larger page, its first 4 KiB."""
         count = min(self.header().touched, self._pages)
         body = os.pread(self._fd, count * _TOUCH.size, _HEADER.size)
         times = mmap.PAGESIZE // _UNIT
@@ -139,8 +139,8 @@ async def trace_program(
     on_event: EventHandler,
 ) -> int:
     """Run a program with a copy of ``data``, whose name replaces ``{}`` in its arguments, and write
-    its first touches to ``output``, also if this is cancelled, which ends the program. Its exit
-    status, or 128 and the signal that ended it.
+    its first touches to ``output``. A cancellation ends the program; its touches until then are
+    written. Returns its exit status, or 128 plus the number of the signal that ended it.
 
     :exc:`UsageError` if data or program cannot be used; :exc:`~pagenet.errors.Unsupported` where
     mappings cannot be watched; :exc:`PagenetError` if it has not mapped the data. Events:
@@ -148,8 +148,8 @@ async def trace_program(
     """
     if not any(DATA in argument for argument in command):
         raise UsageError(f"no argument of the program has {DATA} in it, which stands for its data")
-    Userfaultfd.open(Feature.MINOR_SHMEM).close()  # as the program will
-    # The trace's file first: a program that has run for an hour has then not run in vain.
+    Userfaultfd.open(Feature.MINOR_SHMEM).close()  # as the program will: this shows whether it can
+    # The trace's file is opened first: a program that has run for an hour has then not run in vain.
     with (
         touches_file(output) as file,
         _Data(data) as copy,
@@ -181,7 +181,8 @@ def _variables(log: _Log) -> dict[str, str]:
 async def _running(
     command: Sequence[str], variables: dict[str, str]
 ) -> AsyncIterator[trio.Process]:
-    """With our own standard streams. Told to end when the block does, and killed if it does not."""
+    """Run it with this process's standard streams. When the block ends, it is told to end, and
+    killed if it does not."""
     try:
         process = await trio.lowlevel.open_process(list(command), env=os.environ | variables)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The same touches against every order of the background, over a link of a given rate.
+"""The same touches with every order of the background, over a link of a given rate.
 
-A program touches the pages of a trace, with some work before each touch, while they come. Source
-and program are processes of their own in network namespaces, joined by a link.
+A program touches the pages of a trace, with some work before each touch, while the pages come.
+Source and program are processes of their own in network namespaces, joined by a link.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = [
     "workload_targets",
 ]
 
-#: before each touch of a trace that does not say
+#: us of work before each touch, if the trace does not have it
 USUAL_WORK_US = 50.0
-# The memory's only block, by the source's name for it: a recording is of blocks by their names.
+# The name of the memory's only block at the source: a recording has blocks by their names.
 _BLOCK = "memory"
 
 
@@ -52,8 +52,8 @@ class _Order(NamedTuple):
     prefetch: tuple[int, int] | None
 
 
-# : what is compared, by name. The first writes down what recorded replays; clairvoyant replays the
-# trace itself.
+#: the orders that are compared, by name. A run of ``off`` makes the recording that ``recorded``
+#: replays; ``clairvoyant`` replays the trace itself.
 ORDERS: dict[str, _Order] = {
     "off": _Order("off", (0, 0)),
     "linear 8/8": _Order("linear", (8, 8)),
@@ -65,16 +65,17 @@ ORDERS: dict[str, _Order] = {
 }
 
 
-#: as :class:`~pagenet.uffd.OwnMemory` has them
+#: kinds of :class:`~pagenet.uffd.OwnMemory`
 Memory = Literal["anonymous", "memfd"]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadOptions:
-    """``work_us``: before each touch, None: the program's own, where the trace has that, and else
-    :data:`USUAL_WORK_US`; ``memory``: private, or shared, where a sample tells what was prefetched
-    in vain; ``rate``: of the link, in Mbit/s, None: loopback; ``bandwidth``: that the background is
-    held to, in bytes a second, None: not; ``touches`` None: as many as the trace usually has."""
+    """``touches`` None: as many as the trace usually has. ``work_us``: us of work before each
+    touch; None: the program's own if the trace has that, else :data:`USUAL_WORK_US`. ``memory``:
+    private, or shared, of which a sample tells what was prefetched in vain. ``rate``: of the link,
+    in Mbit/s; None: loopback. ``bandwidth``: limit of the background, in bytes a second; None: no
+    limit."""
 
     lane: LaneKind = "native"
     traces: Sequence[str] = tuple(TRACES)
@@ -90,7 +91,7 @@ class WorkloadOptions:
 
 @dataclass(slots=True)
 class WorkloadResult:
-    """How a trace fared under one order: of each round, what the player said (:mod:`.player`)."""
+    """One trace with one order. ``rounds``: the player's figures of each round (:mod:`.player`)."""
 
     trace: str
     order: str
@@ -99,7 +100,7 @@ class WorkloadResult:
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def figure(self, name: str) -> float | None:
-        """The median of the rounds; None if one of them has none."""
+        """The median of the rounds; None if a round does not have the figure."""
         figures = [told[name] for told in self.rounds]
         return None if None in figures else float(median(figures))
 
@@ -114,8 +115,8 @@ class WorkloadResult:
 
 
 class WorkloadTarget(NamedTuple):
-    """``figure`` of one order is to be at most ``limit``, which ``other`` names; in seconds if that
-    is no other order."""
+    """``figure`` of one order, which is ``value``, is to be at most ``limit``. ``other``: the
+    figure of another order that the limit comes from, or ``seconds``."""
 
     trace: str
     order: str
@@ -132,8 +133,8 @@ class WorkloadTarget(NamedTuple):
 async def measure_workload(
     options: WorkloadOptions, on_result: Callable[[WorkloadResult], None]
 ) -> list[WorkloadResult]:
-    """Each trace against each order, in turn. :exc:`~pagenet.errors.Unsupported` where there can be
-    no such link."""
+    """Each trace with each order, in turn. :exc:`~pagenet.errors.Unsupported` if there can be no
+    such link; :exc:`UsageError` if there is too little memory."""
     if (needed := 2 * options.size + (256 << 20)) > available_memory():
         raise UsageError(
             f"this takes {needed >> 20} MiB of memory, and {available_memory() >> 20} are available"
@@ -147,14 +148,14 @@ async def measure_workload(
     return results
 
 
-# Of what goes over an Ethernet of 1500 bytes a packet, what TCP carries.
+# The share of bytes on an Ethernet with packets of 1500 bytes that TCP carries.
 _PAYLOAD = 1448 / 1514
 
 
 def least_possible(options: WorkloadOptions, results: Sequence[WorkloadResult]) -> dict[str, Least]:
-    """What no order can save that does not know the trace, as far as that can be told: by trace,
-    where ``off`` was measured, whose touches say how long a page takes that nothing is in the way
-    of."""
+    """By trace, the lower bound for orders that do not know it (:func:`~._least.least_stall`), as
+    far as it can be told. It needs a run of ``off``, whose touches tell how long a page takes when
+    nothing is in its way."""
     found = {}
     for off in results:
         same = alike(off.trace, options.size // 4096)
@@ -168,7 +169,7 @@ def least_possible(options: WorkloadOptions, results: Sequence[WorkloadResult]) 
 
 @asynccontextmanager
 async def _served(source: Source, options: WorkloadOptions) -> AsyncIterator[tuple[str, list[str]]]:
-    """Where the source listens, and what comes before a destination's command."""
+    """Where the source listens, and the prefix of a destination's command."""
     async with open_link(options.rate) as link:
         where, there = f"tcp://{link.address}:0", inside(link.destination)
         spec = f"{_BLOCK}={source.spec}"
@@ -243,31 +244,31 @@ class _Shared:
         os.close(self._fd)
 
 
-# ---- what is aimed at ----
+# ---- targets ----
 
-#: trace, order, no more than so many times, the other order, of what
+#: trace, order, at most how many times, the other order, of which figures
 _BOTH = ("blocked", "stall")
 _TARGETS: list[tuple[str, str, float, str, Sequence[str]]] = [
     ("zipf", "hot", 0.1, "off", _BOTH),
     ("zipf", "hot", 0.5, "linear 8/8", _BOTH),
     ("zipf", "recorded", 0.1, "linear 8/8", _BOTH),
     ("zipf", "recorded", 2.0, "clairvoyant", _BOTH),
-    # Among pages that are all alike, touches block the less often, the longer each of them waits
-    # while others come: counts compare orders with the same window alone, and stall compares
-    # everything.
+    # Where all pages are equally likely to be touched, longer waits mean fewer touches that block,
+    # because pages come meanwhile. So counts compare only orders with the same window, and stall
+    # compares all orders.
     ("random", "hot", 1.05, "linear", _BOTH),
     ("random", "hot", 1.05, "linear 8/8", ["stall"]),
 ]
-# Whatever the order, the first touches come before its first page: a connection's first reply, and
-# threads that begin to run. Half of nothing is not to be had, so twice clairvoyant is that much
-# more.
+# In any order the first touches come before the first page: a connection's first reply takes time,
+# and so do threads that begin to run. clairvoyant may be near zero, so a multiple of it gets this
+# much more.
 _START_UP = {"blocked": 50, "stall": 0.01}
 _FOLLOWED_WITHIN = 0.2
 
 
 def workload_targets(results: Sequence[WorkloadResult]) -> list[WorkloadTarget]:
-    """What is aimed at, as far as it was measured: blocked touches and stall of one order against
-    another's."""
+    """The targets for which figures were measured: blocked touches and stall of one order compared
+    with another's."""
     found = []
     by_name = {(result.trace, result.order): result for result in results}
     for trace, order, factor, other, figures in _TARGETS:

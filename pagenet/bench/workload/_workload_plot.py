@@ -10,7 +10,8 @@ from ._workload import WorkloadResult
 
 __all__ = ["plot_workload"]
 
-# Colours that differ in lightness too (Okabe and Ito); what nobody can have is grey.
+# Colours that differ in lightness too (Okabe and Ito); clairvoyant, which no real order can be, is
+# grey.
 _STYLES = {
     "off": ("#000000", ":"),
     "linear 8/8": ("#56b4e9", "-"),

@@ -1,11 +1,11 @@
-"""A program that works on memory while it comes: ``python -m pagenet.bench.workload.player``,
+"""A program that works on memory while pages come: ``python -m pagenet.bench.workload.player``,
 started by pagenet-bench alone.
 
 Its one argument is a JSON object: ``uri``, ``memory`` (a kind of :class:`OwnMemory`), ``lane``,
 ``background``, ``prefetch``, ``max_bandwidth``, ``record``, ``work_us``, ``change`` (the touch with
-which another phase begins, or 0) and ``trace``, a memfd with the pages to touch, behind which, if
-``work_us`` is null, are the ns of work before each. It touches them from C, and says how that went
-as one JSON object.
+which another phase begins, or 0) and ``trace``, a memfd with the pages to touch. If ``work_us`` is
+null, the ns of work before each touch follow them. The program touches the pages from C, and prints
+its figures as one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...uffd import OwnMemory
 from .._task import work_once
 from ._toucher import Toucher
 
-# Seconds between two looks at what is there.
+# Seconds between two looks at residency.
 _LOOK = 0.005
 
 
@@ -36,7 +36,7 @@ def _read_trace(fd: int) -> array[int]:
 
 
 class _Watch:
-    """Looks at what is there while a trace is played."""
+    """Looks at residency while a trace is played."""
 
     def __init__(self, transfer: Transfer, play: Play, trace: array[int], change: int) -> None:
         self._shared = transfer.filling.residency.shared
@@ -51,9 +51,10 @@ class _Watch:
         self._all = array("Q", range(transfer.region.pages)) if change else array("Q")
         self._began = time.monotonic()
         self._changed: float | None = None
-        #: seconds, and how many pages of the working set were there
+        #: seconds, and how many pages of the working set were resident
         self.curve: list[tuple[float, int]] = []
-        #: seconds after the change at which most of what the background had asked for lay behind it
+        #: seconds after the change at which most pages that the background had in flight lay behind
+        #: those touched before it
         self.followed: float | None = None
 
     async def run(self) -> None:
@@ -72,13 +73,13 @@ class _Watch:
                 self.followed = now - self._changed
 
     def seconds_to(self, share: float) -> float | None:
-        """Until that share of the working set was there; None: it never was while the trace was
-        played."""
+        """Seconds until that share of the working set was resident; None if it never was while the
+        trace was played."""
         wanted = share * len(self._set)
         return next((seconds for seconds, there in self.curve if there >= wanted), None)
 
     def wasted(self) -> int:
-        """Pages that came, and that the trace never touches."""
+        """Resident pages that the trace never touches."""
         resident = bench_count(self._shared, array("Q", range(self._shared.pages)), State.RESIDENT)
         return resident - bench_count(self._shared, self._set, State.RESIDENT)
 
