@@ -1,5 +1,5 @@
-"""Two hosts' networks, as namespaces of this one, and the cable between them, which tests cut.
-Needs root, and ip."""
+"""The networks of two hosts, as namespaces of this host, and the cable between them, which tests
+cut. Needs root, and ip."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CUTS: tuple[Cut, ...] = ("down at the source", "down at the destination", "swall
 
 @dataclass(frozen=True)
 class Host:
-    """``within``: runs a command on it. ``ip``: takes commands of ip, a line each, and obeys at
-    once."""
+    """``within``: the prefix of a command that runs on it. ``ip``: takes commands of ip, one a
+    line, and runs them at once."""
 
     name: str
     address: str
@@ -45,15 +45,16 @@ class Cable:
     destination: Host
 
     async def limit(self, rate: str) -> None:
-        """What the source sends, from now on; ``rate`` as tc understands it."""
+        """Limit what the source sends from now on; ``rate`` as tc has it."""
         device = self.source.name
         shape = f"tc qdisc add dev {device} root tbf rate {rate} burst 128kb latency 50ms".split()
         await trio.run_process([*self.source.within, *shape])
 
     async def cut(self, how: Cut) -> None:
-        """Nothing gets through any more, and nobody is told, but for the host whose own end goes
-        down."""
-        if how == "swallowed":  # somewhere in the middle: as frames to an address that nobody has
+        """Nothing gets through any more. No host is told, except one whose own end goes down."""
+        if (
+            how == "swallowed"
+        ):  # in the middle of the path: frames go to an address that no host has
             for host, other in ((self.source, self.destination), (self.destination, self.source)):
                 await host.tell(
                     f"neigh replace {other.address} lladdr {NOBODY} dev {host.name} nud permanent"

@@ -1,4 +1,4 @@
-"""Everything that can be chosen, drawn together, and changed while it runs."""
+"""Everything that can be chosen, drawn together; what can be changed is changed while it runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CHOICES: dict[str, Sequence[Any]] = {
 
 
 def drawn(seed: int) -> dict[str, Any]:
-    """Of each, one that is as likely as the others; the first SEEDS of them have every one."""
+    """A value of each choice, all equally likely; the first SEEDS draws have every value."""
     if seed >= SEEDS:
         return {
             name: random.Random(f"{name} {seed}").choice(choices)
@@ -62,7 +62,8 @@ def drawn(seed: int) -> dict[str, Any]:
 
 
 def make_content(kind: str, draw: random.Random) -> bytes:
-    """Stretches of each, of all lengths: long ones of zeros are left alone in shared memory."""
+    """Stretches of each kind, of all lengths: long ones of zeros are not placed in shared
+    memory."""
     words = [b"page", b"fault", b"lane", b"run"]
     text = b" ".join(draw.choice(words) + b"%d" % draw.randrange(1000) for _ in range(20_000))
     make: dict[str, Callable[[], bytes]] = {
@@ -78,7 +79,7 @@ def make_content(kind: str, draw: random.Random) -> bytes:
 
 
 def write_sparse(path: Path, content: bytes) -> None:
-    """Zeros are holes of the file."""
+    """Write the file with holes for zeros."""
     with path.open("wb") as file:
         file.truncate(len(content))
         for at in range(0, len(content), PAGE):
@@ -95,7 +96,7 @@ def make_memory(kind: Literal["anonymous", "memfd", "allocated"]) -> OwnMemory:
 async def moving(
     choice: dict[str, Any], options: dict[str, Any], memory: OwnMemory, directory: Path
 ) -> AsyncIterator[Transfer]:
-    """From ``source`` in that directory, whoever dials."""
+    """A transfer from ``source`` in that directory, whichever side dials."""
     uri = {"unix": f"unix:{directory}/socket", "memory": f"memory://{directory.name}"}
     transport, source = choice["transport"], str(directory / "source")
     listen = uri.get(transport, f"{transport}://127.0.0.1:0")
@@ -126,7 +127,7 @@ async def moving(
 async def read_at_random(
     memory: OwnMemory, content: bytes, pages: Sequence[int], draw: random.Random
 ) -> None:
-    """In line, in steps, and anywhere."""
+    """Read pages in a line, in steps, and anywhere."""
     for _ in range(12):
         first, step = draw.choice(pages), draw.choice([1, -1, 3, 17])
         for page in range(first, first + 12 * step, step):
@@ -165,7 +166,7 @@ def check_recorded(path: Path, statistics: TransferStatistics) -> None:
 
 
 async def check_moves(choice: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    """tests/rdma/inside does the same."""
+    """Also used by tests/rdma/inside."""
     draw = random.Random(seed)
     content = make_content(choice["content"], draw)
     write_sparse(tmp_path / "source", content)

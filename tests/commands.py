@@ -31,7 +31,7 @@ async def command_at_random(client: ControlClient, draw: random.Random, recordin
 
 
 async def tell_at_random(path: Path, draw: random.Random, recording: Path, seconds: float) -> None:
-    """For so long, unless the transfer is over before."""
+    """Give commands for that time, or until the transfer is over."""
     try:
         with trio.move_on_after(seconds):
             async with connect_control(path) as client:

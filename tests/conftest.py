@@ -1,4 +1,4 @@
-"""What every test gets without asking: nothing may be left behind, and soak tests wait for
+"""What applies to every test: nothing may be left behind, and soak tests run only with
 ``--soak``."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from fuzzing import SOAK_SECONDS, Fuzz
 from leaks import GRACE, left_behind, orphans, own_mounts, snapshot
 
-# On a loaded machine or under a sanitizer, an example that is slow is not one that is wrong.
+# On a loaded machine or under a sanitizer, a slow example is not a wrong one.
 hypothesis.settings.register_profile(
     "pagenet", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -53,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Names the build of the C core under test (installed, in place, or a sanitizer's), and what
-    the fuzzers begin with."""
+    """Names the build of the C core under test (installed, in place, or a sanitizer's), and the
+    fuzzers' first seed."""
     try:
         core = f"C core: {importlib.import_module('pagenet._pagenet').__file__}"
     except ImportError as error:
@@ -93,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @functools.cache
 def uffd_refusal() -> str:
-    """Why this user may not use userfaultfd here; nothing if it may."""
+    """Why this user may not use userfaultfd here; empty if it may."""
     import pagenet.uffd
 
     try:
@@ -104,8 +104,8 @@ def uffd_refusal() -> str:
 
 
 def skip_if_refused(report: pytest.TestReport, item: pytest.Item) -> None:
-    """A test that failed because this user may not use userfaultfd, which its failure says, could
-    not run."""
+    """A test that failed because this user may not use userfaultfd, as its failure tells, is
+    reported as skipped."""
     said = report.longreprtext + "".join(text for _, text in report.sections)
     if (reason := uffd_refusal()) and reason.partition(":")[0] in said:
         path, line, _ = item.location
@@ -130,8 +130,8 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Set up before and torn down after the test's own fixtures; what wider fixtures hold is none
-    of the test's doing.
+    """Set up before and torn down after the test's own fixtures; what wider fixtures keep open is
+    not the test's.
 
     A failed test is not examined: its traceback keeps its variables, and so its files, alive.
     """
@@ -143,14 +143,14 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def uffd_permitted() -> None:
-    """For tests of which userfaultfd is a part, and whose failure without it would not say so."""
+    """For tests that need userfaultfd, and whose failure would not tell that it is missing."""
     if reason := uffd_refusal():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Fuzz:
-    """Rounds to try something in. With ``--soak`` all such tests share the time."""
+    """Rounds of a fuzzer. With ``--soak`` all fuzzers share the time."""
     config = request.config
     seconds = (
         config.option.fuzz_seconds / config.stash[_fuzz_tests]
@@ -170,8 +170,8 @@ def lane(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_orphans() -> Iterator[None]:
-    """A grandchild whose parent has died is no child of this process. The environment it inherited
-    gives it away."""
+    """No orphan may be left behind. A grandchild whose parent has died is no child of this process;
+    the environment that it inherited gives it away."""
     token = f"PAGENET_TEST_SESSION={os.getpid()}.{time.monotonic_ns()}"
     name, _, value = token.partition("=")
     os.environ[name] = value

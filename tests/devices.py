@@ -1,4 +1,4 @@
-"""Guests with devices that use their memory, and what is on the other side of them."""
+"""Guests with devices that use their memory, and the other side of these devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vm import Beat, Serial, qemu_command
 
 from pagenet.qemu import connect_qmp
 
-SHOWN_ROWS = 240  # of 480: the guest draws the others again and again
+SHOWN_ROWS = 240  # of 480: the guest draws the other rows again and again
 BLOCKS = 64
 
 
@@ -32,8 +32,8 @@ def with_devices(directory: Path, name: str, *, swapped: bool = False) -> list[s
         *(network + disk if swapped else disk + network),
         *("-device", "virtio-balloon-pci,free-page-reporting=on"),
     ]
-    # Debian's kernel would write zeros to each page that it gives to the balloon, and so have it
-    # come first.
+    # Without init_on_alloc=0 Debian's kernel would write zeros to each page that it gives to the
+    # balloon, and so wait for the page.
     work = f"init_on_alloc=0 wl_net=1 wl_disk={BLOCKS} wl_screen=1 wl_churn=32"
     return qemu_command(
         directory, name, work=16, hot=4, smp=2, beat_ms=50, options=work, extra=extra
@@ -42,7 +42,7 @@ def with_devices(directory: Path, name: str, *, swapped: bool = False) -> list[s
 
 @asynccontextmanager
 async def echoing(path: Path) -> AsyncIterator[None]:
-    """Somebody on the network who sends every frame back to where it came from."""
+    """A peer on the network, which sends every frame back to where it came from."""
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         await sock.bind(str(path))
 
@@ -59,7 +59,7 @@ async def echoing(path: Path) -> AsyncIterator[None]:
 
 
 async def wait_devices(serial: Serial, since: Beat | None = None) -> Beat:
-    """Until each of them has done more; what they had done then."""
+    """Wait until each device has done more since then. Returns the heartbeat that tells so."""
     before = since.devices if since else {}
 
     def is_there() -> bool:

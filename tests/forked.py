@@ -1,5 +1,5 @@
-"""An owner in a child of the test's own process: starting another Python takes the guest
-seconds."""
+"""Owners, sources and commands in children forked from the test's own process: in the guest,
+starting another Python takes seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pagenet._native import testing
 
 
 class Workload:
-    """``pagenet.testing.workload``, with what it says."""
+    """``pagenet.testing.workload``, and its events."""
 
     def __init__(self, pid: int, output: int) -> None:
         self.pid = pid
@@ -54,7 +54,8 @@ class Workload:
 
 @asynccontextmanager
 async def forked_workload(socket: Path, *arguments: str | int) -> AsyncIterator[Workload]:
-    """With ``arguments`` as its --help has them. Killed in the end, if it still runs."""
+    """A workload with ``arguments`` as its --help has them. It is killed at the end of the block,
+    if it still runs."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -123,7 +124,7 @@ class Command:
         os.close(writing)
         self._said = os.fdopen(reading)
         self._status: int | None = None
-        #: what it has said so far
+        #: its events so far
         self.events: list[dict[str, Any]] = []
 
     @property
@@ -139,7 +140,7 @@ class Command:
         raise AssertionError(f"no {name!r} event, but {self.events} and: {self.stderr}")
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal."""
+        """Its exit code, or minus the number of the signal that ended it."""
         self.events += [json.loads(line) for line in self._said]
         if self._status is None:
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

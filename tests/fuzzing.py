@@ -1,10 +1,10 @@
 """What the fuzzers share: rounds with a seed each, mutations of bytes, and decoders of LZ4 and
-XXH64 that owe nothing to those under test.
+XXH64 that are independent of those under test.
 
 A test takes the fixture ``fuzz`` and does one thing for each of ``fuzz.rounds(count)``. Round ``n``
-draws from the seed of the session plus ``n``, which is printed if it fails: ``--fuzz-seed`` with
-that number makes it the first one. With ``--soak`` the rounds go on until the test's share of an
-hour is over.
+draws from the seed of the session plus ``n``, which is printed if the round fails: ``--fuzz-seed``
+with that number makes it the first round. With ``--soak`` the rounds continue until the test's
+share of an hour is over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRIMES = (
     0x85EBCA77C2B2AE63,
     0x27D4EB2F165667C5,
 )
-#: under a sanitizer a round takes ten times as long, and all else is the same
+#: whether a sanitizer is loaded: a round then takes ten times as long
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or "libtsan" in os.environ.get(
     "LD_PRELOAD", ""
 )
@@ -36,17 +36,17 @@ SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or "libtsan" in os.env
 
 @dataclass
 class Fuzz:
-    """``seconds``: for how long rounds go on, instead of so many; None: no soaking."""
+    """``seconds``: for how long rounds continue, whatever their count; None: no soaking."""
 
     seed: int
     seconds: float | None
     done: int = 0
-    #: how to begin with the round that was begun last
+    #: the option that begins with the round that was begun last
     said: str = "none was begun"
 
     def rounds(self, count: int) -> Iterator[random.Random]:
-        """``count`` of them, fewer under a sanitizer; what fails is said to have done so in the
-        last one that was begun."""
+        """``count`` rounds, fewer under a sanitizer. A failure is reported with the last round that
+        was begun."""
         began, most = time.monotonic(), max(count // 3, 1) if SANITIZED else count
         while self.done < most if self.seconds is None else time.monotonic() - began < self.seconds:
             self.said = f"round {self.done}: --fuzz-seed {self.seed + self.done}"
@@ -87,7 +87,7 @@ def _repeat(pick: random.Random, data: bytearray) -> None:
 
 
 def _number(pick: random.Random, data: bytearray) -> None:
-    """An integer that lies at a limit, where there may be one."""
+    """Puts an integer that lies at a limit where there may be an integer."""
     size = pick.choice([1, 2, 4, 8])
     at = pick.randrange(len(data))
     value = pick.choice(
@@ -102,7 +102,7 @@ MUTATIONS: list[Mutation] = [_flip, _set, _cut, _remove, _insert, _repeat, _numb
 
 
 def mutated(pick: random.Random, data: bytes) -> bytes:
-    """``data`` with one or a few things wrong with it; or, by chance, none."""
+    """``data`` with one or a few errors in it; or, by chance, none."""
     result = bytearray(data)
     for _ in range(pick.choice([1, 1, 1, 2, 4])):
         if result:
@@ -179,30 +179,32 @@ def _finish(result: int, tail: bytes) -> bytes:
 
 # ---- LZ4 blocks ----
 
-# an encoder ends a block with that many literals, and begins no match so near the end
+# an encoder ends a block with at least LAST_LITERALS literals, and begins no match within
+# LAST_MATCH bytes of the end
 LAST_LITERALS, LAST_MATCH = 5, 12
 
 
 class BadBlock(Exception):
-    """It is no LZ4 block."""
+    """The bytes are no LZ4 block."""
 
 
 class NoDistance(BadBlock):
-    """A match from where it goes. liblz4 leaves what is there, and it is for the checksum to say
-    whether that is right."""
+    """A match at distance 0. liblz4 leaves what is in its place, and the checksum must tell whether
+    that is right."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """``proper``: its end keeps the rules for encoders, which decoders may, or may not, insist
-    on."""
+    """``proper``: the block's end keeps the rules for encoders, which a decoder may enforce or
+    not."""
 
     data: bytes
     proper: bool
 
 
 def unpack(block: bytes, limit: int) -> Unpacked:
-    """By the format's description. :exc:`BadBlock`, also for more than ``limit`` bytes."""
+    """Unpacks by the format's description. :exc:`BadBlock` if that fails, or for more than
+    ``limit`` bytes."""
     out, at, last_match, literals = bytearray(), 0, -1, 0
 
     def length(nibble: int) -> int:
@@ -241,7 +243,7 @@ def unpack(block: bytes, limit: int) -> Unpacked:
 
 
 def encode_sequence(literals: bytes, distance: int = 0, size: int = 0) -> bytes:
-    """Literals and, if ``size``, a match of so many bytes (4 at least)."""
+    """Literals and, if ``size`` is not 0, a match of ``size`` bytes (at least 4)."""
     match = size - 4 if size else 0
     token = min(len(literals), 15) << 4 | min(match, 15)
     result = bytes([token]) + _more(len(literals)) + literals
@@ -256,8 +258,8 @@ def _more(length: int) -> bytes:
 
 
 def make_block(pick: random.Random, size: int) -> bytes:
-    """A proper block of so many bytes, with matches near and far, that overlap themselves, and runs
-    of zeros."""
+    """A proper block of ``size`` bytes, with matches near and far, some of which overlap
+    themselves, and runs of zeros."""
     parts: list[bytes] = []
     made = 0
     while size - made > LAST_MATCH + 64 and len(parts) < 40:
@@ -301,7 +303,7 @@ def odd_value(pick: random.Random) -> Any:
 
 
 def odd(pick: random.Random, value: Any) -> Any:
-    """``value`` with something in it that was not expected there."""
+    """``value`` with something unexpected in it."""
     if isinstance(value, dict) and value and pick.random() < 0.9:
         changed, key = dict(value), pick.choice(list(value))
         if pick.random() < 0.2:

@@ -1,7 +1,7 @@
 """A destination's lanes with nothing around them: memory of this process, and sockets whose other
-ends a test holds.
+ends a test has.
 
-Whoever touches memory here does so in C, without the GIL: the handler of the fault may need it.
+Memory is touched in C, without the GIL: the handler of the fault may need it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from pagenet.uffd._handshake import Mapping
 from pagenet.uffd._target import UffdTarget
 
 PAGE = 4096
-# What something that should happen is given before the test fails. Only failures take that long.
+# Seconds to wait for something that should happen before the test fails. Only failures take that
+# long.
 PATIENCE = 20.0
-# Most of what is waited for is there at once, and a thread that sleeps is woken late.
+# Tries before the first sleep: most of what is waited for is there at once, and a thread that
+# sleeps is woken late.
 SPINS = 20
-# How often a lane goes round before a test says that something does not happen. Fewer bytes than a
-# header has.
+# Turns of a lane's loop after which a test takes it that something does not happen. Each turn takes
+# a byte, and these are fewer than a header has.
 TURNS = 5
 MADV_DONTNEED, MADV_REMOVE = 4, 9
 UNBOUNDED = 1 << 40
@@ -61,15 +63,15 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIE
 
 
 def poll(fd: int, events: int, patience: float = 0.0) -> bool:
-    """Whether something of that kind, or the end of it, can be had from ``fd``."""
-    watch = select.poll()  # select() would not tell of a hangup to whoever waits for room
+    """Whether ``fd`` has one of these events, or a hangup."""
+    watch = select.poll()  # select() would not tell a thread that waits for room of a hangup
     watch.register(fd, events)
     return bool(watch.poll(patience * 1000))
 
 
 def wait_others_ran(seconds: float, patience: float = PATIENCE) -> None:
-    """Until this process's other threads have used the processor for so long: it is what a thread
-    that tries again and again does, however slow the machine."""
+    """Wait until this process's other threads have used the processor for ``seconds``: a thread
+    that tries again and again does that, however slow the machine."""
 
     def ran() -> float:
         return time.process_time() - time.thread_time()
@@ -106,7 +108,7 @@ class Call:
 
 
 def content(page: int, page_size: int = PAGE) -> bytes:
-    """What the source has in a page; every sixth is zero."""
+    """What the source has in a page; every sixth page is zero."""
     return (
         bytes(page_size) if page % 6 == 5 else (page + 1).to_bytes(8, "little") * (page_size // 8)
     )
@@ -121,8 +123,8 @@ def contents(run: Run, page_size: int = PAGE) -> bytes:
 
 class Memory:
     """Memory under a userfaultfd: ``low``, of which page ``hole`` is not mapped, and ``high``,
-    which is mapped before it. ``page_size``: pages that its owner wants whole, even if the system's
-    are smaller."""
+    which is mapped before it. ``page_size``: size of pages that its owner gets whole, even if the
+    system's are smaller."""
 
     _outside: _native.Mapped | None = None
 
@@ -172,7 +174,7 @@ class Memory:
             self.target.allocate(0, self.region.size)
 
     def map_outside(self, pages: int) -> int:
-        """The address of memory that the userfaultfd watches, too, and that is not announced."""
+        """The address of memory that the userfaultfd watches too, and that is not announced."""
         flags = os.MFD_HUGETLB if self.kind == "hugetlb" else 0
         fd = os.memfd_create("outside", os.MFD_CLOEXEC | flags) if self.is_shared else -1
         size = pages * self.page_size
@@ -212,7 +214,7 @@ class Memory:
         return self.mapped[piece].address + (page - piece.first) * self.page_size
 
     def read(self, page: int) -> bytes:
-        """Waits for the page. From a thread alone, unless it is known to be there."""
+        """Waits for the page. To be called in a thread, unless the page is known to be there."""
         into = bytearray(self.page_size)
         _native.copy_out(self.address(page), memoryview(into))
         return bytes(into)
@@ -224,20 +226,20 @@ class Memory:
         _native.copy_out(address, into)
 
     def remove(self, run: Run, advice: int) -> None:
-        """Waits for the reader of events."""
+        """Gives pages up by madvise. Waits for the reader of events."""
         length = run.count * self.page_size
         if libc.madvise(Address(self.address(run.first)), Size(length), advice):
             raise OSError(ctypes.get_errno(), "madvise")
 
     def place(self, page: int, data: bytes) -> _native.Placed:
-        """As a third party would."""
+        """Place a page, as a third party would."""
         how = _native.COPY
         return _native.place(
             self.uffd, how, self.address(page), data, self.page_size, self.page_size
         )
 
     def used(self) -> int:
-        """Bytes of the shared memory that the system has had to find."""
+        """Bytes of the shared memory that are allocated."""
         return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
 
     def close(self) -> None:
@@ -252,9 +254,9 @@ class Memory:
 # ---- the source's end of a lane ----
 
 
-@dataclass(eq=False)  # one of 4,096 is looked for again and again
+@dataclass(eq=False)  # compared by identity: one of 4,096 is looked for again and again
 class Open:
-    """A request, and the pages of it that are still to come, as the source counts them."""
+    """An open request: its pages that are still to come, in the source's page numbers."""
 
     request: Request
     next: int
@@ -269,12 +271,12 @@ class Peer:
         self._region, self._wire = region, wire
         self._decoder = RequestDecoder(wire)
         self.shift = (region.max_page_size // wire.max_page_size).bit_length() - 1
-        #: all that was asked for, in pages of the destination's
+        #: all that was asked for, in pages of the destination
         self.asked: list[tuple[Class, Run]] = []
         self.open: list[Open] = []
 
     def read(self) -> None:
-        """What has come, without waiting."""
+        """Read what has come, without waiting."""
         while True:
             try:
                 data = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -289,7 +291,7 @@ class Peer:
                 self.asked.append((request.class_, self.run_of(request.run)))
 
     def run_of(self, run: Run) -> Run:
-        """In pages of the destination's: blocks are whole numbers of those."""
+        """The run in pages of the destination: blocks are whole numbers of those."""
         return Run(run.first >> self.shift, run.count >> self.shift)
 
     def wait_asked(self, count: int) -> None:
@@ -300,7 +302,7 @@ class Peer:
         wait_until(asked, f"{count} requests")
 
     def answer(self, open_: Open, pages: int, zero: bool, pack: bool = False) -> tuple[Run, bytes]:
-        """The bytes of the next reply to a request, of so many pages."""
+        """The bytes of the next reply to a request, for ``pages`` pages."""
         wire = Run(open_.next, pages << self.shift)
         run = self.run_of(wire)
         payload = b"" if zero else contents(run, self._region.max_page_size)
@@ -319,7 +321,7 @@ class Peer:
         return self.run_of(Run(open_.next, open_.end - open_.next))
 
     def send(self, data: bytes | memoryview) -> None:
-        """All of it, as fast as the lane takes it."""
+        """Send all of it, as fast as the lane takes it."""
         view = memoryview(data)
         while view:
             assert poll(self.sock.fileno(), select.POLLOUT, PATIENCE), "the lane does not receive"
@@ -327,9 +329,9 @@ class Peer:
                 view = view[self.sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
 
     def trickle(self, data: bytes) -> bytes:
-        """Sends the first bytes, each once the lane has received the one before, and returns the
+        """Sends the first bytes, each once the lane has received the previous one, and returns the
         rest. Between two receives a lane does all else that it has to do, so what it has not done
-        by then is not about to happen.
+        by then will not happen.
         """
         for at in range(TURNS):
             self.send(data[at : at + 1])
@@ -358,7 +360,7 @@ class Rig:
     driver: Driver
     prefetch: tuple[int, int] = (0, 0)
     window: tuple[int, int, int] = (UNBOUNDED, UNBOUNDED, UNBOUNDED)
-    #: for tests that begin with one lane alone
+    #: lanes to start; some tests begin with one lane alone
     start: Sequence[str] = ("demand", "background")
     buffer_size: int | None = None
     encodings: int = RAW_OR_ZERO
@@ -390,7 +392,7 @@ class Rig:
         try:
             self.lanes.stop()
         finally:
-            self.filling.close()  # whoever still waits goes on
+            self.filling.close()  # threads that still wait are released
             for call in self.calls:
                 with suppress(OSError):
                     call.join()
@@ -401,7 +403,7 @@ class Rig:
 
     @property
     def native(self) -> NativeDriver:
-        """For tests of what lanes in C alone have."""
+        """The driver, for tests of what only lanes in C have."""
         assert isinstance(self.lanes, NativeDriver)
         return self.lanes
 
@@ -453,7 +455,7 @@ class Rig:
         self.lanes.feed(run)
 
     def answer_all(self, peer: Peer) -> int:
-        """Everything that is open, each request with one reply: how many pages."""
+        """Answer every open request with one reply. Returns the number of pages."""
         peer.read()
         pages = 0
         for open_ in list(peer.open):
@@ -524,7 +526,7 @@ class NativeDriver:
 
 
 class TrioDriver:
-    """The oracle."""
+    """Lanes in Trio: the oracle."""
 
     def __init__(self, rig: Rig, demand: socket.socket, background: socket.socket) -> None:
         self._rig = rig
@@ -566,7 +568,8 @@ class TrioDriver:
         return self._thread is not None and self._thread.is_running
 
     def end_of(self, lane: str) -> _native.End:
-        """Of both, as of a loop in C: they end together, with what one of them raises."""
+        """The end of both, in the form of a loop in C: they end together, with the error of one of
+        them."""
         assert self._thread is not None
         try:
             self._thread.join()

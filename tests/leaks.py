@@ -1,9 +1,9 @@
 """What a test leaves behind: a snapshot before, a comparison after.
 
 Three of the six kinds (files in /dev/shm, mounts, network namespaces) belong to the host, not to
-this process. As root, the tests have mounts of their own, so that several runs of them do not see
-each other. Without, other programs of the same host come and go at the same time:
-``PAGENET_TEST_SHARED_HOST=1`` leaves those three out.
+this process. As root, the tests have mounts of their own, so several runs of them do not see each
+other. Without root, other programs of the host make and remove such things at the same time:
+``PAGENET_TEST_SHARED_HOST=1`` leaves these three kinds out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# A thread that Python has joined may still be a moment away from its end in the kernel, and a
-# killed child from its.
+# Seconds. A thread that Python has joined may not have ended in the kernel yet, and neither may a
+# killed child.
 GRACE = 0.5
 
 
@@ -27,12 +27,12 @@ MS_PRIVATE = 1 << 18
 
 
 def own_mounts() -> bool:
-    """A mount namespace for this process, with an empty /dev/shm and no named network namespace;
-    False if it may have none."""
+    """Give this process a mount namespace with an empty /dev/shm and no named network namespace.
+    Returns False if it may have none."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):
         return False
-    # One by one: in a chroot, the root is no mount point.
+    # Each mount on its own: in a chroot, the root is no mount point.
     for line in _read("/proc/self/mountinfo").splitlines():
         point = re.sub(r"\\(\d{3})", lambda digits: chr(int(digits[1], 8)), line.split()[4])
         if " shared:" in line and libc.mount(b"none", point.encode(), None, MS_PRIVATE, None):
@@ -45,8 +45,8 @@ def own_mounts() -> bool:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Each kind maps what identifies a thing to how to describe it; the field's name, spaced, is
-    the kind's."""
+    """Each kind maps the identity of a thing to its description. A field's name, with spaces, is
+    that of the kind."""
 
     file_descriptor: dict[tuple[str, str], str]
     child_process: dict[str, str]
@@ -72,12 +72,12 @@ def snapshot() -> Snapshot:
 
 
 def left_behind(before: Snapshot, grace: float = GRACE) -> list[str]:
-    """What is there now and was not ``before``, a line each. What goes away within ``grace``
+    """What is there now and was not ``before``, in one line each. What goes away within ``grace``
     seconds does not count."""
     leaks = _compare(before, snapshot())
     if not leaks:
         return []
-    gc.collect()  # slow, and only garbage cycles need it: not worth its time while nothing is amiss
+    gc.collect()  # slow, and only garbage cycles need it: only done if something was left
     deadline = time.monotonic() + grace
     while (leaks := _compare(before, snapshot())) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -101,14 +101,14 @@ def _file_descriptors() -> dict[tuple[str, str], str]:
         try:
             target = os.readlink(f"/proc/self/fd/{number}")
         except FileNotFoundError:
-            continue  # the one that listdir itself had open
+            continue  # the descriptor that listdir itself had open
         found[number, target] = f"{number} -> {target}"
     return found
 
 
 def _is_cached_by_trio(task: str) -> bool:
-    """Trio keeps an idle worker thread for ten seconds, under this name. One that still works bears
-    its function's."""
+    """Trio keeps an idle worker thread for ten seconds, under this name. A thread that still works
+    has its function's name."""
     return _read(f"/proc/self/task/{task}/comm").startswith("Trio thread")
 
 
@@ -128,7 +128,7 @@ def _read(path: str) -> str:
 
 
 def _describe(kind: str, name: str) -> str:
-    """Looked up for leaks alone: a command line for every child of every test would cost too
+    """Called for leaks only: reading a command line for every child of every test would cost too
     much."""
     if kind == "child_process":
         command = _read(f"/proc/{name}/cmdline").replace("\0", " ").strip()
@@ -139,8 +139,8 @@ def _describe(kind: str, name: str) -> str:
 
 
 def orphans(token: str) -> Iterator[str]:
-    """Processes that have ``token`` in their environment and are not this one: whoever started them
-    has died first."""
+    """Other processes that have ``token`` in their environment: the process that started them has
+    died first."""
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue

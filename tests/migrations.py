@@ -1,4 +1,5 @@
-"""Both ends of a guest's move, for tests: a destination in this process, and the two commands."""
+"""Both ends of a guest's migration, for tests: a destination in this process, and the two
+commands."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ PATIENCE = 60.0
 
 @dataclass
 class Events:
-    """``ended``: there will be no more, because of ``error`` if that is why."""
+    """``ended``: no more events will come, because of ``error`` if it is set."""
 
     said: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     news: trio.Event = field(default_factory=trio.Event)
@@ -59,7 +60,8 @@ class Events:
 
 @dataclass
 class Destination:
-    """``arrival``: once the guest runs there. ``error``: what :func:`receive` raised instead."""
+    """``arrival``: set once the guest runs there. ``error``: what :func:`receive` raised
+    instead."""
 
     serial: Serial
     qmp: Path
@@ -102,8 +104,8 @@ async def destination(
     listen: str = "",
     **options: Any,
 ) -> AsyncIterator[Destination]:
-    """A QEMU that waits for a guest, and keeps it until the block ends. For the guest without a
-    kernel, or ``command``'s."""
+    """A QEMU that waits for a guest, and keeps it until the block ends: for the guest without a
+    kernel, or that of ``command``."""
     command = command or bare_command(directory, name)
     listen = listen or f"unix:{directory / name}.sock"
     there = Destination(Serial(name), directory / f"{name}.qmp", rams_of(command), listen)
@@ -117,15 +119,15 @@ async def destination(
             yield there
             there.leave.set()
             if not there.ended.is_set() and there.arrival is None:
-                nursery.cancel_scope.cancel()  # nobody came
+                nursery.cancel_scope.cancel()  # no guest came
     finally:
         for ram in rams_of(command):
             ram.unlink(missing_ok=True)
 
 
 async def status_of(monitor: Path) -> str:
-    """Of the machine behind it: "gone" if there is none, "silent" if even its monitor waits for a
-    page."""
+    """The status of the machine behind ``monitor``: "gone" if there is none, "silent" if even its
+    monitor waits for a page."""
     with trio.move_on_after(2):
         try:
             async with connect_qmp(monitor) as qmp:
@@ -142,8 +144,8 @@ async def check_goes_on(serial: Serial) -> None:
 
 
 async def stand_still(pid: int) -> None:
-    """The guest waits for a page. One that came to all that it works on, on a slow machine, never
-    will: that is no harm."""
+    """Wait until the guest waits for a page. On a slow machine, a guest whose pages have all come
+    never will: that does no harm."""
     with trio.move_on_after(5):
         await wait_in_faults(pid, 1)
 
@@ -201,8 +203,9 @@ async def run_incoming(
     listen: Sequence[str] = (),
     within: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Process, Serial, str]]:
-    """``pagenet-qemu incoming``, what its guest says, and where it listens. At the end its QEMU is
-    gone, whoever has it. ``within``: a command that runs it somewhere else."""
+    """``pagenet-qemu incoming``, its guest's output, and where it listens. At the end its QEMU is
+    killed, whichever process is its parent. ``within``: the prefix of a command that runs it
+    somewhere else."""
     command = command or bare_command(directory, name)
     listen = listen or ["tcp://127.0.0.1:0"]
     serial = Serial(name)
@@ -235,7 +238,7 @@ async def kill_machine(pid: int) -> None:
 
 
 def command_of(pid: int) -> bytes:
-    """With its arguments; nothing if it has ended by now."""
+    """The process's command line; empty if it has ended by now."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""

@@ -1,8 +1,7 @@
-"""The processes that tests talk to: daemons, workloads, owners and sources, each a real process of
-its own.
+"""The processes that tests talk to: daemons, workloads, owners and sources, each a real process.
 
-Everything that pulls comes through :func:`pull` or :func:`pull_command`, which take the name of a
-lane, so that the same tests run over each of them.
+Everything that pulls is started by :func:`pull` or :func:`pull_command`, which take the name of a
+kind of lane, so the same tests run over each kind.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from pagenet import _pagenet_testing
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 
-#: what brings the pages; a test that pulls takes one of them
+#: the kinds of lanes; a test that pulls takes one of them
 LANES = ("trio", "native")
 
-# Tests that count faults and pages say what they want of prefetch.
+# Tests that count faults and pages set the prefetch window.
 NO_PREFETCH = ("--prefetch", "0,0")
 
 Event = dict[str, Any]
@@ -54,7 +53,7 @@ def pull_command(*args: str, lane: str, as_json: bool = True) -> list[str]:
 
 
 # The workload without the rest of pagenet, which takes ten times as long to import: hundreds of
-# them are started.
+# workloads are started.
 WORKLOAD = """
 import sys
 from importlib.machinery import ExtensionFileLoader
@@ -69,7 +68,7 @@ sys.exit(testing.lib.pn_workload(len(arguments), ffi.new("char *[]", [*arguments
 
 
 def workload_command(*args: str) -> list[str]:
-    """As :func:`pagenet.testing.workload.workload_command`."""
+    """The same as :func:`pagenet.testing.workload.workload_command`."""
     return [sys.executable, "-c", WORKLOAD, str(_pagenet_testing.__file__), *args]
 
 
@@ -98,11 +97,11 @@ def pull(
     return pagenet.pull(uri, owner, lane=wanted, **{"prefetch": (0, 0), **options})
 
 
-# ---- a process and what it says ----
+# ---- a process and its output ----
 
 
 class Process:
-    """One that is running. ``events``: the JSON objects it has said so far."""
+    """A running process. ``events``: the JSON objects that it has printed so far."""
 
     def __init__(self, process: trio.Process, errors: IO[bytes]) -> None:
         self._process = process
@@ -120,7 +119,7 @@ class Process:
 
     @property
     def stderr(self) -> str:
-        """What it has complained of so far."""
+        """Its stderr so far."""
         return os.pread(self._errors.fileno(), 1 << 20, 0).decode()
 
     async def line(self) -> str | None:
@@ -150,7 +149,8 @@ class Process:
         raise AssertionError(f"no {name!r} event, but {self.events} and: {self.stderr}")
 
     async def wait(self) -> int:
-        """Its exit code, or minus the signal; what it still says goes to ``events``."""
+        """Its exit code, or minus the number of the signal that ended it. What it still prints goes
+        to ``events``."""
         self.events += [json.loads(line) for line in await self.rest()]
         return await self.wait_end()
 
@@ -208,7 +208,7 @@ def run_workload(socket: Path, *args: str | int) -> AbstractAsyncContextManager[
 
 
 async def check_verified(workload: Process, **expected: Any) -> Event:
-    """It has ended, and every byte was right."""
+    """Check that it has ended, and that every byte was right."""
     verified = await workload.event("verified")
     assert (verified["bad"], verified["first_bad"], verified["poisoned"]) == (0, None, 0), verified
     assert {name: verified[name] for name in expected} == expected
@@ -231,13 +231,14 @@ def threads_in_faults(pid: int) -> int:
 
 
 async def wait_in_faults(pid: int, threads: int) -> None:
-    """Until so many threads of a process wait for pages: the kernel tells nobody."""
+    """Wait, by looking again and again, until ``threads`` threads of a process wait for pages: the
+    kernel does not report it."""
     while threads_in_faults(pid) < threads:  # noqa: ASYNC110
         await trio.sleep(0.01)
 
 
 async def stop_process(process: Process) -> None:
-    """Have it stand still, as a machine does that has died."""
+    """Stop it, as if its machine had died."""
     process.send_signal(signal.SIGSTOP)
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC110
         await trio.sleep(0.001)
@@ -247,8 +248,8 @@ async def stop_process(process: Process) -> None:
 
 
 class Relay:
-    """Passes on what both sides say, until the source has said ``hold_after`` bytes: then its words
-    are held back."""
+    """Passes on the bytes of both sides, until the source has sent ``hold_after`` bytes: then the
+    source's bytes are held back."""
 
     def __init__(self, uri: str, hold_after: int) -> None:
         where = urlsplit(uri)
@@ -259,15 +260,15 @@ class Relay:
         self._streams: list[trio.SocketStream] = []
         self._released = trio.Event()
         self.uri = ""
-        #: the source has said that much, and no more gets through
+        #: set when the source has sent that many bytes: no more get through
         self.held = trio.Event()
 
     def release(self) -> None:
         self._released.set()
 
     async def cut(self) -> None:
-        """Break all connections, as the end of a machine does; nothing that was held gets
-        through."""
+        """Break all connections, as the end of a machine does; bytes that were held back are
+        lost."""
         for stream in self._streams:
             await trio.aclose_forcefully(stream)
 
@@ -333,7 +334,7 @@ def write_pattern(
 def write_blocks(
     directory: Path, sizes: Sequence[int], *, seed: int = 0, zero_every: int = 0
 ) -> list[str]:
-    """One file a block, with one pattern through all of them."""
+    """One file for each block, with one pattern through all of them."""
     first, paths = 0, []
     for index, size in enumerate(sizes):
         path = directory / f"block-{index}"
@@ -349,14 +350,14 @@ _RESERVED = Path("/proc/sys/vm/nr_hugepages")
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """Has ``count`` huge pages of 2 MiB free, and some to spare, or skips."""
+    """Makes ``count`` huge pages of 2 MiB free, and some to spare; skips the test if that fails."""
     try:
         file = _RESERVED.open("r+")
     except OSError as error:
         pytest.skip(f"huge pages cannot be reserved: {error.strerror}")
     with file:
-        # Held while they are in use: another run of the tests on this host would take what is there
-        # for free.
+        # Locked while they are in use: another run of the tests on this host would take them for
+        # free.
         fcntl.flock(file, fcntl.LOCK_EX)
         before = int(_RESERVED.read_text())
         _RESERVED.write_text(str(before + count + 4))

@@ -26,7 +26,7 @@ REQUIRED = [
 def run_in_guest(
     *command: str | Path, options: tuple[str | Path, ...] = (), timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` there; stderr has what rdma-guest itself has to say."""
+    """Run ``command`` there; stderr has the messages of rdma-guest itself."""
     here = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PAGENET_GUEST_CACHE": str(_cache())}
     environment = {**os.environ, **here}
     arguments = [RDMA_GUEST, "--timeout", str(timeout), *options, "--", *command]
@@ -37,8 +37,8 @@ def run_in_guest(
 
 def guest_python() -> str:
     """A Python that can import Debian's pyverbs, which is built for Debian's Python, and what the
-    tests need: this one if it is of the same version, else one in the cache. The C core fits both:
-    it is built for any from 3.11 on.
+    tests need: this Python if it is of the same version, else one in the cache. The C core fits
+    both: it is built for any version from 3.11 on.
     """
     if _version(SYSTEM_PYTHON) == f"{sys.version_info[0]}.{sys.version_info[1]}":
         return sys.executable

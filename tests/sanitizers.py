@@ -2,9 +2,9 @@
 needs to run it.
 
 The build is a copy of the whole package, compiled in place: an extension module lives inside its
-package, so that a directory with the extension alone could not go in front of an installed
+package, so a directory with the extension alone could not take precedence over an installed
 ``pagenet``. PYTHONPATH puts the copy first, and PYTHONSAFEPATH keeps the working directory, where
-another ``pagenet`` may be, from going before it.
+another ``pagenet`` may be, from preceding it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NEEDED = ["LICENSE", "README.md", "native", "pagenet", "pyproject.toml", "setup.
 class Sanitizer:
     name: str
     flags: tuple[str, ...]
-    #: not linked into Python, so it has to be loaded before anything else
+    #: the runtime library: it is not linked into Python, so it has to be loaded before anything
+    #: else
     runtime: str
-    # : per runtime; each also gets a log_path (which gcc 12's UndefinedBehaviorSanitizer does not
-    # heed)
+    #: by runtime; each also gets a log_path (which gcc 12's UndefinedBehaviorSanitizer ignores)
     options: Mapping[str, str]
     environment: Mapping[str, str]
 
@@ -37,10 +37,10 @@ ADDRESS = Sanitizer(
     "address",
     ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "libasan.so",
-    # Python frees little of what it has when it exits. A poisoned page is a SIGBUS, and the tests
-    # mean it.
+    # Python frees little of its memory when it exits. A poisoned page is a SIGBUS, which tests
+    # provoke.
     {"ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-    # Python's own allocator would hide the ends of small blocks, such as ffi.new() makes.
+    # Python's own allocator would hide the ends of small blocks, as ffi.new() makes them.
     {"PYTHONMALLOC": "malloc"},
 )
 # Python itself is not instrumented. The GIL is a pthread mutex and condition, which the runtime
@@ -82,8 +82,8 @@ class Build:
         )
 
     def reports(self) -> str:
-        """What the sanitizer has found since the last time, in the process and in those that it
-        started. Takes it away."""
+        """What the sanitizer has found since the last call, in the process and in those that it
+        started. The reports are removed."""
         files = sorted(self.path.glob("report.*"))
         text = "\n".join(file.read_text(errors="replace") for file in files)
         for file in files:
@@ -103,8 +103,8 @@ class Build:
 
 
 def build(sanitizer: Sanitizer, into: Path) -> Build:
-    """:exc:`subprocess.CalledProcessError`, with what the compiler said printed, if it does not
-    build."""
+    """Raises :exc:`subprocess.CalledProcessError`, after the compiler's output was printed, if it
+    does not build."""
     for name in NEEDED:
         source = ROOT / name
         if source.is_dir():
@@ -154,10 +154,10 @@ def _runtime(sanitizer: Sanitizer) -> str:
 
 
 def _without_aslr() -> list[str]:
-    """What to put before ``env``. gcc 12's ThreadSanitizer knows the places that addresses get with
-    vm.mmap_rnd_bits up to 28 and gives up on others (newer kernels' default is 32 and more). Before
-    ``env``, and not after it, since LD_PRELOAD would put the runtime, still with random addresses,
-    into setarch as well. Containers may forbid it; then do without.
+    """The prefix of a command that begins with ``env``. gcc 12's ThreadSanitizer knows the places
+    that addresses get with vm.mmap_rnd_bits up to 28 and gives up on others (newer kernels' default
+    is 32 and more). Before ``env``, and not after it, since LD_PRELOAD would put the runtime, still
+    with random addresses, into setarch as well. Containers may forbid it; then the prefix is empty.
     """
     command = ["setarch", "-R"]
     allowed = (

@@ -1,8 +1,8 @@
-"""Virtual machines that tests move: QEMU as it comes, with a guest that checks its own memory and
-says so all the time.
+"""Virtual machines that tests move: unmodified QEMU, with a guest that verifies its own memory and
+reports all the time.
 
-The guest is tools/guest/init.c on Debian's kernel, or tools/guest/bare.c on none, which is up in no
-time; the heartbeats of either come through the serial port and are read as they come.
+The guest is tools/guest/init.c on Debian's kernel, or tools/guest/bare.c without a kernel, which is
+up in milliseconds. The heartbeats of either come through the serial port and are read as they come.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ needs_guest = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.jo
 #: for a guest that moves
 needs_migration = [needs_guest, pytest.mark.usefixtures("uffd_permitted")]
 
-# A guest that is emulated on a loaded machine takes its time, and one that hangs should not take
-# the whole test's.
+# Seconds. An emulated guest on a loaded machine is slow, but a guest that hangs should not use up
+# the whole test's time.
 PATIENCE = 60.0
 
 
@@ -53,8 +53,8 @@ class GuestFiles(NamedTuple):
 
 @functools.cache
 def guest_files() -> GuestFiles:
-    """What QEMU boots. The very first time it is downloaded and compiled, which takes seconds and
-    needs the network."""
+    """The files that QEMU boots. The first time they are downloaded and compiled, which takes
+    seconds and needs the network."""
     built = subprocess.run([sys.executable, str(BUILDER)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     paths = json.loads(built.stdout)
@@ -75,14 +75,14 @@ def qemu_command(
     options: str = "",
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """For a machine that works on ``work`` MiB, ``hot`` of them being written; its sockets are in
-    ``directory``. ``options``: further ones of init.c.
+    """QEMU's command line for a machine that works on ``work`` MiB, of which ``hot`` are written.
+    Its sockets are in ``directory``. ``options``: further options of init.c.
 
-    Its RAM is the file ``ram``, or one of its own in /dev/shm. The file is made here, and
+    Its RAM is the file ``ram``, or a file of its own in /dev/shm. The file is made here, and
     :func:`run_vm` removes it.
     """
     files = guest_files()
-    # The kernel is silent but for its death: what it said would get into the middle of the guest's
+    # The kernel is silent but for its death: its words would get into the middle of the guest's
     # lines.
     kernel = "console=ttyS0 loglevel=1 panic=-1 nokaslr"
     workload = f"wl_mb={work} wl_wss={hot} wl_hb={beat_ms} wl_threads={smp}"
@@ -138,8 +138,8 @@ def _command(
         "-machine": "pc,memory-backend=ram0",
         "-object": f"memory-backend-file,id=ram0,size={memory},mem-path={ram},share=on",
         "-display": "none",
-        # Before the serial port: QEMU makes them in this order, and so whoever has met the one
-        # finds the other.
+        # Before the serial port: QEMU makes sockets in this order, so when the serial port is
+        # there, the monitor is.
         "-qmp": f"unix:{directory / name}.qmp,server=on,wait=off",
         "-serial": f"unix:{directory / name}.serial,server=on,wait=off",
         **boot,
@@ -167,7 +167,7 @@ def ram_of(command: Sequence[str]) -> Path:
 
 
 def rams_of(command: Sequence[str]) -> list[Path]:
-    """The files behind guest RAM: one, or one for each node, or none for a memfd."""
+    """The files behind guest RAM: one, or one for each NUMA node, or none for a memfd."""
     return [Path(name) for name in re.findall(r"mem-path(?:=|\":\")([^,\s\"]+)", " ".join(command))]
 
 
@@ -182,11 +182,11 @@ def in_memfd(command: Sequence[str]) -> list[str]:
 
 @functools.cache
 def qemu_version() -> tuple[int, ...]:
-    """Of the QEMU that is installed; (0, 0) if none is."""
+    """The version of the QEMU that is installed; (0, 0) if none is."""
     if not shutil.which(QEMU):
         return 0, 0
-    # Under a sanitizer its runtime is preloaded into whatever is started, and QEMU is not made for
-    # that.
+    # A sanitizer's runtime is preloaded into every process that is started, and QEMU is not made
+    # for that.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     told = subprocess.run(
         [QEMU, "--version"], capture_output=True, text=True, check=True, env=environment
@@ -196,7 +196,7 @@ def qemu_version() -> tuple[int, ...]:
     return int(found[1]), int(found[2])
 
 
-# ---- what the guest says ----
+# ---- the guest's output ----
 
 
 class Line(NamedTuple):
@@ -208,8 +208,8 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Beat:
-    """A heartbeat. ``writes``, ``bad`` and ``sweeps`` count pages and rounds since the guest has
-    started, and ``devices`` what was done with each of them."""
+    """A heartbeat. ``writes`` and ``bad`` count pages, ``sweeps`` sweeps through the memory, and
+    ``devices`` what was done with each device, since the guest has started."""
 
     time: float
     seq: int
@@ -236,10 +236,10 @@ def parse_beat(line: Line) -> Beat | None:
 
 
 class Serial:
-    """What a guest says, and those who wait for it. ``lines``, ``beats``: those so far; ``rest``:
-    the line not yet whole.
+    """A guest's output. ``lines``, ``beats``: those so far; ``rest``: the last line, if it is not
+    yet complete.
 
-    ``errors``: what QEMU has complained of, for the message when the guest falls silent.
+    ``errors``: QEMU's stderr, for the message when the guest falls silent.
     """
 
     def __init__(self, name: str = "guest", errors: Path | None = None) -> None:
@@ -266,12 +266,12 @@ class Serial:
         self._tell()
 
     def end(self) -> None:
-        """There will be no more."""
+        """No more output will come."""
         self._has_ended = True
         self._tell()
 
     async def read(self, stream: trio.abc.ReceiveStream) -> None:
-        """All there is, up to the end of the machine."""
+        """Read until the end of the machine."""
         try:
             async with stream:
                 async for data in stream:
@@ -282,8 +282,8 @@ class Serial:
             self.end()
 
     async def wait(self, what: str, is_there: Callable[[], bool]) -> None:
-        """Until ``is_there`` says so, which is asked whenever something was said; ``what`` names it
-        if it never comes."""
+        """Wait until ``is_there`` returns true; it is called after each piece of output. ``what``
+        is for the message if that never happens."""
         with trio.move_on_after(PATIENCE):
             while not is_there() and not self._has_ended:
                 await self._changed.wait()
@@ -291,26 +291,26 @@ class Serial:
         assert is_there(), f"{self.name} {how} before {what}; {self.describe()}"
 
     async def wait_ready(self) -> Line:
-        """Its memory is filled."""
+        """Wait until its memory is filled."""
         await self.wait("READY", lambda: any(line.text.startswith("READY ") for line in self.lines))
         return next(line for line in self.lines if line.text.startswith("READY "))
 
     async def wait_beats(self, count: int) -> None:
-        """Until so many have come, all in all."""
+        """Wait until ``count`` heartbeats have come in all."""
         await self.wait(f"{count} heartbeats", lambda: len(self.beats) >= count)
 
     async def wait_sweeps(self, count: int) -> None:
-        """Until it has verified all its memory so many times, all in all.
+        """Wait until it has verified all its memory ``count`` times in all.
 
-        To know that every page is right from now on, wait for two more than in the last beat: one
-        is under way.
+        To know that every page is right from now on, wait for two sweeps more than in the last
+        beat: one is under way.
         """
         await self.wait(
             f"{count} sweeps", lambda: bool(self.beats) and self.beats[-1].sweeps >= count
         )
 
     def describe(self) -> str:
-        """For those who must say why it was not what they wanted."""
+        """Its last output, for an error message."""
         told = [line.text for line in self.lines[-5:]] + [self.rest]
         errors = self._errors.read_text(errors="replace") if self._errors else ""
         return f"its last lines: {told}; QEMU's complaints: {errors!r}"
@@ -321,8 +321,8 @@ class Serial:
 
 
 def check_unbroken(*serials: Serial) -> None:
-    """The guest has gone from each of them to the next without missing a heartbeat or finding a
-    wrong page."""
+    """Check that the guest has gone from each machine to the next without missing a heartbeat or
+    finding a wrong page."""
     for serial in serials:
         assert serial.lines, f"{serial.name} has said nothing; {serial.describe()}"
     beats: list[Beat] = []
@@ -341,7 +341,7 @@ def check_unbroken(*serials: Serial) -> None:
 
 
 def goes_on(beats: Sequence[Beat], text: str) -> bool:
-    """Whether that is the heartbeat after the last of those."""
+    """Whether ``text`` is the heartbeat that follows the last of ``beats``."""
     beat = parse_beat(Line(0.0, text))
     return beat is not None and (not beats or beat.seq == beats[-1].seq + 1)
 
@@ -420,11 +420,11 @@ async def _run_qemu(
 
 @asynccontextmanager
 async def _guard(pid: int, rams: Sequence[Path]) -> AsyncIterator[None]:
-    """Should this process be killed, QEMU would run for ever, and its RAM stay: the guard sees the
-    end of its input.
+    """If this process were killed, QEMU would run for ever, and its RAM would stay. The guard kills
+    and removes them at the end of its input.
 
-    The kernel's own means for that is the end of the thread that started a process, and Trio's
-    threads end early.
+    The kernel's own means (a signal at the parent's end) goes by the end of the thread that started
+    a process, and Trio's threads end early.
     """
     command = ["sh", "-c", 'read -r _; kill -KILL "$0"; rm -f "$@"', str(pid), *map(str, rams)]
     async with run(command, stdin=subprocess.PIPE):
@@ -432,13 +432,14 @@ async def _guard(pid: int, rams: Sequence[Path]) -> AsyncIterator[None]:
 
 
 async def _connect(path: Path, process: trio.Process, serial: Serial) -> trio.SocketStream:
-    """Soon enough to hear the guest's first words: QEMU drops what nobody listens to."""
+    """Connect early enough for the guest's first words: QEMU drops output while no client is
+    connected."""
     with trio.move_on_after(PATIENCE):
         while process.poll() is None:
             try:
                 return await trio.open_unix_socket(path)
             except OSError:
-                await trio.sleep(0.005)  # QEMU is not that far yet
+                await trio.sleep(0.005)  # QEMU has not made it yet
     raise AssertionError(
         f"{serial.name}: QEMU does not answer, exit code {process.poll()}; {serial.describe()}"
     )

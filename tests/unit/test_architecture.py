@@ -1,5 +1,5 @@
-"""Which module may import which: the graph has all imports, those for the type checker and those
-within functions included."""
+"""Which module may import which. The graph has all imports, including those for the type checker
+and those within functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def modules_of(root: Path, package: str) -> dict[str, Path]:
 
 
 def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    """The modules among ``modules`` that it names. A name out of a package is that package's,
+    """Those of ``modules`` that it imports. A name imported from a package counts as the package,
     unless it is a module."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):

@@ -20,8 +20,9 @@ class Path:
     """A source that compresses, a link, and a destination that asks for the next chunk when one has
     come.
 
-    All in ns a byte: on the wire ``link``; of a page, ``read`` and ``pack`` at the source,
-    ``place`` and ``unpack`` at the destination. ``left``: of each chunk when compressed, in turn.
+    All in ns a byte: of the wire ``link``; of pages ``read`` and ``pack`` at the source, ``place``
+    and ``unpack`` at the destination. ``left``: the share of each chunk that is left when
+    compressed, in turn.
     """
 
     link: float
@@ -31,7 +32,7 @@ class Path:
     place: float = 0.3
     unpack: float = 0.35
     noise: float = 0.0
-    #: of chunks, before or behind which the processor does something else for 4 ms
+    #: the share of chunks before or after which the processor does something else for 4 ms
     stalls: float = 0.0
     choice: Choice = field(default_factory=Choice)
     order: random.Random = field(default_factory=lambda: random.Random(1))
@@ -54,7 +55,7 @@ class Path:
         asked = self.came[-window] if len(self.came) >= window else 0.0
         if asked > self.now:
             self.now = int(asked)
-            if self.link_free < self.now:  # nothing of ours is under way
+            if self.link_free < self.now:  # nothing is in flight
                 self.choice.resume(self.now)
         began, left = self.now, self.left()
         self.now += self.stall()
@@ -84,7 +85,7 @@ class Path:
         self.bytes += CHUNK
 
     def run(self, size: int, mode: str = "auto") -> float:
-        """Seconds until so many bytes of pages are in place."""
+        """Seconds until ``size`` bytes of pages are in place."""
         start = self.placed
         for _ in range(size // CHUNK):
             self.send(mode)
@@ -100,7 +101,7 @@ def always(left: float) -> Callable[[], float]:
 
 
 def mixed(*left: float) -> Callable[[], float]:
-    """In long stretches."""
+    """These values, each for a long stretch."""
 
     def stretches() -> Iterator[float]:
         order = random.Random(7)
@@ -117,7 +118,7 @@ LINKS = {
     "10 Gbit/s": GBIT / 10,
     "memory": 0.15,
 }
-# A mixture knows how far it is: each path gets one of its own.
+# A mixture has a position, so each path gets a mixture of its own.
 CONTENTS: dict[str, Callable[[], Callable[[], float]]] = {
     "program": lambda: always(0.4),
     "random": lambda: always(1.0),
@@ -137,7 +138,7 @@ def test_close_to_the_better_of_the_two(link: str, left: str, noise: float) -> N
         for mode in ("auto", "lz4", "none")
     }
     assert took["auto"] <= 1.03 * took["none"]
-    assert took["auto"] <= 1.15 * min(took.values()) + 0.25  # it has to look first
+    assert took["auto"] <= 1.15 * min(took.values()) + 0.25  # it has to measure first
 
 
 def test_program_text_on_a_gigabit_goes_twice_as_fast() -> None:
@@ -170,7 +171,7 @@ def test_what_is_random_is_sampled_seldom_and_never_tried() -> None:
 
 
 def test_slow_destination_is_not_a_slow_link() -> None:
-    """Compressing promises something and brings nothing: it is tried ever more seldom."""
+    """Compressing looks faster and is not: it is tried ever more seldom."""
     path = Path(0.15, always(0.4), place=20)
     path.run(4 << 30)
     assert path.packed_bytes < 0.1 * path.bytes
@@ -205,7 +206,8 @@ def test_memory_that_becomes_random_and_readable_again() -> None:
     ("link", "packed"), [(10 * GBIT, True), (GBIT, True), (GBIT / 2.5, False), (0.15, False)]
 )
 def test_pages_that_somebody_waits_for(link: float, packed: bool) -> None:
-    """They pay for compressing in full, since nothing else is in flight meanwhile."""
+    """Pages that are waited for pay for compressing in full, since nothing else is in flight
+    meanwhile."""
     path = Path(link, always(0.4))
     path.run(512 << 20)
     assert path.choice.for_demand == packed

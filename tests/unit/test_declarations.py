@@ -54,8 +54,8 @@ def test_types_have_all_that_was_built(name: str) -> None:
 
 
 def built_fields(ffi: FFI, struct: str) -> list[str]:
-    """cffi crashes when it is asked for the fields of a struct that has none to show; it knows no
-    size of such a one."""
+    """cffi crashes when it is asked for the fields of an opaque struct; it knows no size of
+    that."""
     try:
         ffi.sizeof(f"struct {struct}")
     except ffi.error:

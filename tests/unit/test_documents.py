@@ -1,5 +1,5 @@
-"""What the documents name is there: paths, links and their anchors; and their lines are of a length
-that can be read."""
+"""What the documents name exists: paths, links and their anchors. Their lines are not too long to
+read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# The changelog tells of the past, whose files may be gone.
+# Not the changelog: it is about the past, whose files may be gone.
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "CHANGELOG.md"})
 FOLDERS = ("pagenet", "native", "tests", "tools", "docs")
 MAX_LINE = 100
@@ -18,7 +18,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 
 def prose(text: str) -> str:
-    """Without blocks of code between fences."""
+    """The text without blocks of code between fences."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -35,13 +35,13 @@ def bare_names_in(text: str) -> Iterator[str]:
 
 
 def anchors_of(text: str) -> set[str]:
-    """Of each heading, as code hosts make them."""
+    """The anchor of each heading, as code hosts make them."""
     headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links_of(text: str) -> list[str]:
-    """Those to files of the project."""
+    """Links to files of the project."""
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(text))
     return [
         target for target in targets if "://" not in target and not target.startswith("mailto:")
@@ -49,7 +49,8 @@ def links_of(text: str) -> list[str]:
 
 
 def lines_to_read(text: str) -> Iterator[str]:
-    """All but code, rows of tables, which cannot be wrapped, and lines that are one long word."""
+    """All lines but code, rows of tables, which cannot be wrapped, and lines that are one long
+    word."""
     for line in prose(text).splitlines():
         if not line.startswith(("|", "    ")) and " " in line:
             yield line

@@ -34,7 +34,7 @@ def contents(run: Run) -> memoryview:
 
 class FakeMemory:
     """An owner's memory that behaves as the kernel's: threads wait for pages, and a removal waits
-    for its reader, during which nothing can be placed. A :class:`~pagenet.target.Target`."""
+    until its event is read; until then nothing can be placed. A :class:`~pagenet.target.Target`."""
 
     placement = "fake"
     event_fd = None
@@ -49,7 +49,7 @@ class FakeMemory:
         self.removed: set[int] = set()
         #: called when a page is about to be placed
         self.before_placing: Callable[[int], None] = lambda page: None
-        #: what was asked of it, in order
+        #: what was placed, in order
         self.placed: list[Run] = []
         self.settled: list[int] = []
         self.discarded: list[int] = []
@@ -139,7 +139,7 @@ def fault(page: int, minor: bool = False) -> Fault:
 
 
 class Filled:
-    """A filling of fake memory, and the pages that it has asked for."""
+    """A :class:`Filling` of fake memory, and the pages that it has asked for."""
 
     def __init__(self, memory: FakeMemory) -> None:
         self.memory = memory
@@ -148,13 +148,13 @@ class Filled:
 
     @property
     def asked(self) -> list[tuple[Class, Run]]:
-        """What it asked for on the demand lane, from the beginning."""
+        """All that it has asked for on the demand lane."""
         self._asked += self.filling.take_wanted()
         return self._asked
 
     @property
     def demanded(self) -> list[int]:
-        """Pages asked for because somebody waits, one at a time."""
+        """Pages asked for because a thread waits for them, one at a time."""
         assert all(run.count == 1 for class_, run in self.asked if class_ is DEMAND)
         return [run.first for class_, run in self.asked if class_ is DEMAND]
 
@@ -168,11 +168,11 @@ class Filled:
         self.filling.read_events()
 
     def claim(self, first: int, count: int) -> list[Run]:
-        """As the background does."""
+        """Claim pages, as the background does."""
         return list(self.filling.claim(Run(first, count)))
 
     def ask(self, first: int, count: int) -> Run:
-        """As the background does, for pages that are all missing."""
+        """Ask for pages that are all missing, as the background does."""
         run = Run(first, count)
         assert self.claim(first, count) == [run]
         return run
@@ -309,7 +309,7 @@ def test_many_faults_on_one_page_are_one_demand(filled: Filled) -> None:
 def test_page_on_its_way_in_the_background_is_asked_for_once_more(
     filled: Filled, background_first: bool
 ) -> None:
-    """It stands in a queue, and a thread that waits does not wait for that. Whichever comes second
+    """The page stands in a queue, and the thread must not wait for that. The copy that comes second
     is dropped."""
     run = filled.ask(4, 4)
     assert filled.states()[4:] == [State.COMING] * 4
@@ -451,7 +451,7 @@ def test_prefetched_page_that_is_touched_is_not_asked_for_again() -> None:
 
 @pytest.mark.parametrize("state", [State.RESIDENT, State.REMOVED, State.POISONED])
 def test_page_that_is_done_with_is_settled(filled: Filled, state: State) -> None:
-    """Resident: the fault is older than the page, and has missed its wake."""
+    """Resident: the fault is older than the page, whose wake it has missed."""
     filled.filling.residency.set(Run(5, 1), state)
     filled.touch(5)
     assert (filled.asked, filled.memory.settled) == ([], [5])
@@ -471,7 +471,7 @@ def test_settling_reads_events_until_it_can(filled: Filled) -> None:
 
 
 def test_fault_while_its_page_is_being_placed(filled: Filled) -> None:
-    """It is read because a removal elsewhere has to be, and it is answered after all."""
+    """The fault is read because a removal elsewhere has to be read; it is answered all the same."""
 
     def interrupt(page: int) -> None:
         if page == 2 and not filled.memory.removed:
@@ -504,7 +504,7 @@ def test_fault_on_another_missing_page_that_is_read_while_placing(filled: Filled
 
 
 def test_fault_outside_the_mappings(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is settled, as often as it takes, and no page is asked for."""
+    """The fault is settled, as often as it takes, and no page is asked for."""
     settled: list[int | None] = []
 
     def settle(page: int | None, fault: Fault) -> bool:
@@ -520,7 +520,7 @@ def test_fault_outside_the_mappings(filled: Filled, monkeypatch: pytest.MonkeyPa
     assert (demand.faults, demand.outside_faults) == (1, 1)
 
 
-# ---- pages that nobody wants (any more) ----
+# ---- pages that are not wanted (any more) ----
 
 
 def test_page_that_comes_twice_is_placed_once(filled: Filled) -> None:
@@ -571,7 +571,7 @@ def test_claim_leaves_out_what_is_somebody_elses(filled: Filled) -> None:
 
 
 def test_claim_takes_one_part_at_a_time(filled: Filled) -> None:
-    """Whoever asks part by part leaves to others what it has not come to."""
+    """A lane that claims part by part leaves to other lanes what it has not claimed yet."""
     parts = filled.filling.claim(Run(0, 8))
     filled.filling.residency.set(Run(2, 1), State.REMOVED)
     assert next(parts) == Run(0, 2)
@@ -723,7 +723,7 @@ def test_removal_reaches_no_further_than_the_mappings() -> None:
 def test_again_without_an_event_is_asked_again(
     filled: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The event was read, but the owner is not yet through with what it does."""
+    """The event was read, but the owner has not finished the removal yet."""
     outcomes = [Outcome(1, again=True), Outcome(0, again=True), Outcome(0, again=True), Outcome(2)]
     asked: list[Run] = []
 
@@ -819,7 +819,7 @@ _steps = st.lists(
 
 
 class Play:
-    """Steps in any order, then all that is outstanding."""
+    """Steps in any order, and then the end of all that is outstanding."""
 
     def __init__(self) -> None:
         self.filled = make_filled(_PAGES)

@@ -1,4 +1,5 @@
-"""Recordings and traces from anywhere: each is one that makes sense, or an error in one line."""
+"""Recordings and traces with arbitrary content: each is read as one that makes sense, or is an
+error in one line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Words from strangers, of which each decoder makes something that makes sense, or an error of
-pagenet's own in one line: session messages, keys for RDMA, control messages, owners' handshakes and
-notes, a monitor's answers.
+"""Bytes from strangers: each decoder makes a valid message of them, or an error of pagenet's own in
+one line. Session messages, keys for RDMA, control messages, owners' handshakes and notes, a
+monitor's answers.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ENDPOINT = Endpoint(bytes(16), 0, 1, 2, 3, 4).encode()
 
 
 def read_answers(stream: bytes, asked: Run) -> None:
-    """As a lane does: of every page, whether it is zero, and where it is."""
+    """Read answers as a lane does: whether each page is zero, and where it is."""
     answer, run, length = decode_answer(stream[: KEY_HEADER.size])
     body = stream[KEY_HEADER.size : KEY_HEADER.size + length]
     if len(body) < length:
@@ -229,8 +229,7 @@ WORDS: list[dict[str, Any]] = [
 
 
 async def talk(lines: list[bytes]) -> None:
-    """A monitor that greets, lets itself be asked two things, and says ``lines``, whatever they
-    are."""
+    """Talk to a monitor that greets, takes two commands, and sends ``lines``."""
     ours, theirs = trio.socket.socketpair()
     with ours, theirs:
         qmp = Qmp(trio.SocketStream(ours), "/monitor")

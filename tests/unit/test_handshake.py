@@ -1,4 +1,4 @@
-"""pagenet/uffd/_handshake.py: what an owner's text may claim, and how its mappings cover a
+"""pagenet/uffd/_handshake.py: what an owner's text may contain, and how its mappings cover a
 region."""
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_missing_number(key: str) -> None:
     ("change", "reason"),
     [
         ({"page_size": 0}, "page size 0"),
-        ({"page_size": 4}, "page size 4 "),  # what a KiB would be
+        ({"page_size": 4}, "page size 4 "),  # a number of KiB
         ({"page_size": 12288}, "page size 12288"),
         ({"page_size": 2 << 30, "size": 2 << 30}, "power of two from 4 KiB to 1 GiB"),
         ({"page_size": 2**63}, "power of two from 4 KiB to 1 GiB"),
@@ -217,7 +217,7 @@ def at(offset: int, size: int, page_size: int = 4096, address: int | None = None
     [
         ([at(0, REGION.size)], [4096, 4096, 4096]),
         ([at(0, 6 * MIB, 2 * MIB), at(6 * MIB, 12 * KIB)], [2 * MIB, 2 * MIB, 4096]),
-        # what is not mapped stays as it is
+        # memory that is not mapped does not count
         ([at(2 * MIB, 2 * MIB, 2 * MIB)], [2 * MIB, 4096, 4096]),
         ([at(0, 4096), at(8192, 4096)], [4096, 4096, 4096]),
         (
@@ -290,8 +290,8 @@ def test_pieces_are_whole_pages_of_their_block(mapping: Mapping) -> None:
 
 
 def test_block_that_begins_off_its_page_size() -> None:
-    """Its pages begin where it begins, so an owner whose pages are aligned in the flat numbering
-    cannot map it."""
+    """The block's pages begin where the block does, so an owner whose pages are aligned in the flat
+    numbering cannot map it."""
     region = Region([Block("rom", 4096), Block("ram", 4 * MIB)])
     mapping = at(2 * MIB, 2 * MIB, 2 * MIB)
     with pytest.raises(HandshakeError, match="'ram' is not mapped in whole pages"):

@@ -42,8 +42,8 @@ class Map:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    """``work(0)`` to ``work(THREADS - 1)``, let loose at once. cffi drops the GIL around each call,
-    so they do overlap."""
+    """Run ``work(0)`` to ``work(THREADS - 1)`` at the same time. cffi drops the GIL around each
+    call, so they do overlap."""
     start = threading.Barrier(THREADS)
     failures: list[BaseException] = []
 
@@ -145,7 +145,7 @@ def test_find_and_span_of_what_is_not_there() -> None:
 
 
 any_state = st.sampled_from(STATES)
-# : call, first page, pages (cut at the map's end), the state to change from (ignored by set), the
+# call, first page, pages (cut at the map's end), the state to change from (ignored by set), the
 # state to change to
 steps = st.tuples(
     st.sampled_from(["set", "claim", "replace"]),
@@ -183,8 +183,8 @@ def test_any_sequence_against_the_oracle(sequence: list[tuple[str, int, int, int
 
 
 def test_no_page_is_claimed_twice() -> None:
-    """Each claims all that is left, until another is faster with a page, then goes on where that
-    one is: all the time they are at the same page."""
+    """Each thread claims all pages that are left, until another thread is faster with a page, and
+    then goes on behind that page: so all threads are at the same page all the time."""
     size = 500_000
     pages = Map(size)
     won: list[list[range]] = [[] for _ in range(THREADS)]
@@ -203,8 +203,8 @@ def test_no_page_is_claimed_twice() -> None:
 
 
 def test_no_page_is_replaced_twice() -> None:
-    """Whoever lags behind has less to do a page and catches up: all the time they are at the same
-    page."""
+    """A thread that lags behind has less to do for each page, and catches up: all threads are at
+    the same page all the time."""
     size = 1_000_000
     pages = Map(size)
     won = [0] * THREADS
@@ -258,7 +258,7 @@ def test_statistics_lose_nothing_under_contention() -> None:
 
 
 def bucket_of(nanoseconds: int) -> int:
-    """As the header defines it."""
+    """The bucket, as the header defines it."""
     if nanoseconds < 16:
         return nanoseconds
     octave = nanoseconds.bit_length() - 1

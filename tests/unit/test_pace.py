@@ -21,19 +21,19 @@ NARROW, WIDE = 64 * PAGE, 256 * PAGE
 
 @dataclass
 class Link:
-    """Two loops of one destination (demand, background) at the end of a link: so many bytes a
-    second, so long there and back. The source answers in the order in which it was asked."""
+    """Two loops of one destination (demand, background) at the end of a link with a rate (bytes a
+    second) and a round trip. The source answers in the order in which it was asked."""
 
     rate: int = 125_000_000
     trip: int = MS // 5
     window: tuple[int, int, int] = (TUNABLES.window_least, TUNABLES.window_min, TUNABLES.window_max)
     chunk: int = 256 << 10
     limit: int = 0
-    #: what is asked for around pages that are waited for, by a fixed window or by none
+    #: whether pages around those that are waited for are prefetched
     prefetches: bool = False
     now: int = 10 * SECOND
     shared: pn_pace_shared = field(default_factory=lambda: new_struct(pn_pace_shared))
-    #: (time, number, what) of what has been sent to the source, or is coming
+    #: (time, number, what) of what is in flight, to the source or from it
     _events: list[tuple[int, int, tuple[int, int, int]]] = field(default_factory=list)
     _number: int = 0
     _free: int = 0
@@ -63,8 +63,8 @@ class Link:
         return int(self.background.background.in_flight)
 
     def ask(self, class_: int, size: int) -> None:
-        """``size`` bytes are on the wire after half a trip, one after the other, and here after the
-        other half."""
+        """``size`` bytes are on the wire after half a round trip, one request after the other, and
+        at the destination after the other half."""
         lib.pn_pace_sent(self.background if class_ == BACKGROUND else self.demand, class_, size)
         start = max(self.now + self.trip // 2, self._free)
         self._free = start + size * SECOND // self.rate
@@ -74,7 +74,8 @@ class Link:
         )
 
     def feed(self) -> int:
-        """The background asks for what it may: ns until it may ask again by its rate."""
+        """The background asks for what it may. Returns the ns until it may ask again by its
+        rate."""
         lib.pn_pace_look(self.background, self.now, self.prefetches)
         wait = ffi.new("uint64_t *", 2**64 - 1)
         while lib.pn_pace_room(self.background, BACKGROUND):
@@ -88,7 +89,7 @@ class Link:
         return int(wait[0])
 
     def step(self, until: int) -> bool:
-        """On to the next event, with the background fed before: False if there is none before
+        """Feed the background, and go on to the next event. Returns False if there is none before
         ``until``."""
         again = self.now + self.feed()
         due = self._events[0][0] if self._events else 2**64
@@ -115,7 +116,7 @@ class Link:
             pass
 
     def touch(self) -> int:
-        """A thread waits for a page: for how many ns."""
+        """A thread touches a missing page. Returns for how many ns it waits."""
         began, before = self.now, self.came[DEMAND]
         lib.pn_pace_faulted(self.shared, self.now)
         self.ask(DEMAND, PAGE)
@@ -124,7 +125,7 @@ class Link:
         return self.now - began
 
     def touches(self, count: int, pause: int = 0) -> list[int]:
-        """So many, one after the other, with so much time (ns) between them."""
+        """``count`` touches, one after the other, with ``pause`` ns between them."""
         found = []
         for _ in range(count):
             found.append(self.touch())
@@ -141,7 +142,7 @@ def test_background_stays_in_its_window_before_the_first_reply() -> None:
 
 def test_window_opens_while_nobody_faults_and_closes_again() -> None:
     link = Link(window=(NARROW, NARROW, WIDE), limit=2**64 - 1)
-    link.touch()  # how long a page takes at best is known from here on
+    link.touch()  # from here on it is known how long a page takes at best
     link.set_limit(0)
     link.run(SECOND)
     assert link.largest == WIDE
@@ -156,8 +157,8 @@ def test_window_opens_while_nobody_faults_and_closes_again() -> None:
 
 
 def test_window_holds_what_a_long_path_holds() -> None:
-    """A guest that only waits, 20 ms away: the least window would be asked for once in each round
-    trip."""
+    """A guest that only waits, with a round trip of 20 ms: the smallest window would be asked for
+    once in each round trip."""
     link = Link(trip=20 * MS, window=(NARROW, NARROW, WIDE))
     link.touches(100)
     assert link.largest == WIDE
@@ -178,7 +179,7 @@ def test_background_that_is_held_to_a_rate_leaves_the_link_to_who_waits(
     waits: bool, prefetches: bool
 ) -> None:
     """Only beside an owner that waits, and only if something is prefetched. At this rate, 0.15 ms
-    are less than a page."""
+    of it are less than a page."""
     link = Link(
         trip=20 * MS, limit=80 * PAGE * 50, prefetches=prefetches, window=(NARROW, NARROW, WIDE)
     )
@@ -253,7 +254,8 @@ def test_rate_changes_while_it_runs() -> None:
 
 
 def test_a_rate_that_was_next_to_nothing_is_forgotten() -> None:
-    """At a byte a second, the page asked for last would have been paid for an hour later."""
+    """At a byte a second, the page that was asked for last would have been paid for an hour
+    later."""
     link = Link(limit=1)
     link.run(SECOND)
     assert [size for _, size in link.asked] == [PAGE]
@@ -304,7 +306,7 @@ def test_what_is_waited_for_always_has_room() -> None:
 
 
 def test_one_loop_for_both_flows_keeps_them_apart() -> None:
-    """As the loop over RDMA is."""
+    """As in the loop over RDMA."""
     pace = Link().background
     lib.pn_pace_sent(pace, PREFETCH, PAGE)
     lib.pn_pace_sent(pace, BACKGROUND, 3 * PAGE)

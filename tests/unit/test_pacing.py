@@ -1,5 +1,5 @@
-"""How fast the background is, and when it begins, as lanes in Trio have it. In virtual time:
-nothing here depends on how fast the machine is."""
+"""How fast the background is, and when it begins, for lanes in Trio. In virtual time: nothing here
+depends on how fast the machine is."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def never() -> float:
 
 
 async def ask(background: Background, seconds: float, pause: Callable[[], float] = never) -> Asked:
-    """What a lane asks for within that time: when (s), and how much (bytes).
-    ``pause``: how long it gets no processor before a request."""
+    """What a lane asks for within ``seconds``: when (s), and how much (bytes). ``pause``: how long
+    it gets no processor before a request."""
     asked: Asked = []
     with trio.move_on_after(seconds):
         while True:
@@ -62,7 +62,7 @@ async def test_rate_is_kept_smoothly(lost: float, autojump_clock: MockClock) -> 
     background = Background(None)
     background.set_max_bandwidth(rate)
     asked = await ask(background, 2.0, Lost(lost, 0.1))
-    # It begins as if it had missed as much as may be made up for.
+    # A lane begins as if it had missed as much as may be made up for.
     steady = [(at, size) for at, size in asked if at >= MAKE_UP / (PEAK - 1)]
     assert 0.98 <= total(steady) / (rate * (2.0 - steady[0][0])) <= 1.02
     for start, _ in asked:
@@ -93,7 +93,7 @@ async def test_rate_changes_while_it_runs(autojump_clock: MockClock) -> None:
 
 
 async def test_a_rate_that_was_next_to_nothing_is_forgotten(autojump_clock: MockClock) -> None:
-    """At a byte a second, the page asked for last would have been paid for an hour later.
+    """At a byte a second, the page that was asked for last would have been paid for an hour later.
     A lane that waits for that goes on at once."""
     background = Background(None)
     background.set_max_bandwidth(1)
@@ -155,7 +155,7 @@ async def beginning(start: Start, count_faults: Callable[[], int]) -> AsyncItera
 
 
 async def jump(clock: MockClock, steps: int) -> None:
-    """So many steps of 10 ms: whoever sleeps in between is woken in its time."""
+    """``steps`` steps of 10 ms: a task that sleeps in between is woken at its time."""
     for _ in range(steps):
         clock.jump(0.01)
         await wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""native/pack.c: what is packed comes out as it was, and nothing else comes out at all."""
+"""native/pack.c: what is packed is unpacked to the same bytes, and never to others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unpacked(data: bytes, size: int) -> bytes | None:
 
 
 def by_the_book(block: bytes) -> bytes:
-    """LZ4's block format, as it is written down."""
+    """Unpacks by the description of LZ4's block format."""
     pages, at = bytearray(), 0
 
     def length(nibble: int) -> int:
@@ -64,13 +64,15 @@ def test_packed_and_unpacked(size: int) -> None:
 
 def test_checksum_is_xxh64() -> None:
     pages = bytes(place % 251 for place in range(PAGE))
-    assert int.from_bytes(pack(pages)[:8], "little") == 0x122A8C8D994AD3EC  # as xxhsum -H64 has it
+    assert (
+        int.from_bytes(pack(pages)[:8], "little") == 0x122A8C8D994AD3EC
+    )  # as xxhsum -H64 prints it
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 32), st.floats(0, 1))
 def test_any_pages(seed: int, count: int, share: float) -> None:
-    """Pages of which some are random: packed they are shorter, or not packed."""
+    """Pages of which some are random: packed they are shorter, or they are not packed."""
     order = random.Random(seed)
     pages = b"".join(
         order.randbytes(PAGE) if order.random() < share else TEXT[i : i + PAGE]
@@ -133,7 +135,7 @@ def test_a_match_that_copies_what_was_there_before() -> None:
 
 
 def test_no_flipped_bit_changes_a_page() -> None:
-    """There may be two places to copy the same bytes from."""
+    """The packed bytes may change: there may be two places to copy the same bytes from."""
     packed = bytearray(pack(TEXT[:PAGE]))
     for place in range(8 * len(packed)):
         packed[place // 8] ^= 1 << place % 8
@@ -148,7 +150,7 @@ def test_corrupted(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 8))):
         packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
     result = unpacked(bytes(packed), 8 * PAGE)
-    assert result in (None, TEXT[: 8 * PAGE])  # a byte may have been drawn as it was
+    assert result in (None, TEXT[: 8 * PAGE])  # the drawn byte may be the old one
 
 
 @settings(deadline=None, max_examples=200)

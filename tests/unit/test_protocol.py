@@ -1,4 +1,4 @@
-"""pagenet/protocol.py, whole and in pieces, and docs/protocol.md held against it."""
+"""pagenet/protocol.py, whole and in pieces, and docs/protocol.md compared with it."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_garbage_is_known_by_its_first_wrong_byte(garbage: bytes) -> None:
     ("data", "reason"),
     [
         (frame(b"", framing=2), "frames its messages in version 2"),
-        # before any of it is kept
+        # refused before any of it is kept
         (frame(b"", length=MAX_MESSAGE + 1), "a message of 2097153 bytes"),
         (frame(b"", length=2**32 - 1), "a message of 4294967295 bytes"),
     ],
@@ -356,8 +356,8 @@ def test_absurd_block_table(blocks: list[Any], reason: str) -> None:
     ("ours", "theirs", "common"),
     [
         ((1, 1), (1, 1), 1),
-        ((1, 2), (1, 1), 1),  # ours is the newer one
-        ((1, 1), (1, 2), 1),  # theirs is
+        ((1, 2), (1, 1), 1),  # this side is newer
+        ((1, 1), (1, 2), 1),  # the peer is
         ((2, 3), (1, 2), 2),
         ((2, 3), (2, 3), 3),
         ((2, 3), (3, 4), 3),
@@ -426,7 +426,7 @@ def requests(*pieces: bytes) -> list[Request]:
 GOOD_REQUESTS = [
     Request(0, Class.DEMAND, Run(0, 1)),
     Request(2**32 - 1, Class.PREFETCH, Run(2047, 1)),
-    Request(1, Class.BACKGROUND, Run(0, 1024)),  # the most there may be
+    Request(1, Class.BACKGROUND, Run(0, 1024)),  # the largest request
     Request(2, Class.DEMAND, Run(512, 512), unit_shift=9),
     Request(3, Class.BACKGROUND, Run(0, 2048), unit_shift=11),  # 8 MiB, but a single unit
     Request(4, Class.DEMAND, Run(ROM, 3)),
@@ -530,7 +530,7 @@ def test_request_refused(data: bytes, reason: str) -> None:
 
 def test_a_unit_is_a_gigabyte_at_most() -> None:
     """The largest page an owner may have. A reply's length has room for 4 GiB, and a source must
-    hold one unit."""
+    keep one unit in memory."""
     decoder = RequestDecoder(Region([Block("ram", 1 << 40), Block("huge", 1 << 40, 2 << 20)]))
     huge = 1 << 28
     decoder.feed(request(0, 1 << 18, unit=18) + request(huge, 512, unit=9))
@@ -638,7 +638,7 @@ def test_request_ids_begin_again_after_the_last() -> None:
 def test_reply_refused(data: bytes, reason: str) -> None:
     outstanding = asked()
     check_refused(reason, lambda: outstanding.reply(data))
-    assert outstanding.reply(reply()).run == Run(0, 4)  # and the refusal has not moved it on
+    assert outstanding.reply(reply()).run == Run(0, 4)  # the refused reply has changed nothing
 
 
 @pytest.mark.parametrize("length", [0, 4 * 4096, 4 * 4096 + 1, 2**32 - 1])
@@ -673,7 +673,7 @@ def test_reply_that_comes_twice_or_goes_back() -> None:
 
 @pytest.mark.parametrize(
     ("run", "parts"),
-    # HUGE is odd: in its block it is page 0
+    # HUGE is odd; in its block it is page 0
     [(Run(4, 8), [2, 1, 4]), (Run(ROM, 2), [1]), (Run(HUGE, 2), [1])],
 )
 def test_replies_do_not_split_a_unit(run: Run, parts: list[int]) -> None:
@@ -763,7 +763,7 @@ def test_messages_in_any_pieces(messages: list[Message], data: st.DataObject) ->
 
 
 def survives(decode: Callable[[], object]) -> None:
-    """Nothing but RemoteProtocolError comes out, of one line."""
+    """Raises nothing but a RemoteProtocolError of one line."""
     try:
         decode()
     except RemoteProtocolError as error:
@@ -901,7 +901,7 @@ def _tapped(connection: MemoryConnection) -> bytearray:
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
-    """Over ``memory:``, with what is random made the same each time, and files where they have
+    """Records over ``memory:``, with random values that are the same each time, and files with
     short names."""
     recording = Recording()
     monkeypatch.setitem(transport._transports, "memory", MemoryTransport(on_connect=recording.tap))

@@ -87,7 +87,7 @@ def test_split_covers_exactly(region: Region, data: st.DataObject) -> None:
     )
     assert all(region.contains(part) for part in parts)
     assert all(region.size_of(part) <= max_bytes or part.count == 1 for part in parts)
-    for part in parts[:-1]:  # each as long as it may be
+    for part in parts[:-1]:  # each has the maximum length
         longer = Run(part.first, part.count + 1)
         assert not region.contains(longer) or region.size_of(longer) > max_bytes
 

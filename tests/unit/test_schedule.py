@@ -1,4 +1,4 @@
-"""The order of the background: policy alone, over a residency map and nothing else."""
+"""The order of the background: the policy alone, over a residency map."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDERS = [name for name in SCHEDULES if name != "off"]
 
 
 class Bed:
-    """A region of which a schedule names the missing pages, and nobody brings them."""
+    """A region of which a schedule names the missing pages, which never come."""
 
     def __init__(self, name: str, *sizes: int, page_size: int = 4096) -> None:
         self.region = Region(
@@ -40,7 +40,7 @@ class Bed:
             self.schedule.note_faults([page], self.now)
 
     def take(self, max_bytes: int = 4 * MIB) -> Run | None:
-        """The next run, asked for as a lane does it."""
+        """The next run, which is marked as a lane does it."""
         run = self.schedule.next_run(max_bytes)
         if run is not None:
             assert self.region.contains(run)
@@ -97,7 +97,7 @@ def test_every_page_is_named_once_whatever_is_faulted_on(
             if run is None:
                 break
             took = bed.residency.replace(run, State.MISSING, State.COMING)
-            assert took  # it never names in vain what a lane has taken
+            assert took  # it never names pages that a lane has taken
             named += took
         asked = sum(
             bed.residency.state(page) is State.REQUESTED for page in range(bed.region.pages)
@@ -163,7 +163,7 @@ def test_heat_decays(bed: Bed) -> None:
 
 @on("hot", 512 * MIB)
 def test_a_phase_change_is_followed_at_once(bed: Bed) -> None:
-    """With the work of hundreds of areas still to be done in the old place."""
+    """Even if hundreds of areas are still to come in the old place."""
     pick = random.Random(1)
     old, new = range(500), range(1000, 1500)
     for _ in range(2000):
@@ -209,7 +209,7 @@ def test_random_faults_make_no_stream(bed: Bed) -> None:
 
 @on("hot", 4 * MIB)
 def test_an_area_is_handed_out_once_until_a_fault_says_otherwise(bed: Bed) -> None:
-    """Runs wait in a ring before a lane takes them: they are missing all that time."""
+    """Runs wait in a ring before a lane takes them: their pages are MISSING all that time."""
     bed.fault(130)
     first = bed.schedule.next_run(MIB // 8)
     second = bed.schedule.next_run(MIB // 8)
@@ -236,7 +236,7 @@ def test_regions_of_a_billion_pages_cost_what_is_in_use() -> None:
 
 @on("linear", 2_000_000 * 4096)
 def test_a_region_of_a_million_runs(bed: Bed) -> None:
-    """Every other page is there. What is named is missing, and each is named once, near the faults
+    """Every other page is resident. Only missing pages are named, each once, those near the faults
     first."""
     for page in range(0, bed.region.pages, 2):
         bed.residency.set(Run(page, 1), State.RESIDENT)

@@ -1,5 +1,5 @@
-"""pagenet/session.py over the in-memory transport: messages, hellos, and telling the peer what it
-did wrong."""
+"""pagenet/session.py over the in-memory transport: messages, hellos, and errors that are sent to
+the peer."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ async def test_greet_is_not_answered(autojump_clock: trio.testing.MockClock, pai
     await one_line("no hello for 10 s", RemoteProtocolError, lambda: greet(pair[0], DESTINATION))
 
 
-# ---- telling ----
+# ---- errors that are sent ----
 
 
 async def test_telling_tells_the_peer_and_raises(pair: Pair) -> None:

@@ -79,7 +79,7 @@ async def test_break_now_wakes_everybody() -> None:
         with pytest.raises(ConnectionBroken):
             await (end.send(bytes(11)) if sends else receive(end))
 
-    near.max_receive = 0  # makes the receivers wait although there are bytes
+    near.max_receive = 0  # receivers wait although there are bytes
     far.max_receive = 0
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: expect_broken(near, sends=True))

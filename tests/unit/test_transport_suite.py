@@ -1,5 +1,5 @@
 """The conformance suite itself: each of these backends breaks the contract in one way, and the
-suite must say which."""
+suite must name it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ class KeepsViews(MemoryConnection):
 
 
 class SendsLater(MemoryConnection):
-    """Returns from send at once, like a backend that posts work requests and does not wait for
-    them."""
+    """send returns at once, as in a backend that posts work requests and does not wait for them."""
 
     async def send(self, *buffers: Buffer) -> None:
         self._check_open()
@@ -75,7 +74,7 @@ class MistakesTheEnd(MemoryConnection):
 
 
 class EndsTwice(MemoryConnection):
-    """Is broken once it has said that it is at the end."""
+    """Is broken once it has reported the end of the stream."""
 
     async def receive_into(self, buffer: memoryview) -> int:
         count = await super().receive_into(buffer)
@@ -85,7 +84,7 @@ class EndsTwice(MemoryConnection):
 
 
 class ClosesQuietly(MemoryConnection):
-    """Wakes nobody."""
+    """Its close wakes no task."""
 
     def close(self) -> None:
         self._closed = self._outgoing.sender_closed = self._incoming.receiver_closed = True
@@ -241,7 +240,7 @@ class DialsWithoutCheckpoint(MemoryTransport):
 
 
 class OwnsConnections(MemoryTransport):
-    """Its listeners take their connections with them."""
+    """Its listeners close their connections when they close."""
 
     async def listen(self, uri: SplitResult) -> MemoryListener:
         listener = await super().listen(uri)
