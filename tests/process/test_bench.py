@@ -1,5 +1,5 @@
-"""pagenet-bench: that it measures, beside what, and what it says. Never how fast: that is the
-machine's."""
+"""pagenet-bench: that it measures, compared with what, and what it prints. Never how fast: that
+depends on the machine."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_fault(lane: str, memory: str, placement: set[str], threads: list[int]) 
         assert (result["lane"], result["transport"]) == (lane, "unix")
         assert result["placement"] in placement
         idle = result["idle"]
-        # all of them, unless the machine is so busy that time is up
+        # all 200 touches, unless the machine is so busy that the time is over before
         assert 0 < idle["touches"] <= 200
         assert 0 < idle["floor_touches"] <= 200
         assert 0 < idle["floor_local_touches"] <= 200
@@ -199,7 +199,7 @@ def test_scale() -> None:
     )
     assert small["p50_to_first"] == 1
     assert large["p50_to_first"] > 0
-    # One byte of the map for each page at least; of the rest, what a small region cannot hide.
+    # At least one byte of the map for each page; the rest is what a small region cannot hide.
     assert 1 <= large["destination_bytes_per_page"] < 400
     assert 0 <= large["source_bytes_per_page"] < 400
 
@@ -304,7 +304,7 @@ def test_peer_turns_away_who_makes_no_sense(order: bytes, floors: str) -> None:
         sock.sendall(order)
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""
-    # the next one is welcome, and leaves early
+    # the next client is accepted, and leaves early
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(order_bytes(4 << 20, 4096))
         assert sock.recv(1, socket.MSG_WAITALL)
@@ -334,8 +334,8 @@ def test_plot(suffix: str, magic: bytes, tmp_path: Path) -> None:
 
 
 def stop_while_touches_wait(source: int, bench: int) -> None:
-    """From now on they wait. No thread may be waiting at the very moment of the stop: then it is
-    tried again."""
+    """Stop the source, so that touches wait from now on. At the moment of the stop no thread may be
+    waiting: then it is tried again."""
     deadline = time.monotonic() + 20
     while True:
         while not threads_in_faults(bench):
@@ -350,8 +350,7 @@ def stop_while_touches_wait(source: int, bench: int) -> None:
 @pytest.mark.usefixtures("uffd_permitted")
 @pytest.mark.parametrize("who", ["source", "bench"])
 def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> None:
-    """Pages that never come are a SIGBUS to the bench's own threads: it must not be the end of the
-    bench."""
+    """Pages that never come are a SIGBUS to the bench's own threads. It must not end the bench."""
     source = tmp_path / "source"
     source.write_bytes(b"x" * (64 << 20))
     serving = [
@@ -382,9 +381,9 @@ def test_whoever_ends_early_ends_touches_that_wait(who: str, tmp_path: Path) -> 
         ) as running:
             try:
                 assert running.stdout is not None
-                assert running.stdout.readline()  # it names the environment, and begins
-                # Of two sessions the first one asks for the size alone, and the second begins to
-                # touch.
+                assert running.stdout.readline()  # it prints the environment, and begins
+                # Of two sessions the first asks for the size alone, and touches begin with the
+                # second.
                 said = [json.loads(server.stdout.readline())["event"] for _ in range(3)]
                 assert said == ["connected", "left", "connected"]
                 stop_while_touches_wait(server.pid, running.pid)

@@ -1,5 +1,5 @@
-"""pagenet-bench workload: the orders of the background against the same touches. Counts, and no
-times."""
+"""pagenet-bench workload: the orders of the background with the same touches. Only counts are
+checked, not times."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_hot_blocks_fewer_touches_than_linear_and_off(tmp_path: Path) -> None:
     rows = {event["order"]: event for event in said if event["event"] == "result"}
     assert tuple(rows) == orders
     off, linear, hot = (rows[order]["blocked"] for order in ("off", "linear 8/8", "hot"))
-    # Each page blocks once, and again if it is touched between its thread's wakeup and the map's
-    # being told.
+    # Each page blocks once, and once more if it is touched between its thread's wakeup and the
+    # change of the map.
     assert rows["off"]["pages"] <= off < 1.02 * rows["off"]["pages"]
     assert rows["off"]["pages"] == rows["off"]["came"]["demand"]
     assert rows["off"]["wasted_bytes"] == 0
     assert hot < off / 4
     assert hot < linear
-    # They replay: on a busy machine a replay is late, more so than hot, and yet nowhere near an
+    # These orders replay. On a busy machine a replay is later than hot, but far better than an
     # order that knows nothing.
     assert rows["recorded"]["blocked"] < off / 2
     assert rows["clairvoyant"]["blocked"] < off / 2
@@ -104,8 +104,8 @@ def test_every_trace_on_loopback(lane: str) -> None:
 def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(
     lane: str, tmp_path: Path
 ) -> None:
-    """All that came and was not touched was prefetched: so the bench knows what the sample is to
-    say."""
+    """All that came and was not touched was prefetched, so the bench knows what the sample should
+    show."""
     recorder = Recorder(Region([Block("ram", 64 * MIB)]))
     recorder.note(
         page
@@ -137,7 +137,7 @@ def test_what_is_prefetched_in_vain_is_estimated_in_shared_memory(
 
 @needs_namespaces
 def test_how_soon_a_change_of_phase_is_followed() -> None:
-    """And when how much of the working set was there: in that order."""
+    """Shares of the working set are reached in ascending order, too."""
     where = ("--size", "64M", "--touches", "30000", "--rate", "none", "--bandwidth", "10")
     said = workload("--trace", "phases", "--order", "hot", *where)
     row = next(event for event in said if event["event"] == "result")
@@ -171,9 +171,9 @@ def test_targets_are_held_against_the_same_trace() -> None:
 
 @pytest.mark.parametrize("name", ["zipf", "random"])
 def test_no_order_does_better_than_chance(name: str) -> None:
-    """Over a link that carries nothing but what is waited for, every page is waited for; over one
-    without limits, none but the first. Between them more speed, or more work between touches, is
-    less stall, and never none."""
+    """Over a link that carries only what is waited for, every page is waited for; over a link
+    without limits, only the first page is. In between, a faster link, or more work between touches,
+    means less stall, but never none."""
     size, touches = 256 * MIB, 20_000
     pages, trace = size // 4096, make_trace(name, size, touches).pages
     same = alike(name, pages)

@@ -1,4 +1,4 @@
-"""pagenet/cli/: what the commands say, on which stream and in which shape, how they end, and what
+"""pagenet/cli/: what the commands print, on which stream and in which form, how they end, and what
 they leave behind."""
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture
 def lane() -> str:
-    """What a command says does not depend on who drives its lanes. Where it might, a test takes
-    both."""
+    """What a command prints does not depend on the kind of its lanes. Where it might, a test takes
+    both kinds."""
     return LANES[-1]
 
 
@@ -69,7 +69,7 @@ def listing(tmp_path: Path) -> Callable[[], list[str]]:
 
 @pytest.fixture
 def nowhere() -> Iterator[str]:
-    """An address that nobody listens on, and nobody else can take meanwhile."""
+    """An address on which no process listens, and which no other process can take meanwhile."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield "tcp://{}:{}".format(*taken.getsockname())
@@ -167,8 +167,8 @@ def has_ipv6() -> bool:
 
 
 async def check_served(uri: str) -> None:
-    """A region can be pulled from there, whatever becomes of it: the source is met, and there is no
-    place to put it."""
+    """A region can be pulled from there: the source answers, and the pull fails only because there
+    is no place for the region."""
     with pytest.raises(pagenet.UsageError, match="/proc/nothing"):
         async with pagenet.pull(uri, pagenet.IntoFile("/proc/nothing/can/be/here")):
             pass
@@ -304,7 +304,7 @@ async def test_4_source_truncated(
 
 @asynccontextmanager
 async def run_impostor(says: bytes) -> AsyncIterator[str]:
-    """Something that says that to everybody and hangs up."""
+    """A server that sends ``says`` to every client and closes the connection."""
 
     async def meet(stream: trio.SocketStream) -> None:
         async with stream:
@@ -328,7 +328,7 @@ async def test_4_hangs_up(source: str, tmp_path: Path, lane: str) -> None:
 
 
 async def test_4_destination_that_we_dialled_leaves(source: str, tmp_path: Path, lane: str) -> None:
-    """Killed, or stopped: either way the pages are not where they should be."""
+    """It is killed, or stopped: either way the pages do not arrive."""
     for how, word in ((signal.SIGKILL, "closed|broke|reset"), (signal.SIGTERM, "left")):
         command = pull_command(
             "tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(tmp_path / "uffd.sock"), lane=lane
@@ -383,7 +383,7 @@ async def test_6_not_pagenet(says: bytes, source: str, tmp_path: Path, lane: str
             assert (code, output, len(errors)) == (6, [], 1), errors
 
 
-# A kernel that lacks something cannot be had for a test.
+# A stand-in for a kernel that lacks something, which a test cannot have.
 LACKING = """
 import sys
 from pagenet import Unsupported
@@ -450,7 +450,7 @@ async def test_130_and_143_while_waiting_for_a_source(
 async def test_130_and_143_half_way(
     number: signal.Signals, source: str, tmp_path: Path, uffd_permitted: None, lane: str
 ) -> None:
-    """While threads of the owner wait, and then go on waiting."""
+    """Threads of the owner wait, and continue to wait after the end."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (server, uri),
@@ -610,7 +610,7 @@ async def test_what_the_tests_need_is_seen_where_it_is_loaded() -> None:
 
 
 def extensions_of(process: Process) -> set[str]:
-    """The extension modules of ours that a process has mapped."""
+    """pagenet's extension modules that a process has mapped."""
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     return set(re.findall(r"/(_pagenet\w*)\.", maps))
 
@@ -618,7 +618,7 @@ def extensions_of(process: Process) -> set[str]:
 async def test_transfer_loads_nothing_of_the_tests(
     source: str, tmp_path: Path, uffd_permitted: None, lane: str
 ) -> None:
-    """In the middle of it: nothing is loaded late."""
+    """Looked at in the middle of the transfer, so that what is loaded late shows."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (server, uri),
@@ -637,7 +637,7 @@ async def test_transfer_loads_nothing_of_the_tests(
 async def test_words_of_a_transfer(
     source: str, tmp_path: Path, uffd_permitted: None, lane: str
 ) -> None:
-    """Where nobody looks at a screen: a line for everything, a line a second, and the summary."""
+    """Not on a terminal: a line for each event, a line of progress a second, and the summary."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(source) as (_, uri),
@@ -694,7 +694,7 @@ async def test_words_of_a_server(source: str, tmp_path: Path, lane: str) -> None
 
 
 class Screen:
-    """A terminal, from the side of whoever looks at it."""
+    """A terminal, from the side of its user."""
 
     def __init__(self, columns: int) -> None:
         ours, self.theirs = pty.openpty()
@@ -707,7 +707,7 @@ class Screen:
             self.text += (await self._stream.receive_some()).decode()
 
     async def look_to_the_end(self) -> None:
-        """Of the process: it alone has the other side by now."""
+        """Read until the end of the process, which alone has the other side by now."""
         try:
             while data := await self._stream.receive_some():
                 self.text += data.decode()
@@ -734,7 +734,7 @@ async def run_on_screen(
 
 @pytest.mark.parametrize("columns", [160, 80, 40])
 async def test_progress_on_a_terminal(columns: int, source: str, tmp_path: Path, lane: str) -> None:
-    """One line, drawn again and again, and gone when it is over."""
+    """One line, drawn again and again, and erased at the end."""
     async with run_server(source) as (_, uri), run_relay(uri, MIB) as relay:
         command = pull_command(
             relay.uri, "--into", str(tmp_path / "copy"), lane=lane, as_json=False
@@ -841,7 +841,7 @@ async def test_file_appears_when_it_is_complete(
     listing: Callable[[], list[str]],
     lane: str,
 ) -> None:
-    """And replaces an older one then, and not before."""
+    """Only then does it replace an older file."""
     copy = tmp_path / "copy"
     copy.write_bytes(b"older")
     async with (
@@ -890,11 +890,12 @@ def left_in(directory: Path) -> set[str]:
 
 
 async def stop_some_time(process: Process, number: signal.Signals, seconds: float) -> None:
-    """Python loses a Ctrl-C now and then while it is still importing, so that one comes after the
-    first word. It ends with the code for the signal, unless it was through, or had not begun."""
+    """Python sometimes loses a Ctrl-C while it is still importing, so that signal is sent after the
+    first output. The process ends with the code for the signal, unless it had completed, or had not
+    begun."""
     if number == signal.SIGINT:
         process.events.append(json.loads(await process.line() or '{"event": "error"}'))
-    await trio.sleep(seconds)  # a random moment is what is wanted
+    await trio.sleep(seconds)  # the moment is random on purpose
     process.send_signal(number)
     code = await process.wait()
     words = [event["event"] for event in process.events]
@@ -962,7 +963,7 @@ async def test_pullers_stopped_at_any_moment(
     assert left_in(tmp_path) == before
 
 
-# ---- nobody reads what it says ----
+# ---- its output is not read ----
 
 
 async def test_reader_of_a_pullers_output_goes_away(

@@ -1,5 +1,5 @@
-"""pagenet.control and pagenet-ctl: a daemon is looked at, told what to do, and spoken nonsense to,
-while it works."""
+"""pagenet.control and pagenet-ctl: a daemon is asked for its status, given commands, and sent
+nonsense, while it works."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from pagenet.control._protocol import MAX_MESSAGE, Decoder, decode_request, enco
 
 SIZE = 4 << 20
 PAGES = SIZE // PAGE
-# What nobody touches does not come before it is told to.
+# Pages that no thread touches do not come before a command.
 LATER = {"start_background": "after=1000000", "compress": "none"}
 
 
@@ -88,7 +88,8 @@ async def controlled_transfer(
 
 
 async def until_placed(transfer: pagenet.Transfer, pages: int) -> None:
-    """Whoever waits for a page may be faster than whoever counts it."""
+    """Wait until that many pages are counted: a thread that waits for a page may resume before the
+    page is counted."""
     with trio.fail_after(20):
         while transfer.statistics().done < pages:  # noqa: ASYNC110
             await trio.sleep(0.001)
@@ -134,14 +135,14 @@ NONSENSE = [
     ),
     (framed(b""), "not msgpack"),
     (framed(b"\xc1"), "not msgpack"),
-    (framed(b"\x80\x80"), "not msgpack"),  # something behind it
+    (framed(b"\x80\x80"), "not msgpack"),  # bytes behind the message
     (framed(msgpack.packb([1])), "not a map"),
     (framed(msgpack.packb({b"command": "status"})), "not a map of names"),
     (encode({}), "no proper 'id'"),
     (encode({"command": "status"}), "no proper 'id'"),
     (encode({"command": "status", "id": True}), "no proper 'id'"),
     (encode({"command": "status", "id": -1}), "no proper 'id'"),
-    # too deep to be shown
+    # too deep to be printed
     (framed(b"\x82\xa7command\xa6status\xa2id" + b"\x91" * 1020 + b"\0"), "no proper 'id': "),
     (framed(b"\x82\xa2id\x01\xa7command" + b"\x91" * 1020 + b"\0"), "no command "),
     (encode({"id": 1}), "no command None"),
@@ -188,7 +189,7 @@ def test_any_bytes_are_a_request_or_an_error(data: bytes) -> None:
             continue
 
 
-# ---- what a status says, and what commands do ----
+# ---- the status, and what commands do ----
 
 
 STATUS = {
@@ -362,7 +363,7 @@ async def converse(path: Path, data: bytes, *, shut: bool = False) -> list[dict[
                 async for chunk in stream:
                     decoder.feed(chunk)
             except trio.BrokenResourceError:
-                pass  # closed with bytes of ours unread
+                pass  # closed with unread bytes of this side
     while (fields := decoder.next()) is not None:
         answers.append(fields)
     return answers
@@ -388,7 +389,7 @@ async def test_whoever_talks_nonsense_is_told_and_let_go(source: str, tmp_path: 
         assert (reply["type"], reply["id"]) == ("reply", 7)
         assert "no control message" in error["text"]
         assert len(told.refused) == len(NONSENSE) + 2
-        # who says nothing has done nothing wrong
+        # a client that sends nothing is no error
         assert len(await converse(path, b"", shut=True)) == 1
         await memory.read(0, 1)
         assert (await client.command("status"))["faults"] == 1
@@ -433,7 +434,7 @@ async def test_many_at_once(source: str, tmp_path: Path) -> None:
         async with trio.open_nursery() as nursery:
             for number in range(_server.MAX_CLIENTS - 4):
                 nursery.start_soon(ask, number)
-            await memory.read(0, SIZE // 2)  # what is touched comes all the while
+            await memory.read(0, SIZE // 2)  # touched pages come all the time
         await until_placed(transfer, PAGES // 2)
     assert len(answered) == 5 * (_server.MAX_CLIENTS - 4)
     assert all(1000 <= rate < 1000 + _server.MAX_CLIENTS for rate in answered)
@@ -466,7 +467,7 @@ async def test_too_many_at_once(tmp_path: Path) -> None:
 async def test_socket_file(tmp_path: Path) -> None:
     path = tmp_path / "ctl"
     with closing(socket.socket(socket.AF_UNIX)) as dead:
-        dead.bind(str(path))  # and nobody listens
+        dead.bind(str(path))  # and does not listen
     async with serve_control(None, path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with pytest.raises(UsageError, match="somebody listens there already"):
@@ -611,7 +612,7 @@ async def test_a_killed_daemons_socket_is_replaced(source: str, tmp_path: Path) 
     assert not path.exists()
 
 
-# ---- every page is right, whatever is said ----
+# ---- every page is right, whatever the commands ----
 
 
 async def record(source: str, path: Path) -> None:
@@ -693,7 +694,7 @@ async def let_it_finish(path: Path) -> None:
             await client.command("schedule", name="hot")
             await client.command("resume")
     except (ConnectionBroken, SourceUnreachable, UsageError):
-        return  # it has
+        return  # the transfer is over
 
 
 # ---- pagenet-ctl, and what is no daemon ----
@@ -731,7 +732,7 @@ def test_ctl_finds_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @asynccontextmanager
 async def impostor(path: Path, says: bytes, *, stays: bool = False) -> AsyncIterator[None]:
-    """Somebody who says that to whoever comes."""
+    """A server that sends ``says`` to every client."""
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(path))
         listener.listen()

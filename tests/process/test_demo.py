@@ -1,4 +1,4 @@
-"""tools/demo.py, as a stranger runs it, and the example in docs/library.md."""
+"""tools/demo.py, as a user runs it, and the example in docs/library.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(*args: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the demo puts its sockets; that it takes them away again is part of every test."""
+    """Where the demo puts its sockets. Every test checks that they are gone at the end."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     yield tmp_path
     assert not list(tmp_path.iterdir())
@@ -40,7 +40,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def moved(output: str) -> dict[str, Any]:
-    """The outcome that ``--json`` tells first, before what was wrong with it."""
+    """The outcome that ``--json`` prints first, before any error."""
     outcome = json.loads(output.splitlines()[0])
     assert outcome["event"] == "moved"
     return dict(outcome)

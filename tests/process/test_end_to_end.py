@@ -1,4 +1,4 @@
-"""A region moves: real sources, real userfaultfds, real owners that check every byte of what they
+"""A region moves: real sources, real userfaultfds, real owners that check every byte that they
 get."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def address(tmp_path: Path) -> Callable[[str], str]:
     register("memory", MemoryTransport())
     return {
         "tcp": "tcp://127.0.0.1:0",
-        # dialled from 127.0.0.1: as far as addresses say, another host
+        # dialled from 127.0.0.1: by its address, another host
         "tcp far": "tcp://127.0.0.2:0",
         "unix": f"unix:{tmp_path}/source.sock",
         "memory": "memory://",
@@ -94,7 +94,7 @@ async def move(
     allocate: bool = False,
     **options: Any,
 ) -> tuple[Event, TransferStatistics]:
-    """Into a workload, which checks every byte after the last page has come."""
+    """Move a region into a workload, which checks every byte after the last page has come."""
     owner = UffdSocket(path, allocate=allocate)
     await owner.listen()
     try:
@@ -120,7 +120,8 @@ def check_complete(statistics: TransferStatistics, pages: int) -> None:
 
 # ---- orders, threads, transports ----
 
-# Every order with every number of threads, and each of them over each transport at least once.
+# Every order with every number of threads; each order, and each number, with each transport at
+# least once.
 TOUCHING = [
     (order, threads, transport)
     for i, order in enumerate(["random", "sequential", "strided", "zipf"])
@@ -222,7 +223,7 @@ SIZES = {
 async def test_sizes(
     sizes: list[int], memory: str, background: str, tmp_path: Path, lane: str
 ) -> None:
-    """Each block its own mapping, at addresses that are not in their order."""
+    """Each block has its own mapping, at addresses that are not in the blocks' order."""
     sources = write_blocks(tmp_path, sizes, zero_every=ZERO_EVERY)
     arguments = (
         "--size",
@@ -265,8 +266,8 @@ async def test_owner_that_maps_a_part(source: str, tmp_path: Path, lane: str) ->
 
 
 async def test_four_gib_of_zeros_but_for_some_pages(tmp_path: Path, lane: str) -> None:
-    """Zeros take no room anywhere. Pages on both sides of 2 and 4 GiB tell a number that was cut
-    short."""
+    """Zeros take no memory on either side. Pages on both sides of 2 and 4 GiB show a number that
+    was truncated."""
     pages = (4 << 30) // PAGE + 3
     written = [
         0,
@@ -308,7 +309,7 @@ def write_pages(path: Path, pages: list[int]) -> None:
 
 
 def nonzero_pages(address: int, pages: int) -> list[int]:
-    """Of memory that is all there."""
+    """The pages that are not zero, in memory that is all resident."""
     memory = memoryview(ffi.buffer(ffi.cast("char *", address), pages * PAGE))
     found: list[int] = []
     first = 0
@@ -355,7 +356,7 @@ async def test_owners(memory: str, background: str, tmp_path: Path, lane: str) -
 async def test_shared_memory_that_is_registered_for_missing_alone(
     memory: str, tmp_path: Path, lane: str
 ) -> None:
-    """As Firecracker does; pagenet registers it again."""
+    """Firecracker registers it so; pagenet registers it again."""
     size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
     with huge_if(memory, 9):
@@ -376,7 +377,7 @@ async def test_shared_memory_that_is_registered_for_missing_alone(
 @pytest.mark.parametrize("background", ["linear", "off"])
 @pytest.mark.parametrize("memory", MEMORIES)
 async def test_owner_that_writes(memory: str, background: str, tmp_path: Path, lane: str) -> None:
-    """A page that is placed late, or twice, undoes a write."""
+    """A page that is placed late, or twice, would undo a write."""
     size = 8 * HUGE_PAGE if memory == "hugetlb" else SIZE
     source = str(write_pattern(tmp_path / "source", size, zero_every=ZERO_EVERY))
     arguments = (
@@ -603,7 +604,7 @@ async def test_one_after_the_other(source: str, tmp_path: Path, lane: str) -> No
             (tmp_path / "copy").unlink()
 
 
-# ---- who dials ----
+# ---- which side dials ----
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -677,7 +678,7 @@ async def test_daemons_when_the_source_dials(source: str, tmp_path: Path, lane: 
 
 
 async def test_memory_of_a_process_to_another(tmp_path: Path, lane: str) -> None:
-    """From one owner, which has it all and stands still, to the next, and on from there."""
+    """From an owner that has all of it and stands still to the next owner, and on from there."""
     first = str(write_pattern(tmp_path / "source", SIZE, zero_every=ZERO_EVERY))
     async with (
         serve(first, listen="tcp://127.0.0.1:0") as server,
@@ -716,7 +717,7 @@ async def owning(server: Server, path: Path, memory: str, lane: str) -> AsyncIte
 
 
 async def check_owner_waits(workload: Process, threads: int) -> None:
-    """It has not been fed anything: every thread still stands where it stood."""
+    """Nothing was placed: every thread still waits for the same page."""
     assert not workload.has_ended
     assert threads_in_faults(workload.pid) == threads
     await workload.kill()
@@ -750,7 +751,7 @@ async def test_source_killed_half_way(memory: str, tmp_path: Path, lane: str) ->
 
 @pytest.fixture
 def large_source(tmp_path: Path) -> str:
-    """So large that it is never all touched, and takes no room."""
+    """A source so large that it is never all touched; it takes no memory."""
     path = tmp_path / "source"
     path.touch()
     os.truncate(path, LARGE)
@@ -764,7 +765,7 @@ TOUCH_LARGE = ("--size", LARGE, "--zero-every", 1, "--order", "random", "--think
 async def test_source_killed_while_a_fault_waits(
     large_source: str, tmp_path: Path, lane: str
 ) -> None:
-    """With nothing in between."""
+    """The source is killed while a thread waits for a page, and nothing else is in flight."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(large_source) as (server, uri),
@@ -846,7 +847,7 @@ async def test_file_in_the_making_goes_with_its_source(tmp_path: Path, lane: str
 
 
 class CancelAfter(trio.abc.Instrument):
-    """Cancels its scope when all tasks together have taken that many steps."""
+    """Cancels its scope after ``steps`` steps of all tasks together."""
 
     def __init__(self, steps: int) -> None:
         self.scope = trio.CancelScope()
@@ -861,7 +862,7 @@ class CancelAfter(trio.abc.Instrument):
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_native.Mapped]]:
-    """Every mapping that was made. All of them are to be gone in the end."""
+    """Every mapping that was made. All of them must be gone at the end."""
     made: list[_native.Mapped] = []
     original = _native.Mapped.__init__
 
@@ -875,7 +876,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_native.Mapped]]:
 
 
 async def steps_until_cancelled(work: Callable[[], Any], steps: int) -> int:
-    """How many steps ``work`` took, if it was through before it was cancelled."""
+    """How many steps ``work`` took, if it ended before it was cancelled."""
     cancel = CancelAfter(steps)
     trio.lowlevel.add_instrument(cancel)
     try:
@@ -950,7 +951,7 @@ def cancelled_source(tmp_path: Path) -> str:
 
 
 OWNERS = ["file", "anonymous", "memfd", "socket"]
-# So many moments of a whole transfer, evenly spread over its steps.
+# How many moments of a whole transfer are tried, evenly spread over its steps.
 MOMENTS = 50
 
 
@@ -1072,8 +1073,8 @@ async def test_stream_that_nobody_talks_on(source: str, lane: str) -> None:
 
 
 async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> None:
-    """Nothing is asked for before: what the source's memory holds until then is not what it will
-    hold."""
+    """Nothing is asked for before the release: until then the source's memory does not have its
+    final content."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
     arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--threads", 2)

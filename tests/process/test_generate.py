@@ -42,7 +42,7 @@ def options_in(text: str) -> set[str]:
 
 
 def test_pages_are_those_of_the_parsers(pages: dict[str, str]) -> None:
-    """To the letter under the Python that wrote them; others lay out usage in their own way."""
+    """Exactly, under the Python version that wrote them; others lay out usage in other ways."""
     for name, text in pages.items():
         there = (ROOT / "docs" / name).read_text()
         assert options_in(there) == options_in(text), f"{name}: run make generate"

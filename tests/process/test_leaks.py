@@ -1,4 +1,4 @@
-"""The check that every other test runs under."""
+"""The check for leaks that every other test runs under."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def test_child_that_nobody_waited_for(before: Snapshot) -> None:
 
 
 def test_child_of_another_thread(before: Snapshot) -> None:
-    """The kernel lists children by the thread that started them; a thread that ends hands its own
-    to another."""
+    """The kernel lists children by the thread that started them; when a thread ends, another thread
+    gets its children."""
     children: list[subprocess.Popen[bytes]] = []
     thread = threading.Thread(target=lambda: children.append(subprocess.Popen(["sleep", "60"])))
     thread.start()
     thread.join()
     with children[0] as child:
-        leaks = left_behind(before, grace=0.05)  # the thread's own end
+        leaks = left_behind(before, grace=0.05)  # the thread itself may end meanwhile
         child.kill()
     assert leaks == [f"child process: {child.pid} sleep 60"]
 
@@ -199,8 +199,8 @@ def test_session_ends_with_an_error_if_a_process_outlives_it(tmp_path: Path) -> 
 
 
 def test_it_is_cheap(before: Snapshot) -> None:
-    """More than 2 ms a test would be felt over thousands of tests. Best of 20, as the machine is
-    shared."""
+    """More than 2 ms in each test would be felt over thousands of tests. The best of 20 counts, as
+    the machine is shared."""
     best = min(_seconds_of_both(before) for _ in range(20))
     assert best < 0.002
 

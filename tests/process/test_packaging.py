@@ -1,4 +1,4 @@
-"""What users get: the sdist builds a wheel, and the wheel works where there is nothing else."""
+"""What users get: the sdist builds a wheel, and the wheel works in an empty environment."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# : left out of the copy that is built: made by tools, or by earlier builds that could lend this one
-# their files
+#: left out of the copy that is built: made by tools, or by earlier builds whose files this build
+#: could pick up
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".*_cache", ".hypothesis", ".venv", "*.egg-info", "*.so", "__pycache__", "build", "dist"
 )
@@ -33,7 +33,7 @@ zero = ffi.new("int *")
 print(lib.pn_zero_run(bytes(8192), 2, 4096, zero), zero[0], pagenet.__file__)
 """
 
-#: where the wheel has what goes into share/, and what that is
+#: where the wheel has the files for share/, and which these are
 SHARED = f"pagenet-{PROJECT['version']}.data/data/share"
 PAGES = {
     place.format(command)
@@ -59,7 +59,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def sources(directory: str) -> set[str]:
-    """Paths below the checkout of all that is ours in ``directory``."""
+    """Paths below the checkout of all project files in ``directory``."""
     files = (ROOT / directory).rglob("*")
     return {
         str(file.relative_to(ROOT))
@@ -95,7 +95,7 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new virtual environment that has the wheel and what it declares to need."""
+    """The Python of a new virtual environment that has the wheel and its declared dependencies."""
     directory = tmp_path_factory.mktemp("installed")
     venv.create(directory, with_pip=True, symlinks=True)
     python = directory / "bin" / "python"

@@ -1,5 +1,5 @@
-"""What the two sides of a guest's migration say to each other, and to a monitor that is none: no
-QEMU is needed for that."""
+"""What the two sides of a guest's migration send to each other, and to a fake monitor: no QEMU is
+needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from pagenet.transport import Connection
 
 
 async def heard(data: bytes, what: str = "ready", piece: int | None = None) -> dict[str, object]:
-    """What the other side makes of ``data``, after which the connection ends."""
+    """What the other side makes of ``data``, after which the connection ends. ``piece``: how many
+    bytes are received at a time."""
     ours, theirs = memory_pair(max_receive=piece, capacity=1 << 20)
     await theirs.send(data)
     theirs.close()
@@ -110,7 +111,7 @@ async def test_which_stream() -> None:
 
 
 class Taker:
-    """Of a monitor, what takes descriptors."""
+    """The part of a monitor that takes descriptors."""
 
     async def give(self, name: str, fd: int) -> None:
         self.name, self.sock = name, socket.socket(fileno=os.dup(fd))
@@ -123,8 +124,8 @@ def socket_pair() -> tuple[Connection, Connection]:
 
 @pytest.mark.parametrize("has_socket", [True, False])
 async def test_a_connection_for_qemu(has_socket: bool) -> None:
-    """It gets the socket itself, or one behind which bytes are passed on, until both have had
-    enough."""
+    """QEMU gets the socket itself, or one behind which bytes are passed on until both sides have
+    ended."""
     ours, theirs = socket_pair() if has_socket else memory_pair()
     qemu, buffer = Taker(), memoryview(bytearray(6))
     async with open_failing_nursery() as nursery:
@@ -139,14 +140,14 @@ async def test_a_connection_for_qemu(has_socket: bool) -> None:
     theirs.close()
 
 
-# ---- a monitor that is none ----
+# ---- a fake monitor ----
 
 
 @asynccontextmanager
 async def answering(
     path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Whoever connects to ``path`` first is answered so."""
+    """The first client that connects to ``path`` is answered by ``answer``."""
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(path))
         listener.listen()
@@ -161,7 +162,7 @@ async def answering(
 
 
 async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
-    """Connect to what listens on ``path`` and does that."""
+    """Connect to a fake monitor on ``path`` that does ``answer``."""
     async with answering(path, answer), connect_qmp(path):
         raise AssertionError("not reached")
 
@@ -201,7 +202,7 @@ async def test_monitor_that_is_none(
 
 
 async def test_monitor_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As QEMU's does to whoever comes second."""
+    """QEMU's monitor is silent to its second client."""
     monkeypatch.setattr("pagenet.qemu.qmp.COMMAND_TIMEOUT", 0.05)
 
     async def answer(stream: trio.SocketStream) -> None:
@@ -212,14 +213,14 @@ async def test_monitor_that_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def greeting(stream: trio.SocketStream) -> None:
-    """As much of a monitor as it takes to be connected to it."""
+    """As much of a monitor as a client needs to connect to it."""
     await stream.send_all(b'{"QMP": {}}\n{"id": 0, "return": {}}\n')
     await stream.receive_some(4096)
     await trio.sleep_forever()
 
 
 async def test_error_of_a_block_that_is_cancelled_meanwhile(tmp_path: Path) -> None:
-    """The cause, which others are an echo of."""
+    """The error is the cause, and not one that followed from it."""
     path, errors = tmp_path / "monitor", []
     async with answering(path, greeting):
         with trio.CancelScope() as scope:

@@ -1,4 +1,4 @@
-"""The first touches of real programs, which know nothing of pagenet: written down by pagenet-bench
+"""The first touches of real programs, which know nothing of pagenet: recorded by pagenet-bench
 trace, and played."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ sys.exit(3)
 
 
 def bisected(wanted: int) -> list[int]:
-    """The pages that it looks at."""
+    """The pages that the bisection for ``wanted`` looks at."""
     low, high, pages = 0, SIZE // RECORD, []
     while low < high:
         middle = (low + high) // 2
@@ -78,7 +78,7 @@ def traced(data: Path, output: Path, program: str, *arguments: str) -> tuple[int
 
 @needs_namespaces
 def test_a_real_program_is_traced_and_played(data: Path, tmp_path: Path) -> None:
-    """It has its own output, exit status, and a copy of its data to itself."""
+    """The program has its own output and exit status, and a copy of its data."""
     output, before = tmp_path / "touches", data.read_bytes()
     status, said, told = traced(data, output, BISECT, *map(str, WANTED))
     assert (status, said) == (3, "found\n")
@@ -119,7 +119,7 @@ def check_played(touches: Path, pages: int) -> None:
 
 
 # Touches pages of the file, as it was opened and mapped; computes for a while before each of them,
-# and says for how long.
+# and prints for how long.
 TOUCH = """
 import mmap, sys, time
 access = getattr(mmap, sys.argv[3])
@@ -144,7 +144,7 @@ def test_however_it_is_mapped_and_opened(how: str, data: Path, tmp_path: Path) -
 
 
 def test_how_long_it_works_between(data: Path, tmp_path: Path) -> None:
-    """As it says itself. What it waits for, or sleeps, is not work."""
+    """The times are those that the program prints. Time that it waits or sleeps is not work."""
     touches = ["1:0", "2:0.05", "3:0.005", "4:0.1"]
     status, said, _ = traced(data, tmp_path / "touches", TOUCH, "rb", "ACCESS_READ", *touches)
     assert status == 0
@@ -154,8 +154,8 @@ def test_how_long_it_works_between(data: Path, tmp_path: Path) -> None:
         assert own <= work < own + 20_000_000
 
 
-# Maps the file again in a child, and in parts, and by many threads; reads it, too. Each finds the
-# data right.
+# Maps the file again in a child, and in parts, and by many threads; reads it, too. All of them find
+# the data right.
 MANY = """
 import mmap, os, sys, threading
 def check(data, page, at=0):
@@ -185,8 +185,8 @@ with open(sys.argv[1], "rb") as file:
 
 
 def test_processes_threads_and_parts(data: Path, tmp_path: Path) -> None:
-    """What is mapped is watched. What a child has from its parent is not, and works all the same,
-    as does reading."""
+    """What is mapped is watched. What a child inherits from its parent is not, but it works, and so
+    does reading."""
     assert traced(data, tmp_path / "touches", MANY)[0] == 0
     pages = [page for page, _ in load_touches(tmp_path / "touches").touches]
     assert pages[:24] == [7, 9, 10, 11, *range(20, 40)]
@@ -200,7 +200,7 @@ WAIT = TOUCH + 'print("touched", flush=True); sys.stdin.read(); print("ended")'
 
 @contextmanager
 def waiting(data: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
-    """While the program has touched two pages, and waits for the end of its input."""
+    """Runs the block while the program has touched two pages and waits for the end of its input."""
     command = trace_command(data, output, WAIT, "rb", "ACCESS_READ", "9:0", "2000:0")
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -212,7 +212,7 @@ def waiting(data: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end(number: signal.Signals, data: Path, tmp_path: Path) -> None:
-    """The program is too, and what was seen so far is kept."""
+    """The program is told to end too, and what was seen so far is kept."""
     with waiting(data, tmp_path / "touches") as process:
         process.send_signal(number)
         process.wait(timeout=30)
@@ -223,7 +223,7 @@ def test_told_to_end(number: signal.Signals, data: Path, tmp_path: Path) -> None
 
 
 def test_killed(data: Path, tmp_path: Path) -> None:
-    """The program runs on by itself."""
+    """The program continues by itself."""
     with waiting(data, tmp_path / "touches") as process:
         process.kill()
         process.wait()
@@ -312,7 +312,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_where_it_is_not_permitted(data: Path, tmp_path: Path) -> None:
-    """As a user who may have no userfaultfd: before the program is run."""
+    """The user may have no userfaultfd: an error before the program is run."""
     command = trace_command(data, tmp_path / "touches", TOUCH, "rb", "ACCESS_READ", "9:0")[3:]
     ended = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, *command], capture_output=True, text=True, timeout=60

@@ -1,5 +1,5 @@
-"""A destination is killed in the middle, and another goes on: at any moment, again and again, and
-every byte is right."""
+"""A destination is killed in the middle, and another takes over: at any moment, again and again,
+and every byte is right."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def begun(
 
 
 async def is_killed(pulling: Process, after: float) -> bool:
-    """Unless it has every page before."""
+    """Kill it after ``after`` s, unless it has every page before. Returns whether it was killed."""
     with trio.move_on_after(after):
         while not pulling.has_ended and (line := await pulling.line()) is not None:
             if '"complete"' in line:
@@ -112,8 +112,8 @@ async def test_killed_again_and_again(
     kills: int, memory: str, window: str, lane: str, source: str, tmp_path: Path
 ) -> None:
     """The owner writes to its pages, and gives some of them up, all the time. Neither is undone,
-    and nothing is missed. What is prefetched into shared memory is partly held back at that
-    moment."""
+    and nothing is missed. In shared memory, a sample of the prefetched pages is not visible yet at
+    that moment."""
     longest, prefetch = 0.5 / kills, ("--prefetch", window)
     async with run_server(source) as (_, uri):
         more: list[str | int] = ["--touches", 8 * PAGES, "--order", "random", "--wait-complete"]
@@ -132,7 +132,8 @@ async def test_killed_again_and_again(
 
 
 async def begins(pulling: Process) -> bool:
-    """Unless the one before was killed with its last words on its lips."""
+    """Whether it begins. It does not if the previous one was killed just after it had brought the
+    last page."""
     while (line := await pulling.line()) is not None and '"owner"' not in line:
         if '"finished"' in line or "ended" in line or "no userfaultfd" in line:
             return False
@@ -157,7 +158,7 @@ class Left:
         self.uffd.register(self.mapped.address, pages * PAGE, Mode.MISSING | Mode.MINOR)
 
     def fill(self, source: bytes = b"source") -> Filling:
-        """What another destination begins with."""
+        """The filling with which another destination begins."""
         map_fd = _native.lock_map(self.map)
         target = UffdTarget(
             Userfaultfd.received(os.dup(self.uffd.fd)),
@@ -178,7 +179,7 @@ class Left:
             raise
 
     def read(self, page: int) -> bytes:
-        """Of a page that is there."""
+        """The bytes of a resident page."""
         into = bytearray(PAGE)
         _native.copy_out(self.mapped.address + page * PAGE, memoryview(into))
         return bytes(into)
@@ -202,7 +203,7 @@ NEW, OLD = b"n" * PAGE, b"o" * PAGE
 
 def test_what_every_state_becomes(left: Left) -> None:
     dead = left.fill()
-    # which no page is that is mapped
+    # no page that is mapped is OUTSIDE
     states = [state for state in State if state is not State.OUTSIDE]
     for state in states:
         dead.residency.set(Run(state, 1), state)
@@ -245,8 +246,8 @@ def test_what_the_owner_has_written_stays(left: Left) -> None:
 
 
 def test_a_page_that_was_given_up_since(left: Left) -> None:
-    """The dead destination has read that, and died: nobody will say it again. It is not there, and
-    does not come back."""
+    """The dead destination has read the event, which does not come again. The page is not there,
+    and does not come back."""
     dead = left.fill()
     dead.residency.set(Run(3, 1), State.READY)
     dead.close()
@@ -343,14 +344,14 @@ def test_state_that_no_page_can_have(left: Left) -> None:
         HandshakeError, match="the owner has written to the map of its pages: page 3"
     ):
         filling.residency.state(3)
-    # nobody is to read zeros there
+    # no thread may read zeros there
     assert sum(run.count for run in filling.residency.missing()) == 16
     os.pwrite(left.map, b"\0", lib.pn_map_bytes(3))
     filling.close()
 
 
 def test_map_that_cannot_be_sealed() -> None:
-    """Whoever made it could take it from under our feet."""
+    """Its owner could shrink it while it is in use."""
     file = os.memfd_create("map", os.MFD_CLOEXEC)
     with pytest.raises(PermissionError):
         Residency(8, file=file)
@@ -418,9 +419,9 @@ async def test_of_another_user(source: str, tmp_path: Path) -> None:
 # ---- owners that lie ----
 
 
-# An unprivileged process that says it was being filled: a map of pages and the note beside it, a
-# userfaultfd, and a file of root's that it may read. Its arguments: the file, the source's
-# identity, and what it has mapped.
+# An unprivileged process that claims to have been filled before: it has a map of pages and the note
+# beside it, a userfaultfd, and a file of root's that it may read. Its arguments: the file, the
+# source's identity, and what it has mapped.
 FORGER = """
 import ctypes, json, mmap, os, sys
 from pagenet import _native
@@ -454,7 +455,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def file_of_roots() -> Iterator[Path]:
-    """Which others may read, and none write."""
+    """A file of root's, which other users may read, and not write."""
     path = Path(f"/dev/shm/pagenet-roots-{os.getpid()}")
     path.write_bytes(b"roots" * (PAGE // 5 * 16) + bytes(16 * PAGE - PAGE // 5 * 16 * 5))
     path.chmod(0o644)
@@ -468,8 +469,8 @@ def file_of_roots() -> Iterator[Path]:
 async def test_root_is_not_lent_out(
     how: str, lane: str, file_of_roots: Path, tmp_path: Path
 ) -> None:
-    """Root's file is open in a process that may read it. Nobody opens it anew, and asks whether
-    root may write."""
+    """Root's file is open in a process that may read it. pagenet does not open it anew, with root's
+    permission to write."""
     before = file_of_roots.read_bytes()
     chosen = str(write_pattern(tmp_path / "chosen", len(before)))
     with open_source(chosen) as source:
@@ -490,7 +491,7 @@ async def test_root_is_not_lent_out(
 async def resumed_from(
     server_arguments: Sequence[str], owner: Process, lane: str
 ) -> tuple[int, str]:
-    """How a destination ends that goes on from there, and what it says."""
+    """How a destination that takes over from there ends, and what it prints."""
     async with (
         run_server(*server_arguments) as (_, uri),
         run(resume_command(uri, owner.pid, lane)) as pulling,
@@ -500,7 +501,7 @@ async def resumed_from(
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_a_file_that_was_written_to_is_another_source(lane: str, tmp_path: Path) -> None:
-    """Refused in one line, which says under which identity the same bytes would be taken."""
+    """Refused in one line, which names the identity under which the same bytes would be taken."""
     source = write_pattern(tmp_path / "source", SIZE, zero_every=16)
     touches: list[str | int] = ["--touches", PAGES, "--order", "random", "--wait-complete"]
     async with (

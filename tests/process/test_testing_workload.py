@@ -1,5 +1,5 @@
-"""native/testing: pattern.c, and workload.c as the process that it is made for. Most handlers here
-only listen."""
+"""native/testing: pattern.c, and workload.c in a process of its own. Most handlers here only
+listen."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_pattern_depends_on_the_seed() -> None:
 
 
 def test_no_two_words_agree() -> None:
-    """So no page but those meant to be is zero throughout."""
+    """So only pages that are meant to be zero are."""
     assert len(set(words(fill(0, 64)))) == 64 * PAGE // 8
 
 
@@ -159,7 +159,7 @@ class Owner:
         select.select([self.fds[0]], [], [])
 
     def leave(self) -> None:
-        """What the death of a handler looks like: its socket and its descriptors are closed."""
+        """What an owner sees of a handler's death: its socket and its descriptors are closed."""
         self.connection.close()
         while self.fds:
             os.close(self.fds.pop())
@@ -416,8 +416,8 @@ def test_outlives_the_thread_that_started_it(start: Start) -> None:
 
 
 class Handler:
-    """Answers faults of one region, one at a time, with the pattern of seed 0; spoil() has the last
-    word on each page."""
+    """Answers faults of one region, one at a time, with the pattern of seed 0. spoil() may change
+    each page before it is placed."""
 
     def __init__(
         self, owner: Owner, spoil: Callable[[int, bytearray], int] = lambda page, data: _native.COPY
@@ -425,7 +425,7 @@ class Handler:
         (self.region,), self.owner, self.spoil = owner.regions, owner, spoil
 
     def serve(self) -> dict[str, Any]:
-        """Until the last event, which it returns."""
+        """Answer faults until the workload's last event. Returns that event."""
         assert self.owner.process.stdout is not None
         uffd, stdout = self.owner.fds[0], self.owner.process.stdout.fileno()
         output = b""
@@ -503,8 +503,8 @@ def test_wrong_bytes_are_found(
 
 
 def test_lost_write_is_found(start: Start) -> None:
-    """Late placement: a page's old content comes once more, over what the owner has written
-    since."""
+    """Late placement: a page's old content comes once more, and overwrites what the owner has
+    written since."""
     owner = start(
         "--size",
         "4K",

@@ -1,5 +1,5 @@
 """The file of a program's first touches, and the time between them; and a player that works as long
-as it says."""
+as the file has it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_it_is_small(tmp_path: Path) -> None:
 
 
 def test_as_a_trace(tmp_path: Path) -> None:
-    """What was done before a touch that has no place is done before the next one."""
+    """The work before a touch that is left out is done before the next touch."""
     path = tmp_path / "touches"
     Touches(PAGES, ((5, 10), (700, 20), (3, 30), (600, 40))).save(path)
     trace = make_trace(f"recorded={path}", MIB)
@@ -77,7 +77,7 @@ def test_whole_truncated_and_longer(tmp_path: Path) -> None:
 
 @given(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))
 def test_a_byte_that_is_wrong(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int) -> None:
-    """It is refused, or makes another trace that makes sense."""
+    """The file is refused, or is another valid trace."""
     path = tmp_path_factory.mktemp("touches") / "touches"
     path.write_bytes(WHOLE[:at] + bytes([byte]) + WHOLE[at + 1 :])
     with suppress(UsageError):

@@ -1,5 +1,5 @@
-"""pagenet/whole_file.py: what is written by name is whole and its writer's own, or there is one
-line and the older file."""
+"""pagenet/whole_file.py: a file that is written by name is whole and its writer's own; or there is
+an error of one line, and the older file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 @pytest.fixture(params=["without a name", "with a name"])
 def making(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the file system has files that are being made: not every one has them without a name."""
+    """How the file is made: not every file system has files without a name."""
     if request.param == "with a name":
         real = os.open
 
@@ -89,7 +89,7 @@ def test_two_at_once_have_a_file_each(making: str, tmp_path: Path) -> None:
 def test_a_name_within_the_current_directory(
     making: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And that is where it goes, wherever its writer has gone since."""
+    """The file goes there, even if its writer has changed its directory since."""
     monkeypatch.chdir(tmp_path)
     with WholeFile("note", "note") as file:
         monkeypatch.chdir("/")
@@ -115,7 +115,7 @@ def test_the_mode_is_what_was_said_less_the_umask(mode: int, making: str, tmp_pa
 
 
 async def test_cancelled_before_the_thread_begins(tmp_path: Path) -> None:
-    """Nothing is left open of what the thread would have had."""
+    """What the thread would have used is closed."""
     with WholeFile(tmp_path / "file", "file") as file:
         before = set(os.listdir("/proc/self/fd"))
         with trio.CancelScope() as scope:
@@ -129,7 +129,7 @@ async def test_cancelled_before_the_thread_begins(tmp_path: Path) -> None:
 async def test_the_disk_is_waited_for_in_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that never ends holds up nobody, and leaves nothing."""
+    """A disk that never answers blocks no other task, and nothing is left behind."""
     began, go_on = trio.Event(), trio.lowlevel.current_trio_token()
     read_end, write_end = os.pipe()
 
@@ -247,10 +247,10 @@ except pagenet.UsageError as error:
 
 
 def as_nobody(path: Path) -> str:
-    """What an ordinary user is told who writes there."""
+    """What an ordinary user who writes there is told."""
     if os.geteuid():
         pytest.skip("needs root, to become another user")
-    # Loaded before the user changes: the package may lie where others may not look.
+    # Loaded before the user changes: the package may lie where other users may not look.
     code = f"import pagenet.whole_file, trio\n{AS_NOBODY}"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.stderr.count("\n") <= 1, done.stderr
@@ -260,14 +260,14 @@ def as_nobody(path: Path) -> str:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Path]:
-    """As /tmp is, and reached by everybody."""
+    """A directory like /tmp, which every user can reach."""
     with mounted(tmp_path / "shared", "mode=1777") as path:
         yield path
 
 
 @contextmanager
 def mounted(path: Path, options: str) -> Iterator[Path]:
-    """A tmpfs of its own, which others can reach, in their way there too."""
+    """A tmpfs that other users can reach; so are the directories above it."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -300,7 +300,8 @@ def test_another_users_file_in_a_sticky_directory(shared: Path) -> None:
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """No file may be longer: EFBIG, since Python ignores the signal."""
+    """No file may be longer than ``size``: writing raises EFBIG, since Python ignores the
+    signal."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -343,7 +344,7 @@ def test_a_full_disk_is_one_line(making: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "socket"])
 def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
-    """A FIFO that nobody writes to is turned away, and not waited for."""
+    """A FIFO without a writer is refused, and not waited for."""
     OTHERS[kind][0](tmp_path / "note")
     with pytest.raises(UsageError, match="cannot read the note"):
         read_whole(tmp_path / "note", 100, "note")
@@ -378,8 +379,8 @@ def into(uri: str, path: Path) -> list[str]:
 
 @pytest.mark.parametrize("killed", [False, True])
 async def test_two_transfers_into_one_file(killed: bool, tmp_path: Path) -> None:
-    """The first is done while the second has half of its pages; its file stays whole, also if the
-    second is killed."""
+    """The first ends while the second has half of its pages. The first's file stays whole, even if
+    the second is killed."""
     one = write_pattern(tmp_path / "one", MIB, seed=1)
     other = write_pattern(tmp_path / "other", 2 * MIB, seed=2)
     copy = tmp_path / "copy"
@@ -459,7 +460,7 @@ async def test_a_transfer_onto_a_full_disk(tmp_path: Path) -> None:
 
 
 async def test_sigterm_ends_a_daemon_that_was_told_to_read_a_fifo(tmp_path: Path) -> None:
-    """It is told no, at once, and goes on listening to signals."""
+    """The client gets an error at once, and the daemon still heeds signals."""
     source = write_pattern(tmp_path / "source", MIB)
     os.mkfifo(tmp_path / "fifo")
     control = tmp_path / "control"
@@ -509,7 +510,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("kind", ["fifo", "link to a file"])
 @pytest.mark.parametrize("suite", ["fault", "workload"])
 def test_a_plot_under_a_name_that_is_something_else(kind: str, suite: str, tmp_path: Path) -> None:
-    """Before anything is measured."""
+    """Refused before anything is measured."""
     if find_spec("matplotlib") is None:  # importing it starts threads
         pytest.skip("needs matplotlib")
     make, words = OTHERS[kind]
@@ -523,7 +524,7 @@ def test_a_plot_under_a_name_that_is_something_else(kind: str, suite: str, tmp_p
 
 @pytest.mark.parametrize("kind", ["fifo", "link to a file"])
 def test_a_trace_under_a_name_that_is_something_else(kind: str, tmp_path: Path) -> None:
-    """Before the program has run."""
+    """Refused before the program has run."""
     make, words = OTHERS[kind]
     (tmp_path / "mine").write_bytes(b"mine")
     (tmp_path / "data").write_bytes(bytes(PAGE))

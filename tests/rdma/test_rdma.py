@@ -1,4 +1,5 @@
-"""RDMA: in a guest that has a device, the tests of tests/rdma/inside; here, what needs none."""
+"""RDMA: runs the tests of tests/rdma/inside in a guest that has a device; the other tests here need
+none."""
 
 from __future__ import annotations
 
@@ -49,9 +50,9 @@ from pagenet.tcp import TcpTransport
 
 #: what runs in the guest
 INSIDE = ROOT / "tests" / "rdma" / "inside"
-#: few guests run all of them: one takes longer to start than most of them do
+#: seconds; few guests run all tests, because a guest takes longer to start than most tests take
 PATIENCE = 480
-#: half of them, by the time they take
+#: half of the tests, by the time they take
 FIRST = [INSIDE / name for name in ("test_moving.py", "test_failing.py")]
 REGION = Region([Block("a", (1 << 20) + 8192, 4096), Block("b", 4 << 20, 2 << 20)])
 
@@ -73,15 +74,15 @@ def run_tests(cpus: int, *which: str | Path) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.timeout(2 * PATIENCE + 120)
 def test_in_guests_with_a_device() -> None:
-    """All with one processor, which is what an emulator is fast with, in two guests at a time; and
-    some with four, which are enough for the destination to look for the end of a READ before it
-    sleeps."""
-    # What is imported there is compiled here: an emulated processor takes long for that, and keeps
-    # nothing.
+    """All tests run with one processor, with which an emulator is fastest, in two guests at a time.
+    Some run with four too, which are enough for the destination to look for the end of a READ
+    before it sleeps."""
+    # What is imported in the guest is compiled here: an emulated processor takes long for that, and
+    # the guest keeps nothing.
     subprocess.run(
         [sys.executable, "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True
     )
-    guest_files()  # there is no network there
+    guest_files()  # made here: there is no network in the guest
     others = [path for path in sorted(INSIDE.glob("test_*.py")) if path not in FIRST]
     with ThreadPoolExecutor(2) as threads:
         runs = [
@@ -107,7 +108,7 @@ def test_two_guests_joined_by_a_wire(tmp_path: Path) -> None:
         f"{python} -m pagenet.cli.serve {source} --listen rdma://10.77.0.1:7000 --plaintext --once"
     )
     pull = f"{python} -m pagenet.cli.pull rdma://10.77.0.1:7000 --into /tmp/copy"
-    # Whoever begins to pull before there is a server is told so by exit code 3.
+    # A pull that begins before there is a server ends with exit code 3.
     pulling = f"while {pull}; test $? = 3; do sleep 1; done; cp /tmp/copy /mnt/exchange"
     with ThreadPoolExecutor() as threads:
         server = threads.submit(
@@ -148,7 +149,7 @@ def test_pyverbs_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NoDevices:
-    """What pyverbs says on a host without any."""
+    """What pyverbs returns on a host without devices."""
 
     @staticmethod
     def get_device_list() -> list[object]:
@@ -287,7 +288,7 @@ def test_senseless_answers(answer: int, length: int) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        encode_key(Run(256, 2), 4096, 1, b""),  # it would be read where it is not
+        encode_key(Run(256, 2), 4096, 1, b""),  # the key of another chunk
         encode_key(Run(0, 255), 4096, 1, bytes(32)),
         encode_word(Answer.ZERO, Run(258, 1)),
         encode_key(Run(0, 256), 2**64 - 1, 1, b""),  # no address in front of it would fit a READ
@@ -302,5 +303,7 @@ def test_answers_that_were_not_asked_for(answer: bytes) -> None:
 def test_answers_that_were_asked_for() -> None:
     last = read_all(encode_key(Run(0, 256), 2**64 - (1 << 20), 1, b""))
     assert check_key(last, Run(0, 256), REGION) == last
-    failed = read_all(encode_word(Answer.FAILED, Run(7, 7), "gone"))  # of whatever: it is the end
+    failed = read_all(
+        encode_word(Answer.FAILED, Run(7, 7), "gone")
+    )  # whatever its run: it ends the connection
     assert check_key(failed, Run(0, 256), REGION) == failed

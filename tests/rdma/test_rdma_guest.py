@@ -1,4 +1,4 @@
-"""tools/rdma-guest: a command in a guest with an RDMA device, and how its end is told."""
+"""tools/rdma-guest: a command in a guest with an RDMA device, and its exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_time_is_over() -> None:
 
 
 def test_clock_that_counts_instructions() -> None:
-    """Who sleeps executes none."""
+    """A guest that sleeps executes no instructions."""
     done = run_in_guest("sleep", "600", options=("--icount",), timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sanitizers import ADDRESS, THREAD, Build, Sanitizer, build, unavailable
 
-# Minutes each, and several times as long on a busy machine: what hangs is found by the limit of
+# Each takes minutes, and several times as long on a busy machine. A hang is found by the limit of
 # each test within.
 pytestmark = pytest.mark.timeout(1800)
 
@@ -29,8 +29,9 @@ memory = ffi.new("char[]", lib.pn_map_bytes(1) + 1)
 lib.pn_map_init(ffi.cast("struct pn_map *", memory + 1), 1)
 """
 
-# pn_pattern_fill writes without atomics: it is for whoever has the memory to himself. Long enough
-# to be interrupted in the middle even where there is one processor for both.
+# A data race of two threads: pn_pattern_fill writes without atomics, since its caller has the
+# memory to itself. It runs long enough to be interrupted in the middle even if both threads share
+# one processor.
 RACE = """
 import threading
 from pagenet._pagenet_testing import ffi, lib
@@ -64,7 +65,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_sees_misuse(sanitized: Build) -> None:
-    """Without this, a build that is not instrumented would pass everything below."""
+    """Otherwise a build that is not instrumented would pass everything below."""
     for program, finding in MISUSES[sanitized.sanitizer.name]:
         result = sanitized.run("-c", program)
         assert result.returncode != 0, result.stdout
@@ -72,8 +73,8 @@ def test_sees_misuse(sanitized: Build) -> None:
 
 
 def test_native_tests_pass(sanitized: Build) -> None:
-    # capture=sys: a process that a sanitizer ends has no time left to show what pytest had captured
-    # of its stderr.
+    # capture=sys: a process that a sanitizer ends could not show what pytest had captured of its
+    # stderr.
     result = sanitized.run(
         "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", "-m", "native", "tests"
     )

@@ -1,5 +1,5 @@
-"""pagenet-bench over RDMA: it runs, beside perftest, and says what it should. Figures are not
-judged: nothing here is quiet."""
+"""pagenet-bench over RDMA: it runs beside perftest, and prints what it should. Figures are not
+judged: the machine is not quiet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What goes wrong: the same errors as over TCP, soon, with no wrong page; and the source goes on
-serving others."""
+"""Failures: the same errors as over TCP, soon, with no wrong page; and the source continues to
+serve others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pagenet.transport import LaneKind
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 3 * MIB
-#: more than is asked for ahead
+#: more than may be in flight
 LARGE = 16 * MIB
 LISTEN = "rdma://127.0.0.1:0"
 LANES = ["native", "trio"]
@@ -45,7 +45,7 @@ def source(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @dataclass
 class Failed:
-    """What a transfer ends with, and when, on the clock of time.monotonic()."""
+    """The error that a transfer ends with, and when, on the clock of time.monotonic()."""
 
     error: PagenetError
     at: float
@@ -58,7 +58,7 @@ async def fail(
     cause: Callable[[], object] | None = None,
     size: int = SIZE,
 ) -> Failed:
-    """``cause`` is called in the midst of it."""
+    """Run a transfer in the middle of which ``cause`` is called."""
     at = 0.0
 
     async def bring() -> None:
@@ -88,16 +88,16 @@ async def fail(
 
 
 class BareRead:
-    """A READ through a queue pair that is joined to none, beside what is tested, on the same busy
-    machine: it fails when it has been sent :data:`RETRIES` times more, which takes less than 2 s of
-    the device's own time."""
+    """A READ through a queue pair without a peer, beside the transfer under test, on the same busy
+    machine. It fails after :data:`RETRIES` retries, which take less than 2 s of the device's own
+    time."""
 
     def __init__(self) -> None:
         self._begin = trio.Event()
         self._began = self._took = inf
 
     def begin(self) -> None:
-        """Now. What comes after the first time does not count."""
+        """Post the READ now. Only the first call counts."""
         if not self._begin.is_set():
             self._began = time.monotonic()
             self._begin.set()
@@ -116,7 +116,8 @@ class BareRead:
             self._took = time.monotonic() - self._began
 
     def check_no_later(self, failed: Failed) -> None:
-        """It has failed before, or not much later: not half as long again."""
+        """Check that the transfer has failed within 1.5 times the time that this READ took to
+        fail."""
         assert self._began < failed.at <= self._began + 1.5 * self._took
 
 
@@ -209,7 +210,7 @@ async def test_chunk_deregistered(lane: LaneKind, source: str, tmp_path: Path) -
 async def test_host_gone_without_a_word(
     lane: LaneKind, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing answers READs, and the connection beside them is none the wiser."""
+    """No device answers READs, and the connection beside them notices nothing."""
     queue_pair = _memory._queue_pair
 
     @contextmanager
@@ -259,7 +260,8 @@ async def test_senseless_answers(
 async def test_source_that_shrinks(
     lane: LaneKind, server: Server, source: str, tmp_path: Path
 ) -> None:
-    """What it has registered can be read still; the next key is refused, and the reason told."""
+    """Memory that the source has registered can still be read. The next key is refused, with the
+    reason."""
     failed = await fail(
         server.uri, tmp_path / "uffd.sock", lane, lambda: os.truncate(source, PAGE), size=LARGE
     )

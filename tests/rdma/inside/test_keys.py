@@ -1,5 +1,5 @@
-"""The source hands out keys, in C and in Trio: what a peer may not say, and what becomes of its
-keys when it goes."""
+"""The source hands out keys, in C and in Trio: what a peer may not send, and what becomes of its
+keys when it leaves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ LANES = ["native", "trio"]
 
 @pytest.fixture
 def source() -> Iterator[Path]:
-    """Of its chunks, the second is zero, and a hole; every seventh page of the others is zero."""
+    """A source whose second chunk is a hole, and so zero; every seventh page of the other chunks is
+    zero."""
     path = write_pattern(Path("/dev/shm/source"), SIZE, zero_every=7)
     with path.open("r+b") as file:
         last = path.read_bytes()[2 * MIB :]
@@ -113,8 +114,8 @@ async def none_pinned(server: Server) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_keys(lane: Any, source: Path) -> None:
-    """Answers in order, zeros as they are, and everything given back in the end, by a peer that
-    says so or by one that goes."""
+    """Answers come in order, zeros are marked, and every key is given back in the end: by a peer
+    that returns them, or by one that leaves."""
     async with (
         serve(str(source), listen="rdma://127.0.0.1:0", lane=lane) as server,
         peer_of(server) as peer,
@@ -140,7 +141,7 @@ async def test_keys(lane: Any, source: Path) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_senseless_askings(lane: Any, source: Path) -> None:
-    """End the connection, and no other."""
+    """They end that connection, and no other."""
     refused = trio.Event()
     reasons: list[str] = []
 

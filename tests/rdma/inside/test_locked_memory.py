@@ -1,5 +1,5 @@
-"""Memory is registered within what the process may lock: where that is too little, both sides say
-so, and what to do."""
+"""Memory is registered within what the process may lock. If that is too little, both sides report
+it, and what to do."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ HINT = "`ulimit -l unlimited`"
 
 
 def as_nobody(limit: int) -> Callable[[], None]:
-    """For a :class:`Command`: an ordinary user, who may lock so many bytes."""
+    """For a :class:`Command`: become an ordinary user who may lock ``limit`` bytes."""
 
     def become() -> None:
-        # Python may lie where others may not look, and loads this when a name is looked up
+        # Python may lie where other users may not look, and it loads this when it first looks up a
+        # name
         "".encode("idna")
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
         os.setgroups([])
@@ -48,7 +49,7 @@ def as_nobody(limit: int) -> Callable[[], None]:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """Where anybody may make a socket."""
+    """A directory in which every user may make a socket."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -56,7 +57,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 def source(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Memory that anybody may write to, and so register as it is."""
+    """A file that every user may write to, and so register in place."""
     path = write_pattern(Path("/dev/shm/source"), LARGE if "large" in request.node.name else SIZE)
     path.chmod(0o666)
     yield path
@@ -90,7 +91,7 @@ def check_moves(uri: str, directory: Path, source: Path) -> None:
 
 
 def check_told(text: str, *parts: str) -> None:
-    """In one line."""
+    """Check that it is one line with these parts."""
     assert text.count("\n") == 1
     for part in (*parts, HINT):
         assert part in text
@@ -109,7 +110,8 @@ def check_told(text: str, *parts: str) -> None:
 def test_source_may_lock_too_little(
     limit: int, lane: str, says: str, source: Path, directory: Path
 ) -> None:
-    """The destination is told why, and the source goes on: with more, it serves the next one."""
+    """The destination is told why, and the source continues: with a higher limit it serves the next
+    destination."""
     with Command(serve, source, "--listen", LISTEN, "--json", before=as_nobody(limit)) as server:
         uri = server.event("listening")["uri"]
         with pull_into_owner(uri, directory, "--lane", lane) as pulling:
@@ -142,7 +144,7 @@ def test_source_that_dials_and_may_lock_too_little(source: Path, directory: Path
 
 
 def test_source_may_lock_a_part_of_a_large_one(source: Path, directory: Path) -> None:
-    """No more of it is registered at a time."""
+    """The source registers no more of it at a time than it may lock."""
     with Command(serve, source, "--listen", LISTEN, "--json", before=as_nobody(5 * MIB)) as server:
         check_moves(server.event("listening")["uri"], directory, source)
 
@@ -154,7 +156,7 @@ def test_source_may_lock_a_part_of_a_large_one(source: Path, directory: Path) ->
 def test_destination_may_lock_too_little(
     lane: str, limit: int, source: Path, directory: Path
 ) -> None:
-    """8 MiB are what Linux lets a process lock that was told nothing."""
+    """8 MiB are what Linux lets a process lock by default."""
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]
         with pull_into_owner(uri, directory, "--lane", lane, before=as_nobody(limit)) as pulling:
@@ -173,7 +175,7 @@ def test_destination_may_lock_too_little(
 def test_destination_may_lock_its_stage_and_no_more_of_a_large_one(
     source: Path, directory: Path
 ) -> None:
-    """What cannot be received where it belongs comes through the stage."""
+    """Pages that cannot be received in place come through the stage."""
     limit = 16 * MIB + 512 * KIB  # less than a chunk more
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]

@@ -1,5 +1,5 @@
-"""A region moves over RDMA: every byte of it, from every kind of source, into every kind of
-memory."""
+"""A region moves over RDMA, from every kind of source into every kind of memory, and every byte is
+right."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def move(
     size: str | int = SIZE,
     **options: Any,
 ) -> TransferStatistics:
-    """Into a workload, which checks every byte after the last page has come."""
+    """Move a region into a workload, which checks every byte after the last page has come."""
     owner = UffdSocket(path)
     await owner.listen()
     try:
@@ -65,8 +65,8 @@ def source(tmp_path: Path) -> Iterator[str]:
     path.unlink()
 
 
-# The rest of the guest's time is better spent on pages: a connection of this transport is one of
-# TCP's in all that this checks.
+# One run is enough: in all that this checks, a connection of this transport is one of TCP, and the
+# guest's time is better spent on pages.
 async def test_conformance() -> None:
     await check_transport(RdmaTransport(TcpTransport()), lambda: LISTEN)
 
@@ -137,7 +137,7 @@ async def test_blocks_that_end_within_a_chunk(lane: LaneKind, tmp_path: Path) ->
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Sources in another process: a memfd of it, and addresses of it."""
+    """Sources in another process: its memfd, and a range of its addresses."""
     script = """if True:
         import ctypes, mmap, os, sys
         with open(sys.argv[1], "rb") as file:
@@ -280,7 +280,8 @@ def server(source: str) -> Iterator[Server]:
 
 
 async def test_stopped_source(server: Server, tmp_path: Path) -> None:
-    """Its CPU takes no part: with the keys once given out, pages come while it is stopped."""
+    """Its processor takes no part: once the keys are given out, pages come while the source is
+    stopped."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
     arguments = ("--wait-complete", "--zero-every", ZERO_EVERY, "--size", SIZE, "--order", "none")
@@ -317,7 +318,7 @@ def test_commands(source: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def bad_wire() -> Iterator[None]:
-    """Two devices, joined by a wire that delays every packet by 5 ms, and loses one in a
+    """Two devices, joined by a wire that delays every packet by 5 ms, and loses one packet in a
     hundred."""
     script = Path(__file__).with_name("wire.sh")
     subprocess.run(["sh", script, "up"], check=True)
@@ -343,8 +344,8 @@ def spun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_packets_are_late_and_lost(
     bad_wire: None, source: str, tmp_path: Path, spun: list[int]
 ) -> None:
-    """With processors to spare, it looks for the end of a READ before it sleeps: tests/test_rdma.py
-    runs this with four too."""
+    """With processors to spare, a loop looks for the end of a READ before it sleeps:
+    tests/test_rdma.py runs this with four too."""
     async with serve(source, listen="rdma://10.88.0.1:0?device=rxea", plaintext=True) as server:
         before = sent_over_wire()
         statistics = await move(

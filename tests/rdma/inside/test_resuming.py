@@ -22,7 +22,7 @@ SIZE = 2 * MIB
 ZERO_EVERY = 7
 LISTEN = "rdma://127.0.0.1:0"
 SLOWLY = ("--max-bandwidth", MIB // 4, "--prefetch", "0,0")
-#: it writes to its pages, and gives some of them up: neither is to be undone
+#: the workload writes to its pages, and gives some of them up; neither may be undone
 WORK = (
     "--touches",
     SIZE // PAGE // 2,
@@ -50,7 +50,7 @@ def workload(path: Path, memory: str) -> Command:
 
 
 def kill_half_way(pulling: Command, begun: float = 0.0) -> float:
-    """When it has brought more than that share: how much."""
+    """Kill it when it has brought more than the share ``begun``, and return the share."""
     while (share := pulling.event("progress")["share"]) <= begun:
         pass
     assert share < 1
@@ -82,7 +82,7 @@ def test_killed_and_resumed(
 
 
 def serve_persistently(arguments: list[str]) -> int:
-    """The part of ``pagenet-qemu migrate`` that serves pages."""
+    """Does the part of ``pagenet-qemu migrate`` that serves pages."""
 
     async def run() -> None:
         async with pagenet.serve(arguments[0], connect=arguments[1]) as server:

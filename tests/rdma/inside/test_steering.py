@@ -101,14 +101,14 @@ async def test_recorded_and_replayed(lane: str, source: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_hot_follows_the_faults_within_the_limit(lane: str, source: Path) -> None:
-    """And a page that somebody waits for is not held up by it."""
+    """And a page that a thread waits for is not delayed by the limit."""
     rate, page = MIB // 2, 300
     async with transfer_of(source, lane, start_background="after=1000000", max_bandwidth=rate) as (
         transfer,
         memory,
     ):
         await memory.read(page * PAGE, 1)
-        # The lane in C tells of its faults a little later.
+        # The lane in C reports its faults a little later.
         with trio.fail_after(60):
             while not transfer._background._recent:  # noqa: ASYNC110
                 await trio.sleep(0.005)
@@ -150,7 +150,7 @@ async def test_nothing_is_compressed(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", ["anonymous", "memfd"])
 @pytest.mark.parametrize("lane", LANES)
 async def test_drawn(lane: str, memory: str, seed: int, tmp_path: Path) -> None:
-    """As tests/test_combinations.py, but for what RDMA has not."""
+    """As tests/process/test_combinations.py, without what RDMA does not have."""
     number = 1000 + 10 * seed + 2 * LANES.index(lane) + (memory == "memfd")
     only = {
         "transport": "rdma",
