@@ -1,5 +1,4 @@
-"""native/attach.c: a process that is stopped, given descriptors, and let go, and that notices
-nothing of it."""
+"""native/attach.c: a process is stopped, given descriptors, and released, and does not notice."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from pagenet.uffd._userfaultfd import DEVICE
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="attaching is for x86-64")
 
-# Says that it is ready, does something, and says what came of it. The C library's errno tells what
+# Reports that it is ready, does something, and reports the result. The C library's errno tells what
 # Python would hide.
 VICTIM = """
 import ctypes, json, os, signal, sys, threading, time
@@ -111,7 +110,7 @@ def links(pid: int) -> list[str]:
 def test_nothing_is_noticed(does: str) -> None:
     with victim(does) as process:
         ready = heard(process)
-        time.sleep(0.05)  # it may be there by now; if not, that is another moment as good
+        time.sleep(0.05)  # it may have got there by now; if not, this moment is as good
         for _ in range(20):
             planted = plant(process.pid)
             assert planted.refused == 0
@@ -190,7 +189,8 @@ def test_process_that_has_ended() -> None:
 
 
 def test_number_that_is_another_process_by_now() -> None:
-    """The pidfd is of one that has ended; it was left alone, and so is the one of that number."""
+    """The pidfd is that of a process that has ended; the process that has its number now is left
+    alone."""
     with victim("poll") as ended, victim("poll") as process:
         assert heard(ended)["event"] == heard(process)["event"] == "ready"
         with pidfd_of(ended.pid) as pidfd:
@@ -202,8 +202,8 @@ def test_number_that_is_another_process_by_now() -> None:
 
 
 def test_userfaultfd_is_refused_there() -> None:
-    """Unprivileged, and the device node is for root: the kernel says so in there, and nothing is
-    left."""
+    """The process is unprivileged, and the device node is for root: the kernel refuses the
+    userfaultfd in that process, and nothing is left behind."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("vm.unprivileged_userfaultfd is set")
     code = (

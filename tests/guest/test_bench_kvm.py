@@ -1,4 +1,4 @@
-"""Which processor a guest under KVM is shown, on hosts that differ in what their KVM can do."""
+"""Which processor a guest under KVM gets, on hosts whose KVM differs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from pagenet import Unsupported
 from pagenet.bench._kvm import QEMU, find_kvm_cpu
 
-# What QEMU says where KVM offers a register that it refuses to set.
+# QEMU's error where KVM offers a register that it refuses to set.
 COMPLAINT = "failed to set MSR 0x10a to 0x69"
 
 
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that is all of PATH; nothing is known of this host before, nor remembered
+    """A directory that is all of PATH. What is cached of this host is cleared before and
     afterwards."""
     monkeypatch.setenv("PATH", str(tmp_path))
     find_kvm_cpu.cache_clear()

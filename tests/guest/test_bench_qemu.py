@@ -1,4 +1,4 @@
-"""pagenet-bench qemu: that it moves guests in all ways, what it makes of their words, and that it
+"""pagenet-bench qemu: that it moves guests by all methods, how it reads their output, and that it
 leaves nothing behind."""
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
     figures = said[-1]["qemu"]
     assert (figures["rate_mbit"], figures["rounds"], figures["wrong"]) == (1000, 1, [])
     assert {target["met"] for target in figures["targets"]} <= {True, False}
-    assert len(figures["targets"]) == 4  # those beside a postcopy without preempt are left out
+    assert (
+        len(figures["targets"]) == 4
+    )  # those compared with a postcopy without preempt are left out
     preempt, pagenet = figures["results"]
     for one in (preempt, pagenet):
         assert (one["ram_mib"], one["rounds"], one["converged"], one["bad"], one["unbroken"]) == (
@@ -61,7 +63,9 @@ def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
         assert 0 < one["downtime_ms"] < one["total_s"] * 1000
         assert one["longest_gap_ms"] > 0
         assert one["total_s"] <= one["command_s"]
-        assert one["wire_bytes"] > 160 * 30 // 100 << 20  # what the guest works on is not zero
+        assert (
+            one["wire_bytes"] > 160 * 30 // 100 << 20
+        )  # the memory that the guest works on is not zero
         assert one["writes_per_s"] > 0
     assert preempt["blocked_ms"] > 0
     assert preempt["fault_us"] == {"p50": None, "p99": None}
@@ -75,7 +79,7 @@ def test_guest_moves_by_qemu_and_by_pagenet(tmp_path: Path) -> None:
 
 @contextmanager
 def running_bench(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """Once it has a machine."""
+    """Runs the bench. Yields it once it has a machine."""
     with subprocess.Popen(
         bench_command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -88,7 +92,7 @@ def running_bench(*args: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def machines(bench: int) -> list[Path]:
-    """The monitors of its QEMUs, which are in a directory of that process's."""
+    """The monitors of its QEMUs, in the directory of that bench."""
     found = []
     for path in Path(f"/proc/{bench}/task").glob("*/children"):
         with suppress(OSError):  # ended meanwhile
@@ -103,7 +107,7 @@ def machines(bench: int) -> list[Path]:
 
 
 def is_used(directory: Path) -> bool:
-    """Whether there is a process that has it in its command line."""
+    """Whether a process has the directory in its command line."""
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -183,12 +187,11 @@ def test_bad_usage_is_one_line(
     assert reason in complaints
 
 
-# ---- what is made of a guest's words ----
+# ---- how a guest's output is read ----
 
 
 def said(*beats: tuple[float, int, int], rest: str = "", first: str = "") -> Serial:
-    """A machine whose guest said heartbeats at those times, of those numbers, after so many
-    writes."""
+    """A machine whose guest has sent heartbeats: (time, number, writes so far) each."""
     serial = Serial("guest", Path("nowhere"))
     for time_, seq, writes in beats:
         text = f"HB seq={seq} t=0 w={writes} dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r\n"
@@ -226,8 +229,8 @@ def test_story_that_is_broken(next_: int) -> None:
 
 @pytest.mark.parametrize("again", [1, 3])
 def test_character_that_is_said_again(again: int) -> None:
-    """QEMU's serial port may repeat what it was saying as the guest was stopped, wherever in the
-    line that was."""
+    """QEMU's serial port may repeat the character that it was sending when the guest was stopped,
+    anywhere in a line."""
     line = "HB seq=2 t=0 w=300 dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r"
     for cut in range(1, len(line) + 1):
         before = said((1.0, 0, 100), (2.0, 1, 200), rest=line[:cut])
@@ -255,8 +258,8 @@ def test_wrong_page() -> None:
 
 
 def migration(method: str, completed: float | None, end: float) -> Migration:
-    """Asked for at 10 s, of a guest that writes 100 pages a second before, and stands still from 10
-    s to ``end``."""
+    """A migration asked for at 10 s, of a guest that writes 100 pages a second before, and stands
+    still from 10 s to ``end``."""
     beats = [(number / 2, number, number * 50) for number in range(21)]
     after = [(end + number / 2, 21 + number, 1000 + number * 50) for number in range(20)]
     story = Story.of(said(*beats), said(*after))

@@ -1,4 +1,4 @@
-"""The guest that tests move, and what is made of its words, where nothing is moved."""
+"""The guest that tests move, and how its output is read, without a migration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def heard(text: str, name: str = "guest") -> Serial:
     return serial
 
 
-# ---- what is made of its words ----
+# ---- how its output is read ----
 
 
 def test_words_come_in_pieces() -> None:
@@ -183,7 +183,7 @@ async def test_guest_that_has_not_enough_memory(tmp_path: Path) -> None:
 
 
 def flip_last_byte(memory: mmap.mmap, page: int) -> None:
-    """In the guest's page of that number, wherever its kernel has put it."""
+    """Flip the last byte of the guest's page of that number, wherever its kernel has put it."""
     header = struct.pack("<QQ", MAGIC, page)
     place = memory.find(header)
     while place % 4096:
@@ -222,14 +222,14 @@ async def test_guest_that_ends_early_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def is_running(pid: str) -> bool:
-    """Not so for one that has ended and that nobody has waited for."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-# One that is killed cannot clean up.
+# A process that is killed cannot clean up.
 ABANDONED = """
 import sys, trio
 from pathlib import Path

@@ -41,8 +41,8 @@ SIZE = 64 * PAGE
 NOBODY = 65534
 
 # A VMM in a few lines. Its arguments: mmap's flags and protection, how many threads map, the user
-# to become (0: none), and the files. Then it obeys the lines that come on stdin. It touches memory
-# from C.
+# to become (0: none), and the files. Then it runs the commands that come on stdin. It touches
+# memory from C.
 VMM = """
 import ctypes, hashlib, json, mmap, os, sys, threading
 def say(event, **more):
@@ -105,7 +105,7 @@ def pattern(first: int, pages: int) -> bytes:
 
 @contextmanager
 def shared_files(*sizes: int) -> Iterator[list[Path]]:
-    """Files of guest RAM, with nothing in them."""
+    """Files of guest RAM, all holes."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pagenet-test-preload-") as directory:
         paths = [Path(directory, f"ram{index}") for index in range(len(sizes))]
         for path, size in zip(paths, sizes, strict=True):
@@ -151,7 +151,7 @@ def run_vmm(
 
 
 class Vmm:
-    """One that is told what to do."""
+    """A VMM that takes commands."""
 
     def __init__(self, process: Process, write_end: int) -> None:
         self.process = process
@@ -189,7 +189,8 @@ async def filled(
     lane: str,
     background: str = "linear",
 ) -> AsyncIterator[tuple[Vmm, Transfer]]:
-    """A VMM, started once it can hand over its memory, and the transfer into that."""
+    """A VMM, which is started when it can hand over its memory, and the transfer into that
+    memory."""
     await owner.listen()
     try:
         async with (
@@ -218,7 +219,7 @@ async def test_file_comes_along(source: str, ram: Path, tmp_path: Path, lane: st
     ):
         refused = await machine.process.event("refused")
         mapped = await machine.process.event("mapped")
-        assert refused["mmap"] == [2**64 - 1, 22]  # EINVAL: as without us
+        assert refused["mmap"] == [2**64 - 1, 22]  # EINVAL: as without the library
         assert mapped["errnos"] == [77, 77]
         if Feature.MINOR_SHMEM in probe():
             assert transfer.statistics().placement == "continue"
@@ -232,7 +233,7 @@ async def test_two_files_are_one_region(tmp_path: Path, lane: str) -> None:
     blocks = write_blocks(tmp_path, sizes)
     owner = UffdSocket(tmp_path / "uffd.sock")
     with shared_files(*sizes) as files:
-        # It maps them in another order than that of the region.
+        # It maps the files in another order than that of the region.
         machine = vmm(variables(owner.path, files), *reversed(files))
         async with filled(blocks, machine, owner, lane) as (started, transfer):
             assert transfer.statistics().placement == "copy"
@@ -286,7 +287,7 @@ async def test_nothing_is_there_before_it_is_watched(
 async def test_vmm_waits_when_pagenet_is_lost(
     source: str, ram: Path, tmp_path: Path, lane: str
 ) -> None:
-    """It keeps a userfaultfd of its own. Without that it would read zeros from here on, or get
+    """The VMM keeps a userfaultfd of its own. Without it, it would read zeros from here on, or get
     SIGBUS."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     await owner.listen()
@@ -301,14 +302,14 @@ async def test_vmm_waits_when_pagenet_is_lost(
         assert userfaultfds(machine.process.pid) == 1
         assert await machine.read(3 * PAGE) == pattern(3, 1)[:16]
         machine.order("read", 0, 4 * PAGE, 16)
-        await wait_in_faults(machine.process.pid, 1)  # which nobody is left to answer
+        await wait_in_faults(machine.process.pid, 1)  # for a page that no process can answer
         assert threads_in_faults(machine.process.pid) == 1
         await machine.process.kill()
         assert await machine.process.rest() == []
 
 
-# Its standard files are closed by the time it maps memory. The first number that is free then goes
-# to mmap's own duplicate.
+# Its standard files are closed when it maps memory. The first free number then goes to mmap's own
+# duplicate.
 WITHOUT_STDIO = """
 import mmap, os, signal, sys
 ram = os.open(sys.argv[1], os.O_RDWR)
@@ -322,7 +323,8 @@ signal.pause()
 async def test_stdio_may_be_replaced_later(
     source: str, ram: Path, tmp_path: Path, lane: str
 ) -> None:
-    """QEMU does so with -daemonize, and would close what we keep for good."""
+    """QEMU does so with -daemonize, and would close a descriptor that the library keeps for
+    good."""
     owner = UffdSocket(tmp_path / "uffd.sock")
     environment = os.environ | {"LD_PRELOAD": str(preload_library())} | variables(owner.path, [ram])
     await owner.listen()
@@ -367,7 +369,7 @@ async def test_nothing_happens_without_the_variables(ram: Path, tmp_path: Path) 
 async def test_other_mappings_of_the_file(
     options: dict[str, int], ram: Path, tmp_path: Path
 ) -> None:
-    """Whoever was to be told, is not there: this would end it."""
+    """No pagenet listens, so the VMM would end if it tried to hand them over."""
     await check_left_alone(variables(tmp_path / "nobody.sock", [ram]), ram, **options)
 
 

@@ -1,4 +1,4 @@
-"""Guests of stock QEMU that move while they work: they check every page of theirs, and say so all
+"""Guests of stock QEMU that move while they work: they verify all of their pages, and report all
 the time."""
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def test_back_and_forth(
         check_unbroken(*serials)
 
 
-# ---- what is refused, and the guest goes on ----
+# ---- migrations that are refused: the guest goes on ----
 
 
 RNG = ["-device", "virtio-rng-pci"]
@@ -142,7 +142,7 @@ async def test_destination_is_another_machine(
 
 
 async def test_destination_that_has_ended(tmp_path: Path) -> None:
-    """Who waits for what it says hears of its end instead."""
+    """A caller that waits for one of its events is told of its end instead."""
     command = [*bare_command(tmp_path, "b"), "-device", "nonsense"]
     with pytest.raises(BaseException) as raised:  # noqa: PT011
         async with destination(tmp_path, command=command):
@@ -202,7 +202,8 @@ def test_command_lines_that_cannot_receive(old: str, new: str, says: str, tmp_pa
 
 
 def test_ram_that_somebody_uses(tmp_path: Path) -> None:
-    """The source's own file, on the same host: the two machines would share their memory."""
+    """The destination has the source's own file, on the same host: the two machines would share
+    their memory."""
     command = bare_command(tmp_path, "b")
     try:
         with ram_of(command).open("r+b") as file:

@@ -1,4 +1,5 @@
-"""A QEMU that waits for a guest, and that nobody has prepared: pagenet attaches to it."""
+"""pagenet attaches to a QEMU that waits for a guest, and that was started without the preload
+library."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def machine(directory: Path, name: str, *, incoming: Sequence[str] = ()) -> list
 
 @asynccontextmanager
 async def two_machines(directory: Path) -> AsyncIterator[tuple[VM, VM]]:
-    """One whose guest works, and one that waits for it."""
+    """A machine whose guest works, and one that waits for it."""
     waiting = machine(directory, "b", incoming=WAITS)
     async with (
         run_vm(machine(directory, "a"), directory, "a") as a,
@@ -50,7 +51,8 @@ async def two_machines(directory: Path) -> AsyncIterator[tuple[VM, VM]]:
 
 
 def put_firmware(ram: Path) -> None:
-    """As a QEMU does that copies it in before it waits: the guest must not find it."""
+    """Put firmware into the RAM, as a QEMU does that copies it in before it waits: the guest must
+    not find it."""
     with ram.open("r+b") as file:
         for offset in range(0, 128 << 20, 1 << 20):
             file.seek(offset)
@@ -88,7 +90,7 @@ async def test_resume(tmp_path: Path) -> None:
         check_unbroken(a.serial, b.serial)
 
 
-# ---- what is refused, and everything is as it was ----
+# ---- attachments that are refused: nothing has changed ----
 
 
 async def check_refused(command: Sequence[str], status: int, says: str) -> None:
@@ -138,7 +140,7 @@ async def test_no_qemu(tmp_path: Path) -> None:
 
 
 async def test_without_ptrace_permission(tmp_path: Path) -> None:
-    """Root without CAP_SYS_PTRACE, which may not look into a process that has more than it. On
+    """Root without CAP_SYS_PTRACE may not look into a process with more capabilities. Tried on
     either side."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         await check_refused(
@@ -162,7 +164,7 @@ async def test_without_ptrace_permission(tmp_path: Path) -> None:
 
 
 async def test_stopped_while_nobody_has_come(tmp_path: Path) -> None:
-    """It is let go, and waits on, as if nothing had been; another try goes well."""
+    """The QEMU is released, and waits as before; another try succeeds."""
     async with two_machines(tmp_path) as (a, b):
         async with run(attach_command(b.qmp)) as incoming:
             await incoming.event("listening")
@@ -180,7 +182,7 @@ async def test_stopped_while_nobody_has_come(tmp_path: Path) -> None:
 
 
 async def test_both_have_one_file(tmp_path: Path) -> None:
-    """On one host that is easily done. The source's guest keeps its memory."""
+    """That happens easily on one host. The source's guest keeps its memory."""
     async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a:
         await a.serial.wait_sweeps(1)
         own = bare_command(tmp_path, "b", extra=WAITS)
@@ -200,8 +202,8 @@ async def test_both_have_one_file(tmp_path: Path) -> None:
 
 
 async def test_attached_twice(tmp_path: Path) -> None:
-    """As after a pagenet that was killed before the guest came. QEMU is as it was once both have
-    let go."""
+    """As after a pagenet that was killed before the guest came. QEMU is as before once both have
+    released it."""
     async with run_vm(bare_command(tmp_path, "b", extra=WAITS), tmp_path, "b") as b:
         async with connect_qmp(b.qmp) as qmp:
             with find_ram(b.pid, await describe(qmp)) as (found,):

@@ -1,4 +1,4 @@
-"""What is looked at before a guest is touched: one line says what to change, and the guest goes
+"""What is checked before a guest is changed: one line tells what to change, and the guest goes
 on."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def private(command: list[str]) -> list[str]:
 
 def without_backend(command: list[str]) -> list[str]:
     at = command.index("-object")
-    # its file is still to be removed
+    # its file must still be removed
     unused = ["-fw_cfg", f"name=opt/unused,string=mem-path={ram_of(command)}"]
     return [
         word.replace(",memory-backend=ram0", "")
@@ -199,7 +199,8 @@ def plant_file(path: Path, victim: Path) -> None:
 def test_planted_where_ram_is_to_be(
     plant: Callable[[Path, Path], None], says: str, tmp_path: Path
 ) -> None:
-    """Nothing that another user has put there is followed, made longer, waited for, or used."""
+    """A file or link that another user has put there is not followed, extended, waited for, or
+    used."""
     if plant is plant_file and os.geteuid():
         pytest.skip("needs root, to give a file to another user")
     ram, victim = tmp_path / "ram", tmp_path / "victim"

@@ -1,4 +1,4 @@
-"""The control sockets of both sides of a guest's move."""
+"""The control sockets of both sides of a guest's migration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a wrapper of pagenet.qemu gets to know of a migration, and the program in docs/qemu.md."""
+"""What a wrapper of pagenet.qemu learns of a migration, and the program in docs/qemu.md."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fields_of(events: Events, name: str) -> list[dict[str, Any]]:
 
 
 def others(names: list[str]) -> list[str]:
-    """Without those of which there are any number."""
+    """The names without those of events that may come any number of times."""
     return [name for name in names if name not in ("progress", "fault")]
 
 

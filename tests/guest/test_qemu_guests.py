@@ -1,5 +1,5 @@
-"""What kinds of guests move, and as whom: with devices that use their memory, under KVM, by a user
-without privileges."""
+"""Kinds of guests that move, and users that move them: with devices that use the guest's memory,
+under KVM, by a user without privileges."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = needs_migration
 
 
 async def wait_balloon(qmp: Qmp, mib: int) -> None:
-    """Until the guest has so much memory."""
+    """Wait until the guest has ``mib`` MiB of memory."""
     with trio.fail_after(60):
         while abs((await qmp.command("query-balloon"))["actual"] - (mib << 20)) > 1 << 20:  # noqa: ASYNC110
             await trio.sleep(0.02)
@@ -46,9 +46,9 @@ async def wait_balloon(qmp: Qmp, mib: int) -> None:
 @needs_cable
 @pytest.mark.timeout(300)
 async def test_devices(tmp_path: Path) -> None:
-    """First to a machine with the devices in another order, which QEMU notices at the very end: the
-    guest goes on, with its disk. Then to the right one, where the balloon takes memory and gives it
-    back while pages still come.
+    """The guest moves first to a machine with the devices in another order, which QEMU notices only
+    at the end: the guest goes on where it is, with its disk. Then it moves to the right machine,
+    where the balloon takes memory and gives it back while pages still come.
     """
     (tmp_path / "disk").touch()
     os.truncate(tmp_path / "disk", BLOCKS * 4096)
@@ -101,8 +101,8 @@ async def test_devices(tmp_path: Path) -> None:
 
 @pytest.fixture
 def kvm() -> None:
-    """For tests whose guest needs it. Found out here: QEMU is started for it, and collecting tests
-    starts nothing."""
+    """For tests whose guest needs KVM. It is checked here, because that starts QEMU, and collecting
+    tests should start nothing."""
     try:
         find_kvm_cpu()
     except Unsupported as error:
@@ -112,7 +112,7 @@ def kvm() -> None:
 @pytest.mark.usefixtures("kvm")
 async def test_kvm(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
-        # Little to do: where KVM has no hardware to rely on, it emulates each instruction.
+        # Little work: where KVM has no hardware to rely on, it emulates each instruction.
         return bare_command(tmp_path, name, accel="kvm", work=8, hot=2, beat_ms=100, words=1)
 
     async with (
@@ -130,7 +130,8 @@ async def test_kvm(tmp_path: Path) -> None:
 
 SANDBOX = ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
 NOBODY = 65534
-# It may read what is not its own: the interpreter and this checkout may lie in somebody's home.
+# This user may read other users' files: the interpreter and this checkout may lie in a home
+# directory.
 AS_NOBODY = [
     *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"),
     *(
@@ -147,7 +148,7 @@ needs_users = pytest.mark.skipif(
 
 
 async def test_sandbox(tmp_path: Path) -> None:
-    """With all that QEMU can forbid itself, on both sides."""
+    """With every restriction of QEMU's -sandbox, on both sides."""
     command = bare_command(tmp_path, "b", extra=SANDBOX)
     async with (
         run_vm(bare_command(tmp_path, "a", extra=SANDBOX), tmp_path, "a") as a,
@@ -162,7 +163,7 @@ async def test_sandbox(tmp_path: Path) -> None:
 
 @contextmanager
 def nobodys_directory() -> Iterator[Path]:
-    """With a userfaultfd node in it, which that user's group may open."""
+    """A directory of that user, with a userfaultfd node that its group may open."""
     with tempfile.TemporaryDirectory(prefix="pagenet-nobody-") as name:
         directory = Path(name)
         os.chown(directory, NOBODY, NOBODY)
@@ -180,7 +181,8 @@ def nobodys(command: list[str]) -> list[str]:
 
 @needs_users
 async def test_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both QEMUs and both commands are nobody's, and the source's RAM is read as its own user."""
+    """Both QEMUs and both commands run as user nobody, and the source's RAM is read as its own
+    user."""
     with nobodys_directory() as directory:
         monkeypatch.setenv("PAGENET_UFFD_DEVICE", str(directory / "userfaultfd"))
         monkeypatch.setenv("TMPDIR", str(directory))
@@ -202,7 +204,7 @@ async def test_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_users
 async def test_attaching_to_an_unprivileged_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose QEMU may open the node that PAGENET_UFFD_DEVICE names, and no other."""
+    """That user's QEMU may open the node that PAGENET_UFFD_DEVICE names, and no other."""
     with nobodys_directory() as directory:
         monkeypatch.setenv("PAGENET_UFFD_DEVICE", str(directory / "userfaultfd"))
         waiting = nobodys(bare_command(directory, "b", extra=["-incoming", "defer"]))

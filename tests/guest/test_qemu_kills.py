@@ -1,8 +1,8 @@
-"""Whoever is killed, whenever: the guest runs here, or there, or it stands still and somebody says
-so. Never both, never wrong.
+"""Whichever process is killed, at any time: the guest runs at the source, or at the destination, or
+it stands still and that is reported. It never runs on both sides, and never with wrong memory.
 
-The long run is `pytest --soak tests/test_qemu_kills.py`; PAGENET_KILL_SEED repeats the moments of
-another one.
+The long run is `pytest --soak tests/guest/test_qemu_kills.py`; PAGENET_KILL_SEED repeats the
+moments of another run.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ pytestmark = needs_migration
 
 QEMUS = ("source QEMU", "destination QEMU")
 VICTIMS = ("migrate", "incoming", *QEMUS, "guard of migrate", "guard of incoming")
-# : what the source's command says of a migration, in this order; the first of them is that it was
-# started
+#: the events of the source's command in a migration, in this order; the first is that it was
+#: started
 STEPS = ("started", "connected", "stopped", "switchover", "resumed")
 
 SEED = os.environ.get("PAGENET_KILL_SEED") or str(time.time_ns())
 SOAK = 120
 
-# Twice what the slowest takes: the end of a connection is noticed after 10 s, and the guard of a
-# dead process tries for 10 s.
+# Seconds: twice what the slowest case takes. The end of a connection is noticed after 10 s, and the
+# guard of a dead process tries for 10 s.
 PATIENCE = 45.0
 
 
 @dataclass
 class Move:
-    """A migration under way."""
+    """A migration that has begun."""
 
     a: VM
     serial: Serial
@@ -72,7 +72,7 @@ class Move:
 
     @property
     def is_over(self) -> bool:
-        """Nobody has anything left to do: whoever is not dead has said its last."""
+        """No process has anything left to do: those that are not dead have reported their end."""
         said = {event["event"] for event in self.incoming.events}
         waits = any(event["event"] in ("waiting", "in_doubt") for event in self.leaving.events)
         nothing_to_do = "complete" in said or "connected" not in said
@@ -80,7 +80,7 @@ class Move:
 
     @property
     def complaints(self) -> str:
-        """What the two have told of what is wrong, to people or to programs."""
+        """The errors that the two commands have reported, to people or to programs."""
         warnings = [
             event
             for event in self.leaving.events
@@ -95,7 +95,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def guard_of(pid: int) -> int:
-    """The process that stands by for the one of that id."""
+    """The pid of the guard of the process ``pid``."""
     children = [
         child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)
     ]
@@ -116,7 +116,7 @@ async def listen(process: Process) -> None:
 
 @asynccontextmanager
 async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[Move]:
-    """A guest that has begun to leave, over ``cable`` if there is one."""
+    """A guest whose migration has begun, over ``cable`` if there is one."""
     address, options, here, there = "127.0.0.1", [], [], []
     if cable:
         address, options = cable.destination.address, ["--plaintext"]
@@ -138,8 +138,8 @@ async def moving(directory: Path, cable: Cable | None = None) -> AsyncIterator[M
 
 
 async def settled(move: Move) -> tuple[str, str]:
-    """What the two machines are, once all is over and that does not change any more. Never both
-    running, not for a moment."""
+    """The states of the two machines, once all is over and they do not change any more. Both must
+    never run, not for a moment."""
     seen: list[tuple[str, str]] = []
     with trio.move_on_after(PATIENCE):
         while len(seen) < 4 or len(set(seen[-4:])) > 1:
@@ -156,14 +156,14 @@ async def settled(move: Move) -> tuple[str, str]:
 
 
 async def outcome(move: Move, victim: str) -> str:
-    """Checks that it is one that may be, and names it."""
+    """Checks that the outcome is one that may be, and names it."""
     here, there = await settled(move)
     if there == "inmigrate" and not move.incoming.has_ended:
-        there = "gone"  # nobody came, and it waits for the next
+        there = "gone"  # no guest came, and it waits for the next
     assert not any(beat.bad for beat in move.a.serial.beats + move.serial.beats)
     if here == "running":
-        # There is a moment between its two steps of taking the guest when nobody ends the QEMU of
-        # who is killed there.
+        # There is a moment between the two steps of taking the guest: if the command is killed
+        # then, no process ends its QEMU.
         assert there == "gone" or (victim == "incoming" and there != "silent"), (
             f"the destination's QEMU is left: {there}"
         )
@@ -177,7 +177,7 @@ async def outcome(move: Move, victim: str) -> str:
     if there in ("running", "silent"):
         return await outcome_there(move)
     if victim == "incoming" and there == "paused":
-        # It had said that it takes the guest, and not yet told its guard to have it run.
+        # It had reported that it takes the guest, and not yet told its guard to run the guest.
         assert "waiting" in move.complaints, (
             f"it stands still, and nobody says so: {move.complaints}"
         )
@@ -216,7 +216,7 @@ async def kill_once(
         move = await stack.enter_async_context(moving(directory, cable))
         await move.step(step)
         await trio.sleep(delay)
-        # If it has ended, or is not there yet, the migration is one like any other.
+        # If the process has ended, or does not exist yet, the migration is one like any other.
         with suppress(ProcessLookupError, FileNotFoundError):
             await strike(move, victim, cable, cut)
         return await outcome(move, victim)
@@ -229,23 +229,23 @@ async def test_killed(victim: str, step: str, tmp_path: Path) -> None:
 
 
 async def test_destination_stops(tmp_path: Path) -> None:
-    """Its connections stay, for the kernel keeps them, and nothing comes over them: the guest does
-    not wait for ever."""
+    """The kernel keeps its connections open, and nothing comes over them: the guest does not wait
+    for ever."""
     async with moving(tmp_path) as move:
         await move.step("connected")
         os.kill(move.incoming.pid, signal.SIGSTOP)
         await until(lambda: move.leaving.has_ended)
         os.kill(move.incoming.pid, signal.SIGKILL)
         assert await outcome(move, "incoming") == "runs at the source"
-        # Stopped later than was meant, it has yet to load the devices' state, which may take
-        # longer.
+        # If it was stopped later than was meant, the devices' state has yet to be loaded, which may
+        # take longer.
         assert " for 10 s\n" in move.leaving.stderr or " for 30 s\n" in move.leaving.stderr
 
 
 @needs_cable
 async def test_link_cut(tmp_path: Path) -> None:
-    """In each of the ways that a link breaks, before the guest is given away and after. All at
-    once: it is waiting."""
+    """In each of the ways that a link breaks, before the guest is given away and after. All cases
+    run at once, since they mostly wait."""
     found: dict[tuple[str, str], str] = {}
 
     async def cut(how: Cut, step: str) -> None:

@@ -1,4 +1,4 @@
-"""Guests whose RAM is a memfd, as libvirt's, which QEMU since 8.1 does not leave out of its own
+"""Guests whose RAM is a memfd, as libvirt has it; QEMU since 8.1 does not leave it out of its own
 stream."""
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def with_display(directory: Path, name: str, *extra: str) -> list[str]:
 
 
 def with_disk(directory: Path, name: str, *extra: str) -> list[str]:
-    """One that both machines see, and that only one of them may have at a time: QEMU locks it."""
+    """A machine with a disk that both machines see, and that only one of them may have at a time:
+    QEMU locks it."""
     (directory / "disk").touch()
     os.truncate(directory / "disk", 1 << 20)
     disk = f"file={directory / 'disk'},format=raw,if=none,id=disk,cache=none"
@@ -67,7 +68,7 @@ async def go(here: VM, there: VM) -> None:
 
 @needs_addresses
 async def test_twice(tmp_path: Path) -> None:
-    """And the one that it came to can be left in the same way."""
+    """The guest can leave the machine that it came to in the same way."""
     async with (
         run_vm(with_display(tmp_path, "a"), tmp_path, "a") as a,
         run_vm(with_display(tmp_path, "b", *WAITS), tmp_path, "b") as b,
@@ -84,7 +85,7 @@ async def test_twice(tmp_path: Path) -> None:
 @needs_addresses
 @pytest.mark.timeout(300)
 async def test_devices(tmp_path: Path) -> None:
-    """On a kernel and two CPUs, with a display, a network and a disk, which goes along."""
+    """A guest with a kernel and two CPUs, a display, a network, and a disk that moves with it."""
     (tmp_path / "disk").touch()
     os.truncate(tmp_path / "disk", BLOCKS * 4096)
     async with (
@@ -124,7 +125,7 @@ def narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
         return
 
     async def nothing(*_: object) -> list[RamBlock]:
-        return []  # a guest without a kernel makes do without firmware
+        return []  # a guest without a kernel needs no firmware
 
     monkeypatch.setattr(devices, "_blocks_of", nothing)
 
@@ -133,7 +134,7 @@ def narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
 async def two(
     make: Callable[..., list[str]], directory: Path, *extra: str
 ) -> AsyncIterator[tuple[VM, VM, Process, str]]:
-    """A machine with further devices, and one without that waits for it."""
+    """A machine with further devices, and one without them that waits for its guest."""
     async with (
         run_vm(make(directory, "a", *extra), directory, "a") as a,
         run_vm(make(directory, "b", *WAITS), directory, "b") as b,
@@ -170,7 +171,8 @@ async def test_destination_cannot_load(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("narrowed")
 async def test_failure_after_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped and saved already: whatever goes wrong then, the guest is taken back."""
+    """The guest is stopped and its devices are saved: whatever fails then, the guest continues at
+    the source."""
 
     async def fails(_: object) -> None:
         raise PagenetError("no further")
@@ -189,7 +191,7 @@ async def test_failure_after_the_stop(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("narrowed")
 async def test_what_saving_would_lose(tmp_path: Path) -> None:
-    """One line, with nothing changed, and what to do instead."""
+    """Refused in one line, which tells what to do instead; nothing has changed."""
     async with run_vm(in_memory(tmp_path, "a"), tmp_path, "a") as a:
         await a.serial.wait_sweeps(1)
         async with connect_qmp(a.qmp) as qmp:

@@ -28,7 +28,8 @@ def numa_command(
     ids: Sequence[str] = ("ram1", "ram0"),
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """Two nodes of the same size, and the first one's backend has the second name."""
+    """A machine with two nodes of the same size; the first node's backend has the name that sorts
+    second."""
     command = [
         word.replace(",memory-backend=ram0", "")
         for word in bare_command(directory, name, smp=2, work=40)
@@ -52,7 +53,7 @@ def numa_command(
 
 
 async def test_migration(tmp_path: Path) -> None:
-    """By preloading, and on by attaching."""
+    """The guest moves once with preloading, and once more with attaching."""
     waiting = numa_command(tmp_path, "c", extra=["-incoming", "defer"])
     async with (
         run_vm(numa_command(tmp_path, "a"), tmp_path, "a") as a,
@@ -86,7 +87,7 @@ async def test_json(tmp_path: Path) -> None:
 
 
 async def test_nodes_that_differ(tmp_path: Path) -> None:
-    """Which block is which is known by the names of the backends alone."""
+    """Blocks are told apart by the names of their backends alone."""
     async with (
         run_vm(numa_command(tmp_path, "a"), tmp_path, "a") as a,
         destination(tmp_path, command=numa_command(tmp_path, "b", ids=("one", "two"))) as b,

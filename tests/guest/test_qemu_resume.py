@@ -1,5 +1,5 @@
-"""A guest whose pagenet-qemu is lost stands still at the next page that it misses, until another
-one comes."""
+"""A guest whose pagenet-qemu is lost stands still at the next missing page, until another
+pagenet-qemu comes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vm import Serial, bare_command, check_unbroken, needs_migration, run_vm
 
 pytestmark = needs_migration
 
-#: page by page, and what the guest does not touch does not come: so there is always something left
+#: page by page: what the guest does not touch does not come, so there is always something left
 SLOWLY = ("--background", "off", "--prefetch", "0,0")
 MEMORY = 128 << 20
 
 
 def machine(directory: Path, name: str) -> list[str]:
-    """It takes seconds to come round to each of its pages."""
+    """A machine whose guest takes seconds for a sweep through its pages."""
     return bare_command(directory, name, memory=MEMORY, work=96)
 
 
@@ -53,8 +53,8 @@ async def check_refused(command: Sequence[str], status: int, says: str) -> None:
 
 
 async def test_resume(tmp_path: Path) -> None:
-    """The destination's pagenet-qemu is killed, and the guest stands still at the next page that it
-    misses; until another one comes and takes over, which is killed as well. The source waits for
+    """The destination's pagenet-qemu is killed, and the guest stands still at the next missing
+    page, until another pagenet-qemu takes over, which is killed as well. The source waits for
     them."""
     async with (
         run_vm(machine(tmp_path, "a"), tmp_path, "a") as a,
@@ -91,8 +91,8 @@ async def test_resume(tmp_path: Path) -> None:
 
 
 async def test_both_daemons_are_lost(tmp_path: Path) -> None:
-    """The pages are still in the source's QEMU. Whoever gave up there has said how to bring
-    them."""
+    """The pages are still in the source's QEMU. The command that gave up there has printed how to
+    bring them."""
     async with (
         run_vm(machine(tmp_path, "a"), tmp_path, "a") as a,
         slow_incoming(tmp_path) as (incoming, serial, uri),

@@ -1,4 +1,4 @@
-"""What a source that listens takes on: strangers, sessions, lanes, file descriptors."""
+"""What a source that listens admits: strangers, sessions, lanes, file descriptors."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_a_stranger_gives_way_where_there_is_no_place_for_a_connection() -
 async def test_silent_peers_hold_up_nobody(
     mock_clock: trio.testing.MockClock, memory_file: str, tmp_path: Path
 ) -> None:
-    """By a clock that stands still: it was not their time that was over."""
+    """The clock stands still, so it is not a timeout that ends them."""
     events = Events()
     async with small_server(memory_file, events) as server:
         with connections() as silent:
@@ -144,7 +144,7 @@ async def test_silent_peers_hold_up_nobody(
 
 @asynccontextmanager
 async def small_server(memory_file: str, events: Events) -> AsyncIterator[pagenet.Server]:
-    """Of 20 strangers at most."""
+    """A server that admits at most 20 strangers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pagenet.source.serving.Admission", lambda most: Admission(most, 20))
         async with pagenet.serve(
@@ -202,7 +202,7 @@ async def test_peer_that_does_not_read_the_answer(
 ) -> None:
     memory, events = MemoryTransport(), Events()
     monkeypatch.setitem(transport._transports, "memory", memory)
-    memory.capacity = 120  # a hello fits, and what is the answer to it does not
+    memory.capacity = 120  # a hello fits, and the answer to it does not
     async with pagenet.serve(
         memory_file, listen="memory://source", lane="trio", on_event=events
     ) as server:
@@ -231,8 +231,8 @@ def limited(command: Sequence[str], soft: int, hard: int) -> list[str]:
 
 
 async def test_more_peers_than_file_descriptors(memory_file: str, tmp_path: Path) -> None:
-    """Each waits in the backlog until there is one for it; those who said nothing give way; none is
-    reset."""
+    """Each peer waits in the backlog until there is a descriptor for it; silent peers give way;
+    none is reset."""
     async with run(
         limited(serve_command(memory_file, "--listen", "tcp://127.0.0.1:0"), 80, 80)
     ) as server:

@@ -1,5 +1,5 @@
-"""Regions that travel compressed, in part, or not at all: every page is right, whoever drives the
-lanes."""
+"""Regions that travel compressed, in part, or not at all: every page is right, on lanes of both
+kinds."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_transports(compress: Any, transport: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_huge_pages_compressed(lane: Any, tmp_path: Path) -> None:
-    """A huge page is one block; one that is random is not."""
+    """A huge page is compressed as one block; a random one is not compressed."""
     huge = 2 << 20
     content = make_content("text") + random.Random(2).randbytes(huge) + bytes(huge)
     (tmp_path / "source").write_bytes(content)

@@ -1,5 +1,5 @@
-"""native/demand_choice.c: whether pages that somebody waits for come compressed, on links made of
-numbers; and lanes by it."""
+"""native/demand_choice.c: whether pages that a thread waits for come compressed, on links made of
+numbers; and lanes that use it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BOTH = 1 << Encoding.RAW | 1 << Encoding.ZERO | 1 << Encoding.LZ4
 
 
 class Path:
-    """Pages one after the other, over a link of so many ns a byte, with so many ns of delay; what
-    LZ4 leaves of each."""
+    """Pages one after the other, over a link with a time for each byte and a delay, both in ns; and
+    what LZ4 leaves of each page."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Path:
         return took
 
     def run(self, pages: int, mode: str = "auto") -> float:
-        """ns for so many pages."""
+        """ns for ``pages`` pages."""
         total = 0.0
         for _ in range(pages):
             packs = mode == "lz4" or (mode == "auto" and self.choice.packs)
@@ -137,7 +137,7 @@ def test_what_was_asked_for_before_a_change_says_nothing() -> None:
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 def test_lanes_ask_for_what_comes_sooner(lane: Driver) -> None:
-    """From a peer that takes its time over pages that are not compressed."""
+    """The peer is slow to send pages that are not compressed."""
     with Rig(Memory("copy", 400, 8, None), lane, start=("demand",), encodings=BOTH) as rig:
         packed = []
         for page in range(200):

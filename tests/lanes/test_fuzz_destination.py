@@ -1,6 +1,6 @@
-"""A destination's lanes, fed by a source that means ill: replies with right checksums over wrong
-blocks, headers that lie, ends anywhere. What is placed was sent by a reply that the protocol
-allows; all else ends the lane with one line.
+"""A destination's lanes, fed by a hostile source: replies with right checksums over wrong blocks,
+headers that lie, ends anywhere. Only what a reply that the protocol allows has sent is placed; all
+else ends the lane with one line.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def kernel() -> None:
         pytest.skip(str(error))
 
 
-# ---- what the protocol says of a stream of replies ----
+# ---- a stream of replies, by the protocol ----
 
 
 @dataclass
 class Expected:
-    """One request, as docs/protocol.md counts its pages down."""
+    """One request, whose pages are counted down as in docs/protocol.md."""
 
     class_: int
     next: int
@@ -72,8 +72,8 @@ class Expected:
 
 @dataclass
 class Judge:
-    """Reads what a source sends, by the specification and nothing else. ``unit``: pages on the wire
-    in one of ours."""
+    """Reads what a source sends, by the specification alone. ``unit``: pages on the wire in one
+    page of the destination."""
 
     unit: int
     may_pack: bool
@@ -81,9 +81,9 @@ class Judge:
     closed: list[int] = field(default_factory=list)
     stream: bytearray = field(default_factory=bytearray)
     verdict: Verdict | None = None
-    #: contents that a page of the destination's may have; None: any
+    #: contents that a page of the destination may have; None: any
     proper: dict[int, list[bytes | None]] = field(default_factory=dict)
-    #: pages that have to be in place once all was read
+    #: pages that must be in place once all was read
     due: set[int] = field(default_factory=set)
     replies: int = 0
 
@@ -99,7 +99,7 @@ class Judge:
             self._judge_begun()
 
     def _judge_one(self) -> bool:
-        """The next reply, if it is whole."""
+        """Judge the next reply, if it is whole."""
         if len(self.stream) < LANE_HEADER_SIZE:
             return False
         fields = REPLY_HEADER.unpack_from(self.stream)
@@ -171,7 +171,7 @@ class Judge:
                 self.due.add(page)
 
     def _judge_begun(self) -> None:
-        """Pages that came as they are need not wait for the rest of their reply."""
+        """Pages that came uncompressed need not wait for the rest of their reply."""
         if len(self.stream) < LANE_HEADER_SIZE:
             return
         _, _, encoding, _, first, _, _ = REPLY_HEADER.unpack_from(self.stream)
@@ -192,7 +192,7 @@ def packed(data: bytes, block: bytes) -> bytes:
 
 
 def right_payload(pick: random.Random, size: int) -> bytes:
-    """An LZ4 payload as it should be, shorter than what it stands for."""
+    """A valid LZ4 payload, shorter than the pages that it stands for."""
     while True:
         block = make_block(pick, size)
         if len(block) + 8 < size:
@@ -200,15 +200,15 @@ def right_payload(pick: random.Random, size: int) -> bytes:
 
 
 def other_size(pick: random.Random, size: int) -> bytes:
-    """A block of another size than was promised, with the right checksum of what it is."""
+    """A block of another size than its header tells, with the right checksum of its own content."""
     other = max(1, size + pick.choice([-PAGE, -13, -1, 1, 2, 8, 13, PAGE, 65536]))
     block = make_block(pick, other) if other > 100 else encode_sequence(bytes(other))
     return packed(unpack(block, other).data, block)
 
 
 def bad_distance(pick: random.Random, size: int) -> bytes:
-    """A match from before the beginning, or from nowhere; the checksum takes such bytes for
-    zeros."""
+    """A match from before the beginning, or at distance 0; the checksum is that of zeros in its
+    place."""
     literals = pick.randbytes(pick.randint(1, 40))
     match = size - len(literals) - 12
     distance = pick.choice([0, len(literals) + 1, 65535])
@@ -234,8 +234,8 @@ def bad_length(pick: random.Random, size: int) -> bytes:
 
 
 def bad_end(pick: random.Random, size: int) -> bytes:
-    """A block that ends as no encoder would end it: few literals behind a match, or none, or
-    something behind the last ones."""
+    """A block that ends as no encoder would end it: with few literals or none behind a match, or
+    with something behind the last literals."""
     tail = pick.randint(0, 11)
     block = encode_sequence(b"z", 1, size - 1 - tail)
     block += pick.choice([encode_sequence(b"z" * tail), encode_sequence(b"z" * tail, 1, 4), b""])
@@ -244,8 +244,8 @@ def bad_end(pick: random.Random, size: int) -> bytes:
 
 
 def flipped(pick: random.Random, size: int) -> bytes:
-    """A bit of the block or of the checksum is another; or of the block, and the checksum is right
-    again."""
+    """A bit of the block or of the checksum is flipped; or one of the block, with a checksum that
+    fits again."""
     payload = bytearray(right_payload(pick, size))
     payload[pick.randrange(len(payload))] ^= 1 << pick.randrange(8)
     if pick.random() < 0.5:
@@ -255,7 +255,7 @@ def flipped(pick: random.Random, size: int) -> bytes:
 
 
 def scrambled(pick: random.Random, size: int) -> bytes:
-    """Anything else; what can be unpacked has the right checksum."""
+    """Any other change; what can be unpacked has the right checksum."""
     block = mutated(pick, right_payload(pick, size)[8:])
     data = b""
     with suppress(BadBlock):
@@ -289,7 +289,7 @@ class Hostile:
         self._known = len(self.peer.open)
 
     def choose(self) -> tuple[int, Expected, int]:
-        """An open request, and how many pages to answer of it."""
+        """An open request, and how many of its pages to answer."""
         id_ = self.pick.choice(list(self.judge.open))
         expected = self.judge.open[id_]
         units = (expected.end - expected.next) // self.judge.unit
@@ -348,7 +348,7 @@ class Hostile:
             self.pick.choice([near, near, 0, limit, limit >> 1, self.pick.randint(0, limit)])
             & limit
         )
-        if which == 0:  # not one that the lane may use a moment later
+        if which == 0:  # not a number that the lane may use a moment later
             fields[0] = self.pick.choice(
                 [*self.judge.closed, 1 << 30, limit, self.pick.randint(1 << 24, limit)]
             )
@@ -371,7 +371,7 @@ class Hostile:
 
     def _scrambled(self) -> bytes:
         right = self.right()
-        # The id stays: another may be of a request that is in flight.
+        # The id stays: another id may be that of a request in flight.
         return (
             right[:4]
             + mutated(self.pick, right[4 : LANE_HEADER_SIZE + 200])
@@ -390,7 +390,7 @@ class Hostile:
         )
 
     def send(self, data: bytes) -> None:
-        """As far as the lane takes it: one that has ended takes nothing."""
+        """Send as much as the lane takes: a lane that has ended takes nothing."""
         self.judge.feed(data)
         for piece in fragments(self.pick, data):
             view = memoryview(piece)
@@ -415,7 +415,7 @@ class Hostile:
 
 
 class GuardedMemory(Memory):
-    """Where there is a file, its page that is not announced has something in it."""
+    """If there is a file behind the memory, its page that is not announced has something in it."""
 
     def _open_file(self) -> int:
         fd = super()._open_file()
@@ -424,7 +424,8 @@ class GuardedMemory(Memory):
         return fd
 
     def read_behind(self, page: int) -> bytes:
-        """A page that is there, but which the lane (that has ended) wanted to see touched first."""
+        """A page that has come, but that the lane, which has ended, has not made visible: its first
+        touch would have been counted."""
         assert self._fd >= 0, f"page {page} is resident, and its owner does not see it"
         return os.pread(self._fd, self.page_size, page * self.page_size)
 
@@ -443,7 +444,7 @@ def is_present(address: int) -> bool:
 
 
 def begin(pick: random.Random, rig: Rig, attacked: Peer, spared: set[int]) -> None:
-    """Have pages asked for on the lane that is to be attacked, and perhaps on the other."""
+    """Have pages asked for on the lane that will be attacked, and perhaps on the other lane."""
     free = [page for page in rig.scope() if page not in spared]
     demanding = attacked is rig.demand
     if not demanding or pick.random() < 0.5:
@@ -516,7 +517,7 @@ def attack(pick: random.Random, rig: Rig, hostile: Hostile) -> _native.End:
         how = pick.choice([socket.SHUT_WR, socket.SHUT_RDWR])
         hostile.peer.sock.shutdown(how)
         if how == socket.SHUT_RDWR:
-            judge.due.clear()  # whoever cannot send any more need not read what has come
+            judge.due.clear()  # a lane that cannot send any more need not read what has come
     return rig.lanes.end_of("demand" if hostile.peer is rig.demand else "background")
 
 
@@ -553,8 +554,8 @@ def run_round(pick: random.Random, driver: Driver, attacked: str) -> int:
 
 
 def spare(pick: random.Random, rig: Rig) -> dict[int, bytes]:
-    """A page that somebody else has placed, where that is not for the file behind the memory to
-    say."""
+    """Pages that a third party has placed, if the lane cannot see that in the file behind the
+    memory."""
     if rig.memory.is_shared:
         return {}
     page, canary = pick.choice(list(rig.scope())), CANARY * (rig.memory.page_size // PAGE)
@@ -563,7 +564,7 @@ def spare(pick: random.Random, rig: Rig) -> dict[int, bytes]:
 
 
 def honest_answers(pick: random.Random, rig: Rig, peer: Peer) -> Iterator[int]:
-    """The pages that a lane was asked for by now, and gets as they are."""
+    """Answer, uncompressed, what a lane has asked for by now."""
     peer.read()
     for open_ in list(peer.open) if pick.random() < 0.5 else []:
         run, data = peer.answer(open_, peer.left(open_).count, zero=False)
@@ -572,7 +573,7 @@ def honest_answers(pick: random.Random, rig: Rig, peer: Peer) -> Iterator[int]:
 
 
 def check_other_lane(rig: Rig, peer: Peer, proper: dict[int, list[bytes | None]]) -> None:
-    """It goes on, and so does the one that waits for it."""
+    """The other lane continues, and so does the thread that waits for it."""
     peer.read()
     for open_ in list(peer.open):
         run, data = peer.answer(open_, peer.left(open_).count, zero=False)

@@ -1,5 +1,5 @@
-"""A source's lanes, asked by a destination that means ill: what is right is answered exactly, what
-is not closes the lane with one line, and another destination's pages come meanwhile."""
+"""A source's lanes, asked by a hostile destination: valid requests are answered exactly, an invalid
+one closes the lane with one line, and another destination's pages come meanwhile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pagenet.tcp._connection import SocketConnection
 
 pytestmark = pytest.mark.native
 
-PAGES = (1100, 37)  # of two files: more than one request may ask for, and a few
+PAGES = (1100, 37)  # of two files: more than one request may ask for, and a few more
 REGION_PAGES = sum(PAGES)
 
 
@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
     source.close()
 
 
-# ---- what the protocol says of a stream of requests ----
+# ---- a stream of requests, by the protocol ----
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Request:
 
 
 def judged(stream: bytes) -> tuple[list[Request], bool]:
-    """The requests before the first that makes no sense, and whether there is one."""
+    """The requests before the first invalid one, and whether there is an invalid one."""
     requests: list[Request] = []
     whole = len(stream) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
     for (
@@ -85,7 +85,7 @@ def judged(stream: bytes) -> tuple[list[Request], bool]:
 
 
 def receive_answers(sock: socket.socket, requests: list[Request]) -> None:
-    """The requests are answered one after the other, exactly."""
+    """Check that the requests are answered one after the other, exactly."""
     for request in requests:
         next_ = request.run.first
         while next_ < request.run.end:
@@ -131,7 +131,7 @@ def right(pick: random.Random) -> bytes:
 
 
 def wrong(pick: random.Random) -> bytes:
-    """A request one field of which lies at a limit, or anything."""
+    """A request with a field that lies at a limit; or any bytes."""
     fields = list(REQUEST_HEADER.unpack(right(pick)))
     sizes = (4, 1, 1, 1, 1, 8, 4, 4)
     which = pick.choice([1, 3, 3, 4, 5, 5, 6, 6, 7])
@@ -163,14 +163,14 @@ def make_stream(pick: random.Random) -> bytes:
 
 
 def send(pick: random.Random, sock: socket.socket, stream: bytes) -> None:
-    """Until the source has had enough."""
+    """Send until the source closes the lane."""
     with suppress(OSError):
         for piece in fragments(pick, stream):
             sock.sendall(piece)
 
 
 def receive_end(sock: socket.socket) -> None:
-    """Nothing more comes."""
+    """Check that nothing more comes."""
     with suppress(ConnectionResetError):
         assert sock.recv(1) == b""
 
@@ -191,8 +191,8 @@ Outcome = Literal["wrong", "cut", "whole", "gone"]
 
 
 def ask(pick: random.Random, ours: socket.socket) -> Outcome:
-    """All that one hostile destination says, and what it is answered. By chance, it leaves before
-    that."""
+    """Send all that one hostile destination sends, and check the answers. By chance, it leaves
+    before they come."""
     stream = make_stream(pick)
     requests, wrong = judged(stream)
     with ours:
@@ -265,7 +265,7 @@ def test_hostile_destination_of_the_loop(fuzz: Fuzz, source: Source) -> None:
 
 
 async def serve_in_trio(theirs: socket.socket, source: Source) -> str | None:
-    """Why the lane was closed, if something was wrong."""
+    """Serve in Trio. Returns why the lane was closed, if something was wrong."""
     theirs.setblocking(False)
     connection = SocketConnection(trio.socket.from_stdlib_socket(theirs), "peer")
     try:

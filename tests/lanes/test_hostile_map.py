@@ -36,7 +36,7 @@ Write = Callable[[mmap.mmap, random.Random], None]
 SIZE = 16 << 20
 PAGES = SIZE // PAGE
 WROTE = "the owner has written to the map of its pages"
-WRITES = 4000  # each of a few bytes, or of a stretch of states
+WRITES = 4000  # each write has a few bytes, or a stretch of states
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 @contextmanager
 def map_of(pid: int) -> Iterator[mmap.mmap]:
-    """The map of pages that process keeps, as its own threads have it."""
+    """The map of pages that the process keeps, mapped as its own threads have it."""
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
         if _native.MAP_NAME in os.readlink(path):
@@ -64,7 +64,8 @@ CLASSES = ffi.offsetof("struct pn_map", "classes")
 
 
 def write_header(mapped: mmap.mmap, rng: random.Random) -> None:
-    """All of it but the count of what is in place, which would be the end."""
+    """Write to any part of the header but the count of pages in place, which would complete the
+    transfer."""
     at = DONE
     while at == DONE:
         at = (
@@ -77,7 +78,7 @@ def write_header(mapped: mmap.mmap, rng: random.Random) -> None:
 
 
 def write_states(mapped: mmap.mmap, rng: random.Random) -> None:
-    """Those that a page can have, so that lanes go on with them."""
+    """Write states that a page can have, so that lanes continue with them."""
     first, count = rng.randrange(PAGES), rng.choice([1, 1, 1, 8, 64, 1000])
     count = min(count, PAGES - first)
     states = (
@@ -102,7 +103,7 @@ SCRIBBLERS = [write_header, write_states, write_anything]
 
 
 async def scribble(pulling: Process, mapped: mmap.mmap, write: Write, seed: int) -> None:
-    """Until it has ended, or so many times."""
+    """Write until the transfer has ended, or WRITES times."""
     rng = random.Random(seed)
     for number in range(WRITES):
         write(mapped, rng)
@@ -116,8 +117,8 @@ async def scribble(pulling: Process, mapped: mmap.mmap, write: Write, seed: int)
 async def transfer(
     directory: Path, lane: str, memory: str
 ) -> AsyncIterator[tuple[Process, Process]]:
-    """Pages come slowly enough to write to their map meanwhile; their owner touches them, and gives
-    some of them up."""
+    """A transfer that is slow enough to write to the map meanwhile. The owner touches pages, and
+    gives some of them up."""
     source = str(write_pattern(directory / "source", SIZE, zero_every=8))
     socket = directory / "owner.sock"
     limited = ["--max-bandwidth", "40M", "--background-lanes", "2"]
@@ -151,13 +152,14 @@ async def transfer(
 
 
 async def check_end(pulling: Process, seed: int) -> int:
-    """It ends without a signal, at SIGTERM at the latest, and says one line if anything was
-    wrong."""
+    """Check that it ends, at SIGTERM at the latest, without a crash, and with one line if anything
+    was wrong."""
     if not pulling.has_ended:
         pulling.send_signal(signal.SIGTERM)
     code = await pulling.wait()
     said = pulling.stderr.strip().splitlines()
-    # ours, which came when the transfer was over, and so was heeding signals
+    # the test's own SIGTERM, which came when the transfer was over and signals were not handled any
+    # more
     if code == -signal.SIGTERM:
         assert said or pulling.events[-1]["event"] == "complete", (seed, code)
         return 6 if said else 0
@@ -192,7 +194,7 @@ async def test_owner_scribbles_while_pages_come(
 @pytest.mark.native
 @pytest.mark.parametrize("lane", LANES)
 async def test_complete_by_its_owners_word_alone(lane: str, tmp_path: Path) -> None:
-    """The counter says that all pages are in place. Not all of them are: exit code 6, and one
+    """The counter shows that all pages are in place, and they are not: exit code 6, and one
     line."""
     async with transfer(tmp_path, lane, "memfd") as (pulling, owner):
         with map_of(owner.pid) as mapped:
@@ -206,8 +208,8 @@ async def test_complete_by_its_owners_word_alone(lane: str, tmp_path: Path) -> N
 
 
 class Memory:
-    """Two mappings with a gap between them. A :class:`~pagenet.target.Target` that nothing comes
-    to."""
+    """Two mappings with a gap between them. A :class:`~pagenet.target.Target` to which no page
+    comes."""
 
     placement = "fake"
     event_fd = None
@@ -231,7 +233,7 @@ def filling() -> Iterator[Filling]:
 
 
 def owner_writes(filling: Filling, offset: int, data: bytes) -> None:
-    """As the owner does, through a mapping of its own."""
+    """Write to the map as the owner does, through a mapping of its own."""
     assert os.pwrite(filling.residency.shared.fd, data, offset) == len(data)
 
 
@@ -262,13 +264,14 @@ def test_scope_is_not_read_from_the_map(value: int, filling: Filling) -> None:
 
 
 def test_pages_that_are_not_mapped_are_never_missing(filling: Filling) -> None:
-    """Whoever poisons what is missing would stop at them, and leave the rest."""
+    """Poisoning the missing pages would stop at such a page, and leave the rest."""
     owner_writes(filling, HEADER, bytes(24))
     assert filling.residency.missing() == [Run(0, 8), Run(16, 8)]
 
 
 def test_counters_can_be_said(filling: Filling) -> None:
-    """In JSON and in msgpack, whose numbers end at 64 bits: three classes are summed up."""
+    """Counters fit into JSON and msgpack, whose numbers end at 64 bits, although three classes are
+    summed up."""
     owner_writes(filling, CLASSES, b"\xff" * (HEADER - CLASSES))
     now = filling.statistics()
     assert now.wire_bytes < 2**63

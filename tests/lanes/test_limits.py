@@ -119,12 +119,12 @@ async def transfer_of(
 
 
 class Allowance:
-    """What may have come since ``transfer`` was held to ``rate``. :meth:`check` is right at any
+    """What may have come since ``transfer`` was limited to ``rate``. :meth:`check` is right at any
     moment: the clock is read after the pages were counted, which can only allow more."""
 
-    # s: what is made up for
+    # s: how much lost time is made up for
     MAKE_UP = 0.05
-    # What lanes had asked for before, and what each may ask for at a time.
+    # Bytes that lanes had asked for before, and that each may ask for at a time.
     ON_ITS_WAY = 256 << 10
 
     def __init__(self, transfer: Transfer, rate: int) -> None:
@@ -135,13 +135,13 @@ class Allowance:
         return self._transfer.statistics().background.pages
 
     def check(self) -> int:
-        """How many bytes have come."""
+        """Check the limit. Returns how many bytes have come."""
         came = (self._pages() - self._before) * PAGE
         assert came <= self.at(self.rate) + self.ON_ITS_WAY
         return came
 
     def at(self, rate: int) -> float:
-        """What there may be at another rate."""
+        """The allowance if the rate were another."""
         return rate * (time.monotonic() - self._began + self.MAKE_UP)
 
 
@@ -153,7 +153,8 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize(("lane", "lanes"), [("native", 1), ("native", 2), ("trio", 1)])
 async def test_kept(lane: str, lanes: int, source: str) -> None:
-    """By all lanes together. How smoothly, and that it is not less, is asked in virtual time."""
+    """All lanes together keep the limit. That the rate is smooth, and not lower, is checked in
+    virtual time."""
     rate = 8_000_000
     async with (
         run_server(source) as (_, uri),
@@ -180,10 +181,13 @@ async def test_changed_while_it_runs(lane: str, source: str) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_a_limit_that_was_next_to_nothing_is_forgotten(lane: str, source: str) -> None:
-    """At a byte a second, the page asked for last would have been paid for an hour later."""
+    """At a byte a second, the page that was asked for last would have been paid for an hour
+    later."""
     async with transfer_of(source, lane, max_bandwidth=1) as (transfer, memory):
         await until(lambda: transfer.statistics().background.pages > 0)
-        for page in range(100):  # demand goes on: time enough for more, if there were more
+        for page in range(
+            100
+        ):  # demand goes on, which takes time enough for more background, if more came
             await memory.read(SIZE - (page + 1) * PAGE, 1)
         asked = transfer.statistics().background.pages
         assert asked <= 2
@@ -272,9 +276,9 @@ def test_no_start(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_begins_after_a_while(lane: str, small: str, mock_clock: MockClock) -> None:
-    """By a clock that goes on when it is told to."""
+    """The clock advances only when the test advances it."""
     async with transfer_of(small, lane, start_background="after=0.3") as (transfer, memory):
-        await memory.read(PAGE, 1)  # what is touched does not wait
+        await memory.read(PAGE, 1)  # demand does not wait
         await jump(mock_clock, 0.29)
         assert not transfer.background_begun
         assert transfer.statistics().background.requests == 0
@@ -298,7 +302,7 @@ async def test_begins_once_the_faults_become_few(small: str, mock_clock: MockClo
 
 
 async def jump(clock: MockClock, seconds: float) -> None:
-    """Whoever sleeps so long goes on."""
+    """Advance the clock: tasks that sleep until then resume."""
     clock.jump(seconds)
     await wait_all_tasks_blocked()
 

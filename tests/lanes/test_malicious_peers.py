@@ -1,5 +1,5 @@
-"""Peers that break the rules, over real sockets: what it costs them, and what it does not cost
-anybody else."""
+"""Peers that break the rules, over real sockets: what that costs them, and that it costs no other
+peer anything."""
 
 from __future__ import annotations
 
@@ -87,8 +87,7 @@ class Events:
             await self._changed.wait()
 
     async def check_one(self, name: str, reason: str) -> None:
-        """Of all that can happen to a connection, this happened, once, and its reason is one
-        line."""
+        """Check that only this happened to a connection, once, and that its reason is one line."""
         await self.wait("refused", "lost")
         ((seen, fields),) = self.of("refused", "lost")
         assert seen == name
@@ -123,8 +122,7 @@ def memory_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Served:
-    """A real source, and an honest destination that wants its pages while the stranger is at
-    work."""
+    """A real source, and an honest destination that pulls its pages beside the stranger."""
 
     server: pagenet.Server
     events: Events
@@ -148,9 +146,9 @@ async def served(somewhere: str, memory_file: Path, tmp_path: Path) -> AsyncIter
         yield Served(server, events, tmp_path / "copy")
 
 
-# ---- strangers who dial a source ----
+# ---- strangers that dial a source ----
 
-# what they send, whether they then close, and what the source says of it
+# what they send, whether they then close, and what the source reports
 STRANGERS: dict[str, tuple[bytes, bool, str, str]] = {
     "garbage": (b"\x00\xff\r\n" * 50, False, "refused", "does not speak pagenet"),
     "HTTP": (HTTP, False, "refused", "it begins with b'GET / HTTP/1.1\\r\\n'"),
@@ -208,7 +206,7 @@ async def test_stranger_who_waits(
 ) -> None:
     stranger = await transport.dial(served.uri)
     await stranger.send(data)
-    # by a clock that stands still: however long it takes, it was not the timeout that let it in
+    # the clock stands still: however long this takes, it was not a timeout that let it in
     await served.pull()
     assert not served.events.of("refused", "lost")
     mock_clock.jump(HELLO_TIMEOUT)
@@ -277,8 +275,10 @@ async def test_bad_request(served: Served, data: bytes, reason: str) -> None:
         nursery.start_soon(served.pull)
         await lane.send(request(1, 1), data)
         answer = await until_closed(lane)
-        assert answer[24:] == CONTENT[PAGE : 2 * PAGE]  # the good one before it, and nothing else
-        await control.send(Bye(False))  # the control connection is none the worse
+        assert (
+            answer[24:] == CONTENT[PAGE : 2 * PAGE]
+        )  # the answer to the valid request before it, and nothing else
+        await control.send(Bye(False))  # the control connection still works
         await served.events.wait("left")
     await served.events.check_one("refused", reason)
     assert len(served.events.of("complete")) == 1
@@ -388,7 +388,8 @@ async def expect_source_lost(action: Callable[[], Any]) -> None:
 async def test_more_sessions_than_there_may_be(
     somewhere: str, memory_file: Path, tmp_path: Path
 ) -> None:
-    """One is refused, with the reason and the option; a session that ends makes room."""
+    """A session over the limit is refused, with the reason and the option; a session that ends
+    makes room."""
     events = Events()
     async with pagenet.serve(
         str(memory_file), listen=somewhere, on_event=events, max_sessions=1
@@ -401,7 +402,7 @@ async def test_more_sessions_than_there_may_be(
             ):
                 await served.pull()
             await lane.send(request(1, 1))
-            await control.send(Bye(False))  # whoever was served already does not notice
+            await control.send(Bye(False))  # a session that is served already does not notice
             await events.wait("left")
         await served.pull()
     await events.check_one("refused", "--max-sessions")
@@ -434,7 +435,8 @@ async def test_more_lanes_than_there_may_be(somewhere: str, memory_file: Path) -
 async def test_silent_peers_make_room(
     served: Served, mock_clock: trio.testing.MockClock, data: bytes
 ) -> None:
-    """By a clock that stands still: at the limit the oldest goes, and nobody's time is up."""
+    """At the limit the oldest silent peer is closed. The clock stands still, so it is not a
+    timeout."""
     served.server.admission._max_strangers = 3
     silent = []
     for number in range(3):
@@ -475,7 +477,7 @@ def reply(request: Request, payload: bytes = b"", **changes: int) -> bytes:
 
 
 def honest(request: Request) -> Sends:
-    """The first page, and no more: a transfer that fails later has something to lose."""
+    """The first page only: a transfer that fails later has something to lose."""
     return [first_page(request)]
 
 
@@ -485,7 +487,7 @@ def first_page(request: Request) -> bytes:
 
 @dataclass
 class Impostor:
-    """A source that does everything right until it does what it was made for."""
+    """A source that keeps the rules until it sends what the test is about."""
 
     control: Sends = (GREETING,)
     lane: Callable[[Channel], Sends] = lambda channel: [
@@ -555,7 +557,7 @@ def owner(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 async def check_pull_fails(
     uri: str, owner: Any, error: type[Exception], reason: str
 ) -> pagenet.Transfer | None:
-    """Nothing but the first page, if that, has been placed, and it is right."""
+    """Check that at most the first page was placed, and that it is right."""
     transfers: list[pagenet.Transfer] = []
 
     async def pull() -> None:
@@ -677,7 +679,7 @@ def flipped(place: int) -> bytes:
 
 LZ4 = Encoding.LZ4
 NOT_PAGES = f"the peer's {len(PACKED)} compressed bytes are not 2 pages"
-# One that becomes 256 MiB for as long as somebody has room for it.
+# A block that would unpack to 256 MiB, if there were room.
 BOMB = bytes(8) + b"\x1f2\1\0" + b"\xff" * 5000
 COMPRESSED: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
     "checksum": (packed(flipped(0)), RemoteProtocolError, NOT_PAGES),
@@ -744,7 +746,7 @@ async def test_source_that_knows_nothing_of_compression(
 
 
 def table(*blocks: Any) -> bytes:
-    """A source's hello with such a block table, which this side's own encoder would not let out."""
+    """A source's hello with that block table, which pagenet's own encoder would refuse."""
     fields = {
         "type": "hello",
         "version": 1,
@@ -847,7 +849,7 @@ async def test_source_whose_pages_are_larger_than_the_owners(owner: Any) -> None
         )
 
 
-# ---- who dials is another matter ----
+# ---- the source dials ----
 
 
 async def pull_listening(uri: str, path: Path, events: Events) -> None:
@@ -910,7 +912,7 @@ async def test_stranger_who_waits_holds_nobody_up(
         uri = await listening_uri(events)
         stranger = await transport.dial(uri)
         await serve_to(uri, memory_file)
-        await until_closed(stranger)  # with the transfer
+        await until_closed(stranger)  # it ends with the transfer
         stranger.close()
     assert (tmp_path / "copy").read_bytes() == CONTENT
     assert not events.of("refused")

@@ -1,4 +1,4 @@
-"""The destination's lanes in C, against those in Trio and against everything that may go wrong
+"""The destination's lanes in C, compared with those in Trio, and with everything that may go wrong
 around them."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from pagenet.uffd._target import UffdTarget
 
 DEMAND, PREFETCH, BACKGROUND = Class.DEMAND, Class.PREFETCH, Class.BACKGROUND
 KINDS: tuple[Kind, ...] = ("copy", "move", "memfd", "allocated")
-# What the issue asks for is 0.1 s; a loaded machine may take longer to get round to it.
+# Seconds. It should take 0.1 s; on a loaded machine it may take longer.
 PROMPT = 5.0
 RAW_ZERO_OR_LZ4 = 0b111
 
@@ -106,22 +106,23 @@ class Told:
 
 @dataclass
 class Play:
-    """A script drawn from ``seed``, step by step, each of which is over before the next. Knows what
-    must come of it."""
+    """A script drawn from ``seed``, step by step, each of which is over before the next. It knows
+    what the outcome must be."""
 
     rig: Rig
     seed: int
     prefetch: tuple[int, int]
-    #: pages that the owner's page table has
+    #: pages that are in the owner's page table
     there: dict[int, bytes] = field(default_factory=dict)
-    #: shared memory: what the file holds, mapped or not
+    #: shared memory: the file's pages, mapped or not
     cache: dict[int, bytes] = field(default_factory=dict)
     waiting: list[tuple[int, Call]] = field(default_factory=list)
     expected: dict[str, list[int]] = field(default_factory=dict)
     asked: tuple[list[tuple[Class, Run]], list[tuple[Class, Run]]] = field(
         default_factory=lambda: ([], [])
     )
-    #: a thread whose page is given up under it may fault once more than we know of
+    #: false once a thread may have faulted more often than the script knows, because its page was
+    #: given up
     faults_known: bool = True
     #: pages of the reply that is being sent
     in_flight: set[int] = field(default_factory=set)
@@ -160,8 +161,8 @@ class Play:
         return Told(asked, counts, self.rig.states(), memory)
 
     def counts(self) -> dict[str, list[int]]:
-        """Pages are counted, and threads woken, a moment before all that belongs to them is counted
-        too."""
+        """The counts, once they are complete: pages are counted, and threads woken, a moment before
+        the rest is counted."""
         for name in ("wire_bytes", "zero_pages", "existed"):
             wait_until(partial(self.is_counted, name), name)
         return self.rig.counts()
@@ -208,7 +209,7 @@ class Play:
         self.expected["requests"][class_] += 1
 
     def window(self, page: int) -> Iterator[Run]:
-        """The rule, once more, from the states before the fault."""
+        """The rule for the window, implemented again, from the states before the fault."""
         piece = self.memory.piece_of(page)
         states = {p: self.before(p) for p in range(piece.first, piece.end)}
         forward, backward = self.prefetch
@@ -223,7 +224,7 @@ class Play:
         return (Run(a, b - a) for a, b in ((page + 1, end), (first, page)) if a < b)
 
     def before(self, page: int) -> State:
-        """Who asked for it, as far as this script knows: the map itself may have moved on."""
+        """The page's state by what the script knows: the map itself may have changed since."""
         known = {p for asked in self.asked for _, run in asked for p in range(run.first, run.end)}
         if page in self.removed:
             return State.REMOVED
@@ -275,7 +276,7 @@ class Play:
         self.wake(wanted)
 
     def send(self, peer: Peer, run: Run, data: bytes) -> None:
-        """In pieces, between which other things happen to other pages."""
+        """Send in pieces, between which other things happen to other pages."""
         self.in_flight = set(range(run.first, run.end))
         cuts = sorted(
             self.random.randrange(len(data)) for _ in range(self.random.choice([0, 0, 1, 2, 5]))
@@ -307,7 +308,7 @@ class Play:
                 self.there.setdefault(page, data)
 
     def is_held(self, class_: Class, page: int) -> bool:
-        """Whether it is left as it is, to see whether it is touched."""
+        """Whether the page is left unmapped, as part of the sample."""
         sampled = (
             class_ is Class.PREFETCH
             and self.memory.is_shared
@@ -337,7 +338,7 @@ class Play:
         )
         self.rig.call(self.memory.remove, run, MADV_REMOVE if punch else MADV_DONTNEED).join()
         self.removed |= gone
-        # The owner goes on once its event was read, a moment before that takes effect.
+        # The owner resumes once its event was read, a moment before the event takes effect.
         wait_until(
             lambda: all(self.rig.map.state(page) is State.REMOVED for page in gone), "removal"
         )
@@ -350,8 +351,8 @@ class Play:
         for page, call in woken:
             assert call.join() == self.memory_of(page)
         for page in {page for page, _ in woken}:
-            # Its zeros came before the memory was given up, or after: it may be there or not. Now
-            # it is.
+            # Its zeros came before the memory was given up, or after, so it may be resident or not.
+            # From here on it is.
             self.faults_known = False
             assert self.rig.touch(page).join() == self.memory_of(page)
             self.there[page] = self.memory_of(page)
@@ -457,7 +458,7 @@ def test_every_byte_alone(kind: Kind, lane: str, pack: bool, make_rig: MakeRig) 
         assert call.join() == content(page)
 
 
-# ---- pages given up, or placed by somebody else ----
+# ---- pages given up, or placed by a third party ----
 
 
 @pytest.mark.native
@@ -478,8 +479,8 @@ def test_the_last_missing_pages_are_given_up(kind: Kind, make_rig: MakeRig) -> N
 def test_given_up_again_and_again_while_its_bytes_come_in(
     kind: Kind, times: int, make_rig: MakeRig
 ) -> None:
-    """What the owner writes afterwards stays. (Allocated memory: the bytes go straight to where the
-    owner would see them.)"""
+    """What the owner writes afterwards stays. (In allocated memory the bytes go straight to where
+    the owner would see them.)"""
     rig = make_rig(kind)
     rig.feed(Run(10, 4))
     rig.background.wait_asked(1)
@@ -513,8 +514,8 @@ def test_given_up_again_and_again_while_its_bytes_come_in(
 @pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_placing_waits_for_the_reader_of_events(kind: Kind, make_rig: MakeRig) -> None:
-    """A background lane alone cannot read that memory was given up: it tries until the demand lane
-    has."""
+    """A background lane cannot read the event that memory was given up: it tries again until the
+    demand lane has read it."""
     rig = make_rig(kind, start=["background"])
     rig.feed(Run(10, 8))
     rig.background.wait_asked(1)
@@ -546,8 +547,8 @@ def test_stop_while_placing_waits_for_the_reader_of_events(kind: Kind, make_rig:
 
 
 def first_byte(address: int) -> bytes:
-    """Waits for its page. As a system call sees it: :exc:`OSError` (EFAULT) where a load would be a
-    SIGBUS."""
+    """The first byte of a page, which is waited for. A system call reads it: :exc:`OSError`
+    (EFAULT) where a load would be a SIGBUS."""
     read_end, write_end = os.pipe()
     try:
         if libc.write(write_end, Address(address), Size(1)) < 0:
@@ -563,8 +564,8 @@ def first_byte(address: int) -> bytes:
 def test_fault_outside_what_was_announced(
     kind: Kind, zero: bool, lane: str, kernel: Feature
 ) -> None:
-    """Who touches that is told, or gets zeros, as the owner wants it; and all that was announced
-    goes on coming."""
+    """The thread gets an error or zeros, as the owner has chosen; and pages of what was announced
+    continue to come."""
     if not zero and Feature.POISON not in kernel:
         pytest.skip("the kernel has no UFFDIO_POISON")
     driver: Any = lane
@@ -630,7 +631,7 @@ def test_somebody_else_was_faster(kind: Kind, make_rig: MakeRig) -> None:
     assert rig.touch(13).join() == content(13)
 
 
-# ---- a peer that says what it may not ----
+# ---- a peer that breaks the protocol ----
 
 
 def wrong_headers(rig: Rig) -> dict[str, bytes]:
@@ -687,7 +688,7 @@ def test_wrong_replies_are_told_in_the_same_words(encodings: int, make_rig: Make
 def test_broken_compressed_pages_are_never_claimed(
     kind: Kind, lane: str, make_rig: MakeRig
 ) -> None:
-    """Neither their states nor the memory behind them know that anything came."""
+    """Neither their states nor their memory change."""
     rig = make_rig(kind, encodings=RAW_ZERO_OR_LZ4)
     if lane == "demand":
         rig.touch(10)
@@ -748,8 +749,8 @@ def test_source_that_fails(lane: str, whole: bool, reason: bytes, make_rig: Make
 
 @pytest.mark.native
 def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
-    """Every second page is there, so that each run is a page: the 4097th waits until one of the
-    first is answered."""
+    """Every second page is resident, so each run is a page: the 4097th request waits until one of
+    the others is answered."""
     pages = 9000
     rig = make_rig("copy", pages, 1, None)
     for page in range(1, pages, 2):
@@ -779,8 +780,8 @@ def test_more_runs_than_requests_may_be_open(make_rig: MakeRig) -> None:
 
 @pytest.mark.native
 def test_more_faults_than_requests_may_be_open(make_rig: MakeRig) -> None:
-    """The source never answers and a third party lets the thread go on. In the end faults wait
-    where they are."""
+    """The source never answers, and a third party lets the thread continue. In the end faults wait
+    unread."""
     pages = 3 * 1400
     rig = make_rig("copy", pages, 1, None, prefetch=(1, 1))
     touched = 0
@@ -856,8 +857,8 @@ def test_background_stays_in_its_window_before_the_first_reply(make_rig: MakeRig
 
 @pytest.mark.native
 def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> None:
-    """What the background has asked for may come at once. If it does not, whoever waits does not
-    wait for it."""
+    """What the background has asked for may come at once. If it does not, it is asked for again on
+    the demand lane."""
     rig = make_rig("copy", 64, 8, None)
     rig.feed(Run(0, 64))
     rig.background.wait_asked(1)
@@ -877,8 +878,8 @@ def test_page_that_is_coming_is_asked_for_after_a_moment(make_rig: MakeRig) -> N
 @pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_stretch_of_zeros(kind: Kind, make_rig: MakeRig) -> None:
-    """In shared memory it becomes a hole that nobody watches: it takes no memory, and is zero for
-    whoever touches it. A page that a third party had put there, and one that was given up, are zero
+    """In shared memory it becomes a hole that is not watched any more: it takes no memory, and
+    reads as zeros. A page in it that a third party had placed, and one that was given up, are zero
     too."""
     rig = make_rig(kind, 512, 8, None)
     used = rig.memory.used()
@@ -954,7 +955,7 @@ def stop_time(rig: Rig) -> float:
 
 @dataclass
 class Busy:
-    """Sources that answer whatever comes, threads that touch, and a background without end."""
+    """Sources that answer every request, threads that touch, and a background without end."""
 
     rig: Rig
     pages: int
@@ -987,7 +988,7 @@ class Busy:
 
     def stop(self) -> None:
         self.stopped.set()
-        for peer in self.rig.peers:  # a source that sends waits for nobody any more
+        for peer in self.rig.peers:  # a source that is sending does not wait any more
             with suppress(OSError):
                 peer.sock.shutdown(socket.SHUT_RDWR)
         for call in self.calls:
@@ -1067,7 +1068,7 @@ sock.recv(1)
 
 
 def test_owner_dies_while_busy(tmp_path: Path) -> None:
-    """Without anybody who watches it, as these lanes have nobody: whoever places its next page
+    """These lanes have no task that watches the owner: the lane that places the next page
     notices."""
     pages = 1 << 15
     with socket.socket(socket.AF_UNIX) as listener:
@@ -1102,7 +1103,7 @@ def test_owner_dies_while_busy(tmp_path: Path) -> None:
 
 
 class OtherMemory(Memory):
-    """Of another process."""
+    """Memory of another process."""
 
     def __init__(self, uffd: int, address: int, pages: int) -> None:
         self.kind, self.page_size, self._fd, self.mapped = "copy", PAGE, -1, {}
@@ -1127,7 +1128,7 @@ class Storm:
     pages: int
     seed: int
     served: threading.Event = field(default_factory=threading.Event)
-    #: pages that were given up: the rest of their life is their remover's
+    #: pages that were given up: from then on only the thread that did so uses them
     removed: dict[int, bytes] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.native
 
 PAGE = 4096
 
-# Tells where its bytes are, and waits until stdin ends. The pattern makes every offset's byte
+# Prints where its bytes are, and waits until stdin ends. By the pattern the byte at every offset is
 # known.
 VICTIM = """
 import ctypes, sys
@@ -108,7 +108,7 @@ def test_reads_exactly_what_was_asked(own_pages: mmap.mmap, offset: int, length:
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_reads_another_process(stopped: bool) -> None:
-    """A source VMM stands still while it is read."""
+    """A VMM that is a source is stopped while it is read."""
     size = 300_000
     command = [sys.executable, "-c", VICTIM, str(size)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as victim:
@@ -138,7 +138,7 @@ def test_unmapped_memory_is_a_bad_address() -> None:
 
 
 def test_range_that_ends_in_unmapped_memory_is_a_bad_address() -> None:
-    """The kernel reads what it can, and says EFAULT only when asked for the rest."""
+    """The kernel reads what it can, and returns EFAULT only when asked for the rest."""
     fd = os.memfd_create("two pages, one with memory")
     os.ftruncate(fd, 2 * PAGE)
     with mmap.mmap(fd, 2 * PAGE) as memory:

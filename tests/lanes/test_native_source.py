@@ -1,4 +1,4 @@
-"""The source's loop in C, against the decoder of a destination and against the source's lane in
+"""The source's loop in C, compared with the decoder of a destination and with the source's lane in
 Trio."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.native
 
 PAGES = 1024
 LZ4_MAYBE, LZ4_ALWAYS = 0b111, 0b110
-SENDFILE_PAGES = 16  # what the loop gives to the kernel to send
+SENDFILE_PAGES = 16  # as many pages as the loop sends by sendfile at a time
 
 
 def content(page: int, zeros: frozenset[int]) -> bytes:
@@ -53,8 +53,8 @@ def stretches(seed: int, pages: int = PAGES) -> frozenset[int]:
 
 @dataclass
 class Sparse:
-    """A file of ``pages`` pages, of which those in ``zeros`` were written as such, or (holes)
-    never."""
+    """A file of ``pages`` pages, of which those in ``zeros`` were written as zeros, or (holes)
+    never written."""
 
     path: str
     zeros: frozenset[int]
@@ -78,7 +78,7 @@ def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
 
         def make(kind: str, seed: int = 0, pages: int = PAGES) -> Sparse:
             zeros = stretches(seed, pages)
-            if kind == "process":  # this one
+            if kind == "process":  # this process
                 mapped = _native.Mapped(pages * PAGE)
                 stack.callback(mapped.close)
                 mapped.buffer(0, mapped.size)[:] = b"".join(
@@ -144,7 +144,7 @@ class Serving:
         return self.ends[peer.number]
 
     def end(self) -> _native.End:
-        """Once the loop has ended, cut what connections it still has."""
+        """Once the loop has ended, close the connections that it still has."""
         end: _native.End = self.thread.join()
         self.loop.close()
         return end
@@ -161,8 +161,8 @@ class Serving:
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Between two addresses, as with a peer on another host: to one on this host nothing is sent by
-    sendfile."""
+    """A connection between two addresses, as with a peer on another host: sendfile is not used for
+    peers on this host."""
     with socket.create_server(("127.0.0.2", 0)) as listener:
         theirs = socket.create_connection(listener.getsockname(), source_address=("127.0.0.1", 0))
         ours, _ = listener.accept()
@@ -179,7 +179,7 @@ class Peer:
         self.number = number
         self.requests = OutstandingRequests(source.region, encodings)
         self._region = source.region
-        #: pages that came, and which of them came as a flag
+        #: pages that came, and those that came as a flag
         self.pages: dict[int, bytes] = {}
         self.flagged: set[int] = set()
         self.replies: list[Reply] = []
@@ -221,7 +221,7 @@ class Peer:
         return reply
 
     def fetch(self, step: int = 1 << 16) -> None:
-        """All that is open."""
+        """Receive the answers to all open requests."""
         while len(self.requests):
             self.reply(step)
 
@@ -291,7 +291,7 @@ def ask_and_fetch(peer: Peer, requests: Sequence[tuple[int, int, int]]) -> None:
 
 
 def coverage(peer: Peer) -> list[tuple[int, int, Encoding]]:
-    """Per request (by id) and page. Where replies are cut is nobody's business."""
+    """Per request (by id) and page. How replies are split does not matter."""
     return [
         (reply.request_id, page, reply.encoding)
         for reply in peer.replies
@@ -321,7 +321,7 @@ def test_same_answers_as_in_trio(
         check(peer, memory, range(first, first + count))
     native, oracle = coverage(peer), asked_of_trio(memory, requests)
     assert [answer[:2] for answer in native] == [answer[:2] for answer in oracle]
-    # A hole that reaches to a request's end is a flag to both; units that are zero are, too.
+    # A hole that reaches to a request's end is a flag in both; so are units that are zero.
     assert native == oracle
 
 
@@ -333,7 +333,7 @@ def test_same_answers_as_in_trio(
 def test_compressed_as_in_trio(
     kind: str, seed: int, make_memory: MakeMemory, serve: MakeServing
 ) -> None:
-    """Whatever becomes smaller, which is all that is not zero here."""
+    """What becomes smaller is compressed: here, all that is not zero."""
     memory = make_memory(kind, seed)
     requests = list(random_requests(random.Random(seed), 20))
     peer = serve(memory).connect(tcp=seed % 2 == 1, encodings=LZ4_ALWAYS)
@@ -346,7 +346,7 @@ def test_compressed_as_in_trio(
 
 @pytest.fixture
 def random_file(tmp_path: Path) -> Path:
-    """Every second stretch of 16 pages is random, every other one is not."""
+    """Every second stretch of 16 pages is random."""
     path, order = tmp_path / "random", random.Random(9)
     path.write_bytes(
         b"".join(order.randbytes(16 * PAGE) + b"text" * (4 * PAGE) for _ in range(PAGES // 32))
@@ -388,8 +388,8 @@ def test_not_compressed_where_it_was_not_asked_for_or_is_not_worth_it(
 def test_the_source_chooses_by_what_the_link_does(
     make_memory: MakeMemory, serve: MakeServing
 ) -> None:
-    """A reader that takes 20 MB/s: the background is compressed after a while, and then what
-    somebody waits for is, too."""
+    """A reader that takes 20 MB/s: after a while the background is compressed, and then demand is
+    too."""
     memory = make_memory("memfd", 1)
     serving = serve(memory)
     slow = serving.connect(encodings=LZ4_MAYBE, buffer_size=1 << 16)
@@ -449,7 +449,7 @@ def test_units_too_large_to_be_compressed(tmp_path: Path, serve: MakeServing) ->
 # ---- what is kept for peers that do not read ----
 
 KEPT = (256 << 10) + 64 * LANE_HEADER_SIZE  # of one connection
-LARGE_KEPT = 16 << 20  # of all, of larger units that were compressed
+LARGE_KEPT = 16 << 20  # of all connections, of larger units that were compressed
 
 
 def large_memory(pages: int, first: bytes = b"1") -> Sparse:
@@ -468,7 +468,8 @@ def close_large(memory: Sparse) -> None:
 
 
 def wait_nothing_kept(serving: Serving) -> None:
-    """The peer may have the last bytes, or know of the end, before the loop has counted that."""
+    """Wait, since the peer may have the last bytes, or see the end, before the loop has counted
+    that."""
     deadline = time.monotonic() + 60
     while serving.loop.kept() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -492,7 +493,7 @@ def test_large_unit_that_is_not_read_costs_no_more_than_a_small_one(
         assert peer.requests.reply(peer.receive(LANE_HEADER_SIZE)).encoding is Encoding.RAW
     other = serving.connect()
     other.ask(0, 1)
-    other.fetch()  # and nobody waits for them
+    other.fetch()  # and other connections do not wait for them
     assert serving.loop.kept() <= count * KEPT
     assert resident() - before < count * (PAGE << shift) // 8
     got = peers[0].receive(PAGE << shift)
@@ -528,8 +529,8 @@ def test_large_unit_is_zero_or_it_is_not(first: bytes, serve: MakeServing) -> No
 def test_large_units_are_compressed_as_long_as_little_is_kept(
     tmp_path: Path, serve: MakeServing
 ) -> None:
-    """Half of each unit is random, so that 1 MiB of 2 is kept: for some of them, and the others
-    travel as they are."""
+    """Half of each unit is random, so 1 MiB of 2 is kept for some of the units; the others travel
+    uncompressed."""
     path, order = tmp_path / "units", random.Random(3)
     half = order.randbytes(1 << 20)
     path.write_bytes(half + b"text" * (1 << 18))
@@ -570,7 +571,7 @@ def test_nothing_is_kept_of_connections_that_are_gone(
 
 
 class Weighing:
-    """A connection that takes everything, and notes how much it was given at a time."""
+    """A connection that takes everything, and records how much it was given at a time."""
 
     peer = "a pair of scales"
 
@@ -678,7 +679,7 @@ def test_slow_reader(kind: str, step: int, make_memory: MakeMemory, serve: MakeS
     for page in range(pages, 2 * pages):
         peer.ask(page % 256, 1)
     other.ask(7, 1)
-    other.fetch()  # and nobody else waits for that
+    other.fetch()  # and no other connection waits for that
     peer.fetch(step)
     check(peer, memory, range(pages))
 
@@ -715,7 +716,7 @@ def test_200_connections(make_memory: MakeMemory, serve: MakeServing) -> None:
     for index, peer in enumerate(peers):
         check(peer, memory, range(index, index + 64))
     threads, memory_size = threads_and_memory()
-    assert threads <= before[0]  # one of an earlier test may end meanwhile
+    assert threads <= before[0]  # a thread of an earlier test may end meanwhile
     assert memory_size - before[1] < 64 << 20, "200 stacks would be 1600 MiB of address space"
     for peer in peers:
         peer.sock.close()
@@ -726,7 +727,7 @@ def test_200_connections(make_memory: MakeMemory, serve: MakeServing) -> None:
 
 
 def threads_and_memory() -> tuple[int, int]:
-    """Of this process: how many threads, and the address space in bytes."""
+    """How many threads this process has, and its address space in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return len(os.listdir("/proc/self/task")), pages * PAGE
 
@@ -835,7 +836,8 @@ def drain(sock: socket.socket) -> None:
 def test_file_that_becomes_shorter(
     length: int, holes: bool, buffer_size: int | None, make_memory: MakeMemory, serve: MakeServing
 ) -> None:
-    """While it is being sent. A reason, or a connection that is cut, and never wrong bytes."""
+    """The file is cut while it is being sent: a reason or a closed connection follows, and never
+    wrong bytes."""
     memory = make_memory("memfd holes" if holes else "memfd", 9)
     serving = serve(memory)
     peer = serving.connect(buffer_size=buffer_size)
@@ -852,14 +854,14 @@ def test_file_that_becomes_shorter(
         peer.ask(PAGES - 64, 64)  # all had been sent before it became shorter
         failed = peer.reply()
     except (EOFError, ConnectionError):
-        pass  # cut
+        pass  # closed
     assert failed is None or failed.encoding is Encoding.FAILED
     end = ended.join()
     assert end.kind == _native.END_FAILED
     assert re.search(rf"cannot be read any more: it ends at byte \d+ of {PAGES * PAGE}$", end.text)
     for page, data in peer.pages.items():
-        # The rest of a page that the new end cuts in two is zeros to whoever maps the file, or has
-        # it sent.
+        # If the new end of the file divides a page, the rest of that page reads as zeros, in a
+        # mapping and by sendfile.
         assert data == content(page, memory.zeros) or page == length // PAGE, f"page {page}"
 
 
@@ -888,14 +890,14 @@ def test_process_that_ends(serve: MakeServing) -> None:
     mapped.close()
 
 
-# ---- a child that holds copies of descriptors ----
+# ---- a child that has copies of descriptors ----
 
 
 def test_connections_close_while_processes_start(
     make_memory: MakeMemory, serve: MakeServing
 ) -> None:
-    """Between fork and exec a child has a copy of each socket: one that was closed here would stay
-    in epoll's set, with a connection that is no more."""
+    """Between fork and exec a child has a copy of each socket: a socket that was closed here would
+    stay in epoll's set, with a connection that does not exist any more."""
     serving = serve(make_memory("memfd", 10))
     stopped = threading.Event()
     started = Call(start_processes, stopped)
@@ -917,7 +919,7 @@ def test_connections_close_while_processes_start(
 def start_processes(stopped: threading.Event) -> int:
     count = 0
     while not stopped.is_set():
-        # preexec_fn: a real fork, and a child that takes its time with its copies.
+        # preexec_fn: a real fork, and a child that keeps its copies for a while.
         subprocess.run(["/bin/true"], preexec_fn=lambda: time.sleep(0.002), check=True)
         count += 1
     return count

@@ -134,7 +134,7 @@ async def test_own_huge_pages_divide_the_region() -> None:
 
 
 async def test_own_huge_pages_that_are_not_there() -> None:
-    """Said at once: a page that cannot be had later would be SIGBUS in the middle of the
+    """An error at once: a page that cannot be had later would be a SIGBUS in the middle of the
     transfer."""
     with pytest.raises(
         Unsupported,
@@ -143,7 +143,7 @@ async def test_own_huge_pages_that_are_not_there() -> None:
         await OwnMemory("hugetlb").attach(Region([Block("ram", 1 << 40)]))
 
 
-# Touches own memory while it comes. Not in the tests' own process: what goes wrong would end it.
+# Touches own memory while it comes. It is a process of its own, which an error would end.
 OWN_MEMORY = """
 import hashlib, json, sys
 import trio
@@ -183,7 +183,7 @@ async def test_own_memory_is_read_while_it_comes(kind: str, source: str, lane: s
     ):
         done = await process.event("done")
         assert done["digest"] == hashlib_of(Path(source).read_bytes())
-        # of those that a thread could touch before the page came
+        # of the pages, those that a thread could touch before they came
         assert done["faults"] >= SIZE // PAGE / 2
         assert await process.wait() == 0
 
@@ -211,13 +211,13 @@ async def test_own_memory_is_sigbus_when_the_source_is_lost(
         await server.kill()
         await relay.cut()
         assert await process.wait() == -signal.SIGBUS, (process.events, process.stderr)
-        # "failed" if the thread that reads is slower to get its signal than the one that pulls is
-        # to say so
+        # "failed" if the thread that pulls reports the error before the thread that reads gets its
+        # signal
         assert {event["event"] for event in process.events} <= {"attached", "read", "failed"}
         assert len(process.events) < SIZE // PAGE
 
 
-# ---- the handshake: who is welcome ----
+# ---- the handshake: owners that are accepted ----
 
 
 class Owner:
@@ -261,7 +261,7 @@ class Owner:
             assert self.socket.recv(1) == b""
 
     def content(self) -> bytes:
-        """Once every page is there."""
+        """Its memory's content, once every page is there."""
         return bytes(self.memory.buffer(0, self.memory.size))
 
     def close(self) -> None:
@@ -271,7 +271,7 @@ class Owner:
 
 
 class Reception:
-    """A socket for owners, and whom it has turned away."""
+    """A socket for owners, and the owners that it has refused."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -323,7 +323,7 @@ async def receiving(path: Path, region: Region = REGION) -> AsyncIterator[Recept
 
 
 async def check_welcome(reception: Reception) -> None:
-    """The next one is served."""
+    """Check that the next owner is served."""
     reception.connect().hand_over()
     await reception.attached.wait()
     assert reception.target is not None
@@ -358,7 +358,7 @@ async def test_message_in_pieces(reception: Reception) -> None:
     message = b"\n [" + json.dumps(owner.mapping()).encode() + b" ] \n"
     owner.send(message[:1], owner.uffd.fd)
     for byte in message[1 : message.index(b"]") + 1]:
-        await trio.testing.wait_all_tasks_blocked()  # it has read what was sent
+        await trio.testing.wait_all_tasks_blocked()  # the handler has read what was sent
         owner.send(bytes([byte]))
     await reception.attached.wait()
     assert reception.refused == []
@@ -380,7 +380,7 @@ async def test_several_mappings(tmp_path: Path) -> None:
         address = owner.memory.address
         mappings = [
             owner.mapping(size=10 * PAGE, offset=20 * PAGE),
-            # goes over the end of a block
+            # this mapping crosses the end of a block
             owner.mapping(base_host_virt_addr=address + 20 * PAGE, size=10 * PAGE),
         ]
         owner.send(json.dumps(mappings).encode(), owner.uffd.fd)
@@ -390,7 +390,7 @@ async def test_several_mappings(tmp_path: Path) -> None:
         assert sum(run.count for run in reception.target.scope()) == 20
 
 
-# ---- the handshake: who is not ----
+# ---- the handshake: owners that are refused ----
 
 BAD_MESSAGES: dict[str, tuple[Callable[[Owner], bytes], str]] = {
     "no json": (lambda owner: b"hello", "is not JSON"),
@@ -511,7 +511,7 @@ async def test_three_descriptors_in_three_pieces(reception: Reception) -> None:
 
 
 def map_of(stack: ExitStack, flags: int = os.MFD_ALLOW_SEALING) -> int:
-    """What an owner makes for the map of its pages."""
+    """A memfd, as an owner makes it for the map of its pages."""
     file = os.memfd_create(_native.MAP_NAME, os.MFD_CLOEXEC | flags)
     stack.callback(os.close, file)
     return file
@@ -519,7 +519,7 @@ def map_of(stack: ExitStack, flags: int = os.MFD_ALLOW_SEALING) -> int:
 
 @pytest.mark.parametrize("with_file", [False, True])
 async def test_map_of_pages(with_file: bool, reception: Reception) -> None:
-    """In either order with the file behind the memory, and without it."""
+    """The map is sent before or after the file behind the memory, or without that file."""
     with ExitStack() as stack:
         memory, file = memfd_of(stack, SIZE), map_of(stack)
         reception.connect(fd=memory).hand_over(file, *([memory] if with_file else []))
@@ -567,7 +567,7 @@ async def test_two_maps(reception: Reception) -> None:
 
 
 async def test_map_that_cannot_be_sealed(reception: Reception) -> None:
-    """Its owner could take it from under our feet."""
+    """Its owner could shrink it while it is in use."""
     with ExitStack() as stack:
         reception.connect().hand_over(map_of(stack, 0))
         await reception.attached.wait()
@@ -690,8 +690,7 @@ async def test_memory_that_another_userfaultfd_watches(reception: Reception) -> 
 
 
 async def test_memory_that_was_unmapped_since(reception: Reception) -> None:
-    """Memory may be unmapped at any time, so its pages are no error: they are not there to be
-    filled."""
+    """Memory may be unmapped at any time. That is no error: its pages need not be filled."""
     owner = reception.connect()
     owner.hand_over()
     await reception.attached.wait()
@@ -707,7 +706,8 @@ async def test_memory_that_was_unmapped_since(reception: Reception) -> None:
 async def test_file_that_becomes_shorter(
     kind: str, compress: str, tmp_path: Path, lane: str
 ) -> None:
-    """Its owner cuts it off while pages come. That ends the transfer, and sends nobody a signal."""
+    """Its owner truncates it while pages come. That ends the transfer, and no process gets a
+    signal."""
     size = 2 * HUGE_PAGE
     source, path = (
         str(write_pattern(tmp_path / "source", size, zero_every=3)),
@@ -826,7 +826,7 @@ async def pulling(
     workload: AbstractAsyncContextManager[Process],
     **options: Any,
 ) -> AsyncIterator[tuple[Process, Any]]:
-    """A workload, started once it may connect, and the transfer into it."""
+    """A workload, which is started when it can connect, and the transfer into it."""
     await owner.listen()
     try:
         async with workload as process, pull(uri, owner, lane=lane, **options) as transfer:
@@ -904,7 +904,7 @@ async def kill_owner(
 async def test_owner_that_ends_once_it_has_all(
     kind: Any, source: str, lane: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may end so soon after its last page that both are learnt at once."""
+    """It may end so soon after its last page that pagenet learns of both at once."""
     transfers: list[Transfer] = []
 
     async def wait_gone(self: UffdTarget) -> None:
@@ -923,7 +923,7 @@ async def test_owner_that_ends_once_it_has_all(
 
 
 async def test_owner_that_ends_by_itself(source: str, tmp_path: Path, lane: str) -> None:
-    """One that ends before its handshake has been looked at is refused: then the next one stays for
+    """An owner that ends before its handshake was read is refused: then the next owner stays for
     longer."""
     async with serve(source, listen="tcp://127.0.0.1:0") as server:
         for milliseconds in (1, 100, 10_000):
@@ -1079,7 +1079,7 @@ def size_of_source(tmp_path: Path) -> Callable[[str], str]:
 async def test_owner_that_let_go_is_told_by_sigbus(
     memory: str, size_of_source: Callable[[str], str], tmp_path: Path, lane: str
 ) -> None:
-    """Zeros would be silent corruption, and nobody but pagenet could still answer its faults."""
+    """Zeros would be silent corruption, and only pagenet could still answer its faults."""
     if Feature.POISON not in probe():
         pytest.skip("the kernel has no UFFDIO_POISON")
     with huge_if(memory):
@@ -1112,7 +1112,7 @@ async def test_owner_that_keeps_its_own_waits(
 async def read_one_and_lose_the_source(
     server: Process, process: Process, read: Callable[[int], None]
 ) -> None:
-    """And have it wait for another one meanwhile."""
+    """Have it read one page, and wait for another one while the source is lost."""
     read(0)
     assert (await process.event("read"))["bytes"] == pattern(0, 1)[:16].hex()
     await stop_process(server)
@@ -1122,7 +1122,7 @@ async def read_one_and_lose_the_source(
 
 
 async def test_leaving_early_is_no_different(source: str, tmp_path: Path, lane: str) -> None:
-    """The block is left before the transfer is complete: nobody reads zeros."""
+    """The block is left before the transfer is complete: no thread reads zeros."""
     if Feature.POISON not in probe():
         pytest.skip("the kernel has no UFFDIO_POISON")
     path = tmp_path / "uffd.sock"
@@ -1140,7 +1140,8 @@ async def test_leaving_early_is_no_different(source: str, tmp_path: Path, lane: 
         assert await process.wait() == -signal.SIGBUS
 
 
-# Who connects ends at once; the memory is its parent's, which tells what is in it when stdin ends.
+# The process that connects ends at once. The memory is its parent's, which prints the content when
+# stdin ends.
 BY_PROXY = """
 import hashlib, json, os, socket, sys
 from pagenet import _native
@@ -1166,7 +1167,7 @@ print(json.dumps({"event": "digest", "sha256": hashlib.sha256(into).hexdigest()}
 
 
 async def test_owner_by_proxy(source: str, tmp_path: Path, lane: str) -> None:
-    """The memory counts, not the process that handed it over."""
+    """What counts is the memory, not the process that handed it over."""
     path = tmp_path / "uffd.sock"
     owner = UffdSocket(path)
     await owner.listen()
@@ -1190,7 +1191,7 @@ async def test_proxy_that_ends_before_it_is_met_is_refused(source: str, tmp_path
     await owner.listen()
     command = [sys.executable, "-c", BY_PROXY, str(path), str(SIZE), "ends"]
     async with run(command, stdin=subprocess.PIPE) as process, trio.open_nursery() as nursery:
-        await process.event("ready")  # who connected has ended, and was waited for
+        await process.event("ready")  # the process that connected has ended, and was waited for
         nursery.start_soon(owner.attach, REGION)
         while not refused:  # noqa: ASYNC110
             await trio.sleep(0.01)

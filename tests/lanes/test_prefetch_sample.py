@@ -1,5 +1,5 @@
 """Whether prefetched pages are needed: a sample of them is not made visible before it is touched.
-Nobody may notice."""
+The owner must not notice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAGE = 4096
 PAGES = 8192
 SIZE = PAGES * PAGE
 HALF = SIZE // 2
-# One fault in so many pages brings all of them: eight on either side.
+# One fault in each STEP pages brings all of them: eight on either side.
 STEP = 17
 
 
@@ -52,7 +52,7 @@ def memory() -> Iterator[OwnMemory]:
 
 @asynccontextmanager
 async def coming(source: Path, memory: OwnMemory, lane: LaneKind) -> AsyncIterator[Transfer]:
-    """What is touched, and eight pages on either side of it."""
+    """A transfer that brings each touched page, and eight pages on either side of it."""
     async with (
         pagenet.serve(str(source), listen="tcp://127.0.0.1:0") as server,
         pagenet.pull(server.uri, memory, lane=lane, background="off", prefetch=(8, 8)) as transfer,
@@ -61,7 +61,7 @@ async def coming(source: Path, memory: OwnMemory, lane: LaneKind) -> AsyncIterat
 
 
 async def touch_every_neighbourhood(memory: OwnMemory, transfer: Transfer) -> None:
-    """But for the last ones: what is complete is not watched any more."""
+    """Touch all neighbourhoods but the last ones: complete memory is not watched any more."""
     for page in range(8, PAGES - 100, STEP):
         await memory.read(page * PAGE, 1)
     with trio.fail_after(20):
@@ -83,7 +83,7 @@ async def test_the_share_that_was_not_touched(
         assert await memory.read(0, HALF) == content[:HALF]
         now = transfer.statistics()
         assert now.prefetch_unused == pytest.approx(0.5, abs=0.08)
-        # Nobody waited for the source: these are no faults that anything is concluded from.
+        # No thread waited for the source, so these faults do not count.
         assert now.demand.faults <= before.demand.faults + 2 * PAGES // STEP // 16
         transfer.set_background("linear")
         await transfer.wait_complete()
@@ -144,7 +144,7 @@ def test_no_stride_misses_the_sample(stride: int) -> None:
     assert _native.before_sampled(pages[0] + 1, 10_000) < 200
 
 
-# ---- killed while pages are held back ----
+# ---- killed while a sample is not visible ----
 
 # An owner that keeps its userfaultfd and the map of its pages, by the preload library. It reads the
 # pages that it is told to.
@@ -194,9 +194,9 @@ async def wait_done(pulling: Process, pages: int) -> None:
 
 @pytest.mark.parametrize("lane", ["native", "trio"])
 async def test_killed_while_pages_are_held(lane: str, source: Path, tmp_path: Path) -> None:
-    """They are nobody's but the owner's, whose map says that they are there. Without pagenet they
-    are waited for, and are never zeros; the next one answers for them, whether the owner touches
-    them then, or is let go before.
+    """Only the owner's map shows that these pages have come. While no pagenet runs, a thread that
+    touches them waits, and never reads zeros. The next destination makes them visible, whether the
+    owner touches them then or is released before.
     """
     content, socket = source.read_bytes(), tmp_path / "owner.sock"
     touched = range(8, 8 + 40 * STEP, STEP)

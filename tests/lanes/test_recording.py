@@ -1,4 +1,4 @@
-"""The order in which pages were waited for: written down, merged, and replayed."""
+"""The order in which pages were waited for: recorded, merged, and replayed."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ async def test_a_schedule_that_takes_over_knows_the_latest_faults(
         page = 1500
         await memory.read(page * PAGE, 1)
         transfer.pause_background()
-        # The lane in C tells of its faults a little later.
+        # The lane in C reports its faults a little later.
         await wait_until(lambda: len(transfer._background._recent) == 1, "the fault is heard of")
         transfer.set_background("hot")
         transfer.set_max_bandwidth(1 << 20)
@@ -117,7 +117,7 @@ async def test_paused_and_resumed(lane: LaneKind, source: Path) -> None:
         # demand goes on, and there is time enough
         for offset in range(SIZE - PAGE, SIZE - 20 * PAGE, -PAGE):
             await memory.read(offset, 1)
-        # what a lane in Trio was handed already
+        # what a lane in Trio had been given already
         assert brought(transfer) <= before + 4 * (256 << 10) // PAGE
         assert not transfer.statistics().complete
         transfer.resume_background()

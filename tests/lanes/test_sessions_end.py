@@ -1,5 +1,5 @@
-"""How sessions end, and what they may cost before anything is known of the peer: who is told what,
-and who waits for whom."""
+"""How sessions end, and what they may cost before anything is known of the peer: which peer is told
+what, and which waits for which."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ async def test_owners_socket_is_found_again_after_chdir(
 
 
 class Moved(MemoryTransport):
-    """A name that was private when it was looked up, and is not what was bound."""
+    """A name that was private when it was looked up, and bound to something that is not."""
 
     def is_private(self, uri: SplitResult) -> bool:
         return uri.netloc == "private"
@@ -147,8 +147,8 @@ async def serve_to(uri: str, path: Path) -> None:
 async def dialled(
     path: Path, *lanes: Channel
 ) -> AsyncIterator[tuple[MessageStream, list[transport.Connection]]]:
-    """A destination's ends of what a source has dialled: control, and the lanes. The source's error
-    comes out."""
+    """A destination's ends of the connections that a source has dialled: control, and the lanes.
+    Raises the source's error."""
     connections = []
     try:
         async with pagenet.nurseries.open_failing_nursery() as nursery:
@@ -235,7 +235,7 @@ async def test_lane_breaks_and_no_bye_comes(
         await stay()
 
 
-# ---- peers that say nothing, or nonsense, after dialling or being dialled ----
+# ---- peers that send nothing, or nonsense, after dialling or being dialled ----
 
 
 async def pull_listening(path: Path) -> None:
@@ -338,17 +338,17 @@ async def test_two_tasks_say_goodbye_at_once() -> None:
 
 
 def touched(residency: Residency) -> int:
-    """Bytes of memory that the map has."""
+    """Bytes of memory that the map takes."""
     return os.fstat(residency.shared.fd).st_blocks * 512
 
 
 class Endless:
-    """Memory of as many pages as there can be, of which little is in scope. A
+    """Memory of the maximum number of pages, of which few are in scope. A
     :class:`~pagenet.target.Target`."""
 
     placement = "fake"
     event_fd = None
-    # nothing is done with it
+    # these are not used
     read_events = pages_between = page_of = place = settle = wake = discard = wait_gone = None
 
     def __init__(self, pages: int, scope: list[Run]) -> None:
@@ -424,8 +424,8 @@ async def test_missing_pages_beside_touched_ones() -> None:
 async def test_owner_of_another_machine(
     memory: MemoryTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source's pages that the owner does not map are marked one by one: there may not be too
-    many."""
+    """The source's pages that the owner does not map are marked one by one, so their number is
+    limited."""
     target = Endless(MAX_PAGES, [Run(0, 1000)])
 
     class Owner:
@@ -487,8 +487,8 @@ async def test_source_lane_does_not_keep_a_large_unit(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def losing(uri: str, ram: Path) -> AsyncIterator[str]:
-    """A source whose file has been cut, which nobody notices before a page is asked for: where it
-    listens. It raises :exc:`SourceLost`, and nothing else, in the end."""
+    """A source whose file was truncated, which is not noticed before a page is asked for. Yields
+    where it listens. Raises :exc:`SourceLost`, and nothing else, in the end."""
 
     async def serve(task_status: trio.TaskStatus[str]) -> None:
         # a clock that jumps waits for no thread
@@ -537,7 +537,7 @@ async def test_every_destination_reads_why_the_source_is_lost(
                 await transfer.wait_complete()
 
     async def idle() -> None:
-        """Asks for nothing, and is told all the same."""
+        """A destination that asks for nothing, and is told nevertheless."""
         async with connected(where) as (control, _):
             is_idle.set()
             told = await control.receive()
@@ -562,7 +562,7 @@ REQUEST = Request(0, Class.DEMAND, Run(0, 1)).encode()
 async def test_lost_source_waits_for_destinations_to_leave(
     memory: MemoryTransport, ram: Path, mock_clock: trio.testing.MockClock
 ) -> None:
-    """By a clock that stands still: it is not the timeout that ends it."""
+    """The clock stands still, so it is not the timeout that ends it."""
     async with (
         losing(HERE, ram) as uri,
         connected(uri, Channel.DEMAND) as (control, lanes),
@@ -583,9 +583,10 @@ async def test_lost_source_does_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch,
     capacity: int,
 ) -> None:
-    """For one that has been told and stays; nor for one that does not even read."""
+    """It waits neither for a destination that was told and stays, nor for one that does not
+    read."""
 
-    async def read_into(*_: object) -> bool:  # in no thread, which the clock would not wait for
+    async def read_into(*_: object) -> bool:  # not in a thread, for which the clock would not wait
         raise SourceLost("it cannot be read any more")
 
     monkeypatch.setattr(pagenet.Source, "read_into", read_into)

@@ -1,5 +1,5 @@
-"""pagenet/source/memory.py: every kind of source, what is wrong with some, and what may happen to
-one while it is served."""
+"""pagenet/source/memory.py: every kind of source, sources that are refused, and what may happen to
+a source while it is served."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def page_of(byte: int) -> bytes:
 
 CONTENT = b"".join(page_of(byte) for byte in range(1, PAGES + 1))
 
-# Has those bytes in a memfd and, with an unmapped page behind them, in private memory; stays until
+# Has the bytes in a memfd and, with an unmapped page behind them, in private memory. It stays until
 # stdin ends.
 HOLDER = """
 import ctypes, json, mmap, os, sys
@@ -86,7 +86,7 @@ def shared_holder() -> Iterator[Holder]:
 
 @pytest.fixture
 def holder() -> Iterator[Holder]:
-    """For tests that end it."""
+    """A :class:`Holder` for tests that end it."""
     with ExitStack() as stack:
         yield start_holder(stack)
 
@@ -127,7 +127,7 @@ def in_hugetlb_memfd(holder: Holder, stack: ExitStack, directory: Path) -> str:
     stack.enter_context(huge_pages(2))
     fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)
     stack.callback(os.close, fd)
-    os.ftruncate(fd, 2 * HUGE_PAGE)  # the second one stays a hole
+    os.ftruncate(fd, 2 * HUGE_PAGE)  # the second page stays a hole
     with mmap.mmap(fd, HUGE_PAGE) as memory:
         memory[: len(CONTENT)] = CONTENT
     return f"/proc/self/fd/{fd}"
@@ -150,7 +150,7 @@ KINDS: dict[str, Callable[[Holder, ExitStack, Path], str]] = {
 
 
 async def read(source: Source, first: int, count: int) -> bytes | None:
-    """None: known to be zero, and nothing was read."""
+    """The bytes of a run; None if they are known to be zero, and nothing was read."""
     into = bytearray(b"\xee" * count * PAGE)
     return bytes(into) if await source.read_into(Run(first, count), memoryview(into)) else None
 
@@ -289,7 +289,7 @@ async def test_blocks_one_after_the_other(tmp_path: Path, shared_holder: Holder)
     [
         ("ram", "ram", "ram"),
         ("ram", "pc.ram=ram", "pc.ram"),
-        ("pc.ram=ram", "pc.ram=ram", "pc.ram=ram"),  # a file of that very name goes first
+        ("pc.ram=ram", "pc.ram=ram", "pc.ram=ram"),  # a file of exactly that name takes precedence
         ("a=b=c", "x=a=b=c", "x"),
         ("p" * 250, "p" * 250, "p" * 200),
         ("\udcff", "\udcff", "\ufffd"),
@@ -485,7 +485,7 @@ def test_without_permission(shared_holder: Holder) -> None:
         ]
 
 
-# Holds a file in that way only, and then is an ordinary user.
+# Opens a file in that way only, and then becomes an ordinary user.
 HANDLE_HOLDER = """
 import os, sys
 fd = os.open(sys.argv[1], getattr(os, sys.argv[2]))
@@ -498,7 +498,8 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("access", ["O_PATH", "O_WRONLY"])
 def test_descriptor_that_its_process_may_not_read(access: str, tmp_path: Path) -> None:
-    """Whoever serves it, even root, may not either: a handle of a file is no permission."""
+    """Then the process that serves it may not either, even as root: a handle of a file is no
+    permission."""
     path = tmp_path / "secret"
     path.write_bytes(CONTENT)
     with subprocess.Popen(
@@ -516,7 +517,7 @@ def test_descriptor_that_its_process_may_not_read(access: str, tmp_path: Path) -
         process.kill()
 
 
-# Says where it is in its file, whenever it is asked.
+# Prints its position in the file, whenever it is asked.
 POSITION_HOLDER = """
 import os, sys
 fd = os.memfd_create("held")
@@ -593,7 +594,7 @@ async def test_process_that_has_ended(holder: Holder) -> None:
 
 
 async def test_process_that_is_a_zombie(holder: Holder) -> None:
-    """Its number still means it, but nothing is left of its memory."""
+    """Its pid is still its own, but its memory is gone."""
     with open_source(f"pid:{holder.pid}:{holder.address}+{len(CONTENT)}") as source:
         holder.process.kill()
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
@@ -608,7 +609,7 @@ async def test_process_that_stands_still_is_read(holder: Holder) -> None:
 
 
 async def test_range_with_a_gap(shared_holder: Holder) -> None:
-    """Only its ends are looked at when it is opened."""
+    """Only its ends are checked when it is opened."""
     maps = Path(f"/proc/{shared_holder.pid}/maps").read_text().splitlines()
     starts = [int(line.split("-")[0], 16) for line in maps if " r" in line]
     last = max(start for start in starts if start < 1 << 47)
@@ -624,13 +625,13 @@ async def test_range_with_a_gap(shared_holder: Holder) -> None:
 
 @pytest.fixture
 def lane() -> str:
-    return LANES[0]  # of the destination, which fills a file here
+    return LANES[0]  # the destination's lane; here it fills a file
 
 
 async def check_lost_while_served(
     spec: str, lose: Callable[[], None], reason: str, target: Path, lane: str
 ) -> None:
-    """Both sides are told, and nothing half done is left."""
+    """Check that both sides are told, and that no partial file is left."""
     with pytest.raises(SourceLost, match=reason):
         await lose_while_pulling(spec, lose, f"the source cannot go on: .*{reason}", target, lane)
     assert os.listdir(target.parent) == []
@@ -742,7 +743,7 @@ def test_nothing_but_names_changed(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_process_is_not_watched() -> None:
-    """Its time of change is set by faults."""
+    """Faults change its modification time."""
     with ExitStack() as stack:
         spec = in_own_memfd(None, stack, Path())  # type: ignore[arg-type]
         with open_source(spec) as source:

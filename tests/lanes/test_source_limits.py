@@ -1,4 +1,5 @@
-"""What peers may cost a source: strangers, slow ones, and those who ask for more than they read."""
+"""What peers may cost a source: strangers, slow peers, and peers that ask for more than they
+read."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ ZERO_OR_LZ4 = 1 << Encoding.ZERO | 1 << Encoding.LZ4
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one unit, which can be compressed."""
+    """A file of one unit, which can be compressed."""
     path = tmp_path_factory.mktemp("source") / "large"
     path.write_bytes(b"words of a guest " * (UNIT // 17) + bytes(UNIT % 17))
     return path
@@ -51,7 +52,7 @@ def private_memory(pid: int) -> int:
 
 
 async def check_pulls(uri: str, path: Path) -> None:
-    """An honest destination gets every page."""
+    """Check that an honest destination gets every page."""
     copy = path.with_name("copy")
     async with run(pull_command(uri, "--into", str(copy), lane="native")) as pulling:
         assert await pulling.wait() == 0, pulling.stderr
@@ -64,10 +65,10 @@ async def check_pulls(uri: str, path: Path) -> None:
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_huge_units_that_nobody_reads(lane: str, large: Path) -> None:
-    """Each request is 24 bytes. Were what it asks for kept, eight of them would cost half a
+    """Each request is 24 bytes. If the answers were kept, eight requests would cost half a
     gigabyte."""
     async with run_server(str(large), "--lane", lane) as (server, uri):
-        await check_pulls(uri, large)  # from here on nothing is allocated that any transfer takes
+        await check_pulls(uri, large)  # what every transfer allocates is allocated from here on
         before = private_memory(server.pid)
         async with dial_source(uri) as session, AsyncExitStack() as stack:
             lanes = [await session.open_lane(Channel.BACKGROUND) for _ in range(8)]
@@ -97,7 +98,7 @@ async def test_huge_unit_that_is_read(lane: str, large: Path, tmp_path: Path) ->
                 memoryview(bytearray(len(whole))),
             )
             await receive_exactly(connection, header)
-            await receive_exactly(connection, pages)  # nothing, of the unit that is zero
+            await receive_exactly(connection, pages)  # no bytes, for the unit that is zero
             assert pages == whole
         connection.close()
 
@@ -196,7 +197,8 @@ async def test_a_place_is_waited_for() -> None:
 async def test_a_stranger_makes_room_once_it_has_been_silent(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """At the limit of descriptors whoever has connected just now gets a moment to say hello."""
+    """At the limit of descriptors, a peer that has just connected gets a moment to send its
+    hello."""
     admission = Admission(max_connections=1)
     with admission.connection():
         began = trio.current_time()
@@ -225,7 +227,7 @@ async def test_more_strangers_than_there_may_be(small: Path) -> None:
 
 @asynccontextmanager
 async def few_descriptors(path: Path, limit: int) -> AsyncIterator[str]:
-    """A source that may have no more than that; where it listens."""
+    """A source that may have ``limit`` descriptors. Yields where it listens."""
     program = (
         "import os, resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit // 2}, {limit}))\n"
@@ -246,12 +248,12 @@ async def few_descriptors(path: Path, limit: int) -> AsyncIterator[str]:
 
 
 async def test_no_descriptor_left(small: Path) -> None:
-    """Nobody is reset: who finds no room waits, and silent ones make it."""
+    """No peer is reset: a peer that finds no room waits, and silent peers make room."""
     async with few_descriptors(small, 80) as uri:
         with ExitStack() as stack:
             peers = [connected(stack, uri) for _ in range(120)]
             await check_pulls(uri, small)
-            for peer in peers:  # each was told why, or waits still; a reset would be an error
+            for peer in peers:  # each was told why, or still waits; a reset would be an error
                 peer.setblocking(False)
                 try:
                     peer.recv(1 << 16)

@@ -359,7 +359,7 @@ def no_file_descriptor_left() -> Iterator[None]:
 
 
 async def test_accept_takes_one_file_descriptor() -> None:
-    """Where another was needed for a moment, each peer was accepted, and reset."""
+    """If a second one were needed for a moment, each peer would be accepted and then reset."""
     with await listen() as listener, closing(await dial(listener.uri)) as near:
         spare = os.open(os.devnull, os.O_RDONLY)
         with no_file_descriptor_left():
@@ -404,7 +404,8 @@ async def test_options() -> None:
 
 
 async def test_congestion_control_does_not_pace_near_by() -> None:
-    """Of what is set later, the pace stays: the choice must be made before the connection is."""
+    """The pace would survive a later change of congestion control: the choice must be made before
+    the connection is."""
     with socket.socket() as plain:
         host = congestion_control(plain)
     for connection in await connect():

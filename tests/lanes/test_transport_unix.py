@@ -1,4 +1,5 @@
-"""unix: beyond the contract: paths, socket files and who may use them, leftovers, full backlogs."""
+"""unix: beyond the contract: paths, socket files and their permissions, leftovers, full
+backlogs."""
 
 from __future__ import annotations
 
@@ -158,7 +159,7 @@ async def test_a_full_backlog_may_empty(path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept_both)
             with closing(await dial(f"unix:{path}")) as dialled:
-                # What was taken for a connection and was none would raise: not connected.
+                # A socket that was taken for connected and is not would raise here.
                 assert await dialled.receive_into(memoryview(bytearray(1))) == 0
 
 
@@ -208,7 +209,7 @@ async def test_a_listener_is_not_replaced(path: Path) -> None:
     with await listen(f"unix:{path}") as listener:
         with pytest.raises(UsageError, match="somebody listens there already"):
             await listen(f"unix:{path}")
-        (await listener.accept()).close()  # the one who looked
+        (await listener.accept()).close()  # the connection that probed the socket
         await require_connects(listener.uri, listener)
 
 
@@ -267,8 +268,8 @@ async def test_peers_have_names(path: Path) -> None:
 
 
 async def test_unread_bytes_reset_the_peer(path: Path) -> None:
-    """Closing with bytes unread is a reset, not an end: what the peer had not received yet is
-    broken, and stays so."""
+    """Closing with bytes unread is a reset, not an end: what the peer had not received yet is lost,
+    and the connection stays broken."""
     with await listen(f"unix:{path}") as listener:
         near, far = await dial(listener.uri), await listener.accept()
     with closing(near):

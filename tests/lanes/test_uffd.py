@@ -40,7 +40,7 @@ from pagenet.uffd import (
 
 pytestmark = pytest.mark.native
 
-# What a thread that should go on is given before the test fails. Only failures take that long.
+# Seconds that a thread that should resume has before the test fails. Only failures take that long.
 PATIENCE = 20.0
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate()
@@ -123,7 +123,7 @@ class Watched:
         return self.uffd.place(how, self.at(page), data, pages * self.page_size, self.page_size)
 
     def close(self) -> None:
-        self.uffd.close()  # whoever still waits goes on
+        self.uffd.close()  # threads that still wait are released
         for call in self._calls:
             call.join()
         self.memory.close()
@@ -275,7 +275,7 @@ def test_received_refuses_what_is_none() -> None:
     read_end, write_end = os.pipe()
     with pytest.raises(ValueError, match="not a userfaultfd"):
         Userfaultfd.received(read_end)
-    os.close(read_end)  # still ours
+    os.close(read_end)  # still open
     os.close(write_end)
 
 
@@ -349,7 +349,7 @@ def test_unmap(watch: Watch) -> None:
     unmap = watched.call(libc.munmap, Address(watched.at(2)), Size(2 * PAGE))
     assert watched.wait_events() == [Unmapped(watched.at(2), watched.at(4))]
     assert unmap.join() == 0
-    watched.memory.size = 2 * PAGE  # the rest is somebody else's by now
+    watched.memory.size = 2 * PAGE  # the rest may be other memory by now
 
 
 def test_remap(watch: Watch) -> None:
@@ -365,8 +365,8 @@ def test_remap(watch: Watch) -> None:
     room.close()
 
 
-# Its parent reads the event: a thread of its own would need what the forking thread holds
-# meanwhile.
+# The parent of the forking process reads the event: a thread of its own would need a lock that the
+# forking thread has meanwhile.
 FORKING = """
 import os, socket, sys
 from pagenet import Unsupported, _native
@@ -388,8 +388,7 @@ os.waitpid(pid, 0)
 
 @contextmanager
 def run_with_socket(script: str) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
-    """A Python process, and the other end of the socket whose number it finds in its first
-    argument."""
+    """A Python process, and the other end of the socket whose descriptor is its first argument."""
     ours, theirs = socket.socketpair()
     with ours:
         command = [sys.executable, "-c", script, str(theirs.fileno())]
@@ -461,7 +460,7 @@ def test_continue_without_a_page_in_the_file_is_no_page(watch: Watch, memfd: int
 
 @pytest.mark.parametrize("punched", [False, True], ids=["there", "punched"])
 def test_settling_a_minor_fault(watch: Watch, memfd: int, punched: bool) -> None:
-    """Its page may be gone by then: whoever waits has to fault again, as on any hole."""
+    """Its page may be gone by then: the thread that waits has to fault again, as on any hole."""
     watched = watch(features=Feature.MINOR_SHMEM, mode=Mode.MISSING | Mode.MINOR, fd=memfd)
     os.pwrite(memfd, page_of(7), PAGE)
     touch = watched.touch(1)
@@ -518,7 +517,7 @@ def test_wake_alone_lets_the_thread_fault_again(watch: Watch) -> None:
 
 
 def test_unregister_lets_everybody_go_with_zeros(watch: Watch) -> None:
-    """Why nobody may do it before all pages are in place."""
+    """This is why it must not be done before all pages are in place."""
     watched = watch()
     touch = watched.touch(0)
     watched.wait_fault()
@@ -533,7 +532,7 @@ def test_unregister_forgets_nobody_who_faults_just_then(watch: Watch) -> None:
         touch = watched.touch(0, 2 * PAGE)
         watched.wait_fault()
         watched.place(ZERO, 0, bytes(PAGE))
-        # about what it needs from one page to the next
+        # about the time from one page to the next
         until = time.perf_counter_ns() + delays.randrange(20_000)
         while time.perf_counter_ns() < until:
             pass
@@ -589,11 +588,11 @@ def test_existing_pages_are_counted_and_kept(watch: Watch, there: set[int]) -> N
 
 
 def test_waiter_for_a_page_that_exists_is_woken(watch: Watch, memfd: int) -> None:
-    """Somebody else was faster and did not wake."""
+    """A third party placed it first, and did not wake."""
     watched = watch(fd=memfd)
     touch = watched.touch(1)
     watched.wait_fault()
-    os.pwrite(memfd, page_of(7), PAGE)  # into the page cache, which wakes nobody
+    os.pwrite(memfd, page_of(7), PAGE)  # into the page cache, which wakes no thread
     assert touch.is_waiting
     assert watched.place(COPY, 1, page_of(8)) == placed(0, existed=1)
     assert touch.join() == page_of(7)
@@ -602,7 +601,7 @@ def test_waiter_for_a_page_that_exists_is_woken(watch: Watch, memfd: int) -> Non
 def test_page_that_is_not_mapped_is_absent(watch: Watch) -> None:
     watched = watch(5)
     data = b"".join(page_of(10 + page) for page in range(5))
-    # tears the one range into two, neither of which holds the run
+    # splits the range into two, neither of which contains the run
     watched.uffd.unregister(watched.at(1), PAGE)
     assert watched.place(COPY, 0, data, 5) == placed(4, absent=1)
     assert [watched.read_page(page)[0] for page in (0, 2, 3, 4)] == [10, 12, 13, 14]

@@ -1,5 +1,5 @@
-"""The prefetch window that adapts: what it asks for, over a residency map and nothing else; and the
-same on both lanes."""
+"""The prefetch window that adapts: what it asks for, over a residency map alone; and the same on
+lanes of both kinds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Memory:
         self.blocked = 0
 
     def touch(self, page: int) -> list[Run] | None:
-        """What is asked for around the page; None if it was there."""
+        """Touch a page. Returns what is asked for around it, or None if it was resident."""
         residency = self.residency
         if not residency.claim(Run(page, 1), MISSING, REQUESTED):
             return None
@@ -54,7 +54,7 @@ class Memory:
             yield Run(*found)
 
     def touch_all(self, pages: Sequence[int]) -> int:
-        """How many of them were not there."""
+        """Touch pages. Returns how many were missing."""
         before = self.blocked
         for page in pages:
             self.touch(page)
@@ -86,7 +86,7 @@ def test_it_grows_on_equal_steps_and_asks_for_nothing_between(memory: Memory, st
     here = {
         page for run in runs_in(memory.residency, REQUESTED) for page in range(run.first, run.end)
     }
-    assert len(here - set(pages)) < 3 * 8 + 32  # before it knew, and ahead of the last
+    assert len(here - set(pages)) < 3 * 8 + 32  # before it adapted, and ahead of the last page
 
 
 @pytest.mark.parametrize("streams", [2, 4])
@@ -107,7 +107,7 @@ def test_it_shrinks_to_nothing_on_random_access() -> None:
 
 
 def neighbourhoods(touches: int, seed: int = 1) -> list[int]:
-    """Zipf over 1300 areas, scattered over 1 GiB, and any page of each."""
+    """Zipf over 1300 areas, scattered over 1 GiB; within each, any page."""
     pick = random.Random(seed)
     areas = pick.sample(range(4096), 1300)
     shares = list(accumulate(1 / (rank + 1) ** 1.2 for rank in range(1300)))
@@ -118,7 +118,7 @@ def neighbourhoods(touches: int, seed: int = 1) -> list[int]:
 
 
 def test_a_fault_foretells_its_neighbourhood() -> None:
-    """The counts that the targets are about, with a link that takes no time."""
+    """The counts of pagenet-bench's targets, with a link that takes no time."""
     trace = neighbourhoods(60_000)
     off, fixed, adapting = Memory(1 << 18, (0, 0)), Memory(1 << 18, (8, 8)), Memory(1 << 18)
     try:
@@ -205,7 +205,7 @@ def test_fixed_and_adapting_are_a_setting_away() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_both_lanes_decide_alike(seed: int, tmp_path: Path) -> None:
-    """One touch after the other, each once all that came of the one before it is there."""
+    """One touch after the other, each once all pages that the previous one brought are resident."""
     source = tmp_path / "source"
     source.write_bytes(random.Random(1).randbytes(8 << 20))
     pick = random.Random(seed)
@@ -223,7 +223,7 @@ async def test_both_lanes_decide_alike(seed: int, tmp_path: Path) -> None:
 
 
 async def states(source: Path, lane: LaneKind, pages: Sequence[int]) -> list[list[Run]]:
-    """What is missing after each touch."""
+    """The missing pages after each touch."""
     memory = pagenet.OwnMemory("anonymous")
     seen = []
     try:

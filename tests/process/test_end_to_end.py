@@ -765,7 +765,7 @@ TOUCH_LARGE = ("--size", LARGE, "--zero-every", 1, "--order", "random", "--think
 async def test_source_killed_while_a_fault_waits(
     large_source: str, tmp_path: Path, lane: str
 ) -> None:
-    """The source is killed while a thread waits for a page, and nothing else is in flight."""
+    """Without a relay in between."""
     path = tmp_path / "uffd.sock"
     async with (
         run_server(large_source) as (server, uri),
