@@ -247,11 +247,13 @@ static void cannot_register(struct pn_reader *reader, int error) {
 static enum key_answer take_locked(struct pn_reader *reader, const struct place *place,
                                    struct chunk *chunk) {
     struct pn_keys *keys = reader->keys;
+    uint64_t size = place->count * place->block->page_size, more = chunk->holders ? 0 : size;
+    /* A chunk that another connection has counts too: once that one gives it back, it is pinned for
+     * this one alone. */
+    if (reader->held >= keys->config.in_any_case && keys->pinned + more > keys->config.pin_limit)
+        return KEY_REFUSED;
     if (!chunk->holders) {
-        chunk->size = place->count * place->block->page_size;
-        if (reader->held >= keys->config.in_any_case &&
-            keys->pinned + chunk->size > keys->config.pin_limit)
-            return KEY_REFUSED;
+        chunk->size = size;
         errno = 0;
         enum key_answer answer = make_chunk(reader, place, chunk);
         int error = errno;

@@ -106,10 +106,13 @@ class RegisteredMemory:
         cannot be registered for another reason.
         """
         async with self._turn:
+            size = self.source.region.size_of(run)
+            more = 0 if run in self._chunks else size
+            # A chunk that another connection has counts too: once that one gives it back, it is
+            # pinned for this one alone.
+            if held >= KEYS_IN_ANY_CASE and self._pinned + more > self._pin_limit:
+                return encode_word(Answer.REFUSED, run), False
             if run not in self._chunks:
-                size = self.source.region.size_of(run)
-                if held >= KEYS_IN_ANY_CASE and self._pinned + size > self._pin_limit:
-                    return encode_word(Answer.REFUSED, run), False
                 try:
                     chunk = await self._make_chunk(run, size)
                 except Unsupported:
