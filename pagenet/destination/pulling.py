@@ -202,7 +202,7 @@ async def pull(
     has 8, 8). None: pagenet adapts the number: more where faults are close together or in line,
     none where they are random. ``compress``: ``auto`` (the source compresses where its link and
     processor make that faster), ``lz4`` (it compresses whatever becomes smaller) or ``none``. A
-    source that cannot compress sends pages as they are. ``streams``: connections for the
+    source that cannot compress sends pages uncompressed. ``streams``: connections for the
     application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is
     answered before :meth:`Transfer.release`, because the source's memory may change until then.
 
