@@ -32,7 +32,7 @@ from .trio_lanes import TrioLanes
 __all__ = ["Transfer", "pull"]
 
 # The owner may leave this many of the source's pages unmapped (1 TiB of 4 KiB pages). Each costs
-# a byte of the map at once, and the source alone says how many there are: so there is a limit.
+# a byte of the map at once, and the source alone decides how many there are: so there is a limit.
 MAX_OUTSIDE = 1 << 28
 MAX_BACKGROUND_LANES = MAX_LANES - 1  # one lane is for demand
 
@@ -123,7 +123,7 @@ class Transfer:
         self._background.resume()
 
     def begin_background(self) -> None:
-        """Begin now, even if ``start_background`` says later."""
+        """Begin now, even if ``start_background`` means later."""
         self._background.begin()
 
     @property

@@ -252,8 +252,8 @@ def _bind(address: _Address) -> tuple[trio.socket.SocketType, bytes]:
         # connections to leave TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
-            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we
-            # promise every address.
+            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only is: without a host we promise
+            # every address.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         host_control = assume_near(sock)
         sock.bind(address.sockaddr)

@@ -51,8 +51,9 @@ class UnixTransport:
     async def listen(self, uri: SplitResult) -> SocketListener:
         """Listen on the path of ``uri``.
 
-        The socket file of a listener that is gone is replaced. If a listener answers there, or the
-        path is another kind of file, it is refused.
+        The socket file of a listener that is gone is replaced. Raises
+        :exc:`~pagenet.errors.UsageError` if a listener answers there, or the path is another kind
+        of file.
         """
         path = parse_unix(uri)
         await trio.lowlevel.checkpoint()

@@ -62,7 +62,7 @@ class AbandonedOwner:
         )
 
     def _find_map(self) -> tuple[int, _native.FoundMap]:
-        """The map of a transfer that has not finished, or else of one that has.
+        """The map of a transfer that has not finished; if there is none, of one that has.
 
         Raises :exc:`~pagenet.errors.UsageError` if the process keeps neither, or no userfaultfd.
         """
