@@ -67,8 +67,7 @@ struct pn_event {
  * none. */
 int pn_uffd_read(int uffd, struct pn_event *events, int room);
 
-/* ---- attach.c: a userfaultfd, and a memfd for the map of pages, made inside another process
- * ------------------------ */
+/* ---- attach.c: a userfaultfd, and a memfd for the map of pages, made in another process ---- */
 
 /* The numbers of both descriptors in that process. refused: 0, or why the kernel refuses it one of
  * them, as -errno. */
@@ -85,8 +84,8 @@ int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted)
 /* Closes both descriptors in that process. */
 int pn_uproot(int pid, int pidfd, const struct pn_planted *planted);
 
-/* ---- place.c: the one place that knows what EEXIST, EAGAIN, ENOENT and partial results mean
- * ------------------- */
+/* ---- place.c: the only code that knows what EEXIST, EAGAIN, ENOENT and partial results mean ----
+ */
 
 enum pn_how { PN_COPY, PN_ZERO, PN_CONTINUE, PN_MOVE, PN_POISON };
 
@@ -111,8 +110,7 @@ struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros, 
  * cannot be answered is left waiting, and returns 0 too. */
 int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero);
 
-/* ---- residency.c: the destination's map of pages, in memory that threads and processes share
- * ------------------- */
+/* ---- residency.c: the destination's map of pages, in memory that is shared ---- */
 
 enum pn_state {
     PN_MISSING = 0,   /* not here, not asked for */
