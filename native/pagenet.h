@@ -84,8 +84,7 @@ int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted)
 /* Closes both descriptors in that process. */
 int pn_uproot(int pid, int pidfd, const struct pn_planted *planted);
 
-/* ---- place.c: the only code that knows what EEXIST, EAGAIN, ENOENT and partial results mean ----
- */
+/* ---- place.c: the only code that knows EEXIST, EAGAIN, ENOENT and partial results ---- */
 
 enum pn_how { PN_COPY, PN_ZERO, PN_CONTINUE, PN_MOVE, PN_POISON };
 
