@@ -21,9 +21,9 @@ struct pn_dest {
     struct pn_dest_config config;
     /* Guards placing against removals. Locked for reading from "is this page still to be placed?"
      * to the end of the ioctl that places it, and for writing from reading the uffd to the end of
-     * marking the pages that it reports as removed. Reading the uffd is what lets the owner go on,
-     * and a page placed after that would bring back what the owner gave up. Not used where the uffd
-     * does not report removals. */
+     * marking the pages that it reports as removed. Reading the uffd lets the owner go on, and a
+     * page placed after that would bring back what the owner gave up. Not used where the uffd does
+     * not report removals. */
     pthread_rwlock_t removal;
     /* Without a lock: the loop that answers faults would wait for a background loop that has the
      * lock and no processor. (A mutex that inherits priority does not help: the kernel does not
@@ -63,9 +63,9 @@ int pn_clear(const struct pn_dest *dest, uint64_t to, uint64_t size);
  * that is not, and at most `count`. Returns how many. */
 uint64_t pn_take(struct pn_dest *dest, uint64_t first, uint64_t count);
 /* Puts `count` pages from `first` on into place. The caller has taken them, and they lie in one
- * piece. bytes: what they hold (COPY, MOVE), or NULL for zeros; where there is a second mapping,
+ * piece. bytes: their content (COPY, MOVE), or NULL for zeros; where there is a second mapping,
  * they are in it already. zero: they came as a flag, which is counted. Wakes the threads that wait
- * for them, and records how long they waited. *done gets how many pages are dealt with. Returns 0;
+ * for them, and records how long those waited. *done gets how many pages are dealt with. Returns 0;
  * -EAGAIN: the owner's memory is changing: have its events read, and call again for the rest; or
  * -errno. */
 int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, const void *bytes,
@@ -87,8 +87,8 @@ void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
  * given up. */
 bool pn_let_go(struct pn_dest *dest, uint64_t page);
 /* How many of `wanted` bytes of background, in whole pages, may be asked for now. They then count
- * as asked for. 0: none yet, and *wait is in how many ns to look again (UINT64_MAX: when told
- * to). */
+ * as asked for. 0: none yet, and *wait is in how many ns to look again (UINT64_MAX: when something
+ * happens). */
 uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait);
 /* Pages that were asked for took `bytes` bytes less on the wire than in memory. */
 void pn_refund(struct pn_dest *dest, uint64_t bytes);

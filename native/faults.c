@@ -182,11 +182,12 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     }
 }
 
-/* Each change is one step, so a lane that takes the page meanwhile has either taken it before or
- * does not get it. PLACING becomes REMOVING, and the page is left to the lane that places it,
- * however often it is given up until then; any other state becomes REMOVED. Lanes change a page's
- * state only a few times. If it changes more often than that, the owner is writing to the map, and
- * only itself to blame for what it gets. False: the page is left to the lane that places it. */
+/* Marks a page as given up. Each change is one step, so a lane that takes the page meanwhile has
+ * either taken it before or does not get it. PLACING becomes REMOVING, and the page is left to the
+ * lane that places it, however often it is given up until then; any other state becomes REMOVED.
+ * Lanes change a page's state only a few times. If it changes more often than that, the owner is
+ * writing to the map, and has to live with the result. False: the page is left to the lane that
+ * places it. */
 static bool remove_page(struct pn_map *map, uint64_t page) {
     for (int tries = 0; tries < 64; tries++) {
         int state = pn_map_state(map, page);

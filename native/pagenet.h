@@ -1,9 +1,8 @@
 /* The C core of pagenet. One header serves C and the cffi build, which cuts out the preprocessor
  * lines before it reads the rest.
  *
- * Conventions: a function that can fail returns a value >= 0 or -errno; one that makes a struct
- * returns NULL on failure. There are no globals. Byte counts, addresses and page numbers are
- * uint64_t.
+ * Conventions: a function that can fail returns a value >= 0 or -errno; a constructor returns NULL.
+ * There are no globals. Byte counts, addresses and page numbers are uint64_t.
  */
 #ifndef PAGENET_H
 #define PAGENET_H
@@ -343,7 +342,7 @@ enum pn_end_kind {
     PN_END_FAILED,   /* text: why the source cannot go on, in its own words */
     PN_END_OWNER_GONE,
     PN_END_OWNER_WRONG, /* text: what the owner did and may not do */
-    PN_END_PLACING,     /* error: why pages could not be placed, where no other kind says so */
+    PN_END_PLACING,     /* error: why pages could not be placed, if no other kind fits */
     PN_END_NO_MEMORY,
 };
 struct pn_end {
@@ -378,8 +377,8 @@ uint64_t pn_pack_state(void); /* bytes of memory, 8-byte aligned, that pn_pack w
 /* Compresses `size` bytes of pages (at most 2 MiB) into `to`, which has room for as many bytes.
  * Returns how many bytes they took, or 0 if too little would be saved. */
 uint64_t pn_pack(void *state, const void *pages, uint64_t size, void *to);
-/* 0, or -EBADMSG: these bytes are not what `size` bytes of pages are compressed to. What `pages`
- * then holds is undefined. */
+/* 0, or -EBADMSG: these bytes are not what `size` bytes of pages are compressed to. The content of
+ * `pages` is then undefined. */
 int pn_unpack(const void *from, uint64_t length, void *pages, uint64_t size);
 
 /* ---- choice.c: whether to compress ---- */
@@ -398,7 +397,7 @@ struct pn_choice {
     double left;      /* the share of a byte that is left when compressed; below 0: not known */
     uint64_t settle;  /* bytes that pass before measurements count */
     /* In this period: bytes of pages, bytes on the wire, the time that the connection was busy, and
-     * the part of that time that was work of ours. */
+     * the part of that time in which this side worked. */
     uint64_t bytes, wire, busy, work;
     uint64_t mark;  /* busy time is counted up to here */
     uint64_t until; /* no trial before this moment, and no probe */
@@ -525,7 +524,8 @@ uint32_t pn_reader_number(const struct pn_reader *reader);
 int pn_reader_connect(struct pn_reader *reader, uint32_t psn, const struct pn_rdma_peer *peer);
 /* Serves the peer until it closes its end of the non-blocking socket, stop_fd becomes readable, or
  * something fails: PN_END_FAILED if the memory is lost, PN_END_BROKEN with a text if it cannot be
- * registered. The peer is told either. unread: what was received already, up to 4096 bytes. */
+ * registered. The peer gets the text of either. unread: what was received already, up to 4096
+ * bytes. */
 void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread,
                    uint64_t length, struct pn_end *end);
 

@@ -122,8 +122,7 @@ static void read_environment(void) {
     }
     if (!at || !file_count)
         give_up("PAGENET_UFFD_FILES is '%s', not up to %d different files as DEV:INO,DEV:INO...: "
-                "this is the launcher's "
-                "to mend",
+                "the launcher must set it right",
                 list, MAX_FILES);
 }
 
