@@ -134,9 +134,8 @@ class _Attached:
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> None:
-        own = os.dup(
-            self._pidfd
-        )  # Trio lets only one task wait for a descriptor; two may wait here
+        # Trio lets only one task wait for a descriptor, and two may wait here.
+        own = os.dup(self._pidfd)
         try:
             await trio.lowlevel.wait_readable(own)
         finally:

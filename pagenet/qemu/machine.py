@@ -127,9 +127,7 @@ class Machine:
     def _has_other_blocks(self, theirs: object) -> str | None:
         """Why the backends do not fit, or None. A single backend may have any id; several are told
         apart by their ids."""
-        count = (
-            len(theirs) if isinstance(theirs, list) else 1
-        )  # an older pagenet does not send them
+        count = len(theirs) if isinstance(theirs, list) else 1  # an older pagenet sends none
         if theirs == self.blocks or count == len(self.backends) == 1:
             return None
         ours = ", ".join(f"{name} of {size} bytes" for name, size in self.blocks)
