@@ -90,7 +90,7 @@ async def go_on(qmp: Qmp) -> None:
     while (status := (await qmp.command("query-status"))["status"]) != "running":
         if trio.current_time() > deadline:
             raise PagenetError(
-                f"the guest does not go on here: it is {status}; say cont to this QEMU"
+                f"the guest does not go on here: it is {status}; send cont to this QEMU"
             )
         if status in ("postmigrate", "paused"):
             with suppress(QmpError):

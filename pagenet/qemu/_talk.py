@@ -84,7 +84,7 @@ class Talk:
                     f"the peer's message is longer than {_MAX_MESSAGE} bytes"
                 ) from None
         if not isinstance(message, dict) or not isinstance(message.get("say"), str):
-            raise RemoteProtocolError("the peer's message is no map that says something")
+            raise RemoteProtocolError("the peer's message is not a map with a 'say'")
         return message
 
 

@@ -183,8 +183,8 @@ class Saved:
             await wait_confirmed(self._connection)
             return
         raise PagenetError(
-            f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices'"
-            " state"
+            f"the destination's QEMU did not confirm for {patience:g} s that it has loaded the"
+            " devices' state"
         )
 
     async def close(self) -> None:

@@ -196,7 +196,7 @@ class _Streams:
                 await self._news.wait()
             return self._found[name]
         raise PagenetError(
-            "the destination is no pagenet-qemu incoming: it asked for pages, and for no machine"
+            "the destination is not a pagenet-qemu incoming: it asked for pages, not for a machine"
         )
 
 
@@ -297,7 +297,7 @@ class _Leaving:
                 raise
         if self._given is not Given.YES:
             raise PagenetError(
-                f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest"
+                f"the destination did not confirm for {_TAKE_TIMEOUT:g} s that it takes the guest"
             )
 
     async def gives_up(self, error: BaseException) -> bool:

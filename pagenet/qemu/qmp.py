@@ -242,7 +242,7 @@ async def monitor_pid(path: str | Path) -> int:
     pid: int = struct.unpack("3i", credentials)[0]
     if not pid:
         raise UsageError(
-            f"whoever listens on {path} lives in another pid namespace: run pagenet there"
+            f"the process that listens on {path} is in another pid namespace: run pagenet there"
         )
     return pid
 
