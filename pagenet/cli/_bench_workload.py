@@ -1,4 +1,4 @@
-"""``pagenet-bench workload``: its options, and what it says."""
+"""``pagenet-bench workload``: its options, and its output."""
 
 from __future__ import annotations
 
@@ -39,36 +39,37 @@ def add_workload_options(parser: Parser) -> None:
         type=_traces,
         default=tuple(TRACES),
         metavar="NAME,...",
-        help=f"of {', '.join(TRACES)}, {RECORDED}FILE (all)",
+        help=f"traces of touches: {', '.join(TRACES)}, {RECORDED}FILE (all but {RECORDED}FILE)",
     )
     parser.add_argument(
         "--order",
         type=names(ORDERS),
         default=tuple(ORDERS),
         metavar="NAME,...",
-        help=f"of {', '.join(ORDERS)} (all)",
+        help=f"orders of the background to compare: {', '.join(ORDERS)} (all)",
     )
     parser.add_argument(
         "--size",
         type=parse_size,
         default=1 << 30,
-        help="of the memory, in bytes or with K, M, G (1G)",
+        help="size of the memory, in bytes or with K, M, G (1G)",
     )
     parser.add_argument(
         "--memory",
         choices=["anonymous", "memfd"],
         default="anonymous",
-        help="private, or shared (%(default)s)",
+        help="private (anonymous) or shared (memfd) memory to touch (%(default)s)",
     )
     parser.add_argument(
-        "--touches", type=count, metavar="N", help="in each trace (as many as it usually has)"
+        "--touches", type=count, metavar="N", help="touches in each trace (its usual number)"
     )
     parser.add_argument(
         "--work",
         type=count,
         metavar="US",
         help=(
-            f"before each touch, in us (as the program did whose trace it is, or {USUAL_WORK_US:g})"
+            "work before each touch, in us (as recorded in the trace, or"
+            f" {USUAL_WORK_US:g} where none was)"
         ),
     )
     parser.add_argument(
@@ -76,20 +77,21 @@ def add_workload_options(parser: Parser) -> None:
         type=count_or_none,
         default=1000,
         metavar="MBIT",
-        help="of the link, or none: loopback (%(default)s)",
+        help="rate of the link; none: loopback (%(default)s)",
     )
-    held = "that the background is held to, MB/s, or none (%(default)s)"
+    held = "limit of the background, in MB/s; none: no limit (%(default)s)"
     parser.add_argument("--bandwidth", type=count_or_none, default=60, metavar="MB", help=held)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw how the working set fills: FILE.svg or FILE.png",
+        help="plot how the working set fills: FILE.svg or FILE.png",
     )
 
 
 def _traces(text: str) -> tuple[str, ...]:
-    """A recording's name may hold a comma: then it is the only one."""
+    """For argparse: names of traces, or one recording. The name of a recording may have a comma in
+    it, so no other trace can stand beside it."""
     if text.startswith(RECORDED):
         return (text,)
     return names(TRACES)(text)
@@ -164,7 +166,7 @@ def _title(options: WorkloadOptions) -> str:
     held = (
         ""
         if options.bandwidth is None
-        else f", background held to {options.bandwidth / 1e6:g} MB/s"
+        else f", background limited to {options.bandwidth / 1e6:g} MB/s"
     )
     work = f"{options.work_us or USUAL_WORK_US:g} µs of work between"
     if options.work_us is None and any(trace.startswith(RECORDED) for trace in options.traces):
@@ -210,17 +212,17 @@ def _print_results(
         )
     console.print(table)
     console.print(
-        "Pages count as wasted that came before the trace ended, and that no touch of it is on.",
+        "Wasted: pages that came before the trace ended, and that the trace does not touch.",
         style="dim",
     )
     if options.memory == "memfd":
         console.print(
-            "Unused: of prefetched pages, those not touched by the end of the trace, by a sample.",
+            "Unused: of prefetched pages, those not touched by the end of the trace (a sample).",
             style="dim",
         )
     for trace, (blocked, stall) in least.items():
         console.print(
-            f"{trace}: no order that does not know it stalls for less than {stall:.3f} s, in"
+            f"{trace}: an order that does not know the trace stalls for at least {stall:.3f} s, in"
             f" {blocked:,.0f} touches"
         )
     for target in targets:
