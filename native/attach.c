@@ -1,13 +1,16 @@
-/* Descriptors made inside another process, which is not ours and knows nothing of us: it is
- * stopped, made to call the kernel, and let go as it was (x86-64). What matters:
+/* Makes descriptors inside another process, which knows nothing of pagenet: stops it, has it call
+ * the kernel, and lets it go as it was (x86-64). What matters:
  *
- *   Its main thread stands in a system call, or anywhere. The registers are put back in a stop of
- * the kind that precedes the handling of signals, because only from there does the kernel restart a
- * system call that the first stop has interrupted: from another one the thread would see
- * -ERESTARTNOHAND, which no program expects. Its signals are blocked meanwhile: a handler would run
- * on registers that are ours. Those that come are pending, and are delivered when it is let go.
- *   ptrace knows threads, not processes: one of its own does all of it. If that ends early, the
- * kernel lets the other go.
+ *   The main thread is in a system call, or anywhere else. The registers are put back in a stop of
+ *   the kind that precedes the handling of signals, because only from there does the kernel restart
+ *   a system call that the first stop has interrupted. From another kind of stop, the thread would
+ *   see -ERESTARTNOHAND, which no program expects.
+ *
+ *   The thread's signals are blocked meanwhile: a handler would run on registers set here. Signals
+ *   that come are pending, and are delivered when the thread is let go.
+ *
+ *   ptrace knows threads, not processes: one thread of this process does all of it. If that thread
+ *   ends early, the kernel lets the other process go.
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -57,14 +60,14 @@ struct guest {
     uint64_t mask;
     uint64_t instruction; /* a `syscall` */
     uint64_t scratch;
-    char kept[SCRATCH]; /* what was there */
-    bool at_call;       /* in a stop at a system call, rather than in the first one */
+    char kept[SCRATCH]; /* the bytes at scratch before */
+    bool at_call;       /* in a stop at a system call, and not in the first stop */
 };
 
 /* ---- stops ---- */
 
-/* Its next stop, or its end (-ESRCH). A process that does not stop for so long is in some driver,
- * and is left alone. */
+/* Waits for its next stop, or its end (-ESRCH). A process that does not stop within PATIENCE_MS is
+ * in some driver, and is left alone. */
 static int wait_stop(const struct guest *guest, int *status) {
     struct timespec pause = {.tv_nsec = 100000};
     for (int waited = 0; waited < PATIENCE_MS * 10; waited++) {
@@ -82,15 +85,14 @@ static int go_on(const struct guest *guest, int how, int signal) {
     return ptrace(how, guest->pid, NULL, (void *)(intptr_t)signal) ? -errno : 0;
 }
 
-/* The stop that PTRACE_INTERRUPT asks for. Signals that are on their way to it before that are for
- * it. */
+/* Waits for the stop that PTRACE_INTERRUPT asks for. Signals that come before that stop are passed
+ * on to the process. */
 static int wait_interrupted(const struct guest *guest) {
     int status, error;
     while (!(error = wait_stop(guest, &status))) {
         if (status >> 16 == PTRACE_EVENT_STOP)
-            return WSTOPSIG(status) == SIGTRAP
-                       ? 0
-                       : -EBUSY; /* else somebody has stopped it, as Ctrl-Z does */
+            /* Any other signal: it was stopped from elsewhere, as by Ctrl-Z. */
+            return WSTOPSIG(status) == SIGTRAP ? 0 : -EBUSY;
         if ((error =
                  go_on(guest, PTRACE_CONT,
                        status >> 16 || WSTOPSIG(status) == SYSCALL_STOP ? 0 : WSTOPSIG(status))))
@@ -104,8 +106,8 @@ static int wait_call(const struct guest *guest) {
     while (!(error = wait_stop(guest, &status))) {
         if (WSTOPSIG(status) == SYSCALL_STOP)
             return 0;
-        if ((error = go_on(guest, PTRACE_SYSCALL,
-                           status >> 16 ? 0 : WSTOPSIG(status)))) /* only SIGSTOP is not blocked */
+        /* Only SIGSTOP is not blocked. */
+        if ((error = go_on(guest, PTRACE_SYSCALL, status >> 16 ? 0 : WSTOPSIG(status))))
             return error;
     }
     return error;
@@ -127,7 +129,7 @@ static int set_mask(const struct guest *guest, uint64_t mask) {
     return ptrace(PTRACE_SETSIGMASK, guest->pid, sizeof mask, &mask) ? -errno : 0;
 }
 
-/* Every process has one in what the kernel maps into it. */
+/* Finds a `syscall` in the vdso, which the kernel maps into every process. */
 static int find_instruction(struct guest *guest) {
     static const char code[] = {0x0f, 0x05};
     char path[32], line[512], page[4096];
@@ -161,8 +163,8 @@ static int look(struct guest *guest) {
         error = -ENOEXEC;
     if (!error)
         error = find_instruction(guest);
-    guest->scratch =
-        (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull; /* free, as the ABI has it */
+    /* The ABI leaves the stack below the red zone free. */
+    guest->scratch = (guest->before.rsp - RED_ZONE - SCRATCH) & ~15ull;
     if (!error)
         error = read_scratch(guest, guest->kept);
     if (!error && ptrace(PTRACE_GETSIGMASK, guest->pid, sizeof guest->mask, &guest->mask))
@@ -179,8 +181,8 @@ static int open_memory(const struct guest *guest) {
     return memory < 0 ? -errno : memory;
 }
 
-/* A number is nobody else's for as long as its process is there: what we trace is what the pidfd
- * stands for. */
+/* The pid cannot become another process's while its process is there: the process that is traced is
+ * the one behind the pidfd. */
 static int check_alive(const struct guest *guest) {
     struct pollfd gone = {.fd = guest->pidfd, .events = POLLIN};
     return poll(&gone, 1, 0) ? -ESRCH : 0;
@@ -218,7 +220,8 @@ static int leave(struct guest *guest) {
     return error == -EBUSY ? 0 : error;
 }
 
-/* What the kernel answers it, or why it could not be asked (error). */
+/* Has it make a system call. Returns the kernel's answer; *error: why the call could not be
+ * made. */
 static long call(struct guest *guest, int *error, long number, uint64_t first, uint64_t second,
                  uint64_t third) {
     struct user_regs_struct registers = guest->before;
@@ -231,7 +234,7 @@ static long call(struct guest *guest, int *error, long number, uint64_t first, u
     registers.r10 = 0;
     if (*error || (*error = set_registers(guest, &registers)))
         return -1;
-    for (int stop = 0; stop < 2 && !*error; stop++) /* on its way in, and out */
+    for (int stop = 0; stop < 2 && !*error; stop++) /* at its entry, and at its exit */
         if (!(*error = go_on(guest, PTRACE_SYSCALL, 0)) && !(*error = wait_call(guest)))
             guest->at_call = true;
     if (!*error)

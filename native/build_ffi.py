@@ -1,8 +1,8 @@
-"""Builds pagenet._pagenet, the C core, and pagenet._pagenet_testing, what tests and benches need,
-as cffi API-mode extensions.
+"""Builds pagenet._pagenet, the C core, and pagenet._pagenet_testing, for tests and benches, as cffi
+API-mode extensions.
 
-Run by setup.py. The second is not linked into the first, so that what moves memory never loads it.
-They share no state, and what both need is compiled into each.
+Run by setup.py. The second is not linked into the first, so that code that moves memory never loads
+it. They share no state, and sources that both need are compiled into each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TESTING_SOURCES = [
 
 
 def declarations(header: str) -> str:
-    """The header as cffi wants it: without its preprocessor lines."""
+    """The header as cffi wants it: without preprocessor lines."""
     lines = (Path(__file__).parent / header).read_text().splitlines()
     return "\n".join(line for line in lines if not line.startswith("#"))
 

@@ -1,23 +1,26 @@
-/* Whether to compress: what one connection of a source's decides by what its link and its processor
+/* Whether to compress. Each connection of a source decides by what its link and its processor
  * really do.
  *
- * A byte of a page takes raw_ns to get away as it is, and packed_ns compressed; the smaller one
- * wins. The one that is not in use is not known, and finding out costs: over loopback, compressing
- * 16 MiB takes longer than sending 64. So it is foretold first, from a small sample now and then
- * that is compressed and thrown away (how long that takes, and how much is left), and tried only
- * where it promises something. What a trial then shows counts, and not what was foretold: where the
- * destination is what is slow, say, or many connections share the processor.
+ * A byte of a page takes raw_ns to leave uncompressed, and packed_ns compressed; the lower figure
+ * wins. The one that is not in use is not known, and measuring it costs time: over loopback,
+ * compressing 16 MiB takes longer than sending 64. So it is predicted first: now and then a small
+ * sample is compressed and thrown away, which tells how long that takes and how much is left.
+ * Compressing is tried only where the forecast promises a gain. Then the trial's figures count, and
+ * not the forecast: the destination may be the slow part, or many connections may share the
+ * processor.
  *
- * Times are of the connection being busy: it has a request to answer, or bytes of ours that have
- * not reached the peer. */
+ * Times are those in which the connection is busy: it has a request to answer, or bytes that it
+ * sent have not reached the peer.
+ */
 #include "pagenet.h"
 
 #include <stdbool.h>
 
-/* Of being busy: the shortest period that gives a steady figure. */
+/* The shortest period that gives a steady figure: in busy time, and in bytes. */
 #define PERIOD_NS 20000000u
 #define PERIOD_BYTES (1u << 20)
-/* A destination's window: until it has been refilled, what is measured is the former choice's. */
+/* A destination's window: until it has been refilled, what is measured belongs to the former
+ * choice. */
 #define SETTLE_BYTES (4u << 20)
 /* What fits into the buffers of a new connection. */
 #define FIRST_SETTLE_BYTES (1u << 20)
@@ -26,16 +29,18 @@
 /* After a trial that did not pay; doubles each time. */
 #define PAUSE_NS 200000000u
 #define MAX_PAUSE_NS 60000000000u
-/* Where compressing is the limit: how soon the link is tried without. Doubles each time. */
+/* Where compressing is the limit: how soon the link is tried without it. Doubles each time. */
 #define PROBE_NS 250000000u
 /* A forecast of less than this share of the raw time is worth a trial. */
 #define PROMISE 0.9
 /* A trial that took less than this share of the raw time is worth staying with. */
 #define WORTHWHILE 0.95
 #define HARMFUL 1.05
-/* Share of the time spent working from which on the processor, not the link, is the limit. */
+/* If a larger share of the time than this is spent working, the processor is the limit, and not the
+ * link. */
 #define LIMITED 0.85
-/* Decompressing takes a third of what compressing does, and the gain must be worth having. */
+/* Decompressing takes a third of the time that compressing does, and the gain must be worth
+ * having. */
 #define PROMPT_MARGIN 1.6
 
 enum { RAW, TRIAL, PACKED };
@@ -88,7 +93,7 @@ static uint64_t longer(uint64_t pause, uint64_t least) {
 }
 
 /* What a byte would take compressed: the processor's time or the link's, whichever is longer, since
- * they go on side by side. What was seen a moment ago is better than anything foretold. */
+ * the two go on side by side. What was measured a moment ago is better than a forecast. */
 static double foretold(const struct pn_choice *choice) {
     double processor = 1.25 * choice->pack_ns + choice->send_ns,
            link = choice->left * choice->raw_ns;
@@ -97,8 +102,8 @@ static double foretold(const struct pn_choice *choice) {
     return processor > link ? processor : link;
 }
 
-/* The least of the last few periods: where others want the processors too, a period tells as much
- * of them as of the link. */
+/* raw_ns is the lowest of the last few periods: where others want the processors too, a period
+ * tells as much about them as about the link. */
 static void note_raw(struct pn_choice *choice, double seen) {
     choice->recent[choice->periods++ % RECENT] = seen;
     choice->raw_ns = seen;
@@ -130,9 +135,9 @@ static void judge_trial(struct pn_choice *choice, uint64_t now, double seen) {
 }
 
 static void judge_packed(struct pn_choice *choice, uint64_t now) {
+    /* The link is kept full, so this is its rate. */
     if ((double)choice->work < LIMITED * (double)choice->busy) {
-        choice->raw_ns = (double)choice->busy /
-                         (double)choice->wire; /* the link is kept full: so that is its rate */
+        choice->raw_ns = (double)choice->busy / (double)choice->wire;
         choice->pause = choice->probe = 0;
         choice->until = now + PROBE_NS;
     } else if (now >= choice->until) {

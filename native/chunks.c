@@ -1,4 +1,4 @@
-/* Keys to chunks of the source's memory: what a destination over RDMA may READ, asked for chunk by
+/* Keys to chunks of the source's memory, which a destination over RDMA may READ: asked for chunk by
  * chunk, and given back. */
 #define _GNU_SOURCE
 #include "chunks.h"
@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-enum { REFUSED_NS = 10000000 }; /* the source may pin no more: ask again after so long */
+enum { REFUSED_NS = 10000000 }; /* the source may pin no more: it is asked again after this time */
 
 static const struct pn_rdma_block *block_of(const struct chunks *chunks, uint64_t page) {
     const struct pn_rdma_block *blocks = chunks->blocks;
@@ -38,7 +38,7 @@ struct place pn_chunks_place(const struct chunks *chunks, uint64_t page) {
     return place;
 }
 
-/* Those that are here stand in the order of their last use. */
+/* The chunks that are here are linked in the order of their last use. */
 static void unlink_chunk(struct chunks *chunks, struct chunk *chunk) {
     *(chunk->older ? &chunks->items[chunk->older - 1].newer : &chunks->oldest) = chunk->newer;
     *(chunk->newer ? &chunks->items[chunk->newer - 1].older : &chunks->newest) = chunk->older;
@@ -84,7 +84,7 @@ static struct place place_of_chunk(struct chunks *chunks, struct chunk *chunk) {
 void pn_chunks_give_back(struct chunks *chunks, struct chunk *chunk) {
     struct place place = place_of_chunk(chunks, chunk);
     if (!say_key(chunks, KEY_RETURN, &place))
-        return; /* later */
+        return; /* no room in the outbox: later */
     unlink_chunk(chunks, chunk);
     chunks->here--;
     chunk->state = CHUNK_FAR;

@@ -1,9 +1,9 @@
-"""Writes what the headers declare as the types that pagenet/_native is checked with: ``python
+"""Writes the headers' declarations as Python types, with which pagenet/_native is checked: ``python
 native/declare.py``.
 
 Run it after a change to one of ``HEADERS``: tests/unit/test_declarations.py fails until then. A
-struct becomes a class, and the functions, variables and constants become the members of one
-Protocol, ``Library``.
+struct becomes a class. Functions, variables and constants become the members of one Protocol,
+``Library``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from pycparser import c_ast, c_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-#: the headers of each extension, and the module that says what they declare
+#: the headers of each extension, and the module that has their declarations
 HEADERS = {
     ("native/pagenet.h", "native/pace.h"): "pagenet/_native/_declarations.py",
     ("native/testing/testing.h",): "pagenet/_native/_testing_declarations.py",
@@ -47,8 +47,8 @@ from ._pointers import {imported}
 
 
 def parse(header: Path) -> list[Any]:
-    """Its declarations. Lines of the preprocessor and comments are left out, and the integers made
-    known."""
+    """The header's declarations. Preprocessor lines and comments are left out, and the integer
+    types are defined in front."""
     lines = [line for line in header.read_text().splitlines() if not line.startswith("#")]
     text = re.sub(r"/\*.*?\*/", "", "\n".join(lines), flags=re.DOTALL)
     known = "".join(f"typedef int {name};" for name in (*INTEGERS[1:], "bool"))
@@ -63,8 +63,8 @@ def parse(header: Path) -> list[Any]:
 
 
 def name_of(node: Any) -> str:
-    """``int``, ``double``, ``char``, ``void``, the name of a struct, or ``enum``, of what is no
-    pointer."""
+    """The name of a type that is no pointer: ``int`` (all integers and enums), ``bool``,
+    ``double``, ``char``, ``void``, or the name of a struct."""
     inner = node.type
     if isinstance(inner, c_ast.Struct):
         return str(inner.name)
@@ -79,8 +79,7 @@ def is_struct(node: Any) -> bool:
 
 
 def type_of(node: Any) -> str:
-    """As Python has it. cffi takes bytes where C only reads bytes; a pointer to a struct may be
-    NULL, and so may any other."""
+    """The type in Python. cffi takes bytes where C only reads bytes. Any pointer may be NULL."""
     if isinstance(node, c_ast.ArrayDecl):
         return name_of(node.type) if is_struct(node.type) else "CData"
     if not isinstance(node, c_ast.PtrDecl):
@@ -98,7 +97,8 @@ def type_of(node: Any) -> str:
 
 
 def result_of(node: Any) -> str:
-    """A pointer that a function returns is compared with NULL, or known not to be."""
+    """The type of a function's result. Without Null: callers compare a pointer with NULL, or know
+    that it is not NULL."""
     return type_of(node).removesuffix(" | Null")
 
 
@@ -122,7 +122,7 @@ def parameters(function: Any) -> Iterator[str]:
 
 
 def method(node: Any) -> str:
-    """On one line if that is short enough, else with its parameters below."""
+    """The method on one line if that is short enough, otherwise with its parameters below."""
     names = [*parameters(node.type)]
     result = result_of(node.type.type)
     line = (
@@ -149,7 +149,7 @@ def library(nodes: list[Any]) -> str:
 
 
 def structs(nodes: list[Any]) -> list[Any]:
-    """One a name: a struct whose fields are not said here is opaque."""
+    """One struct for each name. A struct without fields is opaque."""
     found: dict[str, Any] = {}
     for node in (node.type for node in nodes if isinstance(node.type, c_ast.Struct)):
         if node.name not in found or node.decls:
@@ -158,7 +158,7 @@ def structs(nodes: list[Any]) -> list[Any]:
 
 
 def module(headers: tuple[str, ...]) -> str:
-    """The text of the module that says what ``headers`` declare."""
+    """The text of the module with the declarations of ``headers``."""
     nodes = [node for header in headers for node in parse(ROOT / header)]
     classes = [*map(struct, structs(nodes)), library(nodes)]
     imported = ", ".join(

@@ -1,27 +1,32 @@
-/* Whether pages that somebody waits for come compressed: what a demand lane decides by how long
- * they take.
+/* Whether pages that threads wait for come compressed. A demand lane decides that by how long the
+ * pages take.
  *
- * One page at a time keeps no link full, so nobody can tell from it what a byte takes there. But
- * that is not the question: a page that is compressed is there sooner, or it is not, and the
- * destination sees which. So it tries, with a block of pages, and stays with what was better by a
- * tenth. What that costs is bounded: compressing and decompressing a page take 10 us, nothing is
- * tried where a page takes less than 60 us as it is, and whenever a trial shows nothing, the next
- * one is twice as far away.
+ * One page at a time keeps no link full, so it does not tell what a byte takes on the link. But
+ * that is not the question: a compressed page is there sooner or it is not, and the destination
+ * sees which. So the lane tries, with a block of pages, and stays with what was better by a tenth.
+ * The cost is bounded: compressing and decompressing a page take 10 us, nothing is tried where an
+ * uncompressed page takes less than 60 us, and after each trial that shows nothing, the next one is
+ * twice as far away.
  *
- * Blocks follow each other, and do not alternate page by page: where many pages are in flight, each
- * waits for those before it. */
+ * Blocks follow each other; the two ways do not alternate page by page: where many pages are in
+ * flight, each waits for those before it.
+ */
 #include "pagenet.h"
 
 enum {
-    SETTLE = 32, /* pages that waited for those that were asked for before, and threads that came
-                    back in a bunch */
+    /* Pages at the start of a block that do not count: they waited for those asked for before, or
+     * their threads came back all at once. */
+    SETTLE = 32,
     SAMPLES = sizeof((struct pn_demand_choice *)0)->samples / sizeof(uint64_t),
-    COUNTED = SAMPLES * 3 / 4, /* the fastest: what the others waited for was a processor */
-    FIRST_PAUSE = 256, /* pages: what was found in the first moments, or while the machine was busy,
-                          is soon looked at again */
+    /* The fastest samples: the others waited for a processor. */
+    COUNTED = SAMPLES * 3 / 4,
+    /* Pages: what was found in the first moments, or while the machine was busy, is soon looked at
+     * again. */
+    FIRST_PAUSE = 256,
     MOST_PAUSE = 65536,
-    WORTH_NS = 60000, /* for 4 KiB, of a huge page too; less is loopback, or a fast network: nothing
-                         to be gained */
+    /* For 4 KiB, of a huge page too. Less is loopback, or a fast network, where nothing is to be
+     * gained. */
+    WORTH_NS = 60000,
 };
 #define BETTER 0.9
 
@@ -31,7 +36,7 @@ void pn_demand_choice_init(struct pn_demand_choice *choice) {
 
 int pn_demand_choice_packs(const struct pn_demand_choice *choice) { return choice->packs; }
 
-/* Of the block, in ns. */
+/* The mean of the block's fastest samples, in ns. */
 static double mean(struct pn_demand_choice *choice) {
     uint64_t *samples = choice->samples, sum = 0;
     for (int i = 1; i < SAMPLES; i++)
@@ -71,8 +76,8 @@ static void judge(struct pn_demand_choice *choice, double seen) {
 }
 
 void pn_demand_choice_came(struct pn_demand_choice *choice, int packs, uint64_t ns) {
-    if (packs != choice->packs ||
-        choice->settled++ < SETTLE) /* it was asked for before the last change, or just behind */
+    /* It was asked for before the last change, or just after it. */
+    if (packs != choice->packs || choice->settled++ < SETTLE)
         return;
     choice->samples[choice->count++] = ns;
     if (choice->count < SAMPLES)

@@ -1,5 +1,5 @@
-/* What the destination's lanes share: which page lies where, who waits for what, and the one way
- * into place. */
+/* What the destination's lanes share: which page lies where, which faults wait for which page, and
+ * the one way into place. */
 #define _GNU_SOURCE
 #include "dest.h"
 
@@ -15,10 +15,11 @@
 
 enum {
     MOVE_WORTHWHILE = 8,
-    ZEROS = 64,            /* pages of them written at once */
+    ZEROS = 64,            /* pages of zeros written at once */
     LEAVE_WORTHWHILE = 16, /* zero pages: to stop watching them costs as much as placing a few */
-    LEAVE_MOST = 16384,    /* stretches of zeros that are left alone: a process may have 65530
-                              mappings, two for each of these */
+    /* Stretches of zeros that are left alone: a process may have 65530 mappings, and each stretch
+     * takes two. */
+    LEAVE_MOST = 16384,
 };
 
 /* ---- life ---- */
@@ -26,8 +27,8 @@ enum {
 static int init_locks(struct pn_dest *dest) {
     pthread_rwlockattr_t kind;
     pthread_rwlockattr_init(&kind);
-    /* The writer is the thread that answers faults: it must not wait behind one background piece
-     * after the other. */
+    /* The writer is the thread that answers faults: it must not wait for one background piece after
+     * the other. */
     pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     pthread_rwlock_init(&dest->removal, &kind);
     pthread_rwlockattr_destroy(&kind);
@@ -80,9 +81,9 @@ const struct pn_piece *pn_piece_at(const struct pn_dest *dest, uint64_t address)
     return address - piece->address < piece->count * piece->page_size ? piece : NULL;
 }
 
-/* ---- who waits ---- */
+/* ---- faults that wait ---- */
 
-/* Where to put it; NULL: it is there already, or there is no room. */
+/* Where to put a waiter for the page. NULL: the page has one, or there is no room. */
 static struct pn_waiter *free_waiter(struct pn_dest *dest, uint64_t page, unsigned *end) {
     struct pn_waiter *found = NULL;
     for (unsigned i = *end; i-- > 0;) {
@@ -104,7 +105,7 @@ void pn_wait(struct pn_dest *dest, uint64_t page, uint64_t since) {
     if (!waiter)
         return;
     atomic_store(&waiter->since, since);
-    atomic_fetch_add(&dest->waiter_count, 1); /* first: who sees the page takes it off again */
+    atomic_fetch_add(&dest->waiter_count, 1); /* first: a lane that sees the page takes 1 off */
     atomic_store(&waiter->page, page + 1);
 }
 
@@ -120,8 +121,8 @@ void pn_take_waiters(struct pn_dest *dest, uint64_t first, uint64_t count, bool 
             continue;
         atomic_fetch_sub(&dest->waiter_count, 1);
         if (placed) {
-            uint64_t waited =
-                now > since ? now - since : 0; /* it may have come since we looked at the clock */
+            /* The fault may have come since the clock was read. */
+            uint64_t waited = now > since ? now - since : 0;
             pn_stats_latency(dest->config.map, PN_DEMAND, waited);
             pn_pace_in_place(&dest->pace, waited);
         }
@@ -203,8 +204,8 @@ int pn_clear(const struct pn_dest *dest, uint64_t to, uint64_t size) {
     return error;
 }
 
-/* A store to a page that the owner has cut off its file is a SIGBUS. The kernel's own stores are
- * errors then: a system call more, where nothing says that this cannot be. */
+/* A store to a page that the owner has cut off its file is a SIGBUS. The kernel's own store is an
+ * error then, at the price of a system call: it is used where the file may become shorter. */
 static int store(const struct pn_dest *dest, uint64_t to, const void *bytes, uint64_t size) {
     if (!dest->config.sealed)
         return pn_store(to, bytes, size);
@@ -225,8 +226,9 @@ int pn_write_shared(struct pn_dest *dest, const struct pn_piece *piece, uint64_t
                  : pn_clear(dest, piece->second + at, size);
 }
 
-/* The owner gave the page up while its bytes were in flight. Nobody touched the owner's page table
- * since: the bytes are in the file behind it at most. Faults on the page were put off until now. */
+/* The owner gave the page up while its bytes were in flight. The owner's page table has not been
+ * touched since, so the bytes are at most in the file behind it. Faults on the page were put off
+ * until now. */
 static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uint64_t page) {
     int error = piece->second ? pn_write_shared(dest, piece, page, 1, NULL) : 0;
     pn_map_set(dest->config.map, page, 1, PN_REMOVED);
@@ -234,7 +236,8 @@ static int leave_removed(struct pn_dest *dest, const struct pn_piece *piece, uin
     return error;
 }
 
-/* bytes NULL: zeros, unless they are in the memory behind it already. */
+/* bytes NULL: zeros, unless there is a second mapping: then the bytes are in the memory behind it
+ * already. */
 static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece *piece,
                                     uint64_t first, uint64_t count, const void *bytes) {
     const struct pn_dest_config *config = &dest->config;
@@ -243,18 +246,19 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
         return pn_place(config->uffd, PN_CONTINUE, to, NULL, count * piece->page_size,
                         piece->page_size);
     enum pn_how how = bytes ? (enum pn_how)config->how : PN_ZERO;
-    /* MOVE takes whole pages, and for a few of them costs as much as copying them does. */
+    /* MOVE takes whole pages, and moving a few of them costs as much as copying them. */
     if (how == PN_MOVE && (count < MOVE_WORTHWHILE || (uintptr_t)bytes % piece->page_size))
         how = PN_COPY;
     return pn_place(config->uffd, how, to, bytes ? bytes : dest->zeros, count * piece->page_size,
                     piece->page_size);
 }
 
-/* One unbroken run of pages that are still PLACING. Should we be killed, whoever takes the map over
- * has to know what became of them. Bytes in shared memory may be half there, and must not be seen,
- * or visible and written to by the owner since, and must not be replaced: READY, which they are
- * from the last byte on, tells the one from the other. What is copied in is there at once or not at
- * all, and there for good: once more does no harm. */
+/* Puts one unbroken run of pages that are still PLACING into place. If this process is killed, the
+ * next user of the map has to know what became of them. Bytes in shared memory may be half stored:
+ * then they must not be seen. Or they may be visible, and written to by the owner since: then they
+ * must not be replaced. READY, which the pages are from the last byte on, tells these two apart.
+ * Bytes that are copied in are visible all at once or not at all, and then for good: copying them
+ * again does no harm. */
 static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
                     uint64_t count, const void *bytes, bool zero, uint64_t *done) {
     struct pn_map *map = dest->config.map;
@@ -277,12 +281,13 @@ static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *pie
 
 /* ---- a sample of what is prefetched ---- */
 
-/* A page that is there raises no fault, so whether a prefetched page was needed shows nowhere. But
- * bytes in shared memory may wait there: one page in sixteen is not made visible when it has come,
- * and its first touch is a minor fault that is answered at once, and counted. Such a page is
- * RESIDENT all the same: a fault on one is settled from the page cache, whoever answers it. Which
- * pages these are is a matter of their numbers, mixed, so that no stride of a program's hits all of
- * them, or none. A page whose place in the table is taken is not part of the sample. */
+/* A page that is in place raises no fault, so nothing shows whether a prefetched page was needed.
+ * But bytes in shared memory can wait there: one page in sixteen is not made visible when it has
+ * come, and its first touch is a minor fault, which is answered at once, and counted. Such a page
+ * is RESIDENT nevertheless: a fault on it is settled from the page cache, whichever lane answers
+ * it. A hash of its number decides whether a page belongs to the sample, so that no stride of a
+ * program's hits all of the sample, or none of it. A page whose entry in the table is taken is not
+ * part of the sample. */
 enum { SAMPLED_SHIFT = 60 }; /* a sixteenth */
 
 uint64_t pn_before_sampled(uint64_t first, uint64_t count) {
@@ -301,7 +306,8 @@ static bool is_waited_for(struct pn_dest *dest, uint64_t page) {
     return false;
 }
 
-/* Of a page that is PLACING, and whose bytes are in shared memory. */
+/* Takes a page into the sample. It is PLACING, and its bytes are in shared memory. False: it must
+ * be made visible. */
 static bool hold(struct pn_dest *dest, uint64_t page, bool zero) {
     struct pn_map *map = dest->config.map;
     uint64_t none = 0;
@@ -314,7 +320,7 @@ static bool hold(struct pn_dest *dest, uint64_t page, bool zero) {
     pn_stats_add(map, PN_PREFETCH, PN_SAMPLED, 1);
     if (zero)
         pn_stats_add(map, PN_PREFETCH, PN_ZERO_PAGES, 1);
-    if (is_waited_for(dest, page)) /* since a moment ago */
+    if (is_waited_for(dest, page)) /* a fault may have come since the first look */
         pn_wake_waiter(dest, page);
     return true;
 }
@@ -336,7 +342,7 @@ void pn_dest_release(struct pn_dest *dest) {
             continue;
         const struct pn_piece *piece = pn_piece_of_page(dest, page);
         uint64_t to = piece->address + (page - piece->first) * piece->page_size;
-        /* Should it fail, the owner is changing this very page, or is gone. */
+        /* If this fails, the owner is changing this very page, or is gone. */
         pn_place(dest->config.uffd, PN_CONTINUE, to, NULL, piece->page_size, piece->page_size);
     }
 }
@@ -372,8 +378,8 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
     return error;
 }
 
-/* Whether one more stretch of zeros may stop being watched. What goes on with the last one makes no
- * mapping more. */
+/* Whether one more stretch of zeros may stop being watched. One that continues the last stretch
+ * adds no mapping. */
 static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
     if (atomic_exchange(&dest->left_until, to + size) == to)
         return true;
@@ -426,8 +432,8 @@ void pn_refund(struct pn_dest *dest, uint64_t bytes) {
     pthread_mutex_unlock(&dest->limiting);
 }
 
+/* More than all: the owner has written to the map. */
 void pn_check_done(struct pn_dest *dest) {
-    if (pn_map_done(dest->config.map) >=
-        dest->config.scope) /* more than all: the owner has written to the map */
+    if (pn_map_done(dest->config.map) >= dest->config.scope)
         eventfd_write(dest->config.done_fd, 1);
 }

@@ -1,5 +1,5 @@
-/* What the uffd says: removals, faults, the window around them, pages that are late, faults that
- * are answered later. */
+/* What the uffd reports (removals, faults), the window around faults, pages that are late, and
+ * faults that are answered later. */
 #define _GNU_SOURCE
 #include "lane.h"
 #include "thread.h"
@@ -17,8 +17,8 @@ static void ask(struct lane *lane, uint8_t class_, const struct pn_piece *piece,
     lane->faults.asking->ask(lane, &run);
 }
 
-/* The window around a page that was just asked for: missing pages behind it, then before it, as far
- * as they are unbroken. */
+/* Asks for the fixed window around a page that was just asked for: missing pages behind it, then
+ * before it, in each direction up to the first that is not missing. */
 static void prefetch_fixed(struct lane *lane, const struct pn_piece *piece, uint64_t page,
                            uint32_t forward_, uint32_t backward_) {
     struct pn_map *map = lane->dest->config.map;
@@ -46,8 +46,8 @@ static void prefetch(struct lane *lane, const struct pn_piece *piece, uint64_t p
                         piece->first + piece->count, piece->page_size);
 }
 
-/* What the window wants, a little at a time: all that is in flight stands before the next page that
- * somebody waits for. */
+/* What the window wants is asked for a little at a time: all that is in flight comes before the
+ * next page that a thread waits for. */
 void pn_lane_prefetch_more(struct lane *lane) {
     uint64_t first, taken, room;
     while ((room = pn_pace_room(&lane->pace, PN_PREFETCH)) && can_ask(lane, 1)) {
@@ -66,7 +66,7 @@ static void put_off(struct lane *lane, const struct pn_event *fault) {
         pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
 }
 
-/* A fault on a page that was placed, or given up, before. */
+/* Answers a fault on a page that was placed, or given up, before. */
 static void settle(struct lane *lane, const struct pn_event *fault, const struct pn_piece *piece,
                    uint64_t page) {
     enum { FAULT_MINOR = 4 };
@@ -82,8 +82,8 @@ static void settle(struct lane *lane, const struct pn_event *fault, const struct
         pn_lane_end(lane, PN_END_PLACING, -placed.error, "");
 }
 
-/* What the owner announced nothing about is not the source's. Whoever touches it is told, or gets
- * zeros if the owner wants that; all other pages go on coming. */
+/* Memory that the owner announced nothing about is not the source's. A thread that touches it gets
+ * a SIGBUS, or zeros if the owner wants that; all other pages go on coming. */
 static void answer_outside(struct lane *lane, const struct pn_event *fault) {
     const struct pn_dest_config *config = &lane->dest->config;
     int error =
@@ -94,8 +94,8 @@ static void answer_outside(struct lane *lane, const struct pn_event *fault) {
         pn_lane_end(lane, PN_END_OWNER_GONE, 0, "");
 }
 
-/* A page that is in flight, and waited for. If it arrived just now, its thread was woken by that.
- */
+/* A fault waits for a page that is in flight. If the page came just now, the thread was woken by
+ * that, or is woken here; the waiter is taken off again. */
 static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
     pn_wait(lane->dest, page, now);
     int state = pn_map_state(lane->dest->config.map, page);
@@ -103,7 +103,7 @@ static void wait_for(struct lane *lane, uint64_t page, uint64_t now) {
         pn_wake_waiter(lane->dest, page);
 }
 
-/* Ask for it, if it is in that state. */
+/* Asks for the page, if it is in state `state`. */
 static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t page, int state) {
     if (!pn_map_claim(lane->dest->config.map, page, 1, state, PN_REQUESTED))
         return false;
@@ -111,9 +111,9 @@ static bool demand(struct lane *lane, const struct pn_piece *piece, uint64_t pag
     return true;
 }
 
-/* A page that the background has asked for is behind other background pages, and a thread that
- * waits does not wait for those. But on a fast link it may be here at once, and whatever comes
- * twice is in the way of something else: it gets a moment. */
+/* A page that the background has asked for is behind other background pages, for which a waiting
+ * thread should not wait. But on a fast link the page may be here at once, and a page that comes
+ * twice delays another. So the page gets a moment to come. */
 static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t page, uint64_t now) {
     if (lane->faults.late_count < LATE)
         lane->faults.late[lane->faults.late_count++] =
@@ -122,7 +122,7 @@ static void expect(struct lane *lane, const struct pn_piece *piece, uint64_t pag
         demand(lane, piece, page, PN_COMING);
 }
 
-/* Pages that did not come within their moment are asked for. Who comes second is dropped. */
+/* Asks for pages that did not come within their moment. The copy that comes second is dropped. */
 static void demand_late(struct lane *lane) {
     uint64_t now = lane->faults.late_count ? pn_now() : 0;
     int past = 0;
@@ -138,7 +138,7 @@ static void demand_late(struct lane *lane) {
         pn_lane_flush(lane);
 }
 
-/* Whether to prefetch around the page. */
+/* Deals with one fault. True: prefetch around the page. */
 static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t now) {
     const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
     if (!piece) {
@@ -152,14 +152,15 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
     switch (state) {
     case PN_MISSING:
-        if (!can_ask(lane, 1)) { /* events had to be read, faults or not: let it fault again */
+        if (!can_ask(lane, 1)) {
+            /* Events had to be read, even without room for a request: let it fault again. */
             pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
             return false;
         }
         pn_wait(lane->dest, page, now);
         if (demand(lane, piece, page, PN_MISSING))
             return true;
-        __attribute__((fallthrough)); /* somebody was faster */
+        __attribute__((fallthrough)); /* another lane was faster */
     case PN_COMING:
         wait_for(lane, page, now);
         expect(lane, piece, page, now);
@@ -181,10 +182,12 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
     }
 }
 
-/* In one step each, so that a lane which takes the page meanwhile has either taken it before or
- * does not get it: PLACING becomes REMOVING and is left to whoever places it, however often it is
- * given up until then; all else becomes REMOVED. Lanes change a page's state a few times; whoever
- * does it more often is the owner, who then gets what it may get. */
+/* Marks a page as given up. Each change is one step, so a lane that takes the page meanwhile has
+ * either taken it before or does not get it. PLACING becomes REMOVING, and the page is left to the
+ * lane that places it, however often it is given up until then; any other state becomes REMOVED.
+ * Lanes change a page's state only a few times. If it changes more often than that, the owner is
+ * writing to the map, and has to live with the result. False: the page is left to the lane that
+ * places it. */
 static bool remove_page(struct pn_map *map, uint64_t page) {
     for (int tries = 0; tries < 64; tries++) {
         int state = pn_map_state(map, page);
@@ -215,10 +218,11 @@ static void on_removed(struct lane *lane, uint64_t start, uint64_t end) {
     }
 }
 
-/* The first touch of a page that was held to see whether it is touched: nobody waited for the
- * source. */
+/* Answers the first touch of a page of the sample, which was left invisible to see whether it is
+ * touched. Such a fault did not wait for the source. False: the fault is on no such page. */
 static bool on_held(struct lane *lane, const struct pn_event *fault) {
-    if (!atomic_load(&lane->dest->held_count)) /* nearly always: no need to know which page it is */
+    /* Nearly always none is: no need to find out which page this is. */
+    if (!atomic_load(&lane->dest->held_count))
         return false;
     const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
     uint64_t page = piece ? piece->first + (fault->start - piece->address) / piece->page_size : 0;
@@ -265,8 +269,9 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
         pn_pace_faulted(&lane->dest->pace, now);
         pn_lane_count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
     }
-    pn_lane_flush(lane); /* pages that are waited for go first: the window around them is asked for
-                            while they travel */
+    /* Pages that threads wait for go first: the window around them is asked for while they
+     * travel. */
+    pn_lane_flush(lane);
     for (int i = 0; i < missing_count && can_ask(lane, 2); i++) {
         const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
         prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
@@ -298,7 +303,6 @@ static void settle_deferred(struct lane *lane) {
     }
 }
 
-/* At faults that could not be answered at once. */
 void pn_lane_look_again(struct lane *lane) {
     if (lane->faults.deferred_count && !lane->ended)
         settle_deferred(lane);

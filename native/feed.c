@@ -12,7 +12,8 @@ void pn_lane_go_past(struct lane *lane, uint64_t pages) {
         pn_ring_took(ring, lane->config->room_fd);
 }
 
-/* The first page of the ring that is missing. False: there is none. */
+/* Finds the first page of the ring that is MISSING. *left: pages of its run from there on. False:
+ * there is none. */
 static bool find_missing(struct lane *lane, uint64_t *missing, uint64_t *left) {
     struct pn_ring *ring = lane->config->ring;
     while (pn_ring_used(ring)) {
@@ -51,7 +52,7 @@ bool pn_lane_claim_next(struct lane *lane, struct run *next) {
     return granted || !missing;
 }
 
-/* False: nothing to ask for now. */
+/* False: there is nothing to ask for now. */
 static bool ask_next(struct stream *stream) {
     struct lane *lane = &stream->lane;
     struct run next;

@@ -1,9 +1,9 @@
-/* The source over RDMA: its memory, registered chunk by chunk as keys are asked for, for as long as
- * a destination has them.
+/* The source over RDMA: it registers its memory chunk by chunk as keys are asked for, and keeps it
+ * registered as long as a destination has them.
  *
- * A queue pair, its socket, and the loop that answers on it are a reader's, each in a thread of its
- * own. What is registered is shared by all of them, under one lock: they would wait for the same
- * memory anyway. */
+ * Each reader has a queue pair, a socket, and a loop that answers there, in a thread of its own.
+ * All readers share what is registered, under one lock: they would wait for the same memory anyway.
+ */
 #define _GNU_SOURCE
 #include "keys.h"
 #include "thread.h"
@@ -25,7 +25,7 @@
 
 enum { LAST_WORDS_NS = 1000000000 };
 
-/* Registered while somebody has its key. */
+/* Registered while a reader has its key. */
 struct chunk {
     struct ibv_mr *mr;
     void *copy; /* what is registered, where the memory itself cannot be */
@@ -48,7 +48,7 @@ struct pn_reader {
     struct pn_keys *keys;
     struct ibv_cq *queue;
     struct ibv_qp *pair;
-    bool *has; /* the key to each chunk */
+    bool *has; /* whether it has the key, of each chunk */
     uint32_t held;
     struct pn_end *end;
     int sock, stop_fd;
@@ -85,7 +85,7 @@ static uint64_t pages_per_chunk(const struct pn_keys *keys, const struct pn_sour
                                                       : 1;
 }
 
-/* False: there is no chunk of so many pages there. */
+/* Finds the chunk of `count` pages from page `first` on. False: there is none. */
 static bool find(const struct pn_keys *keys, uint64_t first, uint64_t count, struct place *place) {
     uint64_t number = 0;
     for (uint64_t i = 0; i < keys->config.block_count; i++) {
@@ -138,7 +138,7 @@ static bool copy_file(struct pn_reader *reader, const struct place *place, char 
     return true;
 }
 
-/* The number may have gone to another process meanwhile; not while ours was still there after the
+/* The pid may belong to another process by now, but not if our process still runs after the
  * read. */
 static bool copy_process(struct pn_reader *reader, const struct place *place, char *to,
                          uint64_t offset, uint64_t size) {
@@ -166,7 +166,7 @@ static bool make_copy(struct pn_reader *reader, const struct place *place, struc
     return (of_file ? copy_file : copy_process)(reader, place, copy, offset, chunk->size);
 }
 
-/* The bit of each page that is zero; whether all are. */
+/* Sets the bit of each page that is zero. Returns whether all are. */
 static bool map_zeros(const struct place *place, const char *pages, uint64_t *bits) {
     uint64_t zeros = 0, count = 0;
     for (uint64_t at = 0; at < place->count; at += count) {
@@ -186,9 +186,9 @@ static void register_at(struct pn_keys *keys, struct chunk *chunk, void *address
         chunk->key = (struct key){.address = (uintptr_t)address, .rkey = chunk->mr->rkey};
 }
 
-/* A file is registered where it is mapped. Its zeros are looked for by reading it, not there: one
- * that has become shorter says so. What is no file, or one whose mapping this kernel does not
- * register, is copied. */
+/* Registers a chunk. A file is registered where it is mapped, but its zeros are looked for by
+ * reading it, because pread() reports that a file has become shorter. Memory that is no file, or
+ * whose mapping this kernel does not register, is copied. */
 static enum key_answer make_chunk(struct pn_reader *reader, const struct place *place,
                                   struct chunk *chunk) {
     struct pn_keys *keys = reader->keys;
@@ -223,8 +223,8 @@ static enum key_answer make_chunk(struct pn_reader *reader, const struct place *
     return KEY_HERE;
 }
 
-/* Why it cannot be registered, in words. What limits locked memory is EPERM where nothing at all
- * may be locked. */
+/* Ends the reader because memory cannot be registered, with the reason in words. The limit of
+ * locked memory shows as EPERM where nothing at all may be locked. */
 static void cannot_register(struct pn_reader *reader, int error) {
     struct rlimit limit = {0};
     char may[32] = "any of it";
@@ -247,11 +247,13 @@ static void cannot_register(struct pn_reader *reader, int error) {
 static enum key_answer take_locked(struct pn_reader *reader, const struct place *place,
                                    struct chunk *chunk) {
     struct pn_keys *keys = reader->keys;
+    uint64_t size = place->count * place->block->page_size, more = chunk->holders ? 0 : size;
+    /* A chunk that another connection has counts too: once that one gives it back, it is pinned for
+     * this one alone. */
+    if (reader->held >= keys->config.in_any_case && keys->pinned + more > keys->config.pin_limit)
+        return KEY_REFUSED;
     if (!chunk->holders) {
-        chunk->size = place->count * place->block->page_size;
-        if (reader->held >= keys->config.in_any_case &&
-            keys->pinned + chunk->size > keys->config.pin_limit)
-            return KEY_REFUSED;
+        chunk->size = size;
         errno = 0;
         enum key_answer answer = make_chunk(reader, place, chunk);
         int error = errno;
@@ -306,7 +308,8 @@ static void flush(struct pn_reader *reader) {
     }
 }
 
-/* Told or not, this is the end. */
+/* Tells the peer the reason, if it takes the message within LAST_WORDS_NS. The reader ends in any
+ * case. */
 static void say_last_words(struct pn_reader *reader, const struct place *place) {
     say(reader, KEY_FAILED, place, reader->end->text,
         strnlen(reader->end->text, PN_MAX_REASON_BYTES));
@@ -336,7 +339,7 @@ static void answer(struct pn_reader *reader, const struct place *place) {
         say_last_words(reader, place);
     } else {
         say(reader, kind, place, &key, kind == KEY_HERE ? sizeof key : 0);
-        flush(reader); /* at once: somebody may wait for it, and the next takes a while */
+        flush(reader); /* at once: a thread may wait for it, and the next takes a while */
     }
 }
 

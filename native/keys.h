@@ -19,7 +19,7 @@ struct key {
     uint64_t address;
     uint32_t rkey;
     uint32_t reserved;
-    uint64_t zero[4]; /* a bit for each page, if they are known; absent if not */
+    uint64_t zero[4]; /* a bit for each page: whether it is zero; absent if not known */
 };
 static_assert(sizeof(struct key_header) == 24 && sizeof(struct key) == 48, "sizes on the wire");
 enum { KEY_WITHOUT_ZEROS = 16 };

@@ -1,7 +1,7 @@
-/* One connection of the destination, asking for pages, and how it ends.
+/* One connection of the destination: how it asks for pages, and how it ends.
  *
  * The demand lane takes its work from the uffd, a background lane from a ring that the schedule
- * fills. Requests carry an id; many are open at a time, and each is answered in order of its pages.
+ * fills. Requests carry an id; many are open at a time, and the pages of each come in order.
  */
 #define _GNU_SOURCE
 #include "lane.h"
@@ -25,7 +25,7 @@ void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char
     va_end(arguments);
 }
 
-/* EFAULT: pages of the file behind the memory, which were there, are not. */
+/* EFAULT: the file behind the memory no longer has pages that it had. */
 void pn_lane_end_placing(struct lane *lane, int error) {
     if (error == -ESRCH)
         pn_lane_end(lane, PN_END_OWNER_GONE, 0, "");
@@ -77,7 +77,7 @@ void pn_lane_flush(struct lane *lane) {
     lane->out_start = lane->out_end = 0;
 }
 
-/* Every open request fits the outbox, if what was sent is moved out of the way. */
+/* All open requests fit the outbox, once the bytes that were sent are moved out of the way. */
 static void make_room(struct lane *lane) {
     memmove(lane->outbox, lane->outbox + lane->out_start, lane->out_end - lane->out_start);
     lane->out_end -= lane->out_start;

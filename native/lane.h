@@ -1,5 +1,5 @@
 /* The inside of a destination's lanes: what all of them share (faults, what the background asks for
- * next, placing), and a lane over a socket. One over RDMA is in rdma.c. */
+ * next, placing), and a lane over a socket. The lanes over RDMA are in rdma.c. */
 #ifndef PAGENET_LANE_H
 #define PAGENET_LANE_H
 #include "dest.h"
@@ -7,17 +7,17 @@
 
 struct epoll_event;
 
-/* The map may be in a file that the owner has, too. */
+/* The map may be in a file that the owner has too, and can write to. */
 #define PN_WROTE                                                                                   \
     "the owner has written to the map of its pages: page %llu is in no state that it can be in"
 
-#define UNWATCHED 0xffffffffu /* no event mask of epoll's */
+#define UNWATCHED 0xffffffffu /* not an event mask of epoll */
 
 enum {
-    SLOTS = 4096,        /* requests open at once; three a fault, 64 faults a read */
-    OUTBOX = SLOTS * 24, /* room for each of them */
-    STAGE_BYTES = 128
-        << 10, /* received before it is placed: small enough to be in the cache still */
+    SLOTS = 4096,        /* requests open at once: three a fault, 64 faults a read */
+    OUTBOX = SLOTS * 24, /* room for a request in each slot */
+    /* Received before it is placed: small enough to be in the cache still. */
+    STAGE_BYTES = 128 << 10,
     EVENTS = 64,
     RING = sizeof((struct pn_ring *)0)->first / sizeof(uint64_t),
     LATE = 256,
@@ -28,7 +28,7 @@ struct slot {
     uint8_t class_;
     uint8_t open;
     uint8_t packs;      /* asked for compressed */
-    uint64_t next, end; /* pages on the wire, still to come */
+    uint64_t next, end; /* pages still to come, as numbered on the wire */
     uint64_t since;     /* ns */
     const struct pn_piece *piece;
 };
@@ -37,14 +37,14 @@ struct slot {
 struct current {
     struct slot *slot;
     uint8_t class_;
-    bool failed;           /* what comes is not pages, but the reason why there are none */
-    uint32_t packed;       /* bytes in which they come compressed, 0: as they are */
-    uint64_t first, count; /* pages of ours, still to come */
+    bool failed;           /* the payload is the reason why there are no pages */
+    uint32_t packed;       /* bytes of the payload if compressed; 0: it is not */
+    uint64_t first, count; /* pages still to come, as numbered here */
 };
 
-/* A page that somebody waits for, and that the background has asked for. */
+/* A page that a thread waits for, and that the background has asked for. */
 struct late {
-    uint64_t page, due; /* ns: then it is asked for again */
+    uint64_t page, due; /* ns: the moment to ask for it again */
 };
 
 /* Pages of one piece that are asked for, or have come, in a class. */
@@ -58,23 +58,24 @@ struct lane;
 
 /* How a loop that reads the uffd asks for what faults want. */
 struct asking {
-    /* Claimed by the caller; can_ask has said that there is room. */
+    /* The caller has claimed the pages, and can_ask has returned true. */
     void (*ask)(struct lane *lane, const struct run *run);
-    /* Whether so many runs can be asked for now. */
+    /* Whether `runs` runs can be asked for now. */
     bool (*can_ask)(struct lane *lane, uint32_t runs);
 };
 
 /* Faults that are not answered yet. */
 struct faults {
     const struct asking *asking; /* NULL: another loop reads the uffd */
-    /* On pages that are in place: the owner's memory is changing. */
+    /* Faults on pages that are in place, or outside all pieces. They wait because the owner's
+     * memory is changing. */
     struct pn_event deferred[EVENTS];
     int deferred_count;
     struct late late[LATE]; /* in the order in which they are due */
     int late_count;
 };
 
-/* What every loop of a destination has, however its pages come. */
+/* What every loop of a destination has, over a socket or over RDMA. */
 struct lane {
     const struct pn_lane_config *config;
     struct pn_dest *dest;
@@ -91,18 +92,18 @@ struct lane {
 
 /* A lane whose pages come by request and reply, over one socket. */
 struct stream {
-    struct lane lane; /* first: what asks gets this */
+    struct lane lane; /* first: asking.ask gets a pointer to it */
     struct slot *slots;
     uint32_t *free_slots, free_count;
     uint32_t stop_events;
     struct pn_demand_choice choice; /* demand */
-    /* receiving: `have` bytes of the header, or of the piece of payload that goes to `target` */
+    /* Receiving: `have` bytes of the header, or of the piece of payload at hand, have come. */
     struct pn_reply header;
     struct current current;
     uint8_t *stage, *unpacked;
     size_t stage_size, stage_room, have;
-    uint64_t piece_count; /* pages in the piece under way, 0: none */
-    bool piece_taken;     /* they are PLACING, and go straight into the second mapping */
+    uint64_t piece_count; /* pages in the piece being received; 0: none */
+    bool piece_taken;     /* they are PLACING, and are received into the second mapping */
 };
 
 static inline void pn_lane_count(struct lane *lane, int class_, int counter, uint64_t amount) {
@@ -115,23 +116,24 @@ static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) {
 
 /* ---- lane.c: how a lane ends, and what it sends ---- */
 
-/* What this lane is about to end with, unless it has a reason to end already. */
+/* Ends the lane for this reason, unless it has a reason already. */
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
-/* With why pages could not be put into place, as -errno. */
+/* Ends the lane because pages could not be put into place. error: why, as -errno. */
 void pn_lane_end_placing(struct lane *lane, int error);
-/* Send what is in the outbox, as far as the socket takes it. */
+/* Sends what is in the outbox, as far as the socket takes it. */
 void pn_lane_flush(struct lane *lane);
-/* Room in the outbox for `size` bytes. */
+/* Makes room in the outbox for `size` bytes. False: there is none now. */
 bool pn_lane_has_room(struct lane *lane, size_t size);
-/* The request for pages of one piece, claimed by the caller. There is a free slot. */
+/* Puts the request for the run's pages into the outbox. The caller has claimed them, and there are
+ * a free slot and room. */
 void pn_stream_ask(struct lane *lane, const struct run *run);
-/* Whether so many requests can be asked now. */
+/* Whether there are slots and room for `requests` requests now. */
 bool pn_stream_can_ask(struct lane *lane, uint32_t requests);
-/* Whether it serves faults, and not the background. */
+/* Whether the lane serves faults, and not the background. */
 static inline bool pn_stream_is_demand(const struct stream *stream) {
     return !stream->lane.config->ring;
 }
-/* Whether it is for us to say what comes compressed. */
+/* Whether the lane, and not the source, decides what comes compressed. */
 static inline bool pn_stream_may_choose(const struct stream *stream) {
     int both = 1 << PN_RAW | 1 << PN_LZ4;
     return pn_stream_is_demand(stream) && (stream->lane.dest->config.encodings & both) == both;
@@ -139,55 +141,59 @@ static inline bool pn_stream_may_choose(const struct stream *stream) {
 
 /* ---- faults.c ---- */
 
-/* Read the uffd, and ask for what is missing: false, if it had nothing to say. */
+/* Reads the uffd, and asks for what is missing. False: there was no event. */
 bool pn_lane_take_faults(struct lane *lane);
-/* Ask for what the window wants, as far as there is room for it in flight. */
+/* Asks for what the window wants, as far as there is room for it in flight. */
 void pn_lane_prefetch_more(struct lane *lane);
-/* Answer faults again that had to wait for the owner's memory to stand still, and ask for pages
- * that should have come by now. */
+/* Answers faults that had to wait until the owner's memory stopped changing, and asks again for
+ * pages that should have come by now. */
 void pn_lane_look_again(struct lane *lane);
 
 /* ---- feed.c: what the background asks for ---- */
 
-/* Before the background asks: see pn_pace_look. */
+/* To be called before the background asks: see pn_pace_look. */
 void pn_lane_look(struct lane *lane);
-/* What of the ring is to be asked for next, as far as the window goes. False: nothing can be asked
- * for now. */
+/* Finds what of the ring is to be asked for next, as far as the window goes. False: nothing can be
+ * asked for now. */
 bool pn_lane_find_next(struct lane *lane, struct run *next);
-/* As much of it as the rate allows is claimed, which may be nothing: somebody else has taken it
- * since it was found. False: the rate allows nothing now. */
+/* Claims as much of it as the rate allows, which may be nothing if another lane has taken it since
+ * it was found. False: the rate allows nothing now. */
 bool pn_lane_claim_next(struct lane *lane, struct run *next);
-/* So many pages of the ring's first run are done with. */
+/* Goes past `pages` pages of the ring's first run, which are done with. */
 void pn_lane_go_past(struct lane *lane, uint64_t pages);
-/* A background lane asks for what the ring has, as far as its window goes. */
+/* Asks for what the ring has, as far as the window of this background lane goes. */
 void pn_stream_feed(struct stream *stream);
 
 /* ---- replies.c: what came ---- */
 
-/* Pages that came (NULL: as zeros): those that are wanted are placed, the rest is dropped. */
+/* Places those of a run's pages that are wanted, and drops the rest. bytes: what came; NULL:
+ * zeros. */
 void pn_lane_place(struct lane *lane, const struct run *run, const void *bytes);
-/* Pages that the caller took before they came, into the memory behind the second mapping. */
+/* Puts pages into place that the caller took before they came into the memory behind the second
+ * mapping. */
 void pn_lane_put(struct lane *lane, const struct run *run);
-/* Demand: read replies into the stage, several at a time, and place them. */
+/* Demand: reads replies into the stage, several at a time, and places them. */
 void pn_stream_receive_staged(struct stream *stream);
-/* Background: read a reply to where its pages belong, or through the stage. */
+/* Background: reads a reply to where its pages belong, or through the stage. */
 void pn_stream_receive_direct(struct stream *stream);
 
 /* ---- loop.c ---- */
 
-/* config and dest are set; windows are as configured, and nothing is in flight. False: no memory,
- * or no descriptor. */
+/* Prepares a lane whose config and dest are set: with the windows of config, and nothing in flight.
+ * False: no memory, or no descriptor. */
 bool pn_lane_prepare(struct lane *lane);
 void pn_lane_clean_up(struct lane *lane);
-/* Watched by epoll for these events, of which *watched has kept what they were. */
+/* Has epoll watch the descriptor for these events. *watched is what it was watched for until now,
+ * and is updated. */
 bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched);
-/* epoll_wait, until something happens or the lane's pause is over. */
+/* epoll_wait, until something happens, the lane's pause is over, or it has faults to look at
+ * again. */
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room);
 void pn_drain_eventfd(int fd);
 
 /* ---- ring.c ---- */
 
-/* The run at the ring's head is done with. */
+/* Takes off the run at the ring's head, which is done with. */
 void pn_ring_took(struct pn_ring *ring, int room_fd);
 
 #endif

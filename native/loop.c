@@ -1,4 +1,4 @@
-/* The loop that drives one connection of the destination, and what other loops wait by, too. */
+/* The loop that drives one connection of the destination, and what the other loops wait by, too. */
 #define _GNU_SOURCE
 #include "lane.h"
 #include "thread.h"
@@ -19,7 +19,7 @@ void pn_drain_eventfd(int fd) {
 
 /* ---- what every lane has ---- */
 
-/* By epoll, not poll: a fault is two waits, and poll pays for each descriptor at each of them. */
+/* By epoll, not poll: a fault takes two waits, and each call of poll pays for each descriptor. */
 bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched) {
     struct epoll_event event = {.events = events, .data.fd = fd};
     bool is_new = *watched == UNWATCHED;
@@ -29,7 +29,7 @@ bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched
     return !epoll_ctl(lane->epoll, is_new ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
 }
 
-/* ns; UINT64_MAX: until something happens. */
+/* How many ns the lane may wait; UINT64_MAX: until something happens. */
 static uint64_t time_to_wait(const struct lane *lane) {
     if (lane->faults.deferred_count)
         return 0;
@@ -42,8 +42,8 @@ int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) {
     uint64_t wait = time_to_wait(lane);
     if (wait == UINT64_MAX || !wait)
         return epoll_wait(lane->epoll, ready, room, wait ? -1 : 0);
-    /* Milliseconds are too coarse to pace by: what is asked for at once stands in the way of what
-     * somebody waits for. */
+    /* Milliseconds are too coarse to pace by: what is asked for at once delays what a thread waits
+     * for. */
     struct timespec time = {.tv_sec = (time_t)(wait / 1000000000),
                             .tv_nsec = (long)(wait % 1000000000)};
     long count = syscall(SYS_epoll_pwait2, lane->epoll, ready, room, &time, NULL, 0);
@@ -86,7 +86,7 @@ static int work_fd(const struct stream *stream) {
 static bool watch_all(struct stream *stream) {
     struct lane *lane = &stream->lane;
     uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
-    /* As many requests are open as there may be: faults wait where they are. */
+    /* No more requests can be opened: the faults stay in the uffd until then. */
     bool full = pn_stream_is_demand(stream) && !pn_stream_can_ask(lane, 3 * EVENTS);
     return pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events) &&
            pn_lane_watch(lane, work_fd(stream), full ? 0 : EPOLLIN, &lane->work_events) &&
@@ -127,8 +127,8 @@ static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
 static bool prepare_stage(struct stream *stream) {
     uint64_t page_size = stream->lane.dest->config.max_page_size;
     uint64_t size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
-    /* The demand lane's holds headers too. Page-aligned, private and anonymous: MOVE takes pages
-     * out of it. */
+    /* The demand lane's stage has room for headers too. It is page-aligned, private and anonymous:
+     * MOVE takes pages out of it. */
     stream->stage_size = size + (pn_stream_is_demand(stream) ? 64 << 10 : 0);
     stream->stage_room =
         stream->stage_size > PN_MAX_LZ4_BYTES ? stream->stage_size : PN_MAX_LZ4_BYTES;

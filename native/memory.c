@@ -1,4 +1,4 @@
-/* Looking at page bytes, and fetching them out of another process. */
+/* Looks at page bytes, and fetches them out of another process. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -47,8 +47,8 @@ static int is_zero_in_file(int fd, uint64_t offset, uint64_t size) {
     return 1;
 }
 
-/* A page that is not zero is nearly always known by its first word, which is all that is read of it
- * then: copying all of the pages was most of what a source over RDMA did. */
+/* A page that is not zero is nearly always known by its first word, so no more of it is read:
+ * copying all of the pages was most of the work of a source over RDMA. */
 int64_t pn_zero_map(int fd, uint64_t offset, uint64_t pages, uint64_t page_size, uint8_t *bits) {
     int64_t zeros = 0;
     for (uint64_t i = 0; i < pages; i++, offset += page_size) {
@@ -96,10 +96,11 @@ int pn_store(uint64_t to, const void *from, uint64_t length) {
 void pn_copy(void *to, const void *from, uint64_t length) { memcpy(to, from, length); }
 
 uint64_t pn_map_memory(uint64_t length, int fd, uint64_t offset, uint64_t alignment) {
-    /* A file's pages are reserved if that can be done (hugetlbfs): what is not there must be said
-     * now, not by SIGBUS. */
+    /* The pages of a file are reserved where that can be done (hugetlbfs): a lack of pages must
+     * show now, and not as SIGBUS later. */
     int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
-    /* Room to find an aligned start in, then the mapping on top of it, then the rest given back. */
+    /* Reserves room to find an aligned start in, puts the mapping on top of it, then gives the rest
+     * back. */
     char *room = mmap(NULL, length + alignment, PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (room == MAP_FAILED)

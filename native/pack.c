@@ -1,4 +1,4 @@
-/* Pages as one LZ4 block behind a checksum of what they are unpacked. */
+/* Pages as one LZ4 block, behind a checksum of the pages uncompressed. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 #include "wire.h"
@@ -11,7 +11,7 @@
 #include <errno.h>
 #include <string.h>
 
-/* ---- the checksum: XXH64 with seed 0, of whole stripes, since pages are no other lengths ---- */
+/* ---- the checksum: XXH64 with seed 0, of whole stripes, which all pages consist of ---- */
 
 static const uint64_t PRIME_1 = 0x9e3779b185ebca87, PRIME_2 = 0xc2b2ae3d27d4eb4f,
                       PRIME_3 = 0x165667b19e3779f9, PRIME_4 = 0x85ebca77c2b2ae63;

@@ -1,13 +1,14 @@
-/* Putting pages in place, and the rules that each of these ioctls shares:
+/* Putting pages in place, and the rules that all these ioctls share:
  *
- *   partial   the kernel stops where it must and says how far it came: go on from there.
- *   EEXIST    somebody was faster with that page. It does not wake: wake by hand, skip the page, go
- * on. EAGAIN    the owner's memory map is changing and events are queued; nothing can be placed
- * until they are read. Only the reader of events can do that: hand back. ENOENT    the range is not
- * one registered mapping. A mapping may have been split or partly unmapped since: go on page by
- *             page, and a page that fails alone is absent.
- *   EFAULT    of CONTINUE: the page cache does not have the page. See pn_settle().
- *   ESRCH     the owner's memory is gone.
+ *   partial   The kernel stops where it must, and reports how far it came: continue from there.
+ *   EEXIST    Another thread placed that page first. The ioctl does not wake then: wake by hand,
+ *             skip the page, continue.
+ *   EAGAIN    The owner's memory map is changing, and events are queued. Nothing can be placed
+ *             until they are read, which only the reader of events can do: return to it.
+ *   ENOENT    The range is not one registered mapping. A mapping may have been split or partly
+ *             unmapped since: continue page by page. A page that fails alone is absent.
+ *   EFAULT    Of CONTINUE: the page cache does not have the page. See pn_settle().
+ *   ESRCH     The owner's memory is gone.
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -20,9 +21,8 @@ static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_
                                uint64_t page_size) {
     if (page_size == (uint64_t)sysconf(_SC_PAGESIZE))
         return pn_uffd_zeropage(uffd, to, length);
-    return pn_uffd_copy(
-        uffd, to, zeros,
-        page_size); /* hugetlbfs has no ZEROPAGE: page by page, from the one page given */
+    /* hugetlbfs has no ZEROPAGE: copy page by page, from the one page of zeros. */
+    return pn_uffd_copy(uffd, to, zeros, page_size);
 }
 
 /* A source page that cannot be moved (pinned, shared since a fork, not present, another process's)
@@ -80,9 +80,9 @@ struct pn_placed pn_place(int uffd, enum pn_how how, uint64_t to, const void *fr
     return sum;
 }
 
-/* Punching a hole takes the page out of the page table first and out of the page cache last. A
- * thread that touches it between the two has a minor fault on a page that is gone when we come to
- * it; woken, it faults again, on a missing page. */
+/* Punching a hole takes the page out of the page table first, and out of the page cache last. A
+ * thread that touches the page between the two has a minor fault on a page that is gone by the time
+ * the fault is answered. Woken, the thread faults again, now on a missing page. */
 struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros,
                            uint64_t page_size) {
     struct pn_placed placed =
@@ -92,7 +92,7 @@ struct pn_placed pn_settle(int uffd, uint64_t to, int minor, const void *zeros,
     return placed;
 }
 
-/* hugetlbfs has no ZEROPAGE, and this is memory whose page size nobody has told us. */
+/* hugetlbfs has no ZEROPAGE, and the page size of this memory is not known beforehand. */
 static struct pn_placed place_huge_zero(int uffd, uint64_t to, uint64_t page_size) {
     struct pn_placed placed = {.error = -ENOMEM};
     void *zeros =
@@ -115,8 +115,8 @@ static struct pn_placed place_outside(int uffd, uint64_t to, uint64_t page_size,
                     to, NULL, page_size, page_size);
 }
 
-/* EINVAL: pages are larger there, or (all sizes) the kernel cannot poison. A write to a page that
- * the owner has protected itself is for nobody to answer. */
+/* EINVAL: pages are larger there, or (at all sizes) the kernel cannot poison. A write to a page
+ * that the owner itself has write-protected is not answered here. */
 int pn_answer_outside(int uffd, uint64_t address, uint64_t flags, int zero) {
     enum { WP = 2, MINOR = 4 };
     static const uint64_t sizes[] = {4096, 2 << 20, 1 << 30};

@@ -1,18 +1,17 @@
-/* Preloaded (LD_PRELOAD) into a VMM that knows nothing of pagenet: when the VMM maps the files that
- * back its guest's RAM, the memory is put under a userfaultfd and handed to pagenet by
- * Firecracker's handshake. Of the C library it replaces mmap and nothing else. What the launcher
- * sets:
+/* Preloaded (LD_PRELOAD) into a VMM that knows nothing of pagenet. When the VMM maps the files that
+ * back its guest's RAM, the memory is put under a userfaultfd, and handed to pagenet by
+ * Firecracker's handshake. Of the C library, only mmap is replaced. The launcher sets:
  *
  *   PAGENET_UFFD_SOCKET   the unix socket on which pagenet waits for owners
- *   PAGENET_UFFD_FILES    DEV:INO[,DEV:INO...]: the files, in the order of the region's flat
- * offsets PAGENET_UFFD_DEVICE   a userfaultfd device node to use instead of /dev/userfaultfd
+ *   PAGENET_UFFD_FILES    DEV:INO[,DEV:INO...]: the files, in order of the region's flat offsets
+ *   PAGENET_UFFD_DEVICE   a userfaultfd device node to use instead of /dev/userfaultfd
  *
- * A guest that runs on memory which nobody fills reads zeros and breaks without a word. So whatever
- * goes wrong here ends the VMM, with one line that says why, and the VMM keeps the userfaultfd for
- * as long as it lives: should pagenet be lost, the guest waits. It keeps the map of its pages too,
- * an empty memfd that pagenet fills: the next pagenet finds there what has come.
+ * A guest whose memory is never filled reads zeros, and breaks without a message. So whatever goes
+ * wrong here ends the VMM, with one line that gives the reason. The VMM keeps the userfaultfd as
+ * long as it lives: if pagenet is lost, the guest waits. It also keeps the map of its pages, an
+ * empty memfd that pagenet fills: the next pagenet finds there which pages have come.
  */
-/* It would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below. */
+/* It would give mmap and mmap64 the same name; offsets have 64 bits anyway: see below. */
 #undef _FILE_OFFSET_BITS
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -47,13 +46,13 @@ _Static_assert(sizeof(off_t) == 8 && sizeof(void *) == 8,
 
 enum { MAX_FILES = 64, ENTRY_ROOM = 160, PATIENCE_S = 5, UNSUPPORTED = 7 };
 
-/* All but the first two: 0 until it is mapped. */
+/* All but the first two are 0 until the file is mapped. */
 struct file {
     uint64_t device, inode;
     uint64_t size, address, length, offset, page_size;
 };
 
-/* Everything below is the lock holder's, but for `idle`: nothing is left to do, ever. */
+/* The lock guards everything below but `idle`. idle: nothing is left to do, ever. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_bool idle;
 static struct file files[MAX_FILES];
@@ -84,7 +83,7 @@ static struct file *find_file(uint64_t device, uint64_t inode) {
     return NULL;
 }
 
-/* Where the number ends, or NULL if `end` does not follow it. */
+/* Returns where the number ends, or NULL if `end` does not follow it. */
 static const char *read_number(const char *at, char end, uint64_t *number) {
     char *past;
     if (!isdigit((unsigned char)*at))
@@ -94,7 +93,7 @@ static const char *read_number(const char *at, char end, uint64_t *number) {
     return !errno && *past == end ? past : NULL;
 }
 
-/* Where the entry ends, or NULL if it is none. */
+/* Reads an entry of the list. Returns where it ends, or NULL: it is wrong, or one too many. */
 static const char *read_file(const char *at) {
     struct file file = {0};
     const char *past = read_number(at, ':', &file.device);
@@ -123,8 +122,7 @@ static void read_environment(void) {
     }
     if (!at || !file_count)
         give_up("PAGENET_UFFD_FILES is '%s', not up to %d different files as DEV:INO,DEV:INO...: "
-                "this is the launcher's "
-                "to mend",
+                "the launcher must set it right",
                 list, MAX_FILES);
 }
 
@@ -144,8 +142,8 @@ static struct file *awaited_file(int fd) {
 
 /* ---- userfaultfd ---- */
 
-/* The VMM may put its own files at 0, 1 and 2 later (QEMU does with -daemonize), and would close
- * ours there. */
+/* The VMM may put its own files at 0, 1 and 2 later (QEMU does with -daemonize), which would close
+ * descriptors of ours there. */
 static int above_stdio(int fd) {
     if (fd < 0 || fd > STDERR_FILENO)
         return fd;
@@ -154,8 +152,8 @@ static int above_stdio(int fd) {
     return moved < 0 ? -EMFILE : moved;
 }
 
-/* Not for faults in user mode alone, which every user could have: KVM and the VMM's own system
- * calls touch the memory too. */
+/* Opens it not only for faults in user mode, which every user could have: KVM and the VMM's own
+ * system calls touch the memory, too. */
 static void open_uffd(void) {
     const char *device = getenv("PAGENET_UFFD_DEVICE");
     device = device ? device : DEVICE;
@@ -218,7 +216,7 @@ static int connect_to_pagenet(void) {
                 sizeof to.sun_path - 1);
     strcpy(to.sun_path, socket_path);
     int fd = above_stdio(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    struct timeval patience = {.tv_sec = PATIENCE_S}; /* with a listener that accepts nobody */
+    struct timeval patience = {.tv_sec = PATIENCE_S}; /* with a listener that does not accept */
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) ||
         TEMP_FAILURE_RETRY(connect(fd, (struct sockaddr *)&to, sizeof to)))
         give_up("cannot reach pagenet on %s: %s: start pagenet first, as the same user",
@@ -226,13 +224,13 @@ static int connect_to_pagenet(void) {
     return fd;
 }
 
-/* The kernel sends duplicates. The socket stays open as the uffd does, and nobody here closes
+/* The kernel sends duplicates. The socket stays open, as the uffd does: nothing here closes
  * either. */
 static void hand_over(int file_fd) {
     static char text[MAX_FILES * ENTRY_ROOM];
     int fds[3] = {uffd, open_map(), file_fd};
-    size_t room = (file_count == 1 ? 3 : 2) *
-                  sizeof *fds; /* the third is the file in which flat offsets are file offsets */
+    /* The third is the file in which flat offsets are file offsets. */
+    size_t room = (file_count == 1 ? 3 : 2) * sizeof *fds;
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {0};
     struct iovec bytes = {.iov_base = text, .iov_len = write_mappings(text, sizeof text)};
     struct msghdr message = {.msg_iov = &bytes,
@@ -252,8 +250,8 @@ static void hand_over(int file_fd) {
 
 /* ---- mmap ---- */
 
-/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call
- * comes. */
+/* Not the next mmap, found by dlsym: dlsym may map memory itself, and may not work yet at the first
+ * call. */
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
     return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd,
                            offset);
@@ -278,9 +276,9 @@ static void note(struct file *file, const void *address, size_t length, int fd, 
                 file->device, file->inode, file->size, file->page_size);
 }
 
-/* Out of reach until it is watched: MAP_POPULATE, mlockall() or another thread would else find
- * holes, and fill them with zeros that look like pages which have come. Watched at once, even if
- * other files are still to be mapped, for the same reason. */
+/* The mapping is inaccessible until it is watched: else MAP_POPULATE, mlockall() or another thread
+ * would find holes, and fill them with zeros that look like pages that have come. It is watched at
+ * once, even if other files are still to be mapped, for the same reason. */
 static void *map_watched(struct file *file, void *address, size_t length, int protection, int flags,
                          int fd, off_t offset) {
     void *mapped = map(address, length, PROT_NONE, flags, fd, offset);
@@ -314,7 +312,7 @@ static void *map_any(void *address, size_t length, int protection, int flags, in
     pthread_mutex_lock(&lock);
     struct file *file = awaited_file(fd);
     if (file && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDWR)
-        file = NULL; /* for the kernel to refuse */
+        file = NULL; /* the kernel will refuse it */
     void *mapped = file ? map_watched(file, address, length, protection, flags, fd, offset)
                         : map(address, length, protection, flags, fd, offset);
     pthread_mutex_unlock(&lock);

@@ -1,9 +1,10 @@
 /* The destination's lanes over RDMA: ask for the key to a chunk of the source's memory, READ pages
  * out of it, place, wake.
  *
- * One loop drives both queue pairs: what it does for a page of the background takes tens of
- * microseconds, and demand is looked at before each. Faults become wants; a want is started when
- * the keys to all its chunks are there. */
+ * One loop drives both queue pairs: its work for a page of the background takes tens of
+ * microseconds, and demand is looked at before each. Faults become wants. A want is begun when the
+ * keys to all its chunks are here.
+ */
 #define _GNU_SOURCE
 #include "chunks.h"
 #include "lane.h"
@@ -21,17 +22,18 @@
 #include <unistd.h>
 
 enum {
-    WANTS = 4096,           /* runs that somebody waits for, not begun */
-    READS = 256,            /* begun at once */
-    SEND_QUEUE = 512,       /* work requests posted at once, on a queue pair */
-    ARENA_BYTES = 16 << 20, /* where pages come that cannot come where they belong */
+    WANTS = 4096,     /* runs that are wanted and not begun, of each kind */
+    READS = 256,      /* in flight at once */
+    SEND_QUEUE = 512, /* work requests posted at once, on a queue pair */
+    /* The stage: memory for pages that cannot be received where they belong. */
+    ARENA_BYTES = 16 << 20,
     SLOT_BYTES = 256 << 10, /* of it for one READ */
     MIN_SLOTS = 2,
     MAX_PART = 1 << 30, /* of one work request */
     READY = 8,
 };
 
-/* To be read, and claimed by us. */
+/* Runs to be read, which this lane has claimed. */
 struct wants {
     struct run items[WANTS];
     uint32_t count;
@@ -40,7 +42,7 @@ struct wants {
 /* Pages in flight. */
 struct under_way {
     struct run pages;
-    int slot;       /* of the stage; -1: they come where they belong */
+    int slot;       /* of the stage; -1: they are received where they belong */
     uint8_t parts;  /* work requests */
     uint64_t since; /* ns */
     uint8_t queue_pair;
@@ -55,14 +57,14 @@ struct read_batch {
 };
 
 struct pn_rdma {
-    struct lane lane; /* first: what asks gets this */
+    struct lane lane; /* first: asking.ask gets a pointer to it */
     struct pn_rdma_config config;
     struct pn_verbs verbs;
     struct ibv_context *context;
     struct ibv_pd *pd;
     struct ibv_comp_channel *channel;
     struct ibv_cq *queues[2];
-    bool armed[2]; /* the channel will say when something ends there */
+    bool armed[2]; /* the channel will report the next completion there */
     struct ibv_qp *pairs[2];
     struct ibv_mr *stage_mr;
     char *stage;
@@ -87,8 +89,8 @@ static uint64_t on_wire(const struct pn_piece *piece, uint64_t page) {
     return piece->wire_first + ((page - piece->first) << piece->shift);
 }
 
-/* A page of ours is zero if all that it consists of at the source are. place: the chunk that was
- * looked at last. */
+/* A page here is zero if all the pages that it consists of at the source are zero. place: the chunk
+ * that was looked at last. */
 static bool is_zero(struct pn_rdma *rdma, struct place *place, const struct pn_piece *piece,
                     uint64_t page) {
     uint64_t at = on_wire(piece, page), end = at + (1ull << piece->shift);
@@ -113,8 +115,8 @@ static uint64_t alike(struct pn_rdma *rdma, const struct pn_piece *piece, uint64
     return same;
 }
 
-/* Our own memory for the pages of a chunk, as far as the piece goes, so that they come where they
- * belong. NULL: no more may be pinned, or the chunk is a part of a page. */
+/* Registers this process's memory for the pages of a chunk, as far as the piece goes, so that they
+ * can be received where they belong. NULL: no more may be pinned. */
 static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece *piece,
                                      const struct place *place) {
     if (place->chunk->local)
@@ -125,9 +127,9 @@ static struct ibv_mr *register_local(struct pn_rdma *rdma, const struct pn_piece
     char *start = (char *)piece->second + from * place->page_size;
     uint64_t size = (to - from) * place->page_size;
     if (!pn_in_place(rdma->lane.dest, piece)) /* else its pages are there */
-        pn_populate(
-            (uintptr_t)start,
-            size); /* if it can be done: registering does it page by page, which takes longer */
+        /* Makes its pages present, if that can be done: registering does that one by one, which
+         * takes longer. */
+        pn_populate((uintptr_t)start, size);
     place->chunk->local = rdma->verbs.reg_mr(rdma->pd, start, size, IBV_ACCESS_LOCAL_WRITE);
     return place->chunk->local;
 }
@@ -137,14 +139,16 @@ static bool within(const struct ibv_mr *mr, uint64_t address, uint64_t size) {
     return offset <= mr->length && size <= mr->length - offset;
 }
 
-/* Where pages of one chunk belong, if they can be received there: NULL if not. */
+/* The registered memory where pages of one chunk belong, or NULL if they cannot be received
+ * there. */
 static struct ibv_mr *in_place(struct pn_rdma *rdma, const struct run *pages,
                                const struct place *place) {
     const struct pn_piece *piece = pages->piece;
     uint64_t wire = on_wire(piece, pages->first), count = pages->count << piece->shift;
     if (!piece->second || wire + count > place->first + place->count)
         return NULL;
-    /* Registering takes longer than copying: for many pages, none of which anybody waits for. */
+    /* Registering takes longer than copying: it is for many pages, none of which a thread waits
+     * for. */
     struct ibv_mr *mr =
         pages->class_ == PN_BACKGROUND ? register_local(rdma, piece, place) : place->chunk->local;
     uint64_t to = piece->second + (pages->first - piece->first) * piece->page_size;
@@ -164,7 +168,8 @@ static void add_part(struct read_batch *batch, uint64_t to, uint32_t lkey, uint6
     batch->count++;
 }
 
-/* A work request for each chunk that the pages lie in, the last of which tells of their end. */
+/* Adds a work request for each chunk that the pages lie in. The last one reports their
+ * completion. */
 static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to, uint32_t lkey) {
     struct read_batch *batch = &rdma->batches[read->queue_pair];
     uint64_t at = on_wire(read->pages.piece, read->pages.first);
@@ -174,7 +179,7 @@ static void add_parts(struct pn_rdma *rdma, struct under_way *read, uint64_t to,
         uint64_t count = pn_at_most(end, place.first + place.count) - at;
         place.chunk->reads++;
         pn_chunks_use(&rdma->chunks, place.chunk);
-        /* A chunk of zeros has no key: what comes there is cleared. */
+        /* A chunk of zeros has no key: the memory for its pages is cleared. */
         if (place.chunk->state == CHUNK_ZERO) {
             int error = pn_clear(rdma->lane.dest, to, count * place.page_size);
             if (error)
@@ -197,20 +202,20 @@ static uint64_t parts_of(const struct pn_rdma *rdma, const struct run *pages) {
 
 static bool has_space(const struct pn_rdma *rdma, int queue_pair, uint64_t parts) {
     const struct read_batch *batch = &rdma->batches[queue_pair];
-    /* What nobody waits for leaves some of the stage for what somebody does. */
+    /* The background leaves half of the stage to pages that threads wait for. */
     uint32_t reserved = queue_pair ? rdma->slot_count / 2 : 0;
     return rdma->free_read_count && rdma->free_slot_count > reserved &&
            batch->count + batch->posted + parts <= SEND_QUEUE;
 }
 
-/* Begin to read pages none of which is known to be zero, as many as fit: how many. 0: there is no
- * room now. */
+/* Begins to read pages, none of which is known to be zero, as many as fit. Returns how many it
+ * dealt with; 0: there is no room now. */
 static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     int queue_pair = pages.class_ == PN_BACKGROUND;
     const struct pn_piece *piece = pages.piece;
     pages.count = pn_at_most(pages.count, rdma->slot_size / piece->page_size);
     struct place place = pn_chunks_place(&rdma->chunks, on_wire(piece, pages.first));
-    if (!piece->shift) /* stay in one chunk, if a chunk is not a part of a page */
+    if (!piece->shift) /* stay in one chunk, unless a chunk is a part of a page */
         pages.count =
             pn_at_most(pages.count, place.first + place.count - on_wire(piece, pages.first));
     if (!has_space(rdma, queue_pair, parts_of(rdma, &pages)))
@@ -246,7 +251,8 @@ static uint64_t begin_read(struct pn_rdma *rdma, struct run pages) {
     return pages.count;
 }
 
-/* Begin what can be begun of a run whose keys are here: how many pages of it are dealt with. */
+/* Begins what can be begun of a run whose keys are here. Returns how many of its pages are dealt
+ * with. */
 static uint64_t begin(struct pn_rdma *rdma, const struct run *want) {
     uint64_t done = 0;
     while (done < want->count && !rdma->lane.ended) {
@@ -258,8 +264,8 @@ static uint64_t begin(struct pn_rdma *rdma, const struct run *want) {
         if (zero) {
             uint64_t size = part.count * part.piece->page_size;
             pn_lane_place(&rdma->lane, &part, NULL);
-            if (part.class_ == PN_BACKGROUND) /* in flight are READs alone, and this takes nothing
-                                                 of a limited link */
+            /* Only READs count as in flight, and zeros take nothing of a limited link. */
+            if (part.class_ == PN_BACKGROUND)
                 pn_refund(rdma->lane.dest, size);
             else
                 pn_pace_came(&rdma->lane.pace, part.class_, size, pn_now());
@@ -290,8 +296,8 @@ static void want(struct lane *lane, const struct run *run) {
 
 static const struct asking wanting = {want, can_want};
 
-/* The first that waits for keys may have others given back for it, and no other: they would take
- * them from each other, for ever. */
+/* Begins what can be begun of the wants. Only the first that waits for keys may have others given
+ * back for it: several wants would take keys from each other for ever. */
 static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < wants->count; i++) {
@@ -308,14 +314,14 @@ static void begin_wants(struct pn_rdma *rdma, struct wants *wants, bool *first) 
         if (item->count)
             wants->items[kept++] = *item;
     }
-    wants->count =
-        kept; /* placing zeros may have read faults, which came behind: they were looked at too */
+    /* Placing zeros may have read faults, whose wants came behind: those were looked at too. */
+    wants->count = kept;
 }
 
 /* ---- background ---- */
 
-/* Every page of the chunk that the piece has is in place, or given up: its key is of no more use.
- */
+/* Whether every page that the piece has of the chunk is in place, or given up: its key is then of
+ * no more use. */
 static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const struct place *place) {
     uint64_t from = place->first > piece->wire_first ? place->first - piece->wire_first : 0;
     uint64_t to =
@@ -329,8 +335,8 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
     return true;
 }
 
-/* The background mostly goes on where it is: it should find the keys there when it comes. Several
- * are asked for at a time, so that the source is not woken for each. */
+/* Asks for keys ahead of the background, which mostly continues where it is, and should find them
+ * here. Several are asked for at a time, so the source is not woken for each. */
 static void ask_ahead(struct pn_rdma *rdma, const struct pn_piece *piece, uint64_t page) {
     uint64_t at = on_wire(piece, page), past = on_wire(piece, piece->first + piece->count);
     uint32_t most = (uint32_t)pn_at_most(rdma->chunks.granted, PN_AHEAD);
@@ -353,7 +359,7 @@ static bool is_readable(struct pn_rdma *rdma, const struct run *run, bool may_gi
            has_space(rdma, 1, parts_of(rdma, run));
 }
 
-/* The next pages of the run at the ring's head. False: nothing can be begun now. */
+/* Begins the next pages of the run at the ring's head. False: nothing can be begun now. */
 static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
     struct lane *lane = &rdma->lane;
     struct run next;
@@ -361,7 +367,8 @@ static bool begin_next(struct pn_rdma *rdma, bool may_give_back) {
         !pn_lane_claim_next(lane, &next))
         return false;
     uint64_t begun = next.count ? begin(rdma, &next) : 0, left = next.count - begun;
-    /* No room for the rest: as if it had not been claimed, unless somebody waits for it by now. */
+    /* There is no room for the rest: its claim is undone, except for pages that a thread waits for
+     * by now. */
     if (left)
         pn_map_replace(lane->dest->config.map, next.first + begun, left, PN_COMING, PN_MISSING);
     pn_lane_go_past(lane, next.count ? begun : 1);
@@ -427,8 +434,8 @@ static void failed(struct pn_rdma *rdma, const struct ibv_wc *completion) {
                     rdma->verbs.wc_status_str(completion->status));
 }
 
-/* Of demand all there is; of the background one at a time, for demand is to be looked at again
- * before the next. */
+/* Takes up to 16 completions of demand, but only one of the background, after which demand is
+ * looked at again. False: there was none. */
 static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
     struct ibv_wc completions[16];
     int room = queue_pair ? 1 : 16;
@@ -441,7 +448,7 @@ static bool take_completions(struct pn_rdma *rdma, int queue_pair) {
     return got > 0;
 }
 
-/* One: if there is another, epoll says so again. */
+/* Takes one event: if there is another, epoll reports it again. */
 static void take_channel_event(struct pn_rdma *rdma) {
     struct ibv_cq *queue;
     void *data;
@@ -451,9 +458,10 @@ static void take_channel_event(struct pn_rdma *rdma) {
     }
 }
 
-/* Before sleeping, and only while something is in flight: most that somebody waits for has ended by
- * then on a near device, and neither asking to be told nor being told is for nothing. What ended
- * before it was asked for is not told. */
+/* Asks for notice of the next completions: just before sleeping, and only while something is in
+ * flight. On a near device most READs that threads wait for have completed by then, and both asking
+ * for notice and getting it cost time. A completion that came before it was asked for gives no
+ * notice, so the queue is looked at once more. True: there was one. */
 static bool arm(struct pn_rdma *rdma) {
     bool came = false;
     for (int i = 0; i < 2 && !rdma->lane.ended; i++) {
@@ -498,7 +506,7 @@ static void take_demanded(struct pn_rdma *rdma) {
         ;
 }
 
-/* The source may pin no more: when to ask it again. */
+/* If the source may pin no more, the lane pauses until it is to be asked again. */
 static void pause_until_asking(struct pn_rdma *rdma) {
     uint64_t left = pn_chunks_pause(&rdma->chunks);
     if (left)
@@ -510,7 +518,7 @@ static void begin_all(struct pn_rdma *rdma) {
     bool first = true;
     begin_wants(rdma, &rdma->demanded, &first);
     post(rdma, 0);
-    take_demanded(rdma); /* a near peer, or a device in software, has done it by now */
+    take_demanded(rdma); /* a near peer, or a device in software, is done by now */
     begin_wants(rdma, &rdma->prefetched, &first);
     post(rdma, 0);
     pn_lane_look(lane);
@@ -522,8 +530,8 @@ static void begin_all(struct pn_rdma *rdma) {
     pn_lane_flush(lane);
 }
 
-/* With processors to spare, the end of a READ that somebody waits for is looked for before
- * sleeping. */
+/* With processors to spare, polls before sleeping for the end of a READ that a thread waits for.
+ * True: it came. */
 static bool spin(struct pn_rdma *rdma) {
     if (!rdma->spin_ns || !rdma->demand_reads || rdma->lane.ended)
         return false;

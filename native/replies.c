@@ -52,7 +52,7 @@ static bool check_pages(struct stream *stream, const struct pn_reply *reply,
     return true;
 }
 
-/* The same rules, and words, as pagenet/protocol.py's OutstandingRequests. */
+/* The rules and messages are those of OutstandingRequests in pagenet/protocol.py. */
 static bool check_reply(struct stream *stream, const struct pn_reply *reply,
                         const struct slot *slot) {
     if (!slot)
@@ -73,7 +73,8 @@ static bool check_reply(struct stream *stream, const struct pn_reply *reply,
 
 /* ---- placing ---- */
 
-/* The owner's memory is changing, and the owner waits for its events to be read. */
+/* The owner's memory is changing, and the owner waits for its events to be read: reads them, or
+ * lets the loop that reads them run. */
 static void let_change(struct lane *lane) {
     if (!lane->faults.asking || !pn_lane_take_faults(lane))
         sched_yield();
@@ -100,7 +101,7 @@ static void put_all(struct lane *lane, struct run run, const uint8_t *bytes, boo
 
 void pn_lane_put(struct lane *lane, const struct run *run) { put_all(lane, *run, NULL, false); }
 
-/* Pages that are ours to write. */
+/* Places pages that this lane has taken. */
 static void place_taken(struct lane *lane, const struct run *run, const uint8_t *bytes) {
     const struct pn_piece *piece = run->piece;
     if (!bytes && pn_leave_zeros(lane->dest, run->class_, piece, run->first, run->count)) {
@@ -159,7 +160,7 @@ static void come_staged(struct stream *stream, uint64_t pages, const uint8_t *by
     arrived(stream, pages);
 }
 
-/* A header is whole: check it, and get ready for its payload. */
+/* A header is whole: checks it, and prepares for its payload. */
 static void begin_reply(struct stream *stream) {
     const struct pn_reply *reply = &stream->header;
     struct slot *slot = slot_of(stream, reply->id);
@@ -202,8 +203,8 @@ static void finish_reply(struct stream *stream) {
     stream->current = (struct current){0};
 }
 
-/* All of a compressed reply is here. Nothing is claimed, and nothing written where anybody sees it,
- * before it is known to be right. */
+/* Places a compressed reply, all of which is here. Nothing is claimed, and nothing is written where
+ * it can be seen, before the bytes are known to be right. */
 static void use_packed(struct stream *stream, const uint8_t *bytes) {
     struct current *current = &stream->current;
     uint64_t pages = current->count, size = pages * current->slot->piece->page_size;
@@ -227,7 +228,8 @@ static void fail(struct stream *stream, const uint8_t *reason) {
 
 /* ---- receiving, demand: small replies, several to a read ---- */
 
-/* As much of the stage as makes sense; returns how much was used. */
+/* Uses the next whole thing in the stage (a header, a payload, or pages of one). Returns how many
+ * bytes that took; 0: more bytes have to come. */
 static size_t use(struct stream *stream, const uint8_t *bytes, size_t length) {
     if (!stream->current.slot) {
         if (length < sizeof stream->header)
@@ -289,8 +291,7 @@ void pn_stream_receive_staged(struct stream *stream) {
     }
 }
 
-/* ---- receiving, background: straight to where the pages belong, or to an aligned stage that is
- * placed from at once ---- */
+/* ---- receiving, background: to where the pages belong, or to a stage to place them from ---- */
 
 static void begin_piece(struct stream *stream) {
     const struct pn_piece *piece = stream->current.slot->piece;
@@ -301,7 +302,7 @@ static void begin_piece(struct stream *stream) {
         return;
     uint64_t taken = pn_take(stream->lane.dest, stream->current.first, stream->piece_count);
     stream->piece_taken = taken > 0;
-    /* A page that is no longer wanted goes to the stage, and nowhere from there. */
+    /* A page that is no longer wanted goes to the stage, and is dropped there. */
     stream->piece_count = taken ? taken : 1;
 }
 
@@ -326,8 +327,8 @@ static uint8_t *piece_target(struct stream *stream) {
     return stream->piece_taken ? (uint8_t *)(piece->second + at) : stream->stage;
 }
 
-/* What comes next: the rest of a header, or of a piece and (if it is the reply's last) the header
- * behind it. */
+/* Where to receive what comes next: the rest of a header, or of a piece and (if it is the reply's
+ * last) the header behind it. Returns the number of buffers. */
 static int next_buffers(struct stream *stream, struct iovec *buffers) {
     if (!stream->current.slot) {
         buffers[0] = (struct iovec){(uint8_t *)&stream->header + stream->have,
@@ -377,7 +378,8 @@ static void came(struct stream *stream, size_t got, size_t wanted) {
     } else if (got < wanted) {
         stream->have += got;
     } else {
-        /* Neither needs the header: the next one may have come behind the piece. */
+        /* Neither of these needs the header any more: the next one may have come behind the
+         * piece. */
         if (stream->current.packed)
             use_packed(stream, stream->stage);
         else

@@ -1,10 +1,11 @@
-/* The residency map: one byte a page, changed by compare-and-swap alone, so that lanes in threads
- * and in other processes agree on who may ask for a page and who may write it. Counters of
+/* The residency map: one byte a page, changed by compare-and-swap alone, so lanes in threads and in
+ * other processes agree which of them may ask for a page, and which may write to it. Counters of
  * statistics are relaxed atomics: they order nothing.
  *
  * The owner of the memory may have the map, too, and write to it at any time. So nothing in it is
- * used as a size or an offset: callers say how many pages there are, every loop is bounded by that,
- * and a state is only compared. */
+ * used as a size or an offset: callers pass the number of pages, every loop is bounded by that, and
+ * a state is only compared.
+ */
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -23,7 +24,7 @@ static void add(uint64_t *counter, uint64_t amount) {
     atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_relaxed);
 }
 
-/* Whoever sees the count sees the states that were counted. */
+/* A thread that sees the count sees the states that were counted. */
 static void add_in_order(uint64_t *counter, uint64_t amount) {
     atomic_fetch_add_explicit((_Atomic uint64_t *)counter, amount, memory_order_release);
 }
@@ -32,8 +33,8 @@ static bool is_done(int state) {
     return state == PN_RESIDENT || state == PN_REMOVED || state == PN_POISONED;
 }
 
-/* Keeps `scope` and `done` exact: each page's transition is one atomic step, and is counted by
- * whoever made it. */
+/* Keeps `scope` and `done` exact: each transition of a page is one atomic step, and the thread that
+ * made it counts it. */
 static void account(struct pn_map *map, int from, int to, uint64_t pages) {
     if (pages && is_done(to) != is_done(from))
         add_in_order(&map->done, is_done(to) ? pages : -pages);
@@ -41,8 +42,8 @@ static void account(struct pn_map *map, int from, int to, uint64_t pages) {
         add_in_order(&map->scope, to == PN_OUTSIDE ? -pages : pages);
 }
 
-/* Eight pages are one aligned word: runs are longer than that, and a step for each page is a tenth
- * of what placing it costs. */
+/* The states of eight pages are one aligned word. Runs are longer than that, and a step for each
+ * page costs a tenth of what placing it does. */
 static _Atomic uint64_t *eight(const struct pn_map *map, uint64_t page) {
     return (_Atomic uint64_t *)(states(map) + page);
 }
@@ -62,8 +63,8 @@ int pn_map_state(const struct pn_map *map, uint64_t page) {
     return atomic_load_explicit(&states(map)[page], memory_order_acquire);
 }
 
-/* A page's step and its being counted are two: whoever died between them has left the counts wrong.
- */
+/* Counts anew, because a page's step and counting it are two: a process that died between them has
+ * left the counts wrong. */
 int pn_map_recover(struct pn_map *map, uint64_t pages) {
     if (memcmp(map->magic, MAGIC, sizeof map->magic) || map->pages != pages)
         return -EINVAL;

@@ -1,5 +1,5 @@
-/* Two queues between a loop in C and Trio: runs for a background lane, and pages that were faulted
- * on. One writer, one reader each, and neither ever waits for the other. */
+/* Two queues between a loop in C and Trio: runs for a background lane, and pages that faulted. Each
+ * has one writer and one reader, and neither ever waits for the other. */
 #define _GNU_SOURCE
 #include "lane.h"
 
@@ -24,14 +24,15 @@ uint64_t pn_ring_used(const struct pn_ring *ring) {
 }
 
 void pn_ring_took(struct pn_ring *ring, int room_fd) {
-    /* Before the look: either we see wake_at, or its writer this. */
+    /* Before wake_at is read: either this loop sees the writer's wake_at, or the writer sees this
+     * head. */
     atomic_store((_Atomic uint64_t *)&ring->head, ring->head + 1);
     uint64_t wake_at = __atomic_load_n(&ring->wake_at, __ATOMIC_SEQ_CST);
     if (!wake_at || pn_ring_used(ring) <= wake_at)
         eventfd_write(room_fd, 1);
 }
 
-/* ---- what was faulted on ---- */
+/* ---- pages that faulted ---- */
 
 void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) {
     uint64_t tail = log->tail;
@@ -40,8 +41,8 @@ void pn_fault_log_write(struct pn_fault_log *log, uint64_t page, int reader_fd) 
         return;
     }
     log->pages[tail % 4096] = page;
-    /* Sequentially consistent, as the reader's: either it sees this page, or we see that it sleeps.
-     */
+    /* Sequentially consistent, as are the reader's accesses: either the reader sees this page, or
+     * the writer sees that the reader sleeps. */
     __atomic_store_n(&log->tail, tail + 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&log->sleeping, __ATOMIC_SEQ_CST) &&
         __atomic_exchange_n(&log->sleeping, 0, __ATOMIC_SEQ_CST))

@@ -1,10 +1,11 @@
 /* The source's half of the native lanes: requests in, pages out, any number of connections in one
  * loop.
  *
- * A connection costs its struct and its socket's buffers; page bytes go through a buffer of the
- * loop's, or by sendfile straight from the file. Of a reply no more is made at a time than a chunk,
- * and only what a full socket refuses of that is kept, in a buffer of its connection's own: the
- * rest is read once the socket takes more. */
+ * A connection costs its struct and its socket's buffers. Page bytes go through a buffer of the
+ * loop, or by sendfile straight from the file. At most a chunk of a reply is made at a time. A
+ * buffer of the connection keeps only what a full socket refuses of the chunk; the rest is read
+ * once the socket takes more.
+ */
 #define _GNU_SOURCE
 #include "pagenet.h"
 #include "thread.h"
@@ -31,26 +32,26 @@
 #include <unistd.h>
 
 enum {
-    REQUESTS = 128, /* taken from a socket at a time */
-    CHUNK = 256
-        << 10, /* read, or looked through for zeros, at a time: larger ones leave the cache before
-                  they are sent; and as much, with its headers, is kept of a connection at most */
-    SENDFILE_MIN = 64
-        << 10,    /* below, one read and one send are cheaper than a send and a sendfile */
-    TURN = CHUNK, /* bytes of work for one connection before the others have theirs, where somebody
-                     waits for them */
-    LONG_TURN = 4 * CHUNK, /* where nobody does, or there are no others */
-    PACK_WORK = 3,      /* compressing a byte counts for so many; reading and sending it is one */
-    REQUEST_WORK = 512, /* what a request takes whatever it asks for, as bytes */
+    REQUESTS = 128, /* taken from a socket at a time, at most */
+    /* Read, or looked through for zeros, at a time: larger pieces leave the cache before they are
+     * sent. At most as much, with its headers, is kept of a connection. */
+    CHUNK = 256 << 10,
+    SENDFILE_MIN = 64 << 10, /* below, a read and a send are cheaper than a send and a sendfile */
+    /* Work for one connection, in bytes, before the others have their turn: where threads wait for
+     * them; and where no thread does, or there are no others. */
+    TURN = CHUNK,
+    LONG_TURN = 4 * CHUNK,
+    PACK_WORK = 3,      /* the work of compressing a byte; reading and sending it is 1 */
+    REQUEST_WORK = 512, /* the work of a request, whatever it asks for, in bytes */
     MAX_RUNS = CHUNK / 4096,
     LZ4_BLOCK = 128 << 10, /* compressed at a time: both sides have it in the cache then */
     PAGE = 4096,
-    BUFFER_OFFSET = 2048,  /* of the buffer in its page, see new_buffer */
-    KEPT_UNITS = 16 << 20, /* kept of all connections beyond which larger units go as they are:
-                              nothing of those is kept */
-    FIRST_LOOK = 4
-        << 10,         /* of a larger unit: most that are not zero are not so from the beginning */
-    SAMPLE = 32 << 10, /* compressed to see what that would be like */
+    BUFFER_OFFSET = 2048, /* of the buffer in its page: see new_buffer */
+    /* Bytes kept of all connections. Beyond that, larger units go uncompressed: of those nothing is
+     * kept. */
+    KEPT_UNITS = 16 << 20,
+    FIRST_LOOK = 4 << 10, /* of a larger unit: most that are not zero show it at their beginning */
+    SAMPLE = 32 << 10,    /* compressed to measure what compressing would bring */
 };
 
 struct notice {
@@ -63,28 +64,29 @@ struct conn {
     struct conn *next;
     uint64_t id;
     int sock;
-    uint32_t events; /* what epoll watches for */
+    uint32_t events; /* what epoll watches it for */
     uint8_t in[REQUESTS * sizeof(struct pn_request)];
     size_t in_start, in_end;
     struct pn_request request; /* being answered: pages from `first`, `count` of them are left */
-    uint8_t *kept;             /* bytes that the socket had no room for */
+    uint8_t *kept;             /* bytes that the socket refused */
     size_t kept_start, kept_size;
-    const struct pn_source_block
-        *block; /* then, of the reply that was begun, so many bytes from there on */
+    /* Behind them, of the reply that was begun, `left` bytes of the block from byte `at` on. */
+    const struct pn_source_block *block;
     uint64_t at, left;
     bool by_sendfile;
-    uint64_t scanned; /* bytes of the unit at hand that are zero, as far as it was looked through */
-    bool full;        /* the socket refused something, and has not said since that it has room */
+    uint64_t scanned; /* bytes of the unit at hand that were looked through, and are zero */
+    bool full;        /* the socket refused something, and epoll has not reported room since */
     struct conn *next_waiting; /* for its turn */
     bool waits;
-    bool is_local; /* the peer is on this host, as far as its address says */
+    bool is_local; /* the peer is on this host, as far as its address tells */
     uint8_t link;
-    bool idle; /* has answered all that was asked */
+    bool idle; /* all that was asked for is answered */
     struct pn_choice choice;
-    uint64_t bytes,
-        wire; /* of the chunk being answered: of pages that are not zero, and what is sent */
-    struct notice *notice; /* of its end, made with it: an end that could not be told would be
-                              waited for without end */
+    /* Of the chunk being answered: bytes of pages that are not zero, and bytes sent. */
+    uint64_t bytes, wire;
+    /* Of its end. Allocated with the connection: an end that could not be reported for want of
+     * memory would be waited for without end. */
+    struct notice *notice;
     bool ended;
 };
 
@@ -104,12 +106,12 @@ struct pn_source {
     struct command *commands, **last_command;
     struct notice *ended, **last_ended;
     struct conn *conns;
-    struct conn *waiting,
-        **last_waiting; /* that could go on at once, in the order of their turns */
-    struct pn_end *end; /* why the loop ends, once it does */
+    /* Connections that could go on at once, in the order of their turns. */
+    struct conn *waiting, **last_waiting;
+    struct pn_end *end; /* gets the reason why the loop ends */
     bool lost;
-    uint8_t *buffer;       /* a chunk, or what is compressed at a time */
-    uint8_t *packed;       /* what the buffer becomes when compressed */
+    uint8_t *buffer;       /* a chunk, or a unit to be compressed */
+    uint8_t *packed;       /* the buffer's content, compressed */
     uint64_t work;         /* done in this turn, in bytes */
     _Atomic uint64_t kept; /* bytes, of all connections */
     void *pack_state;
@@ -127,10 +129,10 @@ struct stretch {
 
 /* ---- life ---- */
 
-/* Not at the beginning of a page. The kernel copies with `rep movsb`, which some processors (AMD's
- * Zen) do at a third of their speed where the place that is written to is a few bytes behind the
- * one that is read, counted within pages: 0.78 instead of 0.26 ns a byte for pread into a buffer of
- * malloc's, 16 bytes into its page. What is read begins with a page, what is sent lands a few
+/* The buffer does not begin at the beginning of a page. The kernel copies with `rep movsb`, which
+ * some processors (AMD's Zen) do at a third of their speed where the target is a few bytes behind
+ * the origin, counted within pages: pread into a buffer of malloc's, 16 bytes into its page, takes
+ * 0.78 ns a byte instead of 0.26. What is read begins with a page, and what is sent lands a few
  * headers behind the beginning of one, so half a page is far from both. */
 static uint8_t *new_buffer(void) {
     uint8_t *pages = aligned_alloc(PAGE, PN_MAX_LZ4_BYTES + PAGE);
@@ -204,7 +206,7 @@ void pn_source_free(struct pn_source *source) {
     free(source);
 }
 
-/* ---- words from other threads ---- */
+/* ---- commands from other threads ---- */
 
 static int command(struct pn_source *source, struct conn *add, uint64_t id) {
     struct command *command = malloc(sizeof *command);
@@ -219,7 +221,7 @@ static int command(struct pn_source *source, struct conn *add, uint64_t id) {
     return 0;
 }
 
-/* Over the loopback device, or not over the network at all. */
+/* Whether the peer is reached over the loopback device, or not over the network at all. */
 static bool is_local(int sock) {
     union {
         struct sockaddr any;
@@ -364,8 +366,8 @@ static bool read_bytes(struct pn_source *source, const struct pn_source_block *b
     if (block->pid <= 0)
         return read_file(source, block, offset, into, size);
     int error = pn_read_process(block->pid, block->address + offset, into, size);
-    /* The number may have gone to another process meanwhile; not while ours was still there after
-     * the read. */
+    /* The pid may belong to another process by now, but not if our process still runs after the
+     * read. */
     bool ended = process_ended(block);
     if (ended)
         lose(source, "process %d has ended", block->pid);
@@ -375,13 +377,14 @@ static bool read_bytes(struct pn_source *source, const struct pn_source_block *b
     return !ended && !error;
 }
 
-/* Nothing but a hole from this page on, for so many pages. */
+/* Whether `pages` pages from this one on are nothing but a hole. */
 static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
     return block->pid <= 0 &&
            pn_is_hole(block->fd, offset_of(block, page), pages * block->page_size);
 }
 
-/* Whether the unit of a file is zero, without reading more of it than that takes. */
+/* Whether the unit of a file is zero, without reading more of it than that takes. -1: it cannot be
+ * read. */
 static int unit_is_zero(struct pn_source *source, const struct pn_source_block *block,
                         uint64_t page, size_t size) {
     uint64_t word, offset = offset_of(block, page);
@@ -433,7 +436,7 @@ static size_t size_of(const struct iovec *parts, int count) {
     return size;
 }
 
-/* Bytes that the socket refused, to be sent before anything else. */
+/* Keeps bytes that the socket refused. They are sent before anything else. */
 static void keep(struct pn_source *source, struct conn *conn, const struct iovec *parts, int count,
                  size_t sent) {
     size_t size = size_of(parts, count), rest = size - at_most(sent, size);
@@ -451,7 +454,7 @@ static void keep(struct pn_source *source, struct conn *conn, const struct iovec
     atomic_fetch_add_explicit(&source->kept, rest, memory_order_relaxed);
 }
 
-/* Whether all of it was taken, and more would be. */
+/* Whether the socket took all of it, and would take more. */
 static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iovec *parts,
                          int count, int flags) {
     ssize_t sent = try_send(source, conn, parts, count, flags);
@@ -483,8 +486,7 @@ static void send_from_file(struct pn_source *source, struct conn *conn, size_t s
     } while (sent < 0 && errno == EINTR);
     if (sent < 0 && errno != EAGAIN)
         end_conn(source, conn, PN_END_BROKEN, errno, "");
-    else if (sent ==
-             0) /* the header promised more than there is: this connection can only be cut */
+    else if (sent == 0) /* the header promised more than there is: the connection must be cut */
         lose_end(source, conn->block, conn->at);
     conn->full = sent < (ssize_t)size;
     source->work += size;
@@ -503,7 +505,7 @@ static void send_by_copy(struct pn_source *source, struct conn *conn, size_t siz
     send_or_keep(source, conn, &part, 1, 0);
 }
 
-/* Some more pages of the reply that was begun. */
+/* Sends some more pages of the reply that was begun. */
 static void send_pages(struct pn_source *source, struct conn *conn) {
     size_t size = at_most(conn->left, CHUNK);
     if (conn->by_sendfile)
@@ -550,7 +552,7 @@ static bool packs(const struct pn_source *source, const struct conn *conn) {
     const struct pn_request *request = &conn->request;
     if (!(request->encodings & 1 << PN_LZ4))
         return false;
-    if (!(request->encodings & 1 << PN_RAW)) /* it wants what can be had, whatever that costs */
+    if (!(request->encodings & 1 << PN_RAW)) /* it wants pages compressed, whatever that costs */
         return true;
     if (request->class_ == PN_BACKGROUND)
         return pn_choice_packs(&conn->choice);
@@ -558,7 +560,7 @@ static bool packs(const struct pn_source *source, const struct conn *conn) {
                                 memory_order_relaxed);
 }
 
-/* Compress pages, if that makes them smaller: into how many bytes, or 0. */
+/* Compresses pages, if that makes them smaller. Returns the bytes that they take, or 0. */
 static size_t pack(struct pn_source *source, struct conn *conn, const uint8_t *pages, size_t size,
                    uint8_t *to) {
     uint64_t began = pn_now(), length = pn_pack(source->pack_state, pages, size, to);
@@ -572,12 +574,12 @@ static bool is_choosing(const struct conn *conn) {
     return conn->request.class_ == PN_BACKGROUND && (conn->request.encodings & both) == both;
 }
 
-/* Whether to see what compressing the pages at hand would be like. */
+/* Whether to measure what compressing the pages at hand would bring. */
 static bool wants_sample(const struct conn *conn) {
     return is_choosing(conn) && pn_choice_wants_sample(&conn->choice, conn->choice.mark);
 }
 
-/* Headers and payloads of what is sent at once. */
+/* Headers and payloads that are sent at once. */
 struct reply_batch {
     struct pn_reply replies[MAX_RUNS];
     struct iovec parts[2 * MAX_RUNS];
@@ -595,7 +597,8 @@ static void add_reply(struct reply_batch *batch, struct conn *conn, uint8_t enco
     advance(&conn->request, pages);
 }
 
-/* Pages that are not zero, in blocks of whole units, each compressed if that makes it smaller. */
+/* Adds pages that are not zero, in blocks of whole units. Each block is compressed if that makes it
+ * smaller. */
 static void add_packed(struct pn_source *source, struct reply_batch *batch, struct conn *conn,
                        uint8_t *at, uint64_t pages, uint64_t page_size, uint64_t unit,
                        uint8_t **to) {
@@ -611,7 +614,7 @@ static void add_packed(struct pn_source *source, struct reply_batch *batch, stru
     }
 }
 
-/* Read the pages, and send headers and payload of all stretches at once. */
+/* Reads the pages, and sends the headers and payloads of all stretches at once. */
 static void answer_by_copy(struct pn_source *source, struct conn *conn,
                            const struct pn_source_block *block, uint64_t pages, uint64_t unit,
                            bool packing) {
@@ -642,7 +645,7 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn,
     send_or_keep(source, conn, batch.parts, batch.count, 0);
 }
 
-/* Pages that are not zero, without keeping any of them. */
+/* Sends pages that are not zero, without keeping any of them. */
 static void stream_pages(struct pn_source *source, struct conn *conn,
                          const struct pn_source_block *block, uint64_t pages) {
     uint64_t size = pages * block->page_size, at = offset_of(block, conn->request.first);
@@ -664,7 +667,8 @@ static void stream_pages(struct pn_source *source, struct conn *conn,
         send_pages(source, conn);
 }
 
-/* One stretch of the chunk: look where it ends, then let the kernel send it from the file. */
+/* Answers one stretch of the chunk: looks where it ends, then has the kernel send it from the
+ * file. */
 static void answer_by_sendfile(struct pn_source *source, struct conn *conn,
                                const struct pn_source_block *block, uint64_t pages, uint64_t unit) {
     struct stretch stretches[2];
@@ -678,15 +682,15 @@ static void answer_by_sendfile(struct pn_source *source, struct conn *conn,
     }
     if (stretches[0].zero)
         answer_zero(source, conn, stretches[0].pages);
-    else if (stretches[0].pages * block->page_size <
-             SENDFILE_MIN) /* splintered by zero pages: not worth a sendfile each */
+    else if (stretches[0].pages * block->page_size < SENDFILE_MIN)
+        /* Splintered by zero pages: not worth a sendfile each. */
         answer_by_copy(source, conn, block, pages, unit, false);
     else
         stream_pages(source, conn, block, stretches[0].pages);
 }
 
-/* A unit that is too large to be looked through at once: a piece of it in each turn, until it is
- * known whether it is zero. */
+/* Answers a unit that is too large to be looked through at once: a piece of it in each turn, until
+ * it is known whether the unit is zero. */
 static void answer_unit(struct pn_source *source, struct conn *conn,
                         const struct pn_source_block *block, uint64_t unit) {
     uint64_t size = unit * block->page_size,
@@ -706,8 +710,9 @@ static void answer_unit(struct pn_source *source, struct conn *conn,
         stream_pages(source, conn, block, unit);
 }
 
-/* Whether this unit, which is larger than what is compressed at a time, may be: it takes a
- * destination that waits milliseconds, and what a full socket refuses of it is kept. */
+/* Whether this unit, which is larger than what is compressed at a time, may be compressed. It takes
+ * milliseconds, for which other destinations would wait, and what a full socket refuses of it is
+ * kept. */
 static bool may_pack(const struct pn_source *source, const struct conn *conn, uint64_t size) {
     if (size > PN_MAX_LZ4_BYTES ||
         atomic_load_explicit(&source->kept, memory_order_relaxed) + size > KEPT_UNITS)
@@ -729,16 +734,15 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
                                            : unit,
              size = pages * block->page_size;
     bool is_large = conn->scanned || (!most && !(packing && may_pack(source, conn, size)));
-    if (!is_large &&
-        (block->pid > 0 || size < SENDFILE_MIN)) /* a hole reads as zeros: no need to ask for it */
+    if (!is_large && (block->pid > 0 || size < SENDFILE_MIN))
+        /* A hole reads as zeros: no need to ask for it. */
         answer_by_copy(source, conn, block, pages, unit, packing);
     else if (!conn->scanned && is_hole(block, request->first, request->count))
         answer_zero(source, conn, request->count);
-    else if (is_large) /* once begun, it is gone on with, whatever has become of the choice to
-                          compress */
+    else if (is_large) /* a unit once begun is continued, whatever the choice to compress is now */
         answer_unit(source, conn, block, unit);
-    else if (packing || conn->is_local) /* sendfile would leave the copying, from cold memory, to
-                                           the destination's busier loop */
+    else if (packing || conn->is_local)
+        /* Sendfile would leave the copying, from cold memory, to the destination's busier loop. */
         answer_by_copy(source, conn, block, pages, unit, packing);
     else
         answer_by_sendfile(source, conn, block, pages, unit);
@@ -746,8 +750,8 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
         tell_lost(source, conn);
 }
 
-/* Nothing was asked for and everything had arrived: the time until now says nothing about the link.
- */
+/* Nothing was asked for, and everything had arrived: the time until now tells nothing about the
+ * link. */
 static bool was_drained(struct conn *conn) {
     int waiting = 0;
     bool idle = conn->idle;
@@ -780,7 +784,7 @@ static bool is_wrong(struct pn_source *source, struct conn *conn, const char *fo
     return false;
 }
 
-/* The same rules, and words, as pagenet/protocol.py's RequestDecoder. */
+/* The rules and messages are those of RequestDecoder in pagenet/protocol.py. */
 static bool check_request(struct pn_source *source, struct conn *conn,
                           const struct pn_request *request) {
     const struct pn_source_block *last = &source->blocks[source->block_count - 1],
@@ -842,7 +846,7 @@ static bool can_go_on(const struct conn *conn) {
     return has_work(conn) && !conn->full && !conn->ended;
 }
 
-/* One step: what was begun comes first. */
+/* One step. What was begun comes first. */
 static void answer(struct pn_source *source, struct conn *conn) {
     if (conn->kept)
         send_kept(source, conn);
@@ -852,7 +856,8 @@ static void answer(struct pn_source *source, struct conn *conn) {
         answer_chunk(source, conn);
 }
 
-/* Until the socket is full, there is nothing to do, or it is the others' turn. */
+/* Answers until the socket is full, there is nothing to do, or it is the other connections'
+ * turn. */
 static void take_turn(struct pn_source *source, struct conn *conn) {
     uint64_t most = source->background || !source->conns->next ? LONG_TURN : TURN;
     for (source->work = 0; can_go_on(conn) && source->work < most && !source->lost;)
@@ -863,8 +868,8 @@ static void take_turn(struct pn_source *source, struct conn *conn) {
 
 /* ---- the loop ---- */
 
-/* sendfile() that was reset half way returns what it had sent, and takes the error with it: the end
- * that recv() then sees is none. */
+/* A sendfile() that was reset half way returns what it had sent, and takes the error with it: the
+ * end that recv() then reports is a reset. */
 static bool was_reset(const struct conn *conn) {
     struct tcp_info info;
     socklen_t size = sizeof info;
@@ -919,8 +924,8 @@ static void forget(struct pn_source *source, struct conn *conn) {
     *at = conn->next;
     stop_waiting(source, conn);
     forget_kept(source, conn);
-    /* Closing would do, but not while a child that was forked just now, and has not yet become
-     * another program, holds a copy. */
+    /* Closing would do, but not while a child that was just forked, and has not yet become another
+     * program, has a copy. */
     epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock, NULL);
     free_conn(conn);
 }
@@ -945,8 +950,9 @@ static void serve(struct pn_source *source, struct conn *conn) {
     watch(source, conn);
 }
 
-/* Who had nothing to do is served at once: a page that was asked for just now does not wait until
- * all of a large unit, or of many, was sent to others. Who has is served in its turn. */
+/* A connection that had nothing to do is served at once: a page that was just asked for does not
+ * wait until all of a large unit, or of many, was sent to others. One that had work is served in
+ * its turn. */
 static void heed(struct pn_source *source, struct conn *conn, uint32_t events) {
     bool had_work = has_work(conn);
     if (events & ~(uint32_t)EPOLLIN)
@@ -1017,7 +1023,7 @@ static void loop(void *argument) {
             stop_waiting(source, next);
             serve(source, next);
         }
-        if (commands) /* last: they may take away a connection that has an event here */
+        if (commands) /* last: they may remove a connection that has an event here */
             go_on = obey(source);
     }
 }

@@ -8,12 +8,19 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A thread that waits for a page, and the loop that answers it, need a CPU for microseconds, at
- * once; the background uses all that it gets. Time slices (Linux 6.12) say how soon each gives way,
- * niceness how much it gets where all are busy: a tenth. Two CPUs, background flat out, p99 of
- * touch to resume against the idle one, medians: as the system has it 5.9x with 1 thread touching
- * and 4.3x with 8; slices and a niceness of 5 4.5x and 5.7x; so 3.3x and 2.3x; a niceness of
- * 19 2.9x and 1.7x, but that would stand still beside busy vCPUs. */
+/* A thread that waits for a page, and the loop that answers it, need a CPU at once and for
+ * microseconds; the background uses all that it gets. Time slices (Linux 6.12) determine how soon
+ * each gives way, and niceness how much it gets where all CPUs are busy: a tenth. Measured on two
+ * CPUs with the background at full speed: p99 of touch to resume, as a multiple of that with an
+ * idle background, medians, with 1 thread touching and with 8:
+ *
+ *   the system's defaults           5.9x  4.3x
+ *   slices, and a niceness of 5     4.5x  5.7x
+ *   slices, and a niceness of 10    3.3x  2.3x
+ *   slices, and a niceness of 19    2.9x  1.7x
+ *
+ * With 19, the background would stand still beside busy vCPUs.
+ */
 enum {
     URGENT_SLICE_NS = 100000,
     BACKGROUND_SLICE_NS = 300000,
@@ -33,7 +40,7 @@ struct attributes {
     uint64_t period;
 };
 
-/* Whoever gave the process a policy of its own (real time, idle) knew why. */
+/* A process that was given another policy (real time, idle) keeps it: there is a reason for it. */
 static void set_urgency(int background) {
     struct attributes now = {.size = sizeof now};
     if (syscall(SYS_sched_getattr, 0, &now, sizeof now, 0) || now.policy != SCHED_OTHER)

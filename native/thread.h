@@ -1,11 +1,11 @@
-/* A loop in a thread of its own, as urgent as what it brings. */
+/* A loop in a thread of its own, with the urgency of what it brings. */
 #ifndef PAGENET_THREAD_H
 #define PAGENET_THREAD_H
 #include <stdint.h>
 
-/* Runs loop(argument) and returns when it has: 0, or -errno if there is no thread to be had. A
- * thread of its own, because a niceness once raised cannot be taken back. background: it gives way
- * to whoever else wants to run; else it comes first. */
+/* Runs loop(argument) in a thread of its own, because a niceness once raised cannot be taken back.
+ * Returns when the loop has returned: 0, or -errno if no thread could be started. background: the
+ * thread gives way to others that want to run; else it comes first. */
 int pn_run_loop(int background, void (*loop)(void *), void *argument);
 
 uint64_t pn_now(void); /* monotonic, ns */

@@ -1,5 +1,5 @@
-/* userfaultfd(2), an ioctl a function. Headers of Debian 12 stop before POISON and MOVE: those two
- * are declared here. */
+/* userfaultfd(2), one function for each ioctl. The headers of Debian 12 lack POISON and MOVE: those
+ * two are declared here. */
 #define _GNU_SOURCE
 #include "pagenet.h"
 
@@ -72,9 +72,9 @@ int pn_uffd_wake(int uffd, uint64_t start, uint64_t length) {
     return failed(ioctl(uffd, UFFDIO_WAKE, &range));
 }
 
-/* The kernel wakes whoever waits and then stops watching. A thread that faults between the two,
- * under the lock of its mapping alone (Linux 6.8), is woken by nobody and waits for as long as the
- * uffd is open anywhere: wake once more. */
+/* The kernel wakes the waiting threads, and then stops watching. A thread that faults between the
+ * two, under the lock of its mapping alone (Linux 6.8), is not woken, and waits as long as the uffd
+ * is open anywhere: wake once more. */
 int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length) {
     struct uffdio_range range = {.start = start, .len = length};
     int error = failed(ioctl(uffd, UFFDIO_UNREGISTER, &range));
@@ -82,9 +82,9 @@ int pn_uffd_unregister(int uffd, uint64_t start, uint64_t length) {
     return error;
 }
 
-/* Taking write protection off a page that has none is the one request that asks for the owner's
- * memory first and then does nothing: EAGAIN while it is changing, ESRCH where it is gone, ENOENT
- * where the range is not write-protectable. */
+/* To take write protection off a page that has none is the one request that first asks for the
+ * owner's memory, and then does nothing: EAGAIN while the memory is changing, ESRCH where it is
+ * gone, ENOENT where the range is not write-protectable. */
 int pn_uffd_probe(int uffd, uint64_t address) {
     struct uffdio_writeprotect request = {
         .range = {.start = address, .len = (uint64_t)sysconf(_SC_PAGESIZE)}};
@@ -102,9 +102,9 @@ int pn_take_descriptor(int pidfd, int theirs) {
     return ours < 0 ? -errno : ours;
 }
 
-/* The kernel reports progress in a signed field of the request: bytes, or -errno, or (before 6.15,
- * when it stopped at once) nothing at all, so the field starts as 0. The ioctl's own errno is set
- * whenever it did not do everything. */
+/* The kernel reports progress in a signed field of the request: bytes, or -errno. Before 6.15, it
+ * reports nothing at all if it stopped at once, so the field starts as 0. The ioctl's own errno is
+ * set whenever it did not do everything. */
 static struct pn_progress progress(int result, int64_t field) {
     struct pn_progress answer = {.done = field > 0 ? (uint64_t)field : 0, .error = failed(result)};
     return answer;

@@ -9,8 +9,8 @@
 
 enum {
     /* A packet that is not acknowledged is sent again after 4.096 us << TIMEOUT, 0.27 s, RETRIES
-     * times: a host that is gone is noticed after 1.9 s. Seven retries would mean for ever to
-     * rdma_rxe. */
+     * times: a host that is gone is noticed after 1.9 s. To rdma_rxe, seven retries mean: for
+     * ever. */
     TIMEOUT = 16,
     RETRIES = 6,
 };

@@ -1,8 +1,9 @@
-/* As much of libibverbs as pages take, loaded when it is wanted: pagenet is built, and runs,
+/* The part of libibverbs that moving pages needs, loaded at run time: pagenet is built, and runs,
  * without it.
  *
  * Layouts and numbers are those of the library's ABI, version 1.1, which has not changed since
- * 2006. */
+ * 2006.
+ */
 #ifndef PAGENET_VERBS_H
 #define PAGENET_VERBS_H
 #include <stddef.h>
@@ -52,8 +53,8 @@ struct ibv_wc {
     uint8_t sl, dlid_path_bits;
 };
 
-/* The calls on the path of the data go by way of the device's own functions, whose places in this
- * table are fixed. */
+/* The calls on the data path are the device's own functions, whose places in this table are
+ * fixed. */
 struct ibv_context {
     struct ibv_device *device;
     void *unused[11];
@@ -181,12 +182,13 @@ void pn_verbs_unload(struct pn_verbs *verbs);
 /* NULL, with errno set, if there is no device of that name or it may not be used. */
 struct ibv_context *pn_verbs_open(const struct pn_verbs *verbs, const char *device);
 
-/* A queue pair (RC) that is not joined to any other, with room for so many work requests, all of
- * whose ends go to one queue. access: what its peer may do. NULL, with errno set. */
+/* Makes a queue pair (RC) that is not joined to another, with room for `room` work requests, whose
+ * completions all go to `queue`. access: what its peer may do. NULL, with errno set, if that
+ * fails. */
 struct ibv_qp *pn_verbs_make_pair(const struct pn_verbs *verbs, struct ibv_pd *pd,
                                   struct ibv_cq *queue, uint32_t room, int port, int access);
-/* Our side of a connection: reads that the peer may have under way, what it may do, and the number
- * of our first packet. */
+/* This side of a connection. reads: READs that the peer may have in flight; access: what the peer
+ * may do; psn: the number of this side's first packet. */
 struct pn_verbs_join {
     int port, gid_index;
     uint8_t reads;

@@ -1,20 +1,23 @@
-/* What to ask for around a page that somebody waits for: the one definition of it, for lanes in C
+/* What to ask for around a page that a thread waits for: the one definition of it, for lanes in C
  * and in Trio.
  *
- * A fixed window is so many pages forward and backward. The one that adapts knows two things about
- * memory:
+ * A fixed window is a number of pages forward and one backward. The window that adapts knows two
+ * things about memory:
  *
- * - Faults follow lines: page after page, either way, or at equal steps. Each fault that goes on
- * with a line doubles what is asked for ahead of it.
+ * - Faults follow lines: page after page, either way, or at equal steps. Each fault that continues
+ *   a line doubles what is asked for ahead of it.
  * - Faults come in areas (256 KiB): what is used together lies together. How much of an area is
- * taken at its first fault is learnt from how often an area sees a second one. One in eight is the
- * balance: more, and more is taken; fewer, and the window shrinks, at random access to nothing.
+ *   taken at its first fault is learnt from how often an area sees a second fault. The balance is
+ *   one in eight: if more areas do, more is taken; if fewer do, the window shrinks, at random
+ *   access to nothing.
  *
- * A page that is there raises no fault, so nothing tells how much of what was brought was needed.
- * Therefore it only ever learns from what it did not bring, and lets go slowly.
+ * A page that is in place raises no fault, so nothing tells how much of what was prefetched was
+ * needed. Therefore the window learns only from the faults that it did not prevent, and shrinks
+ * slowly.
  *
  * On the fault path: constant time, no locks, no allocation. Everything but `fixed` belongs to one
- * thread. */
+ * thread.
+ */
 #include "pagenet.h"
 
 #include <stdbool.h>
@@ -23,13 +26,14 @@
 enum {
     AREA_BYTES = 256 << 10,
     REACH_BYTES = 1 << 20, /* ahead of a fault, at most */
-    MOST_STEPS = 32,       /* of a line with gaps: each is a request of its own */
-    DENSE = 64, /* pages: faults nearer than that to each other are on a line without gaps */
-    SLACK = 64, /* pages of a line that came by other ways */
-    LEVEL = 16, /* a window of 2^n pages is LEVEL * n */
+    MOST_STEPS = 32,       /* of a line with gaps: each step is a request of its own */
+    /* Pages: faults that are nearer to each other are on a line without gaps. */
+    DENSE = 64,
+    SLACK = 64, /* pages of a line that may have come by other ways */
+    LEVEL = 16, /* the level of a window of 2^n pages is LEVEL * n */
     FIRST_LEVEL = 3 * LEVEL,
-    SECOND_FAULT = LEVEL, /* learnt from a second fault in an area */
-    FIRST_FAULT = 2,      /* forgotten at each first one */
+    SECOND_FAULT = LEVEL, /* what a second fault in an area adds to the level */
+    FIRST_FAULT = 2,      /* what each first fault takes off it */
 };
 static const int64_t MOST_STEP_BYTES = 64 << 20;
 
@@ -50,15 +54,14 @@ void pn_window_init(struct pn_window *window) {
     window->level = FIRST_LEVEL;
 }
 
-/* ---- what is wanted: where most faults were first, among equals the newest first, the oldest
- * forgotten ---- */
+/* ---- what is wanted: most faults first, then the newest; the oldest is forgotten ---- */
 
 enum {
     RANKS = sizeof((struct pn_window *)0)->wanted / sizeof(struct pn_stack),
     WANTS = sizeof((struct pn_stack *)0)->wants / sizeof(struct pn_want),
 };
 
-/* `faults`: that were seen on that line, or in that area. */
+/* Notes that pages are wanted. faults: seen on their line, or in their area. */
 static void want(struct pn_window *window, uint32_t faults, uint64_t first, uint64_t end,
                  uint64_t page_size) {
     struct pn_stack *stack = &window->wanted[(faults < RANKS ? faults : RANKS) - 1];
@@ -79,8 +82,8 @@ static uint64_t take_from(struct pn_stack *stack, struct pn_map *map, uint64_t b
         uint64_t taken =
             pn_map_claim(map, newest->first, left < most ? left : most, PN_MISSING, PN_REQUESTED);
         *first = newest->first;
-        newest->first +=
-            taken || !left ? taken : 1; /* somebody else has taken that page since it was found */
+        /* Another lane may have taken that page since it was found: go past it. */
+        newest->first += taken || !left ? taken : 1;
         if (newest->first == newest->end)
             stack->newest--;
         if (taken)
@@ -99,7 +102,7 @@ uint64_t pn_window_next(struct pn_window *window, struct pn_map *map, uint64_t b
 
 /* ---- lines ---- */
 
-/* Pages that one request may name: a block's. */
+/* Pages that one request may name: those of a block. */
 struct bounds {
     uint64_t first, end, page_size;
 };
@@ -133,8 +136,8 @@ static bool goes_on(const struct pn_line *line, const struct pn_map *map, int64_
     int64_t steps = distance / line->step;
     if (line->step != 1 && line->step != -1)
         return steps > 0 && steps <= line->steps + 1;
-    /* A line without gaps: the page before this one has come, or is coming. Among scattered faults
-     * that is chance. */
+    /* On a line without gaps, the page before this one has come, or is coming. Among scattered
+     * faults that is chance. */
     int64_t before = (int64_t)line->last + distance - line->step;
     return steps > 0 && steps <= line->steps + SLACK && before >= (int64_t)bounds->first &&
            before < (int64_t)bounds->end && pn_map_state(map, (uint64_t)before) != PN_MISSING;
@@ -153,7 +156,7 @@ static void go_on(struct pn_window *window, struct pn_line *line, uint64_t page,
     want_ahead(window, line, bounds);
 }
 
-/* The page may be the second of a line, which gives it a step, or the first of another. */
+/* The page may be the second of a line, which then gets its step, or the first of another line. */
 static void begin_line(struct pn_window *window, uint64_t page, const struct bounds *bounds) {
     int64_t most = MOST_STEP_BYTES / (int64_t)bounds->page_size, nearest = most + 1;
     struct pn_line *second = NULL, *oldest = &window->lines[0];
@@ -194,15 +197,15 @@ static bool follow_line(struct pn_window *window, const struct pn_map *map, uint
 
 enum { AREAS = sizeof((struct pn_window *)0)->areas / sizeof(struct pn_area) };
 
-/* The area of that number, and how many pages to take there at a fault in it: a power of two, of
- * which `level` is the exponent. */
+/* Notes a fault in area `number`. The area's level then tells how many pages to take there: a power
+ * of two, whose exponent it is, and `highest` at most. */
 static const struct pn_area *note_area(struct pn_window *window, uint64_t number, int32_t highest) {
     struct pn_area *area = &window->areas[number % AREAS];
     bool again = area->number == number + 1;
     window->level += again ? SECOND_FAULT : -FIRST_FAULT;
     if (window->level < 0)
         window->level = 0;
-    int32_t most = (highest + 2) * LEVEL; /* so that whole areas are taken for a while */
+    int32_t most = (highest + 2) * LEVEL; /* beyond `highest`: whole areas are taken for a while */
     if (window->level > most)
         window->level = most;
     int32_t level = window->level / LEVEL < highest ? window->level / LEVEL : highest;
@@ -213,7 +216,7 @@ static const struct pn_area *note_area(struct pn_window *window, uint64_t number
     return area;
 }
 
-/* The 2^level pages that the page is one of, those behind it first. */
+/* Wants the aligned 2^level pages that the page is one of, those behind it first. */
 static void want_around(struct pn_window *window, uint64_t page, const struct bounds *bounds) {
     uint64_t pages = AREA_BYTES / bounds->page_size;
     if (pages < 2)

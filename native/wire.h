@@ -1,4 +1,4 @@
-/* Lane headers as docs/protocol.md gives them: little-endian, 24 bytes. */
+/* Headers of a lane, as in docs/protocol.md: little-endian, 24 bytes. */
 #ifndef PAGENET_WIRE_H
 #define PAGENET_WIRE_H
 #include <assert.h>

@@ -1,4 +1,4 @@
-"""How many connections a listener takes on, and what becomes of those whose peers say nothing."""
+"""How many connections a listener accepts, and what happens to those whose peers send no hello."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from .errors import RemoteProtocolError
 
 __all__ = ["GRACE", "MAX_STRANGERS", "Admission", "raise_descriptor_limit", "spare_descriptors"]
 
-# : Connections whose peers have not said hello. Each costs a task and 100 KiB at most (half a
-# hello, and what it is received : into), so all of them 50 MiB. A peer that connects while others
-# do so 1,000 times a second has half a second to say hello.
+#: Limit of connections whose peers have not said hello. Each costs a task and at most 100 KiB (half
+#: a hello, and the buffer that it is received into), so all of them 50 MiB. A peer that connects
+#: while others do so 1,000 times a second has half a second to say hello.
 MAX_STRANGERS = 512
 
-# : Seconds that a stranger has at the limit of connections, before it makes room. A hello comes
-# within a round trip.
+#: Seconds that a stranger has, at the limit of connections, before it makes room. A hello comes
+#: within a round trip.
 GRACE = 0.5
 
-# Of the descriptors that this process may have, so many are for what it does besides: a control
-# socket, a file to open.
+# File descriptors that are kept for other uses: a control socket, a file to open.
 _RESERVED = 32
 
 
 class Admission:
-    """Counts connections and strangers, which are those among them whose peers have not said hello.
+    """Counts connections, and the strangers among them: connections whose peers have not said
+    hello.
 
-    Whoever comes when there are ``max_strangers`` takes the place of the one who has been silent
-    for longest. When there are ``max_connections``, a stranger goes too, after GRACE; without one,
-    whoever comes waits in the listener's backlog.
+    A connection that comes when there are ``max_strangers`` takes the place of the stranger that
+    has been silent for longest. When there are ``max_connections``, a new connection takes the
+    place of a stranger that is older than GRACE; if there is no stranger, it waits in the
+    listener's backlog.
     """
 
     def __init__(self, max_connections: int, max_strangers: int = MAX_STRANGERS) -> None:
@@ -63,7 +64,7 @@ class Admission:
 
     @contextmanager
     def connection(self) -> Iterator[None]:
-        """From when it is accepted until it is closed."""
+        """Count a connection, from when it is accepted until it is closed."""
         self._connections += 1
         try:
             yield
@@ -73,8 +74,8 @@ class Admission:
 
     @contextmanager
     def stranger(self) -> Iterator[None]:
-        """Until its peer has said hello. :exc:`RemoteProtocolError` if its place was given to
-        another."""
+        """Count a stranger, until its peer has said hello. :exc:`RemoteProtocolError` if its place
+        was given to another connection."""
         if len(self._strangers) >= self._max_strangers:
             self._evict()
         with trio.CancelScope() as scope:
@@ -94,8 +95,8 @@ class Admission:
 
 
 def raise_descriptor_limit() -> None:
-    """Take the file descriptors that this process may have at all. The soft limit is low for the
-    sake of select(2), which pagenet does not use for them."""
+    """Raise the soft limit of file descriptors to the hard limit. The soft limit is low for the
+    sake of select(2), which pagenet does not use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -7,17 +7,17 @@
     ├── SourceUnreachable        (3) nothing answers where the peer should be: check the URI
     ├── SourceLost               (4) the source was there and is gone: pages are missing
     ├── OwnerGone                (5) the process that faults is gone: nothing is left to do
-    ├── ProtocolError            (6) bytes that make no sense
+    ├── ProtocolError            (6) bytes that break the protocol
     │   ├── LocalProtocolError       pagenet was about to send them: a bug here or of the caller
     │   └── RemoteProtocolError      the peer sent them: it is broken, hostile, or too new
-    ├── HandshakeError               an owner's handshake makes no sense: that owner is turned away
+    ├── HandshakeError           (6) an owner's handshake makes no sense: that owner is refused
     ├── Unsupported              (7) this kernel or process may not do it: the text says what to do
     ├── ConnectionBroken         (4) the connection died, or its peer left early
     ├── ConnectionClosed             this side closed the connection
     └── ConnectionBusy               two tasks use one direction of a connection: the caller's bug
 
-``exit_code`` is what the daemons exit with when the error ends them; 1 means that pagenet has no
-better word.
+``exit_code`` is the exit code of a daemon that the error ends; 1 means that the failure has no code
+of its own.
 """
 
 from __future__ import annotations

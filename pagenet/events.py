@@ -1,5 +1,5 @@
-"""What a long-running side has to say while it works: a name and some fields, for a log line or a
-JSON object."""
+"""Events of a long-running side while it works: a name and some fields, for a log line or a JSON
+object."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A nursery that fails with the error itself.
 
 Trio wraps whatever leaves a nursery in exception groups, since several tasks may fail at once. Of
-pagenet's own errors one is the cause and the rest are its echoes (the lanes of a lost source all
-break), so callers get that one, to catch by name.
+several errors of pagenet's own, one is the cause and the others follow from it (the lanes of a lost
+source all break). Callers get the cause alone, to catch by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["open_failing_nursery", "running_beside"]
 @asynccontextmanager
 async def open_failing_nursery() -> AsyncIterator[trio.Nursery]:
     """Like :func:`trio.open_nursery`, but a single error, or the cause among several of pagenet's
-    own, leaves it bare."""
+    own, is raised without a group."""
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
@@ -35,7 +35,8 @@ async def open_failing_nursery() -> AsyncIterator[trio.Nursery]:
 async def running_beside(
     task: Callable[..., Awaitable[object]], *args: object
 ) -> AsyncIterator[None]:
-    """The task runs for as long as the block does, at most; what it raises ends the block."""
+    """Run ``task`` beside the block, and cancel it at the end of the block. An error of the task
+    ends the block."""
     async with open_failing_nursery() as nursery:
         nursery.start_soon(task, *args)
         yield
@@ -52,8 +53,8 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
 
 
 def _distance(error: BaseException) -> int:
-    """From the cause: whoever sees it first leaves, which is the loss of the source to others,
-    whose connections then break."""
+    """How far ``error`` is from the cause. The task that meets the cause ends the session; to the
+    next tasks that is the loss of the source, and to the last a broken connection."""
     if isinstance(error, ConnectionBroken | ConnectionClosed):
         return 2
     return 1 if isinstance(error, SourceLost) else 0

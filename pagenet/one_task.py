@@ -1,5 +1,5 @@
-"""Conflict detection for backends: two tasks in one direction of a connection is a mistake, not a
-queue."""
+"""Conflict detection for backends: a second task in one direction of a connection is a mistake, and
+does not wait for the first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ __all__ = ["OneTask"]
 
 
 class OneTask:
-    """Held by the task that is in a stretch of code; a second one that wants in gets
-    ConnectionBusy, not a wait."""
+    """A lock around a stretch of code that does not wait: a second task that enters gets
+    :exc:`ConnectionBusy`. ``where``: what the task does there, for the error."""
 
     def __init__(self, where: str) -> None:
         self._where = where

@@ -10,8 +10,8 @@ __all__ = ["loadable"]
 
 
 def loadable(path: Path) -> Path:
-    """What to put into LD_PRELOAD. :exc:`Unsupported` if there is none, or none that the dynamic
-    loader would take: it goes on without what it cannot load."""
+    """``path``, for LD_PRELOAD. :exc:`Unsupported` if there is no such file, or if the dynamic
+    loader would not load it: the loader goes on without a library that it cannot load."""
     if not path.exists():
         raise Unsupported(
             f"{path} is missing: install pagenet again, or run python setup.py build_ext --inplace"

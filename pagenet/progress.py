@@ -1,5 +1,5 @@
-"""How far a transfer has come, from one look at it to the next; as events, for those who want no
-more than that."""
+"""The progress of a transfer, from one look at its statistics to the next, and the events that
+report it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ __all__ = [
 ]
 
 EVENT_SECONDS = 0.25
-# The first of them are over soon.
+# Shorter, because the first faults are over soon.
 FAULT_SECONDS = 0.05
-# Weight of the newest second in the rate: steadier than the last moment, quicker than the average
-# since the start.
+# Weight of the last second in the rate: steadier than the rate of the last interval, quicker than
+# the average since the start.
 _RATE_WEIGHT = 0.3
 
 Fields = dict[str, object]
 
 
 class Counted(Protocol):
-    """Of ``pages`` pages, ``size`` bytes in all, ``done`` after so many ``seconds``."""
+    """Statistics of ``pages`` pages, ``size`` bytes in all, of which ``done`` pages are done after
+    ``seconds``."""
 
     @property
     def pages(self) -> int: ...
@@ -49,13 +50,13 @@ class Counted(Protocol):
 
 
 class Filled(Protocol):
-    """A transfer, as far as its progress goes."""
+    """The part of a transfer that its progress needs."""
 
     def statistics(self) -> TransferStatistics: ...
 
 
 class Serving(Protocol):
-    """A source, as far as its progress goes."""
+    """The part of a source that its progress needs."""
 
     def statistics(self) -> ServingStatistics: ...
 
@@ -66,8 +67,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Moment(Generic[S]):
-    """One look. ``seconds_left``: at the rate of now; None: that is not known yet, or it stands
-    still."""
+    """One look at a transfer. ``share`` is 0 to 1. ``seconds_left``: at the present rate; None if
+    the rate is not known yet, or is 0."""
 
     statistics: S
     share: float
@@ -85,7 +86,7 @@ class Moment(Generic[S]):
 
 
 class Watch(Generic[S]):
-    """Turns successive statistics into moments: it remembers what the rate is made of."""
+    """Turns successive statistics into moments. Keeps the last statistics and the smoothed rate."""
 
     def __init__(self, statistics: Callable[[], S]) -> None:
         self._statistics = statistics
@@ -112,7 +113,7 @@ class Watch(Generic[S]):
 
 
 async def tell_progress(transfer: Filled, on_event: EventHandler) -> None:
-    """``progress`` events at intervals, until cancelled."""
+    """Send ``progress`` events at intervals, until cancelled."""
     watch = Watch(transfer.statistics)
     while True:
         await trio.sleep(EVENT_SECONDS)
@@ -129,8 +130,8 @@ async def tell_progress(transfer: Filled, on_event: EventHandler) -> None:
 
 
 async def tell_faults(transfer: Filled, on_event: EventHandler) -> None:
-    """A ``fault`` event for all faults of an interval together, if there were any: a word about
-    each would cost more than answering it does."""
+    """Send one ``fault`` event for all faults of an interval, if there were any, until cancelled.
+    An event for each fault would cost more than answering it does."""
     before = transfer.statistics()
     while True:
         await trio.sleep(FAULT_SECONDS)
@@ -145,8 +146,8 @@ async def tell_faults(transfer: Filled, on_event: EventHandler) -> None:
 
 
 async def tell_serving(server: Serving, on_event: EventHandler) -> None:
-    """``progress`` events of a source whose one destination gets every page from it, until
-    cancelled."""
+    """Send ``progress`` events of a source that has one destination, which gets every page from it,
+    until cancelled."""
     watch: Watch[ServingStatistics] = Watch(server.statistics)
     while True:
         await trio.sleep(EVENT_SECONDS)
@@ -158,7 +159,7 @@ async def tell_serving(server: Serving, on_event: EventHandler) -> None:
 async def telling(
     tell: Callable[[T, EventHandler], Awaitable[None]], about: T, on_event: EventHandler
 ) -> AsyncIterator[None]:
-    """One of these, for as long as the block runs."""
+    """Run one of the functions above for as long as the block runs."""
     async with (
         nullcontext() if on_event is ignore_events else running_beside(tell, about, on_event)
     ):
@@ -188,7 +189,7 @@ def complete_fields(statistics: TransferStatistics) -> Fields:
 
 
 def rounded_share(share: float | None) -> float | None:
-    """As JSON has it."""
+    """``share``, rounded for JSON."""
     return None if share is None else round(share, 3)
 
 
@@ -197,8 +198,8 @@ def _quantiles(latency: Histogram) -> Fields:
 
 
 def _compressed(statistics: TransferStatistics) -> Fields:
-    """Bytes of pages that came compressed, their share of all that came as bytes, and how many
-    times smaller they were."""
+    """Of the pages that came compressed: their uncompressed bytes, their share (0 to 1) of all
+    pages that came as bytes, and the ratio of their uncompressed size to that on the wire."""
     ratio = statistics.lz4_ratio
     return {
         "bytes": statistics.lz4_bytes,

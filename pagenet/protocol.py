@@ -1,14 +1,14 @@
-"""What travels between source and destination, with no I/O in it. ``docs/protocol.md`` is the
+"""The protocol between source and destination, with no I/O in it. ``docs/protocol.md`` is the
 specification.
 
-Two languages share a connection, one after the other. First **messages**: a 12-byte frame header
-and a msgpack map; a hello from whoever dialled, a hello in answer. The control connection speaks
-messages to its end. A lane connection then changes to **lane headers**: fixed, little-endian, 24
-bytes; requests from destination to source, replies from source to destination, a reply's header
-followed by its payload. Payload never passes through this module.
+A connection has two phases. It begins with **messages**: a 12-byte frame header and a msgpack map;
+a hello from the side that dialled, and a hello in answer. The control connection carries messages
+to its end. A lane connection then changes to **lane headers**: fixed, little-endian, 24 bytes;
+requests from destination to source, replies from source to destination, a reply's header followed
+by its payload. Payload never passes through this module.
 
-Everything decoded here comes from a stranger: each field is checked before it is believed, ranges
-by subtraction.
+Everything decoded here comes from a stranger: each field is checked before it is used, ranges by
+subtraction.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ FRAME_HEADER = struct.Struct("<4sHHI")  # magic, version of the framing, reserve
 # 4096 blocks with names of 255 four-byte characters would be 4.2 MB; real tables are a few
 # kilobytes.
 MAX_MESSAGE = 2 << 20
-# : A destination has no block table to send: this is all that a source keeps of a peer that it
-# knows nothing of.
+#: Limit of a destination's message, which has no block table. A source keeps no more than this of a
+#: peer that it knows nothing about.
 MAX_DESTINATION_MESSAGE = 64 << 10
 # id, class, encodings, unit shift, reserved, first, count, reserved
 REQUEST_HEADER = struct.Struct("<IBBBBQII")
 REPLY_HEADER = struct.Struct("<IBBHQII")  # id, class, encoding, reserved, first, count, length
 LANE_HEADER_SIZE = 24
-#: Most that one request may ask for, in bytes, unless a single page is larger.
+#: Limit of one request, in bytes, unless a single page is larger.
 MAX_REQUEST_BYTES = 4 << 20
-#: lanes that a source which dials may be asked for
+#: Limit of the lanes that a destination may ask for, of a source that dials.
 MAX_LANES = 64
-#: Longest text that a FAILED reply carries.
+#: Limit of the text of a FAILED reply.
 MAX_REASON_BYTES = 1024
-#: Most that one compressed reply is when it has been decompressed.
+#: Limit of the uncompressed size of one compressed reply.
 MAX_LZ4_BYTES = 2 << 20
-#: The feature of a source that compresses where it is asked to.
+#: The feature of a source that compresses on request.
 LZ4 = "lz4"
 
 assert REQUEST_HEADER.size == REPLY_HEADER.size == LANE_HEADER_SIZE
@@ -107,13 +107,13 @@ class Encoding(IntEnum):
     FAILED = 255
 
 
-# : ``auto``: where the link and the processor make it worth it; ``lz4``: whatever becomes smaller;
-# ``none``
+#: ``auto``: where the link and the processor make it faster; ``lz4``: all data that becomes
+#: smaller; ``none``
 Compress = Literal["auto", "lz4", "none"]
 
 
 def encodings_for(compress: Compress, features: frozenset[str]) -> int:
-    """What a destination asks for, of a source with these ``features``."""
+    """The encodings, a bit each, that a destination asks for of a source with ``features``."""
     if compress == "none" or LZ4 not in features:
         return 1 << Encoding.RAW | 1 << Encoding.ZERO
     return 1 << Encoding.ZERO | 1 << Encoding.LZ4 | (compress == "auto") << Encoding.RAW
@@ -126,8 +126,9 @@ def encodings_for(compress: Compress, features: frozenset[str]) -> int:
 class Hello:
     """The first message in each direction of every connection.
 
-    A source's hello on the control channel carries the region; a destination's carries the lanes it
-    wants dialled. Lane hellos name the session that the source's control hello gave out (16 bytes).
+    A source's hello on the control channel carries the region; a destination's carries the lanes
+    that the source is to dial. The hello of a lane names the session that the source's control
+    hello gave out (16 bytes).
     """
 
     TYPE: ClassVar[str] = "hello"
@@ -144,7 +145,8 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The sender gives up on this connection, and why: a code for machines, a line for people."""
+    """The sender gives up on this connection. The reason: a code for machines, a line for
+    people."""
 
     TYPE: ClassVar[str] = "failure"
     code: str
@@ -195,9 +197,9 @@ def _fields_of(message: Message) -> dict[str, Any]:
 class MessageDecoder:
     """Bytes in, messages out.
 
-    :meth:`feed` bytes as they come, then iterate over :meth:`messages`. What follows the last
-    message wanted is in :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything
-    that is not a message; nothing comes after it. ``limit``: bytes of a message's body.
+    :meth:`feed` bytes as they come, then call :meth:`next` until it returns None. Bytes behind the
+    last message are in :attr:`unread`. :exc:`~pagenet.errors.RemoteProtocolError` for anything that
+    is not a message; nothing can be decoded after that. ``limit``: bytes of a message's body.
     """
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
@@ -229,8 +231,8 @@ class MessageDecoder:
         return _decode_body(body)
 
     def check_eof(self) -> None:
-        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle
-        of a message."""
+        """Call when the peer has closed. :exc:`~pagenet.errors.RemoteProtocolError` if that was in
+        the middle of a message."""
         if self.unread:
             raise RemoteProtocolError(
                 f"the peer closed in the middle of a message ({len(self.unread)} bytes of it came)"
@@ -274,7 +276,7 @@ def _decode_hello(fields: dict[str, Any]) -> Hello:
     if not 0 < oldest <= version:
         raise RemoteProtocolError(f"the peer claims to speak versions {oldest} to {version}")
     if oldest > VERSION or version < OLDEST_VERSION:
-        # Of a version that we do not know, the other fields mean nothing.
+        # The other fields have no meaning in a version that we do not know.
         raise RemoteProtocolError(_no_common_version(oldest, version))
     session = _field(fields, "session", bytes)
     if len(session) not in (0, 16):
@@ -350,18 +352,20 @@ def _choice(kind: type[E], fields: dict[str, Any], name: str) -> E:
 
 
 def _shown(value: object) -> str:
-    """A stranger's value, for the line of an error. Text alone is shown: the repr of a deep
-    structure recurses too far."""
+    """A stranger's value, for the line of an error. Only text is shown, of anything else the type:
+    the repr of a deep structure recurses too far."""
     return repr(value[:40]) if isinstance(value, str) else type(value).__name__
 
 
 def printable(text: str) -> str:
-    """A stranger's text, made fit for one line of a terminal."""
+    """A stranger's text for one line of a terminal: at most 1024 characters, with ``?`` for those
+    that cannot be printed."""
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_REASON_BYTES])
 
 
 def negotiate(hello: Hello) -> int:
-    """The version that both sides speak from here on: the newest that both know."""
+    """The version that both sides speak from here on: the newest that both know.
+    :exc:`~pagenet.errors.RemoteProtocolError` if there is none."""
     common = min(VERSION, hello.version)
     if common < max(OLDEST_VERSION, hello.oldest):
         raise RemoteProtocolError(_no_common_version(hello.oldest, hello.version))
@@ -383,9 +387,9 @@ class Request:
     """Destination to source: send me these pages.
 
     ``unit_shift``: pages belong together in aligned groups of ``2**unit_shift`` (a huge page of the
-    destination's); replies do not split a group. ``encodings``: which ones the destination takes, a
-    bit each; it takes RAW in any case, and with its bit the source need not compress where that is
-    slower.
+    destination's); replies do not split a group. ``encodings``: the encodings that the destination
+    takes, a bit each. It takes RAW in any case; RAW's bit tells the source that it need not
+    compress where that is slower.
     """
 
     request_id: int
@@ -400,7 +404,7 @@ class Request:
 
     @property
     def must_pack(self) -> bool:
-        """Whatever becomes smaller is to come compressed."""
+        """Whether all data that becomes smaller must come compressed."""
         return self.may_pack and not self.encodings & 1 << Encoding.RAW
 
     def encode(self) -> bytes:
@@ -453,8 +457,8 @@ class RequestDecoder:
         self._unread += data
 
     def requests(self) -> Iterator[Request]:
-        """All whole requests fed so far. :exc:`~pagenet.errors.RemoteProtocolError` at the first
-        that makes no sense."""
+        """All whole requests that were fed and not yet returned.
+        :exc:`~pagenet.errors.RemoteProtocolError` at the first that is not valid."""
         whole = len(self._unread) // LANE_HEADER_SIZE * LANE_HEADER_SIZE
         headers, self._unread = bytes(self._unread[:whole]), self._unread[whole:]
         for fields in REQUEST_HEADER.iter_unpack(headers):
@@ -532,7 +536,9 @@ class OutstandingRequests:
         return len(self._open)
 
     def open(self, class_: Class, run: Run, unit_shift: int = 0, packed: bool = False) -> Request:
-        """``packed``: it is to come compressed, whatever that costs."""
+        """Open a request for ``run``. ``packed``: the source must compress what becomes smaller,
+        whatever that costs. :exc:`~pagenet.errors.LocalProtocolError` for a run outside the
+        region."""
         if not self._region.contains(run):
             raise LocalProtocolError(f"{run} is not a run of the region")
         encodings = self._encodings & ~(1 << Encoding.RAW) if packed else self._encodings
@@ -544,8 +550,9 @@ class OutstandingRequests:
         return request
 
     def reply(self, header: bytes | bytearray | memoryview) -> Reply:
-        """Decode a reply's header and check it against the open requests; the request closes with
-        its last page."""
+        """Decode a reply's header and check it against the open requests. The request closes with
+        its last page, or a failure. :exc:`~pagenet.errors.RemoteProtocolError` if the reply fits no
+        open request."""
         request_id, class_, encoding, reserved, first, count, length = REPLY_HEADER.unpack(header)
         outstanding = self._open.get(request_id)
         if outstanding is None:

@@ -68,7 +68,8 @@ class Block:
 class Region:
     """Blocks, and the arithmetic between page numbers, byte offsets and blocks.
 
-    Immutable. Lookups are O(log blocks).
+    Immutable. Lookups are O(log blocks). :exc:`UsageError` for no blocks or more than MAX_BLOCKS,
+    for two blocks of one name, and for more than MAX_PAGES pages.
     """
 
     def __init__(self, blocks: Iterable[Block]) -> None:
@@ -94,8 +95,8 @@ class Region:
         return f"Region({list(self.blocks)!r})"
 
     def with_page_sizes(self, page_sizes: Iterable[int]) -> Region:
-        """The same blocks, counted in pages of other sizes, one a block. :exc:`UsageError` where
-        one does not divide."""
+        """The same blocks, counted in pages of other sizes, one for each block. :exc:`UsageError`
+        for a page size that does not divide its block."""
         pairs = zip(self.blocks, page_sizes, strict=True)
         return Region(Block(block.name, block.size, page_size) for block, page_size in pairs)
 
@@ -137,8 +138,8 @@ class Region:
         )
 
     def contains(self, run: Run) -> bool:
-        """Whether ``run`` is a non-empty run inside one block. Never overflows: compares by
-        subtraction."""
+        """Whether ``run`` is a non-empty run inside one block. It compares by subtraction, and so
+        never overflows."""
         if run.count <= 0 or not 0 <= run.first < self.pages:
             return False
         return run.count <= self.first_pages[self.block_index(run.first) + 1] - run.first

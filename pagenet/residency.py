@@ -1,11 +1,11 @@
-"""The destination's map of pages: what is missing, asked for, in place. The only truth about
-progress.
+"""The destination's map of pages: which pages are missing, asked for, in place. All progress is
+counted from it.
 
-One byte a page in a memfd, changed by compare-and-swap alone (``native/residency.c``), so that
-lanes in C threads and in other processes share it with Python. A page goes from MISSING to COMING
-(asked for in the background) or REQUESTED (asked for because somebody waits), to PLACING, in shared
-memory to READY, to RESIDENT; whoever moved it to PLACING, and nobody else, may write it. Never
-backwards: a page that its owner gave up is REMOVED for good.
+It has one byte a page in a memfd, changed only by compare-and-swap (``native/residency.c``), so
+that lanes in C threads and in other processes share it with Python. A page goes from MISSING to
+COMING (asked for in the background) or REQUESTED (asked for because a thread waits), to PLACING, in
+shared memory to READY, and to RESIDENT. Only the lane that moved a page to PLACING may write it. A
+page never goes backwards: one that its owner gave up is REMOVED for good.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = ["Residency", "State"]
 
 class State(IntEnum):
     MISSING = _native.STATES["missing"]
-    #: asked for in the background: asked for again, ahead of it, if somebody waits for it
+    #: asked for in the background; asked for again, on the demand lane, if a thread waits for it
     COMING = _native.STATES["coming"]
     REQUESTED = _native.STATES["requested"]
     PLACING = _native.STATES["placing"]
     RESIDENT = _native.STATES["resident"]
-    #: its owner gave it up while it was PLACING: whoever places it is to leave it REMOVED
+    #: its owner gave it up while it was PLACING: the lane that places it leaves it REMOVED
     REMOVING = _native.STATES["removing"]
-    #: its owner gave it up: reads as zero, never again as what the source has
+    #: its owner gave it up: it reads as zero, and never again as the source's bytes
     REMOVED = _native.STATES["removed"]
     #: the owner does not map it
     OUTSIDE = _native.STATES["outside"]
     POISONED = _native.STATES["poisoned"]
-    #: shared memory has its bytes, and it is being made visible, or was just now
+    #: shared memory has its bytes; the page is being made visible, or has just been made so
     READY = _native.STATES["ready"]
 
 
@@ -48,16 +48,16 @@ class Residency:
     """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte
     a page.
 
-    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which says what it
-    raises. Of a map that was recovered the READY and REMOVING pages are still as their users have
-    left them, and the counters go on: what those had done last may not be counted.
+    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which documents what
+    it raises. In a map that was recovered, READY and REMOVING pages are as its previous users left
+    them. The counters go on from theirs, which may lack what they did last.
     """
 
     def __init__(
         self, pages: int, *, note: bytes = b"", file: int | None = None, recover: bool = False
     ) -> None:
         self.pages = pages
-        #: for lanes in C
+        #: the map itself, for lanes in C
         self.shared = _native.SharedMap(pages, note, file, recover=recover)
         self.is_recovered = recover
         self._scope: Sequence[Run] = (Run(0, pages),)
@@ -72,10 +72,10 @@ class Residency:
         self.close()
 
     def confine(self, scope: Sequence[Run]) -> None:
-        """Nothing is to become resident but ``scope``: all else is OUTSIDE. Of a map that was
-        recovered, it is so.
+        """Limit what is to become resident to ``scope``: all other pages become OUTSIDE. In a map
+        that was recovered they must be OUTSIDE already, and those of the scope must not.
 
-        :exc:`HandshakeError` if it is not.
+        :exc:`HandshakeError` if a recovered map has another scope.
         """
         self._scope = sorted(scope, key=lambda run: run.first)
         self.shared.scope = sum(run.count for run in scope)
@@ -91,13 +91,14 @@ class Residency:
 
     @property
     def scope(self) -> int:
-        """Pages that are to become resident: all but those OUTSIDE. Kept in this process alone."""
+        """The number of pages that are to become resident: all but those OUTSIDE. It is kept in
+        this process, not in the map."""
         return self.shared.scope
 
     @property
     def done(self) -> int:
-        """Pages of the scope that are RESIDENT, REMOVED or POISONED, as far as the map's counter is
-        right."""
+        """The number of pages of the scope that are RESIDENT, REMOVED or POISONED, if the
+        map's counter is right."""
         return min(self.shared.done, self.scope)
 
     @property
@@ -105,8 +106,9 @@ class Residency:
         return self.done == self.scope
 
     def check_complete(self) -> None:
-        """It is :attr:`complete`. :exc:`HandshakeError` if not every page of the scope is RESIDENT,
-        REMOVED or POISONED. Looks at each: once, at the end."""
+        """Check a map that is :attr:`complete` by its counter. :exc:`HandshakeError` if a page of
+        the scope is not RESIDENT, REMOVED or POISONED. It looks at each page: call it once, at the
+        end."""
         for run in self._scope:
             if (page := self.shared.unsettled(run.first, run.end)) < run.end:
                 raise HandshakeError(
@@ -114,8 +116,8 @@ class Residency:
                 )
 
     def finish(self) -> None:
-        """The source knows that everything is in place: whoever finds the map has nothing left to
-        do."""
+        """Note that the source knows that every page is in place: a process that finds the map
+        later has nothing left to do."""
         self.shared.finish()
 
     def state(self, page: int) -> State:
@@ -126,37 +128,38 @@ class Residency:
             raise HandshakeError(f"{_WROTE}: {what}") from None
 
     def claim(self, run: Run, from_: State, to: State) -> int:
-        """Move pages of ``run`` from one state to another, and stop at the first that is in
-        neither: how many."""
+        """Move pages of ``run`` from state ``from_`` to ``to``, and stop at the first that is not
+        in ``from_``. Returns how many."""
         return self.shared.claim(run.first, run.count, from_, to)
 
     def replace(self, run: Run, from_: State, to: State) -> int:
-        """Move those pages of ``run`` that are in state ``from_``: how many."""
+        """Move those pages of ``run`` that are in state ``from_`` to ``to``. Returns how many."""
         return self.shared.replace(run.first, run.count, from_, to)
 
     def set(self, run: Run, to: State) -> None:
         self.shared.set(run.first, run.count, to)
 
     def find(self, state: State, first: int, end: int | None = None) -> int | None:
-        """The first page from ``first`` on, before ``end``, that is in ``state``."""
+        """The first page from ``first`` on, before ``end``, that is in ``state``; None if there is
+        none."""
         end = self.pages if end is None else end
         found = self.shared.find(first, end, state) if first < end else end
         return found if found < end else None
 
     def span(self, run: Run, state: State) -> int:
-        """How many pages from the start of ``run`` are in ``state``."""
+        """How many pages at the start of ``run`` are in ``state``, one after the other."""
         return self.shared.span(run.first, run.end, state)
 
     def missing(self) -> list[Run]:
-        """The pages of the scope that are neither in place nor given up, as runs of which each lies
-        within one of its own."""
+        """The pages of the scope that are neither in place nor given up, as runs. Each lies within
+        one run of the scope."""
         return [run for part in self._scope for run in self._missing_of(part)]
 
     def _missing_of(self, part: Run) -> Iterator[Run]:
         first = part.first
         while first < part.end:
-            # Looking at what was never touched would cost memory, and a region may be far larger
-            # than what came of it.
+            # To read an untouched part of the map would allocate memory for it, and a region may be
+            # far larger than what has come of it.
             start, end = (min(page, part.end) for page in self.shared.touched(first))
             if first < start:
                 yield Run(first, start - first)
@@ -167,7 +170,7 @@ class Residency:
         while first < end:
             state = self.shared.state(first)
             count = self.shared.span(first, end, state)
-            count = count or 1  # whoever else writes to the map has changed it since
+            count = count or 1  # 0 if another writer has changed it since
             if state not in _DONE_WITH:
                 yield Run(first, count)
             first += count
@@ -185,8 +188,8 @@ class Residency:
 
 
 def _between(scope: Sequence[Run], pages: int) -> Iterator[Run]:
-    """What ``scope``, in order, leaves out. The map is not touched where it need not be: a stranger
-    says how large the region is."""
+    """The runs that ``scope``, in order, leaves out. A stranger decides how large the region is,
+    and so the map is not touched where it need not be."""
     end = 0
     for run in scope:
         if end < run.first:

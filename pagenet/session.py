@@ -1,5 +1,4 @@
-"""The opening of a conversation: messages over a connection, and the hellos that both sides
-exchange."""
+"""The opening of a connection: messages over it, and the hellos that both sides exchange."""
 
 from __future__ import annotations
 
@@ -26,24 +25,24 @@ from .transport import Connection, Listener
 
 __all__ = ["MessageStream", "accept_forever", "bare", "greet", "receive_exactly", "telling"]
 
-# A stranger who connects and says nothing holds a task and a descriptor for this long. A hello is a
-# round trip.
+# In seconds. A stranger that connects and sends nothing takes a task and a descriptor for this
+# long. A hello takes a round trip.
 HELLO_TIMEOUT = 10.0
-# What one side has to say at the end, and waits for the other to heed: a round trip will do, and
-# nobody is held up by a peer that does not listen.
+# In seconds: for one side's last message, and for the other side to act on it. A round trip is
+# enough, and a peer that does not read delays this side no longer.
 LAST_WORDS_TIMEOUT = 1.0
 _RECEIVE_SIZE = 16 << 10
 
 
 class MessageStream:
-    """Whole messages over a connection, which it borrows. ``limit``: bytes of one that the peer
-    sends."""
+    """Whole messages over a connection, which is borrowed. ``limit``: bytes of a message that the
+    peer sends."""
 
     def __init__(self, connection: Connection, limit: int = MAX_MESSAGE) -> None:
         self.connection = connection
         self._decoder = MessageDecoder(limit)
-        # Goodbyes come from whichever task notices the end first, and another may be telling the
-        # peer what it did wrong.
+        # The task that notices the end first sends the goodbye, while another task may be sending a
+        # failure.
         self._sending = trio.Lock()
 
     async def send(self, message: Message) -> None:
@@ -51,12 +50,13 @@ class MessageStream:
             await self.connection.send(encode_message(message))
 
     async def tell(self, message: Message) -> None:
-        """Send what is of no use to us, if the peer can still hear it."""
+        """Send a message that matters to the peer alone, if the peer can still receive it."""
         with trio.move_on_after(LAST_WORDS_TIMEOUT), suppress(ConnectionBroken, ConnectionClosed):
             await self.send(message)
 
     async def answer(self, hello: Hello) -> None:
-        """Say hello to a peer that has said so. It must read that in time."""
+        """Answer a peer's hello with ``hello``. :exc:`ConnectionBroken` if the peer does not read
+        it for 10 s."""
         with trio.move_on_after(HELLO_TIMEOUT) as waiting:
             await self.send(hello)
         if waiting.cancelled_caught:
@@ -65,7 +65,8 @@ class MessageStream:
             )
 
     async def receive(self) -> Message | None:
-        """The next message; None when the peer has closed."""
+        """The next message; None when the peer has closed. :exc:`RemoteProtocolError` for what is
+        not a message."""
         buffer = memoryview(bytearray(_RECEIVE_SIZE))
         while (message := self._decoder.next()) is None:
             count = await self.connection.receive_into(buffer)
@@ -76,21 +77,22 @@ class MessageStream:
         return message
 
     def unread(self) -> bytes:
-        """What came after the last message: it belongs to whoever speaks on this connection
-        next."""
+        """The bytes that came after the last message. They belong to the next reader of this
+        connection."""
         data = bytes(self._decoder.unread)
         self._decoder.unread.clear()
         return data
 
     def rest(self) -> Connection:
-        """The connection from here on, with what has come of it already."""
+        """The connection from here on, including the bytes of it that came already."""
         unread = self.unread()
         return _Rest(self.connection, unread) if unread else self.connection
 
     async def receive_hello(self, role: Role, dialled: bool = False) -> Hello:
-        """The peer's hello, in time, in that role, and in a version that we speak. ``dialled``: it
-        is an answer to ours, which may be that the peer is busy:
-        :exc:`~pagenet.errors.SourceUnreachable`."""
+        """The peer's hello. :exc:`RemoteProtocolError` if it does not come within 10 s, if it is
+        not from a peer in ``role``, or if it has no version in common with this side.
+        :exc:`ConnectionBroken` if the peer closes instead. ``dialled``: it is an answer to our
+        hello, and the peer may answer that it is busy: :exc:`SourceUnreachable`."""
         try:
             with trio.fail_after(HELLO_TIMEOUT):
                 message = await self.receive()
@@ -114,7 +116,7 @@ class MessageStream:
 
 
 class _Rest:
-    """A connection of which something was received too early."""
+    """A connection some of whose bytes were received too early."""
 
     def __init__(self, connection: Connection, unread: bytes) -> None:
         self.connection = connection
@@ -137,8 +139,8 @@ class _Rest:
 
 
 def bare(connection: Connection) -> Connection:
-    """A connection as its transport made it, if nothing that was received of it is left to be
-    read."""
+    """The connection as its transport made it, if no byte that was received too early is left;
+    otherwise ``connection`` itself."""
     return (
         connection.connection
         if isinstance(connection, _Rest) and not connection.unread
@@ -151,7 +153,7 @@ def _opposite(role: Role) -> Role:
 
 
 async def receive_exactly(connection: Connection, into: memoryview) -> None:
-    """Fill ``into``. :exc:`ConnectionBroken` if the peer closes before."""
+    """Fill ``into``. :exc:`ConnectionBroken` if the peer closes before it is full."""
     while into:
         count = await connection.receive_into(into)
         if not count:
@@ -160,8 +162,9 @@ async def receive_exactly(connection: Connection, into: memoryview) -> None:
 
 
 async def greet(stream: MessageStream, ours: Hello) -> Hello:
-    """What whoever dialled begins with: say hello, and have it answered."""
-    # Whoever has answered for a lane takes what comes next for lane headers.
+    """Exchange hellos from the side that dialled: send ``ours``, return the answer. Errors as of
+    :meth:`MessageStream.receive_hello`."""
+    # Not on a lane: a peer that has answered there takes what comes next for lane headers.
     async with telling(stream) if ours.channel is Channel.CONTROL else nullcontext():
         await stream.send(ours)
         theirs = await stream.receive_hello(
@@ -176,8 +179,8 @@ async def greet(stream: MessageStream, ours: Hello) -> Hello:
 
 @asynccontextmanager
 async def telling(stream: MessageStream) -> AsyncIterator[None]:
-    """While messages are spoken: tell the peer, if it can still hear, what it did wrong, before the
-    error goes on up."""
+    """While messages are exchanged: send a peer's error to it, if it can still receive that, before
+    the error is raised further."""
     try:
         yield
     except RemoteProtocolError as error:
@@ -190,9 +193,9 @@ async def accept_forever(
     meet: Callable[[Connection], Awaitable[None]],
     admission: Admission | None = None,
 ) -> None:
-    """Start ``meet`` for each connection that comes. It closes the connection, and lets no peer's
-    mistakes out. For more than there are file descriptors, or ``admission`` says, the rest wait in
-    the listener's backlog."""
+    """Start ``meet`` for each connection that comes. ``meet`` closes the connection, and raises no
+    error that a peer causes. Connections beyond the limit (``admission``'s, or that of spare file
+    descriptors) wait in the listener's backlog."""
     places = admission or Admission(spare_descriptors())
 
     async def meet_counted(connection: Connection) -> None:

@@ -11,7 +11,7 @@ _SHIFTS = {"K": 10, "M": 20, "G": 30}
 
 
 def parse_size(text: str) -> int:
-    """For argparse: bytes in whole pages, with one of K, M, G after the number or nothing."""
+    """For argparse: bytes in whole pages, as a number that K, M or G may follow."""
     shift = _SHIFTS.get(text[-1:].upper(), 0)
     number = text[:-1] if shift else text
     size = int(number) << shift if number.isdecimal() else 0

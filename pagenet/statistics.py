@@ -9,8 +9,8 @@ __all__ = ["ClassStatistics", "Histogram", "ServingStatistics", "TransferStatist
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Latencies in nanoseconds, counted in buckets: exact below 16, then eight to the octave (12.5
-    % wide)."""
+    """Latencies in nanoseconds, counted in buckets: exact below 16, then eight buckets to the
+    octave (12.5 % wide)."""
 
     buckets: tuple[int, ...]
 
@@ -57,10 +57,10 @@ class ClassStatistics:
     for them; ``existed``: found in place already; ``dropped``: came but were no longer wanted;
     ``requests`` sent; ``faults`` that this class was asked to answer; ``deferred``: times that
     placing had to wait for the owner's events to be read; ``latency``: from the fault's event to
-    the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed,
-    ``lz4_bytes`` of pages in ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose
-    first touch is seen; ``sampled_used``: those of them that were touched. ``outside_faults``: of
-    the faults, those at addresses that the owner announced nothing about.
+    the page in place (demand alone). ``lz4_runs``: of the runs, those that came compressed:
+    ``lz4_bytes`` of pages, as ``lz4_wire_bytes``. ``sampled``: of prefetched pages, those whose
+    first touch is seen; ``sampled_used``: of the sampled pages, those that were touched.
+    ``outside_faults``: of the faults, those at addresses that the owner did not announce.
     """
 
     pages: int
@@ -85,8 +85,8 @@ class ClassStatistics:
 class TransferStatistics:
     """A whole transfer.
 
-    ``pages``: in its scope; ``size``: the same in bytes; ``done``: of those pages, in place or
-    given up by their owner.
+    ``pages``: in its scope; ``size``: the same in bytes; ``done``: those of the pages that are in
+    place or given up by their owner. ``seconds``: since the transfer began.
     """
 
     pages: int
@@ -112,18 +112,20 @@ class TransferStatistics:
 
     @property
     def lz4_bytes(self) -> int:
-        """Bytes of the pages that came compressed, as they are uncompressed."""
+        """Uncompressed bytes of the pages that came compressed."""
         return sum(class_.lz4_bytes for class_ in self._classes)
 
     @property
     def lz4_ratio(self) -> float | None:
-        """Compressed pages: their uncompressed size over that on the wire; None if none came."""
+        """Of the pages that came compressed, the uncompressed size divided by that on the wire;
+        None if none came."""
         wire = sum(class_.lz4_wire_bytes for class_ in self._classes)
         return self.lz4_bytes / wire if wire else None
 
     @property
     def lz4_share(self) -> float:
-        """The share (0 to 1) that came compressed, of the bytes of all pages but flagged ones."""
+        """The share (0 to 1) that came compressed, of the uncompressed bytes of all pages except
+        those that came as a flag."""
         raw = self.wire_bytes - sum(class_.lz4_wire_bytes for class_ in self._classes)
         return self.lz4_bytes / (self.lz4_bytes + raw) if self.lz4_bytes else 0.0
 
@@ -163,5 +165,5 @@ class ServingStatistics:
 
     @property
     def done(self) -> int:
-        """The most pages that the destination can have, if there is only one."""
+        """The maximum of pages that the destination can have, if there is only one."""
         return min(self.asked, self.pages)

@@ -110,7 +110,8 @@ class Target(Protocol):
 
     @property
     def event_fd(self) -> int | None:
-        """Readable when :meth:`read_events` has events; None if nobody touches the target yet."""
+        """Readable when :meth:`read_events` has events; None if no thread touches the target
+        yet."""
         ...
 
     def scope(self) -> Sequence[Run]:
@@ -124,7 +125,8 @@ class Target(Protocol):
         ...
 
     def page_of(self, fault: Fault) -> int | None:
-        """The page that a fault waits for. None: it is outside of what the owner announced."""
+        """The page that a fault waits for. None: the fault is outside of the memory that the owner
+        announced."""
         ...
 
     def piece_of(self, page: int) -> Run:
@@ -142,9 +144,9 @@ class Target(Protocol):
     def settle(self, page: int | None, fault: Fault) -> bool:
         """Answer ``fault`` on ``page``, which was placed or given up by its owner before.
 
-        ``page`` is None for a fault outside of what the owner announced: the thread that waits
-        there gets SIGBUS, or zeros if the owner wants that; where the kernel can do neither, it
-        goes on waiting.
+        ``page`` is None for a fault outside of the memory that the owner announced: the thread that
+        waits there gets SIGBUS, or zeros if the owner wants that; where the kernel can do neither,
+        the thread goes on waiting.
 
         False: the owner's memory is changing. Read all of its events, and call again.
         """
@@ -163,7 +165,7 @@ class Target(Protocol):
         ...
 
     def close(self, missing: Sequence[Run]) -> None:
-        """Let go. The ``missing`` pages never came.
+        """Release the memory or file. The ``missing`` pages never came.
 
         A thread that touches one of them must wait or get an error, and never read zeros.
         """
@@ -187,7 +189,7 @@ class Recoverable(Protocol):
         ...
 
     def write(self, run: Run, data: memoryview | None) -> bool:
-        """Write the bytes (None: zeros) of ``run`` so that nobody sees them before :meth:`publish`.
+        """Write the bytes (None: zeros) of ``run``, invisible to the owner until :meth:`publish`.
 
         False: this memory cannot do that. Nothing was written: call :meth:`place` instead.
         """
@@ -204,12 +206,12 @@ class Recoverable(Protocol):
 
 @runtime_checkable
 class Stored(Protocol):
-    """A target whose pages must be on a disk before it may be let go."""
+    """A target whose pages must be on a disk before it may be closed."""
 
     async def wait_stored(self) -> None:
         """Return when the pages, all of which are in place, are stored for good.
 
-        If it is cancelled or never called, none of them is.
+        If it is cancelled or never called, none of them is stored.
         """
         ...
 

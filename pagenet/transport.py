@@ -34,16 +34,17 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview
-#: which lanes drive a connection: loops in C, tasks in Trio, or the former where they can
+#: which lanes drive a connection: loops in C, tasks in Trio, or (``auto``) loops in C where
+#: possible
 LaneKind = Literal["auto", "native", "trio"]
 
 
 class Connection(Protocol):
     """A reliable, ordered stream of bytes in both directions.
 
-    One task may send while another receives; two tasks in the same direction at once raise
-    :exc:`~pagenet.errors.ConnectionBusy`. After :meth:`close` everything raises
-    :exc:`~pagenet.errors.ConnectionClosed`; when the peer or the network broke it,
+    One task may send while another receives; a second task in the same direction gets
+    :exc:`~pagenet.errors.ConnectionBusy`. After :meth:`close` each method raises
+    :exc:`~pagenet.errors.ConnectionClosed`; when the peer or the network has broken the connection,
     :exc:`~pagenet.errors.ConnectionBroken`.
     """
 
@@ -55,7 +56,8 @@ class Connection(Protocol):
     async def send(self, *buffers: Buffer) -> None:
         """Send all bytes of all ``buffers``, in order.
 
-        If it is cancelled, an unknown part has been sent: the connection can then only be closed.
+        If it is cancelled, an unknown number of bytes has been sent: the connection can then only
+        be closed.
         """
         ...
 
@@ -113,7 +115,7 @@ class Listener(Protocol):
 class Transport(Protocol):
     async def dial(self, uri: SplitResult) -> Connection:
         """Connect. :exc:`~pagenet.errors.SourceUnreachable` if nothing answers,
-        :exc:`~pagenet.errors.UsageError` for a URI that makes no sense."""
+        :exc:`~pagenet.errors.UsageError` for a URI that cannot be dialled."""
         ...
 
     async def listen(self, uri: SplitResult) -> Listener:

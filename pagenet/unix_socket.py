@@ -1,5 +1,5 @@
-"""A listening unix socket and its file: who may use it, what to do with one that is there already,
-and removing it again."""
+"""A listening unix socket and its file: its permissions, a file that is there already, and its
+removal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["UnixSocketFile", "check_path_length"]
 # struct sockaddr_un has 108 bytes for the path; the last one holds the terminating zero.
 _PATH_MAX = 107
 
-# Only the user that the daemon runs as, and root, may connect: whoever connects may ask for memory.
+# Only the user that the daemon runs as, and root, may connect: a peer may ask for memory.
 _MODE = 0o600
 
 
@@ -30,12 +30,12 @@ class UnixSocketFile:
     """A stream socket that listens on ``path``. Owns the socket and the file.
 
     Replaces the socket file of a listener that is gone. :exc:`~pagenet.errors.UsageError`, which
-    begins with ``name``, if somebody listens there, if it is another file, or if there can be none.
+    begins with ``name``, if a process listens there, if it is another file, or if no socket can be
+    made there.
     """
 
     def __init__(self, path: str, name: str, backlog: int) -> None:
-        # : absolute, so that the file is found again at close, wherever the daemon has changed to
-        # by then
+        #: absolute, so that close finds the file even if the daemon has changed its directory
         self.path = os.path.join(os.getcwd(), path)
         check_path_length(os.fsencode(self.path), name)
         try:
@@ -52,9 +52,9 @@ class UnixSocketFile:
         """Idempotent. Wakes a task that waits in accept."""
         if not self._closed:
             self._closed = True
-            # In this order. An open socket keeps its file's inode, so that nobody else's file can
-            # have the same number, and still answers, so that nobody takes the file for a leftover:
-            # what is found to be ours, is ours.
+            # In this order. While the socket is open, its file keeps its inode, so no other file
+            # can have the same number; and it answers, so no other daemon takes the file for a
+            # leftover. A file that has our inode is therefore ours.
             _remove_own(self.path, self._inode)
             self.socket.close()
 
@@ -73,7 +73,8 @@ def _stream() -> socket.socket:
 
 
 def _clear(path: str, name: str) -> None:
-    """Make room at ``path`` if what is there is a socket that nobody listens on."""
+    """Remove what is at ``path`` if it is a socket that no process listens on. :exc:`UsageError` if
+    it is anything else."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -83,8 +84,8 @@ def _clear(path: str, name: str) -> None:
     if _answers(path):
         raise UsageError(f"{name}: somebody listens there already; stop it or choose another path")
     # Two daemons that start on one leftover within these few microseconds can still remove each
-    # other's file; the looser learns of it when nobody comes. A lock file would prevent that and be
-    # the next leftover.
+    # other's file; the loser notices only that no peer connects. A lock file would prevent that,
+    # and be the next leftover.
     _remove_own(path, _Inode(found.st_dev, found.st_ino))
 
 
@@ -102,8 +103,8 @@ def _answers(path: str) -> bool:
 def _bind(path: str, backlog: int) -> tuple[socket.socket, _Inode]:
     sock = _stream()
     try:
-        # bind() gives the file the mode of the socket, less the umask. So the mode comes first, and
-        # there is no moment in which the file exists and is open to others.
+        # bind() gives the file the mode of the socket, less the umask. The mode is set first, so
+        # the file is never open to others.
         os.fchmod(sock.fileno(), _MODE)
         sock.bind(path)
         made = os.lstat(path)
@@ -115,12 +116,12 @@ def _bind(path: str, backlog: int) -> tuple[socket.socket, _Inode]:
 
 
 def _remove_own(path: str, inode: _Inode) -> None:
-    """Remove the file at ``path`` if it is still that one: another daemon may have put its own
+    """Remove the file at ``path`` if it still has that inode: another daemon may have put its own
     there."""
     try:
         found = os.lstat(path)
         if _Inode(found.st_dev, found.st_ino) == inode:
             os.unlink(path)
     except OSError:
-        # Gone already, or in a directory that is: nothing is left behind that could be removed.
+        # The file, or its directory, is gone already: there is nothing left to remove.
         return

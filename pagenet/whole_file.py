@@ -1,8 +1,8 @@
-"""A file that is written by name: whole or not at all.
+"""A file that gets its name whole or not at all.
 
-Bytes go into a fresh file of this writer's own, in the directory of the name, and it takes the name
-when it is whole: two who write one name at once do not meet, and the last to be done has it.
-Nothing that lies under the name is opened or followed.
+Bytes go into a fresh file of this writer's own, in the directory of the name. The file takes the
+name when it is whole. Two writers of one name at once do not disturb each other, and the last to
+finish has the name. A file or link that has the name already is neither opened nor followed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["OWNER_ONLY", "WholeFile", "read_whole"]
 
 OWNER_ONLY = 0o600
 
-# What says that this file system has no files without a name: old kernels take the flag for a
+# The errors of a file system that has no files without a name: old kernels take the flag for a
 # directory to be written.
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
 class WholeFile:
-    """What is to become ``path``. ``what``: what it is, for people. ``mode``: of the new file, less
-    the umask.
+    """A file that is to become ``path``. ``what``: a noun for it in errors. ``mode``: that of the
+    new file, less the umask.
 
-    :exc:`UsageError` if there can be none under that name: no such directory, a name that is no
-    regular file (a symbolic link is none, wherever it leads), or one that only another user may
-    replace. Later, :exc:`PagenetError`, if there is no room. Either is one line, and leaves what
-    was there as it was, and nothing else.
+    :exc:`UsageError` if no file can be made under that name: there is no such directory, the name
+    is not a regular file (nor is a symbolic link one, wherever it leads), or only another user may
+    replace it. Later :exc:`PagenetError` if there is no room. Each is one line. An older file is
+    then left as it was, and no new one is left.
     """
 
     def __init__(self, path: str | os.PathLike[str], what: str, mode: int = OWNER_ONLY) -> None:
@@ -46,8 +46,8 @@ class WholeFile:
         self._made = ""
         self._fd = -1
         try:
-            # The directory is held, not its name: whoever may move things on the way to it cannot
-            # move us.
+            # The directory is kept open and used instead of its name: a user who may rename what is
+            # above it cannot redirect this file.
             self._directory = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise self._unusable(error) from None
@@ -91,14 +91,14 @@ class WholeFile:
             )
         around = os.stat(self._directory)
         if around.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, around.st_uid):
-            # rename() would say so too, after everything was written
+            # rename() would fail too, but only after everything was written
             raise UsageError(
                 f"{self.path} is another user's, in a directory where only that one may replace it"
             )
 
     def _create(self, mode: int) -> int:
         try:
-            # Without a name, nothing is left of it when we are killed.
+            # A file without a name is gone if this process is killed.
             return os.open(
                 ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=self._directory
             )
@@ -115,7 +115,7 @@ class WholeFile:
         return f".pagenet-{secrets.token_hex(8)}"
 
     def resize(self, size: int) -> None:
-        """:exc:`UsageError` if there can be no file of that size here."""
+        """Set the size in bytes. :exc:`UsageError` if there can be no file of that size here."""
         try:
             os.ftruncate(self._fd, size)
         except OSError as error:
@@ -133,7 +133,8 @@ class WholeFile:
             raise self._failed(error) from None
 
     def commit(self) -> None:
-        """It is whole: give it its name, in place of what is there. Waits for the disk."""
+        """The file is whole: give it its name, in place of an older file. Waits for the disk, and
+        blocks. :exc:`PagenetError` if that fails."""
         try:
             os.fsync(self._fd)
             self._take_name()
@@ -141,7 +142,7 @@ class WholeFile:
             raise self._failed(error) from None
 
     async def wait_committed(self) -> None:
-        """As :meth:`commit`, for a file that the disk may take a while for."""
+        """As :meth:`commit`, but without blocking Trio while the disk writes."""
         try:
             sync = _Sync(os.dup(self._fd))
             try:
@@ -155,7 +156,7 @@ class WholeFile:
     def _take_name(self) -> None:
         self._check_name()
         if not self._made:
-            # rename() takes names alone, so there is a short one first.
+            # rename() needs a name, so the file gets one for a moment.
             name = self._fresh_name()
             os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=self._directory)
             self._made = name
@@ -163,7 +164,7 @@ class WholeFile:
         self._made = ""
 
     def close(self) -> None:
-        """Idempotent. What has not been committed is gone."""
+        """Idempotent. A file that was not committed is gone."""
         if self._directory < 0:
             return
         if self._made:
@@ -176,8 +177,8 @@ class WholeFile:
 
 
 class _Sync:
-    """What a thread does with a descriptor of its own, which whoever waits for it may abandon at
-    any moment: even before the thread has begun."""
+    """An fsync by a thread, on a descriptor of its own. The task that waits for the thread may
+    abandon it at any moment, even before the thread has begun."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -185,7 +186,7 @@ class _Sync:
         self._is_taken = False
 
     def _take(self) -> bool:
-        """Whether the descriptor is the caller's to close: whoever asks first."""
+        """Whether the caller must close the descriptor: true for the first caller only."""
         with self._lock:
             was_taken, self._is_taken = self._is_taken, True
         return not was_taken
@@ -203,9 +204,10 @@ class _Sync:
 
 
 def read_whole(path: str | os.PathLike[str], most: int, what: str) -> bytes:
-    """All of a regular file, of ``most`` bytes at most. :exc:`UsageError` for anything else.
+    """All of a regular file of at most ``most`` bytes. :exc:`UsageError` for anything else;
+    ``what`` is a noun for the file in errors.
 
-    Never waits for another process: a FIFO, or a device, is turned away unread. Links are followed,
+    It never waits for another process: a FIFO, or a device, is refused unread. Links are followed,
     as everywhere in reading.
     """
     name = os.fspath(path)
@@ -225,6 +227,6 @@ def read_whole(path: str | os.PathLike[str], most: int, what: str) -> bytes:
 
 
 def _read(fd: int, most: int) -> bytes:
-    """To its end, which may have moved."""
+    """Read to the end, which may have moved, but at most ``most`` bytes."""
     with open(fd, "rb", closefd=False) as file:
         return file.read(most)

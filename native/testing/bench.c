@@ -1,5 +1,5 @@
-/* What pagenet-bench measures with, and the bare loops that it measures against: the least that any
- * page mover must do. */
+/* What pagenet-bench measures with, and the bare loops that it measures against: the minimum that
+ * any page mover must do. */
 #define _GNU_SOURCE
 #include "testing.h"
 #include "wire.h"
@@ -34,8 +34,8 @@ struct toucher {
     int error;
 };
 
-/* A page that can never come is a SIGBUS, whenever its transfer fails: the end of the thread that
- * touches it, no more. */
+/* Touching a page that can never come is a SIGBUS, at whatever moment its transfer fails. It ends
+ * the thread that touches the page, and no more. */
 static _Thread_local volatile bool touching;
 static _Thread_local sigjmp_buf untouched;
 static struct sigaction otherwise;
@@ -43,8 +43,8 @@ static struct sigaction otherwise;
 static void bus_error(int number) {
     if (touching)
         siglongjmp(untouched, 1);
-    sigaction(number, &otherwise,
-              NULL); /* not ours: it happens again at once, to whoever was there before us */
+    /* Not from a touch: it happens again at once, for the handler that was there before. */
+    sigaction(number, &otherwise, NULL);
 }
 
 static bool is_there(const struct pn_map *map, uint64_t page) {
@@ -77,7 +77,7 @@ static void *touch(void *argument) {
     return NULL;
 }
 
-/* One caller at a time in a process: it takes SIGBUS for itself. */
+/* Only one caller at a time in a process: it sets the handler of SIGBUS. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count,
                    uint64_t *latencies, int threads, uint64_t limit_ns, const struct pn_map *map) {
     struct toucher touchers[256];
@@ -271,7 +271,7 @@ void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) {
     memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length);
 }
 
-/* ---- what the books cost ---- */
+/* ---- what the map costs ---- */
 
 uint64_t pn_bench_claims(struct pn_map *map) {
     uint64_t claims = 0;

@@ -1,4 +1,4 @@
-/* Memory that knows what it should hold, so that a page that is lost, late, stale or in the wrong
+/* Memory whose content is known in advance, so a page that is lost, late, stale or in the wrong
  * place is found.
  *
  * A page has a key, hashed from the seed and its number; a word is hashed from the key and its
@@ -30,7 +30,8 @@ static inline uint64_t word_of(uint64_t key, uint64_t place) {
     return value ^ (value >> 32);
 }
 
-/* A hash of its own, not a stride: strided access must not see zero pages alone, or none. */
+/* Zero pages are chosen by a hash of their own, not by a stride: strided access must not see zero
+ * pages alone, or none. */
 static bool is_zero_page(uint64_t key, uint64_t zero_every) {
     return zero_every && mix(~key) % zero_every == 0;
 }
@@ -55,7 +56,7 @@ void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t
     }
 }
 
-/* All differences or-ed together: without a way out of the loop, good pages, which nearly all are,
+/* Differences are or-ed together: without an exit from the loop, good pages, which nearly all are,
  * go at full speed. */
 static bool words_differ(const char *bytes, uint64_t words, uint64_t key) {
     uint64_t difference = 0;

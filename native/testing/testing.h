@@ -1,70 +1,65 @@
 /* What tests and benches need, and the programs that move memory do not: an extension module of its
- * own, which shares nothing with the core. What it uses of the core's C is compiled into it as
- * well. Read by the compiler and by cffi, as pagenet.h is.
- */
+ * own, which shares nothing with the core. The core's C that it uses is compiled into it, too. The
+ * compiler and cffi read this header as they do pagenet.h. */
 #ifndef PAGENET_TESTING_H
 #define PAGENET_TESTING_H
 #include "pagenet.h"
 
 struct pn_map; /* of pagenet.h, as the address at which it is mapped */
 
-/* ---- pattern.c: memory that knows what it should hold
- * ----------------------------------------------------------- */
+/* ---- pattern.c: memory whose content is known in advance ---- */
 
-/* Page number `page` of pattern `seed`: every 8-byte word depends on seed, page and place. One page
- * in zero_every is all zeros (0: none). */
+/* Fills `pages` pages of pattern `seed`, from page number `first_page` on: every 8-byte word
+ * depends on seed, page and place. One page in zero_every is all zeros (0: none). */
 void pn_pattern_fill(void *buffer, uint64_t first_page, uint64_t pages, uint64_t page_size,
                      uint64_t seed, uint64_t zero_every);
-/* How many of the pages differ; *bad gets the first such page's number. */
+/* How many of the pages differ. *bad gets the number of the first that does. */
 uint64_t pn_pattern_check(const void *buffer, uint64_t first_page, uint64_t pages,
                           uint64_t page_size, uint64_t seed, uint64_t zero_every, uint64_t *bad);
-/* The first 8-byte word of a page: the workload adds one to it at each write. */
+/* The first 8-byte word of a page. The workload adds one to it at each write. */
 uint64_t pn_pattern_word(uint64_t page, uint64_t page_size, uint64_t seed, uint64_t zero_every);
 /* The 8-byte word at that place (0, 1, 2...) of a page. */
 uint64_t pn_pattern_word_at(uint64_t page, uint64_t place, uint64_t seed, uint64_t zero_every);
 
-/* ---- workload.c: an owner that touches its memory from C threads and checks every byte
- * -------------------------- */
+/* ---- workload.c: an owner that touches its memory from C threads and checks every byte ---- */
 
-/* The whole program: argv as documented by `python -m pagenet.testing.workload --help`; returns its
- * exit status. */
+/* The whole program, with argv as documented by `python -m pagenet.testing.workload --help`.
+ * Returns its exit status. */
 int pn_workload(int argc, char **argv);
 
-/* ---- bench.c: what pagenet-bench measures with, and the bare loops it measures against
- * -------------------------------- */
+/* ---- bench.c: what pagenet-bench measures with, and the bare loops it measures against ---- */
 
 /* Touches pages[i] of memory at `address` from that many threads, each its share of the list in
- * order, and notes how long each touch took (ns). UINT64_MAX: it was not touched, because limit_ns
- * (0: none) were over, or with a map because it was there already or all pages were. 0, -EFAULT
- * when a page could never come, or -errno. */
+ * order, and records how long each touch took (ns). UINT64_MAX: the page was not touched, because
+ * limit_ns (0: no limit) was over, or, with a map, because this page or all pages were already in
+ * place. 0, -EFAULT when a page could never come, or -errno. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count,
                    uint64_t *latencies, int threads, uint64_t limit_ns, const struct pn_map *map);
-/* Touches the pages of a trace, one after the other, after so much work before each, or (works_ns)
- * as much as each of them has. blocked: touches of pages that were not there; stall_ns: how long
- * those took; done: touches so far, for others to read. */
+/* Touches the pages of a trace, one after the other, each after work_ns of work, or (works_ns)
+ * after its own time. blocked: touches of pages that were not in place; stall_ns: how long those
+ * took; done: touches until now, for other threads to read. */
 struct pn_play {
     uint64_t address, page_size, work_ns, count;
     const uint64_t *pages, *works_ns;
     uint64_t done, blocked, stall_ns;
 };
-int pn_bench_play(
-    struct pn_play *trace,
-    const struct pn_map *map); /* 0, -EFAULT when a page could never come, or -errno */
+/* 0, -EFAULT when a page could never come, or -errno. */
+int pn_bench_play(struct pn_play *trace, const struct pn_map *map);
 /* How many of these pages (NULL: of the first `count`) are in that state. */
 uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count, int state);
 /* Answers each 24-byte request on a blocking socket with a header and a page, until the peer
  * closes. */
 int pn_bench_page_server(int sock, uint64_t page_size);
-/* Answers faults with a COPY, of a page asked for over a blocking socket, or (sock -1) of one at
- * hand, until stop_fd is readable. */
+/* Answers each fault with a COPY of a page that it asks for over a blocking socket, or (sock -1) of
+ * one at hand, until stop_fd is readable. */
 int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size);
 int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
-/* Receives, and with a uffd copies each chunk into place from `address` on; or receives it through
- * a second mapping of that memory, and continues it. */
+/* Receives `length` bytes, and with a uffd copies each chunk into place, from `address` on. With
+ * `second`, it receives through that second mapping of the memory, and continues each chunk. */
 int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
                      uint64_t second);
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
-/* Takes each page of the map from MISSING to RESIDENT: how many claims that took. */
+/* Takes each page of the map from MISSING to RESIDENT. Returns how many claims that took. */
 uint64_t pn_bench_claims(struct pn_map *map);
 
 #endif

@@ -1,17 +1,16 @@
-/* Preloaded (LD_PRELOAD) by pagenet-bench trace into a program, to see which pages of a file it
+/* Preloaded (LD_PRELOAD) by pagenet-bench trace into a program, to record which pages of a file it
  * touches first, and when. The file is a memfd that has all of its bytes. Where the program maps
- * it, the mapping is put under a userfaultfd that reports pages which are there and in no page
- * table yet (minor faults). A thread of ours writes each of them down, with the processor time that
- * the program has taken since the one before, and lets it go on. Of the C library mmap is replaced,
- * and nothing else.
+ * it, the mapping is put under a userfaultfd that reports pages which are in the file and in no
+ * page table yet (minor faults). A thread started here records each of them, with the processor
+ * time that the program has taken since the one before, and lets the program go on. Of the C
+ * library, only mmap is replaced.
  *
- *   PAGENET_TRACE   the file that is written to, a struct trace: whoever started the program has it
- * too
+ *   PAGENET_TRACE   the file to write to, a struct trace, which the program's launcher has, too
  *
- * No byte depends on us: what cannot be watched is counted, and works as ever. So does everything
- * if the tracing program dies.
+ * No byte depends on this: what cannot be watched is counted, and works as ever. Everything also
+ * works as ever if the tracing program dies.
  */
-/* It would give mmap and mmap64 one and the same name; offsets have 64 bits anyway: see below. */
+/* It would give mmap and mmap64 the same name; offsets have 64 bits anyway: see below. */
 #undef _FILE_OFFSET_BITS
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -49,7 +48,7 @@ struct touch {
 };
 
 /* Behind the touches, of which there are as many as pages, is a byte for each page: whether it was
- * touched. pagenet/bench/workload/_tracing.py makes and reads it. */
+ * touched. pagenet/bench/workload/_tracing.py makes and reads the file. */
 struct trace {
     uint64_t device, inode, pages;
     _Atomic uint64_t count, unwatched; /* touches; mappings that are not watched */
@@ -63,7 +62,7 @@ struct mapping {
 
 static struct trace *trace;
 
-/* The lock holder's, as is everything up to `worked`. A process has one userfaultfd, and one thread
+/* The lock guards everything from here to `worked`. A process has one userfaultfd, and one thread
  * that reads it. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct mapping mappings[MAPPINGS];
@@ -71,11 +70,11 @@ static size_t mapped;
 static int uffd = -1;
 static pthread_t reader;
 static uint64_t page_size;
-/* Processor time that the program had taken at its last first touch: the reader's. */
+/* Processor time that the program had taken at its last first touch. Only the reader uses it. */
 static uint64_t worked;
 
-/* Not the next mmap by dlsym, which may map memory itself, and may not work yet when the first call
- * comes. */
+/* Not the next mmap, found by dlsym: dlsym may map memory itself, and may not work yet at the first
+ * call. */
 static void *map(void *address, size_t length, int protection, int flags, int fd, off_t offset) {
     return (void *)syscall(SYS_mmap, address, length, (long)protection, (long)flags, (long)fd,
                            offset);
@@ -89,8 +88,8 @@ static uint64_t clock_ns(clockid_t clock) {
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-/* Of all of the program's threads, the reader's left out. One that waits for its page takes none.
- */
+/* Processor time of all of the program's threads but the reader. A thread that waits for its page
+ * takes none. */
 static uint64_t program_ns(clockid_t readers) {
     uint64_t ours = clock_ns(readers);
     return clock_ns(CLOCK_PROCESS_CPUTIME_ID) - ours;
@@ -107,7 +106,7 @@ static void note(uint64_t page) {
     worked += touch->work_ns;
 }
 
-/* The newest: what an older one had at that address is not there any more. */
+/* Looks in the newest mapping first: what an older one had at that address is no longer there. */
 static bool find_page(uint64_t address, uint64_t *page) {
     bool found = false;
     pthread_mutex_lock(&lock);
@@ -127,14 +126,14 @@ static void let_go(uint64_t address) {
     while (done.error == -EAGAIN);
     if (done.error == -EEXIST)
         pn_uffd_wake(uffd, address, page_size);
-    else if (done.error) /* of a file that has become shorter, and the like: what happens there is
-                            the kernel's to say */
+    else if (done.error)
+        /* The file has become shorter, for example: the kernel is to answer what happens there. */
         pn_uffd_unregister(uffd, address, page_size);
 }
 
-/* A reader that sleeps is woken by whoever touches a page, on its time: up to 30 us of it where
- * that takes another processor out of its idle state. So it sleeps only when there was no touch for
- * a while, which those are nothing beside. */
+/* A reader that sleeps is woken by the thread that touches a page, in that thread's time: up to 30
+ * us of it where another processor has to leave its idle state. So the reader sleeps only when
+ * there was no touch for AWAKE_NS, beside which the 30 us are nothing. */
 static void wait_for_faults(uint64_t since) {
     struct pollfd ready = {.fd = uffd, .events = POLLIN};
     if (clock_ns(CLOCK_MONOTONIC) - since > AWAKE_NS)
@@ -165,7 +164,7 @@ static void *read_faults(void *unused) {
 
 /* ---- what is watched ---- */
 
-/* The program's signals are for its own threads. */
+/* The reader blocks all signals: they are for the program's own threads. */
 static int start_reader(void) {
     sigset_t all, before;
     clockid_t readers;
@@ -178,7 +177,8 @@ static int start_reader(void) {
     return error;
 }
 
-/* Not for faults in user mode alone: the program's own system calls touch its memory too. */
+/* Opens it not only for faults in user mode: the program's own system calls touch its memory,
+ * too. */
 static int open_uffd(void) {
     uint64_t features;
     uffd = pn_uffd_open(DEVICE, 0);
@@ -228,8 +228,8 @@ static void watch(const void *address, size_t length, off_t offset) {
     }
 }
 
-/* A child has neither the reader nor what is watched, only a copy of the descriptor, which is for
- * its parent's memory. */
+/* A child has neither the reader nor anything that is watched, only a copy of the descriptor, which
+ * is for its parent's memory. */
 static void before_fork(void) { pthread_mutex_lock(&lock); }
 static void after_fork(void) { pthread_mutex_unlock(&lock); }
 static void begin_child(void) {
@@ -271,7 +271,7 @@ static int open_for_both(int fd) {
     return open(path, O_RDWR | O_CLOEXEC);
 }
 
-/* Not populated: those would be touches of the kernel's. */
+/* Maps without MAP_POPULATE: that would be touches by the kernel. */
 static void *map_traced(void *address, size_t length, int protection, int flags, int fd,
                         off_t offset) {
     int before = errno, both = -1;

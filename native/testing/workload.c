@@ -1,12 +1,12 @@
 /* An owner: a process that moves onto pagenet as a VMM does, works on its memory while the pages
- * come, and can tell what every byte of it must be. The file is in the order in which it runs:
+ * come, and knows what every byte of it must be. The file is in the order in which it runs:
  * options, memory, userfaultfd, handshake, touching (threads), removing (the main thread,
  * meanwhile), verifying, report.
  *
- * What a page must hold: its pattern, or zeros once the owner has removed it, with its first word
- * higher by the number of writes that the page has seen. So a page that is missing, stale, in the
- * wrong place, or placed late over the owner's own write is found, by the touch that meets it or by
- * the verification at the end.
+ * A page must hold its pattern, or zeros once the owner has removed it. Its first word is higher by
+ * the number of writes that the page has seen. So a page that is missing, stale, in the wrong
+ * place, or placed late over the owner's own write is found, by the touch that meets it or by the
+ * verification at the end.
  *
  * "Page" is a page of the pattern, numbered through all mappings in the order of their offsets. A
  * "unit" is what can be removed: a page of the pattern or of the memory, whichever is larger.
@@ -76,7 +76,7 @@ enum bad_handshake {
     BAD_LONG
 };
 
-/* Numbers of every kind are uint64_t, so that the table can say where each goes. */
+/* Numbers of every kind are uint64_t, so the table can tell where each goes. */
 struct options {
     const char *socket, *dir, *latency_out;
     uint64_t sizes[MAX_MAPPINGS], mappings;
@@ -169,8 +169,8 @@ static void print_help(void) {
     fflush(stdout);
 }
 
-/* A number, with one of K, M, G after it if suffixes are allowed. *end: the first character that is
- * not of it. */
+/* A number, with one of K, M, G after it if suffixes are allowed. *end: the first character behind
+ * it. */
 static int parse_number(const char *text, bool suffixes, uint64_t *number, const char **end) {
     errno = 0;
     char *after;
@@ -281,7 +281,7 @@ static int parse_options(int argc, char **argv, struct options *options) {
     for (int i = 0; i < SPECS; i++)
         table[i] = (struct option){
             specs[i].name, specs[i].kind == FLAG || specs[i].kind == HELP ? 0 : 1, NULL, 'o'};
-    optind = 0; /* glibc: begin anew, for a process that runs this twice */
+    optind = 0; /* glibc: start again, for a process that runs this twice */
     int index = 0, found;
     while ((found = getopt_long(argc, argv, "", table, &index)) == 'o') {
         if (specs[index].kind == HELP)
@@ -348,7 +348,7 @@ static int complain(int status, const char *what, int error) {
     return status;
 }
 
-/* One JSON line. Flushed, since whoever started us acts on it. */
+/* One JSON line. Flushed, because the process that started this one acts on it. */
 __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     va_list values;
     va_start(values, format);
@@ -399,8 +399,8 @@ static int map_one(struct owner *owner, struct mapping *mapping) {
     return at == MAP_FAILED ? -errno : 0;
 }
 
-/* Inaccessible address space for all mappings and for a gap around each: a touch or a placement
- * past an end hits nothing. */
+/* Reserves inaccessible address space for all mappings and for a gap around each: a touch or a
+ * placement past an end hits nothing. */
 static int reserve(struct owner *owner) {
     owner->reserved_bytes = owner->total + (2 * owner->options.mappings + 2) * GAP;
     void *at = mmap(NULL, owner->reserved_bytes, PROT_NONE,
@@ -411,7 +411,7 @@ static int reserve(struct owner *owner) {
     return 0;
 }
 
-/* From the top of the address space down, so that addresses and offsets are not even in the same
+/* From the top of the address space down, so that addresses and offsets are not in the same
  * order. */
 static int map_all(struct owner *owner) {
     uintptr_t top = (uintptr_t)owner->reserved + owner->reserved_bytes;
@@ -456,7 +456,7 @@ static int map_memory(struct owner *owner) {
     return error ? error : map_all(owner);
 }
 
-/* The mapping that an offset falls into. There are few, and it is found by halving. */
+/* The mapping that an offset falls into, by binary search. */
 static const struct mapping *mapping_of(const struct owner *owner, uint64_t offset) {
     uint64_t low = 0, high = owner->options.mappings;
     while (high - low > 1) {
@@ -480,8 +480,8 @@ static uint64_t *page_address(const struct owner *owner, uint64_t page) {
 
 /* ---- userfaultfd ---- */
 
-/* An ordinary user gets a uffd for faults taken in user mode alone, which is all that the touches
- * below need. */
+/* An ordinary user gets a uffd only for faults taken in user mode, which is enough for the touches
+ * below. */
 static int open_uffd(struct owner *owner) {
     int uffd = pn_uffd_open("/dev/userfaultfd", 0);
     if (uffd == -EPERM)
@@ -503,8 +503,8 @@ static int register_all(struct owner *owner, uint64_t mode) {
     return error;
 }
 
-/* Registering a range again with another mode replaces the first one, so half-done attempts need no
- * undoing. */
+/* Registering a range again with another mode replaces the first mode, so half-done attempts need
+ * not be undone. */
 static int register_memory(struct owner *owner) {
     static const uint64_t modes[] = {
         [REGISTER_MISSING] = UFFDIO_REGISTER_MODE_MISSING,
@@ -541,8 +541,8 @@ static uint64_t spoil(struct entry *entries, uint64_t count, uint64_t how, uint6
     if (how == BAD_OVERLAP)
         entries[count++] = entries[0];
     if (how == BAD_PAST_END)
-        entries[count - 1].offset =
-            -page_size; /* offset + size wraps around to less than any source has */
+        /* offset + size wraps around to less than any source has */
+        entries[count - 1].offset = -page_size;
     if (how == BAD_HUGE)
         entries[0].size = (uint64_t)1 << 60;
     return how == BAD_EMPTY ? 0 : count;
@@ -634,8 +634,8 @@ static int send_handshake(const struct owner *owner, char *text) {
     return (size_t)sent < bytes.iov_len ? -EPIPE : 0;
 }
 
-/* The descriptors sent are duplicates: this process keeps its uffd until the end. So a handler that
- * is lost stalls the threads below; if its copy were the last, the kernel would unregister the
+/* The descriptors sent are duplicates: this process keeps its uffd until the end. So if the handler
+ * is lost, the threads below stall; if its copy were the last, the kernel would unregister the
  * memory and feed them zeros. */
 static int shake_hands(struct owner *owner) {
     int fd = connect_patiently(owner->options.socket);
@@ -651,8 +651,8 @@ static int shake_hands(struct owner *owner) {
     return error;
 }
 
-/* 0 once the handler has closed the socket, -ETIMEDOUT if it has not by then. Whatever it says
- * before is not for us. */
+/* 0 once the handler has closed the socket, -ETIMEDOUT if it has not by then. What the handler
+ * sends before is discarded. */
 static int wait_closed(int socket, int timeout_ms) {
     uint64_t until = nanoseconds() + (uint64_t)timeout_ms * MS;
     for (;;) {
@@ -677,9 +677,9 @@ static int expect_refusal(struct owner *owner, int sent) {
 
 /* ---- ending early: the parent's death, --gone-after ---- */
 
-/* Not PR_SET_PDEATHSIG where it can be helped: the "parent" it watches is the thread that started
- * us, and launchers (Trio among them) start processes from worker threads that end long before they
- * do. A pidfd stands for the whole process. */
+/* Not PR_SET_PDEATHSIG, if it can be avoided: the "parent" it watches is the thread that started
+ * us, and launchers (Trio among them) start processes from worker threads that end long before the
+ * launchers do. A pidfd stands for the whole process. */
 static int watch_parent(struct owner *owner) {
     pid_t parent = getppid();
     owner->parent_fd = (int)syscall(SYS_pidfd_open, parent, 0);
@@ -721,19 +721,19 @@ static void stop_watching(struct owner *owner) {
 
 /* ---- surviving poisoned pages ---- */
 
-/* The one global, since a signal handler has no argument: where the thread that is about to touch a
- * page goes on if the touch is answered by SIGBUS. Thread-local, because the signal comes to the
- * very thread that touched. */
+/* The one global, because a signal handler has no argument: where the thread that is about to touch
+ * a page continues if the touch is answered by SIGBUS. Thread-local, because the signal comes to
+ * the very thread that touched. */
 static _Thread_local sigjmp_buf *volatile landing;
 
 static void on_sigbus(int signal_number) {
     if (landing)
         siglongjmp(*landing, 1);
-    signal(signal_number, SIG_DFL); /* not ours: the access is tried again, and kills */
+    signal(signal_number, SIG_DFL); /* not from a touch: the access is tried again, and kills */
 }
 
-/* sigsetjmp() does not save the signal mask, which would cost a system call a touch: so it is set
- * right after a jump. */
+/* sigsetjmp() does not save the signal mask, which would cost a system call for each touch: so the
+ * mask is set right after a jump. */
 static void land(void) {
     sigset_t bus;
     landing = NULL;
@@ -762,8 +762,8 @@ struct dispositions {
     struct sigaction bus, interrupt;
 };
 
-/* SIGINT ends us at once, as SIGTERM does: Python's handler would only note it until the last page
- * is there. */
+/* SIGINT ends the process at once, as SIGTERM does: Python's handler would only note it until the
+ * last page is there. */
 static void set_signals(struct dispositions *before) {
     struct sigaction bus = {.sa_handler = on_sigbus}, interrupt = {.sa_handler = SIG_DFL};
     sigaction(SIGBUS, &bus, &before->bus);
@@ -779,7 +779,7 @@ static void restore_signals(const struct dispositions *before) {
 
 enum stream { ORDER, PICKS, HOLES }; /* independent random numbers from one seed */
 
-/* The pattern's own hash serves. */
+/* Uses the pattern's own hash. */
 static uint64_t hash(const struct owner *owner, enum stream stream, uint64_t value) {
     return pn_pattern_word(value, 0, ~owner->options.seed - stream, 0);
 }
@@ -862,8 +862,8 @@ struct word {
     uint64_t value;
 };
 
-/* Not through ThreadSanitizer's atomics: they hold a lock meanwhile, and a jump away from a
- * poisoned page would keep it. */
+/* Not through ThreadSanitizer's atomics: they keep a lock meanwhile, and a jump away from a
+ * poisoned page would never release it. */
 #define PN_BARE __attribute__((no_sanitize("thread")))
 
 PN_BARE static void read_word(void *argument) {
@@ -890,15 +890,16 @@ static bool timed(struct touch *touch, void (*access)(void *), struct word *word
     return survived;
 }
 
-/* A page that is yet to be removed is read only: what was written before would be lost at a moment
- * that nobody knows. */
+/* A page that is yet to be removed is only read: what was written before would be lost at an
+ * unknown moment. */
 static bool is_write(const struct owner *owner, const struct touch *touch, int hole) {
     return touch->pick % 100 < owner->options.write_share &&
            (hole == REMOVED || !is_removable(owner, unit_of(owner, touch->page)));
 }
 
-/* Any word but the first, which changes. Right is the pattern unless the page was removed before,
- * and zero if its removal had begun afterwards. */
+/* Reads any word but the first, which changes. The word is right if it is the pattern, unless the
+ * page was removed before, or if it is zero and the page's removal had begun by the time it was
+ * read. */
 static void touch_reading(const struct owner *owner, struct touch *touch, int before) {
     const struct options *options = &owner->options;
     uint64_t place = 1 + (touch->pick >> 32) % (options->pattern_page_size / 8 - 1);
@@ -921,8 +922,8 @@ static uint64_t first_word(const struct owner *owner, uint64_t page, int hole) {
 }
 
 /* The increment is the first access: a write fault. Writes are announced before they are made, and
- * each other thread may be about to make one, so the page has seen at most all announced but this
- * one, and at least that less the threads. */
+ * each other thread may be about to make one. So the page has seen at most all announced writes but
+ * this one, and at least as many less the number of threads. */
 static void touch_writing(struct owner *owner, struct touch *touch, int hole) {
     struct word word = {.at = (_Atomic uint64_t *)page_address(owner, touch->page)};
     uint64_t before = atomic_fetch_add(&owner->writes[touch->page], 1);
@@ -989,7 +990,8 @@ static void *touch_pages(void *argument) {
 
 /* ---- removing: what a balloon does ---- */
 
-/* Neighbours that are to be removed go together, up to the limit and within their mapping. */
+/* Neighbours that are to be removed are removed together, up to the limit and within their
+ * mapping. */
 static uint64_t hole_end(const struct owner *owner, uint64_t first, uint64_t limit) {
     uint64_t unit = unit_size(&owner->options);
     const struct mapping *mapping = mapping_of(owner, first * unit);
@@ -1004,7 +1006,7 @@ static void set_holes(struct owner *owner, uint64_t first, uint64_t end, int sta
         atomic_store(&owner->holes[unit], (uint8_t)state);
 }
 
-/* madvise() comes back when the handler has read the event, and from then on the pages must read as
+/* madvise() returns when the handler has read the event, and from then on the pages must read as
  * zero. */
 static int remove_units(struct owner *owner, uint64_t first, uint64_t end) {
     uint64_t unit = unit_size(&owner->options);
@@ -1044,7 +1046,7 @@ static void tell_progress(struct owner *owner, uint64_t touches) {
     say("{\"event\":\"progress\",\"touched\":%" PRIu64 "}", touches);
 }
 
-/* Removes as far through the units as the threads are through their touches. */
+/* Removes units at the rate at which the threads go through their touches. */
 static int attend(struct owner *owner, const struct toucher *touchers) {
     uint64_t touches = count_touches(owner, touchers);
     tell_progress(owner, touches);
@@ -1090,8 +1092,8 @@ static int touch_all(struct owner *owner, struct toucher *touchers) {
     pthread_mutex_lock(&owner->gate);
     uint64_t running = start_touchers(owner, touchers, &error);
     if (error)
-        atomic_store(&owner->ticket,
-                     owner->touches); /* nothing left to touch for those that did start */
+        /* nothing left to touch for those that did start */
+        atomic_store(&owner->ticket, owner->touches);
     say("{\"event\":\"touching\"}");
     owner->started = nanoseconds();
     owner->next_progress = owner->started + (uint64_t)PROGRESS_MS * MS;
@@ -1117,8 +1119,8 @@ static void copy_page(void *argument) {
     memcpy(copy->to, copy->from, copy->size);
 }
 
-/* Takes the writes off a copy of the page, and compares all of it. A removed page is one of a
- * pattern without others than zero pages. */
+/* Subtracts the writes from a copy of the page, and compares all of it. A removed page must be a
+ * page of a pattern that has only zero pages. */
 static int verify_page(const struct owner *owner, uint64_t page, uint64_t *scratch) {
     const struct options *options = &owner->options;
     struct copy copy = {scratch, page_address(owner, page), options->pattern_page_size};
@@ -1176,7 +1178,7 @@ static double bucket_us(unsigned bucket) {
     return (double)((8 + bucket % 8) * width + width / 2) / 1e3;
 }
 
-/* The latency that `share` of the touches in buckets from `lowest` on stay within; 0 if there are
+/* The latency within which `share` of the touches in buckets from `lowest` on stay; 0 if there are
  * none. */
 static double percentile(const uint64_t *latency, unsigned lowest, double share) {
     uint64_t count = 0, below = 0;

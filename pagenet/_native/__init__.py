@@ -1,8 +1,8 @@
-"""The C core as the rest of pagenet sees it: one module for each of its parts, with all names here
-too.
+"""The C core as the rest of pagenet sees it: one module for each of its parts. All of their names
+are here too.
 
-``testing`` is not among them. It loads an extension module of its own, which what moves memory does
-without.
+``testing`` is not one of these modules: it loads an extension module of its own, which code that
+moves memory never loads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The C core itself: ``ffi`` and ``lib``, with types. Only modules of this package touch them.
+"""The C core itself: ``ffi`` and ``lib``, with types. Only modules of this package use them.
 
-``-errno`` becomes :exc:`OSError` here. Every call drops the GIL, so one that waits for a page fault
-stalls its own thread alone. Buffers are passed by address: the caller keeps them alive and mapped.
+``-errno`` becomes :exc:`OSError` here. Every call releases the GIL, so a call that waits for a page
+fault stalls its own thread alone. Buffers are passed by address: the caller keeps them alive and
+mapped.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ NULL = cast(Null, _ffi.NULL)
 
 
 def new_struct(kind: type[S], value: object = None) -> S:
-    """One that lives as long as it is referred to, zero throughout but for ``value``."""
+    """A new struct, zero except for ``value``. It lives as long as it is referenced."""
     return cast(S, ffi.new(f"struct {kind.__name__} *", value))
 
 
 def new_array(kind: type[S], values: object) -> S:
-    """As many as ``values`` says, or has."""
+    """A new array: of the structs in ``values``, or of that many zero ones if it is a number."""
     return cast(S, ffi.new(f"struct {kind.__name__}[]", values))
 
 
@@ -45,7 +46,7 @@ def check(result: int) -> int:
 
 
 def opened(thing: T | None) -> T:
-    """What ``close`` has not given back. :exc:`TypeError` if it has: C would use memory that is
+    """``thing``. :exc:`TypeError` if ``close`` has set it to None: C would use memory that is
     gone."""
     if thing is None:
         raise TypeError("it is closed")

@@ -1,5 +1,5 @@
-"""What cffi has, for the type checker: each struct is a type of its own, so that no pointer is
-taken for another."""
+"""The types of cffi's objects, for the type checker: each struct is a type of its own, so that no
+pointer is taken for another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, overload
 
 from _cffi_backend import FFI
 
-#: a pointer to, or an array of, what is no struct
+#: a pointer to, or an array of, anything but structs
 CData: TypeAlias = FFI.CData
 
 
@@ -19,8 +19,7 @@ class Null:
 class Struct:
     """A struct, a pointer to one, or an array of them: cffi lets all three be used alike.
 
-    Nothing is ever made of this class, or of those that are derived from it: they are names of
-    types alone.
+    This class and those derived from it never have instances: they are only names of types.
     """
 
     if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from .ends import End, end_of
 from .residency import SharedMap
 
 _tunables = lib.pn_tunables
-#: bytes of background that may be in flight while the owner does little but wait, while there are
-#: faults, and when there have been none for a while: native/pace.c
+#: bytes of background that may be in flight: while the owner does little but wait, while there are
+#: faults, and when there have been none for a while; see native/pace.c
 WINDOW_BYTES = (_tunables.window_least, _tunables.window_min, _tunables.window_max)
 RDMA_WINDOW_BYTES = (
     _tunables.rdma_window_least, _tunables.rdma_window_min, _tunables.rdma_window_max,
@@ -32,8 +32,8 @@ RDMA_WINDOW_BYTES = (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Pages at consecutive addresses: ``struct pn_piece``. ``second``: address of our own mapping
-    of them, or 0, and ``file_offset`` where in the file behind them they begin."""
+    """``struct pn_piece``: pages at consecutive addresses. ``second``: the address of our own
+    mapping of them, or 0. ``file_offset``: where they begin in the file behind them."""
 
     first: int
     count: int
@@ -97,23 +97,27 @@ class Destination:
             raise MemoryError("no memory for a transfer's lanes")
 
     def close(self) -> None:
-        """Not while a lane runs. Idempotent."""
+        """Not to be called while a lane runs. Idempotent."""
         if self._dest is not None:
             lib.pn_dest_free(self._dest)
             self._dest = None
 
     def release(self) -> None:
-        """Let the owner see pages of the sample that it has not touched. Not while a lane runs."""
+        """Let the owner see pages of the sample that it has not touched. Not to be called while a
+        lane runs."""
         lib.pn_dest_release(self.dest)
 
     def limit_background(self, bytes_per_second: int | None) -> None:
-        """None: no limit; 0: nothing more. Lanes that wait look again when their ring is woken."""
+        """Limit the rate of the background. None: no limit; 0: ask for nothing more.
+
+        A lane that waits looks at the limit again when its ring is woken.
+        """
         rate = 0 if bytes_per_second is None else bytes_per_second or 2**64 - 1
         lib.pn_dest_limit(self.dest, rate)
 
     @property
     def dest(self) -> pn_dest:
-        """:exc:`TypeError` once it is closed."""
+        """The struct. :exc:`TypeError` once it is closed."""
         return opened(self._dest)
 
     def run_lane(
@@ -124,8 +128,8 @@ class Destination:
         window: tuple[int, int, int] = (0, 0, 0),
         chunk: int = 0,
     ) -> End:
-        """Drive one connection until it ends: the demand lane, or with a ``ring`` a background
-        lane. Call it in a thread."""
+        """Drive one connection until it ends, as the demand lane, or with a ``ring`` as a
+        background lane. Call it in a thread."""
         config = new_struct(pn_lane_config)
         config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
         config.ring = NULL if ring is None else ring.ring
@@ -137,7 +141,7 @@ class Destination:
 
 
 class Window:
-    """``struct pn_window``: what to ask for around a page that somebody waits for. Adapts unless it
+    """``struct pn_window``: what to ask for around a page that a thread waits for. Adapts unless it
     was fixed."""
 
     def __init__(self) -> None:
@@ -155,30 +159,30 @@ class Window:
         )
 
     def fix(self, fixed: tuple[int, int] | None) -> None:
-        """At any time."""
+        """Set :attr:`fixed`. May be called at any time."""
         forward, backward = fixed or (0, 0)
         lib.pn_window_fix(self.window, fixed is not None, forward, backward)
 
     def fault(self, shared: SharedMap, page: int, first: int, end: int, page_size: int) -> None:
-        """``page``, of the pages [first, end) that a request may name, was missing, and is waited
-        for."""
+        """Note that ``page`` was MISSING and a thread waits for it. [first, end): the pages around
+        it that one request may name."""
         lib.pn_window_fault(self.window, shared.map, page, first, end, page_size)
 
     def next(self, shared: SharedMap, size: int) -> tuple[int, int] | None:
-        """First page, and number, of at most so many bytes to ask for: MISSING, and from now on
-        REQUESTED. None: no more."""
+        """First page and number of pages to ask for next, at most ``size`` bytes, but at least one
+        page. They were MISSING, and are REQUESTED now. None: nothing more is wanted."""
         first = ffi.new("uint64_t *")
         count = lib.pn_window_next(self.window, shared.map, size, first)
         return (int(first[0]), count) if count else None
 
     @property
     def pending(self) -> int:
-        """Stretches of pages that it wants and that nobody has asked for yet."""
+        """The number of stretches of pages that are wanted and not asked for yet."""
         return sum(stack.newest - stack.oldest for stack in self.window.wanted)
 
     @property
     def level(self) -> int:
-        """The window that the next area gets is about 2 to the power of a sixteenth of this."""
+        """Sixteen times the base-2 logarithm of the pages that the next area gets, about."""
         return self.window.level
 
 
@@ -198,24 +202,24 @@ class FaultLog:
             self.fd = -1
 
     def read(self) -> list[int]:
-        """What is there, oldest first. If that is nothing, ``fd`` becomes readable with the next
-        page."""
+        """The pages in the log, oldest first. If there are none, ``fd`` becomes readable with the
+        next page."""
         count = lib.pn_fault_log_read(self.log, self._pages, self.ROOM)
         return cast(list[int], ffi.unpack(self._pages, count)) if count else []
 
     def write(self, page: int) -> None:
-        """As the lane in C does."""
+        """Add a page, as the lane in C does."""
         lib.pn_fault_log_write(self.log, page, self.fd)
 
     @property
     def dropped(self) -> int:
-        """Pages that found no room."""
+        """The number of pages for which there was no room."""
         return self.log.dropped
 
 
 class Ring:
-    """Runs that the schedule hands to a background lane, and the eventfds that say that there are
-    some, or room."""
+    """Runs that the schedule hands to a background lane, with an eventfd for new runs
+    (``work_fd``), and one for room (``room_fd``)."""
 
     def __init__(self) -> None:
         self.ring = new_struct(pn_ring)
@@ -229,7 +233,8 @@ class Ring:
         self.work_fd = self.room_fd = -1
 
     def push(self, first: int, count: int, wake: bool = True) -> None:
-        """``wake`` False: :meth:`wake` is to follow."""
+        """Add a run. ``wake`` False: the caller calls :meth:`wake` later. :exc:`OSError` (EAGAIN)
+        if the ring is full."""
         check(lib.pn_ring_push(self.ring, first, count))
         if wake:
             self.wake()
@@ -244,6 +249,6 @@ class Ring:
     ROOM = 512
 
     def wake_me_at(self, runs: int) -> None:
-        """Have ``room_fd`` written when no more runs than this are left, rather than at each that
-        the lane takes."""
+        """Have ``room_fd`` written when at most ``runs`` runs are left, rather than each time that
+        the lane takes one."""
         self.ring.wake_at = runs

@@ -1,4 +1,4 @@
-"""Both sides over RDMA: the destination's queue pairs and their loop, and the source's memory with
+"""Both sides of RDMA: the destination's queue pairs with their loop, and the source's memory with
 the keys to it."""
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .source import SourceBlock, source_blocks
 class RdmaLoop:
     """``struct pn_rdma``: both queue pairs of a destination and the loop that drives them. Borrows
     ``dest``, the ring and the descriptors. ``blocks``: (first page, pages, page size, first chunk)
-    of each, as on the wire.
+    of each block, as on the wire.
 
-    :exc:`OSError`: ENOENT without libibverbs, ENODEV without the device, else what the device says.
+    Raises :exc:`OSError`: ENOENT without libibverbs, ENODEV without the device, otherwise the
+    device's errno.
     """
 
     def __init__(
@@ -77,19 +78,19 @@ class RdmaLoop:
         check(lib.pn_rdma_connect(opened(self._loop), queue_pair, psn, peer))
 
     def run(self, sock: int) -> End:
-        """Until it ends. Call it in a thread."""
+        """Run the loop until it ends. Call it in a thread."""
         end = new_struct(pn_end)
         lib.pn_rdma_run(opened(self._loop), sock, end)
         return end_of(end)
 
     @property
     def spun(self) -> int:
-        """How often it has looked for the end of a READ before it slept. Not while it runs, nor
-        after :meth:`close`."""
+        """How often the loop has looked for the end of a READ before it slept. Not to be read while
+        it runs, nor after :meth:`close`."""
         return lib.pn_rdma_spun(opened(self._loop))
 
     def close(self) -> None:
-        """Not while it runs. Idempotent."""
+        """Not to be called while the loop runs. Idempotent."""
         if self._loop is not None:
             lib.pn_rdma_free(self._loop)
             self._loop = None
@@ -102,8 +103,8 @@ def rdma_peer(gid: bytes, number: int, psn: int, lid: int, mtu: int, reads: int)
 
 class Keys:
     """``struct pn_keys``: a source's memory on one RDMA device, registered as destinations ask for
-    keys. ``blocks``: files with the address at which they are mapped. :exc:`OSError` as of
-    :class:`RdmaLoop`."""
+    keys. ``blocks``: a file's has the address at which it is mapped. Raises :exc:`OSError` as
+    :class:`RdmaLoop` does."""
 
     def __init__(
         self,
@@ -138,15 +139,15 @@ class Keys:
         return 0 if self.keys is None else lib.pn_keys_pinned(self.keys)
 
     def close(self) -> None:
-        """After its readers. Idempotent."""
+        """To be called after its readers are closed. Idempotent."""
         if self.keys is not None:
             lib.pn_keys_free(self.keys)
             self.keys = None
 
 
 class KeyReader:
-    """``struct pn_reader``: one connection that is given keys. :exc:`OSError` is what the device
-    says."""
+    """``struct pn_reader``: one connection that is given keys. Raises :exc:`OSError` with the
+    device's errno."""
 
     def __init__(self, keys: Keys) -> None:
         error = ffi.new("int *")
@@ -156,7 +157,7 @@ class KeyReader:
 
     @property
     def number(self) -> int:
-        """Of its queue pair."""
+        """The number of its queue pair."""
         return lib.pn_reader_number(opened(self._reader))
 
     def connect(
@@ -169,13 +170,14 @@ class KeyReader:
         )
 
     def run(self, sock: int, stop_fd: int, unread: bytes) -> End:
-        """Until it ends. Call it in a thread."""
+        """Hand out keys until the connection ends, or ``stop_fd`` is readable. Call it in a
+        thread."""
         end = new_struct(pn_end)
         lib.pn_reader_run(opened(self._reader), sock, stop_fd, unread, len(unread), end)
         return end_of(end)
 
     def close(self) -> None:
-        """Gives its keys back. Not while it runs. Idempotent."""
+        """Give its keys back. Not to be called while it runs. Idempotent."""
         if self._reader is not None:
             lib.pn_reader_free(self._reader)
             self._reader = None

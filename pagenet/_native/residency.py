@@ -43,16 +43,19 @@ COUNTERS = {
     "sampled_used": lib.PN_SAMPLED_USED,
     "outside_faults": lib.PN_OUTSIDE_FAULTS,
 }
-#: as it stands in /proc/PID/fd
+#: the name of the map's memfd, which its link in /proc/PID/fd contains
 MAP_NAME = "pagenet-residency"
 MAX_NOTE = 256 << 10
-# More than any counter comes to. Three of them fit what JSON and msgpack can say.
+# More than any counter reaches. The sum of three still fits the integers of JSON and msgpack.
 _MOST_COUNTED = 1 << 60
 
 
 def _is_small_memfd(file: int) -> bool:
-    """A memfd or a file of tmpfs, open to read and to write. The kernel alone answers: any other
-    file might keep us waiting. Huge pages that are not there when they are touched are a SIGBUS."""
+    """Whether it is a memfd, or a file of tmpfs, with small pages, open to read and to write.
+
+    The check asks the kernel alone: other files might keep us waiting. Huge pages are refused,
+    because touching one that cannot be allocated raises SIGBUS.
+    """
     if fcntl.fcntl(file, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
         return False
     try:
@@ -63,10 +66,12 @@ def _is_small_memfd(file: int) -> bool:
 
 
 def seal_size(file: int) -> bool:
-    """Have it that nobody makes that file shorter, if it can be had. False: a store to a mapping of
-    it may be a SIGBUS. So it may be to huge pages, of which there may be none to fill a hole
-    with."""
-    with suppress(OSError):  # not to be sealed at all, or any more
+    """Seal the file against becoming shorter, if that is possible.
+
+    False: a store to a mapping of it may raise SIGBUS. That is so for huge pages even if the file
+    is sealed: there may be no huge page to fill a hole with.
+    """
+    with suppress(OSError):  # it cannot be sealed at all, or not any more
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
         sealed = bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
@@ -76,7 +81,10 @@ def seal_size(file: int) -> bool:
 
 
 class FoundMap(NamedTuple):
-    """What a map says of itself, whoever uses it. ``finished``: there is nothing left to do."""
+    """What a map's header and note contain, even while a destination uses the map.
+
+    ``finished``: there is nothing left to do.
+    """
 
     pages: int
     done: int
@@ -86,7 +94,8 @@ class FoundMap(NamedTuple):
 
 
 def find_map(file: int) -> FoundMap:
-    """The map in ``file``, which anybody may have made up. :exc:`ValueError` if there is none."""
+    """The map in ``file``, which any process may have made up. :exc:`ValueError` if there is
+    none."""
     if not _is_small_memfd(file):
         raise ValueError("no memfd of small pages")
     header = new_struct(pn_map)
@@ -104,11 +113,12 @@ def find_map(file: int) -> FoundMap:
 
 
 def lock_map(file: int) -> int:
-    """``file``, opened anew: no other process gets it so as long as that is open.
+    """Open ``file`` anew, and lock it against other destinations for as long as it is open.
 
-    A lock belongs to an open file: the owner's would outlive us. :exc:`BlockingIOError` if another
-    process has it; other :exc:`OSError` if it is no memfd of small pages, or not open to read and
-    to write: opened anew it would be, for root.
+    It is opened anew because a lock belongs to an open file, and a lock on the owner's would
+    outlive us. Raises :exc:`BlockingIOError` if another process has the lock; other :exc:`OSError`
+    if ``file`` is no memfd of small pages, or is not open to read and to write (root could open it
+    anew even then).
     """
     if not _is_small_memfd(file):
         check(-errno.EINVAL)
@@ -123,14 +133,14 @@ def lock_map(file: int) -> int:
 
 class SharedMap:
     """``struct pn_map`` in a memfd: page states and counters, shared with threads and processes.
-    Behind it, ``note``: what else somebody must know who finds it.
+    ``note`` is behind it: what else a process that finds the map must know.
 
-    ``file``: a memfd for it, ours to close (:func:`lock_map`), rather than one of our own.
-    ``recover``: it has one already, whose users are dead. :exc:`OSError`: it is no such memfd, or
-    no map of so many pages.
+    ``file``: a memfd to use instead of a new one; from :func:`lock_map`, and closed by this object.
+    ``recover``: there is a map in it already, whose users are dead. Raises :exc:`OSError` if it is
+    no such memfd, or no map of ``pages`` pages.
 
-    Whoever else has the memfd may write to it at any time: the number of pages, and how many of
-    them are to become resident, are kept here, and never read from it again.
+    Other processes that have the memfd may write to it at any time. So the number of pages, and how
+    many of them are to become resident, are kept here, and never read from the map again.
     """
 
     def __init__(
@@ -146,7 +156,7 @@ class SharedMap:
         try:
             if not recover:
                 os.ftruncate(self.fd, size + len(note))
-                # by no one, under our feet
+                # from now on no process can change its size
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
                 os.pwrite(self.fd, note, size)
             if not fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
@@ -167,7 +177,7 @@ class SharedMap:
         except BaseException:
             self.close()
             raise
-        #: pages that are to become resident
+        #: the number of pages that are to become resident
         self.scope = pages
 
     def close(self) -> None:
@@ -179,12 +189,12 @@ class SharedMap:
 
     @property
     def map(self) -> pn_map:
-        """:exc:`TypeError` once it is closed."""
+        """The struct. :exc:`TypeError` once it is closed."""
         return opened(self._map)
 
     @property
     def address(self) -> int:
-        """Of the map in this process. :exc:`TypeError` once it is closed."""
+        """The map's address in this process. :exc:`TypeError` once it is closed."""
         opened(self._map)
         return self._memory.address
 
@@ -214,24 +224,27 @@ class SharedMap:
         return lib.pn_map_unsettled(self.map, first, end)
 
     def touched(self, first: int) -> tuple[int, int]:
-        """Where from ``first`` on the next pages begin, and end, that are not all "missing" for
-        want of ever being touched."""
+        """[start, end) of the next pages, from ``first`` on, whose states lie in memory.
+
+        The states before ``start`` lie in a hole of the memfd: nothing has ever touched them, and
+        so they are all "missing".
+        """
         header, pages = lib.pn_map_bytes(0), self.pages
         try:
             start = min(pages, max(first, os.lseek(self.fd, header + first, os.SEEK_DATA) - header))
         except OSError as error:
-            if error.errno != errno.ENXIO:  # nothing more but holes
+            if error.errno != errno.ENXIO:  # ENXIO: there are only holes from there on
                 raise
             return pages, pages
-        # A hole may have been made there meanwhile. It is looked at all the same, so that the
-        # caller comes to an end.
+        # A hole may have been made at start meanwhile. At least one page is returned even then, so
+        # that the caller makes progress.
         return start, min(
             pages, max(start + 1, os.lseek(self.fd, header + start, os.SEEK_HOLE) - header)
         )
 
     @property
     def finished(self) -> bool:
-        """The source was told that everything is in place."""
+        """Whether the source was told that everything is in place."""
         return bool(self.map.finished)
 
     def finish(self) -> None:
@@ -251,8 +264,8 @@ class SharedMap:
 
 
 def _clamped(counters: CData) -> list[int]:
-    """Of numbers that the owner may have written: each once read, none more than a counter comes
-    to."""
+    """The counters, each read once, and clamped to what a counter can reach: the owner may have
+    written to them."""
     values = cast(list[int], ffi.unpack(counters, len(counters)))
     return (
         values if max(values) <= _MOST_COUNTED else [min(value, _MOST_COUNTED) for value in values]

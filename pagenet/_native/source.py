@@ -28,7 +28,7 @@ class SourceBlock:
 
 
 def source_blocks(blocks: Sequence[SourceBlock]) -> tuple[pn_source_block, list[CData]]:
-    """As C has them, and the names that they point to."""
+    """The blocks as C has them, and the names that they point to, which the caller keeps alive."""
     names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
     named = zip(blocks, names, strict=True)
     return (
@@ -38,16 +38,16 @@ def source_blocks(blocks: Sequence[SourceBlock]) -> tuple[pn_source_block, list[
 
 
 class Links:
-    """``struct pn_links``: what the loops of one source tell each other about destinations'
-    links."""
+    """``struct pn_links``: what the loops of one source tell each other about the links of
+    destinations."""
 
     def __init__(self) -> None:
         self.links = new_struct(pn_links)
 
 
 class SourceLoop:
-    """``struct pn_source``: one loop that answers any number of connections. ``background``: nobody
-    waits for its pages."""
+    """``struct pn_source``: one loop that answers any number of connections. ``background``: no
+    thread waits for its pages."""
 
     def __init__(
         self, blocks: Sequence[SourceBlock], background: bool, links: Links | None = None
@@ -65,7 +65,7 @@ class SourceLoop:
             raise MemoryError("no memory, or no file descriptors, for a source's lanes")
 
     def close(self) -> None:
-        """Closes its connections too. Not while it runs. Idempotent."""
+        """Close the loop and its connections. Not to be called while it runs. Idempotent."""
         if self._source is not None:
             self._last_asked = [self.asked(class_) for class_ in range(len(self._last_asked))]
             lib.pn_source_free(self._source)
@@ -73,7 +73,7 @@ class SourceLoop:
             self._source = None
 
     def run(self) -> End:
-        """Until :meth:`stop`, or until the memory cannot be read. Call it in a thread."""
+        """Run until :meth:`stop`, or until the memory cannot be read. Call it in a thread."""
         end = new_struct(pn_end)
         lib.pn_source_run(opened(self._source), self._background, end)
         return end_of(end)
@@ -82,8 +82,8 @@ class SourceLoop:
         lib.pn_source_stop(opened(self._source))
 
     def add(self, sock: int, number: int, unread: bytes, link: int = 0) -> None:
-        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what it has sent
-        already; ``link``: a number that its destination's connections have in common."""
+        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what was received from
+        it already; ``link``: a number that all connections of its destination share."""
         check(
             lib.pn_source_add(opened(self._source), sock, number, link % 256, unread, len(unread))
         )
@@ -93,7 +93,7 @@ class SourceLoop:
             check(lib.pn_source_remove(self._source, number))
 
     def asked(self, class_: int) -> int:
-        """Pages that were asked for in that class, so far."""
+        """The number of pages asked for in ``class_`` so far."""
         return (
             self._last_asked[class_]
             if self._source is None
@@ -101,7 +101,7 @@ class SourceLoop:
         )
 
     def kept(self) -> int:
-        """Bytes that are kept now because sockets are full, of all connections."""
+        """Bytes that are kept now because sockets are full, for all connections together."""
         return 0 if self._source is None else lib.pn_source_kept(self._source)
 
     def ended(self) -> Iterator[tuple[int, End]]:

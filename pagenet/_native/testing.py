@@ -1,7 +1,7 @@
-"""What tests and benches need: an extension module of its own, which nothing loads that moves
-memory.
+"""What tests and benches need of C: an extension module of its own, which code that moves memory
+never loads.
 
-It shares nothing with the core. A map of pages is given to it by its address.
+It shares nothing with the core. A map of pages is passed to it by address.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ lib: Library = _lib
 def pattern_fill(
     into: memoryview, first_page: int, pages: int, page_size: int, seed: int, zero_every: int
 ) -> None:
-    """Pages of the pattern (``native/testing/pattern.c``) that the workload expects to find."""
+    """Fill ``into`` with pages of the pattern (``native/testing/pattern.c``) that the workload
+    expects to find. :exc:`ValueError` if there is not enough room."""
     if len(into) < pages * page_size:
         raise ValueError(f"{len(into)} bytes have no room for {pages} pages of {page_size}")
     lib.pn_pattern_fill(
@@ -38,7 +39,7 @@ def pattern_fill(
 
 
 def pattern_differs(address: int, pages: int, page_size: int, seed: int, zero_every: int) -> int:
-    """How many pages of memory at ``address`` are not as :func:`pattern_fill` makes them."""
+    """How many of the pages at ``address`` differ from those of :func:`pattern_fill`."""
     bad = ffi.new("uint64_t *")
     return lib.pn_pattern_check(
         ffi.cast("void *", address), 0, pages, page_size, seed, zero_every, bad
@@ -46,7 +47,7 @@ def pattern_differs(address: int, pages: int, page_size: int, seed: int, zero_ev
 
 
 def run_workload(argv: list[str]) -> int:
-    """The owner of ``pagenet.testing.workload``, in this process; returns its exit status."""
+    """Run the owner of ``pagenet.testing.workload`` in this process; returns its exit status."""
     arguments = [ffi.new("char[]", argument.encode()) for argument in argv]
     return lib.pn_workload(len(arguments), ffi.new("char *[]", [*arguments, ffi.NULL]))
 
@@ -55,7 +56,7 @@ _UNTOUCHED = 2**64 - 1
 
 
 def _map_at(address: int) -> pn_map:
-    """0: NULL, for none."""
+    """The map at ``address``; 0: NULL, for no map."""
     return cast(pn_map, ffi.cast("struct pn_map *", address))
 
 
@@ -67,15 +68,15 @@ def bench_touch(
     seconds: float,
     shared_fd: int | None = None,
 ) -> array[int]:
-    """How long each touch of ``pages`` took, in ns, in the order of the list: from that many
-    threads, for ``seconds`` at most. With the descriptor of a :class:`SharedMap`, pages that are
-    there already are left out.
+    """Touch ``pages`` from ``threads`` threads, for ``seconds`` at most. Returns how long each
+    touch took, in ns, in the order of ``pages``. With the descriptor of a :class:`SharedMap`, pages
+    that are there already are left out.
 
-    Call it in a thread. ``EFAULT``: a page could never come.
+    Call it in a thread. :exc:`OSError` (EFAULT): a page could never come.
     """
     with ExitStack() as stack:
         shared = _map_at(0)
-        # a mapping of our own: the transfer may end, and take its own along, while we still look
+        # a mapping of our own: the transfer may end, and close its own, while this one is in use
         if shared_fd is not None:
             mapped = Mapped(os.fstat(shared_fd).st_size, shared_fd)
             stack.callback(mapped.close)
@@ -90,8 +91,8 @@ def bench_touch(
 
 
 class Play:
-    """``struct pn_play``: a trace of touches, and how it goes. ``work_ns``: before each, or one for
-    each of them."""
+    """``struct pn_play``: a trace of touches, and its progress. ``work_ns``: the work before each
+    touch, in ns: one number for all touches, or one for each."""
 
     def __init__(
         self, address: int, page_size: int, pages: array[int], work_ns: int | array[int]
@@ -108,7 +109,8 @@ class Play:
             self._play.works_ns = self._works
 
     def run(self, shared: SharedMap) -> None:
-        """Touch them all. Call it in a thread. ``EFAULT``: a page could never come."""
+        """Touch all pages. Call it in a thread. :exc:`OSError` (EFAULT): a page could never
+        come."""
         check(lib.pn_bench_play(self._play, _map_at(shared.address)))
 
     @property
@@ -123,20 +125,23 @@ class Play:
 
     @property
     def stall_ns(self) -> int:
-        """How long those took, all together."""
+        """How long the blocked touches took, all together, in ns."""
         return self._play.stall_ns
 
 
 def bench_count(shared: SharedMap, pages: array[int], state: int) -> int:
-    """How many of ``pages`` are in that state."""
+    """How many of ``pages`` are in ``state``."""
     return lib.pn_bench_count(
         _map_at(shared.address), ffi.from_buffer("uint64_t[]", pages), len(pages), state
     )
 
 
 def bench_claim_memory(size: int) -> None:
-    """Have the system find ``size`` bytes, and give them back: where it is itself a guest, its host
-    takes what is free, and getting it again would be measured along. Call it in a thread."""
+    """Allocate ``size`` bytes, and free them again. Call it in a thread.
+
+    Where the system is a guest, its host takes back free memory; getting that again would be part
+    of what is measured.
+    """
     memory = Mapped(size)
     try:
         check(core.pn_populate(memory.address, size))
@@ -162,8 +167,8 @@ def bench_send(sock: int, address: int, length: int, chunk: int) -> None:
 def bench_receive(
     sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0, second: int = 0
 ) -> None:
-    """Receive; with a uffd, copy each chunk into place; with a second mapping too, receive through
-    that, and continue."""
+    """Receive ``length`` bytes, ``chunk`` at a time. With a ``uffd``, copy each chunk into place;
+    with a ``second`` mapping too, receive through that mapping, and continue."""
     check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second))
 
 
@@ -172,5 +177,5 @@ def bench_memcpy(to: int, from_: int, length: int) -> None:
 
 
 def bench_claims(shared: SharedMap) -> int:
-    """Take each page from MISSING to RESIDENT: how many claims that took."""
+    """Take each page from MISSING to RESIDENT. Returns how many claims that took."""
     return lib.pn_bench_claims(_map_at(shared.address))

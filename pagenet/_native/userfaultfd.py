@@ -1,5 +1,5 @@
-"""Userfaultfds: opening, registering, events, and putting pages in place; and taking what other
-processes have open."""
+"""Userfaultfds: opening, registering, events, and placing pages; and taking descriptors of other
+processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def uffd_wake(uffd: int, start: int, length: int) -> None:
 
 
 def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
-    """Events that are queued, up to ``room``; :exc:`BlockingIOError` if there are none."""
+    """The events that are queued, at most ``room``; :exc:`BlockingIOError` if there are none."""
     events = new_array(pn_event, room)
     count = check(lib.pn_uffd_read(uffd, events, room))
     return [
@@ -64,14 +64,14 @@ def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
 
 
 def uffd_probe(uffd: int, address: int) -> int:
-    """0, or the errno: ``EAGAIN`` while the owner's memory is changing, ``ESRCH`` if it is gone."""
+    """0 or an errno: ``EAGAIN`` while the owner's memory is changing, ``ESRCH`` if it is gone."""
     return -lib.pn_uffd_probe(uffd, address)
 
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """Descriptors of another process, by number. ``refused``: an errno, if the kernel did not let
-    it have them."""
+    """Descriptors in another process, by number. ``refused``: an errno, if the kernel refused them
+    to that process."""
 
     uffd: int
     map: int
@@ -82,7 +82,8 @@ def plant(pid: int, pidfd: int, device: str) -> Planted:
     """Have process ``pid``, which is the one behind ``pidfd``, open a userfaultfd, and a memfd for
     the map of pages. Call it in a thread.
 
-    :exc:`OSError` if it cannot be traced, as of ``pn_plant``; it is then as it was.
+    Raises :exc:`OSError`, as ``pn_plant`` describes, if the process cannot be traced; it is then
+    unchanged.
     """
     planted = new_struct(pn_planted)
     check(lib.pn_plant(pid, pidfd, device.encode(), planted))
@@ -90,13 +91,13 @@ def plant(pid: int, pidfd: int, device: str) -> Planted:
 
 
 def uproot(pid: int, pidfd: int, planted: Planted) -> None:
-    """Have it close them again. Call it in a thread."""
+    """Have the process close these descriptors again. Call it in a thread."""
     check(lib.pn_uproot(pid, pidfd, new_struct(pn_planted, astuple(planted))))
 
 
 def take_descriptor(pidfd: int, theirs: int) -> int:
-    """A duplicate of descriptor ``theirs`` of the process behind ``pidfd``; it takes ptrace access
-    to it."""
+    """A duplicate of descriptor ``theirs`` of the process behind ``pidfd``. Needs ptrace access to
+    that process."""
     return check(lib.pn_take_descriptor(pidfd, theirs))
 
 
@@ -106,8 +107,8 @@ def same_file(ours: int, pid: int, theirs: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Bytes dealt with, in order: placed by us, found there already, without a mapping. ``error``:
-    errno, or 0."""
+    """Bytes that were handled, from the beginning on: placed by us, found there already
+    (``existed``), without a mapping (``absent``). ``error``: an errno, or 0."""
 
     placed: int
     existed: int
@@ -131,7 +132,7 @@ def settle(uffd: int, address: int, minor: bool, zeros: Buffer, page_size: int) 
 
 
 def answer_outside(uffd: int, address: int, flags: int, zero: bool) -> int:
-    """0, or the errno: ``EAGAIN`` or ``ESRCH``, as of :func:`place`."""
+    """0 or an errno: ``EAGAIN`` or ``ESRCH``, as of :func:`place`."""
     return -lib.pn_answer_outside(uffd, address, flags, zero)
 
 

@@ -1,2 +1,2 @@
-"""Policy of the destination: in which order pages come that nobody waits for, at which pace, and
-from when on."""
+"""Policy of the destination's background: the order and pace of pages that no thread waits for, and
+when fetching them begins."""

@@ -6,14 +6,16 @@ from ..region import Region, Run
 
 __all__ = ["AREA_BYTES", "Areas"]
 
-# Allocators and page tables keep together what is used together for about that long. The window
-# (native/window.c) thinks in the same unit. Not tuned.
+# Allocators and page tables place data that is used together within about this distance. The window
+# (native/window.c) has the same unit. Not tuned.
 AREA_BYTES = 256 << 10
 
 
 class Areas:
-    """``AREA_BYTES`` from the beginning of a block on, and so forth, or a page where pages are
-    larger."""
+    """Divides each block, from its beginning, into areas of ``AREA_BYTES``.
+
+    Where pages are larger than that, an area is one page.
+    """
 
     def __init__(self, region: Region) -> None:
         self._region = region
@@ -24,7 +26,7 @@ class Areas:
         return Run(self._region.first_pages[index], self._region.blocks[index].pages)
 
     def pages_at(self, page: int) -> int:
-        """How many pages make an area there."""
+        """The number of pages in an area of the block that ``page`` is in."""
         return self._pages[self._region.block_index(page)]
 
     def area_of(self, page: int) -> Run:
@@ -34,7 +36,7 @@ class Areas:
         return Run(first, min(pages, self._region.first_pages[index + 1] - first))
 
     def beside(self, area: Run) -> list[Run]:
-        """Those behind and before it, in the same block."""
+        """The areas after and before ``area``, in the same block."""
         block = self.block_of(area.first)
         pages = [page for page in (area.end, area.first - 1) if block.first <= page < block.end]
         return [self.area_of(page) for page in pages]

@@ -1,4 +1,4 @@
-"""Behind the last fault."""
+"""The order ``follow``: the pages after the last fault."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ __all__ = ["Follow"]
 
 
 class Follow(Linear):
-    """On from the page that was faulted on last, to the end, and round: Yabusame's
-    move-background."""
+    """From the page after the last fault to the region's end, then on from the first page.
+
+    This is Yabusame's move-background.
+    """
 
     name = "follow"
 

@@ -1,4 +1,4 @@
-"""Which areas faults are in, and how lately: a ranking that forgets."""
+"""Which areas faults are in, and how recently: a ranking that forgets."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ __all__ = ["Ranking"]
 
 
 class Ranking:
-    """Keys by heat, of which each loses half in ``half_life`` seconds. At most ``most`` keys: the
-    coldest are forgotten.
+    """Keys ranked by heat. Each key loses half of its heat in ``half_life`` seconds.
 
-    Heat is kept as the logarithm of what it would be now had it not decayed: as all heat decays
-    alike, the order does not depend on when it is looked at, and nothing has to be touched for time
-    to pass.
+    At most ``most`` keys are kept: the coldest are forgotten.
+
+    Heat is kept as the base-2 logarithm of its value extrapolated back to time 0. All heat decays
+    alike, so the order does not depend on the time, and nothing has to be updated as time passes.
     """
 
     def __init__(self, half_life: float, most: int) -> None:
         self._half_life = half_life
         self._most = most
         self._heat: dict[int, float] = {}
-        # those ranked; entries that no longer agree with _heat are void
+        # (-heat, key) of the ranked keys; entries that no longer agree with _heat are void
         self._heap: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return len(self._heat)
 
     def warm(self, key: int, now: float, amount: float = 1.0) -> None:
-        """Add heat, and rank it (again)."""
+        """Add ``amount`` of heat to ``key`` at ``now`` (seconds), and rank it (again)."""
         heat = now / self._half_life + math.log2(amount)
         old = self._heat.get(key)
         if old is not None:
@@ -42,7 +42,7 @@ class Ranking:
             self._compact()
 
     def hottest(self) -> int | None:
-        """The key of the most heat among those ranked."""
+        """The ranked key with the most heat; None: no key is ranked."""
         while self._heap:
             heat, key = self._heap[0]
             if self._heat.get(key) == -heat:
@@ -51,14 +51,14 @@ class Ranking:
         return None
 
     def unrank(self, key: int) -> None:
-        """Nothing is to be done about the hottest key, until it gets more heat."""
+        """Take ``key`` out of the ranking until it gets more heat, if it is the hottest."""
         if self.hottest() == key:
             heat, _ = heappop(self._heap)
             while self._heap and self._heap[0] == (heat, key):
                 heappop(self._heap)
 
     def _forget(self) -> None:
-        """The colder half. So often only that each key's share of it is small."""
+        """Forget the colder half: half at a time, so that each key's share of the cost is small."""
         kept = sorted(self._heat, key=self._heat.__getitem__)[len(self._heat) // 2 :]
         self._heat = {key: self._heat[key] for key in kept}
         self._compact()

@@ -1,4 +1,4 @@
-"""Where the faults are."""
+"""The order ``hot``: first where the faults are."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ._streams import Streams
 
 __all__ = ["Hot"]
 
-# Seconds in which heat halves. Short: what is missing of an area that was hot a while ago was not
-# needed then.
+# Seconds in which heat halves. Short: pages that are still missing from an area that was hot a
+# while ago were not needed then.
 HALF_LIFE = 0.03
-# Areas remembered: 2 GiB of them. A decision costs the logarithm of that.
+# Areas remembered: 2 GiB of memory. A decision costs the logarithm of that.
 MOST_AREAS = 8192
 
 
 class Hot:
     """What lies ahead of faults in a line; then the areas that faults are in, the hottest first;
-    then those beside them; then the rest from the first page to the last.
+    then the areas beside them; then the rest, from the first page to the last.
 
-    An area is brought whole: a fault says where a program works, and the faults that do not come
-    because pages came before them say nothing.
+    An area is fetched whole. A fault shows where a program works; the lack of a fault shows
+    nothing, because a page that came before its touch raises none.
     """
 
     name = "hot"
@@ -37,7 +37,8 @@ class Hot:
         self._streams = Streams(region, residency, self._areas)
         self._within = Ranking(HALF_LIFE, MOST_AREAS)
         self._beside = Ranking(HALF_LIFE, MOST_AREAS)
-        self._cursors: dict[int, int] = {}  # of areas that were handed out in part: how far
+        # first page of each area handed out in part -> the page after what was handed out
+        self._cursors: dict[int, int] = {}
         self._rest = Linear(region, residency)
         self._now = 0.0
 
@@ -57,15 +58,17 @@ class Hot:
         )
 
     def next_hot_run(self, max_bytes: int) -> Run | None:
-        """Ahead of a line, or in an area that faults were in; None: there is nothing left of
-        those."""
+        """MISSING pages ahead of a line, or in an area that faults were in; None: there are
+        none."""
         return self._streams.next_run(self._now, max_bytes) or self._hottest(
             self._within, max_bytes
         )
 
     def _hottest(self, ranking: Ranking, max_bytes: int) -> Run | None:
-        """What is missing of the hottest area, from where it was left. Areas of which nothing is
-        are dropped on the way."""
+        """MISSING pages of the hottest area, on from what was handed out of it before.
+
+        Areas with no such pages leave the ranking.
+        """
         while (first := ranking.hottest()) is not None:
             area = self._areas.area_of(first)
             cursor = self._cursors.get(first, first)

@@ -1,4 +1,4 @@
-"""The order of an earlier run."""
+"""The order ``recorded``: that of an earlier run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Recorded"]
 
 
 class Recorded:
-    """The pages of a recording in their order; then what ``hot`` says, then what lies beside what
-    was recorded, and the rest.
+    """The pages of a recording in their order; then the areas with faults, as in ``hot``; then the
+    rest of the areas that recorded pages are in; then the rest, as in ``hot``.
 
-    Faults on pages that are not in the recording say that this run is another one: for each of them
-    a run of ``hot``'s comes in between.
+    A fault on a page that is not in the recording shows that this run differs from the recorded
+    one: for each of these faults, one run of ``hot`` comes in between.
     """
 
     name = "recorded"
@@ -30,11 +30,12 @@ class Recorded:
         self._known = frozenset(pages)
         self._next = 0
         self._hot = Hot(region, residency)
-        # faults that the recording did not foretell, and that nothing was done about
+        # faults on pages that are not in the recording, and that no run of hot was returned for yet
         self._strange = 0
         areas = Areas(region)
         self._areas = list(dict.fromkeys(areas.area_of(page) for page in pages))
-        self._area, self._cursor = 0, 0  # the one that is on, and how far it was handed out
+        # index of the current area, and the page after what was handed out of it
+        self._area, self._cursor = 0, 0
 
     def note_faults(self, pages: Sequence[int], now: float) -> None:
         strange = [page for page in pages if page not in self._known]
@@ -51,8 +52,8 @@ class Recorded:
         return run
 
     def _replayed(self, max_bytes: int) -> Run | None:
-        """The next pages that are missing, as many as follow each other in the recording, and as
-        pages."""
+        """The next MISSING page of the recording, and the pages that follow it both in the
+        recording and by number."""
         pages, residency = self._pages, self._residency
         while self._next < len(pages):
             first = pages[self._next]

@@ -1,4 +1,4 @@
-"""What a schedule is."""
+"""The interface of a schedule."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Schedule(Protocol):
     name: str
 
     def note_faults(self, pages: Sequence[int], now: float) -> None:
-        """Threads have waited for these pages, in this order, up to ``now`` (seconds, of a clock
-        that never goes back)."""
+        """Threads have waited for these pages, in this order, up to ``now`` (seconds of a monotonic
+        clock)."""
         ...
 
     def next_run(self, max_bytes: int) -> Run | None:
-        """MISSING pages to ask for next: within a block, at most ``max_bytes`` but at least a page.
-        None: there are none."""
+        """MISSING pages to ask for next: within a block, at most ``max_bytes`` but at least one
+        page. None: there are none."""
         ...

@@ -1,5 +1,4 @@
-"""Faults that follow a line: one page after the other, forwards or backwards, or at equal
-distances."""
+"""Faults that follow a line: one page after another, forwards or backwards, or at equal steps."""
 
 from __future__ import annotations
 
@@ -12,25 +11,27 @@ from ._linear import missing_run
 
 __all__ = ["Streams"]
 
-# How many lines are followed at a time: a program has a few, and each fault is held against all of
+# How many lines are followed at a time. A program has a few, and each fault is compared with all of
 # them.
 MOST_STREAMS = 16
-# Seconds after which a line that nobody went on with is forgotten.
+# Seconds without a fault after which a line is no longer fetched.
 PATIENCE = 1.0
-# Faults further apart than this are not on a line.
+# Faults further apart than this are not on one line.
 MAX_STEP_BYTES = 64 << 20
-# A window around each fault leaves out what it has brought: the next fault of a line may be so many
-# areas, or steps, on.
+# Pages that the window around a fault has fetched raise no fault, so the next fault of a line may
+# be up to this many areas, or steps, further on.
 REACH = 16
-# How far ahead of its last fault a line is brought, for each fault that confirmed it, and at most.
+# How far ahead of its last fault a line is fetched: for each fault that confirmed it, and at most.
 AHEAD_AREAS, MOST_AREAS = 4, 64
 AHEAD_STEPS, MOST_STEPS = 8, 256
 
 
 @dataclass(slots=True)
 class _Stream:
-    """``step`` in pages, 0 after the first fault; of an area (``dense``), whatever lies between is
-    on the line too."""
+    """One line. ``step`` is in pages, and 0 after the first fault.
+
+    ``dense``: the step is one area, and all pages between two faults are on the line too.
+    """
 
     last: int
     at: float
@@ -41,19 +42,20 @@ class _Stream:
 
 
 class Streams:
-    """Recognises lines, and says what comes next on them."""
+    """Recognises lines, and returns what comes next on them."""
 
     def __init__(self, region: Region, residency: Residency, areas: Areas) -> None:
         self._region = region
         self._residency = residency
         self._areas = areas
-        self._streams: list[_Stream] = []  # the one that went on last is the first
+        self._streams: list[_Stream] = []  # the line with the latest fault first
 
     def note(self, page: int, now: float) -> None:
         area = self._areas.pages_at(page)
         for stream in self._streams:
             goes_on = self._goes_on(stream, page)
-            if goes_on or abs(page - stream.last) < area:  # or it has not come far enough to tell
+            # within an area of its last fault it is too early to tell whether the line goes on
+            if goes_on or abs(page - stream.last) < area:
                 stream.last, stream.at = page if goes_on else stream.last, now
                 self._streams.remove(stream)
                 self._streams.insert(0, stream)
@@ -70,7 +72,8 @@ class Streams:
         return True
 
     def _begin(self, page: int, area: int, now: float) -> None:
-        """It may be the second fault of a line, which gives it a direction, or the first."""
+        """Take the fault as the second of the nearest line that has only one, which gives that line
+        its step, and as the first of a new line."""
         most = MAX_STEP_BYTES // self._region.page_size_at(page)
         young = [s for s in self._streams if not s.step and abs(page - s.last) <= most]
         if young:
@@ -83,7 +86,8 @@ class Streams:
         del self._streams[MOST_STREAMS:]
 
     def next_run(self, now: float, max_bytes: int) -> Run | None:
-        """What is missing ahead of a line that at least three faults were on."""
+        """MISSING pages ahead of a line that at least three faults were on; None: there are
+        none."""
         for stream in self._streams:
             if stream.hits and now - stream.at <= PATIENCE:
                 run = self._dense(stream, max_bytes) if stream.dense else self._stepped(stream)

@@ -1,5 +1,7 @@
-"""What is brought that nobody waits for: in which order, how fast, and whether at all. All of it
-changes while it goes on."""
+"""How pages that no thread waits for are fetched: in which order, how fast, and whether at all.
+
+All of this may change during a transfer.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from .schedule import Schedule
 
 __all__ = ["CHUNK_BYTES", "Background"]
 
-# Background asked for at a time. 256 KiB amortise the cost of a reply.
+# Bytes of background per request. 256 KiB amortise the cost of a reply.
 CHUNK_BYTES = 256 << 10
-# Faults that a schedule is told of when it takes over.
+# Faults that a new schedule is told of when it takes over.
 REMEMBERED = 4096
-# Of a limited rate, lanes in Trio ask for so many seconds' worth at a time: Trio's timers are no
-# better. What was missed in the last CATCH_UP seconds is asked for at once, and what was missed in
-# the last MAKE_UP seconds at PEAK times the rate: so it is kept on a busy machine, and yet no 10 ms
-# see twice of it.
+# Under a rate limit, lanes in Trio ask for TURN seconds' worth at a time: Trio's timers are no more
+# precise. What was missed in the last CATCH_UP seconds is asked for at once. What was missed in the
+# last MAKE_UP seconds is asked for at PEAK times the rate. So a busy machine keeps the rate, and no
+# 10 ms carry twice as much as the rate allows.
 TURN = 0.002
 CATCH_UP = 0.004
 MAKE_UP = 0.05
@@ -31,10 +33,9 @@ PEAK = 1.25
 
 
 class Background:
-    """Runs for the lanes, as the schedule names them (None: no more runs); ``chunk`` bytes are
-    asked for at a time.
+    """Hands runs to the lanes, in the order of ``schedule`` (None: no runs).
 
-    ``begun``: False if it waits for :meth:`begin`.
+    ``chunk``: bytes asked for at a time. ``begun``: False if it waits for :meth:`begin`.
     """
 
     def __init__(
@@ -67,17 +68,19 @@ class Background:
 
     @property
     def runs(self) -> bool:
-        """It has begun, and is not paused."""
+        """Whether it has begun and is not paused."""
         return self._begun and not self._paused
 
     @property
     def max_bandwidth(self) -> int | None:
-        """Bytes a second, of all its lanes together; None: no limit."""
+        """The limit in bytes a second, for all background lanes together; None: no limit."""
         return self._max_bandwidth
 
     def set_schedule(self, schedule: Schedule | None) -> None:
-        """From now on; what was named before comes all the same. The new schedule hears of the
-        latest faults."""
+        """Use ``schedule`` from now on, after telling it the latest faults.
+
+        Runs that were handed out before still come.
+        """
         self._schedule = schedule
         if schedule is not None and self._recent:
             for page, at in self._recent:
@@ -86,8 +89,8 @@ class Background:
 
     @contextmanager
     def telling(self, on_change: Callable[[], None]) -> Iterator[None]:
-        """Call ``on_change`` whenever pause, begin or limit change, for as long as the block
-        runs."""
+        """Call ``on_change`` at each pause, resume, begin or change of the limit, for as long as
+        the block runs."""
         self._on_change.append(on_change)
         try:
             yield
@@ -99,7 +102,7 @@ class Background:
             on_change()
 
     def pause(self) -> None:
-        """Ask for nothing more; what was asked for comes."""
+        """Ask for nothing more. What is in flight still comes."""
         self._paused = True
         self._tell()
 
@@ -114,20 +117,21 @@ class Background:
         self._waiting.unpark_all()
 
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
-        """:exc:`UsageError` if that is less than a byte."""
+        """Limit the rate from now on; None: no limit. :exc:`UsageError` if it is below one byte a
+        second."""
         if bytes_per_second is not None and bytes_per_second < 1:
             raise UsageError(
                 f"a bandwidth of {bytes_per_second} bytes a second: pausing the background is"
                 " another matter"
             )
         self._max_bandwidth = bytes_per_second
-        self._paid_until = self._next_turn = -inf  # at the former rate that may be hours away
+        self._paid_until = self._next_turn = -inf  # at the former rate these may be hours away
         self._limited.unpark_all()
         self._tell()
 
     @property
     def heeds_faults(self) -> bool:
-        """Somebody may act on what :meth:`note_faults` says, or writes it down."""
+        """Whether a schedule or an observer uses what :meth:`note_faults` is told."""
         return self._schedule is not None or bool(self.observers)
 
     def note_faults(self, pages: Sequence[int]) -> None:
@@ -140,22 +144,23 @@ class Background:
             observe(pages)
 
     async def next_run(self, max_bytes: int) -> Run:
-        """What to ask for next; waits while there is nothing, or while paused."""
+        """The run to ask for next. Waits while there is none, before :meth:`begin`, or while
+        paused."""
         while (run := self.next_run_nowait(max_bytes)) is None:
             await self._waiting.park()
         return run
 
     def next_run_nowait(self, max_bytes: int) -> Run | None:
-        """The same; None if there is nothing to ask for now."""
+        """As :meth:`next_run`, but None if there is nothing to ask for now."""
         return (
             self._schedule.next_run(max_bytes) if self.runs and self._schedule is not None else None
         )
 
-    # ---- the limit, for lanes in Trio; those in C have the same rule of their own ----
+    # ---- the limit, for lanes in Trio; lanes in C implement the same rule ----
 
     @property
     def turn_bytes(self) -> int:
-        """What to ask for at a time."""
+        """Bytes to ask for at a time."""
         return (
             self.chunk
             if self._max_bandwidth is None
@@ -163,7 +168,8 @@ class Background:
         )
 
     async def wait_turn(self) -> None:
-        """Return when something may be asked for, which is then paid for with :meth:`pay`."""
+        """Return when the next run may be asked for. The caller then pays for it with
+        :meth:`pay`."""
         while self._max_bandwidth is not None:
             wait = max(self._paid_until, self._next_turn) - trio.current_time()
             if wait <= 0:
@@ -172,14 +178,14 @@ class Background:
                 await self._limited.park()
 
     def pay(self, size: int) -> None:
-        """So many bytes were asked for."""
+        """Note that ``size`` bytes were asked for."""
         if self._max_bandwidth is not None:
             now, seconds = trio.current_time(), size / self._max_bandwidth
             self._paid_until = max(self._paid_until, now - MAKE_UP) + seconds
             self._next_turn = max(self._next_turn, now - CATCH_UP) + seconds / PEAK
 
     def refund(self, size: int) -> None:
-        """What was asked for took so many bytes less on the wire than it has in memory."""
+        """Note that what was asked for took ``size`` bytes less on the wire than in memory."""
         if self._max_bandwidth is not None:
             seconds = size / self._max_bandwidth
             self._paid_until -= seconds

@@ -1,10 +1,10 @@
-"""The order in which pages were waited for, on disk: recorded in one run, replayed in the next.
+"""The order in which threads waited for pages, on disk: recorded in one run, replayed in the next.
 
-A file is one msgpack map: ``format`` ("pagenet-touches"), ``version`` (1), ``runs`` (how many were
-merged into it), ``blocks`` (names and sizes, in bytes) and ``touches``: numbers, three for each
-stretch of pages of 4 KiB that follow each other: by how many pages its first lies behind the end of
-the one before, how many pages it has, and in how many of the runs they were seen. Pages are
-numbered through all blocks.
+A file is one msgpack map: ``format`` ("pagenet-touches"), ``version`` (1), ``runs`` (how many runs
+were merged into it), ``blocks`` (names, and sizes in bytes) and ``touches``. ``touches`` is a list
+of numbers, three for each stretch of consecutive pages of 4 KiB: how many pages its first page lies
+after the end of the stretch before (negative if it lies before that end), how many pages it has,
+and in how many of the runs they were seen. Pages are numbered through all blocks.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ Collected = TypeVar("Collected", list[Any], dict[Any, Any])
 
 FORMAT, VERSION = "pagenet-touches", 1
 _UNIT = 4096
-# Pages that are remembered: 4 GiB of them. A working set that is larger is not worth an order.
+# Pages that are remembered: 4 GiB of them. A larger working set is not worth an order.
 MOST_PAGES = 1 << 20
-# Of a file that is believed at all: nobody has written a larger one, or one of more values. The
-# second bounds what a file takes in memory: a byte may be an empty list, of 64 bytes.
+# A file with more bytes or more values than this was not written by pagenet, and is refused. The
+# limit of values bounds what a file takes in memory: one byte may be an empty list, of 64 bytes.
 _MOST_BYTES = 64 << 20
 _MOST_VALUES = 4 * MOST_PAGES
 
 
 @dataclass(frozen=True)
 class Recording:
-    """``order``: flat numbers of pages of 4 KiB, the first touched first; ``seen``: in how many of
-    ``runs`` runs, for each."""
+    """The pages that threads waited for, in order.
+
+    ``blocks``: names, and sizes in bytes. ``order``: flat numbers of pages of 4 KiB, the first
+    touched first. ``seen``: for each of them, in how many of the ``runs`` runs it was seen.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     order: tuple[int, ...]
@@ -56,8 +59,11 @@ class Recording:
     runs: int = 1
 
     def merge(self, later: Recording) -> Recording:
-        """With one more run. Pages are in the order of their mean rank; those of fewer than half of
-        the runs come last."""
+        """This recording with that of a later run added.
+
+        Pages are in the order of their mean rank. Pages seen in fewer than half of the runs come
+        last.
+        """
         earlier = self._moved_to(later.blocks)
         ranks: dict[int, tuple[float, int]] = {}
         for page, seen, rank in zip(
@@ -74,8 +80,10 @@ class Recording:
         return Recording(later.blocks, tuple(pages), tuple(ranks[page][1] for page in pages), runs)
 
     def _moved_to(self, blocks: tuple[tuple[str, int], ...]) -> Recording:
-        """The same pages as another region numbers them, by the names of their blocks; those that
-        it has not are left out."""
+        """The same pages as a region with ``blocks`` numbers them; blocks are matched by name.
+
+        Pages that this region does not have are left out.
+        """
         starts = dict(_starts(blocks))
         sizes = dict(blocks)
         moves = [
@@ -97,19 +105,19 @@ class Recording:
         )
 
     def pages_in(self, region: Region) -> list[int]:
-        """The pages in that order, as ``region`` numbers them: blocks may be of other sizes, and in
-        larger pages."""
+        """The recorded pages, in order, as ``region`` numbers them: its blocks may have other sizes
+        and larger pages."""
         moved = self._moved_to(_blocks_of(region))
         return list(dict.fromkeys(region.page_at_offset(page * _UNIT) for page in moved.order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """In place of what is there, whole or not at all. :exc:`PagenetError` if it cannot be
-        written."""
+        """Write the file at ``path``, or replace it, whole or not at all. :exc:`PagenetError` if it
+        cannot be written."""
         with recording_file(path) as file:
             self.write(file)
 
     def write(self, file: WholeFile) -> None:
-        """As the whole of ``file``."""
+        """Write this recording as the whole content of ``file``."""
         fields = {
             "format": FORMAT,
             "version": VERSION,
@@ -121,7 +129,7 @@ class Recording:
 
 
 class Recorder:
-    """Collects the pages that threads wait for, each once, as far as there is room for them."""
+    """Collects the pages that threads wait for, each once, until ``MOST_PAGES`` are reached."""
 
     def __init__(self, region: Region) -> None:
         self._region = region
@@ -141,12 +149,13 @@ class Recorder:
 
 
 def recording_file(path: str | os.PathLike[str]) -> WholeFile:
-    """What a :class:`Recording` is written into. :exc:`UsageError` if there can be none."""
+    """The file that a :class:`Recording` is written into. :exc:`UsageError` if there can be no
+    file."""
     return WholeFile(path, "recording")
 
 
 def write_fields(file: WholeFile, fields: dict[str, Any]) -> None:
-    """As one msgpack map, and done."""
+    """Write ``fields`` as one msgpack map, and commit the file."""
     file.write(msgpack.packb(fields))
     file.commit()
 
@@ -154,16 +163,17 @@ def write_fields(file: WholeFile, fields: dict[str, Any]) -> None:
 def load_fields(
     path: str | os.PathLike[str], versions: Mapping[str, int], what: str
 ) -> dict[str, Any]:
-    """A map that :func:`write_fields` wrote, of one of the formats in ``versions``, and of the
-    version that is there. :exc:`UsageError`, in one line, if there is none, or it is foreign,
-    broken, or of another version.
+    """The map that :func:`write_fields` wrote, of a format and version in ``versions``.
+
+    ``what``: what error messages call the file. Raises :exc:`UsageError`, in one line, if there is
+    no file, or it is foreign, broken, or of another version.
     """
     name = os.fspath(path)
     body = read_whole(path, _MOST_BYTES, what)
     try:
         found = _unpack(body)
     except Exception as error:
-        # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
+        # msgpack raises ValueError, errors of its own, and UnicodeDecodeError; all mean the same
         raise UsageError(
             f"{name} is not a {what}, or a broken one: {str(error) or type(error).__name__}"
         ) from None
@@ -198,13 +208,14 @@ def _unpack(body: bytes) -> object:
 
 
 def load_recording(path: str | os.PathLike[str]) -> Recording:
-    """:exc:`UsageError`, in one line, if there is none, or it is foreign, broken, or of a version
-    that is not known."""
+    """The recording at ``path``. :exc:`UsageError`, in one line, if there is none, or it is
+    foreign, broken, or of a version that is not known."""
     return recording_of(load_fields(path, {FORMAT: VERSION}, "recording"), path)
 
 
 def recording_of(fields: dict[str, Any], path: str | os.PathLike[str]) -> Recording:
-    """What the fields of that file say. :exc:`UsageError` if they make no sense."""
+    """The recording that has these fields, read from ``path``. :exc:`UsageError` if they make no
+    sense."""
     try:
         return _checked(fields)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,10 +1,10 @@
-"""The order in which the background fills what nobody has touched yet: faults in, runs out.
+"""The order in which the background fetches untouched pages: faults in, runs out.
 
 Policy alone: no I/O, no clock, and nothing that a fault waits for. Faults come in batches, a little
-late, and some may be missing; a schedule that hears of none goes from the first page to the last.
-What it remembers is bounded, whatever the size of the region and the number of faults; what one
-decision costs is bounded too, but for the search through pages that are there already, a byte each,
-in C.
+late, and some may be missing. A schedule that is told of no faults goes from the first page to the
+last. What it remembers is bounded, whatever the size of the region and the number of faults. The
+cost of one decision is bounded too, except for the search past pages that are there already: one
+byte for each page, in C.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = [
     "make_schedule",
 ]
 
-#: by name, in the order in which people should read of them
+#: names, in the order in which people should read about them
 SCHEDULES = ("hot", "follow", "linear", "off")
-#: what the name of a recording's file follows
+#: begins the name of a schedule that replays a recording; the recording's path follows
 RECORDED = "recorded="
 
 
 def check_schedule(name: str) -> None:
-    """:exc:`UsageError` if there is no schedule of that name, or its recording cannot be read."""
+    """Raise :exc:`UsageError` if no schedule has that name, or its recording cannot be read."""
     if name.startswith(RECORDED):
         load_recording(name.removeprefix(RECORDED))
     elif name not in SCHEDULES:
@@ -48,7 +48,8 @@ def check_schedule(name: str) -> None:
 
 
 def make_schedule(name: str, region: Region, residency: Residency) -> Schedule | None:
-    """The schedule of that name; None for ``off``. :exc:`UsageError` as :func:`check_schedule`."""
+    """The schedule of that name; None for ``off``. Raises :exc:`UsageError` as
+    :func:`check_schedule` does."""
     if name.startswith(RECORDED):
         return Recorded(
             region, residency, load_recording(name.removeprefix(RECORDED)).pages_in(region)

@@ -1,4 +1,4 @@
-"""When the background begins: at once, after a while, or when the faults become few."""
+"""When the background begins: at once, after a time, or when faults become few."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .pacing import Background
 
 __all__ = ["Start", "begin_background", "parse_start"]
 
-# The faults of so many seconds are counted, so often.
+# Faults are counted over WINDOW_SECONDS; the count is checked LOOKS times in that time.
 WINDOW_SECONDS = 1.0
 LOOKS = 10
-# Ten days; and more faults a second than any machine has.
+# As seconds, more than ten days; as faults a second, more than any machine has.
 _MOST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """``after`` so many seconds; or, with ``rate``, once fewer faults than that have come within
-    the last second."""
+    """Begin after ``after`` seconds; with ``rate``, once fewer than ``rate`` faults have come
+    within the last second."""
 
     after: float = 0.0
     rate: float | None = None
 
 
 def parse_start(text: str) -> Start:
-    """``after=SECONDS`` or ``rate=FAULTS``. :exc:`UsageError` for anything else."""
+    """Parse ``after=SECONDS`` or ``rate=FAULTS``. :exc:`UsageError` for anything else."""
     name, _, value = text.partition("=")
     try:
         number = float(value)
@@ -46,7 +46,8 @@ def parse_start(text: str) -> Start:
 async def begin_background(
     background: Background, start: Start, count_faults: Callable[[], int]
 ) -> None:
-    """Wait until it is time, counted from now on, and begin. ``count_faults``: so far."""
+    """Wait for ``start``, counted from now on, and begin. ``count_faults`` returns the number of
+    faults so far."""
     await trio.sleep(start.after)
     if start.rate is not None:
         await _until_fewer(start.rate, count_faults)

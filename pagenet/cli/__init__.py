@@ -1,1 +1,1 @@
-"""The daemons: arguments, words on a screen, exit codes. All work is the library's."""
+"""The commands: arguments, output, exit codes. The library does all of the work."""

@@ -62,17 +62,17 @@ def add_qemu_options(parser: Parser) -> None:
         type=names(QEMU_METHODS),
         default=tuple(QEMU_METHODS),
         metavar="NAME,...",
-        help=f"any of {', '.join(QEMU_METHODS)} (all of them)",
+        help=f"methods to compare: {', '.join(QEMU_METHODS)} (all of them)",
     )
     parser.add_argument(
         "--workload",
         type=_workload,
         default=(60, 12),
         metavar="WORK,HOT",
-        help="percent of the RAM that the guest works on, and that it writes to (60,12)",
+        help="percent of the RAM that the guest works on, and percent that it writes to (60,12)",
     )
     parser.add_argument(
-        "--cpus", type=count, default=1, metavar="N", help="processors of the guest (%(default)s)"
+        "--cpus", type=count, default=1, metavar="N", help="CPUs of the guest (%(default)s)"
     )
     parser.add_argument(
         "--accel", choices=["tcg", "kvm"], default="tcg", help="QEMU's accelerator (%(default)s)"
@@ -81,19 +81,19 @@ def add_qemu_options(parser: Parser) -> None:
         "--kernel",
         type=Path,
         metavar="FILE",
-        help="the guest's kernel (what tools/guest/build.py of the checkout makes)",
+        help="kernel of the guest (the one that the checkout's tools/guest/build.py has made)",
     )
     parser.add_argument(
         "--initrd",
         type=Path,
         metavar="FILE",
-        help="the guest's initrd, with --kernel, if it needs one",
+        help="initrd of the guest, if the kernel of --kernel needs one",
     )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the guest's work over time: FILE.svg or FILE.png",
+        help="plot the guest's work over time: FILE.svg or FILE.png",
     )
 
 
@@ -115,8 +115,8 @@ def _workload(text: str) -> tuple[int, int]:
 
 
 async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
-    """The fields of the last object; ``wrong``: the migrations after which the guest was not what
-    it had been."""
+    """Measure and report. Returns the fields of the last event; ``wrong``: the migrations after
+    which the guest had bad pages, or heartbeats were missing."""
     work, hot = options.workload
     wanted = QemuOptions(
         files=find_guest(options.kernel, options.initrd, options.accel),
@@ -150,7 +150,7 @@ async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
     for one in wrong:
         where = f"round {one['round']}: {one['method']}, {one['ram_mib']} MiB"
         print(
-            f"pagenet-bench: {where}: the guest is not what it was: {_wrong_words(one)}",
+            f"pagenet-bench: {where}: the guest did not arrive intact: {_wrong_words(one)}",
             file=sys.stderr,
             flush=True,
         )
@@ -227,7 +227,7 @@ def _words(migration: Migration) -> str:
 
 
 def _wrong_words(one: Fields) -> str:
-    return f"{one['bad']} pages" if one["bad"] else "heartbeats are missing or garbled"
+    return f"{one['bad']} bad pages" if one["bad"] else "heartbeats are missing or garbled"
 
 
 def _title(options: QemuOptions) -> str:
@@ -277,13 +277,11 @@ def _print_results(
         )
     console.print(table)
     capped = (
-        "Nothing is limited"
+        "Nothing is capped"
         if options.rate is None
-        else "Only the link is limited, in both directions, for all methods alike"
+        else "Only the link is capped, in both directions, for all methods alike"
     )
-    limits = (
-        "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so is any limit of pagenet's"
-    )
+    limits = "QEMU's max-bandwidth and max-postcopy-bandwidth are off, and so are pagenet's limits"
     console.print(f"{capped}: {limits}.", style="dim")
     if targets:
         table = make_table("target", "is", "at most", "")

@@ -1,4 +1,4 @@
-"""``pagenet-bench trace``: its options and its output."""
+"""``pagenet-bench trace``: its options, and its output."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def add_trace_options(parser: Parser) -> None:
         "--data",
         metavar="FILE",
         required=True,
-        help="the file that the program maps; it is given a copy, in memory",
+        help="file that the program maps; the program gets a copy of it in memory",
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
         required=True,
-        help="where its touches go, for workload --trace recorded=FILE",
+        help="file for the recorded touches, for workload --trace recorded=FILE",
     )
-    words = f"after --: its command line, in which {DATA} stands for the name of the copy"
+    words = f"after --: the program's command line, in which {DATA} stands for the copy's name"
     parser.add_argument("program", nargs="*", metavar="PROGRAM", help=words)
 
 
 def trace_report(prog: str, as_json: bool) -> Report:
-    """A report on stderr: stdout is the program's."""
+    """A report on stderr: stdout is for the program."""
     return Report(
         prog, as_json, {event: f"{prog}: {words}" for event, words in _WORDS.items()}, to=sys.stderr
     )
 
 
 async def bench_trace(options: argparse.Namespace, report: Report) -> int:
-    """The program's exit status."""
+    """Trace the program. Returns its exit status. :exc:`UsageError` if no program was named."""
     if not options.program:
         raise UsageError("say which program is to be traced: its command line after --")
     return await trace_program(options.program, options.data, options.output, report)

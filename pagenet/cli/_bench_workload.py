@@ -1,4 +1,4 @@
-"""``pagenet-bench workload``: its options and its output."""
+"""``pagenet-bench workload``: its options, and its output."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def add_workload_options(parser: Parser) -> None:
         type=_traces,
         default=tuple(TRACES),
         metavar="NAME,...",
-        help=f"any of {', '.join(TRACES)}, or {RECORDED}FILE (all but that)",
+        help=f"traces of touches: {', '.join(TRACES)}, {RECORDED}FILE (all but {RECORDED}FILE)",
     )
     parser.add_argument(
         "--order",
         type=names(ORDERS),
         default=tuple(ORDERS),
         metavar="NAME,...",
-        help=f"any of {', '.join(ORDERS)} (all)",
+        help=f"orders of the background to compare: {', '.join(ORDERS)} (all)",
     )
     parser.add_argument(
         "--size",
@@ -58,19 +58,19 @@ def add_workload_options(parser: Parser) -> None:
         "--memory",
         choices=["anonymous", "memfd"],
         default="anonymous",
-        help="private or shared memory (%(default)s)",
+        help="private (anonymous) or shared (memfd) memory to touch (%(default)s)",
     )
     parser.add_argument(
-        "--touches",
-        type=count,
-        metavar="N",
-        help="touches in each trace (as many as it usually has)",
+        "--touches", type=count, metavar="N", help="touches in each trace (its usual number)"
     )
     parser.add_argument(
         "--work",
         type=count,
         metavar="US",
-        help=(f"work before each touch, in us (that of the traced program, or {USUAL_WORK_US:g})"),
+        help=(
+            "work before each touch, in us (as recorded in the trace, or"
+            f" {USUAL_WORK_US:g} where none was)"
+        ),
     )
     parser.add_argument(
         "--rate",
@@ -79,18 +79,19 @@ def add_workload_options(parser: Parser) -> None:
         metavar="MBIT",
         help="rate of the link; none: loopback (%(default)s)",
     )
-    held = "limit of the background, in MB/s, or none (%(default)s)"
+    held = "limit of the background, in MB/s; none: no limit (%(default)s)"
     parser.add_argument("--bandwidth", type=count_or_none, default=60, metavar="MB", help=held)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw how the working set fills: FILE.svg or FILE.png",
+        help="plot how the working set fills: FILE.svg or FILE.png",
     )
 
 
 def _traces(text: str) -> tuple[str, ...]:
-    """A recording's name may have a comma in it, so a recording is the only trace."""
+    """For argparse: names of traces, or one recording. The name of a recording may have a comma in
+    it, so no other trace can stand beside it."""
     if text.startswith(RECORDED):
         return (text,)
     return names(TRACES)(text)
@@ -211,12 +212,12 @@ def _print_results(
         )
     console.print(table)
     console.print(
-        "Wasted: pages that came before the trace ended, and that it never touches.",
+        "Wasted: pages that came before the trace ended, and that the trace does not touch.",
         style="dim",
     )
     if options.memory == "memfd":
         console.print(
-            "Unused: prefetched pages that were not touched by the trace's end, from a sample.",
+            "Unused: of prefetched pages, those not touched by the end of the trace (a sample).",
             style="dim",
         )
     for trace, (blocked, stall) in least.items():

@@ -35,7 +35,7 @@ __all__ = [
     "start",
 ]
 
-# A window is clipped to 1 MiB of bytes on either side anyway.
+# In pages. A window is cut to 1 MiB on either side anyway.
 MAX_WINDOW = 256
 MAX_COUNT = 10_000_000
 
@@ -55,7 +55,7 @@ exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line and exit code 2, as any other bad usage."""
+    """A parser that reports bad arguments in one line, with exit code 2, as any other bad usage."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(
@@ -79,14 +79,14 @@ def add_lane_option(parser: Parser) -> None:
         choices=["auto", "native", "trio"],
         default="auto",
         help=(
-            "who drives the lanes: loops in C, or the same in Trio, slower; auto: C where it can be"
-            " (default: %(default)s)"
+            "how lanes run: native (loops in C), trio (the same in Trio, slower), or auto (in C"
+            " where possible) (default: %(default)s)"
         ),
     )
 
 
 def add_pull_options(parser: Parser) -> None:
-    """What every command that pulls pages lets its user choose."""
+    """Add the options of every command that pulls pages."""
     parser.add_argument(
         "--plaintext",
         action="store_true",
@@ -98,17 +98,17 @@ def add_pull_options(parser: Parser) -> None:
         default="hot",
         metavar="ORDER",
         help=(
-            "in which untouched pages come: hot (near the faults first), follow (on from the last"
-            " fault), linear, recorded=FILE (as in an earlier run, then hot), off (touched pages"
-            " only) (default: %(default)s)"
+            "order in which the background brings untouched pages: hot (near the faults first),"
+            " follow (on from the last fault), linear, recorded=FILE (as in an earlier run, then"
+            " hot), off (touched pages only) (default: %(default)s)"
         ),
     )
     parser.add_argument(
         "--record",
         metavar="FILE",
         help=(
-            "write down in which order pages were waited for, for --background recorded=FILE;"
-            " merged with what FILE has"
+            "record the order in which pages were waited for, for --background recorded=FILE;"
+            " merged with the recording in FILE, if there is one"
         ),
     )
     parser.add_argument(
@@ -116,15 +116,18 @@ def add_pull_options(parser: Parser) -> None:
         type=count,
         default=1,
         metavar="N",
-        help="connections for it, where one processor cannot fill the network (default: 1)",
+        help=(
+            "connections for the background, where one processor cannot fill the network (default:"
+            " 1)"
+        ),
     )
     parser.add_argument(
         "--max-bandwidth",
         type=rate,
         metavar="RATE",
         help=(
-            "limit of it, in bytes a second: 60M, 1.5G, 64Mi, or 800Mbit; pages that somebody waits"
-            " for, and those around them, are not held up (default: none)"
+            "limit of the background, in bytes a second: 60M, 1.5G, 64Mi, or 800Mbit; demand and"
+            " prefetch are not limited (default: none)"
         ),
     )
     parser.add_argument(
@@ -132,8 +135,8 @@ def add_pull_options(parser: Parser) -> None:
         type=start,
         metavar="after=SECONDS|rate=N",
         help=(
-            "begin it so long after faults are answered, or once fewer than N of them come in a"
-            " second (default: at once)"
+            "begin the background SECONDS after faults are first answered, or once fewer than N"
+            " faults come in a second (default: at once)"
         ),
     )
     parser.add_argument(
@@ -142,16 +145,16 @@ def add_pull_options(parser: Parser) -> None:
         default=None,
         metavar="FWD,BACK|auto",
         help=(
-            "pages asked for behind and before each page that somebody waits for (default: auto, as"
-            " many as seem right)"
+            "pages to prefetch after and before each page that a thread waits for (default: auto,"
+            " which adapts to the faults)"
         ),
     )
     parser.add_argument(
         "--allocate",
         action="store_true",
         help=(
-            "take shared memory from the system before the first page comes: faster, and as much"
-            " memory as there may ever be"
+            "allocate shared memory before the first page comes: faster, but takes at once all the"
+            " memory that the pages may ever need"
         ),
     )
     parser.add_argument(
@@ -159,15 +162,15 @@ def add_pull_options(parser: Parser) -> None:
         choices=get_args(Compress),
         default="auto",
         help=(
-            "lz4: whatever becomes smaller; auto: where link and processors make that faster, which"
-            " is never over rdma:// (default: %(default)s)"
+            "lz4: compress all data that becomes smaller; auto: compress where link and processors"
+            " make that faster, never over rdma:// (default: %(default)s)"
         ),
     )
     add_lane_option(parser)
 
 
 def pull_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that are arguments of :func:`pagenet.pull`."""
+    """The options that are arguments of :func:`pagenet.pull`."""
     names = (
         *("plaintext", "background", "background_lanes", "max_bandwidth", "start_background"),
         *("prefetch", "record", "compress", "lane"),
@@ -229,7 +232,7 @@ def prefetch_window(text: str) -> tuple[int, int] | None:
 
 
 def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-    """For argparse: NAME,... of those that are known."""
+    """For argparse: NAME,... of the ``known`` names."""
 
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(text.split(","))
@@ -243,9 +246,9 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 class Report:
-    """Says what happens: a JSON object a line, or words. An event that has no words is for machines
-    alone. One that has words among the ``warnings`` goes to stderr too. ``to``: instead of
-    stdout."""
+    """Reports events: as a JSON object a line, or in words. An event without ``words`` is for
+    machines alone. An event with words in ``warnings`` goes to stderr too. ``to``: the stream to
+    use instead of stdout."""
 
     def __init__(
         self,
@@ -280,15 +283,15 @@ class Report:
 
 
 def run_command(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
-    """Run ``work`` to its end (it may return an exit code), to an error or to a signal: the exit
-    code."""
+    """Run ``work`` to its end (it may return an exit code), to an error or to a signal. Returns the
+    exit code."""
     _open_missing_streams()
     try:
         return _run_reporting(work, report)
     except KeyboardInterrupt:  # just before we listened for signals, or just after
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read our output is gone. Python would complain once more when it flushes at exit.
+        # The reader of our output is gone. Python would raise this again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -302,8 +305,8 @@ def _run_reporting(work: Callable[[], Awaitable[int | None]], report: Report) ->
 
 
 def _open_missing_streams() -> None:
-    """Of a stream that was closed when we were started, Python makes None, and print() into it goes
-    to the other one."""
+    """Open /dev/null for each standard stream that was closed when this process was started. Python
+    sets that stream to None, and print() into it goes to the other one."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run

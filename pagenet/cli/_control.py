@@ -1,4 +1,4 @@
-"""The control socket of the commands that run for long."""
+"""The control socket of long-running commands."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def add_control_option(parser: Parser) -> None:
         "--control",
         metavar="PATH",
         help=(
-            "unix socket on which pagenet-ctl shows, and changes, what is going on (for this user"
-            " and root)"
+            "unix socket on which pagenet-ctl shows the running transfer, and changes it (for this"
+            " user and root)"
         ),
     )
 
 
 def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> int:
-    """As :func:`run_command`, with a control socket if one is wanted. ``work`` tells it of the
-    transfer once there is one."""
+    """As :func:`run_command`, with a control socket if ``options`` name one. ``work`` sets the
+    subject of its :class:`Control` once there is a transfer."""
     raise_descriptor_limit()
     return run_command(lambda: _with_control(work, options, report), report)
 
@@ -44,5 +44,5 @@ async def _with_control(work: Work, options: argparse.Namespace, report: Report)
 
 
 def _terminate() -> None:
-    """Whoever says stop gets all that SIGTERM does, and its exit code."""
+    """Stop as SIGTERM does, with the exit code of that."""
     os.kill(os.getpid(), signal.SIGTERM)

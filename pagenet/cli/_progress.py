@@ -1,4 +1,4 @@
-"""How far a transfer has come: a line that is redrawn on a terminal, a line a second elsewhere, an
+"""The progress of a transfer: a line that is redrawn on a terminal, a line a second elsewhere, an
 event for machines."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Looked(NamedTuple):
 
 
 def _look_at(of: Transfer | Server) -> Callable[[], _Looked]:
-    """Whoever calls what this returns, again and again, sees how far it has come."""
+    """A function that returns the progress of ``of`` each time it is called."""
     return _look_at_transfer(of) if isinstance(of, Transfer) else _look_at_server(of)
 
 
@@ -86,8 +86,8 @@ def _us(value: float | None) -> str:
 
 
 def make_progress(report: Report) -> Callable[[Transfer | Server], Awaitable[None]]:
-    """The task that shows, until it is cancelled, how far a transfer has come, or a source's one
-    destination. Machines are told by events."""
+    """The task that shows, until it is cancelled, the progress of a transfer, or of a source that
+    has one destination. With JSON it shows nothing: there the progress is in events."""
     if report.as_json:
         return _say_nothing
     return _redraw if sys.stdout.isatty() else _print
@@ -106,7 +106,7 @@ async def _print(of: Transfer | Server) -> None:
 
 async def _redraw(of: Transfer | Server) -> None:
     look = _look_at(of)
-    # Transient: the summary says it all when the transfer is over. Refreshed by us, so rich needs
+    # Transient: a summary follows when the transfer is over. This task refreshes it, so rich needs
     # no thread.
     with Live(console=Console(), auto_refresh=False, transient=True) as live:
         while True:
@@ -118,8 +118,8 @@ async def _redraw(of: Transfer | Server) -> None:
 
 
 async def show_until_complete(transfer: Transfer, report: Report) -> None:
-    """The progress of ``transfer``, and in the end, for people, a summary; machines are told by
-    events."""
+    """Show the progress of ``transfer`` until it is complete, and then a summary. With JSON it
+    shows nothing: there both are in events."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(make_progress(report), transfer)
         await transfer.wait_complete()

@@ -1,5 +1,5 @@
-"""Rates as people write them. Bytes a second everywhere, as QEMU and rsync have it; what tc would
-say ends in ``bit``."""
+"""Rates as people write them. They are in bytes a second everywhere, as in QEMU and rsync; a rate
+in bits, as in tc, ends in ``bit``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["parse_rate", "rate_words"]
 
 _RATE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)(k|K|M|G)?(i)?(B|bit)?")
 _POWERS = {None: 0, "k": 1, "K": 1, "M": 2, "G": 3}
-# A petabyte a second: anything above it is a slip of the finger.
+# A petabyte a second: anything above that is a typing error.
 _MOST = 10**15
 
 
@@ -32,14 +32,15 @@ def parse_rate(text: str) -> int:
     )
     if not 1 <= rate <= _MOST:
         raise UsageError(
-            f"{text[:40]!r} is no rate to be kept: at least a byte a second, at most a million"
-            " gigabytes"
+            f"{text[:40]!r} is no rate that can be used: give at least 1 byte and at most a million"
+            " gigabytes a second"
         )
     return int(rate)
 
 
 def rate_words(rate: float) -> str:
-    """``60.0 MB/s``, to be read; :func:`parse_rate` takes ``60M``."""
+    """``rate`` bytes a second in words, such as ``60.0 MB/s``. (:func:`parse_rate` takes
+    ``60M``.)"""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if rate >= size:
             return f"{rate / size:.1f} {unit}/s"

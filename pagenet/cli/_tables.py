@@ -7,7 +7,7 @@ from rich.table import Table
 
 __all__ = ["make_console", "make_table", "shown"]
 
-# of tables that go somewhere other than a terminal
+# columns of a table that does not go to a terminal
 _WIDTH = 120
 
 
@@ -17,7 +17,7 @@ def make_console() -> Console:
 
 
 def make_table(first: str, *others: str) -> Table:
-    """Figures, to the right, behind a column of words."""
+    """A table with a first column of words, and right-aligned columns of figures."""
     table = Table(first, box=None, pad_edge=False, header_style="bold")
     for heading in others:
         table.add_column(heading, justify="right")

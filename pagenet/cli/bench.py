@@ -1,4 +1,5 @@
-"""pagenet-bench: what a fault and a byte cost on this machine, each figure beside its floor."""
+"""pagenet-bench: the cost of a fault and of a byte on this machine, each figure beside its
+floor."""
 
 from __future__ import annotations
 
@@ -68,31 +69,30 @@ _PROG = "pagenet-bench"
 _SUITES = {
     "all": "Faults and streams, quickly: under a minute.",
     "fault": (
-        "How long a thread waits for a missing page: idle, with a busy task of Trio's, and under"
-        " load."
+        "The latency of a touch of a missing page: idle, with a Trio task busy, and under load."
     ),
-    "stream": "How fast the background brings pages, by placement and source.",
+    "stream": "The throughput of the background, by placement and source.",
     "scale": (
-        "What grows with the memory: the wait for a page, and the memory that each side needs for a"
-        " page."
+        "What grows with the size of the memory: the latency of a page, and the memory that both"
+        " sides need for each page."
     ),
     "workload": (
-        "The same touches with every order of the background: how many wait, and for how long."
-        " Needs root."
+        "The same touches with every order of the background: how many wait, and how long. Needs"
+        " root."
     ),
     "trace": (
-        "Run a program, and record in which order it first touches the pages of its data, and when:"
-        " a trace for workload."
+        "Run a program, and record which pages of its data it touches first, and when: a trace for"
+        " workload."
     ),
     "hostile": (
-        "How long an honest destination waits for a page while another peer attacks the same"
+        "The latency of a page for an honest destination while another peer attacks the same"
         " source."
     ),
-    "null": "What the machinery costs with no memory, no bytes and no network behind it.",
-    "peer": "The other side of the floors, on the host of --uri. Runs until it is stopped.",
+    "null": "The cost of pagenet's machinery with no memory, no bytes and no network behind it.",
+    "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": (
-        "Compare migrations of a running guest by QEMU's own means and by pagenet's, over the same"
-        " link. Needs root."
+        "A running guest moved by QEMU's own methods and by pagenet's, over the same link:"
+        " downtime, work lost, time. Needs root."
     ),
 }
 _WORDS = {
@@ -115,7 +115,7 @@ _ROUNDS = {
 }
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
-#: rows of the table: the sample, its label, and the sample that it is compared with
+#: rows of the table: the figure, its label, and the figure that it is compared with
 _ROWS = [
     ("floor_local", "bare C, page at hand", ""),
     ("floor", "bare C request, reply, copy", ""),
@@ -131,7 +131,8 @@ Fields = dict[str, Any]
 def make_parser() -> Parser:
     parser = Parser(
         _PROG,
-        "Measure pagenet beside what bare loops in C do in the same call. Without a command: all.",
+        "Measure pagenet, each figure beside its floor: bare loops in C, in the same call. Without"
+        " a command: all.",
     )
     suites = parser.add_subparsers(
         dest="suite", required=True, metavar="COMMAND", parser_class=_SuiteParser
@@ -148,7 +149,7 @@ def make_parser() -> Parser:
             "--rounds",
             type=count,
             default=_ROUNDS[name],
-            help="figures are medians of this many (%(default)s)",
+            help="rounds, of which the figures are medians (%(default)s)",
         )
         if name == "qemu":
             add_qemu_options(suite)
@@ -164,24 +165,24 @@ def make_parser() -> Parser:
             "--transport",
             choices=transports,
             default="tcp",
-            help="between processes on this host (%(default)s)",
+            help="transport between processes on this host (%(default)s)",
         )
         if name == "scale":
             _add_scale_options(suite)
             continue
         suite.add_argument(
-            "--uri", help="measure with the pagenet-serve that listens at this URI, on another host"
+            "--uri", help="measure against the pagenet-serve that listens on URI, on another host"
         )
         suite.add_argument(
             "--floors",
             metavar="URI",
-            help="where pagenet-bench peer listens on that host, for the socket floors",
+            help="where pagenet-bench peer listens on that host, for a socket's floors",
         )
         suite.add_argument(
             "--size",
             type=parse_size,
             default=_SIZES[name],
-            help="size of the memory, in bytes or with K, M, G",
+            help=f"size of the memory, in bytes or with K, M, G ({_SIZES[name] >> 20}M)",
         )
         if name != "stream":
             _add_fault_options(suite, quick=name == "all")
@@ -191,7 +192,7 @@ def make_parser() -> Parser:
 
 
 class _SuiteParser(Parser):
-    """The parser of one command, with the options that all have."""
+    """The parser of one command, with the options that all commands have."""
 
     def __init__(self, prog: str, description: str, **_: Any) -> None:
         super().__init__(prog, description)
@@ -202,7 +203,7 @@ def _add_peer_options(parser: Parser) -> None:
         "--listen",
         metavar="URI",
         required=True,
-        help="where --floors dials: tcp://HOST:PORT, unix:PATH",
+        help="address that --floors dials: tcp://HOST:PORT, unix:PATH",
     )
     parser.add_argument(
         "--plaintext",
@@ -213,7 +214,7 @@ def _add_peer_options(parser: Parser) -> None:
         "--size",
         type=parse_size,
         default=1 << 30,
-        help="bytes that stream may ask for at most (1G)",
+        help="limit of the bytes that stream may ask for (1G)",
     )
 
 
@@ -223,20 +224,20 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         type=_counts,
         default=(1, 8) if quick else (1, 8, 64),
         metavar="N,N...",
-        help="how many threads touch at a time, each number in turn",
+        help="threads that touch at a time, each number in turn",
     )
     parser.add_argument(
         "--touches",
         type=count,
         default=4000,
         metavar="N",
-        help="at most this many touches in each round (%(default)s)",
+        help="limit of the touches in each round (%(default)s)",
     )
     parser.add_argument(
         "--memory",
         choices=["anonymous", "memfd", "hugetlb"],
         default="anonymous",
-        help="kind of the memory that is touched (%(default)s)",
+        help="memory to touch (%(default)s)",
     )
     parser.add_argument(
         "--prefetch",
@@ -244,15 +245,15 @@ def _add_fault_options(parser: Parser, quick: bool) -> None:
         default=(0, 0),
         metavar="FWD,BACK|auto",
         help=(
-            "pages prefetched around each touched one; they are not waited for, and not counted"
-            " (0,0: none)"
+            "pages to prefetch after and before each touched page; touches of those do not wait,"
+            " and are not counted (0,0: demand alone)"
         ),
     )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the distribution of latencies: FILE.svg or FILE.png",
+        help="plot the distribution of latencies: FILE.svg or FILE.png",
     )
 
 
@@ -262,7 +263,7 @@ def _add_stream_options(parser: Parser) -> None:
         type=parse_size,
         default=256 << 10,
         metavar="BYTES",
-        help="what the floors send, and pagenet asks for, at a time (256K)",
+        help="bytes that the floors send at a time, and that pagenet asks for at a time (256K)",
     )
     parser.add_argument(
         "--lanes",
@@ -276,35 +277,42 @@ def _add_stream_options(parser: Parser) -> None:
         type=names(PLACEMENTS),
         default=tuple(PLACEMENTS),
         metavar="NAME,...",
-        help=_one_of(PLACEMENTS),
+        help=f"placements to measure: {_choices(PLACEMENTS)}",
     )
     parser.add_argument(
-        "--source", type=names(SOURCES), default=SOURCES, metavar="NAME,...", help=_one_of(SOURCES)
+        "--source",
+        type=names(SOURCES),
+        default=SOURCES,
+        metavar="NAME,...",
+        help=f"sources to measure: {_choices(SOURCES)}",
     )
     parser.add_argument(
         "--encoding",
         type=names(ENCODINGS),
         metavar="NAME,...",
-        help=f"measure compression instead: {_one_of(ENCODINGS)}; so do --content and --rate",
+        help=(
+            f"measure compression instead, with the encodings {_choices(ENCODINGS)}; --content and"
+            " --rate measure it too"
+        ),
     )
     parser.add_argument(
         "--content",
         type=names(CONTENTS),
         metavar="NAME,...",
-        help=_one_of(CONTENTS, "compressible,random"),
+        help=f"contents of the pages: {_choices(CONTENTS, 'compressible,random')}",
     )
     parser.add_argument(
         "--rate",
         type=_rates,
         metavar="MBIT,...",
-        help="rate of a link between network namespaces, as root; none: loopback (none)",
+        help="rates of a link between network namespaces, as root; none: loopback (none)",
     )
     parser.add_argument(
         "--zero-every",
         type=int,
         default=2,
         metavar="N",
-        help="measure also with one page in N zero (%(default)s; 0: do not)",
+        help="also measure with one page in N zero (%(default)s; 0: do not)",
     )
 
 
@@ -322,7 +330,7 @@ def _add_scale_options(parser: Parser) -> None:
         type=count,
         default=4000,
         metavar="N",
-        help="how many pages are not zero, and are touched (%(default)s)",
+        help="pages that are touched, and not zero (%(default)s)",
     )
 
 
@@ -330,8 +338,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(parse_size(part) for part in text.split(","))
 
 
-def _one_of(names: Iterable[str], default: str = "all of them") -> str:
-    return f"any of {', '.join(names)} ({default})"
+def _choices(names: Iterable[str], default: str = "all of them") -> str:
+    return f"{', '.join(names)} ({default})"
 
 
 def _rates(text: str) -> tuple[int | None, ...]:
@@ -452,7 +460,7 @@ def _quantiles(sample: Sample, prefix: str = "") -> Fields:
 
 
 async def _rdma(options: argparse.Namespace, report: Report) -> Fields:
-    """The figures of faults and streams that perftest measures too."""
+    """Those of faults and streams that perftest measures too."""
     if options.uri is not None or options.lane != "native":
         raise UsageError("RDMA is measured between processes here, with lanes in C")
     wanted = RdmaOptions(size=options.size, rounds=options.rounds)
@@ -715,7 +723,7 @@ def _print_faults(results: Sequence[FaultResult], options: FaultOptions) -> None
     console.print(table)
     skipped = sum(result.loaded_not_counted for result in results)
     console.print(
-        f"Under load only touches that waited count: {skipped:,} others were of pages that the"
+        f"Under load only touches that waited count: {skipped:,} others fell on pages that the"
         " background had brought, or came after it was done. No measurement takes more than"
         f" {LIMIT_SECONDS:g} s.",
         style="dim",
@@ -743,8 +751,8 @@ def _print_rdma(fields: Fields) -> None:
         table.add_row(label, *rates, shown(fields[f"{name}_to_floor"], "x"))
     console.print(table)
     set_up = (
-        f"From the call to the first page: {fields['set_up_s']:.2f} s. The background's rate does"
-        " not include it."
+        f"From the call to the first page: {fields['set_up_s']:.2f} s, which are not in the"
+        " background's rate."
     )
     console.print(set_up, style="dim")
     cpu = ", ".join(
@@ -779,7 +787,7 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         )
     console.print(table)
     console.print(
-        "The floor of each is send/recv+copy. Every page was verified after its transfer.",
+        "The floor of each is send/recv+copy. Every page was compared after its transfer.",
         style="dim",
     )
 
@@ -816,7 +824,7 @@ def _print_encodings(
             table.add_section()
     console.print(table)
     console.print(
-        "MB/s count pages, and not the wire. Every page was verified after its transfer.",
+        "MB/s are of uncompressed pages. Every page was compared after its transfer.",
         style="dim",
     )
     for content, rate, other, times, at_least in held:

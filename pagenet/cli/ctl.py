@@ -1,4 +1,4 @@
-"""pagenet-ctl: look at a pagenet daemon, or change what it does, while it runs."""
+"""pagenet-ctl: show or change what a pagenet daemon does, while it runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ exit codes:
   2    bad usage: arguments make no sense, or the daemon cannot do that
   3    unreachable: no daemon has that control socket
   4    connection lost: the daemon has ended, or does not answer
-  6    protocol error: that is no control socket, or of another version
+  6    protocol error: not a control socket, or one of another version
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """
@@ -41,11 +41,9 @@ _WATCH_SECONDS = 1.0
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        "pagenet-ctl", "Look at a pagenet daemon, or change what it does, while it runs."
-    )
+    parser = Parser("pagenet-ctl", "Show or change what a pagenet daemon does, while it runs.")
     parser.epilog = _EXIT_CODES
-    parser.add_argument("socket", metavar="SOCKET", help="what the daemon was given as --control")
+    parser.add_argument("socket", metavar="SOCKET", help="control socket of the daemon (--control)")
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
     )
@@ -53,34 +51,36 @@ def make_parser() -> Parser:
     def add(name: str, words: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=words, description=words)
 
-    status = add("status", "What is going on.")
+    status = add("status", "Show the daemon's status.")
     status.add_argument(
         "--watch",
         type=_seconds,
         nargs="?",
         const=_WATCH_SECONDS,
         metavar="SECONDS",
-        help="again and again, until the daemon ends (default: once a second)",
+        help="repeat it until the daemon ends, every SECONDS (without a number: every second)",
     )
-    add("pause", "Ask for no more pages that nobody waits for. Touched pages come as before.")
-    add("resume", "Go on; begin, if the daemon was to begin later.")
-    schedule = add("schedule", "Bring untouched pages in another order.")
+    add("pause", "Pause the background. Touched pages come as before.")
+    add("resume", "Resume the background; begin it, if it was to begin later.")
+    schedule = add("schedule", "Change the order of the background.")
     schedule.add_argument(
         "name",
         type=background_order,
         metavar="NAME",
         help=f"{', '.join(SCHEDULES)}, {RECORDED}FILE",
     )
-    bandwidth = add("bandwidth", "Limit the rate of pages that nobody waits for.")
+    bandwidth = add("bandwidth", "Limit the rate of the background.")
     bandwidth.add_argument(
         "rate",
         type=_limit,
         metavar="RATE",
         help="bytes a second: 60M, 1.5G, 64Mi, 800Mbit; none: no limit",
     )
-    prefetch = add("prefetch", "Change what is asked for around each page that somebody waits for.")
+    prefetch = add(
+        "prefetch", "Change what is prefetched around each page that a thread waits for."
+    )
     prefetch.add_argument(
-        "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages behind and before it"
+        "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages after and before it"
     )
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
@@ -117,7 +117,7 @@ def _seconds(text: str) -> float:
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Of the command, as the daemon wants them."""
+    """The arguments of the command, as the daemon takes them."""
     match options.command:
         case "schedule":
             name: str = options.name
@@ -164,7 +164,7 @@ async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
 
 
 class _Lines:
-    """One status below the other, where there is no terminal."""
+    """Prints each status below the one before, where there is no terminal."""
 
     def __init__(self, console: Console, as_json: bool) -> None:
         self._console = console
@@ -204,8 +204,8 @@ def _words(status: dict[str, Any]) -> Table:
 
 @contextmanager
 def _understood() -> Iterator[None]:
-    """Who listens on that socket may be anybody: what its status lacks, or has in another shape, is
-    its own mistake."""
+    """Any process may listen on that socket. If its status lacks a field, or has one of another
+    shape, that is its error: :exc:`RemoteProtocolError`."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

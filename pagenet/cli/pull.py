@@ -59,8 +59,8 @@ def make_parser() -> Parser:
         metavar="PID",
         type=count,
         help=(
-            "go on filling the memory of that process, whose pagenet-pull is gone, if it keeps the"
-            " map of its pages"
+            "resume filling the memory of process PID, whose pagenet-pull is gone; the process must"
+            " keep the map of its pages"
         ),
     )
     parser.add_argument(

@@ -44,12 +44,12 @@ _WARNINGS = {
     ),
     "in_doubt": (
         "the destination was told to run the guest and has not confirmed it ({reason}). It stays"
-        " stopped here: look there, and only if it does not run, end this program and say cont to"
+        " stopped here: look there, and only if it does not run, end this program and send cont to"
         " this QEMU"
     ),
     "abandoned": (
         "stopped before the destination has every page: its guest will stand still at the first"
-        " that it misses. QEMU (pid {pid}) still holds them, unless it is resumed: pagenet-serve"
+        " page that it misses. QEMU (pid {pid}) still has them, unless it is resumed: pagenet-serve"
         " {source} --identity {identity} --connect {uri}"
     ),
 }
@@ -60,21 +60,28 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
     )
-    words = """Start the destination's QEMU and take one guest; ends when that QEMU ends, with its
-    exit status. With --qmp, attach to a QEMU that waits already; with --resume, go on with the
-    pages of a guest whose pagenet-qemu incoming is gone: both end when it has every page."""
-    incoming = commands.add_parser("incoming", help="take a guest", description=words)
+    words = """Start the destination's QEMU and receive one guest; ends when that QEMU ends, with
+    its exit status. With --qmp, attach to a QEMU that waits already; with --resume, go on with the
+    pages of a guest whose pagenet-qemu incoming is gone: both end when the guest has every page."""
+    incoming = commands.add_parser("incoming", help="receive a guest", description=words)
     incoming.add_argument(
         "--listen", metavar="URI", required=True, help=f"where the source dials: {_SHAPES}"
     )
     incoming.add_argument(
-        "--resume", action="store_true", help="go on where another pagenet-qemu was cut off"
+        "--resume",
+        action="store_true",
+        help="resume the transfer of a guest whose pagenet-qemu incoming is gone",
     )
     incoming.add_argument(
-        "--qmp", metavar="SOCKET", help="the monitor of a QEMU that waits already (-incoming defer)"
+        "--qmp",
+        metavar="SOCKET",
+        help=(
+            "monitor of a QEMU that waits already (-incoming defer), or with --resume of the one"
+            " that has the guest"
+        ),
     )
     incoming.add_argument(
-        "--pid", type=count, metavar="PID", help="with --resume, instead: the QEMU's process"
+        "--pid", type=count, metavar="PID", help="with --resume, instead of --qmp: QEMU's process"
     )
     add_pull_options(incoming)
     add_control_option(incoming)
@@ -82,15 +89,15 @@ def make_parser() -> Parser:
         "qemu",
         nargs="*",
         metavar="QEMU",
-        help="after --: the command line of QEMU, as at the source",
+        help="after --: QEMU's command line, as at the source",
     )
     words = (
         "Move the guest of a running QEMU to the pagenet-qemu incoming that listens on URI. Ends"
-        " when it has every page."
+        " when the destination has every page."
     )
     leaving = commands.add_parser("migrate", help=words, description=words)
     leaving.add_argument(
-        "--qmp", metavar="SOCKET", required=True, help="the QEMU's monitor (-qmp unix:...)"
+        "--qmp", metavar="SOCKET", required=True, help="QEMU's monitor (-qmp unix:...)"
     )
     leaving.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
     add_lane_option(leaving)
@@ -122,7 +129,7 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
         control.subject = arrival.transfer
         await show_until_complete(arrival.transfer, report)
     if arrival.process is None:
-        return 0  # it was there before us, and goes on without us
+        return 0  # QEMU was there before this process, and goes on without it
     status = await arrival.process.wait()
     return status if status >= 0 else 128 - status
 
@@ -161,7 +168,7 @@ async def _migrate(options: argparse.Namespace, report: Report, control: Control
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What argparse cannot: which QEMU."""
+    """Check what argparse cannot: that exactly one QEMU is named, in the right way."""
     named = [name for name in ("pid", "qmp", "qemu") if getattr(options, name)]
     if options.resume and (len(named) != 1 or options.qemu):
         parser.error("--resume needs the QEMU that has the guest: one of --pid and --qmp")

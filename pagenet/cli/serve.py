@@ -1,4 +1,4 @@
-"""pagenet-serve: answer for the pages of a machine that has left."""
+"""pagenet-serve: serve the pages of a machine that has left."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def make_parser() -> Parser:
         metavar="NAME",
         type=_identity,
         help=(
-            "what its content is called, by its digest or version, say: of the same name is the"
-            " same source, on any host, for pagenet-pull --resume; 32 hexadecimal digits are what"
-            " pagenet-qemu migrate called it (default: which file it is, and when it was last"
-            " written to)"
+            "name of the content, such as its digest or version: for pagenet-pull --resume, a"
+            " source of the same name is the same source on any host; 32 hexadecimal digits are the"
+            " identity that pagenet-qemu migrate gave it (default: which file it is, and when it"
+            " was last written to)"
         ),
     )
     parser.add_argument(
@@ -78,7 +78,7 @@ def make_parser() -> Parser:
         type=parse_size,
         default=PIN_LIMIT,
         metavar="SIZE",
-        help="memory that rdma:// may register, and so pin, at a time (default: 256M)",
+        help="limit of the memory that rdma:// registers, and so pins, at a time (default: 256M)",
     )
     parser.add_argument(
         "--max-sessions",
@@ -86,8 +86,8 @@ def make_parser() -> Parser:
         default=MAX_SESSIONS,
         metavar="N",
         help=(
-            "destinations that are served at a time where they dial; more are refused (default:"
-            " %(default)s)"
+            "limit of the destinations that dial and are served at a time; more are refused"
+            " (default: %(default)s)"
         ),
     )
     parser.add_argument(
@@ -95,7 +95,7 @@ def make_parser() -> Parser:
         type=count,
         default=MAX_LANES,
         metavar="N",
-        help="connections beside control that each of them may have (default: %(default)s)",
+        help="limit of each destination's connections beside control (default: %(default)s)",
     )
     add_lane_option(parser)
     add_control_option(parser)
@@ -105,7 +105,7 @@ def make_parser() -> Parser:
 def _identity(text: str) -> bytes:
     if not text:
         raise argparse.ArgumentTypeError(
-            "an identity is a name, or 32 hexadecimal digits, and not nothing"
+            "an identity is a name, or 32 hexadecimal digits, and cannot be empty"
         )
     return named_identity(text)
 

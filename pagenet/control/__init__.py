@@ -1,5 +1,5 @@
-"""Looking at a transfer, and changing it, while it runs: over a unix socket. ``docs/control.md`` is
-the specification.
+"""Show a transfer, and change it, while it runs: over a unix socket. ``docs/control.md`` is the
+specification.
 
 A program that pulls or serves offers the socket with :func:`serve_control`; ``pagenet-ctl`` and
 :func:`connect_control` use it.

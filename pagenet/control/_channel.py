@@ -16,18 +16,18 @@ from ._protocol import Decoder, Fields, encode
 
 __all__ = ["ControlChannel", "address_of"]
 
-# For the rest of a message that has begun, and for a peer to take what it is told.
+# In seconds: for the rest of a message that has begun, and for a peer to read what is sent to it.
 PATIENCE = 10.0
 _RECEIVE_SIZE = 16 << 10
 
 
 def address_of(path: str | os.PathLike[str]) -> SplitResult:
-    """What the transport of unix sockets takes."""
+    """The URI of ``path``, as the transport of unix sockets takes it."""
     return SplitResult("unix", "", unix_uri(os.fspath(path)).removeprefix("unix:"), "", "")
 
 
 class ControlChannel:
-    """Borrows the connection."""
+    """Control messages over ``connection``, which is borrowed."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -35,7 +35,8 @@ class ControlChannel:
         self._buffer = memoryview(bytearray(_RECEIVE_SIZE))
 
     async def send(self, fields: Mapping[str, object]) -> None:
-        """:exc:`ConnectionBroken` if the peer is gone, or does not take it."""
+        """Send a message. :exc:`ConnectionBroken` if the peer is gone, or does not read it for
+        10 s."""
         try:
             with trio.fail_after(PATIENCE):
                 await self._connection.send(encode(fields))
@@ -45,7 +46,8 @@ class ControlChannel:
             ) from None
 
     async def receive(self) -> Fields | None:
-        """The next message, however long it takes to begin; None when the peer has closed."""
+        """The next message, however long it takes to begin; None when the peer has closed.
+        :exc:`RemoteProtocolError` if it is no message, or is not whole 10 s after it began."""
         while (fields := self._decoder.next()) is None:
             with trio.move_on_after(PATIENCE if self._decoder.unread else inf) as scope:
                 count = await self._connection.receive_into(self._buffer)

@@ -1,4 +1,4 @@
-"""The other side: whoever looks at a daemon, or tells it what to do."""
+"""The client's side: shows a daemon, and changes what it does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._protocol import Fields, check_hello, shown
 
 __all__ = ["ControlClient", "connect_control"]
 
-# A daemon answers at once, unless it is stopped or its host stands still.
+# In seconds. A daemon answers at once, unless it is stopped or its host stands still.
 ANSWER_TIMEOUT = 10.0
 
 
@@ -28,25 +28,28 @@ class ControlClient:
         self._channel = channel
         self._path = path
         self._number = 0
-        # : what the daemon says of itself: ``program``, ``pid``, ``release``, ``version``,
-        # ``commands``
+        #: the daemon's hello: ``program``, ``pid``, ``release``, ``version``, ``oldest``,
+        #: ``commands``
         self.hello: Fields = {}
 
     async def greet(self) -> None:
         self.hello = check_hello(await self._answer())
 
     async def command(self, name: str, /, **arguments: Any) -> Fields:
-        """What the daemon answers: for all but ``stop``, the status once it is done
-        (``docs/control.md`` has the fields).
+        """Execute a command: the daemon's answer. It is the status after the command
+        (``docs/control.md`` has the fields); for ``stop`` it is empty.
 
-        ``status``, ``pause``, ``resume``, ``stop`` take nothing; ``schedule`` takes ``name``,
-        ``bandwidth`` ``rate`` (bytes a second, or None), ``prefetch`` ``window`` (pages forward and
-        backward, or None). :exc:`~pagenet.errors.UsageError` if the daemon cannot do it;
-        :exc:`~pagenet.errors.RemoteProtocolError` if it does not understand, or is not understood;
-        :exc:`~pagenet.errors.ConnectionBroken` if it has ended.
+        ``status``, ``pause``, ``resume`` and ``stop`` take no argument; ``schedule`` takes
+        ``name``, ``bandwidth`` takes ``rate`` (bytes a second, or None), ``prefetch`` takes
+        ``window`` (pages forward and backward, or None).
+
+        :exc:`~pagenet.errors.UsageError` if the daemon cannot do it;
+        :exc:`~pagenet.errors.RemoteProtocolError` if one side does not understand the other;
+        :exc:`~pagenet.errors.ConnectionBroken` if the daemon has ended, or does not answer for
+        10 s.
         """
         self._number += 1
-        with suppress(ConnectionBroken):  # it may have said why, and then closed
+        with suppress(ConnectionBroken):  # the daemon may have sent why, and closed
             await self._channel.send({"command": name, "id": self._number, **arguments})
         answer = await self._answer()
         if (
@@ -54,9 +57,7 @@ class ControlClient:
             or answer.get("id") != self._number
             or not isinstance(answer.get("result"), dict)
         ):
-            raise RemoteProtocolError(
-                f"{self._path}: the daemon answers something else than was asked"
-            )
+            raise RemoteProtocolError(f"{self._path}: the daemon's answer does not fit the request")
         result: Fields = answer["result"]
         return result
 
@@ -85,8 +86,8 @@ class ControlClient:
 async def connect_control(path: str | os.PathLike[str]) -> AsyncIterator[ControlClient]:
     """The daemon whose control socket is at ``path``.
 
-    :exc:`~pagenet.errors.SourceUnreachable` if none listens there;
-    :exc:`~pagenet.errors.RemoteProtocolError` if it is something else;
+    :exc:`~pagenet.errors.SourceUnreachable` if no process listens there;
+    :exc:`~pagenet.errors.RemoteProtocolError` if that process is not a daemon of pagenet;
     :exc:`~pagenet.errors.ConnectionBroken` if it does not answer.
     """
     connection = await UnixTransport().dial(address_of(path))

@@ -1,7 +1,7 @@
 """The control protocol, with no I/O in it: frames of msgpack maps, and the requests that they may
-be.
+hold.
 
-Everything decoded here comes from a stranger: each field is checked before it is believed.
+Everything decoded here comes from a stranger: each field is checked before it is used.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def encode(fields: Mapping[str, object]) -> bytes:
 
 
 class Decoder:
-    """Bytes in, maps out: :meth:`feed`, then :meth:`next` until it says None.
+    """Bytes in, maps out: :meth:`feed`, then :meth:`next` until it returns None.
 
-    :exc:`~pagenet.errors.RemoteProtocolError` for anything else; nothing comes after it.
+    :exc:`~pagenet.errors.RemoteProtocolError` for anything that is not a message; nothing can be
+    decoded after that.
     """
 
     def __init__(self) -> None:
@@ -87,8 +88,8 @@ class Decoder:
         return _decode(body)
 
     def check_eof(self) -> None:
-        """Call when the peer has closed: :exc:`~pagenet.errors.RemoteProtocolError` in the middle
-        of a message."""
+        """Call when the peer has closed. :exc:`~pagenet.errors.RemoteProtocolError` if that was in
+        the middle of a message."""
         if self.unread:
             raise RemoteProtocolError(
                 f"the connection ended in the middle of a message ({len(self.unread)} bytes of it"
@@ -114,7 +115,7 @@ def _decode(body: bytes) -> Fields:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``number``: the peer's own, for the reply to name."""
+    """``number``: the peer's own number of the request, which the reply repeats."""
 
     command: str
     number: int
@@ -143,7 +144,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-#: what may be asked for, and what each argument must be
+#: the commands that there are, and the check of each argument
 COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "status": {},
     "pause": {},
@@ -156,8 +157,8 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 
 
 def decode_request(fields: Fields) -> Request:
-    """:exc:`~pagenet.errors.RemoteProtocolError` for what no version of the protocol allows, or
-    this one does not know."""
+    """The request in a message. :exc:`~pagenet.errors.RemoteProtocolError` for what no version of
+    the protocol allows, or this one does not know."""
     command, number = fields.get("command"), fields.get("id")
     if not _is_integer(number) or not 0 <= number < 2**63:
         raise RemoteProtocolError(f"a request has no proper 'id': {shown(number)}")
@@ -176,8 +177,8 @@ def decode_request(fields: Fields) -> Request:
 
 
 def check_hello(fields: Fields) -> Fields:
-    """What a daemon says first. :exc:`~pagenet.errors.RemoteProtocolError` if it is another
-    version's, or something else."""
+    """A daemon's first message. :exc:`~pagenet.errors.RemoteProtocolError` if it is not a hello, or
+    if the two sides have no version in common."""
     version, oldest = fields.get("version"), fields.get("oldest")
     if fields.get("type") != "hello" or not _is_integer(version) or not _is_integer(oldest):
         raise RemoteProtocolError("the daemon's first message is not a hello")
@@ -190,6 +191,6 @@ def check_hello(fields: Fields) -> Fields:
 
 
 def shown(value: object) -> str:
-    """A stranger's value, for the line of an error: the repr of a deep structure recurses too far,
-    so its depth is limited."""
+    """A stranger's value, in at most 64 characters for the line of an error. The depth is limited,
+    because the repr of a deep structure recurses too far."""
     return printable(_SHORT.repr(value))[:64]

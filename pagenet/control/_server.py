@@ -1,4 +1,4 @@
-"""The daemon's side: a unix socket, and what those who connect may ask for."""
+"""The daemon's side: a unix socket, and what its clients may ask for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ._status import Rates, server_status, transfer_status
 
 __all__ = ["Control", "serve_control"]
 
-# Each costs a task and a descriptor, and may stay for days.
+# Each client costs a task and a descriptor, and may stay for days.
 MAX_CLIENTS = 64
 
 
@@ -40,7 +40,7 @@ class Control:
 
     @property
     def subject(self) -> Transfer | Server | None:
-        """The transfer, or the server; None as long as there is none yet. May be set."""
+        """The transfer, or the server; None until there is one. May be set."""
         return self._subject
 
     @subject.setter
@@ -50,7 +50,7 @@ class Control:
         self._changed.set()
 
     async def watch(self) -> None:
-        """Keep account of how fast the transfer is."""
+        """Keep the rates of the transfer up to date, until cancelled."""
         while True:
             self._changed = trio.Event()
             async with trio.open_nursery() as nursery:
@@ -81,8 +81,8 @@ class Control:
         return {**self._who(), "state": "starting"}
 
     def execute(self, request: Request) -> Fields:
-        """What it is answered with. :exc:`UsageError` for what cannot be done. ``stop`` is only
-        promised."""
+        """Execute ``request``: the result for the answer. :exc:`UsageError` for what cannot be
+        done. ``stop`` is only checked here: call :meth:`stop` after the answer."""
         match request.command:
             case "status":
                 return self.status()
@@ -100,7 +100,7 @@ class Control:
     def _running_transfer(self, command: str) -> Transfer:
         if isinstance(self._subject, Server):
             raise UsageError(
-                f"{command}: this is a source; its destinations decide what comes when"
+                f"{command}: this is a source; its destinations decide which pages come when"
             )
         if self._subject is None:
             raise UsageError(f"{command}: the transfer has not begun yet")
@@ -126,7 +126,7 @@ class Control:
 
 
 class _Clients:
-    """Those who are connected."""
+    """The clients that are connected."""
 
     def __init__(self, control: Control, on_event: EventHandler) -> None:
         self._control = control
@@ -134,7 +134,8 @@ class _Clients:
         self._count = 0
 
     async def meet(self, connection: transport.Connection) -> None:
-        """One of them, from hello to end. What it does wrong ends with it, in one line."""
+        """Serve one client, from hello to end. What it does wrong ends its connection, with one
+        line."""
         channel = ControlChannel(connection)
         self._count += 1
         try:
@@ -146,7 +147,7 @@ class _Clients:
                     {"type": "error", "id": None, "code": "protocol", "text": printable(str(error))}
                 )
         except ConnectionBroken:
-            pass  # gone: nobody is left to be told, and nothing depends on it
+            pass  # the client is gone: no peer is left to be told, and nothing depends on it
         finally:
             self._count -= 1
             connection.close()
@@ -171,7 +172,7 @@ class _Clients:
                 continue
             try:
                 await channel.send({"type": "reply", "id": request.number, "result": result})
-            finally:  # whoever said stop, and left, has said stop
+            finally:  # a stop counts even if its client has left
                 if request.command == "stop":
                     self._control.stop()
 
@@ -189,12 +190,12 @@ async def serve_control(
     runs.
 
     The socket is for this user and root (mode 0600), and is removed at the end. One that a process
-    has left behind is replaced; :exc:`~pagenet.errors.UsageError` if somebody listens there, or if
-    it is another file. ``subject`` may be None as long as there is no transfer yet: set
-    :attr:`Control.subject` later. ``program`` is what a status calls this program. ``stop`` is
-    called when somebody says stop, which otherwise is refused.
+    has left behind is replaced; :exc:`~pagenet.errors.UsageError` if another process listens there,
+    or if it is another file. ``subject`` may be None until there is a transfer: set
+    :attr:`Control.subject` later. ``program`` is the name of this program in a status. ``stop`` is
+    called when a client sends ``stop``; without it, ``stop`` is refused.
 
-    Whatever a client does wrong ends its own connection only. Event: ``refused`` (one did).
+    What a client does wrong ends its own connection only. Event: ``refused`` (a client was).
     """
     control = Control(program, stop)
     control.subject = subject

@@ -1,5 +1,5 @@
-"""What a status says: maps of what msgpack and JSON can hold. Bytes, pages, seconds, microseconds
-(``_us``)."""
+"""The fields of a status: maps of values that msgpack and JSON can hold. Units are bytes, pages,
+seconds, and microseconds (``_us``)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..statistics import ClassStatistics, Histogram, TransferStatistics
 
 __all__ = ["Rates", "server_status", "transfer_status"]
 
-# Rates are of the last so many seconds: steady enough to read, quick enough to show what a command
-# has done.
+# Rates are of the last WINDOW_SECONDS: steady enough to read, quick enough to show the effect of a
+# command.
 WINDOW_SECONDS = 2.0
 LOOKS = 8
 
@@ -31,7 +31,7 @@ class _Look:
 
 
 class Rates:
-    """How fast a transfer is, by looking at it now and then."""
+    """The rates of a transfer, from its statistics at intervals."""
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
@@ -49,7 +49,8 @@ class Rates:
         )
 
     def now(self) -> dict[str, float]:
-        """Of the last two seconds, or since the beginning; all 0 once it is complete."""
+        """The rates of the last two seconds, or since the beginning if that is later; all 0 once
+        the transfer is complete."""
         last, first = self._look(), self._looks[0]
         seconds = last.time - first.time
         if self._transfer.finished.is_set() or seconds <= 0:
@@ -62,7 +63,7 @@ class Rates:
 
 
 def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
-    """A destination's."""
+    """The status of a destination."""
     now, speed = transfer.statistics(), rates.now()
     resident = now.done * _page_size(now)
     prefetch = transfer.prefetch
@@ -97,7 +98,7 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
 
 
 def server_status(server: Server) -> dict[str, object]:
-    """A source's."""
+    """The status of a source."""
     asked = server.statistics()
     return {
         "state": "serving" if server.sessions else "waiting",
@@ -119,7 +120,7 @@ def _state(transfer: Transfer) -> str:
 
 
 def _page_size(now: TransferStatistics) -> float:
-    """On average: blocks may be in pages of several sizes."""
+    """In bytes, on average: blocks may have pages of several sizes."""
     return now.size / now.pages if now.pages else 0.0
 
 

@@ -1,2 +1,2 @@
-"""What fills memory: a session with a source, the map of pages, and the lanes that ask, receive and
-place."""
+"""The side that fills memory: a session with a source, the map of pages, and the lanes that ask,
+receive and place."""

@@ -1,8 +1,8 @@
-"""The destination's state, and what may be done to it: faults come in, pages come in, the owner
-gives pages up.
+"""The destination's state, and the operations on it: faults come in, pages come in, the owner gives
+pages up.
 
-No method waits, and none asks for pages: :meth:`Filling.take_wanted` says what is to be asked for.
-Each leaves residency, target and the list of waiting faults agreeing with each other, so lanes
+No method waits, and none asks for pages: :meth:`Filling.take_wanted` returns what to ask for. Each
+method leaves residency, target and the list of waiting faults consistent with each other, so lanes
 written as Trio tasks may call them in any order.
 """
 
@@ -27,20 +27,20 @@ from ..target import Fault, Forked, Outcome, Recoverable, Remapped, Removed, Tar
 __all__ = ["Filling"]
 
 
-# Bytes on either side of a fault: a window of huge pages would only be in the next fault's way.
+# Bytes on either side of a fault. A window of huge pages would only delay the next fault.
 PREFETCH_LIMIT = 1 << 20
-# Bytes that a window which adapts may have in flight. The lane in C tunes this; in Trio a reply
-# costs more than a page.
+# Bytes that an adapting window may have in flight. The lane in C tunes this; in Trio a reply costs
+# more than a page.
 PREFETCHING = 128 << 10
-# Pages of the sample that nobody has touched yet.
+# Pages of the sample, not touched yet, that may be held at a time.
 _MOST_HELD = 4096
 
 
 class Filling:
-    """``target`` on its way from empty to complete. Owns ``target`` and its residency map.
+    """Fills ``target``, from empty to complete. Owns ``target`` and its residency map.
 
-    ``source``: the identity of what it is filled from. :exc:`~pagenet.errors.UsageError` if it was
-    begun with another one.
+    ``source``: the identity of the source. Raises :exc:`~pagenet.errors.UsageError` if the target
+    was begun with another source.
     """
 
     def __init__(self, target: Target, source: bytes = b"") -> None:
@@ -53,14 +53,14 @@ class Filling:
             else Residency(self.region.pages)
         )
         self.completed = trio.Event()
-        #: what is asked for around a page that somebody waits for
+        #: chooses what is asked for around a page that a thread waits for
         self.window = _native.Window()
         self.prefetch = (0, 0)
-        #: that pages are asked for in, a bit each
+        #: the encodings that pages are asked for in, a bit each
         self.encodings = 1 << Encoding.RAW | 1 << Encoding.ZERO
-        # pages of the sample that nobody has touched yet: see native/dest.c
+        # pages of the sample that are held until their first touch: see native/dest.c
         self._held = set[int]()
-        self._prefetching = 0  # bytes in flight of a window that adapts
+        self._prefetching = 0  # bytes that an adapting window has in flight
         # page -> monotonic ns of the first fault that waits for it
         self._faulted_at: dict[int, int] = {}
         self._faults: deque[tuple[Fault, int]] = deque()
@@ -79,24 +79,27 @@ class Filling:
             raise
 
     def _recover(self) -> None:
-        """Go on where a destination has died: with the pages that it had under way, and with those
-        who waited for it."""
+        """Go on where a destination has died: with the pages that it was placing, and with the
+        threads that waited for it."""
         for run in self.target.scope():
             self._publish_ready(run)
         for run in self.target.scope():
             self._leave_all_removed(run)
-            self.target.wake(run)  # faults that were read, and never answered, come again
+            self.target.wake(run)  # faults that were read and never answered come again
 
     def _publish_ready(self, run: Run) -> None:
-        """From the first page to the last, once: the owner may write to the map meanwhile."""
+        """Publish the READY pages of ``run``.
+
+        In one pass from the first page to the last: the owner may write to the map meanwhile.
+        """
         assert self._two_steps is not None
         residency, first = self.residency, run.first
         while (found := residency.find(State.READY, first, run.end)) is not None:
             first = found
             ready = residency.span(Run(first, run.end - first), State.READY) or 1
             outcome = self._two_steps.publish(Run(first, ready), again=True)
-            # If it is not there, its owner gave it up after it was published: a fault on it will
-            # get zeros, as any other.
+            # If a page is absent, its owner gave it up after it was published: a fault on it will
+            # get zeros, like a fault on any other page that was given up.
             residency.set(Run(first, outcome.done), State.RESIDENT)
             residency.add(Class.BACKGROUND, "pages", outcome.done)
             first += outcome.done
@@ -111,8 +114,8 @@ class Filling:
 
     @property
     def prefetch(self) -> tuple[int, int] | None:
-        """Pages asked for behind and before a page that somebody waits for; None: as many as seem
-        right."""
+        """Pages asked for after and before a page that a thread waits for; None: the window
+        adapts."""
         return self.window.fixed
 
     @prefetch.setter
@@ -120,11 +123,11 @@ class Filling:
         self.window.fix(prefetch)
 
     def finish(self) -> None:
-        """Every page is in place: let the owner go."""
+        """Let the owner go. Call when every page is in place."""
         self.target.close(())
 
     def close(self) -> None:
-        """Let go of everything, complete or not. Idempotent."""
+        """Release everything, complete or not. Idempotent."""
         if self._last_words is None:
             self._last_words = self.statistics()
             self._release()
@@ -138,29 +141,29 @@ class Filling:
     # ---- the owner ----
 
     def read_events(self) -> None:
-        """Take what the owner's userfaultfd has to say, and act on it."""
+        """Read the events of the owner's userfaultfd, and act on them."""
         self._drain()
         while self._faults:
             batch = [self._faults.popleft() for _ in range(len(self._faults))]
             asked = [page for page in [self._answer(*fault) for fault in batch] if page is not None]
-            for page in asked:  # pages that are waited for go first
+            for page in asked:  # after the pages that threads wait for
                 self._prefetch_around(page)
             self._prefetch_more()
         self.check_complete()
 
     def take_wanted(self) -> list[tuple[Class, Run]]:
-        """What is to be asked for on the demand lane, in that order, since this was last called."""
+        """What is to be asked for on the demand lane, in order; new since the last call."""
         wanted, self._wanted = self._wanted, []
         return wanted
 
     def take_faulted(self) -> list[int]:
-        """The pages that threads wait for, or waited for, since this was last called."""
+        """The pages that threads wait for, or waited for, in order; new since the last call."""
         faulted, self._faulted = self._faulted, []
         return faulted
 
     def _drain(self) -> None:
-        """Read all events. Removals take effect at once, and faults wait: answering one may need
-        another drain."""
+        """Read all events. Removals take effect at once. Faults are kept for later, because
+        answering one may need another drain."""
         while events := self.target.read_events():
             now = time.monotonic_ns()
             for event in events:
@@ -186,7 +189,7 @@ class Filling:
                 self.target.wake(Run(page, 1))  # it will fault again, and get zeros
 
     def _answer(self, fault: Fault, now: int) -> int | None:
-        """Do what the fault needs. The page, if this was the first that anybody heard of it."""
+        """Do what the fault needs. Return its page if it was MISSING until now."""
         page = self.target.page_of(fault)
         if page is None:
             self._answer_outside(fault)
@@ -203,8 +206,8 @@ class Filling:
             self._faulted.append(page)
         match state:
             case State.MISSING | State.COMING:
-                # COMING: it stands in a queue behind other background pages. Who comes second is
-                # dropped.
+                # COMING: the page is queued behind other background pages. Of its two copies, the
+                # second to come is dropped.
                 self.residency.set(Run(page, 1), State.REQUESTED)
                 self._faulted_at[page] = now
                 self._wanted.append((Class.DEMAND, Run(page, 1)))
@@ -223,8 +226,11 @@ class Filling:
             self._drain_or_yield()
 
     def _prefetch_around(self, page: int) -> None:
-        """Ask for the missing pages behind ``page``, then for those before it, as far as they are
-        unbroken; or for what the window that adapts says."""
+        """Ask for the MISSING pages after ``page``, then for those before it: on each side, up to
+        the first page that is not MISSING.
+
+        An adapting window is told of the fault instead.
+        """
         piece, page_size = self.target.piece_of(page), self.region.page_size_at(page)
         if self.prefetch is None:
             self.window.fault(self.residency.shared, page, piece.first, piece.end, page_size)
@@ -240,8 +246,8 @@ class Filling:
                 self._wanted.append((Class.PREFETCH, run))
 
     def _prefetch_more(self) -> None:
-        """What the window wants, a little at a time: all that is in flight stands before the next
-        page that is waited for."""
+        """Ask for what the window wants, a little at a time: everything in flight delays the next
+        page that a thread waits for."""
         while self._prefetching < PREFETCHING and (
             found := self.window.next(self.residency.shared, PREFETCHING - self._prefetching)
         ):
@@ -253,15 +259,16 @@ class Filling:
         return Run(run.first, self.residency.claim(run, State.MISSING, State.REQUESTED))
 
     def _drain_or_yield(self) -> None:
-        """The owner's memory is changing: read why, or let it get on with it."""
+        """The owner's memory is changing: read the events that tell why, and let the owner go
+        on."""
         self._drain()
         os.sched_yield()
 
     # ---- pages ----
 
     def claim(self, run: Run) -> Iterator[Run]:
-        """The parts of ``run`` that were missing, and that the caller is now to ask for in the
-        background."""
+        """Make the MISSING pages of ``run`` COMING. Yields them as runs, which the caller is then
+        to ask for in the background."""
         first = run.first
         while first < run.end:
             count = self.residency.claim(Run(first, run.end - first), State.MISSING, State.COMING)
@@ -277,8 +284,12 @@ class Filling:
         wire_bytes: int,
         was_packed: bool = False,
     ) -> None:
-        """``run`` came: its bytes, or None for zeros. Put in place what is still wanted, and wake
-        whoever waits for it."""
+        """Put in place what is still wanted of ``run``, which has come, and wake the threads that
+        wait for it.
+
+        ``pages``: its bytes, or None for zeros. ``wire_bytes``: what it took on the wire, headers
+        included. ``was_packed``: it came compressed.
+        """
         if was_packed:
             self._count_packed(class_, self.region.size_of(run), wire_bytes)
         residency = self.residency
@@ -318,11 +329,11 @@ class Filling:
         self.check_complete()
 
     def _place(self, part: Run, data: memoryview | None) -> Outcome:
-        """Put pages that are PLACING into place, as far as it goes.
+        """Put pages that are PLACING into place, as many as the target takes.
 
-        Should we be killed, whoever takes the map over has to know what became of them. READY,
-        which they are from the last byte in shared memory on, tells half a page from one that its
-        owner may have written to.
+        If this process is killed, the destination that takes the map over has to know what became
+        of them. Pages are READY once their last byte is in shared memory: that tells half a page
+        from a page that its owner may have written to.
         """
         residency, state = self.residency, State.PLACING
         if self._two_steps is not None and self._two_steps.write(part, data):
@@ -336,7 +347,7 @@ class Filling:
         return outcome
 
     def _hold(self, part: Run, data: memoryview | None) -> Outcome:
-        """The same for a page of the sample: if it is in shared memory, and nobody waits for it, it
+        """The same for a page of the sample. In shared memory, and if no thread waits for it, it
         stays invisible until it is touched."""
         two_steps = self._two_steps
         if part.first in self._faulted_at or len(self._held) == _MOST_HELD:
@@ -349,15 +360,18 @@ class Filling:
         return Outcome(1)
 
     def _release(self) -> None:
-        """Let the owner see pages of the sample that it has not touched. What is complete is not
-        watched any more."""
+        """Let the owner see pages of the sample that it has not touched.
+
+        Not needed once the transfer is complete: the memory is not watched any more then.
+        """
         while self._held and not self.completed.is_set():
             assert self._two_steps is not None
-            with suppress(PagenetError):  # there may be nobody left to see them
+            with suppress(PagenetError):  # the owner may be gone
                 self._two_steps.publish(Run(self._held.pop(), 1), again=True)
 
     def _leave_removed(self, page: int) -> None:
-        """Its owner gave it up while it was being placed: what was written of it may not stay."""
+        """Discard what was written of ``page``, which its owner gave up while it was being
+        placed."""
         self.target.discard(Run(page, 1))
         self.residency.set(Run(page, 1), State.REMOVED)
 
@@ -388,8 +402,11 @@ class Filling:
         self.residency.add(class_, "lz4_wire_bytes", wire_bytes)
 
     def check_complete(self) -> None:
-        """Set :attr:`completed` if every page is in place. :exc:`~pagenet.errors.HandshakeError` if
-        that is what the owner has made of the map."""
+        """Set :attr:`completed` if every page is in place.
+
+        :exc:`~pagenet.errors.HandshakeError` if the map only claims that, because the owner has
+        written to it.
+        """
         if self._seconds is None and self.residency.complete:
             self.residency.check_complete()
             self._seconds = time.monotonic() - self._started

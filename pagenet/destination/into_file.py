@@ -1,4 +1,4 @@
-"""Filling a file: a target that nobody touches while it is filled."""
+"""Filling a file: a target without an owner that touches it while it is filled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["IntoFile"]
 
 
 class IntoFile:
-    """Fill a file. It appears under its name when every page is in it, and on the disk, and not
-    before."""
+    """Fill the file at ``path``. It appears under its name once every page is in it and on the
+    disk, and not before."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -1,5 +1,5 @@
-"""What brings pages, as the destination sees it, and what it asks of connections beside which it
-reads the source's memory."""
+"""The interface of the destination's lanes, and of connections beside which the destination reads
+the source's memory itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Lanes", "OneSided"]
 
 
 class Lanes(Protocol):
-    """All that brings pages in one transfer."""
+    """Everything that fetches pages in one transfer."""
 
     @property
     def name(self) -> str:
@@ -23,22 +23,22 @@ class Lanes(Protocol):
         ...
 
     async def run(self) -> None:
-        """Answer faults and bring what the schedule says, until cancelled.
+        """Answer faults and fetch what the schedule names, until cancelled.
 
-        :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
+        Raises :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
         :exc:`~pagenet.errors.ProtocolError`, :exc:`~pagenet.errors.HandshakeError` (the owner did
         what it may not).
         """
         ...
 
     def close(self) -> None:
-        """Give back what they own. Not while they run. Idempotent."""
+        """Release what the lanes own. Not to be called while they run. Idempotent."""
         ...
 
 
 @runtime_checkable
 class OneSided(Protocol):
-    """A connection beside which pages are read out of the source's memory."""
+    """A connection beside which the destination reads pages out of the source's memory."""
 
     def make_lanes(
         self,
@@ -48,5 +48,6 @@ class OneSided(Protocol):
         background: Background,
         kind: LaneKind,
     ) -> Lanes:
-        """The lanes over ``connections``, which are all of this kind."""
+        """The lanes over ``connections``, all of which are of this class. ``wire``: the region in
+        the page sizes of the wire."""
         ...

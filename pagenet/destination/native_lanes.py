@@ -1,7 +1,7 @@
 """The destination's lanes, in C: threads that Trio starts, stops and joins.
 
-Nothing that a faulting thread waits for runs in Python. What does run here: the schedule, which
-fills a ring; the end; and the translation of why a loop ended into an error.
+Nothing that a faulting thread waits for runs in Python. What runs here: the schedule, which fills a
+ring; the end of the transfer; and the translation of why a loop ended into an error.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from .filling import Filling
 
 __all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
 
-# What is in the ring is asked for before the schedule's next thought. So it is what the lane takes
-# about so many seconds for: it grows when half of it was used up sooner, or all of it before we
-# were there, and shrinks when later. Python's part costs about 100 us each time that it is filled
-# up, and 10 us for each run.
+# What is in the ring is asked for before anything that the schedule chooses later. So the ring is
+# kept short: half of it lasts the lane RING_SECONDS (min, max). Its size grows when half of it
+# was used up sooner, or all of it before Python refilled it, and shrinks when half of it lasted
+# longer. Each refill costs Python about 100 us, and 10 us for each run.
 RING_BYTES = (512 << 10, 16 << 20)
 RING_SECONDS = (0.004, 0.02)
-# Of that, in one run: the lane asks for it in smaller pieces.
+# A run has at most 1 / RUNS_IN_RING of the ring's bytes. The lane asks for it in smaller pieces.
 RUNS_IN_RING = 4
-# Faults reach the schedule in batches, at intervals of so many seconds: waking Trio costs more than
-# a fault does. Where nobody acts on them they are but remembered for the next schedule, and the log
-# has room for those of the longer interval.
+# Faults reach the schedule in batches, at intervals of FAULT_SECONDS: waking Trio costs more than a
+# fault does. Without a schedule or observer, faults are only remembered for the next schedule, and
+# the log has room for those of the longer interval.
 FAULT_SECONDS = 0.002
 UNHEEDED_FAULT_SECONDS = 0.05
 
 
 def can_run_natively(target: Target, connections: Sequence[Connection]) -> bool:
-    """Whether the memory has a userfaultfd, and every connection a socket."""
+    """Whether the memory has a userfaultfd, and every connection has a socket."""
     return isinstance(target, UffdTarget) and all(
         isinstance(connection, Detachable) for connection in connections
     )
 
 
 class LoopLanes:
-    """What all lanes in C have: a stop, an end, rings that the schedule fills, and the memory that
-    pages go to."""
+    """What all lanes in C have: eventfds to stop them and to tell the end, rings that the schedule
+    fills, and the memory that pages go to."""
 
     name = ""
 
@@ -104,13 +104,13 @@ class LoopLanes:
                 for ring in self._rings:
                     nursery.start_soon(self._feed, ring)
                 nursery.start_soon(self._read_faults)
-                # whoever else writes to the map may have it said too early
+                # another process that writes to the map may cause this event too early
                 while not self._filling.completed.is_set():
                     await trio.lowlevel.wait_readable(self._done_fd)
                     os.eventfd_read(self._done_fd)
                     self._filling.check_complete()
         finally:
-            if not self._filling.completed.is_set():  # what is complete is not watched any more
+            if not self._filling.completed.is_set():  # complete memory is not watched any more
                 self._dest.release()
 
     async def _stop_when_cancelled(self) -> None:
@@ -122,9 +122,11 @@ class LoopLanes:
             os.eventfd_write(self._stop_fd, 1)
 
     def _start_loops(self, nursery: trio.Nursery) -> None:
-        """A task for each, which lasts until the loop has been stopped, or fails. In that nursery
-        and no other: it is the cancellation there that stops the loops, and so those that are left
-        when one fails."""
+        """Start a task for each loop, which lasts until the loop has been stopped, or fails.
+
+        The tasks must run in ``nursery``: its cancellation stops the loops, and so also those that
+        are left when one fails.
+        """
         raise NotImplementedError
 
     async def _read_faults(self) -> None:
@@ -142,8 +144,8 @@ class LoopLanes:
             self._background.note_faults(self._faults.read())  # the last of a complete transfer
 
     async def _feed(self, ring: _native.Ring) -> None:
-        """Keep the ring filled with what the schedule says: to the brim when half of it is used
-        up."""
+        """Keep the ring filled with what the schedule names: fill it up each time that half of it
+        is used up."""
         room, sizes, filled = RING_BYTES[0], deque[int](), trio.current_time()
         while True:
             run: Run | None = await self._background.next_run(room // RUNS_IN_RING)
@@ -164,8 +166,8 @@ class LoopLanes:
             await trio.lowlevel.checkpoint()
 
     async def _half_empty(self, ring: _native.Ring, sizes: deque[int]) -> None:
-        """Return when half of the bytes in the ring are left; ``sizes`` are those of the runs in
-        it."""
+        """Return when half of the bytes in the ring are left. ``sizes``: bytes of each run in it;
+        runs that were taken are removed."""
         whole, left, runs = sum(sizes), 0, 0
         while runs < len(sizes) and left + sizes[-1 - runs] <= whole // 2:
             left += sizes[-1 - runs]
@@ -179,8 +181,10 @@ class LoopLanes:
 
 
 class NativeLanes(LoopLanes):
-    """A demand lane and background lanes over detached sockets, the first of which is demand's.
-    Owns the sockets."""
+    """A demand lane and background lanes over detached sockets.
+
+    The first of ``connections`` is for demand. Owns the sockets.
+    """
 
     name = "native"
 
@@ -219,7 +223,7 @@ class NativeLanes(LoopLanes):
 
 
 def lane_error(end: _native.End, peer: str) -> PagenetError:
-    """Why a loop in C has ended, other than because it was told to."""
+    """The error for a loop in C that has ended without being told to."""
     match end.kind:
         case _native.END_CLOSED:
             return SourceLost(f"the source is gone: {peer} closed the connection")

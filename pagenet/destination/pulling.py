@@ -32,7 +32,7 @@ from .trio_lanes import TrioLanes
 __all__ = ["Transfer", "pull"]
 
 # The owner may leave this many of the source's pages unmapped (1 TiB of 4 KiB pages). Each costs
-# a byte of the map at once, and the source alone says how many there are: so there is a limit.
+# a byte of the map at once, and the source alone decides how many there are: so there is a limit.
 MAX_OUTSIDE = 1 << 28
 MAX_BACKGROUND_LANES = MAX_LANES - 1  # one lane is for demand
 
@@ -123,7 +123,7 @@ class Transfer:
         self._background.resume()
 
     def begin_background(self) -> None:
-        """Begin now, even if ``start_background`` says later."""
+        """Begin now, even if ``start_background`` means later."""
         self._background.begin()
 
     @property
@@ -202,7 +202,7 @@ async def pull(
     has 8, 8). None: pagenet adapts the number: more where faults are close together or in line,
     none where they are random. ``compress``: ``auto`` (the source compresses where its link and
     processor make that faster), ``lz4`` (it compresses whatever becomes smaller) or ``none``. A
-    source that cannot compress sends pages as they are. ``streams``: connections for the
+    source that cannot compress sends pages uncompressed. ``streams``: connections for the
     application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is
     answered before :meth:`Transfer.release`, because the source's memory may change until then.
 

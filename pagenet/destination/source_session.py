@@ -1,5 +1,5 @@
-"""A destination's session with a source: the control connection, and lanes as they are wanted,
-whoever dials."""
+"""A destination's session with a source: the control connection, and lanes on request, whichever
+side dials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..transport import Connection
 
 __all__ = ["SourceSession", "accept_source", "dial_source"]
 
-# It dials them at once: this is as long as a dial may take.
+# The source dials its lanes at once: this is as long as a dial may take.
 LANE_TIMEOUT = 10.0
 
 
@@ -46,12 +46,15 @@ class SourceSession:
         self.identity = hello.identity
         self.features = hello.features
         self.peer = stream.connection.peer
-        #: a connection for that channel, greeted; its lane may begin
+        #: opens a connection for a channel; the hellos are exchanged, and its lane may begin
         self.open_lane = open_lane
 
     async def watch(self) -> None:
-        """Raise what ends the session: it only ever ends badly, since the destination is the one
-        who says goodbye."""
+        """Raise the error that ends the session.
+
+        The destination is the side that says goodbye, so an end that comes from the source is
+        always an error: :exc:`SourceLost` or :exc:`RemoteProtocolError`.
+        """
         try:
             async with telling(self._stream):
                 match await self._stream.receive():
@@ -67,7 +70,7 @@ class SourceSession:
             raise SourceLost(f"the source is gone: {error}") from None
 
     async def say_bye(self, complete: bool, reason: str = "") -> None:
-        """Tell the source, if it still listens, that we are done, or for what reason we give up."""
+        """Tell the source, if it still listens, that we are done, or why we give up."""
         with trio.CancelScope(shield=True):
             await self._stream.tell(
                 Failure("gave-up", printable(reason)) if reason else Bye(complete)
@@ -86,8 +89,10 @@ def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
 
 @asynccontextmanager
 async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
-    """A session with the source that listens on ``uri``. :exc:`~pagenet.errors.SourceUnreachable`
-    if there is none."""
+    """A session with the source that listens on ``uri``.
+
+    Raises :exc:`~pagenet.errors.SourceUnreachable` if there is none.
+    """
     connections: list[Connection] = []
 
     async def converse(connection: Connection, ours: Hello) -> tuple[Hello, MessageStream]:
@@ -120,8 +125,11 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
 
 class _Reception:
-    """A destination that listens: the first source to come gets the session, and its lanes are
-    matched to who waits."""
+    """A destination that listens.
+
+    The first source that dials gets the session. Each lane that it dials goes to the caller of
+    :meth:`open_lane` that waits for its channel.
+    """
 
     def __init__(self, lanes: Sequence[Channel], on_event: EventHandler) -> None:
         self._wanted = lanes
@@ -172,7 +180,7 @@ class _Reception:
                     )
                 )
             except BaseException:
-                self._session = None  # whoever it was is gone: the next one may try
+                self._session = None  # that source is gone: another one may try
                 raise
             await self._sources_in.send((hello, stream))
         else:
@@ -188,8 +196,8 @@ class _Reception:
 async def accept_source(
     uri: str, plaintext: bool, lanes: Sequence[Channel], on_event: EventHandler
 ) -> AsyncIterator[SourceSession]:
-    """A session with the first source that dials ``uri``, which is asked to dial ``lanes``
-    besides."""
+    """A session with the first source that dials ``uri``. The source is asked to dial ``lanes``
+    too."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext))
         on_event("listening", uri=listener.uri)

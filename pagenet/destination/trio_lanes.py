@@ -1,7 +1,7 @@
 """The destination's lanes, in Trio: ask, receive, place. Slow, and obviously right.
 
-They are the oracle for those in C, what runs where those cannot, and what a new transport begins
-with.
+They are the oracle for the lanes in C. They run where those cannot, and a new transport begins with
+them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from .filling import Filling
 
 __all__ = ["WINDOW_CHUNKS", "TrioLane", "TrioLanes", "act_on_faults", "read_events_forever"]
 
-# How many chunks of the background may be in flight on each lane: enough to keep a loopback
-# connection busy while one is placed.
+# Chunks of the background that may be in flight on each lane: enough to keep a loopback connection
+# busy while one chunk is placed.
 WINDOW_CHUNKS = 4
 
 
 class TrioLanes:
-    """A demand connection and background ones, in that order, as Trio tasks. Borrows the
-    connections."""
+    """A demand lane and background lanes, as Trio tasks.
+
+    The first of ``connections`` is for demand. Borrows the connections.
+    """
 
     name = "trio"
 
@@ -71,14 +73,16 @@ class TrioLanes:
         self._act()
 
     def close(self) -> None:
-        """Nothing is theirs."""
+        """Trio lanes own nothing."""
 
 
 def act_on_faults(
     filling: Filling, ask: Callable[[Class, Run], None], background: Background
 ) -> None:
-    """After whatever may have read the owner's events: ask for what is wanted now, and say what was
-    faulted on."""
+    """Ask for what ``filling`` wants now, and tell ``background`` the pages that faulted.
+
+    To be called after anything that may have read the owner's events.
+    """
     for class_, run in filling.take_wanted():
         ask(class_, run)
     if faulted := filling.take_faulted():
@@ -86,7 +90,10 @@ def act_on_faults(
 
 
 async def read_events_forever(filling: Filling, act: Callable[[], None]) -> None:
-    """Until cancelled; what nobody touches has no events. ``act``: called when some were read."""
+    """Read the owner's events until cancelled; return at once if the target has no events.
+
+    ``act`` is called after each read.
+    """
     if filling.target.event_fd is None:
         return
     while True:
@@ -119,7 +126,7 @@ class _Pusher:
             await self._feed()
 
     async def _feed(self) -> None:
-        """Ask for what the schedule says, as long as there is room in the window."""
+        """Ask for what the schedule names, while there is room in the window."""
         while True:
             while self._in_flight >= WINDOW_CHUNKS * self._background.chunk:
                 self._arrived = trio.Event()
@@ -127,7 +134,7 @@ class _Pusher:
             await self._background.wait_turn()
             run = await self._background.next_run(self._background.turn_bytes)
             parts = list(self._filling.claim(run))
-            if not parts:  # time and again, if the owner writes to the map
+            if not parts:  # this may repeat without end if the owner writes to the map
                 await trio.lowlevel.checkpoint()
             for part in parts:
                 size = self._filling.region.size_of(part)
@@ -147,7 +154,8 @@ class TrioLane:
     """One connection, and the loop that drives it.
 
     Runs are of the filling's pages, which may be larger than those on the wire (``wire``): a huge
-    page is asked for, and comes, as a unit.
+    page is asked for as one unit, and comes as one. ``on_done`` is called after each reply with its
+    bytes in memory and its bytes on the wire.
     """
 
     def __init__(
@@ -163,9 +171,9 @@ class TrioLane:
         self._requests = OutstandingRequests(wire, filling.encodings)
         both = 1 << Encoding.RAW | 1 << Encoding.LZ4
         self._choice = _native.DemandChoice() if filling.encodings & both == both else None
-        # pages that somebody waits for, by their requests
+        # request of a page that a thread waits for -> (monotonic ns, whether asked for compressed)
         self._asked_at: dict[int, tuple[int, bool]] = {}
-        self._on_done = on_done  # told of bytes in memory, and what they were on the wire
+        self._on_done = on_done
         self._outbox = bytearray()
         self._asked = trio.Event()
 
@@ -192,9 +200,12 @@ class TrioLane:
         return (ours // wires).bit_length() - 1
 
     async def run(self) -> None:
-        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is
-        gone."""
-        # here, and not before: a lane that never runs has nothing to give back
+        """Drive the lane until cancelled.
+
+        :exc:`SourceLost` if the source cannot go on, or the connection is gone;
+        :exc:`RemoteProtocolError` if the peer breaks the protocol.
+        """
+        # mapped here, and not earlier: a lane that never runs has nothing to release
         self._staging = _native.Mapped(1 << 20)
         self._unpacked = _native.Mapped(MAX_LZ4_BYTES)
         try:
@@ -236,8 +247,8 @@ class TrioLane:
         return pages
 
     def _room(self, length: int) -> memoryview:
-        """Staging for a payload. Page-aligned, private and anonymous: MOVE takes pages out of
-        it."""
+        """Staging for a payload of ``length`` bytes. It is page-aligned, private and anonymous,
+        because MOVE takes pages out of it."""
         if length > self._staging.size:
             self._staging.close()
             self._staging = _native.Mapped(length)

@@ -2,13 +2,14 @@
 
 ::
 
-    _preload.py      where the library is that hands over a QEMU's RAM (native/preload.c)
-    command_line.py  what a QEMU needs that is to receive a guest
-    qmp.py           its monitor
-    machine.py       what machine it is, and where its RAM is
-    _talk.py         what the two sides say to each other
-    devices.py       how the devices' state leaves a QEMU
-    _stream.py       QEMU's stream around it, where QEMU does not make one itself
+    _preload.py      the path of the library that hands over a QEMU's RAM (native/preload.c)
+    command_line.py  the command line of a QEMU that is to receive a guest
+    qmp.py           a client of QEMU's monitor
+    machine.py       the machine that a QEMU runs, and where its RAM is
+    _guard.py        a process that acts if ours is killed during a switchover
+    _talk.py         the messages between the two sides
+    devices.py       the two ways in which the devices' state leaves a QEMU
+    _stream.py       QEMU's migration stream, where QEMU does not write it itself
     migration.py     the source: migrate()
     arrival.py       the destination: receive()
 """

@@ -1,9 +1,9 @@
-"""A process that outlives ours, should ours be killed in the middle of a switchover: the guest must
-not be left standing still.
+"""The guard: a process that outlives ours if ours is killed in the middle of a switchover, so that
+the guest is not left standing still.
 
-It is told, a line at a time, what to do should nothing more be said: ``resume`` the guest of the
-QEMU behind a monitor that is leaving, ``kill`` a QEMU that waits for one, have it ``run`` the guest
-that it was given for good, or do ``nothing``.
+Each line on its stdin sets its duty. When stdin ends, it performs the last one: ``resume`` the
+guest at a QEMU that the guest was about to leave, ``kill`` a QEMU that waits for a guest, have a
+QEMU ``run`` the guest that it was given for good, or do ``nothing``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Guard:
         self._process = process
 
     async def should_we_die(self, duty: Duty) -> None:
-        """What to do then, from now on. Known to the guard, whatever happens to us, when this
-        returns.
+        """Set what the guard does if this process dies from now on. When this returns the duty is
+        set, whatever happens to this process.
 
-        Should the guard have died instead, we go on without one.
+        If the guard itself has died, this does nothing: the switchover goes on without a guard.
         """
         assert self._process.stdin is not None
         with suppress(trio.BrokenResourceError):
@@ -52,13 +52,16 @@ class Guard:
 
 @asynccontextmanager
 async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
-    """A guard over the QEMU ``pid`` with the QMP socket ``monitor``. It has nothing to do once the
-    block ends."""
+    """A guard over the QEMU ``pid`` with the QMP socket ``monitor``. When the block ends, its duty
+    becomes ``nothing``, and it exits.
+
+    :exc:`~pagenet.errors.PagenetError` if it does not start.
+    """
     process = await trio.lowlevel.open_process(
         [sys.executable, "-P", "-c", _PROGRAM, str(monitor), str(pid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C is for us alone
+        start_new_session=True,  # the guard must not get a Ctrl-C
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -76,18 +79,18 @@ async def guarding(monitor: str | Path, pid: int) -> AsyncIterator[Guard]:
 
 
 async def go_on(qmp: Qmp) -> None:
-    """Have the guest of a QEMU go on that was about to leave. :exc:`~pagenet.errors.PagenetError`
-    if it does not.
+    """Resume a guest that was about to leave its QEMU. :exc:`~pagenet.errors.PagenetError` if it
+    does not run after 10 s.
 
-    Cancelled, QEMU resumes it by itself; completed, it waits for ``cont``, and refuses even that
-    for a moment.
+    QEMU resumes the guest by itself when its migration is cancelled. After a completed migration it
+    waits for ``cont``, and refuses even that for a moment.
     """
     deadline = trio.current_time() + _PATIENCE
     await qmp.command("migrate_cancel")
     while (status := (await qmp.command("query-status"))["status"]) != "running":
         if trio.current_time() > deadline:
             raise PagenetError(
-                f"the guest does not go on here: it is {status}; say cont to this QEMU"
+                f"the guest does not go on here: it is {status}; send cont to this QEMU"
             )
         if status in ("postmigrate", "paused"):
             with suppress(QmpError):
@@ -105,7 +108,7 @@ async def _act(duty: str, monitor: str, pidfd: int) -> None:
 
 
 def main(monitor: str, pid: int) -> int:
-    """The guard's own program; its duties come in on stdin."""
+    """The guard's own program. Reads duties from stdin; returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""Where the library is that has an unmodified VMM hand over its memory (native/preload.c)."""
+"""The path of the library that has an unmodified VMM hand over its memory (native/preload.c)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["preload_library"]
 
 
 def preload_library() -> Path:
-    """What to put into LD_PRELOAD. :exc:`~pagenet.errors.Unsupported` if it cannot be loaded: the
-    guest would run on zeros."""
+    """The library's path, for LD_PRELOAD. :exc:`~pagenet.errors.Unsupported` if the library cannot
+    be loaded: without it the guest would run on zeros."""
     return loadable(Path(__file__).resolve().with_name("pagenet.preload.so"))

@@ -1,4 +1,4 @@
-"""QEMU's migration stream, as far as pagenet writes it itself: what stands before and behind the
+"""The parts of QEMU's migration stream that pagenet writes itself: those before and behind the
 state of the devices.
 
 ::
@@ -9,7 +9,7 @@ state of the devices.
     the devices, as QEMU has saved them
     end of the stream; a description that QEMU reads and ignores
 
-All numbers are big-endian. QEMU's own names: ``migration/savevm.c``, ``migration/ram.c``.
+All numbers are big-endian. QEMU defines them in ``migration/savevm.c`` and ``migration/ram.c``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "wait_confirmed",
 ]
 
-#: bytes of a page in the stream: the guest's, whatever the memory behind it has
+#: bytes of a page in the stream: a page of the guest, whatever the page size of its memory here
 PAGE = 4096
 
 _MAGIC = b"QEVM" + struct.pack(">I", 3)
@@ -52,21 +52,22 @@ _EOF, _START, _END, _SUBSECTION, _DESCRIPTION, _CONFIGURATION, _COMMAND, _FOOTER
 )
 _OPEN_RETURN_PATH = 1
 _SHUT = 1  # on the return path
-# Any that no other section has: QEMU counts from zero.
+# Any number that no other section has: QEMU numbers its sections from zero.
 _RAM_SECTION = 0x70616765
 _RAM_VERSION = 4
 _ZERO, _SIZES, _BYTES, _EOS, _SAME_BLOCK = 0x02, 0x04, 0x08, 0x10, 0x20
 _ZEROS = bytes(PAGE)
-#: bytes that are compared at once: what has not changed is nearly all
+#: bytes that are compared at once: nearly all of the memory has not changed
 PIECE = 16 * PAGE
 
-#: what a block holds: pieces of it by their offsets. One that is not there is zero.
+#: the contents of a block: pieces of ``PIECE`` bytes by their offsets. A piece that is absent is
+#: zero.
 Memory = Mapping[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """``size`` bytes at ``address`` in QEMU, by the name that both QEMUs know them by."""
+    """``size`` bytes at ``address`` in QEMU, under the name that both QEMUs use for them."""
 
     name: str
     address: int
@@ -74,8 +75,8 @@ class RamBlock:
 
 
 def opening(machine_type: str, capabilities: Sequence[str]) -> bytes:
-    """The beginning of a stream, up to its first section. The destination is to tell on its return
-    path how loading went."""
+    """The beginning of a stream, up to its first section. It asks the destination to report on the
+    return path how loading went."""
     kind = machine_type.encode()
     names = b"".join(_named(name) for name in capabilities)
     enabled = (
@@ -91,8 +92,8 @@ def opening(machine_type: str, capabilities: Sequence[str]) -> bytes:
 
 
 def ram_start(blocks: Sequence[RamBlock], pages: Iterable[bytes]) -> list[bytes]:
-    """The section that names ``blocks``. QEMU holds their sizes against its own; an address is only
-    of interest for RAM that it leaves out, which is not named here."""
+    """The section that names ``blocks``, in parts. QEMU compares their sizes with its own. It reads
+    an address only for RAM that the stream leaves out, and that RAM is not named here."""
     sizes = [_named(block.name) + struct.pack(">QQ", block.size, 0) for block in blocks]
     total = struct.pack(">Q", sum(block.size for block in blocks) | _SIZES)
     head = (
@@ -116,7 +117,7 @@ def every_page(block: RamBlock, memory: Memory) -> list[bytes]:
 
 
 def changed_pages(block: RamBlock, before: Memory, now: Memory) -> list[bytes]:
-    """Those of ``block`` in which its ``now`` differs from its ``before``."""
+    """Records of the pages of ``block`` that differ between ``before`` and ``now``."""
     offsets = [
         offset
         for piece in sorted(before.keys() | now.keys())
@@ -144,15 +145,17 @@ def _records(block: RamBlock, memory: Memory, offsets: Iterable[int]) -> list[by
 
 
 def devices_of(saved: bytes) -> bytes:
-    """What follows the RAM, out of what QEMU's ``xen-save-devices-state`` has written."""
+    """The part of the stream behind the RAM, made from ``saved``, which QEMU's
+    ``xen-save-devices-state`` has written. :exc:`~pagenet.errors.PagenetError` if it has another
+    form."""
     if not saved.startswith(_MAGIC) or not saved.endswith(bytes([_EOF])):
         raise PagenetError("QEMU has saved its devices in a way that pagenet does not know")
     return saved[len(_MAGIC) :] + struct.pack(">BI", _DESCRIPTION, 2) + b"{}"
 
 
 async def wait_confirmed(connection: Connection) -> None:
-    """Until the destination's QEMU says that it has loaded all of it.
-    :exc:`~pagenet.errors.PagenetError` if it has not."""
+    """Return when the destination's QEMU confirms that it has loaded the whole stream.
+    :exc:`~pagenet.errors.PagenetError` if it could not, or closes the connection."""
     head = bytearray(4)
     while True:
         try:

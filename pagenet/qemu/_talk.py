@@ -1,5 +1,5 @@
-"""What the two sides of a migration say to each other, over a stream of their session: msgpack maps
-with a ``say``."""
+"""The messages between the two sides of a migration, over a stream of their session: msgpack maps
+with a field ``say``."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .qmp import Qmp
 
 __all__ = ["DEVICES", "TALK", "MigrationRefused", "Talk", "give_to_qemu", "which_stream"]
 
-#: the first byte that a destination sends on a stream: what it is for
+#: the first byte that a destination sends on a stream: the purpose of the stream
 TALK, DEVICES = b"T", b"D"
 
 _MAX_MESSAGE = 64 << 10
 _PIECE = 256 << 10
-# By which QEMU knows the socket for the devices' state.
+# The name by which QEMU knows the socket for the devices' state.
 _NAME = "pagenet-devices"
 
 
 class MigrationRefused(PagenetError):
-    """The other side cannot go on, in its own words."""
+    """The other side cannot go on. The text is the reason that it gave."""
 
 
 class Talk:
-    """Messages over ``connection``, which it borrows."""
+    """Messages over ``connection``, which is borrowed."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -44,8 +44,10 @@ class Talk:
             await self._connection.send(msgpack.packb({"say": what, **fields}))
 
     async def hear(self, what: str, within: float = math.inf) -> dict[str, Any]:
-        """The next message, which has to be that one, and to come ``within`` so many seconds.
-        :exc:`MigrationRefused` if it is a refusal instead."""
+        """The next message, which must be ``what``. :exc:`~pagenet.errors.PagenetError` if no
+        message comes ``within`` that number of seconds, :exc:`MigrationRefused` if it is a refusal,
+        :exc:`~pagenet.errors.RemoteProtocolError` if it is anything else,
+        :exc:`~pagenet.errors.ConnectionBroken` if the peer closes instead."""
         with trio.move_on_after(within) as scope:
             message = await self._next()
         if scope.cancelled_caught:
@@ -64,7 +66,7 @@ class Talk:
             try:
                 message = next(self._unpacker, None)
             except Exception as error:
-                # msgpack's own, ValueError, UnicodeDecodeError: all mean the same here
+                # msgpack raises ValueError, its own, and UnicodeDecodeError; all mean the same here
                 raise RemoteProtocolError(
                     f"the peer's message is not msgpack: {str(error) or type(error).__name__}"
                 ) from None
@@ -82,12 +84,13 @@ class Talk:
                     f"the peer's message is longer than {_MAX_MESSAGE} bytes"
                 ) from None
         if not isinstance(message, dict) or not isinstance(message.get("say"), str):
-            raise RemoteProtocolError("the peer's message is no map that says something")
+            raise RemoteProtocolError("the peer's message is not a map with a 'say'")
         return message
 
 
 async def which_stream(connection: Connection) -> bytes:
-    """What the destination has opened the stream for."""
+    """The purpose for which the destination opened the stream: TALK or DEVICES.
+    :exc:`~pagenet.errors.RemoteProtocolError` for any other."""
     byte = bytearray(1)
     await receive_exactly(connection, memoryview(byte))
     if byte not in (TALK, DEVICES):
@@ -96,8 +99,11 @@ async def which_stream(connection: Connection) -> bytes:
 
 
 async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) -> str:
-    """QEMU's URI for ``connection``, whose socket it gets: nobody has to wake up to pass on what a
-    guest that stands still waits for. Where there is no socket to be had, the nursery does."""
+    """Hand the socket of ``connection`` to QEMU, and return QEMU's URI for it.
+
+    A guest that stands still waits for these bytes, and this way no process of ours has to wake up
+    to pass them on. If the connection has no socket, a task in ``nursery`` passes them on.
+    """
     connection = bare(connection)
     if isinstance(connection, Detachable):
         fd = connection.detach()
@@ -114,8 +120,8 @@ async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) 
 
 
 async def _relay(connection: Connection, local: trio.SocketStream) -> None:
-    """Bytes in both directions between a peer and a socket of QEMU's, until both directions have
-    ended."""
+    """Pass bytes in both directions between a peer and a socket of QEMU's, until QEMU closes its
+    end."""
 
     async def outwards() -> None:
         while data := await local.receive_some(_PIECE):
@@ -133,4 +139,4 @@ async def _relay(connection: Connection, local: trio.SocketStream) -> None:
             await outwards()
             nursery.cancel_scope.cancel()
     except* (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass  # QEMU has closed its end: what it thinks of the migration, its monitor tells
+        pass  # QEMU has closed its end; its monitor tells how the migration went

@@ -1,5 +1,5 @@
-"""The destination's side: a QEMU that waits for a guest, and the guest that comes. ``migration.py``
-draws the steps."""
+"""The destination's side: a QEMU that waits for a guest, and the guest that arrives.
+``migration.py`` lists the steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .qmp import Qmp, connect_qmp
 
 __all__ = ["Arrival", "receive", "receive_attached"]
 
-# QEMU opens its monitor before it has made the machine, and answers when it has.
+# QEMU opens its monitor before it has made the machine, and answers only afterwards.
 _START_TIMEOUT = 30.0
 _STEP_TIMEOUT = 60.0
 _CANNOT_LOAD = (
@@ -43,12 +43,12 @@ _CANNOT_LOAD = (
 )
 # QEMU maps its RAM, and hands it over, before its monitor answers.
 _HANDSHAKE_TIMEOUT = 5.0
-# From the end of its monitor to its own.
+# From the end of QEMU's monitor to the end of QEMU.
 _END_TIMEOUT = 5.0
-# What a guest needs first is a few hundred pages, one after the other: its kernel's way back to
-# whatever it was doing. For so long it has the link, and the processors, to itself.
+# In seconds. A guest first needs a few hundred pages, one after the other, until its kernel is back
+# at its work. For this time it has the link, and the processors, to itself.
 _SETTLING = 0.05
-# Of what QEMU says on its stderr: a few lines.
+# How much of QEMU's stderr is kept: a few lines.
 _KEPT_BYTES = 600
 
 
@@ -62,13 +62,13 @@ class Arrival:
         self.transfer = transfer
 
     async def wait_complete(self) -> None:
-        """Return when every page is here: from then on nothing ties the guest to its source."""
+        """Return when every page is here. From then on the guest does not need its source."""
         await self.transfer.wait_complete()
 
 
 class _Complaints:
-    """What QEMU says on its stderr. It passes through ours for as long as the event loop runs, and
-    the last of it explains QEMU's end, which nothing else does."""
+    """QEMU's stderr. It is copied to ours for as long as the event loop runs. Its last lines
+    explain why QEMU has ended, which nothing else does."""
 
     def __init__(self) -> None:
         self._last = b""
@@ -79,7 +79,7 @@ class _Complaints:
             async with stream:
                 async for data in stream:
                     self._last = (self._last + bytes(data))[-_KEPT_BYTES:]
-                    with suppress(OSError):  # nobody reads ours
+                    with suppress(OSError):  # our stderr has no reader
                         os.write(sys.stderr.fileno(), data)
         finally:
             self.ended.set()
@@ -90,7 +90,7 @@ class _Complaints:
 
 
 class _Started:
-    """The QEMU is our child."""
+    """A QEMU that is our child."""
 
     def __init__(self, process: trio.Process, prepared: Incoming, owner: UffdSocket) -> None:
         self.pid = process.pid
@@ -99,12 +99,12 @@ class _Started:
         self._prepared = prepared
         self.complaints = _Complaints()
         assert process.stderr is not None
-        # QEMU outlives the block that it was started in.
+        # A system task, because QEMU outlives the block that it was started in.
         trio.lowlevel.spawn_system_task(self.complaints.pass_on, process.stderr)
 
     async def wait(self) -> None:
         await self.process.wait()
-        with trio.move_on_after(_END_TIMEOUT):  # a child of its own may hold its stderr
+        with trio.move_on_after(_END_TIMEOUT):  # a child of QEMU's may keep its stderr open
             await self.complaints.ended.wait()
 
     def has_ended(self) -> bool:
@@ -114,7 +114,7 @@ class _Started:
         return f"QEMU has ended with exit status {self.process.returncode}"
 
     async def empty(self, sources: Set[str]) -> None:
-        """It never had any bytes in its RAM."""
+        """Do nothing: its RAM has never held any bytes."""
 
     async def give_up(self, is_used: bool) -> None:
         self.process.kill()
@@ -123,7 +123,7 @@ class _Started:
 
 
 class _Attached:
-    """The QEMU is somebody else's, and so is its stderr."""
+    """A QEMU that something else has started. Its stderr is not ours to read."""
 
     process = None
     complaints = ""
@@ -134,7 +134,8 @@ class _Attached:
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> None:
-        own = os.dup(self._pidfd)  # Trio lets one task wait for a descriptor, and there may be two
+        # Trio lets only one task wait for a descriptor, and two may wait here.
+        own = os.dup(self._pidfd)
         try:
             await trio.lowlevel.wait_readable(own)
         finally:
@@ -147,8 +148,9 @@ class _Attached:
         return "QEMU has ended"
 
     async def empty(self, sources: Set[str]) -> None:
-        """Firmware, and whatever else it has put into its RAM, gives way to what the source has
-        there: unless that is the very same memory."""
+        """Throw away what QEMU has put into its RAM, such as firmware: the source's bytes replace
+        it. :exc:`~pagenet.errors.UsageError` if that RAM is the very memory that one of ``sources``
+        identifies."""
         for file in self.owner.files:
             with open_source(file) as ours:
                 if ours.identity.hex() in sources:
@@ -159,7 +161,8 @@ class _Attached:
         await trio.to_thread.run_sync(self.owner.empty)
 
     async def give_up(self, is_used: bool) -> None:
-        """One that was told to listen can listen to nobody else any more."""
+        """Leave a QEMU that was not told to listen as it was. End one that was: it cannot listen to
+        another source."""
         if not is_used:
             await self.owner.uproot()
         else:
@@ -184,21 +187,22 @@ async def receive(
     on_event: EventHandler = ignore_events,
     **options: Any,
 ) -> AsyncIterator[Arrival]:
-    """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and take one
+    """Start the QEMU of ``command`` (see :func:`~pagenet.qemu.prepare_incoming`), and receive one
     guest from the ``pagenet-qemu migrate`` that dials ``listen``. The ``options`` are those of
     :func:`pagenet.pull`, ``allocate`` that of :class:`~pagenet.UffdSocket`.
 
-    The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`.
-    Whatever fails before the guest was handed over ends the QEMU that was started; whatever fails
-    later leaves it alone: a guest whose source is lost stands still at the first page that it
-    misses. :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest, or a
-    source that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what
+    The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`. A
+    failure before the guest was handed over ends the QEMU that was started. A later failure leaves
+    QEMU alone: a guest whose source is lost stands still at the first page that it misses.
+
+    :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest, or a source
+    that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what
     :func:`pagenet.pull` raises. Events: ``qemu``, ``listening``, ``connected``, ``owner``,
-    ``serving``, ``loaded``, ``resumed``; ``fault`` (all of 50 ms together) and ``progress``;
+    ``serving``, ``loaded``, ``resumed``; ``fault`` (one for all faults of 50 ms) and ``progress``;
     ``complete``.
     """
     if "PAGENET_UFFD_DEVICE" not in os.environ:
-        probe()  # QEMU is to use userfaultfd, as this same user
+        probe()  # QEMU will use userfaultfd as this same user
     with tempfile.TemporaryDirectory(prefix="pagenet-qemu-") as directory:
         monitor = Path(directory) / "monitor"
         owner = UffdSocket(Path(directory) / "uffd", allocate=allocate)
@@ -227,13 +231,15 @@ async def receive(
 async def receive_attached(
     qmp_socket: str | Path, *, listen: str, on_event: EventHandler = ignore_events, **options: Any
 ) -> AsyncIterator[Arrival]:
-    """The same for a QEMU that runs, and waits for a guest (``-incoming defer``), behind the
-    monitor ``qmp_socket``. It is stopped for less than a millisecond, and given a userfaultfd.
+    """As :func:`receive`, for a QEMU that runs already and waits for a guest (``-incoming defer``)
+    behind the monitor ``qmp_socket``. It is stopped for less than a millisecond, and given a
+    userfaultfd.
 
-    Its RAM must be shared, in tmpfs, hugetlbfs or a memfd. Whatever fails before it was told to
-    listen leaves it as it was, but for ``-S``, which it has from then on; whatever fails between
-    that and the handing over of the guest ends it. :exc:`~pagenet.errors.Unsupported` if this user
-    may not attach to it, or it may not use userfaultfd. Events as of :func:`receive`.
+    Its RAM must be shared, in tmpfs, hugetlbfs or a memfd. A failure before QEMU was told to listen
+    leaves it as it was, except that it is as if started with ``-S`` from then on. A failure between
+    that and the handover of the guest ends it. :exc:`~pagenet.errors.Unsupported` if this user may
+    not attach to it, or it may not use userfaultfd. Events: ``attached`` instead of ``qemu``, and
+    else those of :func:`receive`.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine = await describe(qmp)
@@ -255,8 +261,8 @@ async def _check_waits(qmp: Qmp, machine: Machine) -> None:
         raise UsageError(
             f"this QEMU does not wait for a guest ({machine.status}): start it with -incoming defer"
         )
-    # Else the guest would run as soon as its devices are loaded, before the source has given it
-    # away. As -S does:
+    # As -S does. Without it the guest would run as soon as its devices are loaded, before the
+    # source has given it away.
     await qmp.command("stop")
 
 
@@ -288,7 +294,7 @@ async def _arriving(
             ) as transfer:
                 for stream, name in zip(transfer.streams, (TALK, DEVICES), strict=True):
                     await stream.send(name)
-                async with connect_qmp(monitor) as qmp:  # a monitor talks to one program at a time
+                async with connect_qmp(monitor) as qmp:  # a monitor serves one client at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over()
                 async with (
@@ -303,7 +309,7 @@ async def _arriving(
 
 
 async def _settle(transfer: Transfer) -> None:
-    """Have the background go on once the guest has found its feet."""
+    """Resume the background after ``_SETTLING`` seconds."""
     await trio.sleep(_SETTLING)
     if transfer.background_paused:
         transfer.resume_background()
@@ -319,8 +325,9 @@ async def _start(prepared: Incoming) -> trio.Process:
 
 
 async def _wait_handed_over(owner: UffdSocket) -> None:
-    """The dynamic loader goes on without a library that it cannot load, and the guest would run on
-    zeros."""
+    """Return when QEMU has handed over its RAM. :exc:`~pagenet.errors.UsageError` if it does not
+    within 5 s: the dynamic loader goes on without a library that it cannot load, and the guest
+    would run on zeros."""
     with trio.move_on_after(_HANDSHAKE_TIMEOUT):
         await owner.wait_owner()
         return
@@ -331,8 +338,8 @@ async def _wait_handed_over(owner: UffdSocket) -> None:
 
 
 def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **fields: object) -> None:
-    """Before the RAM is handed over: mappings that do not fit the region would be turned away one
-    by one."""
+    """Pass the event on, and compare the sizes at ``connected``, before the RAM is handed over:
+    mappings that do not fit the region would be refused one by one."""
     on_event(event, **fields)
     if event == "connected" and fields["bytes"] != machine.ram:
         raise UsageError(
@@ -343,8 +350,8 @@ def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **field
 
 @asynccontextmanager
 async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
-    """The block ends with QEMU, whose end explains what else fails then: its monitor closes
-    first."""
+    """End the block with :exc:`~pagenet.errors.OwnerGone` when QEMU ends. QEMU closes its monitor
+    first; the error is then that of QEMU's end, which explains the other one."""
 
     async def watch() -> None:
         await qemu.wait()
@@ -383,10 +390,10 @@ class _Arriving:
         self._transfer = transfer
         self._guard = guard
         self._on_event = on_event
-        #: the source has given the guest up for good: it is to live here, or nowhere
+        #: the source has given the guest away for good: it runs here, or nowhere
         self.runs_here = False
         self.is_loading = False
-        #: QEMU was told to listen to the one source that it will ever listen to
+        #: QEMU was told to listen to a source, and cannot listen to another
         self.is_used = False
 
     async def take_over(self) -> None:
@@ -399,7 +406,7 @@ class _Arriving:
                 await talk.say("ready")
                 await talk.hear("stopped")
                 self.is_loading = True
-                if self._transfer.background_begun:  # the link is the devices' until the guest runs
+                if self._transfer.background_begun:  # until the guest runs, the link is for devices
                     self._transfer.pause_background()
                 self._transfer.release()
                 self._on_event("serving")
@@ -407,10 +414,11 @@ class _Arriving:
                 await self._wait_loaded()
                 self._on_event("loaded")
                 await talk.hear("run")
-                with trio.CancelScope(shield=True):  # said, and done
-                    # Not from "kill" to "run" in one step. Killed before we say it, we leave a
-                    # guest that stands still here and runs at the source; killed after it, one that
-                    # stands still here and nowhere runs, but is not lost.
+                with trio.CancelScope(shield=True):  # what "taking" promises is done
+                    # The guard's duty does not go from "kill" to "run" in one step. If we are
+                    # killed before "taking" is sent, the guest stands still here and goes on at the
+                    # source. If we are killed after it, the guest stands still here and runs
+                    # nowhere, but is not lost.
                     await self._guard.should_we_die("nothing")
                     await talk.say("taking")
                     self.runs_here = True
@@ -430,7 +438,7 @@ class _Arriving:
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, PagenetError):
             return str(error)
-        # Cancelled: because QEMU has ended, or by a signal.
+        # Cancelled, because QEMU has ended or by a signal.
         ended = self._qemu.has_ended()
         return str(_end_of(self._qemu, self.is_loading)) if ended else "the destination was stopped"
 
@@ -438,7 +446,7 @@ class _Arriving:
         source = await talk.hear("machine")
         if difference := self._machine.difference(source):
             raise UsageError(difference)
-        memories = source.get("memories", [source.get("memory")])  # an older pagenet has one
+        memories = source.get("memories", [source.get("memory")])  # an older pagenet sends one
         await self._qemu.empty(set(map(str, memories if isinstance(memories, list) else [])))
 
     async def _let_qemu_listen(self, devices: Connection, nursery: trio.Nursery) -> None:
@@ -456,7 +464,7 @@ class _Arriving:
             patience=_STEP_TIMEOUT,
         )
         if event.data["status"] != "completed":
-            with trio.move_on_after(_END_TIMEOUT):  # it ends by itself, and says why
+            with trio.move_on_after(_END_TIMEOUT):  # QEMU ends by itself, and says why
                 await self._qemu.wait()
             raise PagenetError(f"{_CANNOT_LOAD}{self._qemu.complaints}")
         self.is_loading = False

@@ -1,4 +1,4 @@
-"""The command line of the QEMU that a guest comes to: what it must have, and what is added to
+"""The command line of the QEMU that receives a guest: what it must have, and what is added to
 it."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNWANTED = {
     "-mem-prealloc": _WAITS,
     "mem-lock=on": _WAITS,
 }
-# Parts of a word.
+# Looked for anywhere in an option's value.
 _UNWANTED_DEVICES = {
     "vfio-": _WAITS,
     "vhost-user": (
@@ -41,7 +41,7 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class _RamFile:
-    """A file for QEMU's RAM, which was made here if ``is_new``, and was empty if not."""
+    """A file for QEMU's RAM. If ``is_new``, it was made here; if not, it was there, and empty."""
 
     path: Path
     device: int
@@ -50,8 +50,9 @@ class _RamFile:
 
     @classmethod
     def make(cls, path: Path, size: int) -> _RamFile:
-        """:exc:`UsageError` for a name that something else has: anybody may write in /dev/shm, and
-        nobody is to read a guest's RAM."""
+        """Make the file at ``path``, of ``size`` bytes, or take an empty one that is there.
+        :exc:`UsageError` if the name has anything else: every user may write in /dev/shm, and no
+        other user may read a guest's RAM."""
         try:
             fd, is_new = _open_ram(path)
             try:
@@ -68,7 +69,8 @@ class _RamFile:
         return cls(path, status.st_dev, status.st_ino, is_new)
 
     def undo(self) -> None:
-        """Empty, or not there: unless there is another file by now."""
+        """Empty the file, and remove it if it was made here. Do nothing if the name has another
+        file by now."""
         with suppress(OSError):
             fd = os.open(self.path, _RAM_FLAGS)
             try:
@@ -81,7 +83,7 @@ class _RamFile:
                 os.close(fd)
 
 
-# What is planted under the name is neither followed nor waited for.
+# A link or a FIFO that another user has put under the name is neither followed nor waited for.
 _RAM_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -115,8 +117,8 @@ def _check_ram(path: Path, status: os.stat_result, size: int) -> None:
 
 @dataclass(slots=True)
 class Incoming:
-    """``command`` and ``environment`` of the QEMU to start; ``added``: what was added, for people
-    to read. ``rams``: the files behind its RAM, in the order of the backends' ids."""
+    """``command`` and ``environment`` of the QEMU to start; ``added``: the arguments that were
+    added. ``rams``: the files behind its RAM, in the order of the backends' ids."""
 
     command: list[str]
     environment: dict[str, str]
@@ -128,18 +130,17 @@ class Incoming:
         return [file.path for file in self.files]
 
     def undo(self) -> None:
-        """The guest did not come: leave the RAM's files as they were, which is empty, or not
-        there."""
+        """The guest did not come: leave the RAM's files as they were, either empty or not there."""
         for file in self.files:
             file.undo()
 
 
 def prepare_incoming(command: Sequence[str], monitor: Path, uffd_socket: Path) -> Incoming:
-    """Let the QEMU of that command line wait for a guest whose pages pagenet brings: with a monitor
-    at ``monitor``, and its RAM handed over at ``uffd_socket``.
+    """Prepare the QEMU of ``command`` to wait for a guest whose pages pagenet brings: with a
+    monitor at ``monitor``, and its RAM handed over at ``uffd_socket``.
 
-    Its RAM's file is made if it is not there, and left alone otherwise.
-    :exc:`~pagenet.errors.UsageError` for a command line that makes no sense as a destination.
+    A file of its RAM is made if it is not there. One that is there must hold no bytes, and gets the
+    RAM's size. :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest.
     """
     _check_wanted(command)
     backends = [_parse_backend(options) for options in _ram_options(command)]
@@ -174,13 +175,13 @@ def _check_wanted(command: Sequence[str]) -> None:
 
 
 def _one_dash(word: str) -> str:
-    """QEMU takes options with either number of them."""
+    """``word`` with one dash: QEMU takes options with one or two."""
     return word[1:] if word.startswith("--") else word
 
 
 def _ram_options(command: Sequence[str]) -> list[dict[str, str]]:
-    """Of the memory backends that the machine and its NUMA nodes name, in the order of their ids,
-    as the source's pages are."""
+    """The options of the memory backends that the machine and its NUMA nodes name, in the order of
+    their ids, which is the order of the source's pages."""
     words = [_one_dash(word) for word in command]
     pairs = [
         (flag, _parse_options(value))
@@ -207,7 +208,7 @@ def _ram_options(command: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _parse_backend(options: dict[str, str]) -> tuple[Path, int]:
-    """Its file and size."""
+    """The file and size in bytes of a memory backend. :exc:`UsageError` if it cannot be filled."""
     kind, name = options.get("") or options.get("qom-type"), options["id"]
     if kind != "memory-backend-file" or not {"mem-path", "size"} <= options.keys():
         attach = (
@@ -233,8 +234,8 @@ def _parse_backend(options: dict[str, str]) -> tuple[Path, int]:
 
 
 def _parse_options(value: str) -> dict[str, str]:
-    """``first,name=value,...``, or JSON. The first may lack its name and is under ""; a comma in a
-    value is written twice."""
+    """Parse ``first,name=value,...``, or JSON. The first value may lack a name, and is then under
+    "". A comma in a value is written twice."""
     if value.startswith("{"):
         return _parse_json(value)
     parts = [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
@@ -249,7 +250,7 @@ def _parse_options(value: str) -> dict[str, str]:
 
 
 def _parse_json(value: str) -> dict[str, str]:
-    """The same, as QEMU would take it in words."""
+    """The options of a JSON object, with the values that the other form would have."""
     try:
         words = json.loads(value)
     except (ValueError, RecursionError):
@@ -276,7 +277,8 @@ def _parse_size(text: str) -> int:
 
 
 def _check_room(backends: Sequence[tuple[Path, int]]) -> None:
-    """A page that finds no room once the guest is here is lost, and the guest with it."""
+    """:exc:`UsageError` if a file system has no room for the RAM. A page that finds no room once
+    the guest is here is lost, and the guest with it."""
     wanted: dict[int, int] = {}
     for ram, size in backends:
         try:

@@ -1,14 +1,14 @@
 """How the state of the devices leaves a QEMU. There are two ways, and the destination's QEMU cannot
 tell one from the other.
 
-:class:`Migration`: QEMU migrates, and leaves out the RAM (``x-ignore-shared``). Since 8.1 it does
-so only for RAM that is a named file.
+:class:`Migration`: QEMU migrates, and leaves out the RAM (``x-ignore-shared``). Since 8.1 it leaves
+out only RAM that is a named file.
 
 :class:`Saved`: for RAM that is a memfd or the like. QEMU is stopped, and saves its devices, without
-RAM, into a memfd of ours (``xen-save-devices-state``, which has nothing of Xen's about it). The
-stream around that is ours (``_stream.py``), and so is the memory of devices, firmware and tables,
-which no backend holds: it is read out of the process, before the guest stops, and what has changed
-once more when it has.
+RAM, into a memfd of ours (``xen-save-devices-state``, which does not need Xen). pagenet writes the
+stream around that (``_stream.py``). It also sends the memory of devices, firmware and tables, which
+is in no backend. That memory is read out of the process before the guest stops, and again when the
+guest has stopped, and then only the pages that have changed are sent.
 """
 
 from __future__ import annotations
@@ -47,56 +47,57 @@ from .qmp import Qmp, QmpEvent
 
 __all__ = ["STEP_TIMEOUT", "Migration", "Saved", "Way", "check_way"]
 
-# QEMU's own limit applies to its stream, which is the devices' state alone: the guest stands still
-# while it travels.
+# QEMU's rate limit applies to its stream, which is the devices' state alone. The guest stands still
+# while that is in flight, so there is no limit.
 _UNLIMITED = 10**12
-# From "migrate" to the guest's stop, and for the devices' state: a disk that does not drain takes
-# long.
+# In seconds: from "migrate" to the guest's stop, and for the devices' state. A disk that does not
+# drain takes long.
 STEP_TIMEOUT = 60.0
-# Memory of devices is read twice, and kept: what is larger was meant to be the guest's.
+# The memory of devices is read twice, and kept. More than this was meant to be the guest's RAM.
 _MAX_BLOCKS_BYTES = 1 << 30
 _CLOSE_TIMEOUT = 1.0
 _ZEROS = bytes(PIECE)
-# The last byte of a page's entry in /proc/PID/pagemap.
+# The last byte of a page's entry in /proc/PID/pagemap is at least this if the page is in memory or
+# swapped out.
 _HAS_PAGE = 0x40
 _SAVE = "xen-save-devices-state"
 _INSTEAD = "use -object memory-backend-file,id=ID,size=SIZE,mem-path=/dev/shm/NAME,share=on"
 
 
 class Way(Protocol):
-    """Used once, in this order."""
+    """A way in which the devices' state leaves. Each method is called once, in this order."""
 
     async def prepare(self) -> None:
-        """While the guest runs."""
+        """Do what can be done while the guest runs."""
         ...
 
     async def stop(self) -> QmpEvent:
-        """The guest stands still when this returns; QEMU's event says since when."""
+        """Stop the guest. Returns QEMU's STOP event, which has the time of the stop."""
         ...
 
     async def send(self) -> None:
-        """Have the devices' state on its way."""
+        """Send the devices' state, or have QEMU begin to send it."""
         ...
 
     async def wait_loaded(self, patience: float) -> None:
-        """Until the destination's QEMU has it. :exc:`~pagenet.errors.PagenetError` if it has
-        not."""
+        """Return when the destination's QEMU has loaded the state.
+        :exc:`~pagenet.errors.PagenetError` if it fails, or takes longer than ``patience`` s."""
         ...
 
     async def close(self) -> None:
-        """Whatever has become of it."""
+        """Release what was used, whether or not the guest has left."""
         ...
 
 
 class Migration:
-    """QEMU's own. It gets the connection itself."""
+    """QEMU's own migration. QEMU gets the connection itself."""
 
     def __init__(self, qmp: Qmp, devices: Connection, nursery: trio.Nursery) -> None:
         self._qmp = qmp
         self._devices = devices
         self._nursery = nursery
         self._uri = ""
-        self._since = len(qmp.events)  # a migration that failed before is not ours
+        self._since = len(qmp.events)  # an earlier migration, which failed, is not ours
 
     async def prepare(self) -> None:
         self._uri = await give_to_qemu(self._qmp, self._devices, self._nursery)
@@ -117,10 +118,11 @@ class Migration:
         await self._wait_status("completed", patience)
 
     async def close(self) -> None:
-        """QEMU has closed what it was given."""
+        """Do nothing: QEMU closes what it was given."""
 
     async def _wait_status(self, status: str, patience: float) -> None:
-        """Until QEMU's migration is there. What QEMU says went wrong, if it fails."""
+        """Return when QEMU's migration has that status. :exc:`PagenetError`, with QEMU's reason, if
+        it fails."""
 
         def is_it(data: dict[str, object]) -> bool:
             return data["status"] in (status, "failed", "cancelled")
@@ -136,7 +138,7 @@ class Migration:
 
 
 class Saved:
-    """What QEMU saves, in a stream of ours."""
+    """The state that QEMU saves, in a stream that pagenet writes."""
 
     def __init__(self, qmp: Qmp, devices: Connection, machine: Machine) -> None:
         self._qmp = qmp
@@ -160,8 +162,8 @@ class Saved:
         since = len(self._qmp.events)
         await self._qmp.command("stop")
         stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
-        # With live=True it lets go of the disks too, which the destination is to have; cont takes
-        # them back.
+        # With live=True QEMU releases the disks too, which the destination needs; cont takes them
+        # back.
         await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=True)
         return stop
 
@@ -181,8 +183,8 @@ class Saved:
             await wait_confirmed(self._connection)
             return
         raise PagenetError(
-            f"the destination's QEMU did not say for {patience:g} s that it has loaded the devices'"
-            " state"
+            f"the destination's QEMU did not confirm for {patience:g} s that it has loaded the"
+            " devices' state"
         )
 
     async def close(self) -> None:
@@ -246,8 +248,8 @@ def _is_within(block: RamBlock, mapped: Sequence[Mapped]) -> bool:
 
 
 def _used(block: RamBlock, pagemap: FileIO) -> list[int]:
-    """Offsets of the pieces of ``block``, which is private to QEMU, that are not known to be zero:
-    nobody has written to what has no page, in memory or swapped out. Video memory is large, and
+    """Offsets of the pieces of ``block``, which is private to QEMU, that are not known to be zero.
+    Memory without a page, present or swapped out, was never written to. Video memory is large, and
     hardly used."""
     entries = os.pread(pagemap.fileno(), block.size // PAGE * 8, block.address // PAGE * 8)
     pages = entries[7::8]
@@ -258,8 +260,8 @@ def _used(block: RamBlock, pagemap: FileIO) -> list[int]:
 
 
 class _SavedFile:
-    """A file for QEMU to write into, of which it gets a descriptor: it takes one that can do
-    nothing else."""
+    """A file for QEMU to write into. QEMU gets a descriptor that can only write: it takes no
+    other."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("pagenet-devices")
@@ -273,8 +275,8 @@ class _SavedFile:
         os.close(self._file)
 
 
-# Name, page size, offset, bytes used, bytes reserved; and since QEMU 8.0 where it is. What is not
-# migrated has no name.
+# Name, page size, offset, bytes used, bytes reserved and, since QEMU 8.0, address. A block that is
+# not migrated has no name.
 _BLOCK = re.compile(
     r"^ *(\S*) +\d+ \w+ +0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+ +0x([0-9a-f]+) +r[ow] *$",
     re.MULTILINE,
@@ -282,7 +284,8 @@ _BLOCK = re.compile(
 
 
 async def _blocks_of(qmp: Qmp, machine: Machine) -> list[RamBlock]:
-    """All memory of that QEMU which is migrated and is in no memory backend."""
+    """All memory of a QEMU that is migrated and is in no memory backend. :exc:`PagenetError` if
+    QEMU does not list addresses."""
     backends = {backend.address for backend in machine.backends}
     told = await qmp.monitor("info ramblock")
     blocks = [
@@ -310,7 +313,8 @@ async def check_way(qmp: Qmp, machine: Machine) -> None:
 
 
 async def _why_not_saved(qmp: Qmp, machine: Machine) -> str | None:
-    """What saving would leave out, or cannot have: devices that QEMU migrates a piece at a time."""
+    """Why the devices cannot be saved; None if they can. Saving leaves out what QEMU migrates a
+    piece at a time (devices of vfio, dirty bitmaps)."""
     if machine.arch not in ("x86_64", "i386"):
         return f"pagenet can do without that on x86 only, not on {machine.arch}"
     if not any(command["name"] == _SAVE for command in await qmp.command("query-commands")):

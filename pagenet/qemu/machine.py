@@ -26,10 +26,10 @@ __all__ = [
     "ram_sources",
 ]
 
-# : What a migration by pagenet needs of QEMU: its own stream leaves shared RAM out, tells what it
-# does, has the destination : confirm that the devices' state was loaded, and waits for us with the
-# guest stopped. The destination takes its disks (and : their locks) no sooner than it runs: until
-# then the source may go on, and needs them.
+#: The capabilities of QEMU that a migration by pagenet needs. QEMU's own stream leaves out shared
+#: RAM; QEMU reports what it does; the destination confirms that the devices' state was loaded; QEMU
+#: waits for us with the guest stopped. The destination takes its disks (and their locks) only when
+#: its guest runs: until then the source may go on, and needs them.
 CAPABILITIES = (
     "x-ignore-shared",
     "events",
@@ -38,10 +38,9 @@ CAPABILITIES = (
     "late-block-activate",
 )
 _OLDEST = (5, 0, 0)
-# From then on x-ignore-shared leaves out only RAM that is a named file.
+# From this version on x-ignore-shared leaves out only RAM that is a named file.
 _NAMED_ONLY = (8, 1, 0)
-# Of QEMU's other ways to migrate, those that make another stream, or none at all, of what pagenet
-# has it send.
+# Capabilities with which QEMU sends another stream than pagenet needs, or none at all.
 _IN_THE_WAY = (
     "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo",
         "background-snapshot", "rdma-pin-all",
@@ -63,7 +62,7 @@ _SAME = {
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A memory backend: its id, QOM type, bytes, and where QEMU has it mapped."""
+    """A memory backend: its id, QOM type, bytes, whether it is shared, and its address in QEMU."""
 
     name: str
     kind: str
@@ -72,13 +71,13 @@ class Backend:
     address: int
 
     def source(self, pid: int) -> str:
-        """What :func:`pagenet.open_source` reads it by, out of the QEMU that runs as ``pid``."""
+        """Its addresses in the QEMU that runs as ``pid``, for :func:`pagenet.open_source`."""
         return f"pid:{pid}:{self.address:#x}+{self.size:#x}"
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """``ram``: bytes of all its ``backends``, which are in the order of their ids: that is the same
+    """``ram``: bytes of all its ``backends``. They are in the order of their ids, which is the same
     on both sides, while QEMU's own order is that of a hash table."""
 
     version: tuple[int, int, int]
@@ -92,14 +91,14 @@ class Machine:
 
     @property
     def leaves_out_ram(self) -> bool:
-        """Whether QEMU's own stream can be had without this RAM (``x-ignore-shared``)."""
+        """Whether QEMU's own stream can leave out this RAM (``x-ignore-shared``)."""
         return self.version < _NAMED_ONLY or all(
             backend.kind == "memory-backend-file" for backend in self.backends
         )
 
     @property
     def blocks(self) -> list[list[Any]]:
-        """What must be the same on both sides where there are several backends."""
+        """Id and bytes of each backend: the same on both sides where there are several backends."""
         return [[backend.name, backend.size] for backend in self.backends]
 
     def as_message(self) -> dict[str, Any]:
@@ -111,8 +110,8 @@ class Machine:
         return {**told, "version": list(self.version), "blocks": self.blocks}
 
     def difference(self, source: dict[str, Any]) -> str | None:
-        """Why this machine cannot take over from that one (its :meth:`as_message`); None: nothing
-        is known against it."""
+        """Why this machine cannot take over from ``source`` (that one's :meth:`as_message`); None
+        if there is no known reason."""
         for name, words in _SAME.items():
             theirs, ours = source.get(name), getattr(self, name)
             if theirs != ours:
@@ -126,8 +125,9 @@ class Machine:
         return self._has_other_blocks(source.get("blocks")) or self._is_older(source.get("version"))
 
     def _has_other_blocks(self, theirs: object) -> str | None:
-        """One block is the same under any name. Several are told apart by theirs."""
-        count = len(theirs) if isinstance(theirs, list) else 1  # what an older pagenet does not say
+        """Why the backends do not fit, or None. A single backend may have any id; several are told
+        apart by their ids."""
+        count = len(theirs) if isinstance(theirs, list) else 1  # an older pagenet sends none
         if theirs == self.blocks or count == len(self.backends) == 1:
             return None
         ours = ", ".join(f"{name} of {size} bytes" for name, size in self.blocks)
@@ -137,8 +137,8 @@ class Machine:
         )
 
     def _is_older(self, theirs: object) -> str | None:
-        """A newer QEMU loads what an older one has saved, by the machine type's version; not the
-        other way round."""
+        """Why this QEMU is too old, or None. A newer QEMU loads what an older one has saved, by the
+        machine type's version, but not the other way round."""
         if not isinstance(theirs, list) or not all(isinstance(number, int) for number in theirs):
             return "the source does not say which QEMU it is"
         if self.version[:2] >= tuple(theirs[:2]):
@@ -152,8 +152,8 @@ class Machine:
 
 
 async def describe(qmp: Qmp) -> Machine:
-    """Ask a QEMU what it is. :exc:`~pagenet.errors.UsageError` for one that pagenet cannot move,
-    whatever it does."""
+    """Ask a QEMU which machine it runs. :exc:`~pagenet.errors.UsageError` if pagenet cannot move
+    the guest of that QEMU in any state."""
     version = (await qmp.command("query-version"))["qemu"]
     number = (version["major"], version["minor"], version["micro"])
     if number < _OLDEST:
@@ -194,7 +194,7 @@ async def check_leaving(qmp: Qmp, machine: Machine) -> None:
         raise UsageError(
             f"QEMU is migrating already ({migration['status']}): wait for it, or say migrate_cancel"
         )
-    # QEMU 6.0; before, it says so when it is to begin
+    # Since QEMU 6.0. An older QEMU gives the reason when it is told to migrate.
     if reasons := migration.get("blocked-reasons"):
         raise UsageError(
             f"QEMU cannot migrate this guest: {reasons[0].rstrip('.')}; take that out of it"
@@ -230,8 +230,8 @@ async def _backends(qmp: Qmp) -> tuple[Backend, ...]:
     return tuple(backends)
 
 
-# A range of the guest's memory that begins with the first byte of a memory region: of others it
-# says @OFFSET.
+# A range of the guest's memory that begins with the first byte of a memory region. QEMU adds
+# @OFFSET to any other range.
 _FIRST_BYTE = re.compile(
     r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)(?: KVM)?$", re.MULTILINE
 )
@@ -239,11 +239,11 @@ _HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
 
 
 async def _addresses(qmp: Qmp, names: set[str]) -> dict[str, int]:
-    """Where in QEMU the backends of those ids begin. Sizes do not tell one node's from
-    another's."""
+    """The addresses in QEMU at which the backends with those ids begin. Sizes do not tell one
+    node's backend from another's."""
     found: dict[str, int] = {}
     for start, path in _FIRST_BYTE.findall(await qmp.monitor("info mtree -f")):
-        name = path.rpartition("/")[2]  # the machine type says whether it is a path
+        name = path.rpartition("/")[2]  # a path or a name, by the machine type
         if name in names - found.keys() and (
             told := _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))
         ):
@@ -257,9 +257,9 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """A backend's memory in a QEMU that runs: where it is mapped, and the ``file`` behind it, a
-    descriptor taken from QEMU (it may have no name any more, or one that means another file here;
-    None: it holds none). ``name``: for people.
+    """A backend's memory in a QEMU that runs. ``file``: the file behind it, as a descriptor taken
+    from QEMU, because that file may have no name any more, or its name may mean another file here;
+    None: QEMU has no descriptor of it. ``name``: for people to read.
     """
 
     mapping: Mapping
@@ -273,12 +273,12 @@ class Ram:
 
 @contextmanager
 def ram_of(pid: int, machine: Machine) -> Iterator[list[Ram]]:
-    """What the backends are in that process, one each, while the block runs.
-    :exc:`~pagenet.errors.UsageError` for one that is not shared, :exc:`~pagenet.errors.Unsupported`
-    if we may not look."""
+    """The memory of each backend in process ``pid``, while the block runs.
+    :exc:`~pagenet.errors.UsageError` for a backend that is not shared,
+    :exc:`~pagenet.errors.Unsupported` if this user may not look into that process."""
     for backend in machine.backends:
         if not backend.shared:
-            # else QEMU's own, of a machine that was given none
+            # QEMU's own backend, of a machine that was given none, ends in .ram
             is_named = not backend.name.endswith(".ram")
             hint = (
                 f"start it with share=on for {backend.name}"
@@ -323,8 +323,8 @@ def _ram(qemu: OtherProcess, backend: Backend, offset: int) -> Ram:
 
 
 def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
-    """Where files are mapped shared from their beginning on, and how much: what lies side by side
-    is one, in however many parts the kernel has it."""
+    """Address and bytes of each shared mapping of a file from its first byte on. Adjacent parts of
+    one file are one mapping, however many of them the kernel has."""
     parts = [part for part in mapped if part.mode == "rw-s"]
     for at, first in enumerate(parts):
         end = first.end
@@ -339,9 +339,9 @@ def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def ram_sources(pid: int, machine: Machine) -> Iterator[list[str]]:
-    """What :func:`pagenet.open_source` is to be given, while the block runs, for the RAM of a QEMU
-    that runs as ``pid``, one for each backend: the file that it holds open, or its addresses.
-    Raises what :func:`ram_of` does.
+    """What to give to :func:`pagenet.open_source`, while the block runs, for the RAM of the QEMU
+    that runs as ``pid``: for each backend the file that QEMU holds open, or its addresses. Raises
+    what :func:`ram_of` does.
     """
     with ram_of(pid, machine) as rams:
         yield [

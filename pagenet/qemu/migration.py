@@ -11,11 +11,11 @@
     serve pages                        pull pages
     all there
 
-"run" is said only once that is confirmed, and this QEMU will not go on by itself. Whatever fails
-before the destination has said "taking" has the guest go on here, and ends the QEMU there; from
-then on it never runs here again. If the link breaks between the two words, nobody here can know
-which it is: the guest then stays as it is on both sides. From "run" on nobody but us has the
-guest's pages: a destination that is lost is dialled until it is back.
+"run" is sent only when loading is confirmed and this QEMU will not go on by itself. After a failure
+before the destination has sent "taking", the guest goes on here, and the QEMU there is ended. After
+"taking" the guest never runs here again. If the link breaks between the two messages, this side
+cannot know whether the guest was taken: the guest then stays as it is on both sides. From "run" on
+only this side has the guest's pages: a destination that is lost is dialled until it is back.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
 
-# While the guest stands still: for a word that needs no work, and for the devices' state to travel
-# and be loaded. A link that is dead ends the connection after PEER_TIMEOUT of tcp/_constants.py;
-# this is for a destination that has stopped.
+# In seconds, while the guest stands still: for a message that needs no work, and for the devices'
+# state to arrive and be loaded. A link that is dead ends the connection after PEER_TIMEOUT of
+# tcp/_constants.py; these limits are for a destination that has stopped.
 _ANSWER_TIMEOUT = 10.0
 _LOAD_TIMEOUT = 30.0
-# What the other side says of devices that it cannot load tells more than our QEMU does, and comes
-# at about the same time.
+# In seconds. The destination's reason why it cannot load the devices tells more than our QEMU's,
+# and comes at about the same time.
 _REASON_TIMEOUT = 2.0
-# For the other side's word that it takes the guest.
+# In seconds: for the destination's message that it takes the guest.
 _TAKE_TIMEOUT = 30.0
 
 _HANDED_OVER = (
@@ -82,12 +82,12 @@ async def migrate(
 
     The block begins when the guest runs there, and its pages are served for as long as the block
     runs: leave it after :meth:`~pagenet.Server.wait_complete`. If the migration fails before the
-    guest was handed over, it goes on here, and the error says why:
-    :exc:`~pagenet.errors.UsageError` (this guest, or that destination, cannot be moved or used),
-    :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there), :exc:`MigrationRefused` (in
-    the destination's words), :exc:`~pagenet.errors.PagenetError`. From then on nobody else has the
-    guest's pages: a destination that is lost is dialled until it is back (``pagenet-qemu incoming
-    --resume``), or the block is left.
+    guest was handed over, the guest goes on here, and the error says why:
+    :exc:`~pagenet.errors.UsageError` (this guest cannot be moved, or that destination cannot be
+    used), :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there),
+    :exc:`MigrationRefused` (with the destination's reason), :exc:`~pagenet.errors.PagenetError`.
+    After that only this side has the guest's pages: a destination that is lost is dialled until it
+    is back (``pagenet-qemu incoming --resume``), or the block is left.
 
     Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``,
     ``progress``, ``waiting`` (for a destination that was lost), ``complete``; ``in_doubt``: the
@@ -104,7 +104,8 @@ async def migrate(
             memory: dict[str, object] = {"memories": _identities(specs)}
             source = stack.enter_context(open_source(*specs))
         memory["memory"] = source.identity.hex()
-        # What this memory holds from the switchover on: after another one it holds something else.
+        # A new one, for the memory's content from this switchover on: a later switchover has other
+        # content.
         source.identity = os.urandom(16)
         async with (
             guarding(qmp_socket, pid) as guard,
@@ -113,7 +114,7 @@ async def migrate(
             ) as server,
         ):
             try:
-                # no longer than it takes: it talks to one program at a time
+                # no longer than needed: a monitor serves one client at a time
                 async with connect_qmp(qmp_socket) as qmp:
                     await _leave(_Leaving(qmp, machine, guard, server, on_event), memory, streams)
             finally:
@@ -134,7 +135,7 @@ async def migrate(
 
 
 def _identities(specs: Sequence[str]) -> list[str]:
-    """Of each backend's memory by itself: none of them may be the destination's too."""
+    """The identity of each backend's memory: none of them may be the destination's RAM too."""
     found = []
     for spec in specs:
         with open_source(spec) as source:
@@ -159,9 +160,9 @@ async def _leave(leaving: _Leaving, memory: dict[str, object], streams: _Streams
 
 
 class _Streams:
-    """Those that the destination asks for. They stay open until they are let go, even if the
-    session ends: what the destination has said before its end is yet to be read, and who has the
-    guest depends on it."""
+    """The streams that the destination opens. They stay open until :meth:`let_go`, even if the
+    session ends: what the destination has sent before its end is yet to be read, and decides which
+    side has the guest."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, Connection] = {}
@@ -195,7 +196,7 @@ class _Streams:
                 await self._news.wait()
             return self._found[name]
         raise PagenetError(
-            "the destination is no pagenet-qemu incoming: it asked for pages, and for no machine"
+            "the destination is not a pagenet-qemu incoming: it asked for pages, not for a machine"
         )
 
 
@@ -238,11 +239,12 @@ class _Leaving:
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
 
     async def _send_devices(self, way: Way, nursery: trio.Nursery) -> QmpEvent:
-        """The guest's stop. When this returns, the other side has everything but pages."""
+        """Send the devices' state; returns the event of the guest's stop. When this returns, the
+        destination has everything but pages."""
         await way.prepare()
         stop = await self._stop(way)
-        # Without waiting for the answer: what the devices touch before the other side has heard it
-        # waits there.
+        # The state is sent without waiting for an answer to "stopped": a touch of a missing page
+        # waits at the destination until it has read that message.
         async with open_failing_nursery() as both:
             both.start_soon(self.talk.say, "stopped")
             await way.send()
@@ -258,8 +260,8 @@ class _Leaving:
         return await way.stop()
 
     async def _wait_loaded(self, way: Way) -> None:
-        """Our way knows it as soon as the other side: we need not wait for the other side's word as
-        well."""
+        """Return when the state is loaded. The way learns this as early as the destination does, so
+        this does not wait for the destination's message as well."""
         try:
             await way.wait_loaded(_LOAD_TIMEOUT)
         except PagenetError:
@@ -271,7 +273,7 @@ class _Leaving:
         raise RemoteProtocolError("the peer takes a guest that it was not given")
 
     async def _commit(self) -> None:
-        """Give the guest away: it is gone once the destination has said that it takes it."""
+        """Give the guest away: it is the destination's once the destination has sent "taking"."""
         await self._guard.should_we_die("nothing")
         self._given = Given.PERHAPS
         self._server.persist()
@@ -284,9 +286,9 @@ class _Leaving:
                 self._given = Given.NO
                 raise
             except ConnectionBroken as error:
-                # Closed from there, in good order or because the process was killed: had it said
-                # that it takes the guest, that would have come first. If it was the link that
-                # broke, it may have.
+                # The destination has closed the connection, in good order or because it was killed.
+                # Had it sent "taking", that would have arrived first. If instead the link broke,
+                # it may have sent it.
                 if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (
                     errno.ECONNRESET,
                     errno.EPIPE,
@@ -295,12 +297,13 @@ class _Leaving:
                 raise
         if self._given is not Given.YES:
             raise PagenetError(
-                f"the destination did not say for {_TAKE_TIMEOUT:g} s that it takes the guest"
+                f"the destination did not confirm for {_TAKE_TIMEOUT:g} s that it takes the guest"
             )
 
     async def gives_up(self, error: BaseException) -> bool:
-        """Whether the guest is not given away. It goes on here, unless it may run there; then its
-        pages must be served. Tells the other side, if it can still hear."""
+        """Return whether the guest stays here. It does unless it runs, or may run, at the
+        destination: then its pages must be served. A guest that stays is resumed, and the
+        destination is told if it can still be reached."""
         if self._given is Given.YES:
             return False
         if self._given is Given.PERHAPS:

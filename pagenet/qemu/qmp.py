@@ -21,12 +21,12 @@ __all__ = ["Qmp", "QmpError", "QmpEvent", "connect_qmp", "monitor_pid"]
 
 T = TypeVar("T")
 
-# A command that QEMU has not answered by then never will be: its main loop, which answers, is
-# stuck.
+# In seconds. A command that QEMU has not answered by then will never be answered: QEMU's main loop,
+# which answers, is stuck.
 COMMAND_TIMEOUT = 30.0
 _CONNECT_TIMEOUT = 10.0
 _MAX_LINE = 4 << 20
-_GREETING = -1  # among the answers
+_GREETING = -1  # its key among the answers
 
 
 class QmpError(PagenetError):
@@ -49,8 +49,8 @@ class QmpEvent:
 
 
 class Qmp:
-    """A QEMU's monitor. Made by :func:`connect_qmp`. Every event since the connection began is
-    kept."""
+    """A connection to a QEMU's monitor. Made by :func:`connect_qmp`. Every event since the
+    connection began is kept."""
 
     def __init__(self, stream: trio.SocketStream, path: str) -> None:
         self._stream = stream
@@ -61,28 +61,31 @@ class Qmp:
         self._gone = False
         self.events: list[QmpEvent] = []
         credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        #: the QEMU process's; 0 if it lives in a pid namespace that we do not see
+        #: the QEMU process; 0 if it is in a pid namespace that this process does not see
         self.pid: int = struct.unpack("3i", credentials)[0]
 
     async def command(self, name: str, /, **arguments: Any) -> Any:
-        """What QEMU answers. :exc:`QmpError` if it refuses, :exc:`~pagenet.errors.OwnerGone` if it
-        is gone."""
+        """Execute a command: QEMU's answer. An underscore in an argument's name becomes a dash.
+
+        :exc:`QmpError` if QEMU refuses, :exc:`~pagenet.errors.OwnerGone` if it is gone,
+        :exc:`~pagenet.errors.PagenetError` if it does not answer for 30 s.
+        """
         return await self._ask(name, arguments)
 
     async def monitor(self, line: str) -> str:
-        """What the monitor for people says to that line. Errors as of :meth:`command`."""
+        """The output of the human monitor for ``line``. Errors as of :meth:`command`."""
         return str(await self.command("human-monitor-command", command_line=line)).replace(
             "\r\n", "\n"
         )
 
     async def give(self, name: str, fd: int) -> None:
-        """Have QEMU know a duplicate of ``fd`` by that name (``fd:NAME``). Errors as of
+        """Give QEMU a duplicate of ``fd``, by the name ``name`` (``fd:NAME``). Errors as of
         :meth:`command`."""
         await self._ask("getfd", {"fdname": name}, fd)
 
     async def give_set(self, fd: int) -> int:
-        """The same, by a number that stands for a file (``/dev/fdset/NUMBER``) until
-        ``remove-fd``."""
+        """Give QEMU a duplicate of ``fd`` as a file, ``/dev/fdset/NUMBER``, until ``remove-fd``.
+        Returns the number. Errors as of :meth:`command`."""
         return int((await self._ask("add-fd", {}, fd))["fdset-id"])
 
     async def _ask(self, name: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
@@ -120,8 +123,9 @@ class Qmp:
         where: Callable[[dict[str, Any]], bool] = lambda data: True,
         patience: float,
     ) -> QmpEvent:
-        """The first event of that name among ``events[since:]`` and those to come.
-        :exc:`~pagenet.errors.PagenetError` if it has not come after ``patience`` seconds."""
+        """The first event ``name`` among ``events[since:]`` and later ones whose data ``where``
+        accepts. :exc:`~pagenet.errors.PagenetError` if none comes for ``patience`` seconds,
+        :exc:`~pagenet.errors.OwnerGone` if QEMU closes its monitor."""
 
         def find() -> QmpEvent | None:
             return next(
@@ -148,7 +152,8 @@ class Qmp:
         raise PagenetError(f"QEMU did not send {what} for {patience:g} s on {self._path}")
 
     async def read_forever(self) -> None:
-        """Take in what QEMU says, until it closes the monitor."""
+        """Read answers and events until QEMU closes the monitor.
+        :exc:`~pagenet.errors.PagenetError` for what is not QMP."""
         buffer = bytearray()
         try:
             while data := await self._stream.receive_some(64 << 10):
@@ -207,8 +212,8 @@ class Qmp:
 
 
 def _checked_answer(words: dict[str, Any]) -> dict[str, Any]:
-    """An answer to a command; what it says of an error is made fit for one line. :exc:`TypeError`
-    if it is none."""
+    """An answer to a command, with the text of its error made printable on one line.
+    :exc:`TypeError` if it is not an answer."""
     error = words.get("error", {})
     if (
         not isinstance(words["id"], int)
@@ -224,9 +229,8 @@ def _checked_answer(words: dict[str, Any]) -> dict[str, Any]:
 
 
 async def monitor_pid(path: str | Path) -> int:
-    """The process that listens on the unix socket ``path``, even if it stands still.
-    :exc:`~pagenet.errors.UsageError` if none does, or if we do not see it (in another pid
-    namespace)."""
+    """The process that listens on the unix socket ``path``, even if it is stopped.
+    :exc:`~pagenet.errors.UsageError` if there is none, or if it is in another pid namespace."""
     try:
         with trio.fail_after(_CONNECT_TIMEOUT):
             async with await trio.open_unix_socket(str(path)) as stream:
@@ -238,14 +242,15 @@ async def monitor_pid(path: str | Path) -> int:
     pid: int = struct.unpack("3i", credentials)[0]
     if not pid:
         raise UsageError(
-            f"whoever listens on {path} lives in another pid namespace: run pagenet there"
+            f"the process that listens on {path} is in another pid namespace: run pagenet there"
         )
     return pid
 
 
 @asynccontextmanager
 async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Qmp]:
-    """The monitor behind the unix socket ``path``, which may take ``wait`` seconds to appear."""
+    """The monitor behind the unix socket ``path``, which may take ``wait`` seconds to appear.
+    :exc:`~pagenet.errors.UsageError` if it does not appear."""
     deadline = trio.current_time() + wait
     while True:
         try:
@@ -260,8 +265,8 @@ async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Q
                 hint = "start QEMU with -qmp unix:PATH,server=on,wait=off"
                 raise UsageError(f"no QMP monitor at {path}: {why}; {hint}") from None
             await trio.sleep(0.01)
-    # Not `async with stream`: closed by one that is cancelled meanwhile, it would lose the error
-    # that the block ends with.
+    # Not `async with stream`: if the task is cancelled, closing the stream that way would lose the
+    # error that the block ends with.
     with stream.socket:
         async with open_failing_nursery() as nursery:
             qmp = Qmp(stream, str(path))

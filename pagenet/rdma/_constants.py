@@ -1,14 +1,14 @@
-"""The numbers of this backend."""
+"""The constants of this backend."""
 
 from __future__ import annotations
 
-# Keys that each connection may have in any case: who has fewer can give none back to make room, and
-# would wait for others.
+# Keys that each connection may have whatever the pin limit is: a connection with fewer keys cannot
+# give one back to make room, and would wait for other connections.
 KEYS_IN_ANY_CASE = 4
 
-# READs in flight on a queue pair. Devices do 16 and more; rdma_rxe 128.
+# READs in flight on a queue pair. Devices allow 16 and more; rdma_rxe allows 128.
 MAX_READS = 16
 
-# As in native/verbs.c, which says why.
+# As in native/verbs.c, where the reasons are.
 TIMEOUT = 16
 RETRIES = 6

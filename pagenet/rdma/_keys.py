@@ -1,5 +1,5 @@
-"""The source, in C: a thread for each connection hands out keys, and nothing that a destination
-waits for runs in Trio."""
+"""The source, in C: a thread for each connection hands out keys. Nothing that a destination waits
+for runs in Trio."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["NativeMemory"]
 
 
 class NativeMemory:
-    """As :class:`~._memory.RegisteredMemory`: ``source`` on one device, ``pin_limit`` bytes of it
-    registered at a time."""
+    """``source`` on one device, with ``pin_limit`` bytes of it registered at a time; the same in
+    Trio is :class:`~._memory.RegisteredMemory`."""
 
     def __init__(self, source: Source, path: Path, pin_limit: int) -> None:
         self._path = path
@@ -53,12 +53,12 @@ class NativeMemory:
         return self._keys.pinned
 
     def close(self) -> None:
-        """After the connections that it serves. Idempotent."""
+        """Call after the last connection that it serves has ended. Idempotent."""
         self._cleanup.close()
 
     async def serve(self, carrier: Carrier, unread: bytes, keep: ExitStack) -> None:
-        """As :meth:`pagenet.source.lanes.OneSided.serve_reads`. ``keep``: closes the socket, which
-        ``carrier`` does no more."""
+        """As :meth:`pagenet.source.lanes.OneSided.serve_reads`. ``keep`` closes the socket, which
+        is taken from ``carrier``."""
         stream = bytearray(unread)
         theirs = await receive_endpoint(carrier, stream)
         with ExitStack() as stack:
@@ -122,7 +122,7 @@ async def _run(
 
 
 def _mapped(block: _native.SourceBlock, stack: ExitStack) -> _native.SourceBlock:
-    """With the address at which it is mapped, if it is a file."""
+    """``block``, with the address at which it is mapped if it is a file."""
     if block.fd < 0:
         return block
     mapped = map_file(block.fd, block.pages * block.page_size)

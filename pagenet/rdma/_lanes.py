@@ -1,8 +1,8 @@
 """The destination's lanes over RDMA: a loop in C over both queue pairs, in a thread that Trio
 starts, stops and joins.
 
-In C, because pyverbs holds the GIL in all that it does, and a page that somebody waits for does not
-wait for Python.
+The loop is in C because all calls of pyverbs keep the GIL, and a page that a thread waits for must
+not wait for Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "chunk_table", "exchange"]
 
 
 class Carrier(Connection, Protocol):
-    """What carries the words: a connection with an address of this host's, and a socket to give
+    """The connection that carries messages: it has an address of this host's, and a socket to give
     away."""
 
     @property
@@ -48,8 +48,11 @@ def can_run_in_c(target: Target) -> bool:
 
 
 class RdmaLanes(LoopLanes):
-    """Queue pairs for demand and background, set up over ``carriers``, the first of which carries
-    keys from then on."""
+    """Queue pairs for demand and background, set up over ``carriers``, the first of which then
+    carries keys.
+
+    Raises :exc:`~pagenet.errors.UsageError` if the owner's pages are too large.
+    """
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class RdmaLanes(LoopLanes):
             raise lane_error(end, self._peer)
 
     async def _set_up(self) -> tuple[_native.RdmaLoop, int]:
-        """Join both queue pairs to the source's: the loop, and the socket on which keys travel."""
+        """Join both queue pairs to the source's. Return the loop, and the socket for keys."""
         path = self._path
         loop = await trio.to_thread.run_sync(self._make_loop)
         self._cleanup.callback(loop.close)
@@ -127,7 +130,7 @@ class RdmaLanes(LoopLanes):
 
 
 async def exchange(connection: Connection, ours: Endpoint) -> Endpoint:
-    """Tell the source where our queue pair is: where its own is."""
+    """Tell the source where our queue pair is; return where its own is."""
     await connection.send(ours.encode())
     answer = bytearray(ENDPOINT.size)
     await receive_exactly(connection, memoryview(answer))
@@ -135,8 +138,7 @@ async def exchange(connection: Connection, ours: Endpoint) -> Endpoint:
 
 
 def chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
-    """For each block its first page, pages, page size and first chunk; and how many chunks there
-    are."""
+    """(first page, pages, page size, first chunk) of each block, and the number of chunks."""
     blocks, chunks = [], 0
     for first, block in zip(wire.first_pages, wire.blocks, strict=False):
         pages = block.size // block.page_size
@@ -147,7 +149,7 @@ def chunk_table(wire: Region) -> tuple[list[tuple[int, int, int, int]], int]:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """What the device refuses, as :exc:`Unsupported` that says what to do."""
+    """Turn :exc:`OSError` of the device into :exc:`Unsupported` that says what to do."""
     try:
         yield
     except OSError as error:

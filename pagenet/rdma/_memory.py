@@ -1,5 +1,5 @@
-"""The source in Trio: its memory, registered chunk by chunk as keys are asked for, for as long as a
-destination has them."""
+"""The source in Trio. Its memory is registered chunk by chunk, when a key is asked for, and for as
+long as a destination has the key."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _RECEIVE_SIZE = 4096
 
 @dataclass(eq=False, slots=True)
 class _Chunk:
-    """Registered, or known to be zero (``region`` None)."""
+    """A chunk that is registered, or known to be zero (``region`` None)."""
 
     answer: bytes
     size: int = 0
     region: Any = None
-    #: what is registered is a copy
+    #: the copy that is registered instead of the memory itself
     copy: _native.Mapped | None = None
-    #: connections that have the key
+    #: the number of connections that have the key
     holders: int = field(default=0)
 
     def close(self) -> None:
@@ -56,12 +56,12 @@ class _Chunk:
 
 
 class RegisteredMemory:
-    """``source`` on one device, in Trio and pyverbs: what :class:`~._keys.NativeMemory` is in C,
-    slow and obvious. Has no more than ``pin_limit`` bytes registered, but for four chunks for each
-    connection.
+    """``source`` on one device, in Trio and pyverbs: slow and obvious; the same in C is
+    :class:`~._keys.NativeMemory`.
 
-    Files and memfds are registered as they are, a file on a disk in the page cache. Another
-    process's memory cannot be registered from here: a chunk of it is a copy.
+    At most ``pin_limit`` bytes are registered, except that each connection may have four chunks in
+    any case. Files and memfds are registered themselves, a file on a disk in the page cache.
+    Another process's memory cannot be registered from here: a copy of each chunk is.
     """
 
     def __init__(self, source: Source, path: Path, pin_limit: int) -> None:
@@ -87,7 +87,7 @@ class RegisteredMemory:
         return self._pinned
 
     def close(self) -> None:
-        """After the connections that it serves. Idempotent."""
+        """Call after the last connection that it serves has ended. Idempotent."""
         for chunk in self._chunks.values():
             chunk.close()
         self._chunks.clear()
@@ -98,18 +98,21 @@ class RegisteredMemory:
             mapped.close()
 
     async def take(self, run: Run, held: int) -> tuple[bytes, bool]:
-        """The answer to an asking by somebody who has ``held`` keys, and whether it is a key, which
-        is to be given back.
+        """The encoded answer to an asking of a peer that has ``held`` keys, and whether it is a
+        key. A key must be given back with :meth:`give_back`.
 
-        :exc:`SourceLost` if the memory cannot be read; :exc:`Unsupported` if this process may lock
-        no more, though the peer has fewer keys than it may have in any case; :exc:`OSError` if it
-        cannot be registered for another reason.
+        Raises :exc:`SourceLost` if the memory cannot be read; :exc:`Unsupported` if this process
+        may lock no more, and the peer has fewer keys than it may have in any case; :exc:`OSError`
+        if the memory cannot be registered for another reason.
         """
         async with self._turn:
+            size = self.source.region.size_of(run)
+            more = 0 if run in self._chunks else size
+            # A chunk that another connection has counts too: once that one gives it back, it is
+            # pinned for this one alone.
+            if held >= KEYS_IN_ANY_CASE and self._pinned + more > self._pin_limit:
+                return encode_word(Answer.REFUSED, run), False
             if run not in self._chunks:
-                size = self.source.region.size_of(run)
-                if held >= KEYS_IN_ANY_CASE and self._pinned + size > self._pin_limit:
-                    return encode_word(Answer.REFUSED, run), False
                 try:
                     chunk = await self._make_chunk(run, size)
                 except Unsupported:
@@ -132,8 +135,11 @@ class RegisteredMemory:
             chunk.close()
 
     async def _make_chunk(self, run: Run, size: int) -> _Chunk:
-        """Zero pages are looked for by reading the file, not where it is mapped: one that has
-        become shorter says so."""
+        """Register ``run``, unless it is zero.
+
+        Zero pages are looked for by reading the file, not through its mapping: a read of a file
+        that has become shorter fails with an error.
+        """
         index = self.source.region.block_index(run.first)
         block = self._blocks[index]
         if (known := self.source.zero_map(run)) is not None:
@@ -166,13 +172,14 @@ class RegisteredMemory:
             return _Chunk(encode_key(run, address, region.rkey, zero_map), size, region, copy)
 
     def _room(self, size: int) -> memoryview:
-        """To look at pages in. The same each time: new memory costs more than reading into it."""
+        """A buffer in which pages are searched for zeros. It is kept, because new memory costs more
+        than reading into it."""
         if len(self._pages) < size:
             self._pages = bytearray(size)
         return memoryview(self._pages)[:size]
 
     def _address_in_file(self, index: int, run: Run) -> int:
-        """Where the file is mapped for it to be registered."""
+        """The address at which ``run`` of a file is mapped, so that it can be registered."""
         block = self._blocks[index]
         if index not in self._files:
             self._files[index] = map_file(block.fd, block.pages * block.page_size)
@@ -182,7 +189,7 @@ class RegisteredMemory:
         return mapped.address + offset
 
     def _register(self, address: int, size: int) -> Any:
-        """None: memory of this kind cannot be registered."""
+        """Register memory. None: memory of this kind cannot be registered."""
         access = load("enums").IBV_ACCESS_REMOTE_READ
         try:
             with registering():
@@ -194,27 +201,29 @@ class RegisteredMemory:
 
 
 def map_file(fd: int, size: int) -> _native.MappedFile:
-    """The kernel (before 6.2) registers shared mappings only if they may be written, which a file
-    on a disk is not to be: its pages would all become dirty. What cannot be registered is
-    copied."""
+    """Map the file, writable if it is on no disk and that is permitted.
+
+    Kernels before 6.2 register shared mappings only if they are writable. A file on a disk is not
+    mapped so, because all its pages would become dirty. What cannot be registered is copied.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        return _native.MappedFile(size, fd, writable=False)  # a disk's
+        return _native.MappedFile(size, fd, writable=False)  # it is on a disk
     try:
         writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # another user's
+    except OSError:  # it belongs to another user
         return _native.MappedFile(size, fd, writable=False)
     try:
         return _native.MappedFile(size, writable, writable=True)
-    except OSError:  # sealed
+    except OSError:  # it is sealed
         return _native.MappedFile(size, fd, writable=False)
     finally:
         os.close(writable)
 
 
 def _zero_map(pages: memoryview, page_size: int) -> tuple[bytes, bool]:
-    """A bit for each page that is zero, and whether all are."""
+    """A bitmap of the pages that are zero, and whether all are."""
     bits, first, count = 0, 0, len(pages) // page_size
     while first < count:
         alike, zero = _native.leading_alike(pages[first * page_size :], count - first, page_size)
@@ -264,8 +273,8 @@ async def _answer(
         answer, has_key = await memory.take(run, len(held))
     except (SourceLost, Unsupported, OSError) as error:
         reason = error.strerror or "" if isinstance(error, OSError) else str(error)
-        # Told or not: the source is at its end. Shielded, or a peer that leaves at once would hide
-        # the cause.
+        # The source cannot go on, whether the peer is told or not. Shielded, because a peer that
+        # leaves at once would hide the cause.
         with (
             trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
             suppress(ConnectionBroken, ConnectionClosed),
@@ -285,8 +294,8 @@ async def _receive_more(connection: Connection, stream: bytearray) -> bool:
 
 
 async def receive_endpoint(connection: Connection, stream: bytearray) -> Endpoint:
-    """What the peer begins with, where ``stream`` holds what it has sent already, and then what
-    came behind."""
+    """Receive the peer's first message. ``stream`` holds what the peer has sent already, and
+    afterwards what it has sent behind that message."""
     while len(stream) < ENDPOINT.size:
         if not await _receive_more(connection, stream):
             raise ConnectionBroken("the peer closed instead of saying where its queue pair is")
@@ -297,7 +306,7 @@ async def receive_endpoint(connection: Connection, stream: bytearray) -> Endpoin
 
 @contextmanager
 def _queue_pair(memory: RegisteredMemory, path: Path, theirs: Endpoint) -> Iterator[Endpoint]:
-    """A queue pair that lets the peer's read."""
+    """A queue pair of ours, joined to the peer's, which may read through it."""
     with ExitStack() as stack:
         with translated(f"open a queue pair on {path}"):
             pair, _ = make_queue_pair(memory.context, memory.domain, path, stack)
@@ -311,14 +320,15 @@ def _queue_pair(memory: RegisteredMemory, path: Path, theirs: Endpoint) -> Itera
 def make_queue_pair(
     context: Any, domain: Any, path: Path, stack: ExitStack, room: int = 1, channel: Any = None
 ) -> tuple[Any, Any]:
-    """One that is not joined to any other, with ``room`` for that many work requests, and its
-    completion queue."""
+    """A queue pair that is not joined to another one yet, with room for ``room`` work requests, and
+    its completion queue."""
     enums, qp = load("enums"), load("qp")
     queue = load("cq").CQ(context, room, None, channel)
     stack.callback(queue.close)
     room_for = qp.QPCap(max_send_wr=room, max_recv_wr=1, max_send_sge=1, max_recv_sge=1)
     init = qp.QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=queue, rcq=queue, cap=room_for, sq_sig_all=0)
-    # With these, it is in INIT at once. What the peer may do is set here: later is too late.
+    # With these attributes the queue pair is in INIT at once. The peer's access rights must be set
+    # here: later is too late.
     attributes = qp.QPAttr(port_num=path.port)
     attributes.qp_access_flags = enums.IBV_ACCESS_REMOTE_READ
     pair = qp.QP(domain, init, attributes)
@@ -343,5 +353,5 @@ def join(pair: Any, path: Path, theirs: Endpoint, psn: int, mtu: int, reads: int
 
 
 def _colons(gid: bytes) -> str:
-    """As pyverbs wants it."""
+    """``gid`` as pyverbs wants it."""
     return ":".join(gid[at : at + 2].hex() for at in range(0, 16, 2))

@@ -1,5 +1,5 @@
-"""Which device, port and GID pages go by: what the URI says, else what fits the address of the
-connection beside it."""
+"""The device, port and GID that pages go by: those that the URI names, otherwise those that fit the
+address of the connection that carries messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROCE_V1 = 1  # of enum ibv_gid_type: cannot be routed, and rdma_rxe does not sp
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the URI says: a device's name, the index of a GID. None: any."""
+    """What the URI names: a device, and the index of a GID. None: any."""
 
     device: str | None = None
     gid: int | None = None
@@ -33,8 +33,9 @@ class Path:
     gid_index: int
     gid: bytes
     lid: int
-    #: the verbs' number for it: 1 is 256 bytes, each more doubles it
+    #: as the verbs number it: 1 is 256 bytes, and each further step doubles it
     mtu: int
+    #: READs in flight that the device allows on a queue pair, at most ``MAX_READS``
     reads: int
 
     def __str__(self) -> str:
@@ -47,21 +48,22 @@ def _address(gid: bytes) -> str:
 
 
 def default_path() -> Path:
-    """The one that is taken when nothing is said. :exc:`Unsupported` if there is none."""
+    """The path that is taken when the URI names none. :exc:`Unsupported` if there is none."""
     return choose_path(Wanted(), "")
 
 
 def check_device(wanted: Wanted) -> None:
-    """:exc:`Unsupported` in one line that says what to do if there is no device for it."""
+    """Raise :exc:`Unsupported`, with one line that says what to do, if no device can be used;
+    :exc:`UsageError` if the URI names a device or GID that does not exist."""
     choose_path(wanted, "")
-    # now, and not when somebody waits for a page
+    # imported now, and not while a thread waits for a page
     for name in ("addr", "cq", "enums", "mr", "pd", "qp", "wr"):
         load(name)
 
 
 def choose_path(wanted: Wanted, local_host: str) -> Path:
-    """The path whose GID is ``local_host``, an address of this host; else one with an address of
-    its own; else any."""
+    """The path whose GID is ``local_host``, an address of this host. If there is none: a path whose
+    GID is an IPv4 address; otherwise any other, link-local addresses last."""
     paths = list(_paths(wanted))
     if not paths:
         raise _nothing_found(wanted)

@@ -1,4 +1,4 @@
-"""pyverbs, wherever it is, and what it says when something fails."""
+"""pyverbs: where it is found, and its errors in pagenet's terms."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..errors import Unsupported
 
 __all__ = ["is_limit", "load", "locked_memory_hint", "registering", "translated"]
 
-# A virtual environment does not look here, and pyverbs is not to be had from PyPI for the
-# libibverbs of most systems.
+# A virtual environment does not look here, and PyPI has no pyverbs for the libibverbs of most
+# systems.
 SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
 
 
 def load(name: str) -> Any:
-    """The module ``pyverbs.name``. :exc:`Unsupported` if there is none for this Python."""
+    """Import ``pyverbs.NAME``. :exc:`Unsupported` if there is no pyverbs for this Python."""
     _find_package()
     try:
         return importlib.import_module(f"pyverbs.{name}")
@@ -47,7 +47,7 @@ def _find_package() -> None:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """:exc:`OSError`, with what was done and why it failed, for errors of pyverbs."""
+    """Turn errors of pyverbs into :exc:`OSError`, which tells what failed (``doing``) and why."""
     errors = load("pyverbs_error")
     try:
         yield
@@ -69,14 +69,14 @@ def registering() -> Iterator[None]:
 
 
 def is_limit(number: int | None) -> bool:
-    """Whether this errno of a registration is the limit of locked memory: EPERM where nothing at
-    all may be locked."""
+    """Whether this errno of a registration means the limit of locked memory. It is EPERM where
+    nothing may be locked at all."""
     return number in (errno.ENOMEM, errno.EPERM)
 
 
 def locked_memory_hint(error: OSError) -> str:
-    """What to do about it, if it is the limit of locked memory that made a registration fail. Else
-    nothing."""
+    """What to do, if a registration failed because of the limit of locked memory; otherwise
+    empty."""
     if not is_limit(error.errno):
         return ""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

@@ -1,7 +1,7 @@
 """The destination's lanes over RDMA, in Trio and pyverbs: ask for a key, read, place. Slow, and
 obviously right.
 
-The oracle for the loop in C, and what fills files.
+They are the oracle for the loop in C, and they fill files.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from ._wire import (
 
 __all__ = ["ReadLanes"]
 
-#: keys that a lane has at once: when there are more, the oldest is given back
+#: keys that a lane keeps at most: before it gets another one, the oldest is given back
 MAX_KEYS = 16
-#: how long to wait before asking again, when the source may pin no more, in seconds
+#: seconds to wait before asking again, when the source may pin no more
 REFUSED = 0.01
 
 
 class ReadLanes:
-    """A demand lane and a background lane, a queue pair and a connection each. Borrows the
+    """A demand lane and a background lane, with a queue pair and a connection each. Borrows the
     connections."""
 
     def __init__(
@@ -73,7 +73,7 @@ class ReadLanes:
         return f"trio, rdma by {self._path}"
 
     def close(self) -> None:
-        """What they own ends with their run."""
+        """Nothing to do: :meth:`run` releases what the lanes own."""
 
     async def run(self) -> None:
         async with open_failing_nursery() as nursery:
@@ -92,7 +92,7 @@ class ReadLanes:
             await self._background.wait_turn()
             run = await self._background.next_run(self._background.turn_bytes)
             parts = list(self._filling.claim(run))
-            if not parts:  # time and again, if the owner writes to the map
+            if not parts:  # this may repeat without end if the owner writes to the map
                 await trio.lowlevel.checkpoint()
             for part in parts:
                 lane.request_nowait(Class.BACKGROUND, part)
@@ -100,7 +100,7 @@ class ReadLanes:
 
 
 class _ReadLane:
-    """One queue pair: runs are read one after the other, into memory from which they are placed."""
+    """One queue pair. Runs are read one after another, into memory from which they are placed."""
 
     def __init__(
         self,
@@ -121,19 +121,22 @@ class _ReadLane:
         self._buffer: _Buffer | None = None
 
     def request_nowait(self, class_: Class, run: Run) -> None:
-        """Read ``run``, which the caller has claimed."""
+        """Queue ``run``, which the caller has claimed, to be read."""
         self._asked_in.send_nowait((class_, run))
         self._filling.residency.add(class_, "requests")
 
     async def wait_idle(self, most: int) -> None:
-        """Until fewer than ``most`` runs are asked for."""
+        """Return when fewer than ``most`` runs are queued."""
         while self._asked.statistics().current_buffer_used >= most:
             self._progress = trio.Event()
             await self._progress.wait()
 
     async def run(self) -> None:
-        """Until cancelled. :exc:`SourceLost` when the source cannot go on, or the connection is
-        gone."""
+        """Read what is queued, until cancelled.
+
+        Raises :exc:`SourceLost` if the source cannot go on, or the connection is gone;
+        :exc:`Unsupported` if the device refuses something.
+        """
         with ExitStack() as stack:
             try:
                 self._device = _Device(self._path, stack)
@@ -155,7 +158,7 @@ class _ReadLane:
     # ---- one run ----
 
     async def _read(self, class_: Class, run: Run) -> None:
-        """In pieces that lie in one chunk each, or are a page of ours."""
+        """Read ``run`` in pieces, each of which lies in one chunk, or is one page of ours."""
         index = self._filling.region.block_index(run.first)
         shift = self._unit_shift(index)
         ours, wires = self._filling.region.first_pages[index], self._wire.first_pages[index]
@@ -266,7 +269,7 @@ class _Buffer:
 
 
 class _Device:
-    """A queue pair of ours, and what it takes to wait for it."""
+    """A queue pair of ours, and what is needed to wait for its completions."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path = path
@@ -278,8 +281,8 @@ class _Device:
             before = _event_fds()
             self._channel = load("cq").CompChannel(context)
             stack.callback(self._channel.close)
-            # pyverbs before 57 does not tell the descriptor, and waits for an event with the GIL in
-            # its hands.
+            # pyverbs before 57 does not tell the descriptor, and keeps the GIL while it waits for
+            # an event.
             [self._fd] = _event_fds() - before
             os.set_blocking(self._fd, False)
             self._pair, self._queue = make_queue_pair(
@@ -294,7 +297,7 @@ class _Device:
             join(self._pair, self._path, theirs, self._psn, mtu, reads)
 
     async def read(self, region: Any, to: int, from_: int, key: int, length: int) -> None:
-        """READ ``length`` bytes of the peer's memory. :exc:`SourceLost` if it lets us not, or is
+        """READ ``length`` bytes of the peer's memory. :exc:`SourceLost` if the peer refuses or is
         gone."""
         enums, wr = load("enums"), load("wr")
         with translated("read the source's memory"):
@@ -308,7 +311,7 @@ class _Device:
             )
             request.set_wr_rdma(key, from_)
             self._pair.post_send(request)
-            request.close()  # by hand: pyverbs 44 leaks both otherwise
+            request.close()  # by hand, because pyverbs 44 leaks both otherwise
             part.close()
             status = await self._completion()
         if status == enums.IBV_WC_RETRY_EXC_ERR:

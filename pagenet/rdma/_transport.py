@@ -1,4 +1,4 @@
-"""``rdma://HOST:PORT``: what is said goes over a connection of another transport, to that host and
+"""``rdma://HOST:PORT``: messages go over a connection of another transport, to that host and
 port."""
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SHAPE = "say rdma://HOST:PORT, with ?device=NAME and &gid=INDEX if need be"
 
 
 class RdmaConnection:
-    """A :class:`~pagenet.transport.Connection` that is one-sided, as both sides want it. Owns
-    ``carrier``."""
+    """A :class:`~pagenet.transport.Connection` that is ``OneSided``, for source and destination.
+    Owns ``carrier``."""
 
     def __init__(self, carrier: Carrier, wanted: Wanted) -> None:
         self.carrier = carrier
         self._wanted = wanted
         self._path: Path | None = None
-        # : once it was taken from the carrier. Open until this is closed: to close it where there
-        # is something unread would take : our last words with it
+        #: owns the socket once it was taken from the carrier. The socket stays open until this
+        #: connection is closed: closing a socket with unread bytes would discard our last message.
         self._socket = ExitStack()
         self.peer = _renamed(carrier.peer)
 
@@ -127,18 +127,18 @@ class RdmaListener:
 
 
 class RdmaTransport:
-    """A :class:`~pagenet.transport.Transport`. ``carrier`` is the one for ``tcp://``, whose host
-    and port this one has.
+    """A :class:`~pagenet.transport.Transport`. ``carrier`` is the transport for ``tcp://``, which
+    is given the same host and port.
 
-    ``?device=`` and ``&gid=`` name a device and the index of one of its GIDs, on the side that is
-    given them: a listener's URI, as others are to dial it, is without.
+    ``?device=`` and ``&gid=`` name a device of this side, and the index of one of its GIDs. The URI
+    of a listener, which is for peers to dial, is without them.
     """
 
     def __init__(self, carrier: Transport) -> None:
         self._carrier = carrier
 
     async def dial(self, uri: SplitResult) -> RdmaConnection:
-        """:exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        """Dial ``uri``. Raises :exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
         wanted = _wanted(uri)
         check_device(wanted)
         try:
@@ -148,7 +148,7 @@ class RdmaTransport:
         return RdmaConnection(carrier, wanted)
 
     async def listen(self, uri: SplitResult) -> RdmaListener:
-        """:exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        """Listen on ``uri``. Raises :exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
         wanted = _wanted(uri)
         check_device(wanted)
         try:

@@ -1,9 +1,9 @@
-"""What the two sides tell each other on a lane, after its hello, with no I/O in it.
-``docs/protocol.md`` is the specification.
+"""The messages of the two sides on a lane, after its hello, without I/O. They are specified in
+``docs/protocol.md``.
 
-First each says where its queue pair is, the destination first: an :class:`Endpoint`. From then on
-the destination asks for keys to chunks of the region, and gives them back; the source answers the
-asking, in order.
+First each side tells where its queue pair is, the destination first: an :class:`Endpoint`. From
+then on the destination asks for keys to chunks of the region (an :class:`Asking`), and gives keys
+back. The source answers what is asked for, in order.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ ENDPOINT = struct.Struct("<4sBBBB16sHHII")
 KEY_HEADER = struct.Struct("<IB3xQII")  # reserved, kind, first page, pages, length of what follows
 KEY = struct.Struct("<QII")  # address, key, reserved; then a bit for each page that is zero
 ZERO_MAP_BYTES = 32
-# What one key is for. Registering costs a system call and the pinning of each page, so many pages
-# share it; and it is done when the first of them is wanted, so few do. 1 MiB was Yabusame's choice;
-# others were not measured.
+# Bytes that one key is for. Registering costs a system call and the pinning of each page, so a
+# chunk should have many pages; but all of it is registered when its first page is wanted, so it
+# should have few. 1 MiB was Yabusame's choice; other sizes were not measured.
 CHUNK_SIZE = 1 << 20
 SMALLEST_MTU, LARGEST_MTU = 1, 5
 
@@ -64,8 +64,8 @@ class Answer(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One side's queue pair. ``mtu``: the verbs' number of the largest packet; ``reads``: that it
-    does at once."""
+    """One side's queue pair. ``mtu``: the largest packet, as the verbs number it; ``reads``: READs
+    that it does at a time."""
 
     gid: bytes
     lid: int
@@ -105,7 +105,7 @@ class Endpoint:
 
 
 def chunk_pages(page_size: int) -> int:
-    """Pages in a chunk: a page that is larger is a chunk of its own."""
+    """The number of pages in a chunk. A page larger than ``CHUNK_SIZE`` is a chunk of its own."""
     return max(1, CHUNK_SIZE // page_size)
 
 
@@ -130,7 +130,11 @@ class Asking:
 
 
 def decode_askings(unread: bytearray, region: Region) -> Iterator[Asking]:
-    """All whole ones at the beginning of ``unread``, which are taken out of it."""
+    """All whole askings at the beginning of ``unread``, which are removed from it.
+
+    Raises :exc:`RemoteProtocolError` if an asking makes no sense, or is not for a chunk of
+    ``region``.
+    """
     while len(unread) >= KEY_HEADER.size:
         _, kind, first, count, length = KEY_HEADER.unpack_from(unread)
         del unread[: KEY_HEADER.size]
@@ -145,7 +149,7 @@ def decode_askings(unread: bytearray, region: Region) -> Iterator[Asking]:
 
 
 def encode_key(run: Run, address: int, key: int, zero_map: bytes) -> bytes:
-    """``zero_map``: a bit for each page that is zero, or nothing if that is not known."""
+    """An answer with a key. ``zero_map``: a bitmap of the pages that are zero; empty: not known."""
     zeros = zero_map.ljust(ZERO_MAP_BYTES, b"\0") if zero_map else b""
     return (
         KEY_HEADER.pack(0, Answer.HERE, run.first, run.count, KEY.size + len(zeros))
@@ -161,8 +165,8 @@ def encode_word(answer: Answer, run: Run, reason: str = "") -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The answer to an asking: ``address`` and ``key`` if ``answer`` is HERE, a ``reason`` if it is
-    FAILED."""
+    """The answer to an asking, with ``address`` and ``key`` if ``answer`` is HERE, and a ``reason``
+    if it is FAILED."""
 
     answer: Answer
     run: Run
@@ -172,7 +176,7 @@ class Key:
     reason: str = ""
 
     def is_zero(self, page: int) -> bool:
-        """Whether that page is known to be zero."""
+        """Whether ``page`` is known to be zero."""
         bit = page - self.run.first
         return self.answer is Answer.ZERO or bool(
             self.zero_map and self.zero_map[bit // 8] >> bit % 8 & 1
@@ -180,7 +184,10 @@ class Key:
 
 
 def decode_answer(header: bytes) -> tuple[Answer, Run, int]:
-    """And the length of what follows, for :func:`read_key`."""
+    """The answer, its chunk, and the length of what follows, for :func:`read_key`.
+
+    Raises :exc:`RemoteProtocolError` if the header makes no sense.
+    """
     _, answer, first, count, length = KEY_HEADER.unpack(header)
     if answer not in set(Answer):
         raise RemoteProtocolError(
@@ -206,7 +213,8 @@ def read_key(answer: Answer, run: Run, body: bytes) -> Key:
 
 
 def check_key(key: Key, asked: Run, region: Region) -> Key:
-    """``key``, if it answers what was asked: for that chunk, at addresses that there are."""
+    """Return ``key``. Raises :exc:`RemoteProtocolError` if it is for another chunk than ``asked``,
+    or for addresses that do not exist."""
     if key.answer is not Answer.FAILED and key.run != asked:
         raise RemoteProtocolError("the peer's answer about a key was not asked for")
     if key.address > 2**64 - region.size_of(asked):

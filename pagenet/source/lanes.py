@@ -1,4 +1,4 @@
-"""What the source asks of connections beside which destinations read its memory themselves."""
+"""The interface of connections beside which destinations read the source's memory themselves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .memory import Source
 
 __all__ = ["PIN_LIMIT", "OneSided"]
 
-# Bytes of the source's memory that are registered at the same time, whoever reads it. Registered
-# memory cannot be swapped or moved: a source pins as much as destinations are at work on, not all
+# Bytes of the source's memory that may be registered at a time, for all destinations together.
+# Registered memory cannot be swapped or moved: a source pins what destinations are reading, not all
 # that it has.
 PIN_LIMIT = 256 << 20
 
@@ -18,7 +18,7 @@ PIN_LIMIT = 256 << 20
 @runtime_checkable
 class OneSided(Protocol):
     """A connection beside which the destination reads pages out of the source's memory itself. It
-    carries but the words that this takes."""
+    carries only the messages that this takes."""
 
     @property
     def peer(self) -> str:
@@ -26,22 +26,27 @@ class OneSided(Protocol):
         ...
 
     def find_path(self) -> str:
-        """By which device and address its pages go, for people to read.
-        :exc:`~pagenet.errors.Unsupported` if by none."""
+        """The device and address by which its pages go, in readable form.
+
+        Raises :exc:`~pagenet.errors.Unsupported` if there is none.
+        """
         ...
 
     def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> Any:
-        """Make ready to let destinations on this path read ``source``, ``pin_limit`` bytes of it at
-        a time. What comes of it is for :meth:`serve_reads` of any connection on the same path, and
-        has a ``close``."""
+        """Prepare ``source`` to be read by destinations on this path, at most ``pin_limit`` bytes
+        of it at a time.
+
+        The result is for :meth:`serve_reads` of any connection on the same path, and has a
+        ``close``.
+        """
         ...
 
     async def serve_reads(self, memory: Any, unread: bytes) -> None:
         """Let the peer read, until it closes. ``unread``: what was received from it already.
 
-        :exc:`~pagenet.errors.SourceLost`, after the peer has been told, ends everything; else what
-        ends the connection is :exc:`~pagenet.errors.ConnectionBroken`,
-        :exc:`~pagenet.errors.RemoteProtocolError`, or :exc:`~pagenet.errors.Unsupported` if this
+        Raises :exc:`~pagenet.errors.SourceLost`, after the peer has been told: it ends everything.
+        The other errors end this connection alone: :exc:`~pagenet.errors.ConnectionBroken`,
+        :exc:`~pagenet.errors.RemoteProtocolError`, and :exc:`~pagenet.errors.Unsupported` if this
         process may not do what it takes, of which the peer has been told as well.
         """
         ...

@@ -28,7 +28,7 @@ from ..region import Block, Region, Run
 
 __all__ = ["Source", "named_identity", "open_source"]
 
-# Between two looks at whether a file was changed, which is one fstat() of each.
+# Seconds between two checks whether a file was changed. A check is one fstat() of each file.
 _WATCH_SECONDS = 0.1
 
 _MAX_ADDRESS = 1 << 57  # user half of a five-level page table
@@ -38,16 +38,18 @@ class _Piece(Protocol):
     """One block's memory."""
 
     size: int
-    #: what tells this memory from any other, for as long as it lives
+    #: distinguishes this memory from any other, for as long as it lives
     identity: str
 
     def read_nowait(self, offset: int, into: memoryview) -> bool:
-        """Fill ``into`` if it can be done without waiting for a disk. :exc:`SourceLost` if those
-        bytes are gone."""
+        """Fill ``into``, from byte ``offset`` of the block on, if that does not wait for a disk.
+
+        False: it would; ``into`` may be overwritten. :exc:`SourceLost` if those bytes are gone.
+        """
         ...
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into``, however long it takes."""
+        """Fill ``into``, even if that waits for a disk. :exc:`SourceLost` if the bytes are gone."""
         ...
 
     def is_hole(self, offset: int, length: int) -> bool:
@@ -55,32 +57,33 @@ class _Piece(Protocol):
         ...
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
-        """A bit for each page that is zero, and how many are; None if it takes reading them all.
-        :exc:`SourceLost` if they are gone."""
+        """A bitmap of the pages that are zero, and their number; None if that takes reading all of
+        them. :exc:`SourceLost` if they are gone."""
         ...
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
-        """Where lanes in C find it, as pages of that size from number ``first`` on."""
+        """The block as lanes in C see it: pages of ``page_size`` bytes, numbered from ``first``
+        on."""
         ...
 
     def check_unchanged(self) -> None:
-        """:exc:`SourceLost` if it is known to hold something else than when it was opened."""
+        """:exc:`SourceLost` if it is known that the content has changed since it was opened."""
         ...
 
     def close(self) -> None: ...
 
 
 class Source:
-    """A region and a way to read it. Open one with :func:`open_source`; close it, or use it as a
-    context manager."""
+    """A region and a way to read it. Made by :func:`open_source`; close it, or use it as a context
+    manager."""
 
     def __init__(self, pieces: Sequence[tuple[str, _Piece]]) -> None:
         self._pieces = [piece for _, piece in pieces]
         self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
         identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
-        # : 16 bytes that are the same for the same memory, however often it is opened, and differ
-        # for any other, and for a : stored file that was written to since; :func:`named_identity`
-        # makes them of a name that somebody gives the content
+        #: 16 bytes: the same each time the same memory is opened, and different for other memory
+        #: and for a stored file that was written to since. :func:`named_identity` makes them from a
+        #: name that an operator gives the content.
         self.identity = hashlib.sha256(identity.encode()).digest()[:16]
 
     def __enter__(self) -> Self:
@@ -95,26 +98,26 @@ class Source:
             piece.close()
 
     def check_unchanged(self) -> None:
-        """:exc:`SourceLost` if a stored file was written to since it was opened, as its size and
-        time of change tell."""
+        """Raise :exc:`SourceLost` if a stored file was written to since it was opened, as its size
+        and mtime tell."""
         for piece in self._pieces:
             piece.check_unchanged()
 
     async def watch(self) -> None:
-        """Until cancelled: raise what :meth:`check_unchanged` does as soon as it does."""
+        """Call :meth:`check_unchanged` ten times a second, until it raises or this is cancelled."""
         while True:
             self.check_unchanged()
             await trio.sleep(_WATCH_SECONDS)
 
     def native_blocks(self) -> list[_native.SourceBlock]:
-        """What lanes in C need to know."""
+        """The blocks as lanes in C see them."""
         firsts = self.region.first_pages[:-1]
         blocks = zip(firsts, self.region.blocks, self._pieces, strict=True)
         return [piece.native(first, block.page_size) for first, block, piece in blocks]
 
     async def read_into(self, run: Run, into: memoryview) -> bool:
-        """Fill ``into`` with the pages of ``run``, or leave it alone and return False if they are
-        known to be zero.
+        """Fill ``into`` with the pages of ``run``. If they are known to be zero, leave it alone and
+        return False.
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
@@ -128,8 +131,8 @@ class Source:
         return True
 
     def zero_map(self, run: Run) -> tuple[bytes, int] | None:
-        """A bit for each page of ``run`` that is zero, and how many are. None: it takes reading
-        them, and maybe a disk.
+        """A bitmap of the pages of ``run`` that are zero, and their number. None: that takes
+        reading them, maybe from a disk.
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
@@ -140,8 +143,11 @@ class Source:
 
 
 def named_identity(text: str) -> bytes:
-    """Of content that its operator calls ``text``: 32 hexadecimal digits are an identity as it is,
-    and anything else is a name, the same on every host."""
+    """The identity (16 bytes) of content that its operator calls ``text``.
+
+    32 hexadecimal digits are the identity itself. Anything else is a name, which gives the same
+    identity on every host.
+    """
     if re.fullmatch(r"[0-9A-Fa-f]{32}", text):
         return bytes.fromhex(text)
     return hashlib.sha256(b"named\n" + os.fsencode(text)).digest()[:16]
@@ -151,16 +157,16 @@ _DESCRIPTOR = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd/(\d+)")
 
 
 def _descriptor_named(path: str) -> tuple[int, int] | None:
-    """The process and the number, if ``path`` is a descriptor's of a process: /proc/PID/fd/N, by
-    whatever way it is spelt."""
+    """The process and the number, if ``path`` names a process's descriptor: /proc/PID/fd/N, however
+    it is spelt."""
     directory, name = os.path.split(os.path.abspath(path))
     match = _DESCRIPTOR.fullmatch(os.path.join(os.path.realpath(directory), name))
     return (int(match[1]), int(match[2])) if match else None
 
 
 def _open_file(path: str) -> int:
-    """For reading. :exc:`OSError`."""
-    # Non-blocking: a FIFO would wait for its writer, instead of being turned away.
+    """Open ``path`` for reading. Raises :exc:`OSError`."""
+    # Non-blocking: opening a FIFO would wait for its writer, instead of being refused.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = _descriptor_named(path)
     if descriptor is None or descriptor[0] == os.getpid():
@@ -176,22 +182,28 @@ def _open_file(path: str) -> int:
             raise OSError(errno.EINVAL, "it is not a regular file, nor a memfd")
         if fcntl.fcntl(taken, fcntl.F_GETFL) & (os.O_WRONLY | os.O_PATH):
             raise OSError(errno.EBADF, "that process may not read it either")
-        # An own place in the file: looking for holes moves it, and theirs is not ours to move.
+        # Opened again for a file offset of our own: the search for holes moves the offset, and that
+        # of the process must not move.
         return os.open(f"/proc/self/fd/{taken}", flags)
     finally:
         os.close(taken)
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether it is a process of this user's, who has no more rights than it has. Taking from it
-    may be forbidden all the same (kernel.yama.ptrace_scope)."""
+    """Whether the process belongs to this user, who is not root, and so has no more rights than the
+    process.
+
+    Taking a descriptor from it may still be forbidden (kernel.yama.ptrace_scope).
+    """
     return os.geteuid() != 0 and os.stat(f"/proc/{pid}").st_uid == os.geteuid()
 
 
 def _take_descriptor(pid: int, number: int) -> int:
-    """A duplicate of another process's descriptor, which may do what that one may. Opened by its
-    name it could do whatever this user may: root would read what an unprivileged process only has a
-    handle of."""
+    """A duplicate of another process's descriptor, with the same rights.
+
+    Opened by its name, the file would be accessible with this user's rights: root would read what
+    an unprivileged process only has a handle for.
+    """
     try:
         pidfd = os.pidfd_open(pid)
         try:
@@ -211,9 +223,9 @@ def _is_of_a_process(path: str, status: os.stat_result) -> bool:
     """Memory rather than a stored file: named as a process has it (/proc/PID/fd/N), or without a
     name (a memfd).
 
-    It is not watched: the kernel sets its time of change at a fault for writing, also where nothing
-    is written then (KVM and virtual devices pin pages so), and an alarm that is false costs a
-    guest."""
+    Such memory is not watched: the kernel sets its mtime at a write fault, even where nothing is
+    written then (KVM and virtual devices pin pages so), and a false alarm costs a guest.
+    """
     return status.st_nlink == 0 or _descriptor_named(path) is not None
 
 
@@ -262,7 +274,7 @@ class _FilePiece:
         except BlockingIOError:
             return False
         except OSError as error:
-            # which hugetlbfs and old tmpfs say: memory, never a disk
+            # hugetlbfs and old tmpfs fail with EOPNOTSUPP: they are memory, never a disk
             if error.errno != errno.EOPNOTSUPP:
                 raise self._lost(error.strerror) from None
         self.read(offset, into)
@@ -288,8 +300,8 @@ class _FilePiece:
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
         except OSError as error:
-            # ENXIO: no data from there on. But a file that has become shorter says so too, and its
-            # pages are not zero.
+            # ENXIO: there is no data from offset on. A file that has become shorter fails with it
+            # too, and its pages are not zero.
             return error.errno == errno.ENXIO and os.fstat(self._fd).st_size >= offset + length
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
@@ -310,7 +322,7 @@ class _FilePiece:
         if self._changed_at is None:
             return
         if status.st_size < self.size:
-            return  # whoever asks for what is gone is told that, which says more
+            return  # a read of what is gone fails with an error that tells more
         if (status.st_size, status.st_mtime_ns) != (self.size, self._changed_at):
             raise SourceLost(
                 f"source {self._path} was changed while it was served: serve what it holds now as"
@@ -369,8 +381,8 @@ class _ProcessPiece:
                 f"cannot read process {self._pid} at {self._start + offset:#x}:"
                 f" {error.strerror}{hint}"
             ) from None
-        # The number may have gone to another process meanwhile; not while ours was still there
-        # after the read.
+        # The pid may belong to another process by now. It did not during the read if our process
+        # is still there after it.
         if select.select([self._pidfd], [], [], 0)[0]:
             raise SourceLost(f"process {self._pid} has ended")
 
@@ -381,7 +393,7 @@ class _ProcessPiece:
         return None
 
     def check_unchanged(self) -> None:
-        pass  # it is expected to stand still, and nothing would tell
+        pass  # it is expected to stand still, and a change would not be visible
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         pages = self.size // page_size
@@ -396,7 +408,7 @@ class _ProcessPiece:
 
 
 def _has_seals(fd: int) -> bool:
-    """Which files have that are on no disk, whether any is set or not."""
+    """Whether the file can have seals. Files that are on no disk can, even if no seal is set."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -405,7 +417,7 @@ def _has_seals(fd: int) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    # field 22, counted behind the command, which may contain spaces and brackets
+    # field 22; counted from behind the command, which may contain spaces and brackets
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
@@ -414,11 +426,11 @@ _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
 def open_source(*specs: str | os.PathLike[str]) -> Source:
-    """The memory that ``specs`` name, one block each, in that order.
+    """Open the memory that ``specs`` name: one block for each, in that order.
 
-    ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
-    ``pid:PID:START+SIZE`` (addresses of another process), each of them also as ``NAME=...``.
-    :exc:`UsageError` says what is wrong with one.
+    A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
+    ``pid:PID:START+SIZE`` (addresses of another process). ``NAME=`` in front gives the block a
+    name. Raises :exc:`UsageError` if a spec cannot be used.
     """
     if not specs:
         raise UsageError("no source given")
@@ -454,7 +466,7 @@ def _open_piece(what: str) -> _Piece:
 
 
 def _distinct(pieces: Sequence[tuple[str, _Piece]]) -> Iterator[tuple[str, _Piece]]:
-    """Two files of the same name are two blocks."""
+    """Number equal names, so that two files of the same name are two blocks."""
     seen: dict[str, int] = {}
     for name, piece in pieces:
         seen[name] = seen.get(name, 0) + 1

@@ -1,7 +1,8 @@
 """The source's lanes, in C: two loops, one for demand and one for the background, each for any
 number of connections.
 
-Two, so that a page that somebody waits for is never behind a chunk that nobody does.
+There are two loops so that a page that a thread waits for is never behind a chunk that no thread
+waits for.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .memory import Source
 __all__ = ["MAX_UNREAD", "NativeSourceLanes"]
 
 
-# : What a loop takes over of what a peer has sent: as many requests as it reads at a time. More is
-# for a lane in Trio.
+#: Bytes received from a peer that a loop takes over: as many requests as it reads at a time. A
+#: connection with more goes to a lane in Trio.
 MAX_UNREAD = 128 * LANE_HEADER_SIZE
 
 
@@ -103,16 +104,16 @@ class NativeSourceLanes:
         self._background = _Loop(source, background=True, links=links)
 
     def asked(self, class_: Class) -> int:
-        """Pages that were asked for in that class, so far."""
+        """The number of pages asked for in ``class_`` so far."""
         return self._demand.asked(class_) + self._background.asked(class_)
 
     def close(self) -> None:
-        """Not while :meth:`run` runs."""
+        """Not to be called while :meth:`run` runs."""
         self._demand.close()
         self._background.close()
 
     async def run(self) -> None:
-        """Until cancelled. :exc:`SourceLost` when the memory is gone."""
+        """Run both loops until cancelled. :exc:`SourceLost` if the memory is gone."""
         limiter = trio.CapacityLimiter(2)
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._demand.run, limiter)
@@ -121,10 +122,12 @@ class NativeSourceLanes:
     async def serve(
         self, channel: Channel, connection: Detachable, unread: bytes, link: int
     ) -> None:
-        """Until the peer closes. ``link``: a number that one destination's connections have in
-        common, and others hardly ever.
+        """Serve ``connection`` until the peer closes it.
 
-        Raises what it did wrong, as a connection of its own would."""
+        ``link``: a number that all connections of one destination share, and that connections of
+        others hardly ever have. Raises :exc:`RemoteProtocolError` for what the peer did wrong,
+        :exc:`ConnectionBroken`, or :exc:`ConnectionClosed` if the loop was stopped.
+        """
         peer = connection.peer
         loop = self._demand if channel is Channel.DEMAND else self._background
         end = await loop.serve(connection, unread, link)

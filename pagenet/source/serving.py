@@ -213,10 +213,7 @@ class Server:
         return self._sessions[hello.session]
 
     def _too_many(self, session: _Session | None) -> str | None:
-        """The reason to refuse another lane of ``session``; with None, another session.
-
-        None: there is none.
-        """
+        """Why another lane of ``session`` (None: another session) is refused; None if it is not."""
         if session is None and len(self._sessions) >= self._max_sessions:
             limit = self._max_sessions
             return (
@@ -245,7 +242,7 @@ class Server:
         return self._source.identity
 
     def persist(self) -> None:
-        """Dial a lost destination again from now on: nobody but us has these pages.
+        """Dial a lost destination again from now on: only this side has these pages.
 
         For a server that dials.
         """
@@ -254,7 +251,7 @@ class Server:
     async def dial(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done.
 
-        After :meth:`persist`, retry as long as it is lost.
+        After :meth:`persist`, retry while it is lost.
         """
         told, pause = "", _FIRST_PAUSE
         while True:
@@ -478,7 +475,7 @@ async def serve(
     written to; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
     :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``,
-    ``left``, ``lost``, ``refused``, ``waiting`` (for one that is lost).
+    ``left``, ``lost``, ``refused``, ``waiting`` (for a destination that is lost).
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")

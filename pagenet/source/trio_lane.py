@@ -27,20 +27,20 @@ from .memory import Source
 __all__ = ["LARGE_UNITS", "TrioSourceLane"]
 
 _RECEIVE_SIZE = 16 << 10
-# kept at most of what a peer does not read, and as much again where it is compressed
+# bytes kept at most for a peer that does not read, and as much again where they are compressed
 _CHUNK = 256 << 10
 _LZ4_BLOCK = 128 << 10
-# : Units beyond a chunk that may be kept to be compressed, of all lanes: 2 MiB each. More travel as
-# they are.
+#: Units larger than a chunk that may be kept to be compressed, for all lanes together: 2 MiB each.
+#: Further ones travel uncompressed.
 LARGE_UNITS = 8
-_SAMPLE = 32 << 10  # compressed to see what that would be like
+_SAMPLE = 32 << 10  # bytes compressed to measure what compressing would bring
 
 
 class TrioSourceLane:
     """Requests in, pages out, one after the other: slow, and obviously right.
 
-    Where the source is to choose, the background's runs are compressed if that is faster, and pages
-    that somebody waits for are not.
+    Where the source chooses, runs of the background are compressed if that is faster, and pages
+    that a thread waits for are not.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class TrioSourceLane:
     ) -> None:
         self._connection = connection
         self._large_units = large_units or trio.Semaphore(LARGE_UNITS)
-        self._next = Run(0, 0)  # of the request at hand, what no reply has been made for
-        self._streaming = False  # a reply was begun
+        self._next = Run(0, 0)  # the part of the current request that has no reply yet
+        self._streaming = False  # a reply has begun that is sent in several pieces
         self._asked = Counter() if asked is None else asked  # pages, by class
         self._source = source
         self._pages = memoryview(bytearray())
@@ -61,8 +61,10 @@ class TrioSourceLane:
         self._choice = _native.Choice()
 
     async def run(self, unread: bytes) -> None:
-        """Serve until the peer closes. :exc:`~pagenet.errors.SourceLost`, after the peer has been
-        told, ends everything."""
+        """Serve until the peer closes. ``unread``: what was received from it already.
+
+        Raises :exc:`~pagenet.errors.SourceLost`, after the peer has been told: it ends everything.
+        """
         decoder = RequestDecoder(self._source.region)
         decoder.feed(unread)
         buffer = memoryview(bytearray(_RECEIVE_SIZE))
@@ -81,8 +83,8 @@ class TrioSourceLane:
             for run in self._chunks(request):
                 await self._answer_run(request, run)
         except SourceLost as error:
-            # Told or not: the source is at its end. Shielded, or a peer that leaves at once would
-            # hide the cause.
+            # The source cannot go on, whether the peer is told or not. Shielded, because a peer
+            # that leaves at once would hide the cause.
             with (
                 trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
                 suppress(ConnectionBroken, ConnectionClosed),
@@ -91,7 +93,8 @@ class TrioSourceLane:
             raise
 
     def _chunks(self, request: Request) -> Iterator[Run]:
-        """Whole units, no more of them at a time than are kept for a peer that does not read."""
+        """Split the request into runs of whole units: at most ``_CHUNK`` bytes, which is what is
+        kept for a peer that does not read, but at least one unit."""
         unit = 1 << request.unit_shift
         most = max(_CHUNK // self._page_size(request.run) // unit, 1) * unit
         for first in range(request.run.first, request.run.end, most):
@@ -99,7 +102,7 @@ class TrioSourceLane:
             yield Run(first, min(most, request.run.end - first))
 
     async def _tell_lost(self, request: Request, reason: str) -> None:
-        if not self._streaming:  # else what is sent now would be taken for pages
+        if not self._streaming:  # otherwise the peer would take what is sent now for pages
             text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
             await self._connection.send(
                 _reply(request, Encoding.FAILED, self._next, len(text)), text
@@ -135,8 +138,8 @@ class TrioSourceLane:
             self._choice.answered(len(pages), sum(map(len, buffers)), now - working, now)
 
     async def _stream(self, request: Request, unit: Run) -> None:
-        """A unit of which no more than a piece is kept: looked through first, and read again to be
-        sent."""
+        """Answer a unit of which only one piece is kept at a time: it is searched for bytes that
+        are not zero first, and read again to be sent."""
         if await self._is_zero(unit):
             await self._connection.send(_reply(request, Encoding.ZERO, unit, 0))
             return
@@ -174,18 +177,18 @@ class TrioSourceLane:
         return packed
 
     async def _read(self, run: Run) -> memoryview | None:
-        """The pages, until the next read; None if they are known to be zero."""
+        """The pages, valid until the next read; None if they are known to be zero."""
         size = self._source.region.size_of(run)
         pages = memoryview(bytearray(size)) if len(self._pages) < size else self._pages[:size]
-        if len(self._pages) < size <= _CHUNK:  # a larger one is not kept
+        if len(self._pages) < size <= _CHUNK:  # a larger buffer is not kept
             self._pages = pages
         return pages if await self._source.read_into(run, pages) else None
 
     def _replies(
         self, request: Request, whole: Run, pages: memoryview, packing: bool
     ) -> Iterator[transport.Buffer]:
-        """Headers and payloads that cover the run: units that are zero as a flag, the others as
-        they are or compressed."""
+        """Headers and payloads that cover the run: zero units as a flag, the others raw or
+        compressed."""
         page_size = len(pages) // whole.count
         unit = page_size << request.unit_shift
         done = 0

@@ -2,9 +2,9 @@
 
 ::
 
-    _constants.py    what was chosen, and why
+    _constants.py    the constants, and the reasons for them
     _uri.py          URIs in: (host, port) or a path out, or a UsageError
-    _connection.py   SocketConnection: both kinds share it, and the translation of errno with it
+    _connection.py   SocketConnection, for both kinds of socket; translates errno
     _listener.py     SocketListener: accept, whatever else happens
     _tcp.py          TcpTransport: names, addresses, the options of a TCP socket
     _unix.py         UnixTransport: socket files, their modes and their leftovers

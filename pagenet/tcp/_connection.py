@@ -1,5 +1,5 @@
-"""A connection over a stream socket, and the one place where its errno becomes one of pagenet's
-errors."""
+"""A connection over a stream socket, and the one place where its errno becomes an error of
+pagenet's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ._constants import IOV_MAX
 
 
 class SocketConnection:
-    """A :class:`~pagenet.transport.Connection`, and :class:`~pagenet.transport.Detachable`. It owns
-    the socket."""
+    """A :class:`~pagenet.transport.Connection` that is :class:`~pagenet.transport.Detachable`. It
+    owns the socket."""
 
     def __init__(self, sock: trio.socket.SocketType, peer: str) -> None:
         self._socket = sock
@@ -39,7 +39,7 @@ class SocketConnection:
 
     @property
     def local_host(self) -> str:
-        """The address of this end, without the port; empty where there is none."""
+        """The address of this end, without the port; empty for a unix socket."""
         self._check_open()
         address = self._socket.getsockname()
         return str(address[0]) if isinstance(address, tuple) else ""
@@ -48,8 +48,8 @@ class SocketConnection:
         self._check_open()
         with self._sending:
             views = _byte_views(buffers)
-            # An exported view pins the mmap under it, and an exception's traceback would keep ours:
-            # let go by hand.
+            # An exported view pins the mmap under it, and an exception's traceback would keep our
+            # views: so they are released by hand.
             try:
                 await self._send_views(views)
             finally:
@@ -77,8 +77,8 @@ class SocketConnection:
             with self._translated():
                 count = await self._socket.recv_into(buffer)
             # The kernel reports a reset once, to whichever direction asks first. From then on,
-            # receiving looks like the end of a stream that was closed in good order. So remember
-            # it.
+            # receiving looks like the end of a stream that was closed in good order. So the reset
+            # is remembered.
             if not count and self._broken is not None:
                 raise ConnectionBroken(self._broken)
             return count
@@ -93,7 +93,7 @@ class SocketConnection:
         connection is then closed.
 
         :exc:`~pagenet.errors.ConnectionBusy` while a task is sending or receiving: part of its
-        bytes may be under way.
+        bytes may be in flight.
         """
         self._check_open()
         if self._sending.held or self._receiving.held:
@@ -101,8 +101,8 @@ class SocketConnection:
                 f"another task is using the connection to {self._peer}: it cannot be detached now"
             )
         self._closed = True
-        # Trio must forget the file descriptor now: it may still watch it, and would never learn who
-        # closes it.
+        # Trio must forget the file descriptor now: it may still watch it, and would never learn
+        # that it is closed.
         trio.lowlevel.notify_closing(self._socket)
         return self._socket.detach()
 
@@ -122,8 +122,8 @@ class SocketConnection:
         except OSError as error:
             if self._closed:
                 raise self._closed_error() from None
-            # EFAULT speaks of the caller's buffer (a file truncated under its mapping, a poisoned
-            # page), not of the connection: reconnecting would meet it again.
+            # EFAULT is about the caller's buffer (a file truncated under its mapping, a poisoned
+            # page), not about the connection: it would come again after reconnecting.
             if error.errno == errno.EFAULT:
                 raise
             self._broken = self._broken or f"the connection to {self._peer} broke: {reason(error)}"
@@ -131,17 +131,17 @@ class SocketConnection:
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without the decorations that Python and Trio add. Resolver errors bring
-    their own text."""
+    """The system's text for ``error``, without what Python and Trio add. Resolver errors have a
+    text of their own."""
     if isinstance(error, socket.gaierror) or error.errno is None:
         return error.strerror or str(error)
     return os.strerror(error.errno)
 
 
 def _byte_views(buffers: Sequence[Buffer]) -> list[memoryview]:
-    """One view of bytes for each buffer that is not empty. TypeError for one that is not
-    contiguous."""
-    # Empty ones cannot be cast, and with none of them left a count of 0 never has to be skipped.
+    """One view of bytes for each buffer that is not empty. Raises TypeError for a buffer that is
+    not contiguous."""
+    # Empty buffers cannot be cast; and without them, 0 bytes sent never have to be skipped.
     return [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
 
 

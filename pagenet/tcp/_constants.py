@@ -1,62 +1,62 @@
-"""The numbers of this backend. None is visible on the wire: change them freely, on one side only if
-you like."""
+"""The constants of this backend. None is visible on the wire: they may be changed on one side
+only."""
 
 from __future__ import annotations
 
 import os
 
-# The kernel refuses a sendmsg() of more buffers than this with EMSGSIZE. 1024 on every Linux, but
-# it is the kernel's to say.
+# The kernel refuses a sendmsg() of more buffers than this with EMSGSIZE. It is 1024 on every Linux,
+# but the kernel decides.
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
-# A dial that takes longer is of no use: the owner's threads stand still meanwhile. SYNs go out at
-# 0, 1, 3 and 7 s, so that 10 s forgives three lost ones. The resolver gets as much again. Not
-# measured.
+# Seconds. A dial that takes longer is of no use: the owner's threads stand still meanwhile. SYNs go
+# out at 0, 1, 3 and 7 s, so three of them may be lost within 10 s. The resolver gets as much again.
+# Not measured.
 CONNECT_TIMEOUT = 10.0
 
-# A dead peer must be noticed within PEER_TIMEOUT seconds, since until then every fault waits and
-# nothing reconnects. Left alone, Linux takes about 15 minutes while bytes are unacknowledged
+# A dead peer must be noticed within PEER_TIMEOUT seconds, because until then every fault waits and
+# nothing reconnects. By default, Linux takes about 15 minutes while bytes are unacknowledged
 # (tcp_retries2), and for ever on an idle connection. Two options are needed, because each covers
 # what the other does not:
-# - TCP_USER_TIMEOUT: bytes are under way and nobody acknowledges them.
-# - keepalive: nothing is under way. KEEPALIVE_IDLE + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL comes to
+# - TCP_USER_TIMEOUT: bytes are in flight and are not acknowledged.
+# - keepalive: nothing is in flight. KEEPALIVE_IDLE + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL comes to
 #   the same 10 s. 10 s is above the pauses that healthy networks have (a bond failing over) and low
 #   enough for a person to wait.
 #
-# It is also how long a peer may be stopped: with its receive window shut for as long,
-# TCP_USER_TIMEOUT ends the connection although the peer's kernel still answers (measured on Linux
-# 6.18: after 10.4 s). Reconnecting heals that.
+# PEER_TIMEOUT is also how long a peer may be stopped. When its receive window has been shut for
+# that time, TCP_USER_TIMEOUT ends the connection although the peer's kernel still answers (measured
+# on Linux 6.18: after 10.4 s). Reconnecting heals that.
 PEER_TIMEOUT = 10
 KEEPALIVE_IDLE = 4
 KEEPALIVE_INTERVAL = 2
 KEEPALIVE_PROBES = 3
 
-# What the kernel takes from us before it can send it (TCP_NOTSENT_LOWAT): pages are read as late as
-# possible, and a source of hundreds of connections holds no megabytes for each. Over loopback the
-# rate is the same with 64 KiB, 512 KiB or no limit. SO_SNDBUF and SO_RCVBUF stay the kernel's: set
-# to 256 KiB they cost a fifth of the rate, to 1 or 4 MiB they gain nothing, and once set they are
-# no longer fitted to the path.
+# Bytes that the kernel takes from us before it can send them (TCP_NOTSENT_LOWAT). With this limit,
+# pages are read as late as possible, and a source with hundreds of connections does not keep
+# megabytes for each. Over loopback the rate is the same with 64 KiB, 512 KiB or no limit. SO_SNDBUF
+# and SO_RCVBUF are left to the kernel: set to 256 KiB they cost a fifth of the rate, set to 1 or 4
+# MiB they gain nothing, and once they are set the kernel no longer fits them to the path.
 UNSENT_BYTES = 256 << 10
 
-# BBR sends at a pace that it works out and a timer keeps: that is for long paths with little
-# buffer. Where the round trip is tens of microseconds the timer is what limits it. Over loopback,
-# 512 MiB by sendfile into one buffer, Linux 6.18: bbr 1.4 GB/s, cubic 6.2, reno 6.2. So on a path
-# within a data center (NEAR_US) pages go by the first of these that may be used, and elsewhere by
-# what the host has.
+# BBR calculates a pace, and a timer keeps it: that is for long paths with little buffer. Where the
+# round trip is tens of microseconds, the timer limits the rate. Over loopback, 512 MiB by sendfile
+# into one buffer, Linux 6.18: bbr 1.4 GB/s, cubic 6.2, reno 6.2. So where the round trip is shorter
+# than NEAR_US (within a data center), connections use the first of NEAR_CONGESTION_CONTROL that
+# they may, and elsewhere the host's congestion control.
 PACING_CONGESTION_CONTROL = b"bbr"
 NEAR_CONGESTION_CONTROL = (b"cubic", b"reno")
 NEAR_US = 1000
 
-# Connections that wait for accept(): as many as the kernel allows (net.core.somaxconn, 4096), since
-# whoever finds no room comes again after 1, 3 and 7 s. Behind 2,000 peers that connected at once,
-# with room for 128, that was 6 to 9 s.
+# Connections that may wait for accept(): as many as the kernel allows (net.core.somaxconn, 4096),
+# because a peer that finds no room tries again only after 1, 3 and 7 s. Behind 2,000 peers that
+# connected at once, with room for 128, that took 6 to 9 s.
 BACKLOG = 4096
 
-# When file descriptors or memory run out, accept() fails at once and the connection keeps waiting
-# in the backlog: without a pause the loop would spin. Long enough to cost nothing, short enough
-# that nobody notices.
+# Seconds. When file descriptors or memory run out, accept() fails at once and the connection keeps
+# waiting in the backlog: without a pause the loop would spin. The pause is long enough to cost
+# nothing, and short enough not to be noticed.
 ACCEPT_PAUSE = 0.1
 
-# A connect() to a unix listener with a full backlog does not wait but fails with EAGAIN, and
-# nothing says when to come back.
+# Seconds between attempts. A connect() to a unix listener with a full backlog does not wait but
+# fails with EAGAIN, and nothing tells when there is room.
 UNIX_BACKLOG_PAUSE = 0.01

@@ -14,8 +14,8 @@ from ..one_task import OneTask
 from ._connection import SocketConnection, reason
 from ._constants import ACCEPT_PAUSE
 
-# The next connection in the backlog died before anyone accepted it; accept(2) wants these treated
-# as "try again". EPERM is a firewall's word.
+# The next connection in the backlog died before it was accepted. accept(2) wants these errors
+# treated as "try again". EPERM comes from a firewall.
 _PEER_GONE = frozenset(
     {
         errno.ECONNABORTED,
@@ -30,17 +30,17 @@ _PEER_GONE = frozenset(
         errno.EPROTO,
     }
 )
-# This host is short of something. The connection still waits in the backlog.
+# This host is short of descriptors or memory. The connection still waits in the backlog.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-# Makes a connection of an accepted socket and its address. OSError if the socket is of no use any
+# Makes a connection of an accepted socket and its address. OSError if the socket cannot be used any
 # more.
 Welcome = Callable[[trio.socket.SocketType, Any], SocketConnection]
 
 
 class SocketListener:
-    """A :class:`~pagenet.transport.Listener`. It owns the socket; ``close``, if given, is called
-    once and closes it."""
+    """A :class:`~pagenet.transport.Listener`. It owns the socket. ``close``, if given, is called
+    once, and must close the socket."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class SocketListener:
         try:
             return self._welcome(sock, address)
         except OSError:
-            # The peer was gone again before we looked at it.
+            # The peer was gone again before the socket was set up.
             sock.close()
             return None
 

@@ -1,4 +1,4 @@
-"""``tcp://HOST:PORT``: names and addresses, dialling them in turn, and the options that every
+"""``tcp://HOST:PORT``: names and addresses, dialling addresses in turn, and the options that every
 connection gets."""
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class TcpTransport:
     """A :class:`~pagenet.transport.Transport` over TCP, IPv4 and IPv6.
 
     A host is a name, an address, or ``[an IPv6 address]``. To a listener, no host means every
-    address of this one, and port 0 a free port. ``localhost`` is 127.0.0.1, then ::1, whatever the
-    resolver thinks of it.
+    address of this host, and port 0 a free port. ``localhost`` is 127.0.0.1, then ::1, whatever the
+    resolver returns for it.
     """
 
     async def dial(self, uri: SplitResult) -> SocketConnection:
@@ -70,7 +70,7 @@ class TcpTransport:
         return await _dial_in_turn(uri, addresses)
 
     async def listen(self, uri: SplitResult) -> SocketListener:
-        """Listen on the first of the host's addresses that can be had."""
+        """Listen on the first of the host's addresses that can be bound."""
         where = parse_tcp(uri)
         try:
             addresses = await _resolve(where)
@@ -79,8 +79,8 @@ class TcpTransport:
         return _listen_in_turn(uri, addresses)
 
     def is_private(self, uri: SplitResult) -> bool:
-        """Whether every address of the host is a loopback address. A name may ask the resolver, and
-        block meanwhile."""
+        """Whether every address of the host is a loopback address. Where the host is a name, this
+        may ask the resolver, and block."""
         where = parse_tcp(uri)
         hosts = _known_hosts(where)
         if hosts is None:
@@ -107,8 +107,8 @@ def _known_hosts(where: HostPort) -> Sequence[str] | None:
     """The addresses that need no resolver; None if only the resolver knows."""
     if not where.host:
         return ["::", "0.0.0.0"]
-    # A listener on localhost passes for private, so that no entry in some hosts file may make
-    # another address of it.
+    # A listener on localhost counts as private, so an entry in a hosts file must not give it
+    # another address.
     if where.host == "localhost":
         return ["127.0.0.1", "::1"]
     try:
@@ -126,8 +126,8 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _resolve(where: HostPort) -> list[_Address]:
-    """OSError for a name without address, or one that takes the resolver longer than
-    CONNECT_TIMEOUT."""
+    """The addresses of ``where``. Raises OSError if a name has none, or if the resolver takes
+    longer than CONNECT_TIMEOUT."""
     addresses: list[_Address] = []
     try:
         with trio.fail_after(CONNECT_TIMEOUT):
@@ -148,8 +148,8 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
     deadline = trio.current_time() + CONNECT_TIMEOUT
     failures = []
     for tried, address in enumerate(addresses):
-        # An equal share of what is left: a first address that swallows packets must not use up the
-        # time of the second.
+        # An equal share of the time that is left: a first address that swallows packets must not
+        # use up the time of the second.
         share = (deadline - trio.current_time()) / (len(addresses) - tried)
         try:
             with trio.fail_after(max(share, 0)):
@@ -166,9 +166,9 @@ async def _connect(address: _Address) -> SocketConnection:
     try:
         host_control = assume_near(sock)
         await sock.connect(address.sockaddr)
-        # Dialling a port that nobody listens on may hit on that same port for this side's own end,
-        # and TCP then connects the socket to itself. Whoever dials a dead source over and over will
-        # see it.
+        # When nothing listens on a port that is dialled, the kernel may choose that same port for
+        # this side's end. TCP then connects the socket to itself. A process that dials a dead
+        # source over and over will see this.
         if sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, "connected to itself")
         return _tuned(sock, address.uri, host_control)
@@ -183,10 +183,10 @@ def _tuned(sock: trio.socket.SocketType, peer: str, host_control: bytes) -> Sock
 
 
 def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> None:
-    """Set the options of a connection that pages go over. ``host_control``: what
-    :func:`assume_near` returned."""
+    """Set the options of a connection that pages go over. ``host_control``: the result of
+    :func:`assume_near`."""
     # The request for a faulted page is small, and a thread stands still until it is answered: it
-    # waits for no company.
+    # must not wait for more bytes to be sent with it.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
@@ -199,17 +199,20 @@ def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> N
 
 
 def assume_near(sock: trio.socket.SocketType | socket.socket) -> bytes:
-    """Before it connects or listens: if the host's congestion control paces, take one that does
-    not. A connection that has begun to pace goes on, whatever takes over (Linux 6.18), so this
-    cannot wait for the first round trip.
+    """If the host's congestion control paces, give ``sock`` one that does not. Call this before it
+    connects or listens.
 
-    Returns the host's, which far peers are left to. It is asked for here, of a socket that is there
-    already: a listener that has no file descriptor to spare would otherwise lose each connection
-    that it accepts."""
+    A connection that has begun to pace goes on pacing, whatever congestion control takes over
+    (Linux 6.18), so this cannot wait for the first round trip.
+
+    Returns the host's congestion control, which connections to far peers get back. It is read here,
+    from a socket that exists already: a listener that has no file descriptor to spare would
+    otherwise lose each connection that it accepts.
+    """
     host_control = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
     if _is_pacing(host_control):
         for better in NEAR_CONGESTION_CONTROL:
-            with suppress(OSError):  # not in this kernel, or not for everybody
+            with suppress(OSError):  # not in this kernel, or not permitted to all users
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, better)
                 break
     return host_control
@@ -245,12 +248,12 @@ def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketLi
 def _bind(address: _Address) -> tuple[trio.socket.SocketType, bytes]:
     sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
-        # Without it, a daemon that is started again waits a minute for its predecessor's
+        # Without this option, a daemon that is started again waits a minute for its predecessor's
         # connections to leave TIME_WAIT.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
-            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only says: without a host we
-            # promise every address.
+            # [::] takes IPv4 peers too, whatever net.ipv6.bindv6only is: without a host we promise
+            # every address.
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         host_control = assume_near(sock)
         sock.bind(address.sockaddr)

@@ -49,8 +49,12 @@ class UnixTransport:
         return SocketConnection(trio.socket.from_stdlib_socket(sock), unix_uri(path))
 
     async def listen(self, uri: SplitResult) -> SocketListener:
-        """Replaces the socket file of a listener that is gone; refuses if one answers, or if it is
-        another file."""
+        """Listen on the path of ``uri``.
+
+        The socket file of a listener that is gone is replaced. Raises
+        :exc:`~pagenet.errors.UsageError` if a listener answers there, or the path is another kind
+        of file.
+        """
         path = parse_unix(uri)
         await trio.lowlevel.checkpoint()
         file = UnixSocketFile(path, uri.geturl(), BACKLOG)
@@ -79,9 +83,9 @@ async def _connect(path: str) -> socket.socket:
     sock = _stream()
     try:
         await trio.lowlevel.checkpoint()
-        # Where TCP says EINPROGRESS, a unix socket says EAGAIN and means that the backlog is full
-        # and that nothing has begun. trio.socket's connect() would wait for writability, find it,
-        # and take the socket for connected.
+        # Where connect() of a TCP socket fails with EINPROGRESS, that of a unix socket fails with
+        # EAGAIN, which means that the backlog is full and that nothing has begun. trio.socket's
+        # connect() would wait for writability, find it, and take the socket for connected.
         while True:
             if _connect_nowait(sock, path):
                 return sock
@@ -92,7 +96,7 @@ async def _connect(path: str) -> socket.socket:
 
 
 def _connect_nowait(sock: socket.socket, path: str) -> bool:
-    """False if a listener is there, but its backlog is full."""
+    """Connect ``sock``. False: there is a listener, but its backlog is full."""
     try:
         sock.connect(path)
     except BlockingIOError:

@@ -1,5 +1,5 @@
-"""From URIs to what sockets want. Whatever makes no sense ends here, as a UsageError of one
-line."""
+"""From URIs to the addresses that sockets take, and back. A URI that makes no sense raises a
+UsageError of one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from urllib.parse import SplitResult, quote, unquote_to_bytes
 from ..errors import UsageError
 from ..unix_socket import check_path_length
 
-# Path characters that a URI may show as they are. What is missing here would end the path ('?',
-# '#') or be taken for an escape ('%').
+# Path characters that a URI may have unescaped. Those that are missing here would end the path
+# ('?', '#') or be taken for an escape ('%').
 _PLAIN = "/:@!$&'()*+,;=~ "
 
 

@@ -1,4 +1,4 @@
-"""Everything that touches userfaultfd: the descriptor, its events, owners and their handshake,
+"""Everything that uses userfaultfd: the descriptor and its events, owners and their handshake, and
 placement."""
 
 from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped

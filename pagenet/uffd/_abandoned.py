@@ -1,5 +1,5 @@
-"""Owners whose destination has died, and whom another one takes over: all that it needs is still in
-the owner's process."""
+"""Owners whose destination has died, and whose transfer another destination takes over: everything
+that it needs is still in the owner's process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["AbandonedOwner"]
 
 class AbandonedOwner:
     """A process that has handed over its memory to a destination that is gone, and has kept its
-    userfaultfd and the map of pages (docs/protocol.md). Attach it as any owner; nothing is changed
-    before.
+    userfaultfd and the map of pages (docs/protocol.md). Attach it like any owner; nothing is
+    changed before.
 
-    :exc:`~pagenet.errors.UsageError`: it is no such process, or another pagenet still fills its
-    memory; :exc:`~pagenet.errors.Unsupported`: this user may not look into it;
-    :exc:`~pagenet.errors.OwnerGone`: it has ended.
+    Raises :exc:`~pagenet.errors.UsageError` if the process is not one of these, or another pagenet
+    still fills its memory; :exc:`~pagenet.errors.Unsupported` if this user may not look into it;
+    :exc:`~pagenet.errors.OwnerGone` if it has ended.
     """
 
     def __init__(self, pid: int) -> None:
@@ -46,11 +46,11 @@ class AbandonedOwner:
         except BaseException:
             self.close()
             raise
-        #: the identity of what it was being filled from
+        #: the identity of the source that its memory was being filled from
         self.source = self._note.source
         #: every page is in place, and the source knows it: there is nothing left to do
         self.is_finished = found.finished
-        #: all of them, and those that are in place or were given up
+        #: the number of pages in scope, and of those that are in place or were given up
         self.pages, self.done = found.scope, found.done
 
     def _refused(self, error: OSError) -> OwnerGone | Unsupported:
@@ -62,7 +62,10 @@ class AbandonedOwner:
         )
 
     def _find_map(self) -> tuple[int, _native.FoundMap]:
-        """The map of a transfer that has not finished, if there is one."""
+        """The map of a transfer that has not finished; if there is none, of one that has.
+
+        Raises :exc:`~pagenet.errors.UsageError` if the process keeps neither, or no userfaultfd.
+        """
         descriptors = self._process.descriptors()
         self._uffds = [number for number, link in descriptors if link == "anon_inode:[userfaultfd]"]
         kept: tuple[int, _native.FoundMap] | None = None
@@ -72,7 +75,7 @@ class AbandonedOwner:
             file = self._process.take(number)
             try:
                 found = _native.find_map(file)
-            except ValueError:  # its transfer never began, or it is no map
+            except ValueError:  # the file is no map, or its transfer never began
                 os.close(file)
                 continue
             if kept:
@@ -137,7 +140,7 @@ class AbandonedOwner:
         return file
 
     def _take_uffd(self) -> Userfaultfd:
-        """The one that watches the memory: to any other the kernel says that it is taken."""
+        """The userfaultfd that watches the memory. The kernel refuses the memory to any other."""
         first = self._note.mappings[0]
         for number in self._uffds:
             try:
@@ -145,7 +148,8 @@ class AbandonedOwner:
             except OSError as error:
                 raise self._refused(error) from None
             try:
-                uffd = Userfaultfd.received(fd)  # which it may have put another one in the place of
+                # the process may have put another file under that number meanwhile
+                uffd = Userfaultfd.received(fd)
                 uffd.register(
                     first.address,
                     first.size,
@@ -160,7 +164,7 @@ class AbandonedOwner:
         )
 
     def close(self) -> None:
-        """Idempotent. What was attached stays so."""
+        """Release what :meth:`attach` has not taken over. Idempotent."""
         if self._map_fd is not None:
             os.close(self._map_fd)
             self._map_fd = None

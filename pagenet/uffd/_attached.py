@@ -1,5 +1,5 @@
-"""Owners that know nothing of pagenet: a process that is stopped for a moment, and given a
-userfaultfd (native/attach.c)."""
+"""Owners that know nothing of pagenet: a process is stopped for a moment and given a userfaultfd
+(native/attach.c)."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _WHY_NOT = {
 }
 
 
-# What there is room for on the stack of the process.
+# Bytes of the device's path: what there is room for on the stack of the process.
 _MAX_DEVICE = 255
 
 
 class AttachedOwner:
-    """The shared memory of process ``pid`` at ``mappings``, each of which is all of a file that it
-    holds open.
+    """The shared memory of process ``pid`` at ``mappings``. Each mapping is the whole of a file
+    that the process holds open.
 
-    Nothing is changed before :meth:`plant`, and everything is as it was after :meth:`uproot`.
+    Nothing is changed before :meth:`plant`; :meth:`uproot` restores everything.
     """
 
     def __init__(self, pid: int, mappings: Sequence[Mapping]) -> None:
         self.pid = pid
         self._mappings = mappings
         self._planted: _native.Planted | None = None
-        #: behind each of them
+        #: descriptors of the file behind each mapping
         self._files: list[int] = []
         try:
             self._process = OtherProcess(pid)
@@ -60,7 +60,8 @@ class AttachedOwner:
             raise
 
     def _take_file(self, mapping: Mapping) -> int:
-        """Needs what attaching does, and stops nobody."""
+        """The file behind ``mapping``. Needs the same rights as attaching, but does not stop the
+        process."""
         try:
             file = self._process.take_file([replace(mapping, offset=0)])
         except OSError as error:
@@ -84,7 +85,7 @@ class AttachedOwner:
         return Unsupported(f"may not attach to process {self.pid}: {error.strerror}; {hint}")
 
     async def plant(self) -> None:
-        """Give it a userfaultfd, and a memfd for the map of its pages, which it will keep."""
+        """Give the process a userfaultfd, and a memfd for the map of its pages, which it keeps."""
         device = os.environ.get("PAGENET_UFFD_DEVICE", DEVICE)
         if len(os.fsencode(device)) > _MAX_DEVICE:
             raise UsageError(
@@ -113,22 +114,25 @@ class AttachedOwner:
         return Path(f"/proc/{self.pid}").stat().st_uid
 
     async def uproot(self) -> None:
-        """Take them away again: the kernel stops watching with the last descriptor. For a process
-        whose guest has not come."""
+        """Take both away again: the kernel stops watching when the last descriptor is closed.
+
+        For a process whose guest has not arrived.
+        """
         if self._planted is not None:
             planted, self._planted = self._planted, None
-            with trio.CancelScope(shield=True), suppress(OSError):  # it has ended
+            with trio.CancelScope(shield=True), suppress(OSError):  # the process has ended
                 await trio.to_thread.run_sync(
                     _native.uproot, self.pid, self._process.pidfd, planted
                 )
 
     @property
     def files(self) -> list[str]:
-        """The files behind the memory, as this process holds them."""
+        """Paths of the files behind the memory, through this process's descriptors."""
         return [f"/proc/self/fd/{file}" for file in self._files]
 
     def empty(self) -> None:
-        """What the process has put into its memory so far gives way to what comes."""
+        """Discard what the process has put into its memory so far, so that the source's pages can
+        come."""
         try:
             for file, mapping in zip(self._files, self._mappings, strict=True):
                 _native.punch(file, mapping.size)
@@ -143,7 +147,7 @@ class AttachedOwner:
         assert self._planted is not None
         with taking_from(self._process) as (peer, fds):
             uffd = self._watch(self._take(self._planted.uffd, fds))
-            # Offsets in the region are those of a file only where there is one.
+            # Only if there is a single file are offsets in the region offsets in the file.
             shared_fd = os.dup(self._files[0]) if len(self._files) == 1 else None
             if shared_fd is not None:
                 fds.append(shared_fd)
@@ -178,7 +182,7 @@ class AttachedOwner:
             raise UsageError(f"{what}: {error.strerror}") from None
 
     def _watch(self, fd: int) -> Userfaultfd:
-        # another thread of it may have put something else there meanwhile
+        # another thread of the process may have put another file under that number meanwhile
         if not is_userfaultfd(fd):
             raise UsageError(f"process {self.pid} has closed the userfaultfd that it was given")
         features = Feature.EVENT_REMOVE
@@ -186,7 +190,7 @@ class AttachedOwner:
         try:
             try:
                 _native.uffd_api(fd, features)
-            except OSError:  # older than 4.11
+            except OSError:  # a kernel older than 4.11
                 features = NO_FEATURES
                 _native.uffd_api(fd, features)
             uffd = Userfaultfd(fd, features)
@@ -194,7 +198,8 @@ class AttachedOwner:
                 what = f"the memory of process {self.pid} at {mapping.address:#x}"
                 uffd.register(mapping.address, mapping.size, Mode.MISSING)
         except OSError as error:
-            # and was killed before the guest came: else it would be resumed
+            # Another pagenet watches it, and was killed before the guest came: otherwise its
+            # transfer would be resumed.
             if error.errno == errno.EBUSY:
                 raise UsageError(
                     f"cannot watch {what}: somebody else has begun to; start that process again"
@@ -205,7 +210,7 @@ class AttachedOwner:
         return uffd
 
     def close(self) -> None:
-        """Idempotent. A process that was attached stays so."""
+        """Release the descriptors. Idempotent. A process that was attached stays attached."""
         self._process.close()
         while self._files:
             os.close(self._files.pop())

@@ -1,10 +1,11 @@
 """Firecracker's UFFD handshake: how an owner hands over its memory.
 
 The owner connects to a unix socket and sends one message: a JSON array with an object for each
-mapping, and the userfaultfd as SCM_RIGHTS. Pagenet's extensions are two more descriptors, in this
-order: the memfd or tmpfs file that is mapped (shared), in which flat byte ``offset`` of the region
-stands at file offset ``offset``; and an empty memfd of the name ``pagenet-residency``, of which the
-owner keeps a descriptor: the map of pages is in there, and outlives the destination.
+mapping, and the userfaultfd as SCM_RIGHTS. Pagenet's extensions are two more descriptors, both
+optional and in any order. One is the memfd, or file of tmpfs or hugetlbfs, that is mapped (shared):
+flat byte ``offset`` of the region is at file offset ``offset``. The other is an empty memfd of the
+name ``pagenet-residency``, of which the owner keeps a descriptor: the map of pages is in there, and
+outlives the destination.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ __all__ = [
     "parse_mappings",
 ]
 
-# Firecracker sends one or two mappings of about 100 bytes each; QEMU tens.
+# Firecracker sends one or two mappings of about 100 bytes each; for QEMU there are tens.
 MAX_HANDSHAKE_BYTES = 64 << 10
 _MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """``size`` bytes at ``address`` in the owner are flat bytes ``offset``... of the region, in
-    pages of ``page_size``."""
+    """``size`` bytes at ``address`` in the owner are the region's flat bytes from ``offset`` on, in
+    pages of ``page_size`` bytes."""
 
     address: int
     size: int
@@ -50,8 +51,11 @@ def parse_mappings(message: bytes) -> list[Mapping]:
 
 
 def parse_handshake(message: bytes) -> tuple[list[Mapping], bool]:
-    """The handshake's text: the mappings, and whether what the owner's userfaultfd watches outside
-    of them reads as zero. :exc:`HandshakeError` says in one line what is wrong with it."""
+    """Parse the handshake's text. Return the mappings, and whether what the owner's userfaultfd
+    watches outside of them reads as zero.
+
+    Raises :exc:`HandshakeError`, in one line, if the text makes no sense.
+    """
     try:
         entries = json.loads(message)
     except (ValueError, RecursionError) as error:
@@ -76,10 +80,10 @@ def _outside_is_zero(entries: list[dict[str, Any]]) -> bool:
 def _mapping(entry: Any, index: int) -> Mapping:
     if not isinstance(entry, dict):
         raise HandshakeError(f"mapping {index} of the owner's handshake is not a JSON object")
-    # Both names have always meant bytes; the older one is misnamed.
+    # Both names mean bytes, and always have; the older one is a misnomer.
     page_size_key = "page_size" if "page_size" in entry else "page_size_kib"
     if page_size_key not in entry:
-        # handshakes of before Firecracker 1.7 have neither
+        # handshakes from before Firecracker 1.7 have neither
         entry = {**entry, "page_size_kib": 4096}
     numbers = [
         _number(entry, key, index)
@@ -114,9 +118,9 @@ def _checked(mapping: Mapping, index: int) -> Mapping:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is left with a map of pages, for whoever takes it over: the identity of the ``source``,
-    whether pages come through the file behind the memory (``shared``), the mappings, and whether
-    what is outside of them reads as zero.
+    """What a destination leaves beside the map of pages, for another destination that takes it
+    over: the identity of the ``source``, whether pages come through the file behind the memory
+    (``shared``), the mappings, and whether what is outside of them reads as zero.
     """
 
     source: bytes
@@ -142,7 +146,7 @@ class Note:
 
     @classmethod
     def decode(cls, data: bytes) -> Note:
-        """:exc:`HandshakeError` if it is none."""
+        """Raises :exc:`HandshakeError` if ``data`` is no note."""
         try:
             words = json.loads(data)
             source, shared, mappings = (
@@ -157,10 +161,10 @@ class Note:
 
 
 def check_mappings(mappings: Sequence[Mapping], region: Region) -> Region:
-    """Hold ``mappings`` against the region and return the region in the owner's page sizes.
+    """Check ``mappings`` against the region and return the region in the owner's page sizes.
 
-    :exc:`HandshakeError` if mappings overlap, reach past the region's end, or give one block two
-    page sizes, or one that does not divide it.
+    Raises :exc:`HandshakeError` if mappings overlap or reach past the region's end, or if they give
+    a block two page sizes, or one that does not divide it.
     """
     for mapping in mappings:
         if mapping.offset >= region.size or mapping.size > region.size - mapping.offset:
@@ -201,7 +205,7 @@ def _page_size_of_block(mappings: Sequence[Mapping], region: Region, index: int)
 def mapping_pieces(mapping: Mapping, region: Region) -> list[tuple[Run, int]]:
     """``mapping`` cut at block ends: runs, and the address of each run's first page.
 
-    :exc:`HandshakeError` if it is not made of whole pages of the blocks it covers.
+    Raises :exc:`HandshakeError` if it is not made of whole pages of the blocks that it covers.
     """
     pieces = []
     at = 0

@@ -46,7 +46,7 @@ class OwnMemory:
     Attach it once, then touch it from C, at :attr:`address` and up.
 
     **Never touch it from Python before the transfer is complete**: a thread that faults holds the
-    GIL, and the process is stuck for good. :meth:`read` copies from C without the GIL.
+    GIL, and the process hangs for good. :meth:`read` copies from C without the GIL.
 
     ``kind``: ``anonymous`` (private), ``memfd`` (shared, 4 KiB pages) or ``hugetlb`` (shared, 2 MiB
     pages). The memory lives until :meth:`close`; a page that was missing when a transfer failed
@@ -146,7 +146,8 @@ class OwnMemory:
         fails, which raises SIGBUS.
         """
         into = bytearray(length)
-        # Abandoned: it waits for a transfer that may itself wait for the caller to leave.
+        # The thread is abandoned on cancellation, because it waits for a transfer that may itself
+        # wait for the caller to leave.
         await trio.to_thread.run_sync(
             _native.copy_out, self.address + offset, memoryview(into), abandon_on_cancel=True
         )
@@ -163,8 +164,8 @@ class OwnMemory:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process at the other end of the owner's socket; pid 0 if it lives in a pid namespace that
-    we do not see."""
+    """The process at the other end of the owner's socket. ``pid`` is 0 and ``pidfd`` -1 if it lives
+    in a pid namespace that we do not see."""
 
     pid: int
     pidfd: int
@@ -180,7 +181,8 @@ class Peer:
             ) from None
 
     def keeps(self, uffd_fd: int) -> bool:
-        """Whether it has its own descriptor for the userfaultfd. False if we may not look."""
+        """Whether the process has a descriptor of its own for the userfaultfd. False if we may not
+        look."""
         try:
             for entry in Path(f"/proc/{self.pid}/fd").iterdir():
                 with suppress(OSError):
@@ -285,14 +287,15 @@ class UffdSocket:
         return target
 
     def close(self) -> None:
-        """Idempotent. An owner that is attached stays so."""
+        """Close the socket. Idempotent. An owner that is attached stays attached."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 async def _allocate(target: UffdTarget) -> None:
-    """Allocate in steps, so that it can be cancelled. :exc:`Unsupported` if memory runs out."""
+    """Allocate the memory in steps, so that it can be cancelled. :exc:`Unsupported` if memory runs
+    out."""
     size = target.region.size
     for offset in range(0, size, _ALLOCATION_STEP):
         try:
@@ -378,7 +381,8 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
 
 
 async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
-    """Receive the message. A stream socket may split it; the first piece has descriptors."""
+    """Receive the message and its descriptors. A stream socket may split the message; the
+    descriptors come with its first piece."""
     message = bytearray()
     fds: list[int] = []
     try:
@@ -432,8 +436,8 @@ def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
 async def wait_memory_gone(target: UffdTarget, peer: Peer) -> None:
     """Return when the process that connected has ended and the memory is gone.
 
-    A wrapper may hand over another process's memory and end, so the process's end
-    alone does not count.
+    A wrapper may hand over another process's memory and end, so the process's end alone does not
+    count.
     """
     if peer.pidfd >= 0:
         await trio.lowlevel.wait_readable(peer.pidfd)

@@ -1,11 +1,11 @@
-"""What is taken out of another process, which may be hostile: descriptors, held against what it has
-mapped.
+"""What is taken out of another process, which may be hostile: descriptors, checked against what the
+process has mapped.
 
 A descriptor is duplicated by way of the process's pidfd, and so keeps the mode in which it was
-opened. It is never opened anew by its name in /proc/PID/fd: that asks whether *we* may, and root
-may write to any file that somebody else holds open for reading. The number of a process that has
-ended may be another's: so the pidfd comes first, and what /proc says by number counts only if the
-process is still there afterwards.
+opened. It is never opened anew by its name in /proc/PID/fd: that checks *our* rights, and root may
+write to any file that another process holds open for reading. The pid of a process that has ended
+may be given to another one. So the pidfd is opened first, and what /proc tells about a pid counts
+only if the process is still there afterwards.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ __all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable"]
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A line of /proc/PID/maps: bytes [start, end) of a process, with the access ``mode``, are
-    those from ``offset`` on of the file with those device and inode numbers."""
+    """A line of /proc/PID/maps.
+
+    Bytes [start, end) of a process, with the access ``mode``, are the bytes from ``offset`` on of
+    the file with the given ``device`` and ``inode`` numbers.
+    """
 
     start: int
     end: int
@@ -40,7 +43,7 @@ class Mapped:
 
 
 class OtherProcess:
-    """The process ``pid``: :exc:`OSError`, from each method, if it has ended or this user may not
+    """The process ``pid``. Each method raises :exc:`OSError` if it has ended or this user may not
     look into it."""
 
     def __init__(self, pid: int) -> None:
@@ -49,7 +52,7 @@ class OtherProcess:
         self.pidfd = os.pidfd_open(pid)
 
     def descriptors(self) -> list[tuple[int, str]]:
-        """The numbers of its descriptors, and what they are called: a name proves nothing."""
+        """Numbers and names of its descriptors. A name proves nothing."""
         found = []
         for name in os.listdir(f"/proc/{self.pid}/fd"):
             with suppress(FileNotFoundError):  # closed meanwhile
@@ -75,9 +78,11 @@ class OtherProcess:
         return found
 
     def file_at(self, mappings: Sequence[Mapping]) -> tuple[int, int] | None:
-        """Device and inode of the one file that is mapped there, shared and to be written, with
-        each byte of the region at its offset. Parts may be unmapped. None: that is not what it has
-        mapped."""
+        """Device and inode of the one file that is mapped at ``mappings``.
+
+        It must be mapped shared and writable, with each byte of the region at its own offset in the
+        file. Parts may be unmapped. None: the process has mapped something else there.
+        """
         maps, found = self.maps(), set[tuple[int, int]]()
         for mapping in mappings:
             for part in maps:
@@ -92,8 +97,12 @@ class OtherProcess:
         return found.pop() if len(found) == 1 else None
 
     def take_file(self, mappings: Sequence[Mapping]) -> int | None:
-        """The file behind ``mappings``, as the process holds it, open for reading and writing: it
-        may have no name any more, or one that means another file here. None: it holds none."""
+        """A duplicate of the process's descriptor of the file behind ``mappings``, open for reading
+        and writing.
+
+        The file may have no name any more, or a name that means another file here. None: the
+        process holds none.
+        """
         wanted = self.file_at(mappings)
         for number, link in self.descriptors() if wanted else ():
             if not link.startswith("/") or not self._may_be(number, wanted):
@@ -114,14 +123,18 @@ class OtherProcess:
             raise
 
     def _may_be(self, number: int, wanted: tuple[int, int] | None) -> bool:
-        """Asking a file itself may wait for whoever serves its file system, who may be anybody."""
+        """Whether descriptor ``number`` may be the file with device and inode ``wanted``.
+
+        Asks /proc: a call on the file itself may wait for the server of its file system, which may
+        be any process.
+        """
         with suppress(FileNotFoundError):
             found = re.search(
                 r"^ino:\s*(\d+)$",
                 Path(f"/proc/{self.pid}/fdinfo/{number}").read_text(),
                 re.MULTILINE,
             )
-            # None: before Linux 5.14
+            # found is None before Linux 5.14
             return wanted is not None and (found is None or int(found[1]) == wanted[1])
         return False
 
@@ -158,8 +171,11 @@ def is_writable(fd: int) -> bool:
 
 
 def is_memory_file(fd: int) -> bool:
-    """A memfd, or a file of tmpfs or hugetlbfs: what userfaultfd watches, and what never waits for
-    anybody. The kernel alone answers, whatever the file is."""
+    """Whether it is a memfd, or a file of tmpfs or hugetlbfs: userfaultfd can watch those, and
+    their file systems never wait for another process.
+
+    The check asks the kernel alone, whatever the file is.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

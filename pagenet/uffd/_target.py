@@ -3,11 +3,11 @@ there is one.
 
 How pages get into place is decided here, once, by what the memory is:
 
-- shared, and the file behind it came along: write the page through a second mapping, then CONTINUE.
-  The owner's ranges are registered again for MISSING and MINOR, because a range that is registered
-  for MINOR alone hands out fresh zero pages where the file has a hole;
-- private anonymous memory of this very process, on a kernel that has it: MOVE. (It refuses other
-  processes' memory.)
+- shared memory, if the file behind it came along: write the page through a second mapping, then
+  CONTINUE. The owner's ranges are registered again for MISSING and MINOR, because a range that is
+  registered for MINOR alone gets fresh zero pages where the file has a hole;
+- private anonymous memory of this very process, on a kernel that has MOVE: MOVE, which refuses
+  other processes' memory;
 - everything else: COPY.
 """
 
@@ -31,7 +31,7 @@ from ._userfaultfd import Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
 
-# In the words of native/lane.c.
+# The words are those of native/lane.c.
 _NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
 _HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
 
@@ -66,14 +66,18 @@ class NativeMemory:
 
 
 class UffdTarget:
-    """Memory behind a userfaultfd. Owns ``uffd`` and ``shared_fd``.
+    """Memory behind a userfaultfd. Owns ``uffd``, ``shared_fd`` and ``map_fd``.
 
-    ``map_fd``: the owner's memfd for the map of pages, locked, which outlives us there;
-    ``recover``: a dead destination has left one in it, with that note. ``keeps_uffd`` tells whether
-    the owner has a descriptor of its own for ``uffd``, so that closing ours leaves its threads
-    waiting. ``wait_gone`` returns once the owner is gone. ``on_close`` runs when all is let go.
-    ``own``: the memory is this process's. ``outside_is_zero``: what the owner announced nothing
-    about reads as zero; else it is poisoned.
+    ``shared_fd``: the file behind the memory. ``map_fd``: the owner's memfd for the map of pages,
+    locked; the map in it outlives this process. ``recover``: a dead destination has left a map in
+    it, with that note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for
+    ``uffd``, so that its threads go on waiting when ours is closed. ``wait_gone`` returns once the
+    owner is gone. ``on_close`` runs when everything is released. ``own``: the memory is this
+    process's. ``outside_is_zero``: what the owner announced nothing about reads as zero; otherwise
+    it is poisoned.
+
+    Raises :exc:`HandshakeError` if mappings, file or userfaultfd do not fit the region, or each
+    other.
     """
 
     def __init__(
@@ -111,8 +115,8 @@ class UffdTarget:
         self._by_address = sorted(self._pieces, key=lambda piece: piece.address)
         self._addresses = [piece.address for piece in self._by_address]
         self._second: _native.Mapped | None = None
-        # : whether the second mapping's page tables are there, or must be used all the same:
-        # hugetlbfs has no write()
+        #: pages are stored through the second mapping: its page tables are filled, or there is no
+        #: other way, because hugetlbfs has no write()
         self._in_place = self.region.max_page_size > mmap.PAGESIZE
         #: storing through the second mapping is never a SIGBUS
         self._sealed = shared_fd is not None and (own or _native.seal_size(shared_fd))
@@ -125,9 +129,11 @@ class UffdTarget:
                 yield _Piece(run, address, mapping.page_size)
 
     def _check_watched(self) -> None:
-        """Pages that nobody can place would be taken for pages that are not mapped. What is watched
-        already stays so; the kernel refuses memory that another userfaultfd watches, and one that
-        is not set up.
+        """Check that the userfaultfd watches all pieces.
+
+        Otherwise pages that cannot be placed would be taken for pages that are not mapped. What is
+        watched already stays watched. The kernel refuses memory that another userfaultfd watches,
+        and a userfaultfd that is not set up.
         """
         for piece in self._pieces:
             try:
@@ -144,8 +150,8 @@ class UffdTarget:
         return "move" if own and Feature.MOVE in self._uffd.features else "copy"
 
     def _map_shared(self, fd: int) -> bool:
-        """Map the owner's file a second time and watch its ranges for MINOR too; False where the
-        kernel cannot."""
+        """Map the owner's file a second time, and watch its ranges for MINOR too. False: the kernel
+        cannot watch them so."""
         if os.fstat(fd).st_size < self.region.size:
             raise HandshakeError(
                 f"the owner's memory file is {os.fstat(fd).st_size:#x} bytes long, the region"
@@ -179,7 +185,7 @@ class UffdTarget:
                 f" changed since ({other}): if it holds the same bytes, serve it with --identity"
                 f" {was.hex()}"
             )
-        file, self._map_fd = self._map_fd, None  # the map's to close
+        file, self._map_fd = self._map_fd, None  # the map closes it
         try:
             return Residency(
                 self.region.pages, note=note.encode(), file=file, recover=self._recover is not None
@@ -252,12 +258,11 @@ class UffdTarget:
             self._write_shared(run, None)
 
     def allocate(self, offset: int, size: int) -> None:
-        """Get a part of the shared memory (bytes of the region) from the system now, and have it at
-        hand. :exc:`OSError` if there is not that much.
+        """Allocate a part of the shared memory: ``size`` bytes of the region from ``offset`` on.
 
-        Call it in a thread, for one part after the other to the region's end, before the first page
-        comes. Memory that is not shared is left alone: a page that exists would be taken for one
-        that has come.
+        Call it in a thread, for one part after another up to the region's end, before the first
+        page comes. Memory that is not shared is left alone: a page that exists would be taken for
+        one that has come. Raises :exc:`OSError` if the system does not have that much memory.
         """
         if self._second is not None:
             assert self._shared_fd is not None
@@ -266,7 +271,7 @@ class UffdTarget:
                 os.posix_fallocate(self._shared_fd, offset, size)
 
     def native(self, wire: Region) -> NativeMemory:
-        """What lanes in C need to know. Page numbers on the wire are ``wire``'s."""
+        """The target as lanes in C see it. Page numbers on the wire are those of ``wire``."""
         return NativeMemory(
             uffd=self._uffd.fd,
             how=_HOW[self.placement],
@@ -310,8 +315,8 @@ class UffdTarget:
     def _place(
         self, run: Run, how: int, data: memoryview | None, *, given_up: bool = False
     ) -> Outcome:
-        """Place ``run``, piece by piece, up to the first error. ``given_up``: the file may not have
-        the page any more."""
+        """Place ``run``, piece by piece, up to the first error. ``given_up``: the owner may have
+        given pages up, so that the file does not have them any more."""
         placed = existed = absent = 0
         again = False
         for piece, part in self._parts(run):
@@ -364,9 +369,11 @@ class UffdTarget:
         return _native.uffd_probe(self._uffd.fd, self._pieces[0].address) != errno.ESRCH
 
     def close(self, missing: Sequence[Run]) -> None:
-        """Everything in place: stop watching, so that the owner never again waits for us. Otherwise
+        """Release everything.
+
+        If no page is missing, stop watching, so that the owner never again waits for us. Otherwise
         keep the ranges watched; an owner that has no descriptor of its own would read zeros from
-        then on, so its missing pages become SIGBUS.
+        then on, so its missing pages are poisoned and raise SIGBUS.
         """
         if self._uffd.fd < 0:
             return
@@ -385,10 +392,11 @@ class UffdTarget:
 
     def _unregister(self) -> None:
         for piece in self._pieces:
-            # unmapped meanwhile, or the owner is gone: nothing is watched there
+            # it was unmapped meanwhile, or the owner is gone: nothing is watched there
             with suppress(OSError):
                 self._uffd.unregister(piece.address, piece.size)
-        # An owner that was giving up memory just now waits until its event is read, watched or not.
+        # An owner that is giving up memory just now waits until its event is read, even if the
+        # memory is not watched any more.
         while _native.uffd_probe(self._uffd.fd, self._pieces[0].address) == errno.EAGAIN:
             self._uffd.read()
             os.sched_yield()

@@ -65,10 +65,10 @@ class Userfaultfd:
 
     @classmethod
     def open(cls, wanted: Feature = NO_FEATURES, *, user_mode_only: bool = False) -> Userfaultfd:
-        """A new one, for memory of this process.
+        """A new userfaultfd, for memory of this process.
 
         Raises :exc:`Unsupported` where the kernel lacks userfaultfd or one of the features, or does
-        not let us.
+        not permit it to this user.
         """
         fd = _open(user_mode_only)
         try:
@@ -79,11 +79,13 @@ class Userfaultfd:
 
     @classmethod
     def received(cls, fd: int) -> Userfaultfd:
-        """One that came over a socket. Takes the descriptor, unless :exc:`ValueError` says that it
-        is something else."""
+        """A userfaultfd that came from another process. Takes over the descriptor.
+
+        Raises :exc:`ValueError` if ``fd`` is something else; it stays the caller's then.
+        """
         if not is_userfaultfd(fd):
             raise ValueError("the file descriptor is not a userfaultfd")
-        os.set_blocking(fd, False)  # a blocking one polls POLLERR for ever
+        os.set_blocking(fd, False)  # poll() of a blocking one returns POLLERR for ever
         return cls(fd, _enabled_features(fd))
 
     def close(self) -> None:
@@ -94,16 +96,17 @@ class Userfaultfd:
             self.fd = -1
 
     def register(self, start: int, length: int, mode: Mode) -> None:
-        """Watch [start, start + length). :exc:`OSError` if the memory cannot be watched so."""
+        """Watch [start, start + length). :exc:`OSError` if that memory cannot be watched in
+        ``mode``."""
         _native.uffd_register(self.fd, start, length, mode)
 
     def unregister(self, start: int, length: int) -> None:
-        """Stop watching [start, start + length): whoever waits there goes on, and missing pages
+        """Stop watching [start, start + length): threads that wait there go on, and missing pages
         read as zeros."""
         _native.uffd_unregister(self.fd, start, length)
 
     def wake(self, start: int, length: int) -> None:
-        """Let whoever waits in [start, start + length) try again."""
+        """Let the threads that wait in [start, start + length) try again."""
         _native.uffd_wake(self.fd, start, length)
 
     def read(self) -> list[Event]:
@@ -116,7 +119,7 @@ class Userfaultfd:
     def place(
         self, how: int, address: int, data: _native.Buffer | None, length: int, page_size: int
     ) -> _native.Placed:
-        """Fill [address, address + length) and wake its waiters. The rules are in
+        """Fill [address, address + length) and wake the threads that wait there. The rules are in
         ``native/place.c``.
 
         ``error`` of the result: ``EAGAIN`` means that events must be read first, ``ESRCH`` that the
@@ -127,19 +130,20 @@ class Userfaultfd:
     def settle(
         self, fault: Fault, address: int, zeros: _native.Buffer, page_size: int
     ) -> _native.Placed:
-        """Answer ``fault`` on the page at ``address``, which was placed, or given up, before.
-        ``error`` as in :meth:`place`."""
+        """Answer ``fault`` on the page at ``address``, which was placed or given up before.
+        ``error`` is as in :meth:`place`."""
         return _native.settle(self.fd, address, fault.minor, zeros, page_size)
 
     def answer_outside(self, fault: Fault, zero: bool) -> int:
-        """Poison the page that ``fault`` waits for, or make it one of zeros: whatever the page size
-        is there. An errno as in :meth:`place`, or 0."""
+        """Poison the page that ``fault`` waits for, or fill it with zeros if ``zero``, whatever the
+        page size is there. Returns an errno as in :meth:`place`, or 0."""
         flags = _FLAG_WP * fault.protected | _FLAG_MINOR * fault.minor
         return _native.answer_outside(self.fd, fault.address, flags, zero)
 
 
 def is_userfaultfd(fd: int) -> bool:
-    """No file can have this name: theirs begin with a slash."""
+    """Whether it is a userfaultfd, by its name: no file can have that name, because the names of
+    files begin with a slash."""
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
 
 
@@ -177,7 +181,8 @@ def _open(user_mode_only: bool) -> int:
 
 
 def probe() -> Feature:
-    """Every feature this kernel has. :exc:`Unsupported` if there is no userfaultfd to be had."""
+    """All features that this kernel has. :exc:`Unsupported` if this process can have no
+    userfaultfd."""
     fd = _open(user_mode_only=False)
     try:
         return Feature(_native.uffd_api(fd, 0))
@@ -192,7 +197,7 @@ def _missing_features(wanted: Feature, error: OSError) -> str:
 
 
 def _enabled_features(fd: int) -> Feature:
-    # "API:	aa:<enabled>:<ioctls>", in hexadecimal. There is no ioctl that tells after UFFDIO_API.
+    # "API:	aa:<enabled>:<ioctls>", in hexadecimal. No ioctl tells the features after UFFDIO_API.
     match = re.search(
         r"^API:\s*[0-9a-f]+:([0-9a-f]+):", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE
     )

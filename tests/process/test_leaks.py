@@ -31,11 +31,17 @@ def test_is_clean():
     os.close(os.dup(0))
 """
 
+# Until it runs the program, its environment cannot be read: where that comes from a disk first, for
+# a while.
 ORPHANING = """
-import subprocess
+import subprocess, time
+from pathlib import Path
 
 def test_orphans():
     subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $! > pid"], check=True)
+    pid = Path("pid").read_text().strip()
+    while not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"):
+        time.sleep(0.01)
 """
 
 

@@ -15,6 +15,7 @@ from processes import write_pattern
 from pagenet import Server, serve
 from pagenet.protocol import Channel, Hello, Role
 from pagenet.rdma import default_path
+from pagenet.rdma._constants import KEYS_IN_ANY_CASE
 from pagenet.rdma._lanes import exchange
 from pagenet.rdma._wire import (
     KEY_HEADER,
@@ -136,6 +137,26 @@ async def test_keys(lane: Any, source: Path) -> None:
             assert (await other.answer()).answer is Answer.HERE
         await none_pinned(server)
         await peer.say(ask(CHUNKS[0]))
+        assert (await peer.answer()).answer is Answer.HERE
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_key_that_another_connection_has_counts_too(lane: Any, tmp_path: Path) -> None:
+    """Or two connections would pin more and more, by sharing what they have in turn."""
+    chunks = [Run(256 * number, 256) for number in range(2 * KEYS_IN_ANY_CASE)]
+    mine, others = chunks[:KEYS_IN_ANY_CASE], chunks[KEYS_IN_ANY_CASE:]
+    path = write_pattern(tmp_path / "source", len(chunks) * MIB)
+    async with (
+        serve(str(path), listen="rdma://127.0.0.1:0", rdma_pin_limit=MIB, lane=lane) as server,
+        peer_of(server) as peer,
+        peer_of(server) as other,
+    ):
+        for asks, runs in ((peer, mine), (other, others)):
+            await asks.say(*map(ask, runs))
+            assert [(await asks.answer()).answer for _ in runs] == [Answer.HERE] * len(runs)
+        await peer.say(ask(others[0]))
+        assert (await peer.answer()).answer is Answer.REFUSED
+        await peer.say(give_back(mine[0]), ask(others[0]))
         assert (await peer.answer()).answer is Answer.HERE
 
 
