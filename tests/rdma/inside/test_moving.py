@@ -345,7 +345,7 @@ async def test_packets_are_late_and_lost(
     bad_wire: None, source: str, tmp_path: Path, spun: list[int]
 ) -> None:
     """With processors to spare, a loop looks for the end of a READ before it sleeps:
-    tests/test_rdma.py runs this with four too."""
+    tests/rdma/test_rdma.py runs this with four too."""
     async with serve(source, listen="rdma://10.88.0.1:0?device=rxea", plaintext=True) as server:
         before = sent_over_wire()
         statistics = await move(
