@@ -82,7 +82,9 @@ def _clear(path: str, name: str) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise UsageError(f"{name}: the file there is no socket; remove it or choose another path")
     if _answers(path):
-        raise UsageError(f"{name}: somebody listens there already; stop it or choose another path")
+        raise UsageError(
+            f"{name}: another process listens there already; stop it or choose another path"
+        )
     # Two daemons that start on one leftover within these few microseconds can still remove each
     # other's file; the loser notices only that no peer connects. A lock file would prevent that,
     # and be the next leftover.

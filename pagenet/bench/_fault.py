@@ -223,7 +223,7 @@ class _Measure:
             if toucher is not None:
                 toucher.join()
             memory.close()
-        raise AssertionError("the transfer was cancelled by nobody")
+        raise AssertionError("the transfer was cancelled without a reason")
 
     def _without_first(
         self, pages: Sequence[int], latencies: array[int], result: FaultResult

@@ -215,7 +215,7 @@ class _NullMemory:
         return []
 
     def page_of(self, fault: Fault) -> int:
-        raise NotImplementedError("nobody touches what is not there")
+        raise NotImplementedError("no thread touches what is not there")
 
     def piece_of(self, page: int) -> Run:
         return Run(0, self.region.pages)
@@ -224,7 +224,7 @@ class _NullMemory:
         return Outcome(placed=run.count)
 
     def settle(self, page: int | None, fault: Fault) -> bool:
-        raise NotImplementedError("nobody touches what is not there")
+        raise NotImplementedError("no thread touches what is not there")
 
     def wake(self, run: Run) -> None: ...
 

@@ -108,7 +108,7 @@ async def _touch(source: Served, pages: Sequence[int], options: ScaleOptions) ->
             )
             stack.callback(toucher.join)
             return await toucher.latencies()
-    raise AssertionError("the transfer was cancelled by nobody")
+    raise AssertionError("the transfer was cancelled without a reason")
 
 
 async def _weigh(source: _Source, result: ScaleResult, options: ScaleOptions) -> None:

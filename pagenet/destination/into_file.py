@@ -67,10 +67,10 @@ class FileTarget:
         raise NotImplementedError("a file has no faults")
 
     def wake(self, run: Run) -> None:
-        raise NotImplementedError("nobody waits for a file")
+        raise NotImplementedError("no thread waits for a file")
 
     def discard(self, run: Run) -> None:
-        raise NotImplementedError("a file has nobody who gives up pages")
+        raise NotImplementedError("a file has no owner that gives up pages")
 
     async def wait_gone(self) -> None:
         await trio.sleep_forever()

@@ -302,7 +302,7 @@ def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> F
 def _schedule(background: str, filling: Filling) -> Schedule | None:
     if background == "off" and filling.target.event_fd is None:
         raise UsageError(
-            "nobody touches the pages of a file: with the background off none would ever come"
+            "no thread touches the pages of a file: with the background off none would ever come"
         )
     return make_schedule(background, filling.region, filling.residency)
 

@@ -118,7 +118,7 @@ def _paths(wanted: Wanted) -> Iterator[Path]:
                     yield from list(_paths_of(context, name, wanted.gid))
             except OSError as error:
                 raise Unsupported(
-                    f"{error.strerror} (whoever uses it needs access to /dev/infiniband)"
+                    f"{error.strerror} (its user needs access to /dev/infiniband)"
                 ) from None
 
 

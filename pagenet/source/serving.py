@@ -342,7 +342,7 @@ class Server:
                     await self._run_lane(channel, stream.connection, stream.unread(), session)
                 elif self._on_stream is None:
                     raise RemoteProtocolError(
-                        "the destination opens a stream, and nobody here talks on one"
+                        "the destination opens a stream, and this source has no use for one"
                     )
                 else:
                     await self._on_stream(stream.rest())

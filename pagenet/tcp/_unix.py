@@ -18,7 +18,7 @@ from ._uri import parse_unix, unix_uri
 
 _ADVICE = {
     errno.ENOENT: "start the other side, or check the path",
-    errno.ECONNREFUSED: "whoever listened is gone and left the file behind: start it again",
+    errno.ECONNREFUSED: "its listener is gone and left the file behind: start it again",
     errno.EACCES: "only the user who listens may connect: run as that user",
 }
 

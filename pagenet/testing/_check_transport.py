@@ -324,7 +324,7 @@ async def _backpressure(near: Connection, far: Connection) -> None:
         await wait_all_tasks_blocked(CUSHION)
         _require(
             not sent.is_set(),
-            f"send took in {CLOG} MiB that nobody received: nothing bounds the memory it takes",
+            f"send took in {CLOG} MiB that were not received: nothing bounds the memory it takes",
         )
         await _unclog(far)
     await _transfer(near, far, b"and it goes on")

@@ -280,7 +280,7 @@ class MemoryTransport:
         await trio.lowlevel.checkpoint()
         if name not in self.listeners:
             raise SourceUnreachable(
-                f"{uri.geturl()}: nobody listens there; listen first, on the same MemoryTransport"
+                f"{uri.geturl()}: no process listens there: listen first on this MemoryTransport"
             )
         dialled, accepted = memory_pair(
             capacity=self.capacity, max_receive=self.max_receive, name=name
@@ -294,7 +294,9 @@ class MemoryTransport:
         name = _name(uri) or f"unnamed-{next(self._numbers)}"
         await trio.lowlevel.checkpoint()
         if name in self.listeners:
-            raise UsageError(f"{uri.geturl()}: somebody listens there already; choose another name")
+            raise UsageError(
+                f"{uri.geturl()}: another process listens there already; choose another name"
+            )
         listener = self.listeners[name] = MemoryListener(self, name)
         return listener
 

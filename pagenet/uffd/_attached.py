@@ -202,7 +202,7 @@ class AttachedOwner:
             # transfer would be resumed.
             if error.errno == errno.EBUSY:
                 raise UsageError(
-                    f"cannot watch {what}: somebody else has begun to; start that process again"
+                    f"cannot watch {what}: another process has begun to; start that process again"
                 ) from None
             raise UsageError(
                 f"cannot watch {what}: {error.strerror}; put it on tmpfs (/dev/shm) or hugetlbfs"

@@ -214,7 +214,7 @@ async def test_attached_twice(tmp_path: Path) -> None:
             target.close(target.scope())
             with closing(AttachedOwner(b.pid, [found.mapping])) as second:
                 with pytest.raises(
-                    UsageError, match="somebody else has begun to; start that process again"
+                    UsageError, match="another process has begun to; start that process again"
                 ):
                     await second.attach(region)
                 await second.uproot()

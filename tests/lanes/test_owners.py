@@ -782,7 +782,7 @@ async def test_socket_of_one_who_died_is_replaced(tmp_path: Path) -> None:
 async def test_socket_of_another_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "uffd.sock"
     async with receiving(path):
-        with pytest.raises(UsageError, match="somebody listens there already"):
+        with pytest.raises(UsageError, match="another process listens there already"):
             await UffdSocket(path).attach(REGION)
         path.rename(tmp_path / "moved")
         path.touch()

@@ -170,7 +170,7 @@ async def test_a_full_backlog_may_not_empty(path: Path, monkeypatch: pytest.Monk
 
 
 async def test_a_full_backlog_is_somebody_listening(path: Path) -> None:
-    with overrun(path), pytest.raises(UsageError, match="somebody listens there already"):
+    with overrun(path), pytest.raises(UsageError, match="another process listens there already"):
         await listen(f"unix:{path}")
 
 
@@ -207,7 +207,7 @@ async def test_a_leftover_is_replaced(leftover: Path) -> None:
 
 async def test_a_listener_is_not_replaced(path: Path) -> None:
     with await listen(f"unix:{path}") as listener:
-        with pytest.raises(UsageError, match="somebody listens there already"):
+        with pytest.raises(UsageError, match="another process listens there already"):
             await listen(f"unix:{path}")
         (await listener.accept()).close()  # the connection that probed the socket
         await require_connects(listener.uri, listener)

@@ -246,7 +246,7 @@ NO_PLACE = [
     (["--into", "{dir}/source/copy"], "Not a directory"),
     (["--uffd-socket", "{dir}/source"], "socket"),
     (["--uffd-socket", "{dir}/missing/uffd.sock"], "No such file or directory"),
-    (["--into", "{dir}/copy", "--background", "off"], "nobody touches the pages of a file"),
+    (["--into", "{dir}/copy", "--background", "off"], "no thread touches the pages of a file"),
 ]
 
 

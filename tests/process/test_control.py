@@ -470,7 +470,7 @@ async def test_socket_file(tmp_path: Path) -> None:
         dead.bind(str(path))  # and does not listen
     async with serve_control(None, path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(UsageError, match="somebody listens there already"):
+        with pytest.raises(UsageError, match="another process listens there already"):
             async with serve_control(None, path):
                 raise AssertionError("not reached")
         async with connect_control(path) as client:
@@ -540,7 +540,7 @@ async def test_a_transfer_from_beginning_to_end(source: str, tmp_path: Path) -> 
                     [sys.executable, "-m", "pagenet.cli.pull", uri, *options]
                 )
                 assert (code, out) == (2, "")
-                assert "somebody listens there already" in err
+                assert "another process listens there already" in err
                 assert err.count("\n") == 1
                 code, out, _ = await told_by(ctl_command(path, "bandwidth", "800Mbit"))
                 assert (code, out) == (

@@ -1069,7 +1069,7 @@ async def test_stream_that_nobody_talks_on(source: str, lane: str) -> None:
     ):
         assert await transfer.streams[0].receive_into(memoryview(bytearray(1))) == 0
         await transfer.wait_complete()
-    assert refused == ["the destination opens a stream, and nobody here talks on one"]
+    assert refused == ["the destination opens a stream, and this source has no use for one"]
 
 
 async def test_held_until_released(source: str, tmp_path: Path, lane: str) -> None:
