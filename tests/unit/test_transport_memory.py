@@ -115,7 +115,7 @@ async def test_names_belong_to_one_transport() -> None:
     memory, another = MemoryTransport(), MemoryTransport()
     with await memory.listen(urlsplit("memory://Source")) as listener:
         assert listener.uri == "memory://Source"
-        with pytest.raises(SourceUnreachable, match="nobody listens"):
+        with pytest.raises(SourceUnreachable, match="no process listens"):
             await another.dial(urlsplit("memory://Source"))
         with pytest.raises(SourceUnreachable):
             await memory.dial(urlsplit("memory://source"))
