@@ -58,6 +58,13 @@ def map_of(pid: int) -> Iterator[mmap.mmap]:
     raise AssertionError("it keeps no map of its pages")
 
 
+def keeps_map(pid: int) -> bool:
+    directory = f"/proc/{pid}/fd"
+    return any(
+        _native.MAP_NAME in os.readlink(f"{directory}/{name}") for name in os.listdir(directory)
+    )
+
+
 HEADER = ffi.sizeof("struct pn_map")
 DONE = ffi.offsetof("struct pn_map", "done")
 CLASSES = ffi.offsetof("struct pn_map", "classes")
@@ -148,6 +155,9 @@ async def transfer(
             ]
             async with run_workload(socket, *options, *touches) as owner:
                 await pulling.event("owner")
+                with trio.fail_after(30):
+                    while not keeps_map(owner.pid):  # noqa: ASYNC110 - it does not tell
+                        await trio.sleep(0.01)
                 yield pulling, owner
 
 

@@ -22,7 +22,7 @@ SIZE = 2 * MIB
 ZERO_EVERY = 7
 LISTEN = "rdma://127.0.0.1:0"
 SLOWLY = ("--max-bandwidth", MIB // 4, "--prefetch", "0,0")
-#: the workload writes to its pages, and gives some of them up; neither may be undone
+#: the workload writes to its pages, which may not be undone
 WORK = (
     "--touches",
     SIZE // PAGE // 2,
@@ -30,11 +30,12 @@ WORK = (
     "random",
     "--write-share",
     30,
-    "--remove-share",
-    10,
     "--think-us",
     2000,
 )
+#: and gives some of them up. Not where a lane in Trio is killed: from reading of such a page to
+#: recording it, which takes Python long, a kill has the page come again (docs/design.md).
+REMOVING = ("--remove-share", 10)
 
 
 @pytest.fixture
@@ -44,9 +45,10 @@ def source() -> Iterator[Path]:
     path.unlink()
 
 
-def workload(path: Path, memory: str) -> Command:
+def workload(path: Path, memory: str, lanes: tuple[str, ...] = ("native",)) -> Command:
     arguments = ("--size", SIZE, "--zero-every", ZERO_EVERY, "--keep-map", "--wait-complete", *WORK)
-    return Command(run_workload, "--socket", path, "--memory", memory, *arguments)
+    more = () if "trio" in lanes else REMOVING
+    return Command(run_workload, "--socket", path, "--memory", memory, *arguments, *more)
 
 
 def kill_half_way(pulling: Command, begun: float = 0.0) -> float:
@@ -59,7 +61,8 @@ def kill_half_way(pulling: Command, begun: float = 0.0) -> float:
 
 
 @pytest.mark.parametrize(
-    ("memory", "lane", "next_lane"), [("memfd", "native", "trio"), ("anonymous", "trio", "native")]
+    ("memory", "lane", "next_lane"),
+    [("memfd", "native", "trio"), ("anonymous", "trio", "native"), ("memfd", "native", "native")],
 )
 def test_killed_and_resumed(
     memory: str, lane: str, next_lane: str, source: Path, tmp_path: Path
@@ -69,7 +72,7 @@ def test_killed_and_resumed(
         uri = server.event("listening")["uri"]
         with Command(pull, uri, "--uffd-socket", path, "--json", "--lane", lane, *SLOWLY) as first:
             first.event("waiting")
-            with workload(path, memory) as owner:
+            with workload(path, memory, (lane, next_lane)) as owner:
                 share = kill_half_way(first)
                 resume = (uri, "--resume", owner.pid, "--json", "--lane", next_lane)
                 with Command(pull, *resume, *SLOWLY) as second:
