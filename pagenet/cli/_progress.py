@@ -21,8 +21,7 @@ _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 1.0
 _MIB = 1 << 20
 
-# rich is imported where something is drawn: a seventh of the time that a command takes to start,
-# and with --json in vain.
+# rich is imported where something is drawn: with --json it never is.
 
 
 class _Looked(NamedTuple):

@@ -1,5 +1,4 @@
-"""Tables of figures, for people. rich is imported where one is made: a command that makes none
-starts sooner by a seventh."""
+"""Tables of figures, for people. rich is imported where one is made: with --json none is."""
 
 from __future__ import annotations
 

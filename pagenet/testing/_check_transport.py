@@ -55,7 +55,7 @@ CheckOfEnds = Callable[[Connection, Connection], Awaitable[None]]
 
 
 # trio.testing imports pytest where there is one: whoever imports pagenet.testing for a pattern has
-# no use for it, and starts in half the time without.
+# no use for it, and starts in two thirds of the time without.
 
 
 def _checkpoints() -> AbstractContextManager[None]:

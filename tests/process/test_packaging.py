@@ -100,7 +100,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(directory, symlinks=True)
     python = directory / "bin" / "python"
     # This environment's pip installs there, and what is imported there is compiled then: a pip of
-    # its own, and all of the modules compiled, take three times as long.
+    # its own, and all of the modules compiled, take longer.
     install = ("install", "--no-compile", "--quiet", "--disable-pip-version-check", wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=directory)
     return python

@@ -199,8 +199,8 @@ def start(tmp_path: Path, uffd_permitted: None) -> Iterator[Start]:
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    """As a user does. The others leave out the rest of pagenet, which takes a second to import
-    under a sanitizer."""
+    """As a user does. The others leave out the rest of pagenet, which takes half a second of
+    CPU to import under a sanitizer."""
     return subprocess.run(installed.workload_command(*args), capture_output=True, text=True)
 
 
