@@ -8,10 +8,6 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import trio
-from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 
 from ..destination.pulling import Transfer
 from ..progress import Moment, Watch
@@ -24,6 +20,8 @@ __all__ = ["make_progress", "print_summary", "show_until_complete"]
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 1.0
 _MIB = 1 << 20
+
+# rich is imported where something is drawn: with --json it never is.
 
 
 class _Looked(NamedTuple):
@@ -105,6 +103,11 @@ async def _print(of: Transfer | Server) -> None:
 
 
 async def _redraw(of: Transfer | Server) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
     look = _look_at(of)
     # Transient: a summary follows when the transfer is over. This task refreshes it, so rich needs
     # no thread.
@@ -129,6 +132,9 @@ async def show_until_complete(transfer: Transfer, report: Report) -> None:
 
 
 def print_summary(statistics: TransferStatistics) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     rate = statistics.size / _MIB / statistics.seconds if statistics.seconds else 0.0
     console.print(

@@ -8,13 +8,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from ..background.schedule import RECORDED, SCHEDULES
 from ..control import ControlClient, connect_control
@@ -23,6 +19,10 @@ from ..protocol import printable
 from ._command import Parser, Report, background_order, prefetch_window, rate, run_command
 from ._rates import rate_words
 from ._tables import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["main", "make_parser"]
 
@@ -146,6 +146,8 @@ async def _control(options: argparse.Namespace) -> None:
 
 
 async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
+    from rich.live import Live
+
     console = make_console()
     on_screen = console.is_terminal and not as_json
     with (
@@ -191,6 +193,9 @@ def _done(command: str, answer: dict[str, Any]) -> str:
 
 
 def _words(status: dict[str, Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     with _understood():
         rows = [
             ("daemon", f"{status['program']} {status['release']}, process {status['pid']}"),

@@ -7,12 +7,17 @@ import functools
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+)
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import trio
-from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from ..errors import (
     ConnectionBroken,
@@ -47,6 +52,23 @@ CUSHION = 0.01
 T = TypeVar("T")
 Check = Callable[["_Bench"], Awaitable[None]]
 CheckOfEnds = Callable[[Connection, Connection], Awaitable[None]]
+
+
+# trio.testing imports pytest where there is one: whoever imports pagenet.testing for a pattern has
+# no use for it, and starts in two thirds of the time without.
+
+
+def _checkpoints() -> AbstractContextManager[None]:
+    from trio.testing import assert_checkpoints
+
+    return assert_checkpoints()
+
+
+async def _all_blocked() -> None:
+    """Until every other task waits, and has waited for :data:`CUSHION`."""
+    from trio.testing import wait_all_tasks_blocked
+
+    await wait_all_tasks_blocked(CUSHION)
 
 
 async def check_transport(transport: Transport, make_uri: Callable[[], str]) -> None:
@@ -166,7 +188,7 @@ def _from_either_end(check: CheckOfEnds) -> Check:
 
 async def _receive(connection: Connection, size: int = 1 << 16) -> bytes:
     buffer = bytearray(size)
-    with assert_checkpoints():
+    with _checkpoints():
         count = await connection.receive_into(memoryview(buffer))
     _require(0 <= count <= size, f"receive_into of {size} bytes returned {count}")
     return bytes(buffer[:count])
@@ -192,7 +214,7 @@ async def _transfer(sender: Connection, receiver: Connection, *buffers: Buffer) 
     """Send ``buffers`` and receive them, at the same time, and nothing else."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_expect_bytes, receiver, b"".join(map(bytes, buffers)))
-        with assert_checkpoints():
+        with _checkpoints():
             await sender.send(*buffers)
 
 
@@ -321,7 +343,7 @@ async def _backpressure(near: Connection, far: Connection) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         _require(
             not sent.is_set(),
             f"send took in {CLOG} MiB that were not received: nothing bounds the memory it takes",
@@ -358,7 +380,7 @@ async def _close_wakes_own_tasks(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
         nursery.start_soon(receive)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         near.close()
 
 
@@ -366,7 +388,7 @@ async def _close_wakes_own_tasks(near: Connection, far: Connection) -> None:
 async def _close_ends_the_peers_receive(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_expect_the_end, far)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         near.close()
 
 
@@ -378,7 +400,7 @@ async def _close_ends_the_peers_send(near: Connection, far: Connection) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         near.close()
     for _ in range(2):
         with _expect(ConnectionBroken, "send on a connection that broke"):
@@ -420,7 +442,7 @@ async def _expect_busy(when: str, call: Callable[[], Awaitable[object]]) -> None
     refused = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(attempt)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         _require(refused.is_set(), f"{when}: wanted ConnectionBusy, but it waits")
 
 
@@ -428,7 +450,7 @@ async def _expect_busy(when: str, call: Callable[[], Awaitable[object]]) -> None
 async def _two_receivers(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_expect_bytes, near, b"for the first")
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         await _expect_busy(
             "receive_into during another task's",
             lambda: near.receive_into(memoryview(bytearray(1))),
@@ -441,7 +463,7 @@ async def _two_receivers(near: Connection, far: Connection) -> None:
 async def _two_senders(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_clog, near)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         await _expect_busy("send during another task's", lambda: near.send(b"x"))
         await _transfer(far, near, b"the other direction")
         await _unclog(far)
@@ -452,7 +474,7 @@ async def _two_senders(near: Connection, far: Connection) -> None:
 async def _cancelled_receive(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_receive, near)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         nursery.cancel_scope.cancel()
     await _transfer(far, near, b"the next one")
 
@@ -476,7 +498,7 @@ async def _receive_cancelled_as_bytes_arrive(near: Connection, far: Connection) 
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         await far.send(b"12")
         nursery.cancel_scope.cancel()
     received += await _receive_exactly(near, 2 - len(received))
@@ -487,7 +509,7 @@ async def _receive_cancelled_as_bytes_arrive(near: Connection, far: Connection) 
 async def _cancelled_send(near: Connection, far: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_clog, near)
-        await wait_all_tasks_blocked(CUSHION)
+        await _all_blocked()
         nursery.cancel_scope.cancel()
     near.close()
     received = bytearray()
@@ -570,7 +592,7 @@ async def _cancelled_accept(bench: _Bench) -> None:
     with await bench.listen() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(listener.accept)
-            await wait_all_tasks_blocked(CUSHION)
+            await _all_blocked()
             nursery.cancel_scope.cancel()
         await _require_connects(bench, listener)
 
@@ -588,7 +610,7 @@ async def _two_acceptors(bench: _Bench) -> None:
     with await bench.listen() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
-            await wait_all_tasks_blocked(CUSHION)
+            await _all_blocked()
             await _expect_busy("accept during another task's", accept)
             (await bench.transport.dial(urlsplit(listener.uri))).close()
 
@@ -601,7 +623,7 @@ async def _close_wakes_accept(bench: _Bench) -> None:
     with await bench.listen() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
-            await wait_all_tasks_blocked(CUSHION)
+            await _all_blocked()
             listener.close()
         listener.close()
         with _expect(ConnectionClosed, "accept after close"):

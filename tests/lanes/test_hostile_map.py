@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import msgpack
@@ -59,10 +59,11 @@ def map_of(pid: int) -> Iterator[mmap.mmap]:
 
 
 def keeps_map(pid: int) -> bool:
-    directory = f"/proc/{pid}/fd"
-    return any(
-        _native.MAP_NAME in os.readlink(f"{directory}/{name}") for name in os.listdir(directory)
-    )
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if _native.MAP_NAME in os.readlink(f"/proc/{pid}/fd/{name}"):
+                return True
+    return False
 
 
 HEADER = ffi.sizeof("struct pn_map")

@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -57,18 +58,34 @@ FIRST = [INSIDE / name for name in ("test_moving.py", "test_failing.py")]
 REGION = Region([Block("a", (1 << 20) + 8192, 4096), Block("b", 4 << 20, 2 << 20)])
 
 
+#: pytest-trio imports hypothesis if it is there: seconds, and no test in the guest needs it
+PYTEST = """
+import sys
+class WithoutHypothesis:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "hypothesis":
+            raise ImportError(name)
+sys.meta_path.insert(0, WithoutHypothesis)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+
+
+def compile_all() -> None:
+    """What is imported in the guest: an emulated processor takes long for that, and keeps nothing.
+    Tests are compiled by pytest alone, which has its own way to do that."""
+    subprocess.run(
+        [guest_python(), "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True
+    )
+    collect = [guest_python(), "-c", PYTEST, *OPTIONS, "--collect-only", str(INSIDE)]
+    here = {"PYTHONPATH": str(ROOT), "PAGENET_RDMA_GUEST": "1"}
+    subprocess.run(collect, cwd=ROOT, env=os.environ | here, check=True, capture_output=True)
+
+
 def run_tests(cpus: int, *which: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        guest_python(),
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--durations=5",
-        *which,
-    ]
+    command = [guest_python(), "-c", PYTEST, *OPTIONS, "-x", "--durations=5", *which]
     return run_in_guest(*command, options=("--cpus", str(cpus)), timeout=PATIENCE)
 
 
@@ -77,11 +94,7 @@ def test_in_guests_with_a_device() -> None:
     """All tests run with one processor, with which an emulator is fastest, in two guests at a time.
     Some run with four too, which are enough for the destination to look for the end of a READ
     before it sleeps."""
-    # What is imported in the guest is compiled here: an emulated processor takes long for that, and
-    # the guest keeps nothing.
-    subprocess.run(
-        [sys.executable, "-m", "compileall", "-q", "pagenet", "tests"], cwd=ROOT, check=True
-    )
+    compile_all()
     guest_files()  # made here: there is no network in the guest
     others = [path for path in sorted(INSIDE.glob("test_*.py")) if path not in FIRST]
     with ThreadPoolExecutor(2) as threads:
