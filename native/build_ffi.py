@@ -21,8 +21,8 @@ SOURCES = [
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
-    "testing/pattern.c", "testing/workload.c", "testing/bench.c", "uffd.c", "residency.c",
-        "memory.c",
+    "testing/pattern.c", "testing/workload.c", "testing/bench.c", "testing/relay.c",
+    "uffd.c", "residency.c", "memory.c",
 ]  # fmt: skip
 
 

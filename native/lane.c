@@ -45,7 +45,7 @@ void pn_stream_ask(struct lane *lane, const struct run *run) {
     *slot = (struct slot){
         .id = slot->id + SLOTS, .class_ = run->class_, .open = 1, .piece = piece, .next = wire};
     slot->end = wire + (run->count << piece->shift);
-    slot->since = run->class_ == PN_DEMAND ? pn_now() : 0;
+    slot->since = run->class_ == PN_PREFETCH ? 0 : pn_now();
     slot->packs = pn_stream_may_choose(stream) && pn_demand_choice_packs(&stream->choice);
     struct pn_request request = {
         .id = slot->id,

@@ -1,61 +1,84 @@
-/* All pacing of a destination. What is in flight stands before the next page that somebody waits
- * for; what is not in flight leaves the link idle. Both flows of every loop, over TCP and over
- * RDMA, are held between the two here. */
+/* All pacing of a destination. What is in flight delays the next page that a thread waits for; with
+ * too little in flight the link is idle. Both flows of every loop, over TCP and over RDMA, are kept
+ * between the two here. */
 #include "pace.h"
 #include "pagenet.h"
 
 /* "Measured": by pagenet-bench workload (zipf, sequential, random) over links of 1 Gbit/s and 100
- * Mbit/s, side by side with other values. */
+ * Mbit/s, beside other values. "Simulated": by tests/unit/test_pace.py. */
 const struct pn_pace_tunables pn_tunables = {
-    /* The background's window. Two requests, so that one is always being answered: the owner does
-       little but wait. */
+    /* The background's window. At least two requests, so that one is always being answered. */
     .window_least = 16 << 10,
-    .window_min = 96 << 10, /* there are faults: 0.8 ms at 1 Gbit/s. Not measured by itself */
-    .window_max = 4 << 20,  /* nobody has faulted for a while: what 10 Gbit/s hold at 3 ms. Not
-                               measured by itself */
-    /* The same over RDMA. A page of shared memory that the background READs in place cannot be
-     * overtaken by a fault on it, so this is what such a fault may wait for. Not measured. */
+    /* Before the first fault, and where a rate limits. 0.8 ms at 1 Gbit/s. Not measured by itself.
+     */
+    .window_min = 96 << 10,
+    /* What 10 Gbit/s hold at 13 ms. Not measured by itself. */
+    .window_max = 16 << 20,
+    /* The same over RDMA. A fault on a page of shared memory that the background READs in place
+     * cannot overtake that READ, so this is what such a fault may wait for. Not measured. */
     .rdma_window_least = 64 << 10,
     .rdma_window_min = 256 << 10,
     .rdma_window_max = 2 << 20,
-    /* The window of what is prefetched. Least, however slow the path: 0.07 ms at 1 Gbit/s. */
+    /* The window of prefetched pages: at least, however slow the path, 0.07 ms at 1 Gbit/s; */
     .prefetch_least = 8 << 10,
-    .prefetch_most =
-        1 << 20, /* more, of huge pages, would only be in the next fault's way. Not measured */
-    /* So much more than meant is in flight, once, where pages turn out to be bytes after all. Not
-       measured. */
+    /* at most, because more (of huge pages) would only delay the next fault. Not measured. */
+    .prefetch_most = 1 << 20,
+    /* Pages per page on the wire. Where pages turn out not to be zeros after all, that many times
+     * the window is in flight, once. Not measured. */
     .most_dense = 16,
-    .quiet_ns =
-        20000000, /* no fault for so long: the background may widen its window. Not measured */
-    /* Over which it is found out whether the owner does little but wait: some faults of a near
-       path. Not measured. */
+    /* No fault for this long: the background may widen its window. Not measured. */
+    .quiet_ns = 20000000,
+    /* The period over which the owner's share of waiting time is taken: some faults of a short
+     * path. Not measured. */
     .look_ns = 4000000,
-    /* Of its rate: what a background that is held to one has in flight, beside an owner that waits.
-       Measured. */
+    /* What a background with a limited rate has in flight beside an owner that waits: this much of
+     * its rate. Measured. */
     .limited_ns = 150000,
-    /* Of the link: what a window that adapts may have in flight then, if the owner did nothing but
-       wait. Measured. */
+    /* What an adaptive prefetch window may have in flight then, if the owner did nothing but wait:
+     * this much of the link. Measured. */
     .widen_ns = 750000,
-    /* In which a page that the background has asked for may come before it is asked for again:
-     * several times what one takes on a fast link, little of what one takes on a slow one. Not
-     * measured. */
+    /* A page that the background has requested may take this long before it is requested again:
+     * several times its latency on a fast link, little of it on a slow one. Not measured. */
     .moment_ns = 300000,
-    /* Shares of time. From where on an owner waits; and from where on waiting for fewer pages is
-     * worth waiting longer for each. Measured. */
+    /* Shares of time from which on an owner counts as waiting, and from which on fewer but longer
+     * waits are better for it. Measured. */
     .waits = 0.06,
     .waits_much = 0.2,
-    /* So much at a time: on a link no faster than the limit, a page that somebody waits for waits
-     * no longer than that for the background before it. */
+    /* The search for the window. The shortest sample: tens of faults on a short path. Simulated: 4
+     * to 16 ms are alike. */
+    .sample_ns = 6000000,
+    /* A sample contains at least so many windows, or the waits at its ends would count too much. */
+    .sample_windows = 8,
+    /* The pause after a trial that failed. It doubles with each. */
+    .pause_ns = 20000000,
+    .most_pause_ns = 320000000,
+    /* The cost of a second in which no thread waits while pages are missing, in seconds of waiting:
+     * beside an owner that hardly waits, the background is as fast as it can be. Simulated: 0.15
+     * completes later, and stalls as long. */
+    .other_time = 0.3,
+    /* A trial of a larger window succeeds if it costs less than this share of what it is compared
+     * with; a trial of a smaller one if it costs less than as_good of it. Of windows that are alike
+     * the smaller one has pages wait for less time. Simulated: 0.92 is worse where the processors
+     * are busy. */
+    .better = 0.95,
+    .as_good = 1.0,
+    /* A request whose latency is at most this many times the lowest one has found no queue: the
+     * link has room for more. Not measured. */
+    .idle_link = 1.25,
+    /* The longest queue: twice this. Simulated: a longer one is never better. */
+    .queue_ns = 5000000,
+    /* Granted at a time. On a link no faster than the limit, a page that a thread waits for waits
+     * no longer than this for the background before it. */
     .grant_ns = 300000,
-    /* What a loop that had to wait for a processor, or for the link, missed meanwhile is made up
-     * for: of the last 50 ms, so the rate is kept; at a quarter more than the rate, so no 10 ms see
-     * twice of it. */
+    /* What a loop missed while it waited for a processor, or for the link, is made up for: of the
+     * last 50 ms, so the rate is kept; at a quarter more than the rate, so no 10 ms see twice of
+     * it. */
     .catch_up_ns = 500000,
     .make_up_ns = 50000000,
     .peak = 1.25,
-    /* The end of a READ that somebody waits for comes within so long from a near device; with fewer
-     * processors than these, the owner's threads want the one that would be spent. Not measured on
-     * hardware. */
+    /* The end of a READ that a thread waits for comes within this time from a near device. With
+     * fewer processors than these, the owner's threads need the one that would be spent. Not
+     * measured on hardware. */
     .spin_ns = 30000,
     .spin_processors = 4,
 };
@@ -78,12 +101,14 @@ void pn_pace_in_place(struct pn_pace_shared *shared, uint64_t waited) {
     __atomic_fetch_add(&shared->waited, waited, __ATOMIC_SEQ_CST);
 }
 
+/* No thread has faulted for longer than it may still be waiting behind what is in flight. */
 static bool is_quiet(const struct pn_pace *pace, uint64_t now) {
-    return now - load(&pace->shared->last_fault) > pn_tunables.quiet_ns;
+    double queue = pace->rate > 0 ? (double)pace->background.in_flight / pace->rate : 0;
+    uint64_t quiet = pn_tunables.quiet_ns + load(&pace->shared->best) + (uint64_t)queue;
+    return now - load(&pace->shared->last_fault) > quiet;
 }
 
-/* Whether the owner spends most of its time waiting for pages: what it waits for next, nobody knows
- * yet, and it should find the link free. And how fast pages come. */
+/* Takes the owner's share of waiting time, and the rate at which pages come. */
 static void look(struct pn_pace *pace, uint64_t now) {
     uint64_t past = now - pace->looked;
     if (past <= pn_tunables.look_ns ||
@@ -161,11 +186,213 @@ static uint64_t least_beside(const struct pn_pace *pace, bool prefetches) {
                : usual;
 }
 
+/* ---- the search for the window ---- */
+
+/* A window that is too small leaves the link idle: pages come later, and more touches wait. In one
+ * that is too large each of them waits longer. Where the best one is depends on the path, on the
+ * processors and on the owner, so it is measured: the time that the owner waits for each byte that
+ * comes. All bytes have to come, so the lowest cost of a byte is the shortest time in all. */
+
+enum { BEFORE, TRIAL, AFTER };
+
+static struct pn_pace_mark mark(const struct pn_pace *pace, uint64_t now) {
+    const struct pn_pace_shared *shared = pace->shared;
+    uint64_t bytes = load(&shared->demand_bytes) + load(&shared->background_bytes);
+    return (struct pn_pace_mark){now, load(&shared->waited), bytes};
+}
+
+static double cost(const struct pn_pace_mark *from, const struct pn_pace_mark *to) {
+    double waited = (double)(to->waited - from->waited), time = (double)(to->time - from->time);
+    return (waited + pn_tunables.other_time * time) / (double)(to->bytes - from->bytes);
+}
+
+/* What is in flight now was asked for under another window, and so was what the pages that are
+ * waited for stand behind: no sample begins before that has come. */
+static void use(struct pn_pace *pace, uint64_t window, uint64_t stage,
+                const struct pn_pace_mark *here) {
+    pace->search.stage = stage;
+    pace->search.settled = here->bytes + pace->background.in_flight + window;
+    pace->search.sampling = false;
+    store(&pace->shared->window, window);
+}
+
+/* What the link holds: with less in flight it would be idle. */
+static uint64_t least_window(const struct pn_pace *pace) {
+    uint64_t path = (uint64_t)(pace->rate * (double)pace->search.base);
+    return at_most(later(path, pace->window_least), pace->window_max);
+}
+
+/* More would only queue: twice what the link carries in its round trip and a moment. Its rate is
+ * not known before the search has opened. */
+static uint64_t most_window(const struct pn_pace *pace) {
+    if (pace->search.opening)
+        return pace->window_max;
+    double moment = (double)(pace->search.base + pn_tunables.queue_ns);
+    return at_most(later((uint64_t)(2 * pace->rate * moment), pace->window_least),
+                   pace->window_max);
+}
+
+static uint64_t neighbour(const struct pn_pace *pace) {
+    const struct pn_search *search = &pace->search;
+    uint64_t window = search->down ? search->window / 2 : 2 * search->window;
+    return at_most(later(window, least_window(pace)), later(most_window(pace), search->window));
+}
+
+static void turn_round(struct pn_search *search, uint64_t now) {
+    search->down = !search->down;
+    search->opening = search->again = false;
+    search->next = now + search->pause;
+    search->pause = at_most(2 * search->pause, pn_tunables.most_pause_ns);
+}
+
+/* Of one sample, while the search opens: the next trial's window. A trial that fails may have been
+ * disturbed: one of a window twice as large again decides. */
+static uint64_t open_further(struct pn_pace *pace, bool succeeded, uint64_t now) {
+    struct pn_search *search = &pace->search;
+    if (!succeeded && search->again)
+        turn_round(search, now);
+    search->again = !succeeded && search->opening;
+    return search->again ? at_most(2 * search->trial, later(most_window(pace), search->window))
+                         : neighbour(pace);
+}
+
+static void decide(struct pn_pace *pace, double before, double tried,
+                   const struct pn_pace_mark *here) {
+    struct pn_search *search = &pace->search;
+    bool succeeded = tried < (search->down ? pn_tunables.as_good : pn_tunables.better) * before;
+    if (succeeded) {
+        search->window = search->trial;
+        search->before = tried;
+        search->pause = pn_tunables.pause_ns;
+    }
+    if (search->opening) {
+        search->trial = open_further(pace, succeeded, here->time);
+    } else {
+        if (!succeeded)
+            turn_round(search, here->time);
+        search->trial = neighbour(pace);
+    }
+    bool opens = search->opening && search->trial != search->window;
+    use(pace, opens ? search->trial : search->window, opens ? TRIAL : BEFORE, here);
+}
+
+static void end_sample(struct pn_pace *pace, const struct pn_pace_mark *here) {
+    struct pn_search *search = &pace->search;
+    double found = cost(&search->mark, here);
+    if (search->stage == BEFORE) {
+        search->before = found;
+        use(pace, search->trial, TRIAL, here);
+    } else if (search->stage == TRIAL && !search->opening) {
+        search->tried = found;
+        use(pace, search->window, AFTER, here);
+    } else if (search->stage == TRIAL) {
+        decide(pace, search->before, found, here);
+    } else {
+        decide(pace, (search->before + found) / 2, search->tried, here);
+    }
+}
+
+static bool is_sampled(const struct pn_pace *pace, const struct pn_pace_mark *here) {
+    const struct pn_search *search = &pace->search;
+    uint64_t least = later(pn_tunables.sample_ns, 2 * load(&pace->shared->best));
+    uint64_t samples = search->stage == TRIAL && !search->opening ? 2 : 1;
+    return here->time - search->mark.time >= samples * least &&
+           here->bytes - search->mark.bytes >=
+               pn_tunables.sample_windows * load(&pace->shared->window);
+}
+
+/* The path has become so slow that the window is far too large: the search begins again. */
+static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
+    struct pn_search *search = &pace->search;
+    search->window = least_window(pace);
+    search->base = 0;
+    search->opening = true;
+    search->down = search->again = false;
+    search->pause = pn_tunables.pause_ns;
+    search->trial = neighbour(pace);
+    use(pace, search->window, BEFORE, here);
+}
+
+static void search_on(struct pn_pace *pace, uint64_t now) {
+    struct pn_search *search = &pace->search;
+    struct pn_pace_mark here = mark(pace, now);
+    if (search->window > 2 * most_window(pace))
+        begin_again(pace, &here);
+    if (search->trial == search->window) { /* at an end of the range */
+        turn_round(search, now);
+        search->trial = neighbour(pace);
+    }
+    if (search->stage == BEFORE && now < search->next)
+        return;
+    if (!search->sampling && here.bytes >= search->settled) {
+        search->mark = here;
+        search->sampling = true;
+    } else if (search->sampling && is_sampled(pace, &here)) {
+        end_sample(pace, &here);
+    }
+}
+
+/* The owner does not wait, or the background is limited: a sample would not tell about the window.
+ */
+static void interrupt(struct pn_pace *pace, uint64_t now) {
+    struct pn_pace_mark here = mark(pace, now);
+    pace->search.next = now + pace->search.pause;
+    use(pace, pace->search.window, BEFORE, &here);
+}
+
+static void begin_search(struct pn_pace *pace) {
+    struct pn_search *search = &pace->search;
+    uint64_t *led = &pace->shared->led, no = 0;
+    if (!__atomic_compare_exchange_n(led, &no, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        return;
+    pace->leads = true;
+    search->window = pace->window_least;
+    search->pause = pn_tunables.pause_ns;
+    search->opening = true;
+    search->trial = neighbour(pace);
+    store(&pace->shared->window, search->window);
+}
+
+/* While the link is idle some of the time, a larger window has a page wait no longer: it needs no
+ * trial. The requests in flight are answered in a round trip, so the window doubles in one. */
+void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
+    struct pn_search *search = &pace->search;
+    search->base += search->base / 8192; /* the path may change */
+    if (!search->base || latency < search->base)
+        search->base = latency;
+    double idle = pn_tunables.idle_link * (double)search->base;
+    if (!pace->leads || !search->beside || !search->opening || search->stage != BEFORE ||
+        (double)latency > idle)
+        return;
+    search->window = at_most(search->window + at_most(bytes, search->window), pace->window_max);
+    search->trial = neighbour(pace);
+    search->sampling = false;
+    store(&pace->shared->window, search->window);
+}
+
+static void find_window(struct pn_pace *pace, uint64_t now, bool beside) {
+    if (!load(&pace->shared->led))
+        begin_search(pace);
+    if (!pace->leads)
+        return;
+    pace->search.beside = beside && !load(&pace->shared->rate);
+    if (pace->search.beside)
+        search_on(pace, now);
+    else if (pace->search.sampling || pace->search.stage != BEFORE)
+        interrupt(pace, now);
+}
+
 void pn_pace_look(struct pn_pace *pace, uint64_t now, bool prefetches) {
     look(pace, now);
-    if (pace->starved || !is_quiet(pace, now))
+    bool beside = pace->starved || !is_quiet(pace, now);
+    find_window(pace, now, beside);
+    if (beside && load(&pace->shared->rate))
         pace->background.window = window_beside(pace, least_beside(pace, prefetches));
+    else if (beside)
+        pace->background.window = at_most(load(&pace->shared->window), pace->window_max);
 }
+
+/* ---- the wire ---- */
 
 /* What takes no time on the wire takes no room in the window, or a guest's free memory would come a
  * round trip at a time. Slowly up and at once down: what comes next may be of another kind. */
@@ -177,17 +404,20 @@ static void note_density(struct pn_pace *pace, uint64_t bytes, uint64_t wire) {
 }
 
 uint64_t pn_pace_wire(struct pn_pace *pace, int class_, uint64_t bytes, uint64_t wire) {
+    struct pn_pace_shared *shared = pace->shared;
     pace->arrived += wire;
-    if (class_ != PN_BACKGROUND)
+    if (class_ != PN_BACKGROUND) {
+        store(&shared->demand_bytes, shared->demand_bytes + wire);
         return 0;
+    }
+    __atomic_fetch_add(&shared->background_bytes, wire, __ATOMIC_SEQ_CST);
     note_density(pace, bytes, wire);
     return wire < bytes ? bytes - wire : 0;
 }
 
 uint64_t pn_pace_request_pages(const struct pn_pace *pace, uint64_t page_size) {
-    uint64_t bytes =
-        at_most(pace->chunk, pace->background.window /
-                                 2); /* one request is answered while the next one travels */
+    /* One request is answered while the next one travels. */
+    uint64_t bytes = at_most(pace->chunk, pace->background.window / 2);
     return page_size < bytes ? bytes / page_size : 1;
 }
 
@@ -204,6 +434,15 @@ void pn_pace_sent(struct pn_pace *pace, int class_, uint64_t bytes) {
     (class_ == PN_BACKGROUND ? &pace->background : &pace->demand)->in_flight += bytes;
 }
 
+/* While no thread faults: twice what the link carries in a round trip and a moment, so that the
+ * first fault after that finds little before its page. */
+static uint64_t quiet_window(const struct pn_pace *pace) {
+    uint64_t best = load(&pace->shared->best);
+    double link = 2 * pace->rate * (double)(best + pn_tunables.look_ns);
+    uint64_t window = later((uint64_t)link, pace->window_min);
+    return best ? at_most(window, pace->window_max) : pace->window_max;
+}
+
 void pn_pace_came(struct pn_pace *pace, int class_, uint64_t bytes, uint64_t now) {
     if (class_ != PN_BACKGROUND) {
         pace->demand.in_flight -= bytes;
@@ -211,8 +450,9 @@ void pn_pace_came(struct pn_pace *pace, int class_, uint64_t bytes, uint64_t now
     }
     struct pn_flow *flow = &pace->background;
     flow->in_flight -= bytes;
-    if (is_quiet(pace, now)) /* and the peer keeps up: let more be in flight */
-        flow->window = at_most(flow->window + bytes, pace->window_max);
+    uint64_t most = quiet_window(pace);
+    if (is_quiet(pace, now) && flow->window < most) /* and the peer keeps up */
+        flow->window = at_most(flow->window + bytes, most);
 }
 
 /* A window that opened once, by faults' path or by its first setting, is a limit of its own. */

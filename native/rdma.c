@@ -411,6 +411,8 @@ static void came(struct pn_rdma *rdma, struct under_way *read) {
     uint64_t now = pn_now(), size = pages->count * pages->piece->page_size;
     if (pages->class_ == PN_DEMAND)
         pn_pace_waited(&rdma->lane.pace, now - read->since, now);
+    else if (pages->class_ == PN_BACKGROUND)
+        pn_pace_response(&rdma->lane.pace, now - read->since, size);
     pn_pace_wire(&rdma->lane.pace, pages->class_, size, size);
     pn_stats_add(map, pages->class_, PN_RUNS, 1);
     pn_stats_add(map, pages->class_, PN_WIRE_BYTES, size);

@@ -145,6 +145,13 @@ static void waited(struct stream *stream, uint64_t since) {
     pn_pace_waited(&stream->lane.pace, now - since, now);
 }
 
+/* The first reply to a request of the background. */
+static void responded(struct stream *stream, struct slot *slot) {
+    uint64_t pages = (slot->end - slot->next) >> slot->piece->shift;
+    pn_pace_response(&stream->lane.pace, pn_now() - slot->since, pages * slot->piece->page_size);
+    slot->since = 0;
+}
+
 /* The next pages of the reply. */
 static struct run next_run(const struct stream *stream, uint64_t pages) {
     const struct current *current = &stream->current;
@@ -177,6 +184,8 @@ static void begin_reply(struct stream *stream) {
     };
     if (slot->class_ == PN_DEMAND)
         waited(stream, slot->since);
+    else if (slot->since)
+        responded(stream, slot);
     pn_lane_count(&stream->lane, slot->class_, PN_RUNS, 1);
     pn_lane_count(&stream->lane, slot->class_, PN_WIRE_BYTES, sizeof *reply + reply->length);
     if (reply->encoding == PN_FAILED)

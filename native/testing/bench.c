@@ -111,6 +111,7 @@ int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, 
 struct player {
     struct pn_play *play;
     const struct pn_map *map;
+    uint64_t first;
     int error;
 };
 
@@ -120,39 +121,62 @@ static void work(uint64_t duration) {
         ;
 }
 
-static void *play(void *argument) {
+static void play_touch(struct pn_play *play, const struct pn_map *map, uint64_t i) {
+    const volatile char *at =
+        (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
+    work(play->works_ns ? play->works_ns[i] : play->work_ns);
+    bool blocked = !is_there(map, play->pages[i]);
+    uint64_t start = now();
+    (void)*at;
+    uint64_t latency = now() - start;
+    if (play->latencies)
+        play->latencies[i] = latency;
+    if (blocked) {
+        __atomic_fetch_add(&play->stall_ns, latency, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&play->blocked, 1, __ATOMIC_RELAXED);
+    }
+    __atomic_fetch_add(&play->done, 1, __ATOMIC_RELAXED);
+}
+
+static void *play_share(void *argument) {
     struct player *player = argument;
-    struct pn_play *play = player->play;
     if (sigsetjmp(untouched, 1)) {
         touching = false;
         player->error = -EFAULT;
         return NULL;
     }
     touching = true;
-    for (uint64_t i = 0; i < play->count; i++) {
-        const volatile char *at =
-            (const volatile char *)(uintptr_t)(play->address + play->pages[i] * play->page_size);
-        work(play->works_ns ? play->works_ns[i] : play->work_ns);
-        bool blocked = !is_there(player->map, play->pages[i]);
-        uint64_t start = now();
-        (void)*at;
-        play->stall_ns += blocked ? now() - start : 0;
-        play->blocked += blocked;
-        __atomic_store_n(&play->done, i + 1, __ATOMIC_RELAXED);
+    struct pn_play *play = player->play;
+    for (uint64_t i = player->first; i < play->count; i += play->threads) {
+        if (play->until_complete && pn_map_done(player->map) == player->map->scope)
+            break;
+        play_touch(play, player->map, i);
     }
     touching = false;
     return NULL;
 }
 
-int pn_bench_play(struct pn_play *trace, const struct pn_map *map) {
+int pn_bench_play(struct pn_play *play, const struct pn_map *map) {
+    struct player players[64];
+    pthread_t ids[64];
     struct sigaction action = {.sa_handler = bus_error};
-    struct player player = {trace, map, 0};
+    if (play->threads < 1 || play->threads > 64)
+        return -EINVAL;
     sigemptyset(&action.sa_mask);
     if (sigaction(SIGBUS, &action, &otherwise))
         return -errno;
-    play(&player);
+    uint64_t started = 0;
+    int error = 0;
+    for (; started < play->threads && !error; started += !error) {
+        players[started] = (struct player){play, map, started, 0};
+        error = -pthread_create(&ids[started], NULL, play_share, &players[started]);
+    }
+    for (uint64_t i = 0; i < started; i++) {
+        pthread_join(ids[i], NULL);
+        error = error ? error : players[i].error;
+    }
     sigaction(SIGBUS, &otherwise, NULL);
-    return player.error;
+    return error;
 }
 
 uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count,
@@ -248,8 +272,20 @@ static int receive_in_place(int sock, uint64_t length, uint64_t chunk, int uffd,
     return error;
 }
 
+/* Into the page cache of a file, and from there into place. */
+static int write_and_continue(int uffd, int file, uint64_t address, uint64_t at, const char *bytes,
+                              uint64_t size) {
+    for (uint64_t done = 0; done < size;) {
+        ssize_t written = pwrite(file, bytes + done, size - done, (off_t)(at + done));
+        if (written <= 0)
+            return written ? -errno : -EIO;
+        done += (uint64_t)written;
+    }
+    return pn_uffd_continue(uffd, address + at, size).error;
+}
+
 int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
-                     uint64_t second) {
+                     uint64_t second, int file) {
     if (second)
         return receive_in_place(sock, length, chunk, uffd, address, second);
     char *buffer = mmap(NULL, chunk, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -260,6 +296,8 @@ int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64
         uint64_t size = length - done < chunk ? length - done : chunk;
         if (!recv_all(sock, buffer, size))
             error = -EPIPE;
+        else if (file >= 0)
+            error = write_and_continue(uffd, file, address, done, buffer, size);
         else if (uffd >= 0)
             error = pn_uffd_copy(uffd, address + done, buffer, size).error;
     }

@@ -35,16 +35,19 @@ int pn_workload(int argc, char **argv);
  * place. 0, -EFAULT when a page could never come, or -errno. */
 int pn_bench_touch(uint64_t address, uint64_t page_size, const uint64_t *pages, uint64_t count,
                    uint64_t *latencies, int threads, uint64_t limit_ns, const struct pn_map *map);
-/* Touches the pages of a trace, one after the other, each after work_ns of work, or (works_ns)
- * after its own time. blocked: touches of pages that were not in place; stall_ns: how long those
- * took; done: touches until now, for other threads to read. */
+/* A trace of touches. `threads` (1 to 64) share it: each touches every threads-th page, after
+ * work_ns of work, or works_ns[i] before touch i. blocked: touches of pages that were missing;
+ * stall_ns: the sum of their latencies; done: touches so far, for other threads to read;
+ * latencies (NULL: not wanted): ns of each touch. */
 struct pn_play {
-    uint64_t address, page_size, work_ns, count;
+    uint64_t address, page_size, work_ns, count, threads;
     const uint64_t *pages, *works_ns;
+    uint64_t *latencies;
     uint64_t done, blocked, stall_ns;
+    uint64_t until_complete; /* no more touches once every page of the map is there */
 };
-/* 0, -EFAULT when a page could never come, or -errno. */
-int pn_bench_play(struct pn_play *trace, const struct pn_map *map);
+/* Touches them all: 0, -EFAULT when a page could never come, or -errno. */
+int pn_bench_play(struct pn_play *play, const struct pn_map *map);
 /* How many of these pages (NULL: of the first `count`) are in that state. */
 uint64_t pn_bench_count(const struct pn_map *map, const uint64_t *pages, uint64_t count, int state);
 /* Answers each 24-byte request on a blocking socket with a header and a page, until the peer
@@ -54,12 +57,19 @@ int pn_bench_page_server(int sock, uint64_t page_size);
  * one at hand, until stop_fd is readable. */
 int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size);
 int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
-/* Receives `length` bytes, and with a uffd copies each chunk into place, from `address` on. With
- * `second`, it receives through that second mapping of the memory, and continues each chunk. */
+/* Receives. With a uffd it puts each chunk in place from `address` on: by COPY; or (second) it
+ * receives through a second mapping of that memory, and continues it; or (file, else -1) it writes
+ * the chunk to the file behind that memory, and continues it. */
 int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
-                     uint64_t second);
+                     uint64_t second, int file);
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
 /* Takes each page of the map from MISSING to RESIDENT. Returns how many claims that took. */
 uint64_t pn_bench_claims(struct pn_map *map);
+
+/* ---- relay.c: a longer path than this machine has ---- */
+
+/* Joins each connection that `listener` takes to one to host (IPv4) and port, with delay_ns on the
+ * way in each direction, until stop_fd is readable. 0 or -errno. */
+int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, int stop_fd);
 
 #endif

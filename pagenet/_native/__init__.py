@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from .compression import Choice, DemandChoice, Packer, unpack
 from .destination import (
-    RDMA_WINDOW_BYTES,
-    WINDOW_BYTES,
     Destination,
     FaultLog,
     Piece,
     Ring,
     Window,
     before_sampled,
+    rdma_window_bytes,
+    window_bytes,
 )
 from .ends import (
     END_BROKEN,
@@ -93,9 +93,7 @@ __all__ = [
     "MAX_NOTE",
     "MOVE",
     "POISON",
-    "RDMA_WINDOW_BYTES",
     "STATES",
-    "WINDOW_BYTES",
     "ZERO",
     "Buffer",
     "Choice",
@@ -130,6 +128,7 @@ __all__ = [
     "plant",
     "populate",
     "punch",
+    "rdma_window_bytes",
     "read_process",
     "same_file",
     "seal_size",
@@ -145,5 +144,6 @@ __all__ = [
     "uffd_wake",
     "unpack",
     "uproot",
+    "window_bytes",
     "zero_map",
 ]

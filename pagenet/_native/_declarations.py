@@ -275,6 +275,15 @@ class pn_pace_tunables(Struct):
     moment_ns: int
     waits: float
     waits_much: float
+    sample_ns: int
+    sample_windows: int
+    pause_ns: int
+    most_pause_ns: int
+    queue_ns: int
+    other_time: float
+    better: float
+    as_good: float
+    idle_link: float
     grant_ns: int
     catch_up_ns: int
     make_up_ns: int
@@ -290,6 +299,10 @@ class pn_pace_shared(Struct):
     rate: int
     paid_until: int
     next_grant: int
+    demand_bytes: int
+    background_bytes: int
+    led: int
+    window: int
 
 
 class pn_flow(Struct):
@@ -297,14 +310,40 @@ class pn_flow(Struct):
     window: int
 
 
+class pn_pace_mark(Struct):
+    time: int
+    waited: int
+    bytes: int
+
+
+class pn_search(Struct):
+    window: int
+    trial: int
+    stage: int
+    opening: bool
+    again: bool
+    down: bool
+    sampling: bool
+    mark: pn_pace_mark
+    settled: int
+    before: float
+    tried: float
+    next: int
+    pause: int
+    base: int
+    beside: bool
+
+
 class pn_pace(Struct):
     shared: pn_pace_shared | Null
     window_least: int
-    window_min: int
     window_max: int
+    window_min: int
     chunk: int
     demand: pn_flow
     background: pn_flow
+    leads: bool
+    search: pn_search
     dense: int
     looked: int
     waited: int
@@ -567,6 +606,7 @@ class Library(Protocol):
     def pn_pace_came(self, pace: pn_pace | Null, class_: int, bytes: int, now: int, /) -> None: ...
     def pn_pace_wire(self, pace: pn_pace | Null, class_: int, bytes: int, wire: int, /) -> int: ...
     def pn_pace_waited(self, pace: pn_pace | Null, latency: int, now: int, /) -> None: ...
+    def pn_pace_response(self, pace: pn_pace | Null, latency: int, bytes: int, /) -> None: ...
     def pn_pace_look(self, pace: pn_pace | Null, now: int, prefetches: bool, /) -> None: ...
     def pn_pace_room(self, pace: pn_pace | Null, class_: int, /) -> int: ...
     def pn_pace_request_pages(self, pace: pn_pace | Null, page_size: int, /) -> int: ...

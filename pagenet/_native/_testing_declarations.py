@@ -17,11 +17,14 @@ class pn_play(Struct):
     page_size: int
     work_ns: int
     count: int
+    threads: int
     pages: CData | Null
     works_ns: CData | Null
+    latencies: CData | Null
     done: int
     blocked: int
     stall_ns: int
+    until_complete: int
 
 
 class Library(Protocol):
@@ -61,7 +64,7 @@ class Library(Protocol):
         map: pn_map | Null,
         /,
     ) -> int: ...
-    def pn_bench_play(self, trace: pn_play | Null, map: pn_map | Null, /) -> int: ...
+    def pn_bench_play(self, play: pn_play | Null, map: pn_map | Null, /) -> int: ...
     def pn_bench_count(
         self, map: pn_map | Null, pages: CData | Null, count: int, state: int, /
     ) -> int: ...
@@ -73,7 +76,10 @@ class Library(Protocol):
         self, sock: int, bytes: bytes | CData | Null, length: int, chunk: int, /
     ) -> int: ...
     def pn_bench_receive(
-        self, sock: int, length: int, chunk: int, uffd: int, address: int, second: int, /
+        self, sock: int, length: int, chunk: int, uffd: int, address: int, second: int, file: int, /
     ) -> int: ...
     def pn_bench_memcpy(self, to: int, from_: int, length: int, /) -> None: ...
     def pn_bench_claims(self, map: pn_map | Null, /) -> int: ...
+    def pn_bench_relay(
+        self, listener: int, host: bytes | CData | Null, port: int, delay_ns: int, stop_fd: int, /
+    ) -> int: ...

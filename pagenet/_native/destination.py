@@ -22,12 +22,20 @@ from .ends import End, end_of
 from .residency import SharedMap
 
 _tunables = lib.pn_tunables
-#: bytes of background that may be in flight: while the owner does little but wait, while there are
-#: faults, and when there have been none for a while; see native/pace.c
-WINDOW_BYTES = (_tunables.window_least, _tunables.window_min, _tunables.window_max)
-RDMA_WINDOW_BYTES = (
-    _tunables.rdma_window_least, _tunables.rdma_window_min, _tunables.rdma_window_max,
-)  # fmt: skip
+
+
+def window_bytes(fixed: int | None) -> tuple[int, int, int]:
+    """Bytes of background that a lane over TCP may have in flight: while the owner does little but
+    wait, while there are faults, and when there have been none for a while (native/pace.c)."""
+    least, low, most = _tunables.window_least, _tunables.window_min, _tunables.window_max
+    return (least, low, most) if fixed is None else (fixed, fixed, fixed)
+
+
+def rdma_window_bytes(fixed: int | None) -> tuple[int, int, int]:
+    """The same over RDMA."""
+    tunables = _tunables
+    window = tunables.rdma_window_least, tunables.rdma_window_min, tunables.rdma_window_max
+    return window if fixed is None else (fixed, fixed, fixed)
 
 
 @dataclass(frozen=True, slots=True)

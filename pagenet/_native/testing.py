@@ -91,16 +91,26 @@ def bench_touch(
 
 
 class Play:
-    """``struct pn_play``: a trace of touches, and its progress. ``work_ns``: the work before each
-    touch, in ns: one number for all touches, or one for each."""
+    """``struct pn_play``: a trace of touches, and how it goes. ``work_ns``: before each, or one for
+    each of them. ``threads`` share the touches."""
 
     def __init__(
-        self, address: int, page_size: int, pages: array[int], work_ns: int | array[int]
+        self,
+        address: int,
+        page_size: int,
+        pages: array[int],
+        work_ns: int | array[int],
+        threads: int = 1,
     ) -> None:
+        #: how long each touch took, in ns
+        self.latencies = array("Q", bytes(8 * len(pages)))
         self._pages = ffi.from_buffer("uint64_t[]", pages)
         self._play = cast(pn_play, ffi.new("struct pn_play *"))
         self._play.address, self._play.page_size = address, page_size
         self._play.pages, self._play.count = self._pages, len(pages)
+        self._play.threads = threads
+        self._latencies = ffi.from_buffer("uint64_t[]", self.latencies)
+        self._play.latencies = self._latencies
         if isinstance(work_ns, int):
             self._play.work_ns = work_ns
         else:
@@ -108,9 +118,10 @@ class Play:
             self._works = ffi.from_buffer("uint64_t[]", work_ns)
             self._play.works_ns = self._works
 
-    def run(self, shared: SharedMap) -> None:
-        """Touch all pages. Call it in a thread. :exc:`OSError` (EFAULT): a page could never
-        come."""
+    def run(self, shared: SharedMap, *, until_complete: bool = False) -> None:
+        """Touch them all, or ``until_complete`` those that have their turn before every page is
+        there. Call it in a thread. ``EFAULT``: a page could never come."""
+        self._play.until_complete = until_complete
         check(lib.pn_bench_play(self._play, _map_at(shared.address)))
 
     @property
@@ -165,11 +176,23 @@ def bench_send(sock: int, address: int, length: int, chunk: int) -> None:
 
 
 def bench_receive(
-    sock: int, length: int, chunk: int, uffd: int = -1, address: int = 0, second: int = 0
+    sock: int,
+    length: int,
+    chunk: int,
+    uffd: int = -1,
+    address: int = 0,
+    second: int = 0,
+    file: int = -1,
 ) -> None:
-    """Receive ``length`` bytes, ``chunk`` at a time. With a ``uffd``, copy each chunk into place;
-    with a ``second`` mapping too, receive through that mapping, and continue."""
-    check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second))
+    """Receive. With a uffd, put each chunk in place: by COPY; or receive through a second mapping
+    and continue; or write to the ``file`` behind the memory and continue."""
+    check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second, file))
+
+
+def bench_relay(listener: int, host: str, port: int, delay: float, stop_fd: int) -> None:
+    """Join each connection that ``listener`` takes to one to that IPv4 address, with ``delay``
+    seconds on the way in each direction, until ``stop_fd`` is readable. Call it in a thread."""
+    check(lib.pn_bench_relay(listener, host.encode(), port, round(delay * 1e9), stop_fd))
 
 
 def bench_memcpy(to: int, from_: int, length: int) -> None:

@@ -36,12 +36,19 @@ class Background:
     """Hands runs to the lanes, in the order of ``schedule`` (None: no runs).
 
     ``chunk``: bytes asked for at a time. ``begun``: False if it waits for :meth:`begin`.
+    ``window``: bytes that each lane may have in flight; None: native/pace.c adapts it.
     """
 
     def __init__(
-        self, schedule: Schedule | None, chunk: int = CHUNK_BYTES, *, begun: bool = True
+        self,
+        schedule: Schedule | None,
+        chunk: int = CHUNK_BYTES,
+        *,
+        begun: bool = True,
+        window: int | None = None,
     ) -> None:
         self.chunk = chunk
+        self.window = window
         self._schedule = schedule
         self._begun = begun
         self._paused = False

@@ -23,7 +23,10 @@ from ._peers import Source
 from ._plot import check_plot, plot_latencies, plot_work
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
-from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from ._stream import FLOORS, PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from .pace._pace import FIGURES as PACE_FIGURES
+from .pace._pace import WINDOWS as PACE_WINDOWS
+from .pace._pace import Cell, CellResult, PaceOptions, measure_pace
 from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
 from .qemu._qemu_guest import find_guest
 from .qemu._qemu_methods import METHODS as QEMU_METHODS
@@ -46,14 +49,19 @@ __all__ = [
     "CONTENTS",
     "DATA",
     "ENCODINGS",
+    "FLOORS",
     "LIMIT_SECONDS",
     "MOST_BESIDE",
     "ORDERS",
+    "PACE_FIGURES",
+    "PACE_WINDOWS",
     "PLACEMENTS",
     "QEMU_METHODS",
     "SOURCES",
     "TRACES",
     "USUAL_WORK_US",
+    "Cell",
+    "CellResult",
     "EncodingOptions",
     "EncodingResult",
     "EncodingTarget",
@@ -64,6 +72,7 @@ __all__ = [
     "Least",
     "Migration",
     "NullResult",
+    "PaceOptions",
     "QemuOptions",
     "QemuResult",
     "RdmaOptions",
@@ -87,6 +96,7 @@ __all__ = [
     "measure_faults",
     "measure_hostile",
     "measure_null",
+    "measure_pace",
     "measure_qemu",
     "measure_rdma",
     "measure_scale",

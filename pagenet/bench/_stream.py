@@ -2,8 +2,9 @@
 
 The clock runs from the moment the lanes start until the last page is in place. Every page is
 verified afterwards. The floors are bare loops in C in two processes: the bytes alone (send, and
-recv into one buffer), and the same with each chunk put in place by COPY, or received in place and
-made visible by CONTINUE; and memcpy between two buffers that are in memory already.
+recv into one buffer), and the same with each chunk put in place: by COPY; written to a file and
+made visible by CONTINUE; or received in place, in memory that is allocated already, and made
+visible by CONTINUE. And memcpy between two buffers that are in memory already.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -32,7 +39,7 @@ from ._figures import median
 from ._peers import Source, connected_peer, memory_holder, served, socket_pair
 from .peer import ORDER, READY
 
-__all__ = ["PLACEMENTS", "SOURCES", "StreamOptions", "StreamResult", "measure_streams"]
+__all__ = ["FLOORS", "PLACEMENTS", "SOURCES", "StreamOptions", "StreamResult", "measure_streams"]
 
 #: by name: the memory that makes pagenet place pages that way
 PLACEMENTS = {
@@ -40,6 +47,14 @@ PLACEMENTS = {
     "move": lambda: OwnMemory("anonymous", move=True),
     "continue": lambda: OwnMemory("memfd"),
     "continue-allocated": lambda: OwnMemory("memfd", allocate=True),
+}
+#: the floor of each: bare C that allocates as early or as late, in memory of that kind. Pages that
+#: are moved could be copied.
+FLOORS = {
+    "copy": "send/recv+copy",
+    "move": "send/recv+copy",
+    "continue": "send/recv+write",
+    "continue-allocated": "send/recv+continue",
 }
 SOURCES = ("file", "process")
 # More than any cache holds.
@@ -241,12 +256,13 @@ class _Floors:
         self._memcpy = StreamResult("memcpy", size=min(options.size, _MEMCPY_BYTES))
         self._receive = StreamResult("send/recv", size=options.size)
         self._copy = StreamResult("send/recv+copy", size=options.size)
+        self._write = StreamResult("send/recv+write", size=options.size)
         self._continue = StreamResult("send/recv+continue", size=options.size)
 
     @property
     def results(self) -> list[StreamResult]:
         return [self._memcpy] if self._sender is None else [
-            self._memcpy, self._receive, self._copy, self._continue
+            self._memcpy, self._receive, self._copy, self._write, self._continue
         ]  # fmt: skip
 
     async def round(self) -> None:
@@ -256,6 +272,7 @@ class _Floors:
             for result, time_it in (
                 (self._receive, self._time_receive),
                 (self._copy, self._time_copy),
+                (self._write, self._time_write),
                 (self._continue, self._time_continue),
             ):
                 async with self._sender() as (sock, order):
@@ -277,18 +294,14 @@ class _Floors:
             to.close()
 
     def _time_receive(
-        self,
-        sock: socket.socket,
-        order: Callable[[int, int], None],
-        uffd: int = -1,
-        address: int = 0,
-        second: int = 0,
+        self, sock: socket.socket, order: Callable[[int, int], None], **place: int
     ) -> float:
+        """``place``: as :func:`bench_receive` has it."""
         size, chunk = self._options.size, self._options.chunk
         start = time.perf_counter()
         try:
             order(size, chunk)
-            bench_receive(sock.fileno(), size, chunk, uffd, address, second)
+            bench_receive(sock.fileno(), size, chunk, **place)
         except OSError as error:
             raise PagenetError(f"the floor's sender is gone: {error.strerror}") from None
         return time.perf_counter() - start
@@ -299,25 +312,38 @@ class _Floors:
         uffd = Userfaultfd.open()
         try:
             uffd.register(memory.address, memory.size, Mode.MISSING)
-            return self._time_receive(sock, order, uffd.fd, memory.address)
+            return self._time_receive(sock, order, uffd=uffd.fd, address=memory.address)
         finally:
             uffd.close()
             memory.close()
 
+    def _time_write(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
+        with self._shared() as (fd, memory, uffd):
+            return self._time_receive(sock, order, uffd=uffd, address=memory.address, file=fd)
+
     def _time_continue(self, sock: socket.socket, order: Callable[[int, int], None]) -> float:
         """Into memory that is allocated, with a second mapping made, before the clock starts."""
+        size = self._options.size
+        with self._shared() as (fd, memory, uffd), ExitStack() as stack:
+            second = _native.Mapped(size, fd)
+            stack.callback(second.close)
+            if not _native.populate(second.address, second.size):
+                os.posix_fallocate(fd, 0, size)
+            place = {"uffd": uffd, "address": memory.address, "second": second.address}
+            return self._time_receive(sock, order, **place)
+
+    @contextmanager
+    def _shared(self) -> Iterator[tuple[int, _native.Mapped, int]]:
+        """A memfd, its mapping, and the uffd that watches that."""
         size = self._options.size
         bench_claim_memory(2 * size)
         with ExitStack() as stack:
             fd = os.memfd_create("pagenet-floor", os.MFD_CLOEXEC)
             stack.callback(os.close, fd)
             os.ftruncate(fd, size)
-            memory, second = _native.Mapped(size, fd), _native.Mapped(size, fd)
+            memory = _native.Mapped(size, fd)
             stack.callback(memory.close)
-            stack.callback(second.close)
             uffd = Userfaultfd.open()
             stack.callback(uffd.close)
             uffd.register(memory.address, size, Mode.MISSING | Mode.MINOR)
-            if not _native.populate(second.address, second.size):
-                os.posix_fallocate(fd, 0, size)
-            return self._time_receive(sock, order, uffd.fd, memory.address, second.address)
+            yield fd, memory, uffd.fd

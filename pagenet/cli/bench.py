@@ -13,6 +13,7 @@ from typing import Any
 from ..bench import (
     CONTENTS,
     ENCODINGS,
+    FLOORS,
     LIMIT_SECONDS,
     MOST_BESIDE,
     PLACEMENTS,
@@ -48,6 +49,7 @@ from ..bench import (
 )
 from ..errors import UsageError
 from ..sizes import parse_size
+from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_workload import add_workload_options, bench_workload
@@ -79,6 +81,10 @@ _SUITES = {
     "workload": (
         "The same touches with every order of the background: how many wait, and how long. Needs"
         " root."
+    ),
+    "pace": (
+        "How much of the background is in flight: pagenet's choice beside fixed windows, over links"
+        " of several rates and delays. Needs root."
     ),
     "trace": (
         "Run a program, and record which pages of its data it touches first, and when: a trace for"
@@ -112,6 +118,7 @@ _ROUNDS = {
     "null": 3,
     "qemu": 3,
     "workload": 1,
+    "pace": 3,
 }
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
@@ -159,6 +166,9 @@ def make_parser() -> Parser:
         suite.set_defaults(lane="native")
         if name == "workload":
             add_workload_options(suite)
+            continue
+        if name == "pace":
+            add_pace_options(suite)
             continue
         transports = ["tcp", "unix"] if name == "scale" else ["tcp", "unix", "rdma"]
         suite.add_argument(
@@ -394,8 +404,10 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["qemu"] = await bench_qemu(options, report)
     if options.suite == "workload":
         summary["workload"] = await bench_workload(options, report)
+    if options.suite == "pace":
+        summary["pace"] = await bench_pace(options, report)
     report("complete", **summary, environment=where)
-    return 1 if summary.get("qemu", {}).get("wrong") else 0
+    return 1 if any(summary.get(suite, {}).get("wrong") for suite in ("qemu", "pace")) else 0
 
 
 async def _fault(options: argparse.Namespace, report: Report) -> Fields:
@@ -528,7 +540,7 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
         report(
             "result",
             suite="stream",
-            **_stream_fields(result, floors.get("send/recv+copy")),
+            **_stream_fields(result, floors.get(FLOORS.get(result.name, ""))),
             chunk=wanted.chunk,
         )
     if not report.as_json:
@@ -541,6 +553,7 @@ async def _stream(options: argparse.Namespace, report: Report) -> Fields:
         "best_gbps": best.gbps,
         "best": f"{best.name} from {best.source}",
         "floor_copy_gbps": floors.get("send/recv+copy"),
+        "floor_write_gbps": floors.get("send/recv+write"),
         "floor_continue_gbps": floors.get("send/recv+continue"),
         "floor_receive_gbps": floors.get("send/recv"),
         "floor_memcpy_gbps": floors["memcpy"],
@@ -779,7 +792,7 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         if result.is_floor:
             table.add_row(result.name, "bare C", "", f"{result.gbps:.2f}", style="dim")
             continue
-        floor = floors.get("send/recv+copy")
+        floor = floors.get(FLOORS[result.name])
         zeros = f", {result.zero_share:.0%} zero" if result.zero_share else ""
         beside = ("-", "-") if floor is None else (f"{floor:.2f}", f"{result.gbps / floor:.2f}x")
         table.add_row(
@@ -787,7 +800,7 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         )
     console.print(table)
     console.print(
-        "The floor of each is send/recv+copy. Every page was compared after its transfer.",
+        "The floor of each allocates as early or as late. Every page was compared afterwards.",
         style="dim",
     )
 

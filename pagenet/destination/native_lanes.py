@@ -214,7 +214,7 @@ class NativeLanes(LoopLanes):
             sock,
             self._stop_fd,
             ring,
-            _native.WINDOW_BYTES,
+            _native.window_bytes(self._background.window),
             self._background.chunk,
         )
         end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)

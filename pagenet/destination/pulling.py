@@ -166,6 +166,7 @@ async def pull(
     background: str = "hot",
     background_lanes: int = 1,
     chunk: int = CHUNK_BYTES,
+    background_window: int | None = None,
     lane: LaneKind = "auto",
     prefetch: tuple[int, int] | None = None,
     max_bandwidth: int | None = None,
@@ -196,15 +197,17 @@ async def pull(
     recorded: ``background="off", prefetch=(0, 0)`` records every first touch. ``background_lanes``:
     connections for the background, 1 to 63, each with its own thread; more than one helps where one
     processor cannot fill the network. ``chunk``: bytes per request on these connections, whole
-    pages up to 4 MiB. ``lane``: ``native`` (loops in C), ``trio`` (the same in Trio, slow and
-    obvious), or ``auto``: native where memory and transport allow it. ``prefetch``: pages requested
-    after and before each page that a thread waits for (clipped to 1 MiB on either side; Yabusame
-    has 8, 8). None: pagenet adapts the number: more where faults are close together or in line,
-    none where they are random. ``compress``: ``auto`` (the source compresses where its link and
-    processor make that faster), ``lz4`` (it compresses whatever becomes smaller) or ``none``. A
-    source that cannot compress sends pages uncompressed. ``streams``: connections for the
-    application's own bytes, to the ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is
-    answered before :meth:`Transfer.release`, because the source's memory may change until then.
+    pages up to 4 MiB. ``background_window``: bytes that each of these connections may have in
+    flight; None: pagenet adapts it to the path (lanes in Trio always have their own). ``lane``:
+    ``native`` (loops in C), ``trio`` (the same in Trio, slow and obvious), or ``auto``: native
+    where memory and transport allow it. ``prefetch``: pages requested after and before each page
+    that a thread waits for (clipped to 1 MiB on either side; Yabusame has 8, 8). None: pagenet
+    adapts the number: more where faults are close together or in line, none where they are random.
+    ``compress``: ``auto`` (the source compresses where its link and processor make that faster),
+    ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
+    sends pages uncompressed. ``streams``: connections for the application's own bytes, to the
+    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
+    :meth:`Transfer.release`, because the source's memory may change until then.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
@@ -221,6 +224,8 @@ async def pull(
             f"chunks of {chunk} bytes: they are whole pages, of {MAX_REQUEST_BYTES >> 20} MiB at"
             " most"
         )
+    if background_window is not None and background_window < mmap.PAGESIZE:
+        raise UsageError(f"a window of {background_window} bytes: a page is {mmap.PAGESIZE}")
     check_schedule(background)
     start = Start() if start_background is None else parse_start(start_background)
     channels = (
@@ -246,7 +251,12 @@ async def pull(
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
-                    plan = Background(_schedule(background, filling), chunk, begun=start == Start())
+                    plan = Background(
+                        _schedule(background, filling),
+                        chunk,
+                        begun=start == Start(),
+                        window=background_window,
+                    )
                     plan.set_max_bandwidth(max_bandwidth)
                     if recording is not None:
                         recorder = Recorder(filling.region)

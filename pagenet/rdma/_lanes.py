@@ -118,7 +118,7 @@ class RdmaLanes(LoopLanes):
                 self._dest,
                 self._stop_fd,
                 self._rings[0],
-                _native.RDMA_WINDOW_BYTES,
+                _native.rdma_window_bytes(self._background.window),
                 self._background.chunk,
                 device=path.device,
                 port=path.port,

@@ -20,7 +20,7 @@ from namespaces import needs_namespaces
 from processes import plant_pagenet, threads_in_faults
 
 from pagenet import PagenetError
-from pagenet.bench import Sample
+from pagenet.bench import FLOORS, Sample
 from pagenet.bench._far import order_bytes, order_pages
 from pagenet.bench._peers import running
 from pagenet.bench.attacker import ATTACKS
@@ -147,7 +147,7 @@ def test_stream_measures_every_placement_and_source() -> None:
     said = events("stream", "--size", "16M", "--rounds", "1")
     rows = results(said, "stream")
     floors = {row["name"]: row["gbps"] for row in rows if row["floor"]}
-    assert floors.keys() == {"memcpy", "send/recv", "send/recv+copy", "send/recv+continue"}
+    assert floors.keys() == {"memcpy", "send/recv", *FLOORS.values()}
     assert all(gbps > 0 for gbps in floors.values())
     others = [row for row in rows if not row["floor"]]
     assert all(row["gbps"] > 0 and row["ratio"] > 0 and row["bytes"] == 16 << 20 for row in others)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from math import log
+from random import Random
 
 import pytest
 
@@ -29,12 +31,16 @@ class Link:
     window: tuple[int, int, int] = (TUNABLES.window_least, TUNABLES.window_min, TUNABLES.window_max)
     chunk: int = 256 << 10
     limit: int = 0
+    #: ns of the source's processor for each request
+    request: int = 0
+    #: the source loses a time slice of 3 ms before one request in that many; 0: never
+    loses: int = 0
     #: whether pages around those that are waited for are prefetched
     prefetches: bool = False
     now: int = 10 * SECOND
     shared: pn_pace_shared = field(default_factory=lambda: new_struct(pn_pace_shared))
     #: (time, number, what) of what is in flight, to the source or from it
-    _events: list[tuple[int, int, tuple[int, int, int]]] = field(default_factory=list)
+    _events: list[tuple[int, int, tuple[int, int, int, int]]] = field(default_factory=list)
     _number: int = 0
     _free: int = 0
     came: dict[int, int] = field(
@@ -45,6 +51,7 @@ class Link:
     largest: int = 0
 
     def __post_init__(self) -> None:
+        self._slices = Random(2)
         self.demand, self.background = self._pace(), self._pace()
         self.set_limit(self.limit)
 
@@ -66,11 +73,15 @@ class Link:
         """``size`` bytes are on the wire after half a round trip, one request after the other, and
         at the destination after the other half."""
         lib.pn_pace_sent(self.background if class_ == BACKGROUND else self.demand, class_, size)
-        start = max(self.now + self.trip // 2, self._free)
+        start = max(self.now + self.trip // 2, self._free) + self.request
+        if self.loses and not self._slices.randrange(self.loses):
+            start += 3 * MS
         self._free = start + size * SECOND // self.rate
+        first = start + self.trip // 2 - self.now
         self._number += 1
         heapq.heappush(
-            self._events, (self._free + self.trip // 2, self._number, (class_, size, self.now))
+            self._events,
+            (self._free + self.trip // 2, self._number, (class_, size, self.now, first)),
         )
 
     def feed(self) -> int:
@@ -101,8 +112,10 @@ class Link:
             self._take(*heapq.heappop(self._events)[2])
         return True
 
-    def _take(self, class_: int, size: int, asked: int) -> None:
+    def _take(self, class_: int, size: int, asked: int, first: int) -> None:
         pace = self.background if class_ == BACKGROUND else self.demand
+        if class_ == BACKGROUND:
+            lib.pn_pace_response(pace, first, size)
         if class_ == DEMAND:
             lib.pn_pace_in_place(self.shared, self.now - asked)
             lib.pn_pace_waited(pace, self.now - asked, self.now)
@@ -151,9 +164,11 @@ def test_window_opens_while_nobody_faults_and_closes_again() -> None:
     while link.in_flight > NARROW:
         assert len(link.asked) == asked, "asked for more than the closed window has room for"
         assert link.step(2**63)
+    link.touches(60, 5 * MS)
+    assert link.background.search.window == NARROW
     link.largest = 0
     link.touches(20, 5 * MS)
-    assert link.largest < NARROW + NARROW // 2, "a window and less than one request"
+    assert link.largest <= 2 * NARROW + NARROW // 2, "a trial at most, and one request"
 
 
 def test_window_holds_what_a_long_path_holds() -> None:
@@ -220,6 +235,78 @@ def test_window_of_what_is_prefetched_grows_while_pages_come_as_fast_as_at_best(
     for _ in range(100):
         lib.pn_pace_waited(link.demand, 3 * int(link.shared.best), link.now)
     assert link.demand.demand.window == TUNABLES.prefetch_least
+
+
+# ---- the search for the window ----
+
+
+def move(link: Link, size: int, work: int) -> tuple[int, int]:
+    """An owner touches random pages of a memory of ``size`` bytes, each after ``work`` ns, until
+    all of it has come: ns that it waited, and ns in all."""
+    pick, began, stall = Random(1), link.now, 0
+    while (missing := size - sum(link.came.values())) > 0:
+        touches = int(log(1 - pick.random()) / log(1 - min(missing / size, 0.999999))) + 1
+        link.run(min(touches * work, SECOND // 100) if work else 0)
+        if work and touches * work > SECOND // 100:
+            continue
+        stall += link.touch()
+    return stall, link.now - began
+
+
+LADDER = [1 << shift for shift in range(14, 25)]
+
+
+@pytest.mark.parametrize("work", [0, MS // 20], ids=["waits", "works"])
+@pytest.mark.parametrize("trip", [MS // 20, MS, 20 * MS], ids=["near", "1 ms", "20 ms"])
+@pytest.mark.parametrize("rate", [12_500_000, 125_000_000, 1_250_000_000])
+def test_window_is_as_good_as_the_best_of_a_ladder(rate: int, trip: int, work: int) -> None:
+    """Except for the time that learning takes: the window doubles in each round trip."""
+    size = max(16 << 20, rate // 2)
+    learning = 12 * trip + 50 * MS
+
+    def moved(least: int, low: int, most: int) -> tuple[int, int]:
+        return move(Link(rate, trip, window=(least, low, most)), size, work)
+
+    ours = moved(TUNABLES.window_least, TUNABLES.window_min, TUNABLES.window_max)
+    ladder = [moved(window, window, window) for window in LADDER]
+    for mine, best in zip(
+        ours, (min(figures) for figures in zip(*ladder, strict=True)), strict=True
+    ):
+        assert mine <= 1.05 * best + learning
+
+
+@pytest.mark.parametrize("work", [0, MS // 20], ids=["waits", "works"])
+@pytest.mark.parametrize("loses", [0, 300], ids=["busy", "busy, and loses time slices"])
+def test_window_where_requests_cost_more_than_the_path(loses: int, work: int) -> None:
+    """As over loopback: the window is larger than what the path holds."""
+
+    def moved(least: int, low: int, most: int) -> int:
+        window = (least, low, most)
+        link = Link(1_500_000_000, MS // 20, window, request=MS // 25, loses=loses)
+        return move(link, 256 << 20, work)[0]
+
+    ours = moved(TUNABLES.window_least, TUNABLES.window_min, TUNABLES.window_max)
+    ladder = {window: moved(window, window, window) for window in LADDER}
+    assert ours <= 1.25 * min(ladder.values()) + 30 * MS
+    assert ours < ladder[128 << 10], "about what the path holds, and what a request costs"
+
+
+def test_window_follows_a_path_that_changes() -> None:
+    link = Link(trip=MS)
+
+    def window_at(rate: int) -> float:
+        """As multiples of what the path holds."""
+        link.rate = rate
+        until = link.now + 3 * SECOND
+        while link.now < until:
+            link.touch()
+            link.run(MS // 10)
+        return float(link.background.search.window * SECOND / (rate * link.trip))
+
+    assert 0.5 <= window_at(125_000_000) <= 6
+    assert 0.5 <= window_at(1_250_000_000) <= 6
+    assert 0.5 <= window_at(12_500_000) <= 40, "as little as samples can tell apart at that rate"
+    assert 0.5 <= window_at(125_000_000) <= 6
 
 
 # ---- rates ----

@@ -1,0 +1,1 @@
+"""What may be in flight, beside fixed windows: ``pagenet-bench pace``."""

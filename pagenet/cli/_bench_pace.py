@@ -1,0 +1,193 @@
+"""``pagenet-bench pace``: its options, and its figures for people and for machines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..bench import (
+    PACE_FIGURES,
+    PACE_WINDOWS,
+    TRACES,
+    Cell,
+    CellResult,
+    PaceOptions,
+    measure_pace,
+)
+from ..sizes import parse_size
+from ._command import Parser, Report, count, count_or_none, names
+from ._tables import make_console, make_table
+
+__all__ = ["add_pace_options", "bench_pace"]
+
+Fields = dict[str, Any]
+
+#: how much worse than the best window of the ladder is as good
+_AS_GOOD = 1.05
+_MAX_THREADS = 64
+
+
+def add_pace_options(parser: Parser) -> None:
+    usual = {field.name: field.default for field in fields(PaceOptions)}
+    parser.add_argument(
+        "--rate",
+        type=_rates,
+        default=usual["rates"],
+        metavar="MBIT,...",
+        help="rates of the links; none: loopback (100,1000,2500,10000,none)",
+    )
+    parser.add_argument(
+        "--delay",
+        type=_delays,
+        default=usual["trips"],
+        metavar="MS,...",
+        help="added to the round trip by a relay (0,1,20)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        default=usual["threads"],
+        metavar="N,...",
+        help=f"threads of the owner, {_MAX_THREADS} at most (1)",
+    )
+    parser.add_argument(
+        "--trace",
+        type=names(TRACES),
+        default=usual["traces"],
+        metavar="NAME,...",
+        help=f"touches: {', '.join(TRACES)} (random,zipf,sequential)",
+    )
+    parser.add_argument(
+        "--work",
+        type=_delays,
+        default=usual["works_us"],
+        metavar="US,...",
+        help="work before each touch, in us (0,50)",
+    )
+    parser.add_argument(
+        "--window",
+        type=_windows,
+        default=PACE_WINDOWS,
+        metavar="SIZE,...",
+        help="fixed windows to compare with (16K,64K,256K,1M,4M,16M)",
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        help="of the memory (what the link carries in a second, 16M to 512M)",
+    )
+
+
+def _rates(text: str) -> tuple[int | None, ...]:
+    return tuple(count_or_none(part) for part in text.split(","))
+
+
+def _delays(text: str) -> tuple[float, ...]:
+    delays = tuple(float(part) for part in text.split(","))
+    if not all(0 <= delay <= 1000 for delay in delays):
+        raise argparse.ArgumentTypeError(f"{text}: each is 0 to 1000")
+    return delays
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    threads = tuple(count(part) for part in text.split(","))
+    if max(threads) > _MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{max(threads)} threads are more than {_MAX_THREADS}")
+    return threads
+
+
+def _windows(text: str) -> tuple[int, ...]:
+    return tuple(parse_size(part) for part in text.split(","))
+
+
+async def bench_pace(options: argparse.Namespace, report: Report) -> Fields:
+    wanted = PaceOptions(
+        lane=options.lane,
+        rates=options.rate,
+        trips=options.delay,
+        threads=options.threads,
+        traces=options.trace,
+        works_us=options.work,
+        windows=options.window,
+        size=options.size,
+        rounds=options.rounds,
+    )
+    console = make_console()
+
+    def tell(result: CellResult) -> None:
+        report("result", suite="pace", **_about(result))
+        if not report.as_json:
+            ratios = ", ".join(f"{name} {result.ratio(name):.2f}x" for name in PACE_FIGURES)
+            console.print(f"{_name(result.cell)}: auto / best: {ratios}")
+
+    results = await measure_pace(wanted, tell)
+    if not report.as_json:
+        _print(results, wanted)
+    return {
+        "results": [_about(result) for result in results],
+        "wrong": sum(result.wrong for result in results),
+        "worse": [_name(result.cell) for result in results if not _is_as_good(result)],
+    }
+
+
+def _about(result: CellResult) -> Fields:
+    return {
+        **result.cell._asdict(),
+        "size": result.size,
+        "wrong": result.wrong,
+        "ratio": {name: round(result.ratio(name), 3) for name in PACE_FIGURES},
+        "noise": {name: round(result.noise(name), 3) for name in PACE_FIGURES},
+        "best": {name: result.best(name) for name in PACE_FIGURES},
+        "windows": {
+            _size(window): {
+                name: round(result.figure(window, name), 6) for name in result.rounds[window][0]
+            }
+            for window in result.rounds
+        },
+    }
+
+
+def _size(window: int | None) -> str:
+    if window is None:
+        return "auto"
+    return f"{window >> 20}M" if window >= 1 << 20 else f"{window >> 10}K"
+
+
+def _name(cell: Cell) -> str:
+    link = "loopback" if cell.rate is None else f"{cell.rate} Mbit/s"
+    delay = f" + {cell.trip:g} ms" if cell.trip else ""
+    threads = f", {cell.threads} threads" if cell.threads > 1 else ""
+    return f"{link}{delay}, {cell.trace}, {cell.work_us:g} us{threads}"
+
+
+def _is_as_good(result: CellResult) -> bool:
+    """As the best window of the ladder, or as far from it as the rounds are from each other."""
+    return all(result.ratio(name) <= max(_AS_GOOD, 1 + result.noise(name)) for name in PACE_FIGURES)
+
+
+def _print(results: Sequence[CellResult], options: PaceOptions) -> None:
+    console = make_console()
+    ladder = [_size(window) for window in options.windows]
+    for figure, words in (("stall", "each thread waits"), ("complete", "until the last page")):
+        console.print(f"\n[bold]{words}[/bold]  (s; medians of {options.rounds} rounds)")
+        table = make_table("", "auto", *ladder, "auto / best", "noise")
+        for result in results:
+            values = [f"{result.figure(window, figure):.3f}" for window in result.rounds]
+            table.add_row(
+                _name(result.cell),
+                *values,
+                f"{result.ratio(figure):.2f}x",
+                f"{result.noise(figure):.0%}",
+            )
+        console.print(table)
+    worse = [_name(result.cell) for result in results if not _is_as_good(result)]
+    console.print(
+        f"\n{len(results) - len(worse)} of {len(results)} cells are within {_AS_GOOD - 1:.0%} of"
+        " the best fixed window, or within the noise"
+    )
+    for name in worse:
+        console.print(f"worse: {name}")
+    if wrong := sum(result.wrong for result in results):
+        console.print(f"[bold]{wrong} pages are wrong[/bold]")
