@@ -949,7 +949,7 @@ async def test_pullers_stopped_at_any_moment(
         path = tmp_path / f"{index}"
         async with (
             run(pull_command(server.uri, into, str(path), lane=lane)) as puller,
-            run_workload(path, "--size", SIZE, "--zero-every", 4) as workload,
+            run_workload(path, "--size", SIZE, "--zero-every", 4, "--wait-complete") as workload,
         ):
             await stop_some_time(
                 puller, number, moments.uniform(0, 0.1 if number == signal.SIGINT else 0.6)
