@@ -21,9 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _native
+from ..errors import OwnerGone, PagenetError, Unsupported
 from ._handshake import Mapping
 
-__all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable"]
+__all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable", "refusal"]
+
+_WHY_NOT = {
+    errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
+    errno.ENOEXEC: "it is no 64-bit process",
+    errno.ETIMEDOUT: "it does not stop for us: it hangs in the kernel",
+    errno.ENOSYS: "attaching is for x86-64: start QEMU by pagenet-qemu incoming instead",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,19 @@ class OtherProcess:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def refusal(pid: int, error: OSError) -> PagenetError:
+    """What ``error`` means for one who wants to attach to process ``pid``."""
+    if error.errno in (errno.ESRCH, errno.ENOENT):
+        return OwnerGone(f"process {pid} has ended")
+    if error.errno in _WHY_NOT:
+        return Unsupported(f"cannot attach to process {pid}: {_WHY_NOT[error.errno]}")
+    hint = (
+        "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with"
+        " no debugger on it"
+    )
+    return Unsupported(f"may not attach to process {pid}: {error.strerror}; {hint}")
 
 
 def _identity(fd: int) -> tuple[int, int]:
