@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Self
 
 from .. import _native
@@ -31,6 +33,9 @@ __all__ = ["WriteTracker"]
 
 _FEATURES = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
 _TOO_OLD = "this kernel cannot say which pages were written: Linux 6.7 or newer can"
+
+# A process whose memory has gone may be about to end.
+_ENDING_SECONDS = 0.5
 
 # device, inode, whether it is shared, and the address that byte 0 of the file would have
 _Backing = tuple[int, int, bool, int]
@@ -61,6 +66,8 @@ class WriteTracker:
         try:
             #: the region, in the page sizes of the memory
             self.region = check_mappings(self._mappings, region)
+            pieces = (mapping_pieces(mapping, self.region) for mapping in self._mappings)
+            self._pieces = list(chain.from_iterable(pieces))
         except HandshakeError as error:
             raise UsageError(f"cannot track the memory of process {pid}: {error}") from None
         self._process = self._open_process()
@@ -84,11 +91,10 @@ class WriteTracker:
             uffd = self._uffd = self._open_userfaultfd()
         except OSError as error:
             raise refusal(self._pid, error) from None
-        for mapping in self._mappings:
-            for run, address in mapping_pieces(mapping, self.region):
-                size, page_size = self.region.size_of(run), self.region.page_size_at(run.first)
-                track = _native.Track(uffd.fd, self._pagemap, address, size, page_size, run.first)
-                self._arm(track, address)
+        for run, address in self._pieces:
+            size, page_size = self.region.size_of(run), self.region.page_size_at(run.first)
+            track = _native.Track(uffd.fd, self._pagemap, address, size, page_size, run.first)
+            self._arm(track, address)
         self._check_kept()
 
     def _check_kernel(self) -> None:
@@ -161,7 +167,7 @@ class WriteTracker:
         except OSError as error:
             raise refusal(self._pid, error) from None
         if _native.uffd_probe(uffd.fd, below) == errno.ESRCH:
-            raise OwnerGone(f"process {self._pid} has ended, or runs another program")
+            raise _ended(self._pid)
         if not kept:
             raise self._changed()
         for track in self._tracks:
@@ -171,6 +177,9 @@ class WriteTracker:
                 raise self._changed() from None
 
     def _changed(self) -> PagenetError:
+        # QEMU unmaps its guest's memory when it ends.
+        if select.select([self._process.pidfd], [], [], _ENDING_SECONDS)[0]:
+            return _ended(self._pid)
         return UsageError(
             f"process {self._pid} has changed what it maps in the memory that is tracked: what it"
             " has written there is not known"
@@ -233,6 +242,10 @@ class WriteTracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ended(pid: int) -> OwnerGone:
+    return OwnerGone(f"process {pid} has ended, or runs another program")
 
 
 def _switched_on(fd: int) -> Userfaultfd:
