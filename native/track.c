@@ -1,6 +1,6 @@
 /* Which pages were written since last asked: write protection that the kernel itself takes off at
  * the first write to a page (UFFD_FEATURE_WP_ASYNC), and PAGEMAP_SCAN, which names the pages that
- * have lost it and puts it back (Linux 6.7). The headers of Debian 12 lack both. What matters:
+ * have lost it and puts it back (Linux 6.7). What matters:
  *
  *   A page is named first, and protected again before the call returns. A write before that is in
  *   the bytes that the caller reads afterwards; a write after it takes the protection off, and is
@@ -16,24 +16,12 @@
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
+#include "pagemap.h"
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <sys/ioctl.h>
 
 enum { PIECE = 64 << 20, FOUND = 512 };
-enum { WP_ALLOWED = 1 << 0, WRITTEN = 1 << 1, PRESENT = 1 << 3, SWAPPED = 1 << 4 };
-enum { PROTECT_FOUND = 1 << 0, ONLY_ASYNC = 1 << 1 };
-
-struct found {
-    uint64_t start, end, categories;
-};
-struct scan {
-    uint64_t size, flags, start, end, walk_end, found, room, max_pages;
-    uint64_t inverted, all_of, any_of, returned;
-};
-#define PN_PAGEMAP_SCAN _IOWR('f', 16, struct scan)
-
 static int call(int pagemap, struct scan *scan) {
     scan->size = sizeof *scan;
     int count = ioctl(pagemap, PN_PAGEMAP_SCAN, scan);
@@ -46,8 +34,9 @@ int pn_track_probe(int pagemap) {
     return call(pagemap, &scan);
 }
 
-static int protect(int uffd, uint64_t start, uint64_t length, uint64_t mode) {
-    struct uffdio_writeprotect request = {.range = {.start = start, .len = length}, .mode = mode};
+static int protect(int uffd, uint64_t start, uint64_t length) {
+    struct uffdio_writeprotect request = {.range = {.start = start, .len = length},
+                                          .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     return ioctl(uffd, UFFDIO_WRITEPROTECT, &request) ? -errno : 0;
 }
 
@@ -57,25 +46,23 @@ static uint64_t piece_at(const struct pn_track *track, uint64_t at) {
     return rest < piece ? rest : piece;
 }
 
-static int protect_all(const struct pn_track *track, uint64_t mode) {
-    int error = 0;
-    for (uint64_t at = 0; at < track->size && !error; at += piece_at(track, at))
-        error = protect(track->uffd, track->address + at, piece_at(track, at), mode);
-    return error;
-}
-
 int pn_track_arm(const struct pn_track *track) {
     uint64_t ioctls;
     int error = pn_uffd_register(track->uffd, track->address, track->size, UFFDIO_REGISTER_MODE_WP,
                                  &ioctls);
-    return error ? error : protect_all(track, UFFDIO_WRITEPROTECT_MODE_WP);
+    for (uint64_t at = 0; at < track->size && !error; at += piece_at(track, at))
+        error = protect(track->uffd, track->address + at, piece_at(track, at));
+    return error;
 }
 
-/* The protection goes first, in pieces: unregistering takes it off as well, but all of it under one
- * lock, which every fault of the process waits for. */
+/* In pieces: the kernel takes the protection off under a lock that every fault of the process waits
+ * for, tens of ms for a GiB of pages that are there. (It does so all at once where the userfaultfd
+ * is just closed.) */
 int pn_track_disarm(const struct pn_track *track) {
-    protect_all(track, 0);
-    return pn_uffd_unregister(track->uffd, track->address, track->size);
+    int error = 0;
+    for (uint64_t at = 0; at < track->size && !error; at += piece_at(track, at))
+        error = pn_uffd_unregister(track->uffd, track->address + at, piece_at(track, at));
+    return error;
 }
 
 /* Protected mappings are of no interest here, and so the kernel looks at no page of theirs; it
@@ -106,8 +93,7 @@ static struct scan scan_for(int what) {
 static int protect_found(const struct pn_track *track, const struct found *found, int count) {
     int error = 0;
     for (int i = 0; i < count && !error; i++)
-        error = protect(track->uffd, found[i].start, found[i].end - found[i].start,
-                        UFFDIO_WRITEPROTECT_MODE_WP);
+        error = protect(track->uffd, found[i].start, found[i].end - found[i].start);
     return error;
 }
 

@@ -24,6 +24,7 @@ from ._plot import check_plot, plot_latencies, plot_work
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from ._track import TrackOptions, TrackResult, measure_tracking
 from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
 from .qemu._qemu_guest import find_guest
 from .qemu._qemu_methods import METHODS as QEMU_METHODS
@@ -75,6 +76,8 @@ __all__ = [
     "StreamOptions",
     "StreamResult",
     "Target",
+    "TrackOptions",
+    "TrackResult",
     "WorkloadOptions",
     "WorkloadResult",
     "WorkloadTarget",
@@ -91,6 +94,7 @@ __all__ = [
     "measure_rdma",
     "measure_scale",
     "measure_streams",
+    "measure_tracking",
     "measure_workload",
     "median",
     "plot_latencies",

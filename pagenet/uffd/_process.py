@@ -72,12 +72,14 @@ class OtherProcess:
         """A duplicate of its descriptor ``number``, with the mode in which it was opened."""
         return _native.take_descriptor(self.pidfd, number)
 
-    def maps(self) -> list[Mapped]:
-        """All of its mappings, ascending."""
+    def maps(self, low: int = 0, high: int = 1 << 64) -> list[Mapped]:
+        """Its mappings between the addresses ``low`` and ``high``, ascending."""
         found = []
         for line in Path(f"/proc/{self.pid}/maps").read_text(errors="surrogateescape").splitlines():
-            span, mode, offset, device, inode, *_ = line.split()
-            start, end = (int(number, 16) for number in span.split("-"))
+            start, end = (int(number, 16) for number in line[: line.index(" ")].split("-"))
+            if end <= low or start >= high:
+                continue
+            _, mode, offset, device, inode, *_ = line.split()
             major, minor = (int(number, 16) for number in device.split(":"))
             found.append(
                 Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode))

@@ -3,7 +3,8 @@ for a moment at the beginning, and knows nothing of it.
 
 The kernel protects each page against writing, and takes the protection off by itself at the first
 write, which costs that write one page fault. Nothing of it waits for this process: if this process
-is killed, the kernel closes its userfaultfd, and with that takes all protection off.
+is killed, the kernel closes its userfaultfd, and with that takes all protection off. The process's
+faults wait for that, tens of ms for each GiB; :meth:`WriteTracker.close` does it in pieces.
 
 What is written otherwise than through the process's own mappings is not seen:
 
@@ -138,7 +139,9 @@ class WriteTracker:
 
     def _look(self) -> list[_Backing]:
         """What is behind each mapping."""
-        parts = self._process.maps()
+        low = min(mapping.address for mapping in self._mappings)
+        high = max(mapping.address + mapping.size for mapping in self._mappings)
+        parts = self._process.maps(low, high)
         return [self._backing_of(mapping, parts) for mapping in self._mappings]
 
     def _backing_of(self, mapping: Mapping, parts: Sequence[Mapped]) -> _Backing:
