@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagenet import Block, Region, UsageError
+from pagenet import Block, PagenetError, Region, UsageError
 from pagenet.dirty import (
     DirtyRecorder,
     DirtyRecording,
@@ -24,6 +24,7 @@ from pagenet.dirty import (
     parse_range,
     write_dirty,
 )
+from pagenet.dirty._qemu import measured
 
 PAGE = 4096
 REGION = Region([Block("ram", 100 * PAGE), Block("huge", 4 << 20, 2 << 20)])
@@ -314,6 +315,25 @@ def test_recorder_that_is_full() -> None:
         recorder._rows.append((1, 0, 1, b""))
         count += 1
     assert count == (4 << 30) // (32 << 20)
+
+
+# ---- QEMU's own figure ----
+
+
+def test_answers_of_qemu() -> None:
+    assert measured({"status": "unstarted"}) is None
+    assert measured({"status": "measuring", "calc-time": 1}) is None
+    assert measured({"status": "measured", "dirty-rate": 3, "calc-time": 1}) == 3 << 20
+
+
+@pytest.mark.parametrize("answer", [
+    None, 5, [], {}, {"status": 5}, {"status": []}, {"status": "measured"},
+    {"status": "measured", "dirty-rate": "3"}, {"status": "measured", "dirty-rate": -1},
+    {"status": "measured", "dirty-rate": True}, {"status": "measured", "dirty-rate": 1 << 90},
+])  # fmt: skip
+def test_answers_that_make_no_sense(answer: object) -> None:
+    with pytest.raises(PagenetError, match="makes no sense"):
+        measured(answer)
 
 
 # ---- ranges of addresses ----
