@@ -84,6 +84,10 @@ class WriteTracker:
         except OSError as error:
             raise refusal(self._pid, error) from None
 
+    def _refusal(self, error: OSError) -> PagenetError:
+        # the kernel says EPERM of a process that has ended and is not waited for yet
+        return _ended(self._pid) if self._process.has_ended else refusal(self._pid, error)
+
     def _begin(self) -> None:
         try:
             self._pagemap = os.open(f"/proc/{self._pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -91,7 +95,7 @@ class WriteTracker:
             self._backing = self._look()  # the pagemap is that process's if it still runs after it
             uffd = self._uffd = self._open_userfaultfd()
         except OSError as error:
-            raise refusal(self._pid, error) from None
+            raise self._refusal(error) from None
         for run, address in self._pieces:
             size, page_size = self.region.size_of(run), self.region.page_size_at(run.first)
             track = _native.Track(uffd.fd, self._pagemap, address, size, page_size, run.first)
@@ -132,7 +136,7 @@ class WriteTracker:
                     f"cannot track {what}: another userfaultfd watches it already"
                 ) from None
             if error.errno == errno.ESRCH:
-                raise refusal(self._pid, error) from None
+                raise self._refusal(error) from None
             raise UsageError(f"cannot track {what}: {error.strerror}") from None
 
     # ---- what is mapped there ----
@@ -168,7 +172,7 @@ class WriteTracker:
         except UsageError:
             kept = False
         except OSError as error:
-            raise refusal(self._pid, error) from None
+            raise self._refusal(error) from None
         if _native.uffd_probe(uffd.fd, below) == errno.ESRCH:
             raise _ended(self._pid)
         if not kept:
@@ -224,8 +228,8 @@ class WriteTracker:
     def _failed(self, error: OSError) -> PagenetError:
         if error.errno in (errno.EPERM, errno.ENOENT):
             return self._changed()
-        if error.errno == errno.ESRCH:
-            return refusal(self._pid, error)
+        if error.errno == errno.ESRCH or self._process.has_ended:
+            return _ended(self._pid)
         return PagenetError(f"cannot track the memory of process {self._pid}: {error.strerror}")
 
     def close(self) -> None:

@@ -525,6 +525,15 @@ def test_process_that_ends(small: Memory) -> None:
 
 
 @other_processes
+def test_process_that_has_ended_and_is_not_waited_for(small: Memory) -> None:
+    with owner_of(small) as owner:
+        owner.process.kill()
+        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(OwnerGone, match="has ended"):
+            owner.track()
+
+
+@other_processes
 def test_process_that_becomes_another_program(small: Memory) -> None:
     with owner_of(small) as owner, owner.track() as tracker:
         owner.tell("replace")
