@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # A virtual environment knows where it was made. The stamp's name carries the place, so that a copied or moved checkout
 # gets one of its own instead of quietly running the original's code.
 STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
-PUBLIC := pagenet pagenet.errors pagenet.control pagenet.qemu pagenet.testing
+PUBLIC := pagenet pagenet.errors pagenet.control pagenet.dirty pagenet.qemu pagenet.testing
 C_FILES := $(wildcard native/*.[ch] native/testing/*.[ch] tools/guest/*.[ch])
 BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.[ch] native/*.py native/testing/*.[ch])
 

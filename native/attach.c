@@ -10,7 +10,8 @@
  *   that come are pending, and are delivered when the thread is let go.
  *
  *   ptrace knows threads, not processes: one thread of this process does all of it. If that thread
- *   ends early, the kernel lets the other process go.
+ *   ends early, the kernel lets the other process go, with the registers as they are set here. A
+ *   process that runs a guest must not come to that: there, the thread is a child's (pn_borrow).
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
@@ -30,6 +31,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/user.h>
@@ -39,6 +41,9 @@
 
 #ifndef USERFAULTFD_IOC_NEW
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
 #endif
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -333,8 +338,118 @@ int pn_uproot(int pid, int pidfd, const struct pn_planted *planted) {
     return run_task(&task);
 }
 
+/* ---- a userfaultfd that is made there, and kept here ---- */
+
+struct answer {
+    int error;
+    int refused;
+};
+
+static void send_answer(int sock, struct answer *answer, int fd) {
+    union {
+        char bytes[CMSG_SPACE(sizeof fd)];
+        struct cmsghdr align;
+    } control = {0};
+    struct iovec words = {.iov_base = answer, .iov_len = sizeof *answer};
+    struct msghdr message = {.msg_iov = &words, .msg_iovlen = 1};
+    if (fd >= 0) {
+        message.msg_control = control.bytes;
+        message.msg_controllen = sizeof control.bytes;
+        *CMSG_FIRSTHDR(&message) = (struct cmsghdr){
+            .cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &fd, sizeof fd);
+    }
+    while (sendmsg(sock, &message, MSG_NOSIGNAL) < 0 && errno == EINTR)
+        ;
+}
+
+/* Returns the descriptor, or -errno. */
+static int receive_answer(int sock, int *refused) {
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct answer answer = {0};
+    struct iovec words = {.iov_base = &answer, .iov_len = sizeof answer};
+    struct msghdr message = {.msg_iov = &words,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof control.bytes};
+    ssize_t got;
+    do
+        got = recvmsg(sock, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    *refused = answer.refused;
+    if (got != sizeof answer)
+        return got < 0 ? -errno : -ECHILD; /* it was killed */
+    int fd = -1;
+    if (CMSG_FIRSTHDR(&message))
+        memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+    return answer.error ? answer.error : answer.refused ? 0 : fd >= 0 ? fd : -EMFILE;
+}
+
+/* Returns the descriptor, or -1. */
+static int take_new(struct guest *guest, struct answer *answer) {
+    long uffd = call(guest, &answer->error, SYS_userfaultfd,
+                     O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY, 0, 0);
+    if (answer->error)
+        return -1;
+    if (uffd < 0) {
+        answer->refused = (int)uffd;
+        return -1;
+    }
+    int taken = pn_take_descriptor(guest->pidfd, (int)uffd);
+    call(guest, &answer->error, SYS_close, (uint64_t)uffd, 0, 0);
+    if (taken < 0 && !answer->error)
+        answer->error = taken;
+    return taken;
+}
+
+/* In a session of its own, what kills the group of the process that asked spares it. */
+static void lend(struct guest *guest, int sock) {
+    int taken = -1;
+    setsid();
+    struct answer answer = {.error = enter(guest)};
+    if (!answer.error) {
+        taken = take_new(guest, &answer);
+        int error = leave(guest);
+        answer.error = answer.error ? answer.error : error;
+    }
+    send_answer(sock, &answer, answer.error ? -1 : taken);
+    _exit(0);
+}
+
+/* No handler of ours runs in the child. */
+static int start_lending(struct guest *guest, const int *pair) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int child = fork();
+    if (!child)
+        lend(guest, pair[1]);
+    child = child < 0 ? -errno : child;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return child;
+}
+
+int pn_borrow(int pid, int pidfd, int *refused) {
+    struct guest guest = {.pid = pid, .pidfd = pidfd, .memory = -1};
+    int pair[2];
+    *refused = 0;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+        return -errno;
+    int child = start_lending(&guest, pair);
+    close(pair[1]);
+    int result = child < 0 ? child : receive_answer(pair[0], refused);
+    close(pair[0]);
+    while (child > 0 && waitpid(child, NULL, 0) < 0 && errno == EINTR)
+        ;
+    return result;
+}
+
 #else
 
+int pn_borrow(int pid, int pidfd, int *refused) { return -ENOSYS; }
 int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted) { return -ENOSYS; }
 int pn_uproot(int pid, int pidfd, const struct pn_planted *planted) { return -ENOSYS; }
 

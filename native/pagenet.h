@@ -82,6 +82,48 @@ struct pn_planted {
 int pn_plant(int pid, int pidfd, const char *device, struct pn_planted *planted);
 /* Closes both descriptors in that process. */
 int pn_uproot(int pid, int pidfd, const struct pn_planted *planted);
+/* A userfaultfd for the memory of process pid that only this process holds: made there, taken, and
+ * closed there again, in one stop. It is for faults taken in user mode, which every process may
+ * have, and that is enough for write protection that the kernel takes off by itself. A child does
+ * it: if this process is killed meanwhile, the other one is still let go as it was. refused, and
+ * errors: as of pn_plant. Returns the descriptor; it may be anything, if another thread of that
+ * process wants so. */
+int pn_borrow(int pid, int pidfd, int *refused);
+
+/* ---- track.c: which pages were written since last asked ---- */
+
+/* Memory of a process. uffd: one of that process, with the features WP_ASYNC, WP_UNPOPULATED and
+ * WP_HUGETLBFS_SHMEM. pagemap: /proc/PID/pagemap. page_size: what pages are counted in, and at
+ * least that of the memory where it is of huge pages. first: the number of the page at address. */
+struct pn_track {
+    int uffd;
+    int pagemap;
+    uint64_t address;
+    uint64_t size;
+    uint64_t page_size;
+    uint64_t first;
+};
+struct pn_run {
+    uint64_t first;
+    uint64_t count;
+};
+/* Two passes: pages that were written, and pages that were discarded or reclaimed after that. */
+enum pn_track_what { PN_TRACK_WRITTEN, PN_TRACK_GONE };
+/* 0, or why this kernel cannot say what was written: -ENOTTY before 6.7. */
+int pn_track_probe(int pagemap);
+/* Registers the memory, and protects it. -EBUSY: another userfaultfd watches it. */
+int pn_track_arm(const struct pn_track *track);
+int pn_track_disarm(const struct pn_track *track);
+/* Whether all that is mapped there is still protected: 0, or -EPERM. Holes are not noticed. */
+int pn_track_check(const struct pn_track *track);
+/* Names pages, and protects them again: from byte *at of the memory on, at most `room` runs,
+ * ascending and apart. Returns how many; *at is then where to go on, and `size` at the end. Does
+ * not notice that the process has ended (pn_uffd_probe does). -EPERM: something else is mapped
+ * there. */
+int pn_track_scan(const struct pn_track *track, int what, uint64_t *at, struct pn_run *runs,
+                  int room);
+/* Sets the bit of each page; the lowest bit of the first byte is page 0. */
+void pn_track_mark(uint8_t *bits, const struct pn_run *runs, int count);
 
 /* ---- place.c: the only code that knows EEXIST, EAGAIN, ENOENT and partial results ---- */
 

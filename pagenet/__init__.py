@@ -25,7 +25,7 @@ from .source.serving import Server, serve
 from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
 from .transport import register
-from .uffd import AbandonedOwner, OwnMemory, UffdSocket
+from .uffd import AbandonedOwner, Mapping, OwnMemory, UffdSocket, WriteTracker
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "Histogram",
     "IntoFile",
     "LocalProtocolError",
+    "Mapping",
     "OwnMemory",
     "OwnerGone",
     "PagenetError",
@@ -59,6 +60,7 @@ __all__ = [
     "UffdSocket",
     "Unsupported",
     "UsageError",
+    "WriteTracker",
     "open_source",
     "pull",
     "register",

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "testing.h"
 #include "wire.h"
+#include "pagemap.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -307,6 +308,34 @@ int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64
 
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length) {
     memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, length);
+}
+
+/* ---- floor: writing, and looking for what was written ---- */
+
+void pn_bench_write(uint64_t address, uint64_t page_size, uint64_t pages) {
+    for (uint64_t page = 0; page < pages; page += 2)
+        *(volatile char *)(uintptr_t)(address + page * page_size) = 1;
+}
+
+int64_t pn_bench_scan(int pagemap, uint64_t address, uint64_t length) {
+    struct found found[512];
+    struct scan scan = {.size = sizeof scan,
+                        .start = address,
+                        .end = address + length,
+                        .found = (uintptr_t)found,
+                        .room = 512,
+                        .all_of = WRITTEN,
+                        .returned = WRITTEN};
+    int64_t bytes = 0;
+    while (scan.start < scan.end) {
+        int count = ioctl(pagemap, PN_PAGEMAP_SCAN, &scan);
+        if (count < 0)
+            return -errno;
+        for (int i = 0; i < count; i++)
+            bytes += (int64_t)(found[i].end - found[i].start);
+        scan.start = scan.walk_end;
+    }
+    return bytes;
 }
 
 /* ---- what the map costs ---- */

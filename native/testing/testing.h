@@ -63,6 +63,11 @@ int pn_bench_send(int sock, const void *bytes, uint64_t length, uint64_t chunk);
 int pn_bench_receive(int sock, uint64_t length, uint64_t chunk, int uffd, uint64_t address,
                      uint64_t second, int file);
 void pn_bench_memcpy(uint64_t to, uint64_t from, uint64_t length);
+/* Writes a byte to every second page of the first `pages`. */
+void pn_bench_write(uint64_t address, uint64_t page_size, uint64_t pages);
+/* How many bytes of this process's memory are not protected against writing, by PAGEMAP_SCAN alone;
+ * or -errno. */
+int64_t pn_bench_scan(int pagemap, uint64_t address, uint64_t length);
 /* Takes each page of the map from MISSING to RESIDENT. Returns how many claims that took. */
 uint64_t pn_bench_claims(struct pn_map *map);
 

@@ -53,6 +53,7 @@ from .residency import (
     seal_size,
 )
 from .source import Links, SourceBlock, SourceLoop
+from .tracking import Track, borrow, track_probe
 from .userfaultfd import (
     CONTINUE,
     COPY,
@@ -117,9 +118,11 @@ __all__ = [
     "SharedMap",
     "SourceBlock",
     "SourceLoop",
+    "Track",
     "Window",
     "answer_outside",
     "before_sampled",
+    "borrow",
     "copy_out",
     "find_map",
     "leading_alike",
@@ -135,6 +138,7 @@ __all__ = [
     "settle",
     "store",
     "take_descriptor",
+    "track_probe",
     "uffd_api",
     "uffd_open",
     "uffd_probe",

@@ -29,6 +29,20 @@ class pn_planted(Struct):
     refused: int
 
 
+class pn_track(Struct):
+    uffd: int
+    pagemap: int
+    address: int
+    size: int
+    page_size: int
+    first: int
+
+
+class pn_run(Struct):
+    first: int
+    count: int
+
+
 class pn_placed(Struct):
     placed: int
     existed: int
@@ -359,6 +373,8 @@ class Library(Protocol):
     PN_EVENT_REMAP: int
     PN_EVENT_REMOVE: int
     PN_EVENT_UNMAP: int
+    PN_TRACK_WRITTEN: int
+    PN_TRACK_GONE: int
     PN_COPY: int
     PN_ZERO: int
     PN_CONTINUE: int
@@ -427,6 +443,15 @@ class Library(Protocol):
         self, pid: int, pidfd: int, device: bytes | CData | Null, planted: pn_planted | Null, /
     ) -> int: ...
     def pn_uproot(self, pid: int, pidfd: int, planted: pn_planted | Null, /) -> int: ...
+    def pn_borrow(self, pid: int, pidfd: int, refused: CData | Null, /) -> int: ...
+    def pn_track_probe(self, pagemap: int, /) -> int: ...
+    def pn_track_arm(self, track: pn_track | Null, /) -> int: ...
+    def pn_track_disarm(self, track: pn_track | Null, /) -> int: ...
+    def pn_track_check(self, track: pn_track | Null, /) -> int: ...
+    def pn_track_scan(
+        self, track: pn_track | Null, what: int, at: CData | Null, runs: pn_run | Null, room: int, /
+    ) -> int: ...
+    def pn_track_mark(self, bits: CData | Null, runs: pn_run | Null, count: int, /) -> None: ...
     def pn_place(
         self,
         uffd: int,

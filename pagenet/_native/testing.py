@@ -199,6 +199,16 @@ def bench_memcpy(to: int, from_: int, length: int) -> None:
     lib.pn_bench_memcpy(to, from_, length)
 
 
+def bench_write(address: int, page_size: int, pages: int) -> None:
+    """Write to every second one of the first ``pages`` pages."""
+    lib.pn_bench_write(address, page_size, pages)
+
+
+def bench_scan(pagemap: int, address: int, length: int) -> int:
+    """How many bytes are not protected against writing, by PAGEMAP_SCAN alone."""
+    return check(lib.pn_bench_scan(pagemap, address, length))
+
+
 def bench_claims(shared: SharedMap) -> int:
     """Take each page from MISSING to RESIDENT. Returns how many claims that took."""
     return lib.pn_bench_claims(_map_at(shared.address))

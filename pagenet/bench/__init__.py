@@ -24,6 +24,7 @@ from ._plot import check_plot, plot_latencies, plot_work
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import FLOORS, PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from ._track import TrackOptions, TrackResult, measure_tracking
 from .pace._pace import FIGURES as PACE_FIGURES
 from .pace._pace import WINDOWS as PACE_WINDOWS
 from .pace._pace import Cell, CellResult, PaceOptions, measure_pace
@@ -84,6 +85,8 @@ __all__ = [
     "StreamOptions",
     "StreamResult",
     "Target",
+    "TrackOptions",
+    "TrackResult",
     "WorkloadOptions",
     "WorkloadResult",
     "WorkloadTarget",
@@ -101,6 +104,7 @@ __all__ = [
     "measure_rdma",
     "measure_scale",
     "measure_streams",
+    "measure_tracking",
     "measure_workload",
     "median",
     "plot_latencies",

@@ -52,6 +52,7 @@ from ..sizes import parse_size
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_trace import add_trace_options, bench_trace, trace_report
+from ._bench_track import bench_track
 from ._bench_workload import add_workload_options, bench_workload
 from ._command import (
     Parser,
@@ -94,6 +95,9 @@ _SUITES = {
         "The latency of a page for an honest destination while another peer attacks the same"
         " source."
     ),
+    "track": (
+        "The cost of tracking writes: to begin, to look, and for each page that was written."
+    ),
     "null": "The cost of pagenet's machinery with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": (
@@ -105,6 +109,7 @@ _WORDS = {
     "listening": "floors on {uri}",
     "refused": "{peer}: refused: {reason}",
     "skipped": "left out: source {source}: {reason}",
+    "too_large": "left out: {bytes} bytes: {needed} bytes must be free",
     "run": "round {round}: {method}, {ram_mib} MiB: {words}",
 }
 
@@ -116,6 +121,7 @@ _ROUNDS = {
     "scale": 5,
     "hostile": 5,
     "null": 3,
+    "track": 5,
     "qemu": 3,
     "workload": 1,
     "pace": 3,
@@ -160,7 +166,9 @@ def make_parser() -> Parser:
         )
         if name == "qemu":
             add_qemu_options(suite)
-        if name in ("hostile", "null", "qemu"):
+        if name == "track":
+            _add_track_options(suite)
+        if name in ("hostile", "null", "qemu", "track"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -344,6 +352,28 @@ def _add_scale_options(parser: Parser) -> None:
     )
 
 
+def _add_track_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        default=(1 << 30, 4 << 30, 16 << 30),
+        metavar="SIZE,...",
+        help="sizes of the memory, which is sparse (1G,4G,16G)",
+    )
+    parser.add_argument(
+        "--dirty",
+        type=parse_size,
+        default=128 << 20,
+        metavar="SIZE",
+        help="part of the memory of which every second page is written (128M)",
+    )
+    parser.add_argument(
+        "--fill",
+        action="store_true",
+        help="fill all of the memory; sizes that do not fit are left out",
+    )
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(parse_size(part) for part in text.split(","))
 
@@ -398,6 +428,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["scale"] = await _scale(options, report)
     if options.suite == "null":
         summary["null"] = await _null(options, report)
+    if options.suite == "track":
+        summary["track"] = await bench_track(options, report)
     if options.suite == "hostile":
         summary["hostile"] = await _hostile(options, report)
     if options.suite == "qemu":

@@ -8,6 +8,7 @@ from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
 from ._process import Mapped, OtherProcess
 from ._target import UffdTarget
+from ._tracking import WriteTracker
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "UffdTarget",
     "Unmapped",
     "Userfaultfd",
+    "WriteTracker",
     "parse_mappings",
     "probe",
 ]

@@ -13,23 +13,15 @@ from pathlib import Path
 import trio
 
 from .. import _native
-from ..errors import OwnerGone, PagenetError, Unsupported, UsageError
+from ..errors import Unsupported, UsageError
 from ..region import Region
 from ._handshake import Mapping
 from ._owners import taking_from, wait_memory_gone
-from ._process import OtherProcess
+from ._process import OtherProcess, refusal
 from ._target import UffdTarget
 from ._userfaultfd import DEVICE, NO_FEATURES, Feature, Mode, Userfaultfd, is_userfaultfd
 
 __all__ = ["AttachedOwner"]
-
-_WHY_NOT = {
-    errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
-    errno.ENOEXEC: "it is no 64-bit process",
-    errno.ETIMEDOUT: "it does not stop for us: it hangs in the kernel",
-    errno.ENOSYS: "attaching is for x86-64: start QEMU by pagenet-qemu incoming instead",
-}
-
 
 # Bytes of the device's path: what there is room for on the stack of the process.
 _MAX_DEVICE = 255
@@ -51,7 +43,7 @@ class AttachedOwner:
         try:
             self._process = OtherProcess(pid)
         except OSError as error:
-            raise self._refused(error) from None
+            raise refusal(self.pid, error) from None
         try:
             for mapping in mappings:
                 self._files.append(self._take_file(mapping))
@@ -65,24 +57,13 @@ class AttachedOwner:
         try:
             file = self._process.take_file([replace(mapping, offset=0)])
         except OSError as error:
-            raise self._refused(error) from None
+            raise refusal(self.pid, error) from None
         if file is None:
             raise UsageError(
                 f"process {self.pid} holds no file open, to read and to write, for its memory at "
                 f"{mapping.address:#x}: give it a memory-backend-memfd or memory-backend-file"
             )
         return file
-
-    def _refused(self, error: OSError) -> PagenetError:
-        if error.errno in (errno.ESRCH, errno.ENOENT):
-            return OwnerGone(f"process {self.pid} has ended")
-        if error.errno in _WHY_NOT:
-            return Unsupported(f"cannot attach to process {self.pid}: {_WHY_NOT[error.errno]}")
-        hint = (
-            "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with"
-            " no debugger on it"
-        )
-        return Unsupported(f"may not attach to process {self.pid}: {error.strerror}; {hint}")
 
     async def plant(self) -> None:
         """Give the process a userfaultfd, and a memfd for the map of its pages, which it keeps."""
@@ -97,7 +78,7 @@ class AttachedOwner:
                 _native.plant, self.pid, self._process.pidfd, device
             )
         except OSError as error:
-            raise self._refused(error) from None
+            raise refusal(self.pid, error) from None
         if planted.refused in (errno.EPERM, errno.EACCES):
             raise Unsupported(
                 f"process {self.pid} may not use userfaultfd: run it as root, give its user access"
@@ -171,7 +152,7 @@ class AttachedOwner:
         try:
             fds.append(self._process.take(number))
         except OSError as error:
-            raise self._refused(error) from None
+            raise refusal(self.pid, error) from None
         return fds[-1]
 
     def _lock(self, map_fd: int) -> int:

@@ -21,9 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _native
+from ..errors import OwnerGone, PagenetError, Unsupported
 from ._handshake import Mapping
 
-__all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable"]
+__all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable", "refusal"]
+
+_WHY_NOT = {
+    errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
+    errno.ENOEXEC: "it is no 64-bit process",
+    errno.ETIMEDOUT: "it does not stop for us: it hangs in the kernel",
+    errno.ENOSYS: "attaching is for x86-64: start QEMU by pagenet-qemu incoming instead",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +72,14 @@ class OtherProcess:
         """A duplicate of its descriptor ``number``, with the mode in which it was opened."""
         return _native.take_descriptor(self.pidfd, number)
 
-    def maps(self) -> list[Mapped]:
-        """All of its mappings, ascending."""
+    def maps(self, low: int = 0, high: int = 1 << 64) -> list[Mapped]:
+        """Its mappings between the addresses ``low`` and ``high``, ascending."""
         found = []
         for line in Path(f"/proc/{self.pid}/maps").read_text(errors="surrogateescape").splitlines():
-            span, mode, offset, device, inode, *_ = line.split()
-            start, end = (int(number, 16) for number in span.split("-"))
+            start, end = (int(number, 16) for number in line[: line.index(" ")].split("-"))
+            if end <= low or start >= high:
+                continue
+            _, mode, offset, device, inode, *_ = line.split()
             major, minor = (int(number, 16) for number in device.split(":"))
             found.append(
                 Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode))
@@ -158,6 +168,19 @@ class OtherProcess:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def refusal(pid: int, error: OSError) -> PagenetError:
+    """What ``error`` means for one who wants to attach to process ``pid``."""
+    if error.errno in (errno.ESRCH, errno.ENOENT):
+        return OwnerGone(f"process {pid} has ended")
+    if error.errno in _WHY_NOT:
+        return Unsupported(f"cannot attach to process {pid}: {_WHY_NOT[error.errno]}")
+    hint = (
+        "run as root, or as its user with ptrace access (kernel.yama.ptrace_scope=0), and with"
+        " no debugger on it"
+    )
+    return Unsupported(f"may not attach to process {pid}: {error.strerror}; {hint}")
 
 
 def _identity(fd: int) -> tuple[int, int]:

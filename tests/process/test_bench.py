@@ -73,6 +73,30 @@ def test_all_ends_with_one_object_of_figures_and_floors() -> None:
     } <= last["environment"].keys()
 
 
+def test_track() -> None:
+    said = events("track", "--sizes", "16M,32M", "--dirty", "8M", "--rounds", "2")
+    small, large = results(said, "track")
+    assert (small["bytes"], large["bytes"]) == (16 << 20, 32 << 20)
+    for result in (small, large):
+        assert result["written_pages"] == 1024
+        assert not result["filled"]
+        assert min(result[f"{name}_ms"] for name in ("arm", "clean", "dirty", "close")) > 0
+        assert min(result[f"{name}_floor_ms"] for name in ("clean", "dirty")) > 0
+        assert result["write_floor_us"] > 0
+    assert said[-1]["track"]["sizes"] == [
+        {name: value for name, value in result.items() if name not in ("event", "suite")}
+        for result in (small, large)
+    ]
+
+
+def test_track_leaves_out_what_does_not_fit() -> None:
+    said = events("track", "--sizes", "4096G,4M", "--fill", "--rounds", "1")
+    (left_out,) = (event for event in said if event["event"] == "too_large")
+    assert left_out["bytes"] == 4 << 40
+    (result,) = results(said, "track")
+    assert (result["bytes"], result["filled"]) == (4 << 20, True)
+
+
 async def test_a_child_that_ends_at_once_has_said_why() -> None:
     async with running(["sh", "-c", "echo first >&2; echo why >&2"]) as child:
         with pytest.raises(PagenetError, match=r"ended at once: why$"):

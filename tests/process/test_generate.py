@@ -76,6 +76,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
     ("pagenet-bench fault --memory h", {"hugetlb"}),
     ("pagenet-qemu inc", {"incoming"}),
     ("pagenet-ctl /run/x ban", {"bandwidth"}),
+    ("pagenet-dirty 1 --rec", {"--record"}),
 ])  # fmt: skip
 def test_bash_completes(words: str, offered: set[str]) -> None:
     command = words.split()[0]

@@ -15,6 +15,7 @@ from pagenet import Block, Region, UsageError
 from pagenet.background.recording import Recording, load_recording
 from pagenet.bench.workload._touches import Touches, load_touches
 from pagenet.bench.workload._traces import make_trace
+from pagenet.dirty import DirtyRecorder, Second, dirty_file, load_dirty, write_dirty
 
 BLOCKS = (("ram", 64 << 12), ("rom", 8 << 12))
 REGION = Region([Block("rom", 8 << 12), Block("ram", 32 << 12)])
@@ -27,6 +28,12 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     recording.save(path)
     bodies = [path.read_bytes()]
     Touches(64, ((3, 10), (4, 0), (0, 10**9))).save(path)
+    bodies.append(path.read_bytes())
+    recorder = DirtyRecorder(REGION)
+    recorder.add(Second(1.0, 0b1011, 4096, 0.1))
+    recorder.add(Second(1.5, 1 << 39, 0, 0.2))
+    with dirty_file(path) as file:
+        write_dirty(recorder.recording(), file)
     return [*bodies, path.read_bytes()]
 
 
@@ -55,6 +62,14 @@ def use_trace(path: Path) -> None:
     assert trace.work_ns is None or len(trace.work_ns) == len(trace.pages)
 
 
+def use_dirty(path: Path) -> None:
+    loaded = load_dirty(path)
+    for second in loaded.history().seconds:
+        assert second.bits >> loaded.region.pages == 0
+        assert 0 < second.early_seconds <= second.seconds
+        assert second.early <= loaded.region.size
+
+
 def some_body(pick: random.Random, original: bytes) -> bytes:
     if pick.random() < 0.4:
         return mutated(pick, original)
@@ -68,7 +83,7 @@ def test_files(fuzz: Fuzz, originals: list[bytes], tmp_path: Path) -> None:
         path.write_bytes(some_body(pick, pick.choice(originals)))
         reason = "none"
         try:
-            pick.choice([use_recording, use_touches, use_trace])(path)
+            pick.choice([use_recording, use_touches, use_trace, use_dirty])(path)
         except UsageError as error:
             reason = str(error).replace(str(path), "FILE")
         assert is_one_line(reason), reason
