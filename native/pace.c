@@ -65,8 +65,9 @@ const struct pn_pace_tunables pn_tunables = {
     /* A request whose latency is at most this many times the lowest one has found no queue: the
      * link has room for more. Not measured. */
     .idle_link = 1.25,
-    /* The longest queue: twice this. Simulated: a longer one is never better. */
-    .queue_ns = 5000000,
+    /* A trial makes no longer queue than twice this. Measured over loopback: with windows of MiBs
+     * one fault in a hundred took 0.9 ms, with this 0.3 ms, and 200 us gain nothing. */
+    .queue_ns = 100000,
     /* Granted at a time. On a link no faster than the limit, a page that a thread waits for waits
      * no longer than this for the background before it. */
     .grant_ns = 300000,
@@ -223,13 +224,11 @@ static uint64_t least_window(const struct pn_pace *pace) {
 }
 
 /* More would only queue: twice what the link carries in its round trip and a moment. Its rate is
- * not known before the search has opened. */
+ * known from the first sample on. */
 static uint64_t most_window(const struct pn_pace *pace) {
-    if (pace->search.opening)
-        return pace->window_max;
     double moment = (double)(pace->search.base + pn_tunables.queue_ns);
-    return at_most(later((uint64_t)(2 * pace->rate * moment), pace->window_least),
-                   pace->window_max);
+    uint64_t link = later((uint64_t)(2 * pace->rate * moment), pace->window_least);
+    return pace->search.before > 0 ? at_most(link, pace->window_max) : pace->window_max;
 }
 
 static uint64_t neighbour(const struct pn_pace *pace) {
@@ -245,15 +244,15 @@ static void turn_round(struct pn_search *search, uint64_t now) {
     search->pause = at_most(2 * search->pause, pn_tunables.most_pause_ns);
 }
 
-/* Of one sample, while the search opens: the next trial's window. A trial that fails may have been
- * disturbed: one of a window twice as large again decides. */
+/* While the search opens: at once the largest window that may be worth a trial, and if that fails,
+ * one twice as large as before. */
 static uint64_t open_further(struct pn_pace *pace, bool succeeded, uint64_t now) {
     struct pn_search *search = &pace->search;
     if (!succeeded && search->again)
         turn_round(search, now);
     search->again = !succeeded && search->opening;
-    return search->again ? at_most(2 * search->trial, later(most_window(pace), search->window))
-                         : neighbour(pace);
+    return search->opening && succeeded ? later(most_window(pace), search->window)
+                                        : neighbour(pace);
 }
 
 static void decide(struct pn_pace *pace, double before, double tried,
@@ -281,6 +280,7 @@ static void end_sample(struct pn_pace *pace, const struct pn_pace_mark *here) {
     double found = cost(&search->mark, here);
     if (search->stage == BEFORE) {
         search->before = found;
+        search->trial = search->opening ? open_further(pace, true, here->time) : neighbour(pace);
         use(pace, search->trial, TRIAL, here);
     } else if (search->stage == TRIAL && !search->opening) {
         search->tried = found;
@@ -305,7 +305,7 @@ static bool is_sampled(const struct pn_pace *pace, const struct pn_pace_mark *he
 static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
     struct pn_search *search = &pace->search;
     search->window = least_window(pace);
-    search->base = 0;
+    search->before = 0;
     search->opening = true;
     search->down = search->again = false;
     search->pause = pn_tunables.pause_ns;
@@ -316,11 +316,12 @@ static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
 static void search_on(struct pn_pace *pace, uint64_t now) {
     struct pn_search *search = &pace->search;
     struct pn_pace_mark here = mark(pace, now);
-    if (search->window > 2 * most_window(pace))
+    if (!search->opening && search->window > 2 * most_window(pace))
         begin_again(pace, &here);
     if (search->trial == search->window) { /* at an end of the range */
         turn_round(search, now);
         search->trial = neighbour(pace);
+        use(pace, search->window, BEFORE, &here);
     }
     if (search->stage == BEFORE && now < search->next)
         return;
