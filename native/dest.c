@@ -253,6 +253,16 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
                     piece->page_size);
 }
 
+/* Pages that are PLACING are in shared memory, and stay invisible. Returns how many. */
+static uint64_t copied(struct pn_dest *dest, int class_, uint64_t first, uint64_t count,
+                       bool zero) {
+    pn_map_replace(dest->config.map, first, count, PN_PLACING, PN_COPIED);
+    pn_stats_add(dest->config.map, class_, PN_PAGES, count);
+    if (zero)
+        pn_stats_add(dest->config.map, class_, PN_ZERO_PAGES, count);
+    return count;
+}
+
 /* Puts one unbroken run of pages that are still PLACING into place. If this process is killed, the
  * next user of the map has to know what became of them. Bytes in shared memory may be half stored:
  * then they must not be seen. Or they may be visible, and written to by the owner since: then they
@@ -262,6 +272,10 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
 static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
                     uint64_t count, const void *bytes, bool zero, uint64_t *done) {
     struct pn_map *map = dest->config.map;
+    if (piece->second && atomic_load(&dest->withheld)) {
+        *done = copied(dest, class_, first, count, zero);
+        return 0;
+    }
     int state = piece->second ? PN_READY : PN_PLACING;
     if (state == PN_READY)
         pn_map_replace(map, first, count, PN_PLACING, PN_READY);
@@ -378,6 +392,10 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
     return error;
 }
 
+void pn_dest_withhold(struct pn_dest *dest, int withhold) {
+    atomic_store(&dest->withheld, withhold != 0);
+}
+
 /* Whether one more stretch of zeros may stop being watched. One that continues the last stretch
  * adds no mapping. */
 static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
@@ -386,27 +404,38 @@ static bool may_leave(struct pn_dest *dest, uint64_t to, uint64_t size) {
     return atomic_fetch_add(&dest->left, 1) < LEAVE_MOST;
 }
 
-bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
-                    uint64_t count) {
+static bool leave_hole(struct pn_dest *dest, int class_, const struct pn_piece *piece,
+                       uint64_t first, uint64_t count) {
     struct pn_map *map = dest->config.map;
     uint64_t at = (first - piece->first) * piece->page_size, size = count * piece->page_size;
-    if (!piece->second || dest->config.file < 0 || count < LEAVE_WORTHWHILE ||
-        !may_leave(dest, piece->address + at, size))
+    if (pn_map_span(map, first, first + count, PN_PLACING) != count ||
+        fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)(piece->file_offset + at), (off_t)size))
+        return false;
+    if (atomic_load(&dest->withheld)) {
+        copied(dest, class_, first, count, true);
+        return true;
+    }
+    pn_map_replace(map, first, count, PN_PLACING, PN_READY);
+    bool ok = !pn_uffd_unregister(dest->config.uffd, piece->address + at, size);
+    pn_map_replace(map, first, count, PN_READY, ok ? PN_RESIDENT : PN_PLACING);
+    if (!ok)
+        return false;
+    pn_stats_add(map, class_, PN_PAGES, count);
+    pn_stats_add(map, class_, PN_ZERO_PAGES, count);
+    pn_take_waiters(dest, first, count, true);
+    return true;
+}
+
+bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
+                    uint64_t count) {
+    uint64_t to = piece->address + (first - piece->first) * piece->page_size;
+    if (!piece->second || dest->config.file < 0 ||
+        (!atomic_load(&dest->withheld) &&
+         (count < LEAVE_WORTHWHILE || !may_leave(dest, to, count * piece->page_size))))
         return false;
     lock_removal(dest);
-    bool ok = pn_map_span(map, first, first + count, PN_PLACING) == count &&
-              !fallocate(dest->config.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                         (off_t)(piece->file_offset + at), (off_t)size);
-    if (ok) {
-        pn_map_replace(map, first, count, PN_PLACING, PN_READY);
-        ok = !pn_uffd_unregister(dest->config.uffd, piece->address + at, size);
-        pn_map_replace(map, first, count, PN_READY, ok ? PN_RESIDENT : PN_PLACING);
-    }
-    if (ok) {
-        pn_stats_add(map, class_, PN_PAGES, count);
-        pn_stats_add(map, class_, PN_ZERO_PAGES, count);
-        pn_take_waiters(dest, first, count, true);
-    }
+    bool ok = leave_hole(dest, class_, piece, first, count);
     unlock_removal(dest);
     return ok;
 }

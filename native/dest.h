@@ -39,6 +39,7 @@ struct pn_dest {
     /* Pages of the sample that have not been touched yet, plus one; 0: none. */
     _Atomic uint64_t held[PN_HELD];
     atomic_uint held_count;
+    atomic_bool withheld;        /* pages that come are not made visible */
     atomic_uint left;            /* stretches of zeros that are no longer watched */
     _Atomic uint64_t left_until; /* address at which the last one ends */
 };
@@ -72,8 +73,8 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
            bool zero, uint64_t *done);
 /* Zero pages of one piece, which the caller has taken: if they are many, and in shared memory, they
  * become a hole in the file that is no longer watched. The kernel makes zeros of what is touched in
- * it, so nothing has to be placed, and what is never touched takes no memory. False: no page was
- * dealt with. */
+ * it, so nothing has to be placed, and what is never touched takes no memory. Pages that are
+ * withheld, many or few, become a hole that is watched. False: no page was dealt with. */
 bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
                     uint64_t count);
 /* Notes that a fault has waited for `page`, which is in flight, since `since` (ns), so that its

@@ -254,9 +254,10 @@ static int read_events(struct lane *lane, struct pn_event *events) {
 static void answer_faults(struct lane *lane, const struct pn_event *events, int got) {
     uint64_t missing[EVENTS], now = pn_now();
     int missing_count = 0, faults = 0;
+    bool withheld = atomic_load(&lane->dest->withheld);
     for (int i = 0; i < got; i++)
         if (events[i].kind == PN_EVENT_PAGEFAULT) {
-            if (on_held(lane, &events[i]))
+            if (withheld || on_held(lane, &events[i]))
                 continue;
             faults++;
             if (on_fault(lane, &events[i], now))

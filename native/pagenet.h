@@ -172,6 +172,9 @@ enum pn_state {
     /* All its bytes are in the shared memory behind it, and it is being made visible, or just
      * was. */
     PN_READY = 9,
+    /* All its bytes are in the shared memory behind it, and nobody sees them: the source's owner
+     * may still change the page (pn_dest_withhold). */
+    PN_COPIED = 10,
 };
 
 enum pn_class { PN_DEMAND = 0, PN_PREFETCH = 1, PN_BACKGROUND = 2 };
@@ -218,8 +221,8 @@ struct pn_map {
 uint64_t pn_map_bytes(uint64_t pages);
 void pn_map_init(struct pn_map *map, uint64_t pages);
 int pn_map_state(const struct pn_map *map, uint64_t page);
-/* Takes over a map whose users have died, at whatever point: REQUESTED, COMING and PLACING pages
- * become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to the
+/* Takes over a map whose users have died, at whatever point: REQUESTED, COMING, PLACING and COPIED
+ * pages become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to the
  * caller. -EINVAL: this is no map of `pages` pages. */
 int pn_map_recover(struct pn_map *map, uint64_t pages);
 /* Moves up to `count` pages from state `from` to state `to`, each atomically, and stops at the
@@ -235,6 +238,11 @@ uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int
 uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end);
 /* How many pages from first on, below end, are in state `state` without a gap. */
 uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state);
+/* COPIED pages that have changed since become MISSING. Bit `from + i` of `bits` (the lowest of a
+ * byte first) tells whether page `skip + i` of a block on the wire, of `count` from there, has
+ * changed; `first` is the block's first page here, and 1 << shift pages on the wire make one. */
+void pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
+                  const uint8_t *bits, uint64_t from, uint64_t count);
 uint64_t pn_map_done(const struct pn_map *map);
 void pn_stats_add(struct pn_map *map, int class_, int counter, uint64_t amount);
 void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
@@ -356,6 +364,10 @@ uint64_t pn_before_sampled(uint64_t first, uint64_t count);
 /* To be called when no lane runs any more: makes visible to the owner the pages of the sample that
  * it has not touched. */
 void pn_dest_release(struct pn_dest *dest);
+/* Withholds pages, or stops to: those that come to shared memory become COPIED instead of visible,
+ * and faults are not answered. A fault that was not answered comes again once its page is woken. To
+ * be called while no page is in flight, from any thread. */
+void pn_dest_withhold(struct pn_dest *dest, int withhold);
 /* Limits the background, on all lanes together, to `bytes_per_second` on the wire. 0: no limit;
  * UINT64_MAX: it may ask for nothing. A lane that waits looks again when its work_fd is written.
  * From any thread. */

@@ -71,9 +71,10 @@ int pn_map_recover(struct pn_map *map, uint64_t pages) {
     uint64_t done = 0, outside = 0;
     for (uint64_t page = 0; page < pages; page++) {
         int state = pn_map_state(map, page);
-        if (state > PN_READY)
+        if (state > PN_COPIED)
             return -EINVAL;
-        if (state == PN_COMING || state == PN_REQUESTED || state == PN_PLACING)
+        if (state == PN_COMING || state == PN_REQUESTED || state == PN_PLACING ||
+            state == PN_COPIED)
             atomic_store(&states(map)[page], PN_MISSING);
         done += is_done(state);
         outside += state == PN_OUTSIDE;
@@ -154,6 +155,17 @@ uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end
             break;
     }
     return first;
+}
+
+void pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
+                  const uint8_t *bits, uint64_t from, uint64_t count) {
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t bit = from + i;
+        if (bit % 8 == 0 && !bits[bit / 8])
+            i += 7;
+        else if (bits[bit / 8] >> bit % 8 & 1)
+            pn_map_claim(map, first + ((skip + i) >> shift), 1, PN_COPIED, PN_MISSING);
+    }
 }
 
 uint64_t pn_map_done(const struct pn_map *map) {

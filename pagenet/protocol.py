@@ -26,6 +26,8 @@ from .region import MAX_BLOCKS, MAX_PAGE_SIZE, Block, Region, Run
 
 __all__ = [
     "LZ4",
+    "MAX_STALE_BYTES",
+    "TRACKED",
     "Bye",
     "Channel",
     "Class",
@@ -36,10 +38,13 @@ __all__ = [
     "Message",
     "MessageDecoder",
     "OutstandingRequests",
+    "Pause",
+    "Paused",
     "Reply",
     "Request",
     "RequestDecoder",
     "Role",
+    "Stale",
     "encode_message",
     "encodings_for",
     "negotiate",
@@ -74,6 +79,11 @@ MAX_REASON_BYTES = 1024
 MAX_LZ4_BYTES = 2 << 20
 #: The feature of a source that compresses on request.
 LZ4 = "lz4"
+#: The feature of a source whose memory changes while it is served, until it says otherwise; and of
+#: a destination that can be told of it.
+TRACKED = "tracked"
+#: Limit of the bits of one message about stale pages.
+MAX_STALE_BYTES = 1 << 20
 
 assert REQUEST_HEADER.size == REPLY_HEADER.size == LANE_HEADER_SIZE
 
@@ -161,7 +171,39 @@ class Bye:
     complete: bool
 
 
-Message = Hello | Failure | Bye
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """From a tracked source: ask for nothing more, and say when nothing is in flight."""
+
+    TYPE: ClassVar[str] = "pause"
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """From a destination: nothing is in flight, because no page is missing, or because it was
+    paused. ``round``: 1 until the first stale pages are named, then one more each time."""
+
+    TYPE: ClassVar[str] = "paused"
+    round: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """From a tracked source, in answer to :class:`Paused`: pages that have changed since they were
+    sent. ``bits``: a bit for each page from ``first`` on, the lowest of a byte first; bits behind
+    the region's last page mean nothing. ``more``: another message of this round follows.
+    ``frozen``: the memory does not change any more."""
+
+    TYPE: ClassVar[str] = "stale"
+    round: int
+    first: int
+    bits: bytes
+    more: bool
+    frozen: bool
+
+
+Message = Hello | Failure | Bye | Pause | Paused | Stale
 
 
 def encode_message(message: Message) -> bytes:
@@ -192,6 +234,18 @@ def _fields_of(message: Message) -> dict[str, Any]:
             return {"code": message.code, "text": message.text}
         case Bye():
             return {"complete": message.complete}
+        case Pause():
+            return {}
+        case Paused():
+            return {"round": message.round, "missing": message.missing}
+        case Stale():
+            return {
+                "round": message.round,
+                "first": message.first,
+                "bits": message.bits,
+                "more": message.more,
+                "frozen": message.frozen,
+            }
 
 
 class MessageDecoder:
@@ -265,6 +319,12 @@ def _decode_body(body: bytes) -> Message:
             )
         case "bye":
             return Bye(_field(fields, "complete", bool))
+        case "pause":
+            return Pause()
+        case "paused":
+            return Paused(_count(fields, "round"), _count(fields, "missing"))
+        case "stale":
+            return _decode_stale(fields)
         case other:
             raise RemoteProtocolError(
                 f"the peer's message is of type {_shown(other)}, which is unknown"
@@ -298,6 +358,17 @@ def _decode_hello(fields: dict[str, Any]) -> Hello:
     )
 
 
+def _decode_stale(fields: dict[str, Any]) -> Stale:
+    bits = _field(fields, "bits", bytes)
+    if not 0 < len(bits) <= MAX_STALE_BYTES:
+        raise RemoteProtocolError(
+            f"the peer's stale pages take {len(bits)} bytes (limit {MAX_STALE_BYTES})"
+        )
+    round_, first = _count(fields, "round"), _count(fields, "first")
+    more, frozen = _field(fields, "more", bool), _field(fields, "frozen", bool)
+    return Stale(round_, first, bits, more, frozen)
+
+
 def _decode_lane(lane: object) -> Channel:
     channel = _choice(Channel, {"lanes": lane}, "lanes")
     if channel is Channel.CONTROL:
@@ -327,6 +398,13 @@ def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
         raise RemoteProtocolError(
             f"the peer's {fields.get('type', 'message')} has no proper {name!r}"
         )
+    return value
+
+
+def _count(fields: dict[str, Any], name: str) -> int:
+    value: int = _field(fields, name, int)
+    if value < 0:
+        raise RemoteProtocolError(f"the peer's {fields['type']} has a {name} of {value}")
     return value
 
 

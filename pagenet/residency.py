@@ -4,8 +4,10 @@ counted from it.
 It has one byte a page in a memfd, changed only by compare-and-swap (``native/residency.c``), so
 that lanes in C threads and in other processes share it with Python. A page goes from MISSING to
 COMING (asked for in the background) or REQUESTED (asked for because a thread waits), to PLACING, in
-shared memory to READY, and to RESIDENT. Only the lane that moved a page to PLACING may write it. A
-page never goes backwards: one that its owner gave up is REMOVED for good.
+shared memory to READY, and to RESIDENT. Only the lane that moved a page to PLACING may write it.
+While the source's owner still runs, pages become COPIED instead: no thread sees those, and they are
+MISSING again once they have changed. No other page goes backwards: one that its owner gave up is
+REMOVED for good.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class State(IntEnum):
     POISONED = _native.STATES["poisoned"]
     #: shared memory has its bytes; the page is being made visible, or has just been made so
     READY = _native.STATES["ready"]
+    #: shared memory has its bytes, and nobody sees them: the source's owner may still change it
+    COPIED = _native.STATES["copied"]
 
 
 _DONE_WITH = (State.RESIDENT, State.REMOVED, State.POISONED)
@@ -139,6 +143,11 @@ class Residency:
     def set(self, run: Run, to: State) -> None:
         self.shared.set(run.first, run.count, to)
 
+    def is_in_flight(self) -> bool:
+        """Whether any page is asked for, or being placed."""
+        flying = (State.COMING, State.REQUESTED, State.PLACING, State.READY)
+        return any(self.find(state, 0) is not None for state in flying)
+
     def find(self, state: State, first: int, end: int | None = None) -> int | None:
         """The first page from ``first`` on, before ``end``, that is in ``state``; None if there is
         none."""
@@ -174,6 +183,14 @@ class Residency:
             if state not in _DONE_WITH:
                 yield Run(first, count)
             first += count
+
+    def missing_count(self) -> int:
+        """The number of MISSING pages."""
+        count, page = 0, self.find(State.MISSING, 0)
+        while page is not None:
+            span = self.span(Run(page, self.pages - page), State.MISSING)
+            count, page = count + span, self.find(State.MISSING, page + max(span, 1))
+        return count
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:
         self.shared.add(class_, _native.COUNTERS[counter], amount)

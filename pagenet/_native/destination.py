@@ -115,6 +115,11 @@ class Destination:
         lane runs."""
         lib.pn_dest_release(self.dest)
 
+    def withhold(self, withhold: bool) -> None:
+        """Have pages that come to shared memory become COPIED instead of visible, and leave faults
+        unanswered, or stop to. To be called while no page is in flight."""
+        lib.pn_dest_withhold(self.dest, withhold)
+
     def limit_background(self, bytes_per_second: int | None) -> None:
         """Limit the rate of the background. None: no limit; 0: ask for nothing more.
 

@@ -22,6 +22,7 @@ STATES = {
     "coming": lib.PN_COMING,
     "removing": lib.PN_REMOVING,
     "ready": lib.PN_READY,
+    "copied": lib.PN_COPIED,
     "removed": lib.PN_REMOVED,
     "outside": lib.PN_OUTSIDE,
     "poisoned": lib.PN_POISONED,
@@ -219,6 +220,14 @@ class SharedMap:
 
     def span(self, first: int, end: int, state: int) -> int:
         return lib.pn_map_span(self.map, first, end, state)
+
+    def stale(self, first: int, skip: int, shift: int, bits: bytes, from_: int, count: int) -> None:
+        """Make MISSING those COPIED pages whose bits are set: see ``pn_map_stale``."""
+        if from_ + count > 8 * len(bits):
+            raise ValueError(f"{len(bits)} bytes have no bits for {from_ + count} pages")
+        lib.pn_map_stale(
+            self.map, first, skip, shift, ffi.from_buffer("uint8_t[]", bits), from_, count
+        )
 
     def unsettled(self, first: int, end: int) -> int:
         return lib.pn_map_unsettled(self.map, first, end)

@@ -18,6 +18,7 @@ from ..background.start import parse_start
 from ..errors import PagenetError, UsageError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
+from ..source.precopy import Precopy, RoundCount
 from ._rates import parse_rate
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "prefetch_window",
     "pull_options",
     "rate",
+    "round_count",
     "run_command",
     "start",
 ]
@@ -212,6 +214,18 @@ def start(text: str) -> str:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def round_count(text: str) -> RoundCount:
+    """For argparse: a number of rounds of a precopy, or ``auto``."""
+    if text == "auto":
+        return "auto"
+    try:
+        return Precopy(int(text)).rounds
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def prefetch_window(text: str) -> tuple[int, int] | None:

@@ -16,7 +16,15 @@ from ..background.schedule import RECORDED, SCHEDULES
 from ..control import ControlClient, connect_control
 from ..errors import ConnectionBroken, RemoteProtocolError
 from ..protocol import printable
-from ._command import Parser, Report, background_order, prefetch_window, rate, run_command
+from ._command import (
+    Parser,
+    Report,
+    background_order,
+    prefetch_window,
+    rate,
+    round_count,
+    run_command,
+)
 from ._rates import rate_words
 from ._tables import make_console
 
@@ -82,6 +90,11 @@ def make_parser() -> Parser:
     prefetch.add_argument(
         "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages after and before it"
     )
+    add("switch", "End the rounds of a precopy: the guest leaves now.")
+    rounds = add("rounds", "Change the number of rounds of a precopy.")
+    rounds.add_argument(
+        "count", type=round_count, metavar="ROUNDS|auto", help="rounds before the guest leaves"
+    )
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
 
@@ -126,6 +139,8 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
             return {"name": name}
         case "bandwidth":
             return {"rate": options.rate}
+        case "rounds":
+            return {"count": options.count}
         case "prefetch":
             return {"window": None if options.window is None else list(options.window)}
     return {}
@@ -188,6 +203,8 @@ class _Lines:
 def _done(command: str, answer: dict[str, Any]) -> str:
     if command == "stop":
         return "stopping"
+    if command in ("switch", "rounds"):
+        return f"{command}: done"
     with _understood():
         return printable(f"background: {_background(answer)}; prefetch: {_prefetch(answer)}")
 

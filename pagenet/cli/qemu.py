@@ -12,9 +12,18 @@ import trio
 from ..control import Control
 from ..destination.pulling import pull
 from ..errors import UsageError
-from ..qemu import migrate, monitor_pid, receive, receive_attached
+from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
+from ..source.precopy import RoundCount
 from ..uffd import AbandonedOwner
-from ._command import Parser, Report, add_lane_option, add_pull_options, count, pull_options
+from ._command import (
+    Parser,
+    Report,
+    add_lane_option,
+    add_pull_options,
+    count,
+    pull_options,
+    round_count,
+)
 from ._control import Work, add_control_option, run_controlled
 from ._progress import make_progress, show_until_complete
 
@@ -28,6 +37,11 @@ _WORDS = {
     "listening": "waiting for a guest on {uri}",
     "connected": "{peer}: connected",
     "owner": "RAM of {pages} pages (placement: {placement}, lanes: {lane})",
+    "round": (
+        "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
+        " {left} are left"
+    ),
+    "no_precopy": "nothing is copied before the guest leaves: {reason}",
     "stopped": "the guest stands still here",
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
@@ -100,9 +114,21 @@ def make_parser() -> Parser:
         "--qmp", metavar="SOCKET", required=True, help="QEMU's monitor (-qmp unix:...)"
     )
     leaving.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
+    leaving.add_argument(
+        "--precopy",
+        type=_rounds,
+        default="auto",
+        metavar="auto|ROUNDS|off",
+        help="copy memory while the guest runs, in rounds, before it leaves (auto)",
+    )
     add_lane_option(leaving)
     add_control_option(leaving)
     return parser
+
+
+def _rounds(text: str) -> RoundCount | None:
+    """None: off."""
+    return None if text == "off" else round_count(text)
 
 
 class _CommandParser(Parser):
@@ -156,10 +182,15 @@ async def _resume(options: argparse.Namespace, report: Report, control: Control)
 
 
 async def _migrate(options: argparse.Namespace, report: Report, control: Control) -> int:
+    precopy = None if options.precopy is None else Precopy(options.precopy)
+    control.precopy = precopy
     async with (
-        migrate(options.qmp, options.uri, lane=options.lane, on_event=report) as server,
+        migrate(
+            options.qmp, options.uri, lane=options.lane, precopy=precopy, on_event=report
+        ) as server,
         trio.open_nursery() as nursery,
     ):
+        control.precopy = None
         control.subject = server
         nursery.start_soon(make_progress(report), server)
         await server.wait_complete()

@@ -16,6 +16,7 @@ import msgpack
 
 from ..errors import RemoteProtocolError
 from ..protocol import printable
+from ..source.precopy import MAX_ROUNDS
 
 __all__ = [
     "COMMANDS",
@@ -140,6 +141,10 @@ def _is_side(value: object) -> bool:
     return _is_integer(value) and 0 <= value <= MAX_WINDOW
 
 
+def _is_round_count(value: object) -> bool:
+    return value == "auto" or (_is_integer(value) and 0 <= value <= MAX_ROUNDS)
+
+
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -152,6 +157,8 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "schedule": {"name": _is_name},
     "bandwidth": {"rate": _is_rate},
     "prefetch": {"window": _is_window},
+    "switch": {},
+    "rounds": {"count": _is_round_count},
     "stop": {},
 }
 

@@ -16,6 +16,7 @@ from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..protocol import printable
 from ..session import accept_forever
+from ..source.precopy import Precopy
 from ..source.serving import Server
 from ..tcp import UnixTransport
 from ._channel import ControlChannel, address_of
@@ -36,6 +37,8 @@ class Control:
         self._stop = stop
         self._subject: Transfer | Server | None = None
         self._rates: Rates | None = None
+        #: the precopy, while it may be changed. May be set.
+        self.precopy: Precopy | None = None
         self._changed = trio.Event()
 
     @property
@@ -90,8 +93,19 @@ class Control:
                 if self._stop is None:
                     raise UsageError(f"{self._program} cannot be stopped over its control socket")
                 return {}
+            case "switch" | "rounds":
+                self._change_precopy(request)
+                return self.status()
         self._change(self._running_transfer(request.command), request)
         return self.status()
+
+    def _change_precopy(self, request: Request) -> None:
+        if self.precopy is None:
+            raise UsageError(f"{request.command}: no memory is copied in rounds here, now")
+        if request.command == "switch":
+            self.precopy.switch()
+        else:
+            self.precopy.set_rounds(request.arguments["count"])
 
     def stop(self) -> None:
         if self._stop is not None:

@@ -19,7 +19,7 @@ import trio
 from .. import _native
 from ..errors import HandshakeError, PagenetError
 from ..protocol import Class, Encoding
-from ..region import Run
+from ..region import Region, Run
 from ..residency import Residency, State
 from ..statistics import TransferStatistics
 from ..target import Fault, Forked, Outcome, Recoverable, Remapped, Removed, Target, Unmapped
@@ -66,6 +66,7 @@ class Filling:
         self._faults: deque[tuple[Fault, int]] = deque()
         self._wanted: list[tuple[Class, Run]] = []
         self._faulted: list[int] = []
+        self._withholds = False
         self._last_words: TransferStatistics | None = None
         self._started = time.monotonic()
         self._seconds: float | None = None
@@ -121,6 +122,35 @@ class Filling:
     @prefetch.setter
     def prefetch(self, prefetch: tuple[int, int] | None) -> None:
         self.window.fix(prefetch)
+
+    # ---- while the source's owner still runs ----
+
+    def withhold(self, withhold: bool) -> None:
+        """Make pages that come to shared memory COPIED instead of visible, and leave faults
+        unanswered; or stop to, and have those faults come again."""
+        self._withholds = withhold
+        if not withhold:
+            for run in self.target.scope():
+                self.target.wake(run)
+
+    def drop_stale(self, wire: Region, first: int, bits: bytes) -> None:
+        """Make MISSING the COPIED pages whose bits are set. ``bits``: one for each page on the wire
+        from ``first`` on; those behind the last page mean nothing."""
+        end = min(first + 8 * len(bits), wire.pages)
+        for index, block in enumerate(wire.blocks):
+            start, past = wire.first_pages[index : index + 2]
+            low, high = max(start, first), min(past, end)
+            if low < high:
+                shift = (self.region.blocks[index].page_size // block.page_size).bit_length() - 1
+                ours = self.region.first_pages[index]
+                self.residency.shared.stale(ours, low - start, shift, bits, low - first, high - low)
+
+    def keep_copied(self) -> None:
+        """Make all COPIED pages RESIDENT: their bytes are the last. A thread that touches one has a
+        minor fault, which is settled at once."""
+        for run in self.target.scope():
+            self.residency.replace(run, State.COPIED, State.RESIDENT)
+        self.check_complete()
 
     def finish(self) -> None:
         """Let the owner go. Call when every page is in place."""
@@ -190,6 +220,8 @@ class Filling:
 
     def _answer(self, fault: Fault, now: int) -> int | None:
         """Do what the fault needs. Return its page if it was MISSING until now."""
+        if self._withholds:
+            return None
         page = self.target.page_of(fault)
         if page is None:
             self._answer_outside(fault)
@@ -336,6 +368,9 @@ class Filling:
         from a page that its owner may have written to.
         """
         residency, state = self.residency, State.PLACING
+        if self._withholds and self._two_steps is not None and self._two_steps.write(part, data):
+            residency.replace(part, State.PLACING, State.COPIED)
+            return Outcome(part.count)
         if self._two_steps is not None and self._two_steps.write(part, data):
             state = State.READY
             residency.replace(part, State.PLACING, State.READY)

@@ -31,6 +31,13 @@ class Lanes(Protocol):
         """
         ...
 
+    def withhold(self, withhold: bool) -> None:
+        """Make pages that come COPIED, not visible, and leave faults unanswered; or stop to.
+
+        To be called while no page is in flight.
+        """
+        ...
+
     def close(self) -> None:
         """Release what the lanes own. Not to be called while they run. Idempotent."""
         ...

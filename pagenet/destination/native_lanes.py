@@ -91,6 +91,9 @@ class LoopLanes:
     def close(self) -> None:
         self._cleanup.close()
 
+    def withhold(self, withhold: bool) -> None:
+        self._dest.withhold(withhold)
+
     def _limit(self) -> None:
         self._dest.limit_background(self._background.max_bandwidth if self._background.runs else 0)
         for ring in self._rings:

@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -17,12 +18,21 @@ from ..errors import HandshakeError, OwnerGone, Unsupported, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import complete_fields, tell_progress
-from ..protocol import MAX_LANES, MAX_REQUEST_BYTES, Channel, Compress, encodings_for
+from ..protocol import (
+    MAX_LANES,
+    MAX_REQUEST_BYTES,
+    Channel,
+    Compress,
+    Pause,
+    Stale,
+    encodings_for,
+)
 from ..region import Region
 from ..statistics import TransferStatistics
 from ..target import Owner, Stored, Target
 from ..transport import Connection, LaneKind
 from ..whole_file import WholeFile
+from .copying import Copying
 from .filling import Filling
 from .lanes import Lanes, OneSided
 from .native_lanes import NativeLanes, can_run_natively
@@ -47,8 +57,10 @@ class Transfer:
         lane: str,
         streams: Sequence[Connection],
         background: Background,
+        copying: Copying | None,
     ) -> None:
         self.filling = filling
+        self._copying = copying
         self._background = background
         #: connections to the source's ``on_stream``, for the application's own bytes
         self.streams = streams
@@ -74,6 +86,19 @@ class Transfer:
 
     async def wait_released(self) -> None:
         await self._released.wait()
+
+    @property
+    def round(self) -> int | None:
+        """The round that a tracked source is in, from 1 on; None once its owner stands still, and
+        for any other source."""
+        copying = self._copying
+        return None if copying is None or copying.frozen.is_set() else copying.round
+
+    async def wait_frozen(self) -> None:
+        """Return when the source's memory does not change any more. Until then no page is visible,
+        and no fault is answered."""
+        if self._copying is not None:
+            await self._copying.frozen.wait()
 
     @property
     def is_over(self) -> bool:
@@ -207,7 +232,10 @@ async def pull(
     ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
     sends pages uncompressed. ``streams``: connections for the application's own bytes, to the
     ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
-    :meth:`Transfer.release`, because the source's memory may change until then.
+    :meth:`Transfer.release`, because the source's memory may change until then. A tracked source
+    (:func:`serve`) says itself when its memory has stopped to change, and pages come before that
+    (:meth:`Transfer.wait_frozen`); ``max_bandwidth`` then limits that time alone, and
+    ``start_background`` is not heeded.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
@@ -245,8 +273,9 @@ async def pull(
                     pages=session.region.pages,
                     bytes=session.region.size,
                 )
+                early: list[Pause | Stale] = []
                 async with open_failing_nursery() as nursery:
-                    nursery.start_soon(session.watch)
+                    nursery.start_soon(session.watch, early.append if session.is_tracked else None)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
@@ -267,15 +296,27 @@ async def pull(
                         connections[1 + background_lanes :],
                     )
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
+                    copying = None
+                    if session.is_tracked and isinstance(pages_go_over[0], OneSided):
+                        raise UsageError(
+                            "the source's pages still change, and its keys tell which of them were"
+                            " zero when they were asked for: take another transport"
+                        )
+                    if session.is_tracked:
+                        after = partial(_schedule, background, filling)
+                        copying = Copying(filling, session.region, lanes, plan, session, after)
                     nursery.cancel_scope.cancel()
+                if copying is not None:
+                    for message in early:
+                        copying.hear(message)
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    transfer = Transfer(filling, session.peer, lanes.name, others, plan)
+                    transfer = Transfer(filling, session.peer, lanes.name, others, plan, copying)
                     if not held:
                         transfer.release()
                     nursery.start_soon(
-                        _TransferTasks(transfer, session, lanes, plan, start, on_event).run
+                        _TransferTasks(transfer, session, lanes, plan, start, copying, on_event).run
                     )
                     yield transfer
                     nursery.cancel_scope.cancel()
@@ -351,9 +392,11 @@ class _TransferTasks:
         lanes: Lanes,
         background: Background,
         start: Start,
+        copying: Copying | None,
         on_event: EventHandler,
     ) -> None:
         self._transfer = transfer
+        self._copying = copying
         self._on_event = on_event
         self._filling = transfer.filling
         self._session = session
@@ -364,7 +407,10 @@ class _TransferTasks:
     async def run(self) -> None:
         """Fetch the pages, then let the owner go and say goodbye to the source."""
         async with open_failing_nursery() as nursery:
-            nursery.start_soon(self._session.watch)
+            if self._copying is not None:
+                nursery.start_soon(self._copying.run)
+            on_round = None if self._copying is None else self._copying.hear
+            nursery.start_soon(self._session.watch, on_round)
             nursery.start_soon(self._watch_owner)
             nursery.start_soon(self._run_lanes)
             nursery.start_soon(self._begin_background)
@@ -381,7 +427,8 @@ class _TransferTasks:
         self._transfer.finished.set()
 
     async def _run_lanes(self) -> None:
-        await self._transfer.wait_released()
+        if self._copying is None:
+            await self._transfer.wait_released()
         await self._lanes.run()
 
     async def _begin_background(self) -> None:

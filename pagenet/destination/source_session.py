@@ -19,7 +19,18 @@ from ..errors import (
 )
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
-from ..protocol import Bye, Channel, Failure, Hello, Role, printable
+from ..protocol import (
+    TRACKED,
+    Bye,
+    Channel,
+    Failure,
+    Hello,
+    Pause,
+    Paused,
+    Role,
+    Stale,
+    printable,
+)
 from ..session import MessageStream, accept_forever, greet, telling
 from ..transport import Connection
 
@@ -49,23 +60,46 @@ class SourceSession:
         #: opens a connection for a channel; the hellos are exchanged, and its lane may begin
         self.open_lane = open_lane
 
-    async def watch(self) -> None:
+    @property
+    def is_tracked(self) -> bool:
+        """Whether the source's memory changes while it is served."""
+        return TRACKED in self.features
+
+    async def watch(self, on_round: Callable[[Pause | Stale], None] | None = None) -> None:
         """Raise the error that ends the session.
 
         The destination is the side that says goodbye, so an end that comes from the source is
-        always an error: :exc:`SourceLost` or :exc:`RemoteProtocolError`.
+        always an error: :exc:`SourceLost` or :exc:`RemoteProtocolError`. ``on_round``: called with
+        what a tracked source says of its rounds.
         """
         try:
             async with telling(self._stream):
-                match await self._stream.receive():
-                    case None | Bye():
-                        raise SourceLost(f"the source {self.peer} has closed the session")
-                    case Failure("source-lost", text):
-                        raise SourceLost(f"the source cannot go on: {text}")
-                    case Failure(_, text):
-                        raise SourceLost(f"the source {self.peer} gave up: {text}")
-                    case Hello():
-                        raise RemoteProtocolError("the source says hello twice")
+                while True:
+                    await self._watch_once(on_round)
+        except ConnectionBroken as error:
+            raise SourceLost(f"the source is gone: {error}") from None
+
+    async def _watch_once(self, on_round: Callable[[Pause | Stale], None] | None) -> None:
+        match await self._stream.receive():
+            case Pause() | Stale() as message if on_round is not None:
+                on_round(message)
+            case None | Bye():
+                raise SourceLost(f"the source {self.peer} has closed the session")
+            case Failure("source-lost", text):
+                raise SourceLost(f"the source cannot go on: {text}")
+            case Failure(_, text):
+                raise SourceLost(f"the source {self.peer} gave up: {text}")
+            case Hello():
+                raise RemoteProtocolError("the source says hello twice")
+            case Pause() | Paused() | Stale():
+                raise RemoteProtocolError(
+                    "the source speaks of rounds, and did not say that it is tracked"
+                )
+
+    async def say_paused(self, round_: int, missing: int) -> None:
+        """Tell a tracked source that nothing is in flight."""
+        try:
+            await self._stream.send(Paused(round_, missing))
         except ConnectionBroken as error:
             raise SourceLost(f"the source is gone: {error}") from None
 
@@ -114,7 +148,8 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
     try:
         hello, stream = await converse(
-            await transport.dial(uri), Hello(Role.DESTINATION, Channel.CONTROL)
+            await transport.dial(uri),
+            Hello(Role.DESTINATION, Channel.CONTROL, features=frozenset({TRACKED})),
         )
         async with telling(stream):
             session = SourceSession(stream, hello, open_lane)
@@ -176,7 +211,11 @@ class _Reception:
             try:
                 await stream.send(
                     Hello(
-                        Role.DESTINATION, Channel.CONTROL, hello.session, lanes=tuple(self._wanted)
+                        Role.DESTINATION,
+                        Channel.CONTROL,
+                        hello.session,
+                        lanes=tuple(self._wanted),
+                        features=frozenset({TRACKED}),
                     )
                 )
             except BaseException:

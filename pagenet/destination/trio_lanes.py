@@ -72,6 +72,9 @@ class TrioLanes:
     def _note_arrival(self, size: int, wire_bytes: int) -> None:
         self._act()
 
+    def withhold(self, withhold: bool) -> None:
+        """Do nothing: the filling, which was told, places the pages."""
+
     def close(self) -> None:
         """Trio lanes own nothing."""
 

@@ -8,6 +8,7 @@
     machine.py       the machine that a QEMU runs, and where its RAM is
     _guard.py        a process that acts if ours is killed during a switchover
     _talk.py         the messages between the two sides
+    precopy.py       whether memory can be copied before the guest leaves
     devices.py       the two ways in which the devices' state leaves a QEMU
     _stream.py       QEMU's migration stream, where QEMU does not write it itself
     migration.py     the source: migrate()
@@ -16,6 +17,7 @@
 
 from __future__ import annotations
 
+from ..source.precopy import Precopy
 from ._talk import MigrationRefused
 from .arrival import Arrival, receive, receive_attached
 from .command_line import Incoming, prepare_incoming
@@ -29,6 +31,7 @@ __all__ = [
     "Incoming",
     "Machine",
     "MigrationRefused",
+    "Precopy",
     "Qmp",
     "QmpError",
     "QmpEvent",

@@ -405,6 +405,7 @@ class _Arriving:
                 await self._let_qemu_listen(devices, nursery)
                 await talk.say("ready")
                 await talk.hear("stopped")
+                await self._transfer.wait_frozen()
                 self.is_loading = True
                 if self._transfer.background_begun:  # until the guest runs, the link is for devices
                     self._transfer.pause_background()

@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "ram_of",
     "ram_sources",
+    "source_specs",
 ]
 
 #: The capabilities of QEMU that a migration by pagenet needs. QEMU's own stream leaves out shared
@@ -337,14 +338,19 @@ def _shared(mapped: Sequence[Mapped]) -> Iterator[tuple[int, int]]:
             yield first.start, end - first.start
 
 
+def source_specs(pid: int, machine: Machine, rams: Sequence[Ram]) -> list[str]:
+    """What to give to :func:`pagenet.open_source` for the RAM of the QEMU that runs as ``pid``,
+    which :func:`ram_of` has found, while that one's block runs: for each backend the file that QEMU
+    holds open, or its addresses."""
+    return [
+        backend.source(pid) if ram.file is None else f"/proc/self/fd/{ram.file}"
+        for ram, backend in zip(rams, machine.backends, strict=True)
+    ]
+
+
 @contextmanager
 def ram_sources(pid: int, machine: Machine) -> Iterator[list[str]]:
     """What to give to :func:`pagenet.open_source`, while the block runs, for the RAM of the QEMU
-    that runs as ``pid``: for each backend the file that QEMU holds open, or its addresses. Raises
-    what :func:`ram_of` does.
-    """
+    that runs as ``pid``. Raises what :func:`ram_of` does."""
     with ram_of(pid, machine) as rams:
-        yield [
-            backend.source(pid) if ram.file is None else f"/proc/self/fd/{ram.file}"
-            for ram, backend in zip(rams, machine.backends, strict=True)
-        ]
+        yield source_specs(pid, machine, rams)

@@ -4,6 +4,7 @@
 
     here                               there
     check, say what machine this is    compare; "ready"
+    copy in rounds (precopy.py)        pull pages, and see none of them yet
     QEMU stops the guest (devices.py)
     "stopped"                          answer faults from here on
     devices' state                     load it, which faults; the destination's QEMU confirms that
@@ -29,17 +30,29 @@ from pathlib import Path
 
 import trio
 
-from ..errors import ConnectionBroken, OwnerGone, PagenetError, RemoteProtocolError
+from ..errors import (
+    ConnectionBroken,
+    OwnerGone,
+    PagenetError,
+    RemoteProtocolError,
+    Unsupported,
+    UsageError,
+)
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import tell_serving, telling
+from ..region import Region
 from ..source.memory import open_source
+from ..source.precopy import Precopy
+from ..source.rounds import Rounds
 from ..source.serving import Server, serve
 from ..transport import Connection, LaneKind
+from ..uffd import Mapping, WriteTracker
 from ._guard import Guard, go_on, guarding
 from ._talk import DEVICES, TALK, MigrationRefused, Talk, which_stream
 from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way
-from .machine import Machine, check_leaving, describe, ram_sources
+from .machine import Machine, check_leaving, describe, ram_of, source_specs
+from .precopy import tracking
 from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
@@ -61,6 +74,9 @@ _HANDED_OVER = (
 )
 
 
+_NO_ROUNDS = "the destination's release of pagenet takes no pages before the guest leaves"
+
+
 class Given(Enum):
     """Whether the guest is the destination's."""
 
@@ -75,6 +91,7 @@ async def migrate(
     uri: str,
     *,
     lane: LaneKind = "auto",
+    precopy: Precopy | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
     """Move the guest of the QEMU behind ``qmp_socket`` to the ``pagenet-qemu incoming`` that
@@ -89,10 +106,14 @@ async def migrate(
     After that only this side has the guest's pages: a destination that is lost is dialled until it
     is back (``pagenet-qemu incoming --resume``), or the block is left.
 
-    Events: ``connected``, ``stopped``, ``switchover`` (``identity`` of the pages), ``resumed``,
-    ``progress``, ``waiting`` (for a destination that was lost), ``complete``; ``in_doubt``: the
-    destination may or may not run the guest, which does not run here; ``abandoned``: the block was
-    left before it had every page.
+    ``precopy``: copy memory in rounds before the guest leaves, while it runs. ``auto`` does without
+    where something writes to the guest's RAM unseen, the kernel is too old, or the destination is;
+    a number of rounds is then refused.
+
+    Events: ``connected``, ``no_precopy`` (and why), ``round`` (one is over), ``stopped``,
+    ``switchover`` (``identity`` of the pages), ``resumed``, ``progress``, ``waiting`` (for a
+    destination that was lost), ``complete``; ``in_doubt``: the destination may or may not run the
+    guest, which does not run here; ``abandoned``: the block was left before it had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
@@ -100,9 +121,17 @@ async def migrate(
         await check_way(qmp, machine)
     streams = _Streams()
     with ExitStack() as stack:
-        with ram_sources(pid, machine) as specs:
+        with ram_of(pid, machine) as rams:
+            specs = source_specs(pid, machine, rams)
             memory: dict[str, object] = {"memories": _identities(specs)}
             source = stack.enter_context(open_source(*specs))
+            mappings = [ram.mapping for ram in rams]
+        tracker: WriteTracker | None = None
+        if precopy is not None:
+            async with connect_qmp(qmp_socket) as qmp:
+                tracker = await _track(qmp, uri, mappings, source.region, precopy, on_event)
+        if tracker is not None:
+            stack.callback(tracker.close)
         memory["memory"] = source.identity.hex()
         # A new one, for the memory's content from this switchover on: a later switchover has other
         # content.
@@ -110,13 +139,19 @@ async def migrate(
         async with (
             guarding(qmp_socket, pid) as guard,
             serve(
-                source, connect=uri, lane=lane, on_stream=streams.meet, on_event=on_event
+                source,
+                connect=uri,
+                lane=lane,
+                tracked=tracker,
+                on_stream=streams.meet,
+                on_event=on_event,
             ) as server,
         ):
             try:
                 # no longer than needed: a monitor serves one client at a time
                 async with connect_qmp(qmp_socket) as qmp:
-                    await _leave(_Leaving(qmp, machine, guard, server, on_event), memory, streams)
+                    leaving = _Leaving(qmp, machine, guard, server, on_event)
+                    await _leave(leaving, memory, streams, None if tracker is None else precopy)
             finally:
                 streams.let_go()
             try:
@@ -134,6 +169,26 @@ async def migrate(
                     )
 
 
+async def _track(
+    qmp: Qmp,
+    uri: str,
+    mappings: Sequence[Mapping],
+    region: Region,
+    precopy: Precopy,
+    on_event: EventHandler,
+) -> WriteTracker | None:
+    """A tracker of the guest's RAM; None if there can be none, and the rounds are ``auto``."""
+    try:
+        return await tracking(qmp, uri, mappings, region)
+    except (UsageError, Unsupported) as error:
+        if precopy.rounds == "auto":
+            on_event("no_precopy", reason=str(error))
+            return None
+        raise UsageError(
+            f"this guest's memory cannot be copied while it runs (leave out --precopy): {error}"
+        ) from None
+
+
 def _identities(specs: Sequence[str]) -> list[str]:
     """The identity of each backend's memory: none of them may be the destination's RAM too."""
     found = []
@@ -143,10 +198,14 @@ def _identities(specs: Sequence[str]) -> list[str]:
     return found
 
 
-async def _leave(leaving: _Leaving, memory: dict[str, object], streams: _Streams) -> None:
+async def _leave(
+    leaving: _Leaving, memory: dict[str, object], streams: _Streams, precopy: Precopy | None
+) -> None:
     leaving.talk = Talk(await streams.get(TALK))
     try:
         await leaving.agree(memory)
+        if precopy is not None:
+            await leaving.copy(precopy)
         await leaving.hand_over(await streams.get(DEVICES))
     except PagenetError as error:
         with trio.CancelScope(shield=True):
@@ -213,12 +272,27 @@ class _Leaving:
         self._guard = guard
         self._server = server
         self._on_event = on_event
+        self._rounds: Rounds | None = None
         self._given = Given.NO
         self._begun = False
 
     async def agree(self, memory: dict[str, object]) -> None:
         await self.talk.say("machine", **self._machine.as_message(), **memory)
         await self.talk.hear("ready", STEP_TIMEOUT)
+
+    async def copy(self, precopy: Precopy) -> None:
+        """Copy memory while the guest runs."""
+        self._rounds = await self._server.wait_rounds()
+        if self._rounds is not None:
+            await precopy.run(self._rounds, self._on_event)
+        elif precopy.rounds == "auto":
+            self._on_event("no_precopy", reason=_NO_ROUNDS)
+        else:
+            raise UsageError(_NO_ROUNDS)
+
+    async def _freeze(self) -> None:
+        if self._rounds is not None:
+            await self._rounds.freeze()
 
     async def hand_over(self, devices: Connection) -> None:
         async with open_failing_nursery() as nursery:
@@ -247,6 +321,7 @@ class _Leaving:
         # waits at the destination until it has read that message.
         async with open_failing_nursery() as both:
             both.start_soon(self.talk.say, "stopped")
+            both.start_soon(self._freeze)
             await way.send()
         self._on_event("stopped")
         await self.talk.hear("serving", _ANSWER_TIMEOUT)

@@ -72,6 +72,9 @@ class ReadLanes:
     def name(self) -> str:
         return f"trio, rdma by {self._path}"
 
+    def withhold(self, withhold: bool) -> None:
+        """Do nothing: the filling, which was told, places the pages."""
+
     def close(self) -> None:
         """Nothing to do: :meth:`run` releases what the lanes own."""
 

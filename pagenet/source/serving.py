@@ -36,12 +36,17 @@ from ..nurseries import open_failing_nursery
 from ..protocol import (
     LZ4,
     MAX_DESTINATION_MESSAGE,
+    TRACKED,
     Bye,
     Channel,
     Class,
     Failure,
     Hello,
+    Message,
+    Pause,
+    Paused,
     Role,
+    Stale,
     printable,
 )
 from ..region import Region
@@ -51,6 +56,7 @@ from ..transport import LaneKind
 from .lanes import PIN_LIMIT, OneSided
 from .memory import Source, open_source
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
+from .rounds import Rounds, Tracker
 from .trio_lane import LARGE_UNITS, TrioSourceLane
 
 __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
@@ -73,6 +79,8 @@ class _Session:
 
     session_id: bytes
     control: MessageStream
+    #: of a destination of a tracked source
+    rounds: Rounds | None = None
     #: set when no more messages come on the control connection
     ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[trio.CancelScope] = field(default_factory=set)
@@ -100,9 +108,13 @@ class Server:
         pin_limit: int,
         max_sessions: int,
         max_lanes: int,
+        tracked: Tracker | None,
     ) -> None:
         self._source = source
         self._max_sessions, self._max_lanes = max_sessions, max_lanes
+        self._tracked = tracked
+        self._rounds: Rounds | None = None
+        self._met = trio.Event()
         self.admission = Admission(spare_descriptors())
         self._pin_limit = pin_limit
         #: by path: the source memory that destinations on that path read themselves
@@ -119,6 +131,13 @@ class Server:
         self._started = time.monotonic()
         #: where peers may dial; empty if this side dials
         self.uri = ""
+
+    async def wait_rounds(self) -> Rounds | None:
+        """The rounds of the destination of a tracked source, once it is connected. None: its
+        release of pagenet is too old to know rounds, and nothing may be sent before the memory is
+        at rest."""
+        await self._met.wait()
+        return self._rounds
 
     async def wait_complete(self) -> None:
         """Return once a destination has said that it has every page."""
@@ -160,7 +179,20 @@ class Server:
             return Hello(Role.SOURCE, channel, session.session_id)
         source = self._source
         session_id, identity, region = session.session_id, source.identity, source.region
-        return Hello(Role.SOURCE, channel, session_id, identity, region, features=frozenset({LZ4}))
+        features = frozenset({LZ4} if self._is_at_rest else {LZ4, TRACKED})
+        return Hello(Role.SOURCE, channel, session_id, identity, region, features=features)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """Whether the memory does not change any more, as far as is known."""
+        return self._tracked is None or (self._rounds is not None and self._rounds.is_frozen)
+
+    def _begin_rounds(self, session: _Session, hello: Hello) -> None:
+        """Begin the rounds of a destination, if the memory still changes."""
+        if self._tracked is not None and not self._is_at_rest and TRACKED in hello.features:
+            rounds = Rounds(self.region, self._tracked, session.control.send)
+            self._rounds = session.rounds = rounds
+        self._met.set()
 
     @contextmanager
     def _new_session(self, control: MessageStream) -> Iterator[_Session]:
@@ -197,7 +229,7 @@ class Server:
             await stream.tell(Failure("busy", reason))
             self._on_event("refused", peer=stream.connection.peer, reason=reason)
         elif session is None:
-            await self._serve_session(stream)
+            await self._serve_session(stream, hello)
         else:
             with session.lane():
                 await stream.answer(self._hello(hello.channel, session))
@@ -228,8 +260,14 @@ class Server:
             )
         return None
 
-    async def _serve_session(self, control: MessageStream) -> None:
+    async def _serve_session(self, control: MessageStream, hello: Hello) -> None:
+        if not self._is_at_rest and TRACKED not in hello.features:
+            raise RemoteProtocolError(
+                "the source's memory still changes, and this release of the destination cannot be"
+                " told: bring it up to date"
+            )
         with self._new_session(control) as session:
+            self._begin_rounds(session, hello)
             await control.answer(self._hello(Channel.CONTROL, session))
             self._on_event("connected", peer=control.connection.peer)
             await self._serve_control(session)
@@ -279,6 +317,7 @@ class Server:
         with self._new_session(stream) as session:
             try:
                 hello = await greet(stream, self._hello(Channel.CONTROL, session))
+                self._begin_rounds(session, hello)
                 self._on_event("connected", peer=connection.peer)
                 async with open_failing_nursery() as nursery:
                     for channel in hello.lanes:
@@ -309,28 +348,36 @@ class Server:
     async def _serve_control(self, session: _Session) -> bool:
         """Wait until the destination says goodbye. Return whether it has every page."""
         try:
-            match await session.control.receive():
-                case Bye(complete):
-                    if complete:
-                        await self._check_unchanged(session)
-                    self._on_event(
-                        "complete" if complete else "left", peer=session.control.connection.peer
-                    )
-                    if complete:
-                        self._completed.set()
-                    return complete
-                case Failure("gave-up", text):
-                    raise ConnectionBroken(f"the destination gave up: {text}")
-                case Failure(_, text):
-                    raise RemoteProtocolError(f"the peer gave up: {text}")
-                case None:
-                    raise ConnectionBroken(
-                        "the destination closed its connection before it was done"
-                    )
-                case Hello():
-                    raise RemoteProtocolError("the peer says hello twice")
+            while True:
+                match await session.control.receive():
+                    case Paused() as paused if session.rounds is not None:
+                        session.rounds.hear(paused)
+                    case message:
+                        return await self._end_control(session, message)
         finally:
             session.ended.set()
+
+    async def _end_control(self, session: _Session, message: Message | None) -> bool:
+        match message:
+            case Bye(complete):
+                if complete:
+                    await self._check_unchanged(session)
+                self._on_event(
+                    "complete" if complete else "left", peer=session.control.connection.peer
+                )
+                if complete:
+                    self._completed.set()
+                return complete
+            case Failure("gave-up", text):
+                raise ConnectionBroken(f"the destination gave up: {text}")
+            case Failure(_, text):
+                raise RemoteProtocolError(f"the peer gave up: {text}")
+            case None:
+                raise ConnectionBroken("the destination closed its connection before it was done")
+            case Hello():
+                raise RemoteProtocolError("the peer says hello twice")
+            case Pause() | Paused() | Stale():
+                raise RemoteProtocolError("the peer speaks of rounds, and there are none")
 
     async def _serve_lane(self, channel: Channel, stream: MessageStream, session: _Session) -> None:
         if session.session_id not in self._sessions:
@@ -455,6 +502,7 @@ async def serve(
     rdma_pin_limit: int = PIN_LIMIT,
     max_sessions: int = MAX_SESSIONS,
     max_lanes: int = MAX_LANES,
+    tracked: Tracker | None = None,
     on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
@@ -466,7 +514,10 @@ async def serve(
     ``lane``: ``native`` or ``auto`` (loops in C, for connections over sockets), or ``trio`` (the
     same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be registered
     for RDMA, and so pinned, at a time. ``max_sessions``: destinations that a listener serves at a
-    time; ``max_lanes``: lanes of each, streams included. More are refused. ``on_stream``: called
+    time; ``max_lanes``: lanes of each, streams included. More are refused. ``tracked``: the
+    source's owner still writes to it, and this names what it has written (a
+    :class:`~pagenet.WriteTracker`, made before). The one destination that may then connect copies
+    pages in :meth:`Server.wait_rounds`, until they are frozen. ``on_stream``: called
     with each stream that a destination opens for the application's own bytes; the connection is
     closed when the call returns.
 
@@ -485,7 +536,14 @@ async def serve(
         if native is not None:
             cleanup.callback(native.close)
         server = Server(
-            opened, native, on_stream, on_event, rdma_pin_limit, max_sessions, max_lanes
+            opened,
+            native,
+            on_stream,
+            on_event,
+            rdma_pin_limit,
+            max_sessions if tracked is None else 1,
+            max_lanes,
+            tracked,
         )
         cleanup.callback(server.close)
         if listen is not None:

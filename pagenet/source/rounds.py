@@ -1,0 +1,170 @@
+"""Rounds: a destination copies memory while its owner still writes to it.
+
+Round 1 brings all pages. At the end of each round the tracker tells which pages were written since,
+and the next round brings those again. What was written in each of the last two rounds is not sent
+again before the end: it would be written once more. With :meth:`Rounds.freeze` the owner stands
+still, and the destination learns of all that it has to fetch again.
+
+Why no page is ever shown stale: the tracker names a page that was written after the page was
+protected, and the page was protected before the source read it for the round. Nothing is in flight
+when the tracker is asked. So what a destination has is either the page's last version, or the page
+is named by this scan or a later one. The last scan is made when the owner stands still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from ..errors import RemoteProtocolError
+from ..protocol import MAX_STALE_BYTES, Message, Pause, Paused, Stale
+from ..region import Region
+
+__all__ = ["Round", "Rounds", "Tracker"]
+
+
+class Tracker(Protocol):
+    """Names the pages that were written: a :class:`~pagenet.WriteTracker`, or the like."""
+
+    @property
+    def region(self) -> Region:
+        """The source's blocks, in page sizes that are not smaller than the source's."""
+        ...
+
+    def mark(self, bits: bytearray) -> None:
+        """Set the bit of each page that was written since the last call, or since the tracker was
+        made; the lowest bit of the first byte is page 0. It is called in a thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round that is over. ``seconds``: how long it took; ``pages``: those that it was to bring;
+    ``written``: those that were written meanwhile; ``left``: those that are to be sent yet, if the
+    owner is frozen now."""
+
+    number: int
+    seconds: float
+    pages: int
+    written: int
+    left: int
+
+
+class Rounds:
+    """The rounds of one destination. ``send`` sends it a message.
+
+    Call :meth:`wait_over`, then :meth:`next`, as often as that is worth it; then :meth:`pause`,
+    stop the owner, and call :meth:`freeze`.
+    """
+
+    def __init__(
+        self, region: Region, tracker: Tracker, send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        self._region, self._tracker, self._send = region, tracker, send
+        self._number = 1
+        self._over: Paused | None = None
+        self._news = trio.Event()
+        self._began = trio.current_time()
+        self._pages = region.pages  # that this round brings
+        # bits of what was written in this round and in the one before
+        self._written = self._before = 0
+        self._left = 0  # bits of what is stale, and was not named yet
+        self.is_frozen = False
+
+    @property
+    def number(self) -> int:
+        """The round's number, from 1 on."""
+        return self._number
+
+    def hear(self, paused: Paused) -> None:
+        """Note that the destination says that a round is over.
+        :exc:`~pagenet.errors.RemoteProtocolError` if it may not."""
+        if paused.round != self._number or self._over is not None or self.is_frozen:
+            raise RemoteProtocolError(f"the peer ends round {paused.round}, which is not the last")
+        if paused.missing > self._region.pages:
+            raise RemoteProtocolError(f"the peer misses {paused.missing} pages")
+        self._over = paused
+        self._news.set()
+        self._news = trio.Event()
+
+    async def wait_over(self) -> None:
+        """Return when the destination has every page of the round, or has paused."""
+        while self._over is None:
+            await self._news.wait()
+
+    async def pause(self) -> None:
+        """End the round before it is over. Returns when nothing is in flight."""
+        if self._over is None:
+            await self._send(Pause())
+            await self.wait_over()
+
+    async def look(self) -> Round:
+        """After :meth:`wait_over`: what was written in this round."""
+        written = await self._scan()
+        self._written |= written
+        self._left |= written
+        assert self._over is not None
+        return Round(
+            self._number,
+            trio.current_time() - self._began,
+            self._pages,
+            self._written.bit_count(),
+            self._left.bit_count() + self._over.missing,
+        )
+
+    async def next(self) -> None:
+        """After :meth:`look`: begin another round, for what was written in the last one, and not in
+        the one before as well."""
+        hot = self._written & self._before
+        told, self._left = self._left & ~hot, hot
+        self._before, self._written = self._written, 0
+        await self._name(told, frozen=False)
+
+    async def freeze(self) -> int:
+        """After :meth:`pause`, with the owner at rest: name all that is stale. Returns the number
+        of pages that the destination lacks then."""
+        self._left |= await self._scan()
+        assert self._over is not None
+        missing = self._left.bit_count() + self._over.missing
+        self.is_frozen = True
+        await self._name(self._left, frozen=True)
+        return missing
+
+    async def _scan(self) -> int:
+        """The bits of the pages that were written since the last scan."""
+        region = self._tracker.region
+        bits = bytearray(-(-region.pages // 8))
+        await trio.to_thread.run_sync(self._tracker.mark, bits)
+        return _in_pages_of(self._region, region, bits)
+
+    async def _name(self, stale: int, *, frozen: bool) -> None:
+        number, pages = self._number, self._region.pages
+        self._number, self._over, self._pages = number + 1, None, stale.bit_count()
+        self._began = trio.current_time()
+        bits = stale.to_bytes(-(-pages // 8), "little")
+        for at in range(0, len(bits), MAX_STALE_BYTES):
+            part, more = bits[at : at + MAX_STALE_BYTES], at + MAX_STALE_BYTES < len(bits)
+            await self._send(Stale(number, 8 * at, part, more, frozen))
+
+
+def _in_pages_of(ours: Region, theirs: Region, bits: bytearray) -> int:
+    """``bits``, one for each page of ``theirs``, as one for each page of ``ours``: the same blocks
+    in pages that are as large, or smaller. The lowest bit is page 0."""
+    found = int.from_bytes(bits, "little")
+    if ours.pages == theirs.pages:
+        return found
+    widened = 0
+    for index, block in enumerate(theirs.blocks):
+        first, end = theirs.first_pages[index : index + 2]
+        here = found >> first & (1 << end - first) - 1
+        times = block.page_size // ours.blocks[index].page_size
+        if times > 1:  # 8 or more: whole bytes
+            some = bytes(times // 8)
+            all_ = b"\xff" * (times // 8)
+            parts = (all_ if here >> page & 1 else some for page in range(end - first))
+            here = int.from_bytes(b"".join(parts), "little")
+        widened |= here << ours.first_pages[index]
+    return widened
