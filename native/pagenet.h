@@ -401,8 +401,7 @@ struct pn_lane_config {
     int stop_fd; /* eventfd */
     int work_fd; /* eventfd: the ring has runs; -1 for demand */
     int room_fd; /* eventfd: the ring has room; -1 for demand */
-    /* Bytes of background that may be in flight while the owner does little but wait; while there
-     * are faults; and when there have been none for a while. */
+    /* Bytes of background that may be in flight: at least, at the beginning, and at most. */
     uint64_t window_least;
     uint64_t window_min;
     uint64_t window_max;
