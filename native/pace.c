@@ -302,8 +302,7 @@ static bool is_sampled(const struct pn_pace *pace, const struct pn_pace_mark *he
                pn_tunables.sample_windows * load(&pace->shared->window);
 }
 
-/* The path has become so slow that the window is far too large: the search begins again. */
-static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
+static void begin(struct pn_pace *pace) {
     struct pn_search *search = &pace->search;
     search->window = least_window(pace);
     search->before = 0;
@@ -311,14 +310,15 @@ static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
     search->down = search->again = false;
     search->pause = pn_tunables.pause_ns;
     search->trial = neighbour(pace);
-    use(pace, search->window, BEFORE, here);
 }
 
 static void search_on(struct pn_pace *pace, uint64_t now) {
     struct pn_search *search = &pace->search;
     struct pn_pace_mark here = mark(pace, now);
-    if (!search->opening && search->window > 2 * most_window(pace))
-        begin_again(pace, &here);
+    if (!search->opening && search->window > 2 * most_window(pace)) { /* the path became slow */
+        begin(pace);
+        use(pace, search->window, BEFORE, &here);
+    }
     if (search->trial == search->window) { /* at an end of the range */
         turn_round(search, now);
         search->trial = neighbour(pace);
@@ -342,17 +342,14 @@ static void interrupt(struct pn_pace *pace, uint64_t now) {
     use(pace, pace->search.window, BEFORE, &here);
 }
 
-static void begin_search(struct pn_pace *pace) {
-    struct pn_search *search = &pace->search;
+/* One loop leads the search: the first that comes. */
+static void lead(struct pn_pace *pace) {
     uint64_t *led = &pace->shared->led, no = 0;
     if (!__atomic_compare_exchange_n(led, &no, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
         return;
     pace->leads = true;
-    search->window = pace->window_least;
-    search->pause = pn_tunables.pause_ns;
-    search->opening = true;
-    search->trial = neighbour(pace);
-    store(&pace->shared->window, search->window);
+    begin(pace);
+    store(&pace->shared->window, pace->search.window);
 }
 
 /* While the link is idle some of the time, a larger window has a page wait no longer: it needs no
@@ -374,7 +371,7 @@ void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
 
 static void find_window(struct pn_pace *pace, uint64_t now, bool beside) {
     if (!load(&pace->shared->led))
-        begin_search(pace);
+        lead(pace);
     if (!pace->leads)
         return;
     pace->search.beside = beside && !load(&pace->shared->rate);
