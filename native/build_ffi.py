@@ -41,7 +41,7 @@ def extension(name: str, headers: list[str], sources: list[str], libraries: list
         sources=[str(HERE / source) for source in sources],
         include_dirs=[str(HERE)],
         libraries=libraries,
-        depends=[str(HERE / header) for header in ["pagenet.h", *headers]],
+        depends=sorted(map(str, HERE.glob("**/*.h"))),
         extra_compile_args=[
             "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
             *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),
