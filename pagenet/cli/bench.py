@@ -33,7 +33,6 @@ from ..bench import (
     ScaleResult,
     StreamOptions,
     StreamResult,
-    check_plot,
     encoding_targets,
     environment,
     measure_encodings,
@@ -48,6 +47,7 @@ from ..bench import (
     serve_floors,
 )
 from ..errors import UsageError
+from ..picture import check_plot
 from ..sizes import parse_size
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
