@@ -27,7 +27,7 @@ def preloaded(name, source):
         name,
         sources=[source, "native/uffd.c"],
         include_dirs=["native"],
-        depends=["native/pagenet.h"],
+        depends=sorted(glob.glob("native/**/*.h", recursive=True)),
         extra_compile_args=[
             "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden",
             *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),

@@ -15,9 +15,9 @@ from cffi import FFI
 
 HERE = Path("native")  # setuptools runs in the project's root and wants relative sources
 SOURCES = [
-    "uffd.c", "attach.c", "track.c", "place.c", "residency.c", "memory.c", "thread.c", "window.c",
-        "pack.c", "choice.c", "demand_choice.c",
-    "pace.c", "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
+    "uffd.c", "attach.c", "track.c", "place.c", "residency.c", "memory.c", "thread.c",
+    "window.c", "pack.c", "choice.c", "demand_choice.c", "pace.c",
+    "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
@@ -41,7 +41,7 @@ def extension(name: str, headers: list[str], sources: list[str], libraries: list
         sources=[str(HERE / source) for source in sources],
         include_dirs=[str(HERE)],
         libraries=libraries,
-        depends=[str(HERE / header) for header in ["pagenet.h", *headers]],
+        depends=sorted(map(str, HERE.glob("**/*.h"))),
         extra_compile_args=[
             "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter",
             *shlex.split(os.environ.get("PAGENET_CFLAGS", "")),

@@ -92,7 +92,7 @@ static void store(uint64_t *field, uint64_t value) {
     __atomic_store_n(field, value, __ATOMIC_SEQ_CST);
 }
 
-/* ---- who waits ---- */
+/* ---- how much the owner waits ---- */
 
 void pn_pace_faulted(struct pn_pace_shared *shared, uint64_t now) {
     store(&shared->last_fault, now);
@@ -112,12 +112,12 @@ static bool is_quiet(const struct pn_pace *pace, uint64_t now) {
 /* Takes the owner's share of waiting time, and the rate at which pages come. */
 static void look(struct pn_pace *pace, uint64_t now) {
     uint64_t past = now - pace->looked;
-    if (past <= pn_tunables.look_ns ||
-        past <= 2 * load(&pace->shared->best)) /* what was asked for meanwhile is yet to come */
+    /* Sooner, much of what was requested since the last time would still be on its way. */
+    if (past <= pn_tunables.look_ns || past <= 2 * load(&pace->shared->best))
         return;
+    /* The sum over all threads. Where several wait at once, the share may be more than 1. */
     uint64_t waited = load(&pace->shared->waited);
-    double share = (double)(waited - pace->waited) /
-                   (double)past; /* of several threads at once: more than all */
+    double share = (double)(waited - pace->waited) / (double)past;
     pace->starved = share > 0.5;
     pace->waiting += ((share < 1 ? share : 1) - pace->waiting) / 4;
     pace->waited = waited;
@@ -129,10 +129,10 @@ static void look(struct pn_pace *pace, uint64_t now) {
 
 /* ---- what is prefetched ---- */
 
-/* Bytes that may be in flight of a window that adapts, however long that makes pages take. Where
- * the background is held to a rate, and so leaves some of the link, an owner waits for each page
- * the longer, and for the fewer pages, the more it waits. Where the background takes all that the
- * link carries, more of this is less of that, and a guest loses by it. */
+/* The least window of prefetched pages, however long pages take. A background with a limited rate
+ * leaves some of the link free. Then the window is larger, the more the owner waits: each wait is
+ * longer, and there are fewer. A background without a limit takes all that the link carries.
+ * Prefetching more would only slow it down, and a guest loses by that. */
 static uint64_t least_prefetch(const struct pn_pace *pace) {
     double much = pace->waiting - pn_tunables.waits_much;
     bool room = load(&pace->shared->rate) && much > 0;
@@ -140,12 +140,14 @@ static uint64_t least_prefetch(const struct pn_pace *pace) {
            (room ? (uint64_t)(pace->rate * (double)pn_tunables.widen_ns * much) : 0);
 }
 
-/* It may take twice as long as it takes at best, no more. */
+/* The window of prefetched pages shrinks while pages take more than twice their shortest time, and
+ * grows while they do not. */
 void pn_pace_waited(struct pn_pace *pace, uint64_t latency, uint64_t now) {
     look(pace, now);
     uint64_t best = load(&pace->shared->best), *window = &pace->demand.window;
-    best += best / 8192; /* the path may change; much sooner, and the queue that this is about would
-                            be the path */
+    /* The path may become longer, so the shortest time grows: slowly, or a queue would soon count
+     * as a part of the path. */
+    best += best / 8192;
     if (!best || latency < best)
         best = latency;
     store(&pace->shared->best, best);
@@ -165,24 +167,23 @@ uint64_t pn_pace_spin(int64_t processors) {
 
 /* ---- the background ---- */
 
-/* With faults about, so much of the background is in flight that the link is never idle, and hardly
- * more: what the path holds, by the best time that a page has taken, and the rate at which pages
- * come, and half of that. Where that is nearly nothing, requests are too small to be worth their
- * while. */
-static uint64_t window_beside(const struct pn_pace *pace, uint64_t least) {
+/* The window of a background with a limited rate, while a thread waits or has faulted recently: 1.5
+ * times what the path holds, so that the link is hardly ever idle. That is the rate at which pages
+ * come times the shortest time of a page. Where it is little, requests would be too small, and the
+ * window is `least`. */
+static uint64_t limited_window(const struct pn_pace *pace, uint64_t least) {
     uint64_t path = (uint64_t)(pace->rate * (double)load(&pace->shared->best) * 1.5);
     return at_most(path > least ? path : least, pace->window_max);
 }
 
-/* Beside an owner that waits, a background that is held to a rate has in flight what keeps that up,
- * and nothing more that a page which somebody waits for stands behind. Where nothing is prefetched,
- * all that comes before it is touched is the background's. */
-static uint64_t least_beside(const struct pn_pace *pace, bool prefetches) {
-    uint64_t rate = load(&pace->shared->rate),
-             usual = pace->starved ? pace->window_least : pace->window_min;
+/* The least window of such a background. Beside an owner that waits, it is what keeps the rate up:
+ * any more would only delay the pages that threads wait for. It is not so small where nothing is
+ * prefetched: there only the background brings pages before they are touched. */
+static uint64_t least_limited(const struct pn_pace *pace, uint64_t rate, bool prefetches) {
+    uint64_t usual = pace->starved ? pace->window_least : pace->window_min;
     double path = 1.5 * (double)load(&pace->shared->best), least = (double)pn_tunables.limited_ns;
     double limited = (double)rate / 1e9 * (path > least ? path : least);
-    return rate && pace->waiting > pn_tunables.waits && limited < (double)usual && prefetches
+    return pace->waiting > pn_tunables.waits && limited < (double)usual && prefetches
                ? (uint64_t)limited
                : usual;
 }
@@ -301,8 +302,7 @@ static bool is_sampled(const struct pn_pace *pace, const struct pn_pace_mark *he
                pn_tunables.sample_windows * load(&pace->shared->window);
 }
 
-/* The path has become so slow that the window is far too large: the search begins again. */
-static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
+static void begin(struct pn_pace *pace) {
     struct pn_search *search = &pace->search;
     search->window = least_window(pace);
     search->before = 0;
@@ -310,14 +310,15 @@ static void begin_again(struct pn_pace *pace, const struct pn_pace_mark *here) {
     search->down = search->again = false;
     search->pause = pn_tunables.pause_ns;
     search->trial = neighbour(pace);
-    use(pace, search->window, BEFORE, here);
 }
 
 static void search_on(struct pn_pace *pace, uint64_t now) {
     struct pn_search *search = &pace->search;
     struct pn_pace_mark here = mark(pace, now);
-    if (!search->opening && search->window > 2 * most_window(pace))
-        begin_again(pace, &here);
+    if (!search->opening && search->window > 2 * most_window(pace)) { /* the path became slow */
+        begin(pace);
+        use(pace, search->window, BEFORE, &here);
+    }
     if (search->trial == search->window) { /* at an end of the range */
         turn_round(search, now);
         search->trial = neighbour(pace);
@@ -341,17 +342,14 @@ static void interrupt(struct pn_pace *pace, uint64_t now) {
     use(pace, pace->search.window, BEFORE, &here);
 }
 
-static void begin_search(struct pn_pace *pace) {
-    struct pn_search *search = &pace->search;
+/* One loop leads the search: the first that comes. */
+static void lead(struct pn_pace *pace) {
     uint64_t *led = &pace->shared->led, no = 0;
     if (!__atomic_compare_exchange_n(led, &no, 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
         return;
     pace->leads = true;
-    search->window = pace->window_least;
-    search->pause = pn_tunables.pause_ns;
-    search->opening = true;
-    search->trial = neighbour(pace);
-    store(&pace->shared->window, search->window);
+    begin(pace);
+    store(&pace->shared->window, pace->search.window);
 }
 
 /* While the link is idle some of the time, a larger window has a page wait no longer: it needs no
@@ -373,7 +371,7 @@ void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
 
 static void find_window(struct pn_pace *pace, uint64_t now, bool beside) {
     if (!load(&pace->shared->led))
-        begin_search(pace);
+        lead(pace);
     if (!pace->leads)
         return;
     pace->search.beside = beside && !load(&pace->shared->rate);
@@ -387,8 +385,9 @@ void pn_pace_look(struct pn_pace *pace, uint64_t now, bool prefetches) {
     look(pace, now);
     bool beside = pace->starved || !is_quiet(pace, now);
     find_window(pace, now, beside);
-    if (beside && load(&pace->shared->rate))
-        pace->background.window = window_beside(pace, least_beside(pace, prefetches));
+    uint64_t rate = load(&pace->shared->rate);
+    if (beside && rate)
+        pace->background.window = limited_window(pace, least_limited(pace, rate, prefetches));
     else if (beside)
         pace->background.window = at_most(load(&pace->shared->window), pace->window_max);
 }

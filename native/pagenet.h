@@ -222,8 +222,8 @@ uint64_t pn_map_bytes(uint64_t pages);
 void pn_map_init(struct pn_map *map, uint64_t pages);
 int pn_map_state(const struct pn_map *map, uint64_t page);
 /* Takes over a map whose users have died, at whatever point: REQUESTED, COMING, PLACING and COPIED
- * pages become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to the
- * caller. -EINVAL: this is no map of `pages` pages. */
+ * pages become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to
+ * the caller. -EINVAL: this is no map of `pages` pages. */
 int pn_map_recover(struct pn_map *map, uint64_t pages);
 /* Moves up to `count` pages from state `from` to state `to`, each atomically, and stops at the
  * first page in another state. Returns how many it moved. */
@@ -238,11 +238,12 @@ uint64_t pn_map_find(const struct pn_map *map, uint64_t first, uint64_t end, int
 uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end);
 /* How many pages from first on, below end, are in state `state` without a gap. */
 uint64_t pn_map_span(const struct pn_map *map, uint64_t first, uint64_t end, int state);
-/* COPIED pages that have changed since become MISSING. Bit `from + i` of `bits` (the lowest of a
- * byte first) tells whether page `skip + i` of a block on the wire, of `count` from there, has
- * changed; `first` is the block's first page here, and 1 << shift pages on the wire make one. */
-void pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
-                  const uint8_t *bits, uint64_t from, uint64_t count);
+/* COPIED pages that have changed since become MISSING. Returns how many. Bit `from + i` of `bits`
+ * (the lowest of a byte first) tells whether page `skip + i` of a block on the wire, of `count`
+ * from there, has changed; `first` is the block's first page here, and 1 << shift pages on the wire
+ * make one. */
+uint64_t pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
+                      const uint8_t *bits, uint64_t from, uint64_t count);
 uint64_t pn_map_done(const struct pn_map *map);
 void pn_stats_add(struct pn_map *map, int class_, int counter, uint64_t amount);
 void pn_stats_latency(struct pn_map *map, int class_, uint64_t nanoseconds);
@@ -413,8 +414,7 @@ struct pn_lane_config {
     int stop_fd; /* eventfd */
     int work_fd; /* eventfd: the ring has runs; -1 for demand */
     int room_fd; /* eventfd: the ring has room; -1 for demand */
-    /* Bytes of background that may be in flight while the owner does little but wait; while there
-     * are faults; and when there have been none for a while. */
+    /* Bytes of background that may be in flight: at least, at the beginning, and at most. */
     uint64_t window_least;
     uint64_t window_min;
     uint64_t window_max;

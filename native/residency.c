@@ -157,15 +157,17 @@ uint64_t pn_map_unsettled(const struct pn_map *map, uint64_t first, uint64_t end
     return first;
 }
 
-void pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
-                  const uint8_t *bits, uint64_t from, uint64_t count) {
+uint64_t pn_map_stale(struct pn_map *map, uint64_t first, uint64_t skip, uint64_t shift,
+                      const uint8_t *bits, uint64_t from, uint64_t count) {
+    uint64_t changed = 0;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t bit = from + i;
         if (bit % 8 == 0 && !bits[bit / 8])
             i += 7;
         else if (bits[bit / 8] >> bit % 8 & 1)
-            pn_map_claim(map, first + ((skip + i) >> shift), 1, PN_COPIED, PN_MISSING);
+            changed += pn_map_claim(map, first + ((skip + i) >> shift), 1, PN_COPIED, PN_MISSING);
     }
+    return changed;
 }
 
 uint64_t pn_map_done(const struct pn_map *map) {

@@ -1,12 +1,14 @@
-"""Amounts of memory, as people write them."""
+"""Amounts of memory and ranges of addresses, as people write them."""
 
 from __future__ import annotations
 
 import argparse
 import mmap
+import re
 
-__all__ = ["parse_size"]
+__all__ = ["MAX_ADDRESS", "parse_size", "split_range"]
 
+MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 _SHIFTS = {"K": 10, "M": 20, "G": 30}
 
 
@@ -20,3 +22,17 @@ def parse_size(text: str) -> int:
             f"{text!r} is not a whole number of {mmap.PAGESIZE}-byte pages"
         )
     return size
+
+
+def split_range(text: str) -> tuple[int, int] | None:
+    """First address and bytes of ``START-END`` or ``START+SIZE``, in any base that Python has. None
+    for anything else. The bytes may be 0, less (END is below START), or more than any process
+    has."""
+    found = re.fullmatch(r"(\w{1,40})([-+])(\w{1,40})", text)
+    if found is None:
+        return None
+    try:
+        first, second = int(found[1], 0), int(found[3], 0)
+    except ValueError:
+        return None
+    return first, second - first if found[2] == "-" else second

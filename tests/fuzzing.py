@@ -294,10 +294,10 @@ def nested(depth: int) -> Any:
 
 def odd_value(pick: random.Random) -> Any:
     return pick.choice([
-        None, True, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0.5, float("nan"), float("inf"),
-        1e300, "",
-        "\x1b[2J\n", "\ud800", "x" * 5000, [], {}, [None], {"a": {}}, nested(300), nested(900),
-            [0] * 300,
+        None, True, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1,
+        0.5, float("nan"), float("inf"), 1e300,
+        "", "\x1b[2J\n", "\ud800", "x" * 5000,
+        [], {}, [None], {"a": {}}, nested(300), nested(900), [0] * 300,
         "demand", "source", "4096",
     ])  # fmt: skip
 

@@ -2,6 +2,7 @@
  * any page mover must do. */
 #define _GNU_SOURCE
 #include "testing.h"
+#include "clock.h"
 #include "wire.h"
 #include "pagemap.h"
 
@@ -15,14 +16,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
-
-static uint64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 /* ---- touching ---- */
 

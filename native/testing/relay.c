@@ -3,6 +3,7 @@
  * many as the path holds are on it at once: no window of the relay's own limits them. */
 #define _GNU_SOURCE
 #include "testing.h"
+#include "clock.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -39,12 +40,6 @@ struct relay {
     int count;
     uint64_t delay_ns;
 };
-
-static uint64_t now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 static void connect_through(struct relay *relay, int listener, const struct sockaddr_in *address) {
     int one = 1, near = accept4(listener, NULL, NULL, SOCK_CLOEXEC);

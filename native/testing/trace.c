@@ -14,6 +14,7 @@
 #undef _FILE_OFFSET_BITS
 #define _GNU_SOURCE
 #include "pagenet.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -82,12 +83,6 @@ static void *map(void *address, size_t length, int protection, int flags, int fd
 
 /* ---- touches ---- */
 
-static uint64_t clock_ns(clockid_t clock) {
-    struct timespec time = {0};
-    clock_gettime(clock, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
 /* Processor time of all of the program's threads but the reader. A thread that waits for its page
  * takes none. */
 static uint64_t program_ns(clockid_t readers) {
@@ -99,9 +94,9 @@ static void note(uint64_t page) {
     _Atomic char *seen = (_Atomic char *)&trace->touches[trace->pages];
     if (page >= trace->pages || atomic_exchange(&seen[page], 1))
         return;
-    uint64_t now = program_ns(CLOCK_THREAD_CPUTIME_ID);
+    uint64_t spent = program_ns(CLOCK_THREAD_CPUTIME_ID);
     struct touch *touch = &trace->touches[atomic_fetch_add(&trace->count, 1)];
-    touch->work_ns = now > worked ? now - worked : 0; /* the two clocks are not read at once */
+    touch->work_ns = spent > worked ? spent - worked : 0; /* the two clocks are not read at once */
     atomic_store(&touch->page, page + 1);
     worked += touch->work_ns;
 }
@@ -136,7 +131,7 @@ static void let_go(uint64_t address) {
  * there was no touch for AWAKE_NS, beside which the 30 us are nothing. */
 static void wait_for_faults(uint64_t since) {
     struct pollfd ready = {.fd = uffd, .events = POLLIN};
-    if (clock_ns(CLOCK_MONOTONIC) - since > AWAKE_NS)
+    if (now() - since > AWAKE_NS)
         poll(&ready, 1, -1);
     else
         sched_yield();
@@ -155,7 +150,7 @@ static void *read_faults(void *unused) {
             let_go(address);
         }
         if (count > 0)
-            last = clock_ns(CLOCK_MONOTONIC);
+            last = now();
         else
             wait_for_faults(last);
     }

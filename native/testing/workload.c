@@ -13,6 +13,7 @@
  */
 #define _GNU_SOURCE
 #include "testing.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -337,12 +338,6 @@ struct toucher {
     uint64_t latency[BUCKETS];
 };
 
-static uint64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static int complain(int status, const char *what, int error) {
     fprintf(stderr, "workload: %s: %s\n", what, strerror(-error));
     return status;
@@ -594,9 +589,9 @@ static int connect_once(const char *path) {
 }
 
 static int connect_patiently(const char *path) {
-    uint64_t until = nanoseconds() + (uint64_t)CONNECT_MS * MS;
+    uint64_t until = now() + (uint64_t)CONNECT_MS * MS;
     int fd = connect_once(path);
-    while ((fd == -ENOENT || fd == -ECONNREFUSED) && nanoseconds() < until) {
+    while ((fd == -ENOENT || fd == -ECONNREFUSED) && now() < until) {
         poll(NULL, 0, 10);
         fd = connect_once(path);
     }
@@ -654,12 +649,10 @@ static int shake_hands(struct owner *owner) {
 /* 0 once the handler has closed the socket, -ETIMEDOUT if it has not by then. What the handler
  * sends before is discarded. */
 static int wait_closed(int socket, int timeout_ms) {
-    uint64_t until = nanoseconds() + (uint64_t)timeout_ms * MS;
+    uint64_t until = now() + (uint64_t)timeout_ms * MS;
     for (;;) {
         char unheeded[256];
-        int left = timeout_ms < 0           ? -1
-                   : nanoseconds() >= until ? 0
-                                            : (int)((until - nanoseconds()) / MS) + 1;
+        int left = timeout_ms < 0 ? -1 : now() >= until ? 0 : (int)((until - now()) / MS) + 1;
         struct pollfd wanted = {.fd = socket, .events = POLLIN};
         if (poll(&wanted, 1, left) == 0)
             return -ETIMEDOUT;
@@ -884,9 +877,9 @@ struct touch {
 };
 
 static bool timed(struct touch *touch, void (*access)(void *), struct word *word) {
-    uint64_t began = nanoseconds();
+    uint64_t began = now();
     bool survived = survives(access, word);
-    touch->took = nanoseconds() - began;
+    touch->took = now() - began;
     return survived;
 }
 
@@ -956,8 +949,8 @@ static void record(struct toucher *toucher, uint64_t took) {
 }
 
 static void think(uint64_t microseconds) {
-    uint64_t until = nanoseconds() + 1000 * microseconds;
-    while (nanoseconds() < until)
+    uint64_t until = now() + 1000 * microseconds;
+    while (now() < until)
         ;
 }
 
@@ -1040,7 +1033,7 @@ static uint64_t count_touches(const struct owner *owner, const struct toucher *t
 }
 
 static void tell_progress(struct owner *owner, uint64_t touches) {
-    if (nanoseconds() < owner->next_progress)
+    if (now() < owner->next_progress)
         return;
     owner->next_progress += (uint64_t)PROGRESS_MS * MS;
     say("{\"event\":\"progress\",\"touched\":%" PRIu64 "}", touches);
@@ -1095,11 +1088,11 @@ static int touch_all(struct owner *owner, struct toucher *touchers) {
         /* nothing left to touch for those that did start */
         atomic_store(&owner->ticket, owner->touches);
     say("{\"event\":\"touching\"}");
-    owner->started = nanoseconds();
+    owner->started = now();
     owner->next_progress = owner->started + (uint64_t)PROGRESS_MS * MS;
     pthread_mutex_unlock(&owner->gate);
     int attended = attend_all(owner, touchers, running);
-    owner->touch_seconds = (double)(nanoseconds() - owner->started) / 1e9;
+    owner->touch_seconds = (double)(now() - owner->started) / 1e9;
     for (uint64_t i = 0; i < running; i++)
         pthread_join(touchers[i].thread, NULL);
     error = error ? error : attended;
@@ -1152,9 +1145,9 @@ static int verify_pages(struct owner *owner, uint64_t *verified) {
     uint64_t *scratch = aligned_alloc(64, (owner->options.pattern_page_size + 63) / 64 * 64);
     if (!scratch)
         return -ENOMEM;
-    uint64_t began = nanoseconds();
+    uint64_t began = now();
     *verified = verify_wanted(owner, scratch);
-    owner->verify_seconds = (double)(nanoseconds() - began) / 1e9;
+    owner->verify_seconds = (double)(now() - began) / 1e9;
     free(scratch);
     return 0;
 }

@@ -25,8 +25,8 @@ _tunables = lib.pn_tunables
 
 
 def window_bytes(fixed: int | None) -> tuple[int, int, int]:
-    """Bytes of background that a lane over TCP may have in flight: while the owner does little but
-    wait, while there are faults, and when there have been none for a while (native/pace.c)."""
+    """Bytes of background that a lane over TCP may have in flight: at least, at the beginning, and
+    at most (native/pace.c). ``fixed``: always so many."""
     least, low, most = _tunables.window_least, _tunables.window_min, _tunables.window_max
     return (least, low, most) if fixed is None else (fixed, fixed, fixed)
 

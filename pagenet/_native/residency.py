@@ -221,13 +221,13 @@ class SharedMap:
     def span(self, first: int, end: int, state: int) -> int:
         return lib.pn_map_span(self.map, first, end, state)
 
-    def stale(self, first: int, skip: int, shift: int, bits: bytes, from_: int, count: int) -> None:
-        """Make MISSING those COPIED pages whose bits are set: see ``pn_map_stale``."""
+    def stale(self, first: int, skip: int, shift: int, bits: bytes, from_: int, count: int) -> int:
+        """Make MISSING those COPIED pages whose bits are set, and return how many: see
+        ``pn_map_stale``."""
         if from_ + count > 8 * len(bits):
             raise ValueError(f"{len(bits)} bytes have no bits for {from_ + count} pages")
-        lib.pn_map_stale(
-            self.map, first, skip, shift, ffi.from_buffer("uint8_t[]", bits), from_, count
-        )
+        into = ffi.from_buffer("uint8_t[]", bits)
+        return lib.pn_map_stale(self.map, first, skip, shift, into, from_, count)
 
     def unsettled(self, first: int, end: int) -> int:
         return lib.pn_map_unsettled(self.map, first, end)
@@ -260,7 +260,8 @@ class SharedMap:
         self.map.finished = 1
 
     def add(self, class_: int, counter: int, amount: int) -> None:
-        lib.pn_stats_add(self.map, class_, counter, amount)
+        """Add ``amount``, which may be negative, to a counter."""
+        lib.pn_stats_add(self.map, class_, counter, amount % 2**64)
 
     def add_latency(self, class_: int, nanoseconds: int) -> None:
         lib.pn_stats_latency(self.map, class_, nanoseconds)

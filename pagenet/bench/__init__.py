@@ -20,7 +20,7 @@ from ._figures import Sample, median
 from ._hostile import MOST_BESIDE, HostileOptions, HostileResult, measure_hostile
 from ._null import NullResult, measure_null
 from ._peers import Source
-from ._plot import check_plot, plot_latencies, plot_work
+from ._plot import plot_latencies, plot_work
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import FLOORS, PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
@@ -90,7 +90,6 @@ __all__ = [
     "WorkloadOptions",
     "WorkloadResult",
     "WorkloadTarget",
-    "check_plot",
     "encoding_targets",
     "environment",
     "find_guest",

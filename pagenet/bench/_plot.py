@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
-from ..whole_file import WholeFile
+from ..picture import save_figure
 from ._fault import FaultResult
 from ._figures import Sample
 from .qemu._qemu import Migration, QemuResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "plot_latencies", "plot_work", "save_figure"]
-
-# A picture's mode, of which the umask is taken away: others may look at it.
-_MODE = 0o666
+__all__ = ["plot_latencies", "plot_work"]
 
 # Floors are grey; pagenet's curves have colours that differ in lightness too (Okabe and Ito).
 _CURVES = [
@@ -33,24 +27,6 @@ _CURVES = [
 ]
 _POINTS = 500
 _SHARES = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)
-
-
-def check_plot(path: Path) -> None:
-    """Called before anything is measured. :exc:`UsageError` if no picture could be drawn at
-    ``path``."""
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}: the name ends in .svg or .png")
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: {path.parent} is not a directory")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'pagenet[plot]'") from None
-    _plot_file(path).close()
-
-
-def _plot_file(path: Path) -> WholeFile:
-    return WholeFile(path, "plot", _MODE)
 
 
 def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> None:
@@ -65,20 +41,6 @@ def plot_latencies(path: Path, results: Sequence[FaultResult], title: str) -> No
         _draw(panel, result)
     panels[0].set_ylabel("share of touches that took no longer")
     save_figure(figure, path, title, panels[0])
-
-
-def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
-    """Write ``figure`` to ``path``, with the legend of ``panel`` for all panels."""
-    figure.suptitle(title, fontsize=11)
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
-    )
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=path.suffix[1:])
-    with _plot_file(path) as file:
-        file.write(picture.getbuffer())
-        file.commit()
 
 
 def _ranks(count: int) -> list[int]:

@@ -17,7 +17,7 @@ from ..bench import (
     measure_pace,
 )
 from ..sizes import parse_size
-from ._command import Parser, Report, count, count_or_none, names
+from ._command import Parser, Report, counts, link_rates, names, sizes
 from ._tables import make_console, make_table
 
 __all__ = ["add_pace_options", "bench_pace"]
@@ -33,7 +33,7 @@ def add_pace_options(parser: Parser) -> None:
     usual = {field.name: field.default for field in fields(PaceOptions)}
     parser.add_argument(
         "--rate",
-        type=_rates,
+        type=link_rates,
         default=usual["rates"],
         metavar="MBIT,...",
         help="rates of the links; none: loopback (100,1000,2500,10000,none)",
@@ -47,7 +47,7 @@ def add_pace_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=_threads,
+        type=counts(_MAX_THREADS),
         default=usual["threads"],
         metavar="N,...",
         help=f"threads of the owner, {_MAX_THREADS} at most (1)",
@@ -68,7 +68,7 @@ def add_pace_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--window",
-        type=_windows,
+        type=sizes,
         default=PACE_WINDOWS,
         metavar="SIZE,...",
         help="fixed windows to compare with (16K,64K,256K,1M,4M,16M)",
@@ -80,26 +80,11 @@ def add_pace_options(parser: Parser) -> None:
     )
 
 
-def _rates(text: str) -> tuple[int | None, ...]:
-    return tuple(count_or_none(part) for part in text.split(","))
-
-
 def _delays(text: str) -> tuple[float, ...]:
     delays = tuple(float(part) for part in text.split(","))
     if not all(0 <= delay <= 1000 for delay in delays):
         raise argparse.ArgumentTypeError(f"{text}: each is 0 to 1000")
     return delays
-
-
-def _threads(text: str) -> tuple[int, ...]:
-    threads = tuple(count(part) for part in text.split(","))
-    if max(threads) > _MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"{max(threads)} threads are more than {_MAX_THREADS}")
-    return threads
-
-
-def _windows(text: str) -> tuple[int, ...]:
-    return tuple(parse_size(part) for part in text.split(","))
 
 
 async def bench_pace(options: argparse.Namespace, report: Report) -> Fields:

@@ -16,12 +16,12 @@ from ..bench import (
     WorkloadOptions,
     WorkloadResult,
     WorkloadTarget,
-    check_plot,
     least_possible,
     measure_workload,
     plot_workload,
     workload_targets,
 )
+from ..picture import check_plot
 from ..sizes import parse_size
 from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown

@@ -18,6 +18,7 @@ from ..background.start import parse_start
 from ..errors import PagenetError, UsageError
 from ..nurseries import open_failing_nursery
 from ..protocol import Compress
+from ..sizes import parse_size
 from ..source.precopy import Precopy, RoundCount
 from ._rates import parse_rate
 
@@ -28,12 +29,16 @@ __all__ = [
     "add_lane_option",
     "add_pull_options",
     "count",
+    "count_or_none",
+    "counts",
+    "link_rates",
     "names",
     "prefetch_window",
     "pull_options",
     "rate",
     "round_count",
     "run_command",
+    "sizes",
     "start",
 ]
 
@@ -190,6 +195,28 @@ def count(text: str) -> int:
 def count_or_none(text: str) -> int | None:
     """For argparse: a number from 1 on, or ``none``."""
     return None if text == "none" else count(text)
+
+
+def counts(most: int) -> Callable[[str], tuple[int, ...]]:
+    """For argparse: N,..., numbers of threads up to ``most``."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        numbers = tuple(count(part) for part in text.split(","))
+        if max(numbers) > most:
+            raise argparse.ArgumentTypeError(f"{max(numbers)} threads are more than {most}")
+        return numbers
+
+    return parse
+
+
+def link_rates(text: str) -> tuple[int | None, ...]:
+    """For argparse: MBIT,... of links; ``none`` is None."""
+    return tuple(count_or_none(part) for part in text.split(","))
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """For argparse: SIZE,..., in bytes."""
+    return tuple(parse_size(part) for part in text.split(","))
 
 
 def background_order(text: str) -> str:

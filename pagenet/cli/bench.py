@@ -33,7 +33,6 @@ from ..bench import (
     ScaleResult,
     StreamOptions,
     StreamResult,
-    check_plot,
     encoding_targets,
     environment,
     measure_encodings,
@@ -48,6 +47,7 @@ from ..bench import (
     serve_floors,
 )
 from ..errors import UsageError
+from ..picture import check_plot
 from ..sizes import parse_size
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
@@ -59,10 +59,12 @@ from ._command import (
     Report,
     add_lane_option,
     count,
-    count_or_none,
+    counts,
+    link_rates,
     names,
     prefetch_window,
     run_command,
+    sizes,
 )
 from ._tables import make_console, make_table, shown
 
@@ -239,7 +241,7 @@ def _add_peer_options(parser: Parser) -> None:
 def _add_fault_options(parser: Parser, quick: bool) -> None:
     parser.add_argument(
         "--threads",
-        type=_counts,
+        type=counts(MAX_THREADS),
         default=(1, 8) if quick else (1, 8, 64),
         metavar="N,N...",
         help="threads that touch at a time, each number in turn",
@@ -285,7 +287,7 @@ def _add_stream_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--lanes",
-        type=_counts,
+        type=counts(MAX_THREADS),
         default=(1,),
         metavar="N,N...",
         help="connections for the background, each number in turn (1)",
@@ -321,7 +323,7 @@ def _add_stream_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--rate",
-        type=_rates,
+        type=link_rates,
         metavar="MBIT,...",
         help="rates of a link between network namespaces, as root; none: loopback (none)",
     )
@@ -335,11 +337,10 @@ def _add_stream_options(parser: Parser) -> None:
 
 
 def _add_scale_options(parser: Parser) -> None:
-    sizes = (256 << 20, 8 << 30)
     parser.add_argument(
         "--sizes",
-        type=_sizes,
-        default=sizes,
+        type=sizes,
+        default=(256 << 20, 8 << 30),
         metavar="SIZE,...",
         help="sizes of the memory, which is sparse (256M,8G)",
     )
@@ -355,7 +356,7 @@ def _add_scale_options(parser: Parser) -> None:
 def _add_track_options(parser: Parser) -> None:
     parser.add_argument(
         "--sizes",
-        type=_sizes,
+        type=sizes,
         default=(1 << 30, 4 << 30, 16 << 30),
         metavar="SIZE,...",
         help="sizes of the memory, which is sparse (1G,4G,16G)",
@@ -374,23 +375,8 @@ def _add_track_options(parser: Parser) -> None:
     )
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(parse_size(part) for part in text.split(","))
-
-
 def _choices(names: Iterable[str], default: str = "all of them") -> str:
     return f"{', '.join(names)} ({default})"
-
-
-def _rates(text: str) -> tuple[int | None, ...]:
-    return tuple(count_or_none(part) for part in text.split(","))
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    counts = tuple(count(part) for part in text.split(","))
-    if max(counts) > MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"{max(counts)} threads are more than {MAX_THREADS}")
-    return counts
 
 
 # ---- what is measured ----
@@ -815,8 +801,8 @@ def _print_streams(results: Sequence[StreamResult], options: StreamOptions) -> N
         f"Background, {options.lane} lanes,"
         f" {options.transport if options.uri is None else options.uri}"
     )
-    sizes = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
-    console.print(f"\n[bold]{title}, {sizes}[/bold]  (medians of {options.rounds} rounds)")
+    size = f"{results[-1].size >> 20} MiB, floors in chunks of {options.chunk >> 10} KiB"
+    console.print(f"\n[bold]{title}, {size}[/bold]  (medians of {options.rounds} rounds)")
     table = make_table("placement", "source", "lanes", "GB/s", "floor", "ratio")
     table.columns[1].justify = "left"
     floors = {result.name: result.gbps for result in results if result.is_floor}

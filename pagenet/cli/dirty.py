@@ -34,6 +34,7 @@ from ..dirty import (
 )
 from ..errors import UsageError
 from ..nurseries import open_failing_nursery
+from ..picture import check_plot
 from ..qemu import Qmp, connect_qmp, describe
 from ..whole_file import WholeFile
 from ._command import Parser, Report, count, run_command
@@ -273,8 +274,6 @@ def _forecast_words(expected: Forecast) -> list[str]:
 
 async def _dirty(options: argparse.Namespace, report: Report) -> None:
     if options.plot is not None:
-        from ..bench import check_plot  # all of the benches, which takes time
-
         check_plot(options.plot)
     async with AsyncExitStack() as stack:
         file = stack.enter_context(dirty_file(options.record)) if options.record else None

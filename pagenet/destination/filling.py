@@ -136,14 +136,18 @@ class Filling:
     def drop_stale(self, wire: Region, first: int, bits: bytes) -> None:
         """Make MISSING the COPIED pages whose bits are set. ``bits``: one for each page on the wire
         from ``first`` on; those behind the last page mean nothing."""
-        end = min(first + 8 * len(bits), wire.pages)
+        end, changed = min(first + 8 * len(bits), wire.pages), 0
         for index, block in enumerate(wire.blocks):
             start, past = wire.first_pages[index : index + 2]
             low, high = max(start, first), min(past, end)
             if low < high:
                 shift = (self.region.blocks[index].page_size // block.page_size).bit_length() - 1
                 ours = self.region.first_pages[index]
-                self.residency.shared.stale(ours, low - start, shift, bits, low - first, high - low)
+                changed += self.residency.shared.stale(
+                    ours, low - start, shift, bits, low - first, high - low
+                )
+        self.residency.add(Class.BACKGROUND, "pages", -changed)
+        self.residency.add(Class.BACKGROUND, "dropped", changed)
 
     def keep_copied(self) -> None:
         """Make all COPIED pages RESIDENT: their bytes are the last. A thread that touches one has a

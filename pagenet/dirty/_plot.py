@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 
+from ..picture import save_figure
 from ._history import WINDOWS, Figures
 
 __all__ = ["plot_figures"]
@@ -15,10 +16,8 @@ _COLORS = ("#56b4e9", "#0072b2", "#d55e00")
 
 def plot_figures(path: Path, figures: Sequence[Figures], title: str) -> None:
     """One panel for the rate, and one for the working sets. ``path``: as of
-    :func:`pagenet.bench.check_plot`, which is to be called before."""
+    :func:`pagenet.picture.check_plot`, which is to be called before."""
     from matplotlib.figure import Figure
-
-    from ..bench._plot import save_figure
 
     figure = Figure(figsize=(9.0, 5.6), layout="constrained")
     rate, sets = figure.subplots(2, 1, sharex=True)

@@ -44,8 +44,7 @@ _NAMED_ONLY = (8, 1, 0)
 # Capabilities with which QEMU sends another stream than pagenet needs, or none at all.
 _IN_THE_WAY = (
     "postcopy-ram", "postcopy-preempt", "multifd", "compress", "block", "x-colo",
-        "background-snapshot", "rdma-pin-all",
-    "mapped-ram", "zero-copy-send",
+    "background-snapshot", "rdma-pin-all", "mapped-ram", "zero-copy-send",
 )  # fmt: skip
 _HINT = (
     "-object memory-backend-file,id=ram0,size=SIZE,mem-path=PATH,share=on -machine"

@@ -25,13 +25,12 @@ from .. import _native
 from ..errors import SourceLost, UsageError
 from ..protocol import printable
 from ..region import Block, Region, Run
+from ..sizes import MAX_ADDRESS, split_range
 
 __all__ = ["Source", "named_identity", "open_source"]
 
 # Seconds between two checks whether a file was changed. A check is one fstat() of each file.
 _WATCH_SECONDS = 0.1
-
-_MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 
 
 class _Piece(Protocol):
@@ -350,7 +349,7 @@ class _ProcessPiece:
                 f"source pid:{pid}: {start:#x}+{size:#x} is not a range of whole"
                 f" {mmap.PAGESIZE}-byte pages"
             )
-        if start >= _MAX_ADDRESS or size > _MAX_ADDRESS - start:
+        if start >= MAX_ADDRESS or size > MAX_ADDRESS - start:
             raise UsageError(f"source pid:{pid}: no process has {size:#x} bytes at {start:#x}")
         try:
             self._pidfd = os.pidfd_open(pid)
@@ -421,7 +420,7 @@ def _start_time(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
-_PROCESS = re.compile(r"pid:(\d+):(0[xX][0-9a-fA-F]+|\d+)([-+])(0[xX][0-9a-fA-F]+|\d+)")
+_PROCESS = re.compile(r"pid:(\d+):(.+)")
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
@@ -456,13 +455,13 @@ def _open_piece(what: str) -> _Piece:
     if not what.startswith("pid:"):
         return _FilePiece(what)
     match = _PROCESS.fullmatch(what)
-    if match is None:
+    found = split_range(match[2]) if match else None
+    if match is None or found is None:
         raise UsageError(
             f"source {what!r} is not pid:PID:START-END or pid:PID:START+SIZE"
             " (pid:42:0x7f0000000000+0x40000000)"
         )
-    start, last = int(match[2], 0), int(match[4], 0)
-    return _ProcessPiece(int(match[1]), start, last if match[3] == "+" else last - start)
+    return _ProcessPiece(int(match[1]), *found)
 
 
 def _distinct(pieces: Sequence[tuple[str, _Piece]]) -> Iterator[tuple[str, _Piece]]:

@@ -6,7 +6,7 @@ from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
 from ._owners import OwnMemory, UffdSocket
-from ._process import Mapped, OtherProcess
+from ._process import Mapped, MappedPages, OtherProcess
 from ._target import UffdTarget
 from ._tracking import WriteTracker
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
@@ -19,6 +19,7 @@ __all__ = [
     "Feature",
     "Forked",
     "Mapped",
+    "MappedPages",
     "Mapping",
     "Mode",
     "OtherProcess",

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import HandshakeError, UsageError
 from ..region import Region, Run
+from ..sizes import MAX_ADDRESS
 
 __all__ = [
     "MAX_HANDSHAKE_BYTES",
@@ -31,7 +32,6 @@ __all__ = [
 
 # Firecracker sends one or two mappings of about 100 bytes each; for QEMU there are tens.
 MAX_HANDSHAKE_BYTES = 64 << 10
-_MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def _checked(mapping: Mapping, index: int) -> Mapping:
         raise HandshakeError(
             f"mapping {index}: address, size and offset are not whole pages of {page} bytes"
         )
-    if mapping.address >= _MAX_ADDRESS or mapping.size > _MAX_ADDRESS - mapping.address:
+    if mapping.address >= MAX_ADDRESS or mapping.size > MAX_ADDRESS - mapping.address:
         raise HandshakeError(
             f"mapping {index}: {mapping.size:#x} bytes at {mapping.address:#x} is no address range"
         )

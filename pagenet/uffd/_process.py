@@ -24,7 +24,7 @@ from .. import _native
 from ..errors import OwnerGone, PagenetError, Unsupported
 from ._handshake import Mapping
 
-__all__ = ["Mapped", "OtherProcess", "is_memory_file", "is_writable", "refusal"]
+__all__ = ["Mapped", "MappedPages", "OtherProcess", "is_memory_file", "is_writable", "refusal"]
 
 _WHY_NOT = {
     errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
@@ -48,6 +48,20 @@ class Mapped:
     offset: int
     device: int
     inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class MappedPages:
+    """A mapping as /proc/PID/smaps has it. ``page_size``: that of the kernel there, in bytes."""
+
+    start: int
+    end: int
+    mode: str
+    name: str
+    page_size: int
+
+
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)")
 
 
 class OtherProcess:
@@ -85,6 +99,21 @@ class OtherProcess:
                 Mapped(start, end, mode, int(offset, 16), os.makedev(major, minor), int(inode))
             )
         self._check_alive()
+        return found
+
+    def mapped_pages(self) -> list[MappedPages]:
+        """Its mappings with their page sizes, ascending. Takes longer than :meth:`maps`: the kernel
+        looks at each page."""
+        text = Path(f"/proc/{self.pid}/smaps").read_text(errors="surrogateescape")
+        self._check_alive()
+        found, head = list[MappedPages](), None
+        for line in text.splitlines():
+            if match := _HEAD.fullmatch(line):
+                head = match
+            elif head and line.startswith("KernelPageSize:"):
+                start, end = int(head[1], 16), int(head[2], 16)
+                page_size = int(line.split()[1]) << 10
+                found.append(MappedPages(start, end, head[3], head[4], page_size))
         return found
 
     def file_at(self, mappings: Sequence[Mapping]) -> tuple[int, int] | None:

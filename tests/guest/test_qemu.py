@@ -116,7 +116,7 @@ PC, Q35 = r"pc-i440fx-\d+\.\d+-machine", r"pc-q35-\d+\.\d+-machine"  # whatever 
 @pytest.mark.parametrize(("command", "says"), [
     (other_cpu_count, "the number of CPUs differs: 1 at the source, 2 at the destination"),
     (other_ram_size,
-    "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
+        "the RAM size differs: 67108864 bytes at the source, 83886080 at the destination"),
     (other_machine_type, f"the machine type differs: {PC} at the source, {Q35} at the destination"),
     (fewer_devices, "QEMU cannot load the guest's devices"),
     (fewer_devices, r"Unknown savevm section or instance '0000:00:02\.0/virtio-rng'"),

@@ -34,14 +34,14 @@ MACHINE = Machine(
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"version": [8, 0, 0]},
-    "the destination's QEMU is older: 8.0.0 at the source, 7.2.22 at the destination; it must be "
-    "the"),
+        "the destination's QEMU is older: 8.0.0 at the source, 7.2.22 at the destination;"
+        " it must be the"),
     ({"version": [7, 3, 0]}, "the destination's QEMU is older"),
     ({"version": "new"}, "the source does not say which QEMU it is"),
     ({"version": [7, "x"]}, "the source does not say which QEMU it is"),
     ({"kvm": True}, "the accelerator differs: KVM at the source, TCG at the destination"),
     ({"arch": "aarch64"},
-    "the architecture differs: aarch64 at the source, x86_64 at the destination"),
+        "the architecture differs: aarch64 at the source, x86_64 at the destination"),
 ])  # fmt: skip
 def test_machines_that_differ(change: dict[str, Any], says: str) -> None:
     assert says in str(MACHINE.difference({**MACHINE.as_message(), **change}))
@@ -98,14 +98,15 @@ def not_migratable(command: list[str]) -> list[str]:
 @needs_guest
 @pytest.mark.parametrize(("machine", "says"), [
     (private,
-    "QEMU would send private RAM itself, which takes as long as a precopy: "
-     "start it with share=on for ram0"),
+        "QEMU would send private RAM itself, which takes as long as a precopy: "
+        "start it with share=on for ram0"),
     (without_backend,
-    "QEMU would send private RAM itself, .*: start it with -object memory-backend-file,id=ram0"),
+        "QEMU would send private RAM itself, .*:"
+        " start it with -object memory-backend-file,id=ram0"),
     (two_backends,
-    "the machine has 2 memory backends, and not all of them are its RAM or a NUMA node's"),
+        "the machine has 2 memory backends, and not all of them are its RAM or a NUMA node's"),
     (not_migratable,
-    "QEMU cannot migrate this guest: The .* format used by node .*; take that out of it"),
+        "QEMU cannot migrate this guest: The .* format used by node .*; take that out of it"),
 ])  # fmt: skip
 async def test_guest_that_cannot_leave(
     machine: Callable[[list[str]], list[str]], says: str, tmp_path: Path
@@ -189,12 +190,12 @@ def plant_file(path: Path, victim: Path) -> None:
 
 @pytest.mark.parametrize(("plant", "says"), [
     (plant_link,
-    "cannot make the destination's RAM {}: it is a symbolic link: name the file itself"),
+        "cannot make the destination's RAM {}: it is a symbolic link: name the file itself"),
     (plant_hard_link,
-    "{} is another user's file, or has another name too: remove it, or name another one"),
+        "{} is another user's file, or has another name too: remove it, or name another one"),
     (plant_fifo, "{} is not a regular file: name another one for the destination's RAM"),
     (plant_file,
-    "{} is another user's file, or has another name too: remove it, or name another one"),
+        "{} is another user's file, or has another name too: remove it, or name another one"),
 ])  # fmt: skip
 def test_planted_where_ram_is_to_be(
     plant: Callable[[Path, Path], None], says: str, tmp_path: Path

@@ -118,7 +118,7 @@ def test_files_in_the_order_of_the_ids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "says"), [
     ((r"backend-file,id=ram0", "backend-memfd,id=ram0"),
-    "ram0 must be a file, not memory-backend-memfd: .*attach: pagenet"),
+        "ram0 must be a file, not memory-backend-memfd: .*attach: pagenet"),
     ((r"memdev=ram0", "memdev=ram2"), "must be a file"),
     ((r"(id=ram0.*)share=on", r"\1share=off"), "must be shared: add share=on"),
 ])  # fmt: skip

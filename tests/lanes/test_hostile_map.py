@@ -44,26 +44,25 @@ pytestmark = pytest.mark.usefixtures("uffd_permitted")
 # ---- a whole transfer ----
 
 
+def path_of_map(pid: int) -> str | None:
+    """Of the map of pages that the process keeps; None if it keeps none."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if _native.MAP_NAME in os.readlink(path):
+                return path
+    return None
+
+
 @contextmanager
 def map_of(pid: int) -> Iterator[mmap.mmap]:
     """The map of pages that the process keeps, mapped as its own threads have it."""
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        path = f"/proc/{pid}/fd/{name}"
-        if _native.MAP_NAME in os.readlink(path):
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            with mmap.mmap(file, lib.pn_map_bytes(PAGES)) as mapped:
-                os.close(file)
-                yield mapped
-            return
-    raise AssertionError("it keeps no map of its pages")
-
-
-def keeps_map(pid: int) -> bool:
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):  # closed meanwhile
-            if _native.MAP_NAME in os.readlink(f"/proc/{pid}/fd/{name}"):
-                return True
-    return False
+    path = path_of_map(pid)
+    assert path is not None, "it keeps no map of its pages"
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    with mmap.mmap(file, lib.pn_map_bytes(PAGES)) as mapped:
+        os.close(file)
+        yield mapped
 
 
 HEADER = ffi.sizeof("struct pn_map")
@@ -157,7 +156,7 @@ async def transfer(
             async with run_workload(socket, *options, *touches) as owner:
                 await pulling.event("owner")
                 with trio.fail_after(30):
-                    while not keeps_map(owner.pid):  # noqa: ASYNC110 - it does not tell
+                    while path_of_map(owner.pid) is None:  # noqa: ASYNC110 - it does not tell
                         await trio.sleep(0.01)
                 yield pulling, owner
 

@@ -68,9 +68,10 @@ def test_rate(text: str, rate: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "M", "-1", "0", "0.0", "0.9", "fast", "60 M", "60Mb", "60m", "60T", "1e9", "inf", "nan",
-    "5i", "7bit", "1,5M", "60M/s",
-     "\u0661", "9" * 19, "9" * 5000, "1.", ".5M"],
+    [
+        "", "M", "-1", "0", "0.0", "0.9", "fast", "60 M", "60Mb", "60m", "60T", "1e9", "inf",
+        "nan", "5i", "7bit", "1,5M", "60M/s", "\u0661", "9" * 19, "9" * 5000, "1.", ".5M",
+    ],
 )  # fmt: skip
 def test_no_rate(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="is no rate"):

@@ -624,19 +624,25 @@ REPLIES: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] = {
         "a reason of 1025 bytes",
     ),
     "a failure": (
-        lambda request: [first_page(request),
-        reply(request, b"disk\non fire \xff", encoding=Encoding.FAILED)],
+        lambda request: [
+            first_page(request),
+            reply(request, b"disk\non fire \xff", encoding=Encoding.FAILED),
+        ],
         SourceLost,
         "the source cannot go on: disk?on fire \ufffd",
     ),
     "the end": (lambda request: [first_page(request), CLOSE], SourceLost, "the source is gone"),
     "the end of half a header": (
-        lambda request: [first_page(request), reply(request)[:10], CLOSE], SourceLost,
+        lambda request: [first_page(request), reply(request)[:10], CLOSE],
+        SourceLost,
         "the source is gone",
     ),
     "the end of half a payload": (
-        lambda request: [first_page(request),
-        reply(request, b"2" * 2 * PAGE, encoding=RAW, first=1, count=2)[:-1], CLOSE],
+        lambda request: [
+            first_page(request),
+            reply(request, b"2" * 2 * PAGE, encoding=RAW, first=1, count=2)[:-1],
+            CLOSE,
+        ],
         SourceLost,
         "the source is gone",
     ),
@@ -702,8 +708,11 @@ COMPRESSED: dict[str, tuple[Callable[[Request], Sends], type[Exception], str]] =
     "a bomb": (packed(BOMB), RemoteProtocolError,
         f"the peer's {len(BOMB)} compressed bytes are not 2 pages"),
     "the end of half a payload": (
-        lambda request: [*packed(PACKED)(request)[:1], (packed(PACKED)(request)[1] or b"")[:-1],
-        CLOSE],
+        lambda request: [
+            *packed(PACKED)(request)[:1],
+            (packed(PACKED)(request)[1] or b"")[:-1],
+            CLOSE,
+        ],
         SourceLost,
         "the source is gone",
     ),
@@ -962,9 +971,8 @@ DIALLED: dict[str, tuple[Sends, type[Exception], str]] = {
     "a source": ([GREETING], RemoteProtocolError, "the peer is a source too"),
     "control for a lane": (
         [frame(msgpack.packb({
-            "type": "hello", "version": 1, "oldest": 1, "role": "destination", "channel": "control",
-                "session": b"",
-            "lanes": ["control"],
+            "type": "hello", "version": 1, "oldest": 1, "role": "destination",
+            "channel": "control", "session": b"", "lanes": ["control"],
         }))],
         RemoteProtocolError,
         "asks for its control channel as a lane",

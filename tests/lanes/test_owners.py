@@ -405,7 +405,7 @@ BAD_MESSAGES: dict[str, tuple[Callable[[Owner], bytes], str]] = {
         "has no proper 'base_host_virt_addr'"),
     "text for a number": (
         lambda owner: json.dumps([{**owner.mapping(), "size": "4096"}]).encode(),
-        "has no proper 'size'"
+        "has no proper 'size'",
     ),
     "odd size": (lambda owner: json.dumps([owner.mapping(size=SIZE - 1)]).encode(),
         "not whole pages"),
@@ -419,14 +419,16 @@ BAD_MESSAGES: dict[str, tuple[Callable[[Owner], bytes], str]] = {
         "past the end of the region"),
     "twice": (lambda owner: json.dumps([owner.mapping()] * 2).encode(), "mappings overlap"),
     "overlapping": (
-        lambda owner: json.dumps([owner.mapping(size=3 * PAGE),
-        owner.mapping(size=PAGE, offset=8 * PAGE)]).encode(),
+        lambda owner: json.dumps([
+            owner.mapping(size=3 * PAGE),
+            owner.mapping(size=PAGE, offset=8 * PAGE),
+        ]).encode(),
         "overlap in the owner's address space",
     ),
     "one page for two": (
         lambda owner: json.dumps([
             owner.mapping(size=PAGE),
-            owner.mapping(size=PAGE, base_host_virt_addr=owner.memory.address + PAGE)
+            owner.mapping(size=PAGE, base_host_virt_addr=owner.memory.address + PAGE),
         ]).encode(),
         "overlap in the region",
     ),
@@ -637,11 +639,12 @@ def read_only(stack: ExitStack) -> int:
 
 @pytest.mark.parametrize(("make", "reason"), [
     (lambda stack: memfd_of(stack, SIZE - PAGE),
-    "memory file is 0x3f000 bytes long, the region 0x40000"),
+        "memory file is 0x3f000 bytes long, the region 0x40000"),
     (pipe, "memory file is not a memfd"),
     (device, "memory file is not a memfd"),
     (read_only,
-    "memory file is not a memfd, or file of tmpfs or hugetlbfs, that is open to read and to write"),
+        "memory file is not a memfd, or file of tmpfs or hugetlbfs,"
+        " that is open to read and to write"),
 ], ids=["short", "pipe", "device", "read-only"])  # fmt: skip
 async def test_file_that_is_of_no_use(
     make: Callable[[ExitStack], int], reason: str, reception: Reception

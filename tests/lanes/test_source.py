@@ -375,6 +375,7 @@ def check_refused(reason: str, *specs: str) -> None:
         "pid:1:0x1000-0x2000-0x3000",
         "pid:1: 0x1000-0x2000",
         "pid:1:-0x1000+0x2000",
+        "pid:1:007+0x2000",
     ],
 )
 def test_no_syntax(spec: str) -> None:

@@ -205,7 +205,7 @@ async def test_0_complete(source: str, tmp_path: Path, lane: str) -> None:
 
 @pytest.mark.parametrize(("spec", "reason"), [
     ("/nowhere/at/all",
-    "^pagenet-serve: cannot open source /nowhere/at/all: No such file or directory$"),
+        "^pagenet-serve: cannot open source /nowhere/at/all: No such file or directory$"),
     ("/", "is not a regular file"),
     ("/dev/null", "is not a regular file"),
     ("pid:1:2", "is not pid:PID:START-END"),
@@ -362,9 +362,11 @@ async def test_5_owner_killed(
         assert await puller.wait() == 5
         assert puller.stderr == "pagenet-pull: the owner of the memory is gone\n"
         assert puller.events[-1] == {
-            "event": "error", "error": "OwnerGone", "message": "the owner of the memory is gone",
-                "exit_code": 5,
-        }  # fmt: skip
+            "event": "error",
+            "error": "OwnerGone",
+            "message": "the owner of the memory is gone",
+            "exit_code": 5,
+        }
     assert listing() == ["source"]
 
 

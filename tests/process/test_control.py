@@ -767,19 +767,17 @@ HELLO = {
     (encode(HELLO)[:-3], RemoteProtocolError, "in the middle of a message"),
     (encode({"type": "reply"}), RemoteProtocolError, "not a hello"),
     (encode({**HELLO, "version": 3, "oldest": 2}), RemoteProtocolError,
-    "speaks control versions 2 to 3"),
+        "speaks control versions 2 to 3"),
     (encode(HELLO) + encode({"type": "reply", "id": 9, "result": {}}), RemoteProtocolError,
-    "does not fit the request"),
+        "does not fit the request"),
     (encode(HELLO) + encode({"type": "reply", "id": 1}), RemoteProtocolError,
-    "does not fit the request"),
+        "does not fit the request"),
     (encode(HELLO) + encode({"type": "error", "code": "usage", "text": "no\nway"}), UsageError,
-    "^no.way$"),
+        "^no.way$"),
     (encode({**HELLO, "version": 2, "more": 1}) + encode({"type": "error", "text": 5}),
-    RemoteProtocolError, ": 5$"),
-    (
-        framed(b"\x82\xa4type\xa5error\xa4text" + b"\x91" * 1020 + b"\0"), RemoteProtocolError,
-        r"\[\[",
-    ),
+        RemoteProtocolError, ": 5$"),
+    (framed(b"\x82\xa4type\xa5error\xa4text" + b"\x91" * 1020 + b"\0"), RemoteProtocolError,
+        r"\[\["),
 ])  # fmt: skip
 async def test_what_is_no_daemon(
     says: bytes, error: type[Exception], reason: str, tmp_path: Path
@@ -809,7 +807,7 @@ SOURCE = {
     {**SOURCE, "pages_asked": 1, "pages_demanded": 0, "uri": "", "bytes": "many"},
     {"program": "x", "release": "1", "pid": 1, "schedule": "hot"},
     {"program": "x", "release": "1", "pid": 1, "schedule": "hot", "seconds_left": None,
-    "fault_us": [1]},
+        "fault_us": [1]},
 ])  # fmt: skip
 async def test_a_status_that_makes_no_sense(status: dict[str, Any], tmp_path: Path) -> None:
     async with impostor(

@@ -788,9 +788,11 @@ async def check_puller_lost_its_source(puller: Process) -> None:
     (line,) = puller.stderr.splitlines()
     assert line.startswith("pagenet-pull: the source ")
     assert puller.events[-1] == {
-        "event": "error", "error": "SourceLost", "message": line.removeprefix("pagenet-pull: "),
-            "exit_code": 4,
-    }  # fmt: skip
+        "event": "error",
+        "error": "SourceLost",
+        "message": line.removeprefix("pagenet-pull: "),
+        "exit_code": 4,
+    }
 
 
 async def test_source_killed_before_the_owner_comes(source: str, tmp_path: Path, lane: str) -> None:

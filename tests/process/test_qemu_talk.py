@@ -82,7 +82,7 @@ async def test_cut_off(end: int) -> None:
     (b"\xc1", RemoteProtocolError, "not msgpack"),
     (b"\xa1\xff", RemoteProtocolError, "not msgpack"),
     (bytes(msgpack.packb({"say": "x" * 100_000})), RemoteProtocolError,
-    "longer than 65536 bytes|not msgpack"),
+        "longer than 65536 bytes|not msgpack"),
 ])  # fmt: skip
 async def test_nonsense(data: bytes, error: type[PagenetError], message: str) -> None:
     with pytest.raises(error, match=message) as raised:
@@ -174,19 +174,16 @@ async def meet(path: Path, answer: Callable[[trio.SocketStream], Awaitable[None]
     (b"7\n", PagenetError, "is no QMP monitor"),
     (b'{"event": 1}\n', PagenetError, "is no QMP monitor"),
     (b'{"QMP": {}}\n{"id": 0, "error": {}}\n', PagenetError,
-    "refuses qmp_capabilities: no reason given"),
+        "refuses qmp_capabilities: no reason given"),
     (b'{"QMP": {}}\n{"id": 0, "error": {"desc": "no\\n\\u001b[2J"}}\n', PagenetError,
-    r"refuses qmp_capabilities: no\?\?\[2J"),
+        r"refuses qmp_capabilities: no\?\?\[2J"),
     (b'{"QMP": {}}\n{"id": 0, "error": "no"}\n', PagenetError, "is no QMP monitor"),
     (b'{"QMP": {}}\n{"id": 0}\n', PagenetError, "is no QMP monitor"),
     (b"[" * 100_000 + b"\n", PagenetError, "is no QMP monitor"),
     (b'{"event": "STOP", "data": 5, "timestamp": {"seconds": 1, "microseconds": 1}}\n',
-    PagenetError, "is no QMP monitor"),
-    (
-        b'{"event": "STOP", "timestamp": {"seconds": 1%s, "microseconds": 1}}\n' % (b"0" * 400),
-        PagenetError,
-        "is no QMP monitor",
-    ),
+        PagenetError, "is no QMP monitor"),
+    (b'{"event": "STOP", "timestamp": {"seconds": 1%s, "microseconds": 1}}\n' % (b"0" * 400),
+        PagenetError, "is no QMP monitor"),
     (b'{"QMP": {}}\n{"id": 0, "ret', OwnerGone, "closed its monitor"),
     (b"x" * (5 << 20), PagenetError, "is no QMP monitor: a line of"),
 ])  # fmt: skip

@@ -241,10 +241,16 @@ def test_endpoints() -> None:
 
 @pytest.mark.parametrize(
     ("at", "value", "complaint"),
-    [(0, 0x58, "does not speak of RDMA"), (4, 2, "version 2"), (5, 0, "no sense"),
-    (5, 6, "no sense"), (6, 0, "no sense"),
-     (31, 1, "no sense"), (35, 1, "no sense")],
-)  # fmt: skip
+    [
+        (0, 0x58, "does not speak of RDMA"),
+        (4, 2, "version 2"),
+        (5, 0, "no sense"),
+        (5, 6, "no sense"),
+        (6, 0, "no sense"),
+        (31, 1, "no sense"),
+        (35, 1, "no sense"),
+    ],
+)
 def test_senseless_endpoints(at: int, value: int, complaint: str) -> None:
     data = bytearray(OURS.encode())
     data[at] = value
@@ -273,9 +279,10 @@ def test_askings_come_in_pieces() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "first", "count", "length"),
-    [(3, 0, 256, 0), (0, 0, 256, 0), (1, 0, 256, 1), (1, 1, 256, 0), (1, 0, 255, 0), (1, 0, 512, 0),
-    (1, 260, 1, 0),
-     (1, 2**64 - 1, 1, 0), (2, 0, 0, 0)],
+    [
+        (3, 0, 256, 0), (0, 0, 256, 0), (1, 0, 256, 1), (1, 1, 256, 0), (1, 0, 255, 0),
+        (1, 0, 512, 0), (1, 260, 1, 0), (1, 2**64 - 1, 1, 0), (2, 0, 0, 0),
+    ],
 )  # fmt: skip
 def test_senseless_askings(kind: int, first: int, count: int, length: int) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -52,9 +52,12 @@ def test_tools_are_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [((), "there is no command to run"), (("--wire", "x", "true"), "--wire x: say listen:PATH"),
-     (("--icount", "--cpus", "2", "true"), "--icount is for one processor")],
-)  # fmt: skip
+    [
+        ((), "there is no command to run"),
+        (("--wire", "x", "true"), "--wire x: say listen:PATH"),
+        (("--icount", "--cpus", "2", "true"), "--icount is for one processor"),
+    ],
+)
 def test_usage(arguments: tuple[str, ...], complaint: str) -> None:
     done = subprocess.run([RDMA_GUEST, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

@@ -77,16 +77,16 @@ def test_structs_have_the_fields_that_were_built(name: str) -> None:
 @pytest.mark.parametrize(("declaration", "method"), [
     ("int pn_f(void);", "def pn_f(self) -> int: ..."),
     ("uint64_t pn_f(uint8_t a, enum pn_how from);",
-    "def pn_f(self, a: int, from_: int, /) -> int: ..."),
+        "def pn_f(self, a: int, from_: int, /) -> int: ..."),
     ("void pn_f(double a);", "def pn_f(self, a: float, /) -> None: ..."),
     ("struct pn_s pn_f(int64_t a);", "def pn_f(self, a: int, /) -> pn_s: ..."),
     ("struct pn_s *pn_f(struct pn_t *a);", "def pn_f(self, a: pn_t | Null, /) -> pn_s: ..."),
     ("int pn_f(const struct pn_t *a);", "def pn_f(self, a: pn_t | Null, /) -> int: ..."),
     ("int pn_f(const char *a);", "def pn_f(self, a: bytes | CData | Null, /) -> int: ..."),
     ("int pn_f(const void *a, void *b);",
-    "def pn_f(self, a: bytes | CData | Null, b: CData | Null, /) -> int: ..."),
+        "def pn_f(self, a: bytes | CData | Null, b: CData | Null, /) -> int: ..."),
     ("int pn_f(uint64_t *a, char **b);",
-    "def pn_f(self, a: CData | Null, b: CData | Null, /) -> int: ..."),
+        "def pn_f(self, a: CData | Null, b: CData | Null, /) -> int: ..."),
 ])  # fmt: skip
 def test_types_of_a_function(declaration: str, method: str, tmp_path: Path) -> None:
     header = tmp_path / "header.h"

@@ -212,9 +212,8 @@ def qemu_command(
         side, _, path = options.wire.partition(":")
         mac = "52:54:00:77:00:01" if side == "listen" else "52:54:00:77:00:02"
         wire = [
-            "-netdev",
-                f"stream,id=wire,server={'on' if side == 'listen' else 'off'},"
-            f"addr.type=unix,addr.path={path}",
+            "-netdev", f"stream,id=wire,server={'on' if side == 'listen' else 'off'},"
+                f"addr.type=unix,addr.path={path}",
             "-device", f"virtio-net-pci,netdev=wire,mac={mac},host_mtu=4500",
         ]  # fmt: skip
     return [
@@ -227,8 +226,8 @@ def qemu_command(
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
         "-fsdev", f"local,id=exchange,path={exchange},security_model=none",
         "-device", "virtio-9p-pci,fsdev=exchange,mount_tag=exchange",
-        "-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-serial",
-            "stdio", *wire,
+        "-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4",
+        "-serial", "stdio", *wire,
     ]  # fmt: skip
 
 

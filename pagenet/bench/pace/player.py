@@ -19,13 +19,9 @@ import trio
 from ..._native.testing import Play, pattern_differs
 from ...destination.pulling import pull
 from ...uffd import OwnMemory
+from .._figures import Sample
 from .._task import work_once
 from ..workload._toucher import Toucher
-
-
-def _percentile(latencies: array[int], share: float) -> float:
-    """Seconds."""
-    return sorted(latencies)[int(share * (len(latencies) - 1))] / 1e9 if latencies else 0.0
 
 
 async def _play(
@@ -55,12 +51,14 @@ async def _play(
         wrong = await trio.to_thread.run_sync(
             pattern_differs, memory.address, count, mmap.PAGESIZE, 0, 0
         )
+        waits = Sample()
+        waits.add(latencies)
         return {
             "stall": play.stall_ns / 1e9 / threads,
             "blocked": play.blocked,
             "complete": seconds,
             "wait": play.stall_ns / 1e9 / max(play.blocked, 1),
-            "p99": _percentile(latencies, 0.99),
+            "p99": (waits.microseconds(0.99) or 0.0) / 1e6,
             "wrong": wrong,
         }
     finally:

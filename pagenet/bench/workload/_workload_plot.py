@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._plot import save_figure
+from ...picture import save_figure
 from ._workload import WorkloadResult
 
 __all__ = ["plot_workload"]

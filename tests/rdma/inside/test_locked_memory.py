@@ -102,11 +102,16 @@ def check_told(text: str, *parts: str) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "lane", "says"),
-    [(512 * KIB, "native",
-    "Cannot allocate memory (RDMA locks memory, and this process may lock 512 KiB"),
-     (0, "trio", "Operation not permitted (RDMA locks memory, and this process may lock 0 KiB")],
+    [
+        (
+            512 * KIB,
+            "native",
+            "Cannot allocate memory (RDMA locks memory, and this process may lock 512 KiB",
+        ),
+        (0, "trio", "Operation not permitted (RDMA locks memory, and this process may lock 0 KiB"),
+    ],
     ids=["little", "nothing"],
-)  # fmt: skip
+)
 def test_source_may_lock_too_little(
     limit: int, lane: str, says: str, source: Path, directory: Path
 ) -> None:

@@ -22,7 +22,9 @@ SIZE = 2 * MIB
 ZERO_EVERY = 7
 LISTEN = "rdma://127.0.0.1:0"
 SLOWLY = ("--max-bandwidth", MIB // 4, "--prefetch", "0,0")
-#: the workload writes to its pages, which may not be undone
+#: The workload writes to its pages, which may not be undone. It gives up none: between reading of
+#: such a page and recording it, which takes an emulated processor long, a kill has the page come
+#: again (docs/design.md).
 WORK = (
     "--touches",
     SIZE // PAGE // 2,
@@ -33,9 +35,6 @@ WORK = (
     "--think-us",
     2000,
 )
-#: and gives some of them up. Not where a lane in Trio is killed: from reading of such a page to
-#: recording it, which takes Python long, a kill has the page come again (docs/design.md).
-REMOVING = ("--remove-share", 10)
 
 
 @pytest.fixture
@@ -45,10 +44,9 @@ def source() -> Iterator[Path]:
     path.unlink()
 
 
-def workload(path: Path, memory: str, lanes: tuple[str, ...] = ("native",)) -> Command:
+def workload(path: Path, memory: str) -> Command:
     arguments = ("--size", SIZE, "--zero-every", ZERO_EVERY, "--keep-map", "--wait-complete", *WORK)
-    more = () if "trio" in lanes else REMOVING
-    return Command(run_workload, "--socket", path, "--memory", memory, *arguments, *more)
+    return Command(run_workload, "--socket", path, "--memory", memory, *arguments)
 
 
 def kill_half_way(pulling: Command, begun: float = 0.0) -> float:
@@ -72,7 +70,7 @@ def test_killed_and_resumed(
         uri = server.event("listening")["uri"]
         with Command(pull, uri, "--uffd-socket", path, "--json", "--lane", lane, *SLOWLY) as first:
             first.event("waiting")
-            with workload(path, memory, (lane, next_lane)) as owner:
+            with workload(path, memory) as owner:
                 share = kill_half_way(first)
                 resume = (uri, "--resume", owner.pid, "--json", "--lane", next_lane)
                 with Command(pull, *resume, *SLOWLY) as second:
