@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import trio
-from processes import HUGE_PAGE, PAGE, huge_pages
+from processes import HUGE_PAGE, PAGE, huge_pages, wait_in_faults
 
 import pagenet
 from pagenet import (
@@ -183,9 +183,10 @@ async def test_random_moments(
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_faults_wait_for_the_freeze(lane: LaneKind) -> None:
-    """A thread that touches memory too early waits, and gets the last version."""
+    """Threads that touch memory too early, before a page has come or after that, wait, and get the
+    last version."""
     written, memory = Written("memfd", 64 * PAGE, 0), OwnMemory("memfd")
-    got: list[bytes] = []
+    got: dict[int, bytes] = {}
     try:
         ctypes.memset(written.address, 1, written.size)
         async with (
@@ -193,21 +194,69 @@ async def test_faults_wait_for_the_freeze(lane: LaneKind) -> None:
             trio.open_nursery() as tasks,
         ):
 
-            async def touch() -> None:
-                got.append(await memory.read(0, PAGE))
+            async def touch(page: int) -> None:
+                got[page] = await memory.read(page * PAGE, PAGE)
 
-            tasks.start_soon(touch)
+            tasks.start_soon(touch, 0)
             with trio.fail_after(PATIENCE):
                 await rounds.wait_over()
+                assert transfer.filling.residency.state(1) is State.COPIED
+                tasks.start_soon(touch, 1)
+                await wait_in_faults(os.getpid(), 2)
             assert transfer.round == 1
-            ctypes.memset(written.address, 2, PAGE)
+            ctypes.memset(written.address, 2, 2 * PAGE)
             assert not got
-            assert transfer.filling.residency.state(0) is State.COPIED
+            await rounds.pause()
+            assert await rounds.freeze() == 2
+            await check_frozen(written, memory, transfer)
+            assert transfer.round is None
+        assert got == {0: b"\2" * PAGE, 1: b"\2" * PAGE}
+    finally:
+        written.close()
+        memory.close()
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_hot_pages_wait(lane: LaneKind) -> None:
+    """A page that was written in two rounds, one after the other, is not sent in the next."""
+    written, memory = Written("memfd", 64 * PAGE, 0), OwnMemory("memfd")
+    try:
+        async with copying(written, memory, lane) as (rounds, transfer):
+            for number, (count, left) in enumerate([(64, 2), (2, 1), (0, 1), (1, 0)], 1):
+                with trio.fail_after(PATIENCE):
+                    await rounds.wait_over()
+                if number <= 2:
+                    ctypes.memset(written.address + 3 * PAGE, number, PAGE)
+                if number == 1:
+                    ctypes.memset(written.address + 5 * PAGE, number, PAGE)
+                over = await rounds.look()
+                assert (over.number, over.pages, over.left) == (number, count, left)
+                if number < 4:
+                    await rounds.next()
+            ctypes.memset(written.address + 7 * PAGE, 1, PAGE)
             await rounds.pause()
             assert await rounds.freeze() == 1
             await check_frozen(written, memory, transfer)
-            assert transfer.round is None
-        assert got == [b"\2" * PAGE]
+    finally:
+        written.close()
+        memory.close()
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_hot_page_is_named_in_the_end(lane: LaneKind) -> None:
+    written, memory = Written("memfd", 64 * PAGE, 0), OwnMemory("memfd")
+    try:
+        async with copying(written, memory, lane) as (rounds, transfer):
+            for number in (1, 2):
+                with trio.fail_after(PATIENCE):
+                    await rounds.wait_over()
+                ctypes.memset(written.address + 3 * PAGE, number, PAGE)
+                await rounds.look()
+                await rounds.next()
+            with trio.fail_after(PATIENCE):
+                await rounds.wait_over()
+            assert await rounds.freeze() == 1
+            await check_frozen(written, memory, transfer)
     finally:
         written.close()
         memory.close()
