@@ -12,7 +12,7 @@ from pagenet.control import COMMANDS, ControlClient, connect_control
 
 
 async def command_at_random(client: ControlClient, draw: random.Random, recording: Path) -> None:
-    match draw.choice(sorted(COMMANDS.keys() - {"stop"})):
+    match draw.choice(sorted(COMMANDS.keys() - {"stop", "switch", "rounds"})):
         case "schedule":
             await client.command(
                 "schedule",

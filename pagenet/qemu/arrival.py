@@ -401,6 +401,9 @@ class _Arriving:
         talk = Talk(talk_connection)
         try:
             await self._agree(talk)
+            if self._transfer.round is not None:
+                await talk.say("ready")
+                await talk.hear("leaving")
             async with open_failing_nursery() as nursery:
                 await self._let_qemu_listen(devices, nursery)
                 await talk.say("ready")

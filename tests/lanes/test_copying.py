@@ -173,6 +173,7 @@ async def test_random_moments(
                 with trio.fail_after(PATIENCE):
                     async with running_beside(switch_after, precopy, choose.random() * 0.05):
                         await precopy.run(rounds, lambda *_, **__: None)
+                    await rounds.pause()
                     await trio.to_thread.run_sync(written.freeze)
                     await rounds.freeze()
                 await check_frozen(written, memory, transfer)
