@@ -357,6 +357,8 @@ class Server:
                         return await self._end_control(session, message)
         finally:
             session.ended.set()
+            if session.rounds is not None:
+                session.rounds.end()
 
     async def _end_control(self, session: _Session, message: Message | None) -> bool:
         match message:
