@@ -65,6 +65,7 @@ class Transfer:
         #: connections to the source's ``on_stream``, for the application's own bytes
         self.streams = streams
         self._released = trio.Event()
+        self._may_copy = trio.Event()
         #: what drives the lanes: ``native`` or ``trio``
         self.lane = lane
         self.finished = trio.Event()
@@ -78,7 +79,17 @@ class Transfer:
 
     def release(self) -> None:
         """Start to answer faults and fetch pages, in a transfer begun with ``held=True``."""
+        self._may_copy.set()
         self._released.set()
+
+    def copy(self) -> None:
+        """Start to fetch the pages of a tracked source, in a transfer begun with ``held=True``.
+        Faults still wait for :meth:`release`, and with any other source pages do, too."""
+        self._may_copy.set()
+
+    async def wait_begun(self) -> None:
+        """Return when pages may be fetched."""
+        await (self._released if self._copying is None else self._may_copy).wait()
 
     @property
     def is_released(self) -> bool:
@@ -231,10 +242,11 @@ async def pull(
     ``compress``: ``auto`` (the source compresses where its link and processor make that faster),
     ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
     sends pages uncompressed. ``streams``: connections for the application's own bytes, to the
-    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
-    :meth:`Transfer.release`, because the source's memory may change until then. A tracked source
-    (:func:`serve`) says itself when its memory has stopped to change, and pages come before that
-    (:meth:`Transfer.wait_frozen`); ``max_bandwidth`` then limits that time alone, and
+    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered, and no page comes,
+    before :meth:`Transfer.release`, because the source's memory may change until then. A tracked
+    source (:func:`serve`) says itself when its memory has stopped to change
+    (:meth:`Transfer.wait_frozen`), and pages come before that: at once, or if ``held``, from
+    :meth:`Transfer.copy` on. ``max_bandwidth`` then limits that time alone, and
     ``start_background`` is not heeded.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
@@ -427,8 +439,7 @@ class _TransferTasks:
         self._transfer.finished.set()
 
     async def _run_lanes(self) -> None:
-        if self._copying is None:
-            await self._transfer.wait_released()
+        await self._transfer.wait_begun()
         await self._lanes.run()
 
     async def _begin_background(self) -> None:

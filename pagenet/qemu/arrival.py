@@ -401,6 +401,7 @@ class _Arriving:
         talk = Talk(talk_connection)
         try:
             await self._agree(talk)
+            self._transfer.copy()  # not before: RAM that another program filled is empty only now
             async with open_failing_nursery() as nursery:
                 await self._let_qemu_listen(devices, nursery)
                 await talk.say("ready")
