@@ -14,7 +14,7 @@ from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
-from ..errors import HandshakeError, OwnerGone, Unsupported, UsageError
+from ..errors import HandshakeError, OwnerGone, RemoteProtocolError, Unsupported, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import complete_fields, tell_progress
@@ -285,9 +285,9 @@ async def pull(
                     pages=session.region.pages,
                     bytes=session.region.size,
                 )
-                early: list[Pause | Stale] = []
+                early = _Early()
                 async with open_failing_nursery() as nursery:
-                    nursery.start_soon(session.watch, early.append if session.is_tracked else None)
+                    nursery.start_soon(session.watch, early.hear if session.is_tracked else None)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
@@ -318,9 +318,8 @@ async def pull(
                         after = partial(_schedule, background, filling)
                         copying = Copying(filling, session.region, lanes, plan, session, after)
                     nursery.cancel_scope.cancel()
-                if copying is not None:
-                    for message in early:
-                        copying.hear(message)
+                if copying is not None and early.is_paused:
+                    copying.hear(Pause())
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
@@ -338,6 +337,18 @@ async def pull(
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
                     await session.say_bye(complete=False, reason=reason)
+
+
+class _Early:
+    """What a tracked source says of its rounds before the owner has handed over its memory."""
+
+    def __init__(self) -> None:
+        self.is_paused = False
+
+    def hear(self, message: Pause | Stale) -> None:
+        if isinstance(message, Stale):
+            raise RemoteProtocolError("the source names stale pages before a round is over")
+        self.is_paused = True
 
 
 def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> Filling:

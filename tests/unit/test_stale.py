@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import pytest
 import trio
@@ -12,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from pagenet import Block, Region, RemoteProtocolError, Run, UsageError
+from pagenet import Block, Region, RemoteProtocolError, Run, UsageError, pull, transport
 from pagenet.background.pacing import Background
 from pagenet.background.schedule import make_schedule
 from pagenet.destination.copying import Copying
 from pagenet.destination.filling import Filling
-from pagenet.protocol import Class, Pause, Stale
+from pagenet.protocol import TRACKED, Channel, Class, Hello, Message, Pause, Role, Stale
 from pagenet.residency import Residency, State
-from pagenet.target import Fault, Outcome
+from pagenet.session import MessageStream
+from pagenet.target import Fault, Outcome, Target
+from pagenet.testing import MemoryTransport
+from pagenet.transport import Listener
 
 PAGES = 20
 PAGE = 4096
@@ -275,6 +279,38 @@ def test_memory_that_cannot_take_a_page_twice() -> None:
             lambda: None,
         )
     filling.close()
+
+
+class Absent:
+    """An owner that does not come."""
+
+    async def attach(self, region: Region) -> Target:
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+async def test_stale_before_the_owner_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not kept until the owner comes."""
+    memory = MemoryTransport()
+    monkeypatch.setitem(transport._transports, "memory", memory)
+    words: list[Message] = [Pause(), Pause(), Stale(1, 0, b"\x01", True, False)]
+
+    async def speak(listener: Listener) -> None:
+        stream = MessageStream(await listener.accept())
+        await stream.receive_hello(Role.DESTINATION)
+        region, features = Region([Block("ram", PAGES * PAGE)]), frozenset({TRACKED})
+        for message in [
+            Hello(Role.SOURCE, Channel.CONTROL, bytes(16), b"", region, features=features),
+            *words,
+        ]:
+            await stream.send(message)
+
+    with await memory.listen(urlsplit("memory://source")) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(speak, listener)
+            with pytest.raises(RemoteProtocolError, match="stale pages before a round is over"):
+                async with pull("memory://source", Absent()):
+                    raise AssertionError("not reached")
 
 
 @given(
