@@ -14,7 +14,7 @@ from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
-from ..errors import HandshakeError, OwnerGone, Unsupported, UsageError
+from ..errors import HandshakeError, OwnerGone, RemoteProtocolError, Unsupported, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..progress import complete_fields, tell_progress
@@ -65,6 +65,7 @@ class Transfer:
         #: connections to the source's ``on_stream``, for the application's own bytes
         self.streams = streams
         self._released = trio.Event()
+        self._may_copy = trio.Event()
         #: what drives the lanes: ``native`` or ``trio``
         self.lane = lane
         self.finished = trio.Event()
@@ -78,7 +79,17 @@ class Transfer:
 
     def release(self) -> None:
         """Start to answer faults and fetch pages, in a transfer begun with ``held=True``."""
+        self._may_copy.set()
         self._released.set()
+
+    def copy(self) -> None:
+        """Start to fetch the pages of a tracked source, in a transfer begun with ``held=True``.
+        Faults still wait for :meth:`release`, and with any other source pages do, too."""
+        self._may_copy.set()
+
+    async def wait_begun(self) -> None:
+        """Return when pages may be fetched."""
+        await (self._released if self._copying is None else self._may_copy).wait()
 
     @property
     def is_released(self) -> bool:
@@ -231,10 +242,11 @@ async def pull(
     ``compress``: ``auto`` (the source compresses where its link and processor make that faster),
     ``lz4`` (it compresses whatever becomes smaller) or ``none``. A source that cannot compress
     sends pages uncompressed. ``streams``: connections for the application's own bytes, to the
-    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered before
-    :meth:`Transfer.release`, because the source's memory may change until then. A tracked source
-    (:func:`serve`) says itself when its memory has stopped to change, and pages come before that
-    (:meth:`Transfer.wait_frozen`); ``max_bandwidth`` then limits that time alone, and
+    ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered, and no page comes,
+    before :meth:`Transfer.release`, because the source's memory may change until then. A tracked
+    source (:func:`serve`) says itself when its memory has stopped to change
+    (:meth:`Transfer.wait_frozen`), and pages come before that: at once, or if ``held``, from
+    :meth:`Transfer.copy` on. ``max_bandwidth`` then limits that time alone, and
     ``start_background`` is about the time after it.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
@@ -273,9 +285,9 @@ async def pull(
                     pages=session.region.pages,
                     bytes=session.region.size,
                 )
-                early: list[Pause | Stale] = []
+                early = _Early()
                 async with open_failing_nursery() as nursery:
-                    nursery.start_soon(session.watch, early.append if session.is_tracked else None)
+                    nursery.start_soon(session.watch, early.hear if session.is_tracked else None)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
@@ -306,9 +318,8 @@ async def pull(
                         after = partial(_schedule, background, filling)
                         copying = Copying(filling, session.region, lanes, plan, session, after)
                     nursery.cancel_scope.cancel()
-                if copying is not None:
-                    for message in early:
-                        copying.hear(message)
+                if copying is not None and early.is_paused:
+                    copying.hear(Pause())
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=lanes.name, pages=pages)
                 async with open_failing_nursery() as nursery:
@@ -326,6 +337,18 @@ async def pull(
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
                     await session.say_bye(complete=False, reason=reason)
+
+
+class _Early:
+    """What a tracked source says of its rounds before the owner has handed over its memory."""
+
+    def __init__(self) -> None:
+        self.is_paused = False
+
+    def hear(self, message: Pause | Stale) -> None:
+        if isinstance(message, Stale):
+            raise RemoteProtocolError("the source names stale pages before a round is over")
+        self.is_paused = True
 
 
 def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> Filling:
@@ -427,8 +450,7 @@ class _TransferTasks:
         self._transfer.finished.set()
 
     async def _run_lanes(self) -> None:
-        if self._copying is None:
-            await self._transfer.wait_released()
+        await self._transfer.wait_begun()
         await self._lanes.run()
 
     async def _begin_background(self) -> None:

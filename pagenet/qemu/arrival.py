@@ -401,6 +401,7 @@ class _Arriving:
         talk = Talk(talk_connection)
         try:
             await self._agree(talk)
+            self._transfer.copy()  # not before: RAM that another program filled is empty only now
             if self._transfer.round is not None:
                 await talk.say("ready")
                 await talk.hear("leaving")

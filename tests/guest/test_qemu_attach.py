@@ -59,12 +59,14 @@ def put_firmware(ram: Path) -> None:
             file.write(b"firmware" * 512)
 
 
-async def test_migration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precopy", ["off", "auto"])
+async def test_migration(precopy: str, tmp_path: Path) -> None:
+    """No page may come before the RAM is emptied of what QEMU has put there."""
     async with two_machines(tmp_path) as (a, b), run(attach_command(b.qmp)) as incoming:
         put_firmware(b.ram)
         uri = (await incoming.event("listening"))["uri"]
         assert await status_of(b.qmp) == "inmigrate"
-        async with run(migrate_command(a.qmp, uri)) as leaving:
+        async with run([*migrate_command(a.qmp, uri), "--precopy", precopy]) as leaving:
             assert await leaving.wait() == 0, leaving.stderr
         assert await incoming.wait() == 0, incoming.stderr
         assert incoming.events[0] == {"event": "attached", "pid": b.pid, "ram": str(b.ram)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pagenet import Block, HandshakeError, Region, Run
 from pagenet.destination.filling import Filling
 from pagenet.protocol import Class
-from pagenet.residency import State
+from pagenet.residency import Residency, State
 from pagenet.target import Outcome
 from pagenet.uffd import Event, Fault, Forked, Remapped, Removed, Unmapped
 
@@ -751,6 +752,239 @@ def test_fork_is_refused_and_its_descriptor_closed(filled: Filled) -> None:
         filled.filling.read_events()
     assert os.read(read_end, 1) == b""
     os.close(read_end)
+
+
+# ---- while the source's owner still runs ----
+
+
+class FakeSharedMemory(FakeMemory):
+    """Memory whose bytes are written first and become visible later. A touch of a page that has
+    bytes, and is not visible, is a minor fault."""
+
+    placement = "continue"
+
+    def __init__(self, pages: int = 8, scope: Sequence[Run] | None = None) -> None:
+        super().__init__(pages, scope)
+        self.behind: dict[int, bytes] = {}
+
+    def open_residency(self, source: bytes) -> Residency:
+        return Residency(self.region.pages)
+
+    def write(self, run: Run, data: memoryview | None) -> bool:
+        size = self.region.page_size_at(run.first)
+        pages = bytes(run.count * size) if data is None else bytes(data)
+        for index, page in enumerate(range(run.first, run.end)):
+            self.behind[page] = pages[index * size : (index + 1) * size]
+        return True
+
+    def publish(self, run: Run, *, again: bool = False) -> Outcome:
+        return self._put(run, b"".join(self.behind[page] for page in range(run.first, run.end)))
+
+    def settle(self, page: int | None, fault: Fault) -> bool:
+        assert page is not None
+        if page not in self.behind or page in self.removed:
+            return super().settle(page, fault)
+        self.settled.append(page)
+        return not self.publish(Run(page, 1)).again
+
+
+@pytest.fixture
+def withheld() -> Filled:
+    filled = Filled(FakeSharedMemory())
+    filled.filling.withhold(True)
+    return filled
+
+
+def bits_of(*pages: int, size: int = 1) -> bytes:
+    return sum(1 << page for page in set(pages)).to_bytes(size, "little")
+
+
+def drop(filled: Filled, *pages: int) -> None:
+    filled.filling.drop_stale(filled.filling.region, 0, bits_of(*pages))
+
+
+def release(filled: Filled) -> None:
+    """What happens at the freeze."""
+    filled.filling.keep_copied()
+    filled.filling.withhold(False)
+    filled.filling.read_events()
+
+
+def test_withheld_pages_are_copied_and_seen_by_nobody(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(1, 4))
+    assert withheld.states() == [State.MISSING, *[State.COPIED] * 4, *[State.MISSING] * 3]
+    assert withheld.memory.there == {}
+    statistics = withheld.filling.statistics()
+    assert (statistics.done, statistics.background.pages) == (0, 4)
+
+
+def test_withheld_pages_are_not_complete(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 8))
+    assert not withheld.filling.completed.is_set()
+    withheld.filling.keep_copied()
+    assert withheld.states() == [State.RESIDENT] * 8
+    assert withheld.filling.completed.is_set()
+    assert withheld.filling.statistics().complete
+
+
+def test_zeros_are_withheld_too(withheld: Filled) -> None:
+    run = withheld.ask(0, 8)
+    withheld.filling.arrived(BACKGROUND, run, None, wire_bytes=32)
+    assert withheld.states() == [State.COPIED] * 8
+    assert withheld.memory.there == {}
+
+
+def test_faults_are_not_answered_and_come_again(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 4))
+    withheld.touch(2, 6)
+    assert withheld.asked == []
+    assert withheld.memory.settled == []
+    assert withheld.states()[6] is State.MISSING
+    assert withheld.filling.statistics().demand.faults == 0
+    withheld.filling.keep_copied()
+    withheld.filling.withhold(False)
+    withheld.filling.read_events()
+    assert withheld.memory.there == {2: content(2)}
+    assert withheld.demanded == [6]
+    withheld.arrive(Run(6, 1), DEMAND)
+    assert not withheld.memory.waiting
+    assert withheld.filling.statistics().demand.faults == 2
+
+
+def test_stale_pages_are_missing_again_and_no_others(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 6))
+    drop(withheld, 1, 4, 7)  # 7 has never come
+    missing, copied = State.MISSING, State.COPIED
+    assert withheld.states() == [copied, missing, copied, copied, missing, copied, missing, missing]
+    background = withheld.filling.statistics().background
+    assert (background.pages, background.dropped) == (4, 2)
+    drop(withheld, 1, 4)
+    assert withheld.filling.statistics().background.dropped == 2
+
+
+def test_stale_page_comes_again_and_its_last_version_is_seen(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 8))
+    drop(withheld, 3, 5)
+    newer = bytes([77]) * PAGE
+    run = withheld.ask(3, 1)
+    withheld.filling.arrived(BACKGROUND, run, memoryview(newer), wire_bytes=100)
+    release(withheld)
+    assert withheld.states()[3:6] == [State.RESIDENT, State.RESIDENT, State.MISSING]
+    withheld.touch(3, 4, 5)
+    assert withheld.memory.there == {3: newer, 4: content(4)}
+    assert withheld.demanded == [5], "only what was stale is fetched after the freeze"
+    withheld.arrive(Run(5, 1), DEMAND)
+    assert withheld.filling.completed.is_set()
+
+
+def test_only_copied_pages_are_stale(withheld: Filled) -> None:
+    """In a map that its owner has written to, or for a source that names what it has not sent."""
+    states = list(State)
+    for page, state in enumerate(states[:8]):
+        withheld.filling.residency.set(Run(page, 1), state)
+    drop(withheld, *range(8))
+    assert withheld.states() == [
+        State.MISSING if state is State.COPIED else state for state in states[:8]
+    ]
+
+
+def test_page_that_was_given_up_is_not_stale(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 8))
+    withheld.memory.give_up(Run(2, 1))
+    withheld.filling.read_events()
+    drop(withheld, 2, 3)
+    release(withheld)
+    assert withheld.states()[2:4] == [State.REMOVED, State.MISSING]
+    withheld.touch(2)
+    assert withheld.memory.there == {2: bytes(PAGE)}
+
+
+def test_page_that_was_given_up_while_it_was_in_flight(withheld: Filled) -> None:
+    run = withheld.ask(0, 3)
+    withheld.memory.give_up(Run(1, 1))
+    withheld.filling.read_events()
+    withheld.arrive(run)
+    assert withheld.states()[:3] == [State.COPIED, State.REMOVED, State.COPIED]
+
+
+def test_pages_placed_after_the_freeze_are_visible(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 4))
+    release(withheld)
+    withheld.arrive(withheld.ask(4, 4))
+    assert withheld.memory.there == {page: content(page) for page in range(4, 8)}
+    assert withheld.filling.completed.is_set()
+
+
+def test_bits_behind_the_last_page_mean_nothing(withheld: Filled) -> None:
+    withheld.arrive(withheld.ask(0, 8))
+    region = withheld.filling.region
+    withheld.filling.drop_stale(region, 0, b"\x80" + b"\xff" * 1000)
+    assert withheld.states() == [*[State.COPIED] * 7, State.MISSING]
+    withheld.filling.drop_stale(region, 6, b"\xfd")
+    assert withheld.states() == [*[State.COPIED] * 6, State.MISSING, State.MISSING]
+    withheld.filling.drop_stale(region, 7, b"\xff")
+    withheld.filling.drop_stale(region, 8, b"\xff")
+    withheld.filling.drop_stale(region, 2**64 - 1, b"\xff")
+    assert withheld.states() == [*[State.COPIED] * 6, State.MISSING, State.MISSING]
+
+
+# three pages, two huge ones, and five pages; on the wire all of them are small
+OWNERS = Region([Block("a", 3 * PAGE), Block("b", 4 << 20, 2 << 20), Block("c", 5 * PAGE)])
+WIRE = Region([Block("a", 3 * PAGE), Block("b", 4 << 20), Block("c", 5 * PAGE)])
+
+
+def with_larger_pages() -> Filled:
+    memory = FakeSharedMemory()
+    memory.region = OWNERS
+    memory._scope = [Run(0, 3), Run(3, 2), Run(5, 5)]
+    filled = Filled(memory)
+    filled.filling.withhold(True)
+    filled.filling.residency.set(Run(0, 10), State.COPIED)
+    return filled
+
+
+def missing(filled: Filled) -> set[int]:
+    return {page for page, state in enumerate(filled.states()) if state is State.MISSING}
+
+
+@pytest.mark.parametrize(
+    ("stale", "owners"),
+    [
+        ([0, 2], {0, 2}),
+        ([3], {3}),
+        ([514], {3}),
+        ([515], {4}),
+        ([1026], {4}),
+        ([514, 515], {3, 4}),
+        (range(3, 1027), {3, 4}),
+        ([1027, 1031], {5, 9}),
+        (range(1032), set(range(10))),
+    ],
+)
+def test_owners_pages_that_are_larger_than_the_wires(
+    stale: Sequence[int], owners: set[int]
+) -> None:
+    """One page that has changed makes all of a huge page stale."""
+    filled = with_larger_pages()
+    filled.filling.drop_stale(WIRE, 0, bits_of(*stale, size=129))
+    assert missing(filled) == owners
+    assert filled.filling.statistics().background.dropped == len(owners)
+
+
+@given(st.sets(st.integers(0, 1031)), st.lists(st.integers(0, 1031), max_size=4))
+def test_stale_pages_in_any_pieces(stale: set[int], cuts: list[int]) -> None:
+    """A piece may begin in the middle of a byte, a huge page, or a block."""
+    filled = with_larger_pages()
+    all_ = sum(1 << page for page in stale)
+    ends = sorted({0, *cuts, 1032})
+    for first, end in pairwise(ends):
+        part = all_ >> first & (1 << end - first) - 1
+        filled.filling.drop_stale(WIRE, first, part.to_bytes(-(-(end - first) // 8), "little"))
+    owners = {
+        page if page < 3 else 3 + (page - 3) // 512 if page < 1027 else page - 1022
+        for page in stale
+    }
+    assert missing(filled) == owners
 
 
 # ---- latency ----

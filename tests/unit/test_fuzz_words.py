@@ -17,7 +17,20 @@ from fuzzing import Fuzz, as_msgpack, fragments, is_one_line, mutated, odd
 from pagenet import Block, HandshakeError, PagenetError, Region, RemoteProtocolError, Run
 from pagenet.control import _protocol as control
 from pagenet.nurseries import open_failing_nursery
-from pagenet.protocol import Bye, Channel, Failure, Hello, MessageDecoder, Role, encode_message
+from pagenet.protocol import (
+    LZ4,
+    TRACKED,
+    Bye,
+    Channel,
+    Failure,
+    Hello,
+    MessageDecoder,
+    Pause,
+    Paused,
+    Role,
+    Stale,
+    encode_message,
+)
 from pagenet.qemu.qmp import Qmp
 from pagenet.rdma._wire import (
     KEY_HEADER,
@@ -58,7 +71,7 @@ MESSAGES = [
             bytes(16),
             b"identity",
             REGION,
-            features=frozenset({"lz4"}),
+            features=frozenset({LZ4, TRACKED}),
         )
     ),
     encode_message(
@@ -68,6 +81,9 @@ MESSAGES = [
     ),
     encode_message(Failure("protocol", "a reason")),
     encode_message(Bye(True)),
+    encode_message(Pause()),
+    encode_message(Paused(1, 300)),
+    encode_message(Stale(2, 8, b"\x01\x80" * 20, more=True, frozen=False)),
 ]
 
 
@@ -147,6 +163,8 @@ REQUESTS: list[dict[str, Any]] = [
     {"command": "schedule", "id": 2, "name": "linear"},
     {"command": "bandwidth", "id": 3, "rate": 10**6},
     {"command": "prefetch", "id": 4, "window": [8, 2]},
+    {"command": "rounds", "id": 5, "count": 3},
+    {"command": "switch", "id": 6},
     {"type": "hello", "version": 1, "oldest": 1, "program": "pagenet-pull", "pid": 1},
 ]
 

@@ -28,8 +28,10 @@ from pagenet.protocol import (
     MAX_MESSAGE,
     MAX_REASON_BYTES,
     MAX_REQUEST_BYTES,
+    MAX_STALE_BYTES,
     REPLY_HEADER,
     REQUEST_HEADER,
+    TRACKED,
     Bye,
     Channel,
     Class,
@@ -40,10 +42,13 @@ from pagenet.protocol import (
     Message,
     MessageDecoder,
     OutstandingRequests,
+    Pause,
+    Paused,
     Reply,
     Request,
     RequestDecoder,
     Role,
+    Stale,
     encode_message,
     encodings_for,
     negotiate,
@@ -73,6 +78,12 @@ MESSAGES: list[Message] = [
     Failure("protocol", "the peer does not speak pagenet"),
     Bye(True),
     Bye(False),
+    Hello(Role.DESTINATION, Channel.CONTROL, features=frozenset({TRACKED})),
+    Pause(),
+    Paused(1, 0),
+    Paused(2**64 - 1, 2**64 - 1),
+    Stale(1, 0, b"\x01", more=False, frozen=False),
+    Stale(2, 2**64 - 1, b"\0\xff" * 40, more=True, frozen=True),
 ]
 
 
@@ -254,6 +265,65 @@ def test_no_map(body: Any) -> None:
 )
 def test_no_such_message(body: dict[str, Any], reason: str) -> None:
     check_refused(reason, lambda: decode(frame(msgpack.packb(body))))
+
+
+def test_longest_stale() -> None:
+    stale = Stale(1, 0, b"\xff" * MAX_STALE_BYTES, more=False, frozen=True)
+    data = encode_message(stale)
+    assert decode(data) == [stale]
+    assert decode(data[:100], data[100:]) == [stale]
+    longer = encode_message(Stale(1, 0, stale.bits + b"\0", more=False, frozen=True))
+    check_refused(r"stale pages take 1048577 bytes \(limit 1048576\)", lambda: decode(longer))
+
+
+ROUNDS: dict[str, dict[str, Any]] = {
+    "pause": {"type": "pause"},
+    "paused": {"type": "paused", "round": 1, "missing": 0},
+    "stale": {
+        "type": "stale",
+        "round": 1,
+        "first": 0,
+        "bits": b"\x01",
+        "more": False,
+        "frozen": False,
+    },
+}
+WRONG_COUNTS: list[Any] = [None, "1", 1.0, True, -1, -(2**63), [1], b"1"]
+WRONG_BOOLEANS: list[Any] = [None, 0, 1, "true", b"", []]
+WRONG_BITS: list[Any] = [None, b"", "\x01", 1, True, [1]]
+
+
+def of_rounds(kind: str, **changes: Any) -> bytes:
+    """A message about rounds with ``changes``; a field that changes to ``...`` is left out."""
+    fields = {**ROUNDS[kind], **changes}
+    return frame(msgpack.packb({name: value for name, value in fields.items() if value != ...}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (kind, field, value)
+        for kind, field, wrong in (
+            ("paused", "round", WRONG_COUNTS),
+            ("paused", "missing", WRONG_COUNTS),
+            ("stale", "round", WRONG_COUNTS),
+            ("stale", "first", WRONG_COUNTS),
+            ("stale", "bits", WRONG_BITS),
+            ("stale", "more", WRONG_BOOLEANS),
+            ("stale", "frozen", WRONG_BOOLEANS),
+        )
+        for value in [*wrong, ...]
+    ],
+)
+def test_field_of_a_message_about_rounds(kind: str, field: str, value: object) -> None:
+    check_refused(
+        f"the peer's {kind}|stale pages", lambda: decode(of_rounds(kind, **{field: value}))
+    )
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_unknown_fields_of_a_message_about_rounds(kind: str) -> None:
+    assert decode(of_rounds(kind, later={"a": [1]})) == decode(of_rounds(kind))
 
 
 def test_a_strangers_text_fits_one_line() -> None:
@@ -749,8 +819,24 @@ anything = st.recursive(
 )
 
 
+counts = st.integers(0, 2**64 - 1)
+messages_of_rounds = (
+    st.just(Pause())
+    | st.builds(Paused, counts, counts)
+    | st.builds(
+        Stale, counts, counts, st.binary(min_size=1, max_size=300), st.booleans(), st.booleans()
+    )
+)
+
+
 @given(
-    st.lists(hellos | st.builds(Failure, line, line) | st.builds(Bye, st.booleans()), max_size=4),
+    st.lists(
+        hellos
+        | st.builds(Failure, line, line)
+        | st.builds(Bye, st.booleans())
+        | messages_of_rounds,
+        max_size=4,
+    ),
     st.data(),
 )
 def test_messages_in_any_pieces(messages: list[Message], data: st.DataObject) -> None:
@@ -788,6 +874,19 @@ def test_random_bytes(data: bytes) -> None:
 )
 def test_random_fields(changes: dict[str, Any]) -> None:
     survives(lambda: decode(packed(**changes)))
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(sorted(ROUNDS)),
+    st.dictionaries(
+        st.sampled_from(["type", "round", "missing", "first", "bits", "more", "frozen"]),
+        anything,
+        max_size=3,
+    ),
+)
+def test_random_fields_of_a_message_about_rounds(kind: str, changes: dict[str, Any]) -> None:
+    survives(lambda: decode(of_rounds(kind, **changes)))
 
 
 @given(
@@ -1021,6 +1120,7 @@ def test_limits_in_the_document() -> None:
         "MAX_MESSAGE",
         "MAX_REQUEST_BYTES",
         "MAX_REASON_BYTES",
+        "MAX_STALE_BYTES",
         "MAX_BLOCKS",
         "MAX_PAGES",
     } <= set(shown)
