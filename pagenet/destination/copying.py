@@ -72,7 +72,7 @@ class Copying:
         return self._round
 
     async def run(self) -> None:
-        """Tell the source of the end of each round. Returns when the last one is over."""
+        """Tell the source of the end of each round, and make the pages visible after the last."""
         while not self.frozen.is_set():
             await self._wait_still()
             if self._told < self._round:
@@ -80,6 +80,7 @@ class Copying:
                 await self._session.say_paused(self._round, self._filling.residency.missing_count())
             await self._news.wait()
             self._news = trio.Event()
+        await self._lanes.show()
 
     async def _wait_still(self) -> None:
         """Return when nothing is in flight, and nothing will be."""
