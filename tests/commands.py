@@ -1,4 +1,4 @@
-"""Commands to a transfer while it runs, drawn at random."""
+"""Commands to a transfer while it runs, drawn at random: those that a destination has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pagenet.control import COMMANDS, ControlClient, connect_control
 
 
 async def command_at_random(client: ControlClient, draw: random.Random, recording: Path) -> None:
-    match draw.choice(sorted(COMMANDS.keys() - {"stop"})):
+    match draw.choice(sorted(COMMANDS.keys() - {"stop", "switch", "rounds"})):
         case "schedule":
             await client.command(
                 "schedule",
