@@ -181,7 +181,7 @@ def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[st
     ]
 
 
-def migrate_command(monitor: Path, uri: str) -> list[str]:
+def migrate_command(monitor: Path, uri: str, *options: str) -> list[str]:
     return [
         sys.executable,
         "-m",
@@ -191,6 +191,21 @@ def migrate_command(monitor: Path, uri: str) -> list[str]:
         "--qmp",
         str(monitor),
         uri,
+        *options,
+    ]
+
+
+def resume_command(uri: str, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "pagenet.cli.qemu",
+        "incoming",
+        "--json",
+        "--resume",
+        "--listen",
+        uri,
+        *options,
     ]
 
 

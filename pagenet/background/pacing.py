@@ -123,6 +123,11 @@ class Background:
         self._tell()
         self._waiting.unpark_all()
 
+    def hold(self) -> None:
+        """Wait once more for :meth:`begin`."""
+        self._begun = False
+        self._tell()
+
     def set_max_bandwidth(self, bytes_per_second: int | None) -> None:
         """Limit the rate from now on; None: no limit. :exc:`UsageError` if it is below one byte a
         second."""

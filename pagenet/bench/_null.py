@@ -170,6 +170,7 @@ class _NullPiece:
     """Pages that are zero, which no memory has to be read for."""
 
     identity = "null"
+    owner: tuple[int, int | tuple[int, int]] | None = None
 
     def __init__(self, size: int) -> None:
         self.size = size

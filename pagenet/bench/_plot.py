@@ -88,8 +88,12 @@ _METHOD_COLORS = {
     "precopy": "0.7",
     "postcopy": "#e69f00",
     "preempt": "#d55e00",
+    "qemu-hybrid": "#cc79a7",
+    "qemu-hybrid-preempt": "#882255",
     "pagenet": "#0072b2",
     "attach": "#56b4e9",
+    "hybrid": "#009e73",
+    "hybrid-attach": "#7fd1b9",
 }
 _BIN_SECONDS = 0.1
 _BEFORE_SECONDS = 1.0
@@ -120,7 +124,7 @@ def plot_work(
         panel.grid(color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(
-        "seconds since QEMU was told to migrate; the dot: the guest goes on at the destination"
+        "seconds since the migration began; the dot: the guest goes on at the destination"
     )
     save_figure(figure, path, title, panels[0])
 

@@ -226,12 +226,11 @@ class Daemon(Words):
     async def event(self, name: str, patience: float) -> tuple[float, dict[str, Any]]:
         """When the first event of that name came, on the clock of time.monotonic(), and the
         event."""
-        found = await self.wait(
-            lambda: [event for event in self._events if event[1].get("event") == name],
-            name,
-            patience,
-        )
-        return found[0]
+        return (await self.wait(lambda: self.events(name), name, patience))[0]
+
+    def events(self, name: str) -> list[tuple[float, dict[str, Any]]]:
+        """The events of that name that have come so far."""
+        return [event for event in self._events if event[1].get("event") == name]
 
     def complaint(self) -> str:
         told = [

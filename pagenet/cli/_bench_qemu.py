@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bench import (
     QEMU_METHODS,
@@ -22,20 +22,28 @@ from ..bench import (
 from ._command import Parser, Report, count, count_or_none, names
 from ._tables import make_console, make_table, shown
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 __all__ = ["add_qemu_options", "bench_qemu"]
 
 _METHODS = {
     "precopy": "QEMU precopy",
     "postcopy": "QEMU postcopy",
     "preempt": "QEMU postcopy-preempt",
+    "qemu-hybrid": "QEMU hybrid",
+    "qemu-hybrid-preempt": "QEMU hybrid, preempt",
     "pagenet": "pagenet",
     "attach": "pagenet, attached",
+    "hybrid": "pagenet hybrid",
+    "hybrid-attach": "pagenet hybrid, attached",
 }
 _FIGURES = {
     "downtime_ms": Migration.downtime_ms,
     "longest_gap_ms": Migration.longest_gap_ms,
     "lost_ms": Migration.lost_ms,
     "least_lost_ms": Migration.least_lost_ms,
+    "precopy_work": Migration.precopy_work,
     "total_s": Migration.total_s,
     "command_s": Migration.command_s,
     "wire_bytes": Migration.wire_bytes,
@@ -185,6 +193,8 @@ def _one(migration: Migration) -> Fields:
         "faults": outcome.faults,
         "fault_us": {"p50": outcome.p50_us, "p99": outcome.p99_us},
         "blocked_ms": outcome.blocked_ms,
+        "precopy_rounds": outcome.rounds,
+        "failure": migration.failure,
         "bad": migration.story.bad,
         "unbroken": migration.story.unbroken,
     }
@@ -203,6 +213,8 @@ def _summary(result: QemuResult) -> Fields:
             "p99": result.median(lambda one: one.outcome.p99_us),
         },
         "blocked_ms": result.median(lambda one: one.outcome.blocked_ms),
+        "precopy_rounds": result.median(lambda one: one.outcome.rounds),
+        "failures": sum(one.failure is not None for one in result.migrations),
         "bad": max(migration.story.bad for migration in result.migrations),
         "unbroken": all(migration.story.unbroken for migration in result.migrations),
     }
@@ -216,18 +228,36 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _words(migration: Migration) -> str:
+    if migration.failure:
+        return f"FAILED: {migration.failure}"
     if not migration.converged:
-        return f"did not converge; {migration.wire_bytes() >> 20} MiB sent"
+        sent = f"did not converge; {migration.wire_bytes() >> 20} MiB sent"
+        return sent + _precopy_words(migration)
     figures = (
         f"downtime {shown(migration.downtime_ms())} ms, longest gap"
         f" {shown(migration.longest_gap_ms())} ms, {shown(migration.lost_ms())} ms of work lost,"
-        f" {migration.total_s():.2f} s in all"
+        f" {migration.total_s():.2f} s in all{_precopy_words(migration)}"
     )
     return figures if migration.is_right else f"{figures}; WRONG"
 
 
+def _precopy_words(migration: Migration) -> str:
+    rounds, work = migration.outcome.rounds, migration.precopy_work()
+    if rounds is None or work is None:
+        return ""
+    return f"; rounds of precopy: {rounds}, at {work:.0%} of the guest's rate before"
+
+
 def _wrong_words(one: Fields) -> str:
+    if one["failure"]:
+        return str(one["failure"])
     return f"{one['bad']} bad pages" if one["bad"] else "heartbeats are missing or garbled"
+
+
+def _bad_words(one: Fields) -> str:
+    missing = [] if one["unbroken"] else ["heartbeats missing"]
+    lost = [f"{one['failures']} guests lost"] if one["failures"] else []
+    return ", and ".join([str(one["bad"]), *missing, *lost])
 
 
 def _title(options: QemuOptions) -> str:
@@ -236,26 +266,36 @@ def _title(options: QemuOptions) -> str:
     return f"A guest moves ({options.accel}, {cpus}) over {link}"
 
 
+def _print_precopy(console: Console, summaries: Sequence[Fields]) -> None:
+    if summaries:
+        table = make_table("precopy", "MiB", "rounds", "guest's work meanwhile, of undisturbed")
+        for one in summaries:
+            rounds, work = one["precopy_rounds"], one["precopy_work"]
+            table.add_row(
+                _METHODS[one["method"]], str(one["ram_mib"]), f"{rounds:g}", f"{work:.0%}"
+            )
+        console.print()
+        console.print(table)
+
+
 def _print_results(
     summaries: Sequence[Fields], targets: Sequence[Target], options: QemuOptions
 ) -> None:
     console = make_console()
     console.print(f"\n[bold]{_title(options)}[/bold]  (medians of {options.rounds} rounds)")
-    headings = (
-        "MiB",
-        "downtime",
-        "longest",
-        "work",
-        "at least",
-        "faults",
-        "p50 µs",
-        "p99 µs",
-        "blocked",
-        "total s",
-        "MiB on",
+    columns = (
+        "MiB\n",
+        "downtime\nms",
+        "longest\ngap ms",
+        "work\nlost ms",
+        "at least\nlost ms",
+        "faults\n",
+        "p50 µs\n",
+        "p99 µs\n",
+        "blocked\nms",
+        "total s\n",
+        "MiB on\nthe wire",
     )
-    units = ("", "ms", "gap ms", "lost ms", "lost ms", "", "", "", "ms", "", "the wire")
-    columns = (f"{heading}\n{unit}" for heading, unit in zip(headings, units, strict=True))
     table = make_table("", *columns, "bad\npages")
     for one in summaries:
         total = "-" if one["total_s"] is None else f"{one['total_s']:.2f}"
@@ -273,9 +313,10 @@ def _print_results(
             shown(one["blocked_ms"]),
             total,
             shown(one["wire_bytes"] / (1 << 20)),
-            str(one["bad"]) if one["unbroken"] else f"{one['bad']}, and heartbeats missing",
+            _bad_words(one),
         )
     console.print(table)
+    _print_precopy(console, [one for one in summaries if one["precopy_work"] is not None])
     capped = (
         "Nothing is capped"
         if options.rate is None

@@ -243,6 +243,12 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:
+    if status["state"] == "copying":
+        rows = [("state", f"round {status['round']} of {status['rounds']}, while the guest runs")]
+        if (last := status["last"]) is not None:
+            left, dirty = last["bytes_left"] / _MIB, last["dirty_bytes_per_s"] / _MIB
+            rows.append(("left after the last", f"{left:.1f} MiB, written at {dirty:.1f} MiB/s"))
+        return rows
     return [("state", f"{status['state']}: there is no transfer yet")]
 
 

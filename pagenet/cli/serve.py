@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import trio
 
 from ..control import Control
+from ..errors import UsageError
 from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
 from ..source.memory import Source, named_identity, open_source
-from ..source.serving import MAX_LANES, MAX_SESSIONS, serve
-from ._command import Parser, Report, add_lane_option, count
+from ..source.precopy import Precopy
+from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
+from ..source.tracked import SourceOwner
+from ..uffd import WriteTracker
+from ._command import Parser, Report, add_lane_option, count, round_count
 from ._control import add_control_option, run_controlled
 
 __all__ = ["main", "make_parser"]
@@ -23,6 +27,11 @@ _WORDS = {
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",
     "path": "pages go by {path}",
+    "round": (
+        "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
+        " {left} are left"
+    ),
+    "frozen": "process {pid} is stopped; the destination lacks {left} pages",
     "complete": "{peer}: has every page",
     "left": "{peer}: left before it had every page",
     "lost": "{peer}: lost: {reason}",
@@ -97,6 +106,21 @@ def make_parser() -> Parser:
         metavar="N",
         help="limit of each destination's connections beside control (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tracked",
+        action="store_true",
+        help=(
+            "the process that SOURCE belongs to still runs: copy its memory to one destination in"
+            " rounds, then stop it (SIGSTOP), and serve what it has written since"
+        ),
+    )
+    parser.add_argument(
+        "--rounds",
+        type=round_count,
+        default="auto",
+        metavar="auto|ROUNDS",
+        help="with --tracked: rounds before the process is stopped (auto)",
+    )
     add_lane_option(parser)
     add_control_option(parser)
     return parser
@@ -113,14 +137,37 @@ def _identity(text: str) -> bytes:
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
     with ExitStack() as stack:
         source = options.source
-        if options.identity is not None:
+        if options.identity is not None or options.tracked:
             source = stack.enter_context(open_source(*options.source))
+        if options.identity is not None:
             source.identity = options.identity
-        await _serve_source(source, options, report, control)
+        owner = stack.enter_context(closing(SourceOwner(source))) if options.tracked else None
+        await _serve_source(source, owner, options, report, control)
 
 
 async def _serve_source(
-    source: Source | list[str], options: argparse.Namespace, report: Report, control: Control
+    source: Source | list[str],
+    owner: SourceOwner | None,
+    options: argparse.Namespace,
+    report: Report,
+    control: Control,
+) -> None:
+    with ExitStack() as stack:
+        tracker = None
+        if owner is not None:
+            assert isinstance(source, Source)
+            tracker = await trio.to_thread.run_sync(owner.track, source.region)
+            stack.callback(tracker.close)
+        await _serve_tracked(source, owner, tracker, options, report, control)
+
+
+async def _serve_tracked(
+    source: Source | list[str],
+    owner: SourceOwner | None,
+    tracker: WriteTracker | None,
+    options: argparse.Namespace,
+    report: Report,
+    control: Control,
 ) -> None:
     async with serve(
         source,
@@ -131,13 +178,32 @@ async def _serve_source(
         rdma_pin_limit=options.rdma_pin_limit,
         max_sessions=options.max_sessions,
         max_lanes=options.max_lanes,
+        tracked=tracker,
         on_event=report,
     ) as server:
+        if owner is not None:
+            control.precopy = Precopy(options.rounds)
+            await _copy(server, owner, control.precopy, report)
+            control.precopy = None
         control.subject = server
         if options.once or options.connect is not None:
             await server.wait_complete()
         else:
             await trio.sleep_forever()
+
+
+async def _copy(server: Server, owner: SourceOwner, precopy: Precopy, report: Report) -> None:
+    """Copy the memory while its owner runs, then stop the owner."""
+    rounds = await server.wait_rounds()
+    if rounds is None:
+        raise UsageError("the destination's release of pagenet cannot be told what is stale")
+    await precopy.run(rounds, report)
+    await rounds.pause()
+    await owner.stop()
+    # From here on it stays stopped: whatever becomes of us, the destination may have been told that
+    # the memory does not change any more.
+    left = await rounds.freeze()
+    report("frozen", pid=owner.pid, left=left)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

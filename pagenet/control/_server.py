@@ -21,7 +21,7 @@ from ..source.serving import Server
 from ..tcp import UnixTransport
 from ._channel import ControlChannel, address_of
 from ._protocol import COMMANDS, OLDEST_VERSION, VERSION, Fields, Request, decode_request
-from ._status import Rates, server_status, transfer_status
+from ._status import Rates, precopy_status, server_status, transfer_status
 
 __all__ = ["Control", "serve_control"]
 
@@ -81,6 +81,8 @@ class Control:
                 return {**self._who(), **transfer_status(self._subject, self._rates)}
             case Server():
                 return {**self._who(), **server_status(self._subject)}
+        if self.precopy is not None:
+            return {**self._who(), **precopy_status(self.precopy)}
         return {**self._who(), "state": "starting"}
 
     def execute(self, request: Request) -> Fields:

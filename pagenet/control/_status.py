@@ -11,15 +11,28 @@ import trio
 
 from ..destination.pulling import Transfer
 from ..progress import rounded_share
+from ..source.precopy import Precopy, about_round
 from ..source.serving import Server
 from ..statistics import ClassStatistics, Histogram, TransferStatistics
 
-__all__ = ["Rates", "server_status", "transfer_status"]
+__all__ = ["Rates", "precopy_status", "server_status", "transfer_status"]
 
 # Rates are of the last WINDOW_SECONDS: steady enough to read, quick enough to show the effect of a
 # command.
 WINDOW_SECONDS = 2.0
 LOOKS = 8
+
+
+def precopy_status(precopy: Precopy) -> dict[str, object]:
+    """``round``: that which runs; ``rounds``: how many there are to be; ``last``: what the last
+    that is over has left, as the event ``round`` has it."""
+    over = precopy.over
+    return {
+        "state": "copying",
+        "round": len(over) + 1,
+        "rounds": precopy.rounds,
+        "last": about_round(over[-1]) if over else None,
+    }
 
 
 @dataclass(frozen=True, slots=True)

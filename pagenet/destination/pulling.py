@@ -247,7 +247,7 @@ async def pull(
     source (:func:`serve`) says itself when its memory has stopped to change
     (:meth:`Transfer.wait_frozen`), and pages come before that: at once, or if ``held``, from
     :meth:`Transfer.copy` on. ``max_bandwidth`` then limits that time alone, and
-    ``start_background`` is not heeded.
+    ``start_background`` is about the time after it.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
@@ -455,6 +455,7 @@ class _TransferTasks:
 
     async def _begin_background(self) -> None:
         await self._transfer.wait_released()
+        await self._transfer.wait_frozen()
         if not self._background.begun:
             await begin_background(
                 self._background, self._start, lambda: self._filling.statistics().demand.faults

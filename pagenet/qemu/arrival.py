@@ -402,6 +402,9 @@ class _Arriving:
         try:
             await self._agree(talk)
             self._transfer.copy()  # not before: RAM that another program filled is empty only now
+            if self._transfer.round is not None:
+                await talk.say("ready")
+                await talk.hear("leaving")
             async with open_failing_nursery() as nursery:
                 await self._let_qemu_listen(devices, nursery)
                 await talk.say("ready")

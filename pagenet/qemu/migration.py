@@ -5,6 +5,7 @@
     here                               there
     check, say what machine this is    compare; "ready"
     copy in rounds (precopy.py)        pull pages, and see none of them yet
+    "leaving"                          "ready"
     QEMU stops the guest (devices.py)
     "stopped"                          answer faults from here on
     devices' state                     load it, which faults; the destination's QEMU confirms that
@@ -39,7 +40,7 @@ from ..errors import (
     UsageError,
 )
 from ..events import EventHandler, ignore_events
-from ..nurseries import open_failing_nursery
+from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_serving, telling
 from ..region import Region
 from ..source.memory import open_source
@@ -281,10 +282,13 @@ class _Leaving:
         await self.talk.hear("ready", STEP_TIMEOUT)
 
     async def copy(self, precopy: Precopy) -> None:
-        """Copy memory while the guest runs."""
+        """Copy memory while the guest runs. Only then does the destination's QEMU listen."""
         self._rounds = await self._server.wait_rounds()
         if self._rounds is not None:
-            await precopy.run(self._rounds, self._on_event)
+            async with running_beside(self._hear_of_failure):
+                await precopy.run(self._rounds, self._on_event)
+            await self.talk.say("leaving")
+            await self.talk.hear("ready", STEP_TIMEOUT)
         elif precopy.rounds == "auto":
             self._on_event("no_precopy", reason=_NO_ROUNDS)
         else:
@@ -316,6 +320,9 @@ class _Leaving:
         """Send the devices' state; returns the event of the guest's stop. When this returns, the
         destination has everything but pages."""
         await way.prepare()
+        if self._rounds is not None:
+            async with running_beside(self._hear_of_failure):
+                await self._rounds.pause()
         stop = await self._stop(way)
         # The state is sent without waiting for an answer to "stopped": a touch of a missing page
         # waits at the destination until it has read that message.

@@ -39,6 +39,9 @@ class _Piece(Protocol):
     size: int
     #: distinguishes this memory from any other, for as long as it lives
     identity: str
+    #: the process that has it, and the address there, or device and inode of the file that it has
+    #: open; None: a stored file
+    owner: tuple[int, int | tuple[int, int]] | None
 
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` of the block on, if that does not wait for a disk.
@@ -79,6 +82,8 @@ class Source:
     def __init__(self, pieces: Sequence[tuple[str, _Piece]]) -> None:
         self._pieces = [piece for _, piece in pieces]
         self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
+        #: of each block: see ``owner`` of the piece
+        self.owners = [piece.owner for piece in self._pieces]
         identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
         #: 16 bytes: the same each time the same memory is opened, and different for other memory
         #: and for a stored file that was written to since. :func:`named_identity` makes them from a
@@ -245,6 +250,9 @@ class _FilePiece:
         self._is_in_memory = _has_seals(self._fd)
         self.size = status.st_size
         self.identity = f"file {status.st_dev} {status.st_ino}"
+        process = _descriptor_named(path)
+        self.owner: tuple[int, int | tuple[int, int]] | None
+        self.owner = None if process is None else (process[0], (status.st_dev, status.st_ino))
         self._changed_at = None if _is_of_a_process(path, status) else status.st_mtime_ns
         if self._changed_at is not None:
             self.identity += f" {status.st_size} {status.st_mtime_ns}"
@@ -356,6 +364,7 @@ class _ProcessPiece:
         except (OSError, OverflowError) as error:
             raise UsageError(f"source pid:{pid}: {getattr(error, 'strerror', error)}") from None
         self._pid, self._start, self.size = pid, start, size
+        self.owner: tuple[int, int | tuple[int, int]] | None = (pid, start)
         try:
             self.identity = f"process {pid} {_start_time(pid)} {start:#x}"
             for offset in (0, size - mmap.PAGESIZE):

@@ -17,7 +17,7 @@ from ..events import EventHandler
 from ..nurseries import open_failing_nursery
 from .rounds import Round, Rounds
 
-__all__ = ["MAX_ROUNDS", "Precopy", "RoundCount", "is_worth_another"]
+__all__ = ["MAX_ROUNDS", "Precopy", "RoundCount", "about_round", "is_worth_another"]
 
 #: ``auto``: for as long as another round makes less of what is left; a number: that many rounds
 RoundCount = int | Literal["auto"]
@@ -81,17 +81,17 @@ class Precopy:
         return self._switches or enough
 
     async def run(self, rounds: Rounds, on_event: EventHandler) -> None:
-        """Return when the owner is to be frozen, and nothing is in flight. Event: ``round``."""
+        """Return when the owner is to be frozen; call :meth:`Rounds.pause` first. Event:
+        ``round``."""
         while not self._must_end:
             await _either(rounds.wait_over, self._wait_end)
             if self._must_end:
                 break
             self.over.append(await rounds.look())
-            on_event("round", **_about(self.over[-1]))
+            on_event("round", **about_round(self.over[-1]))
             if self._must_end or (self._rounds == "auto" and not is_worth_another(self.over)):
                 break
             await rounds.next()
-        await rounds.pause()
 
     async def _wait_end(self) -> None:
         while not self._must_end:
@@ -110,7 +110,7 @@ async def _either(*waits: Callable[[], Awaitable[None]]) -> None:
             nursery.start_soon(wait, what)
 
 
-def _about(last: Round) -> dict[str, object]:
+def about_round(last: Round) -> dict[str, object]:
     """A round, as an event has it. ``rest_seconds``: how long the link takes for what is left."""
     rate = last.pages * mmap.PAGESIZE / last.seconds if last.seconds else 0.0
     return {

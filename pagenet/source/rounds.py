@@ -19,7 +19,7 @@ from typing import Protocol
 
 import trio
 
-from ..errors import RemoteProtocolError
+from ..errors import ConnectionBroken, RemoteProtocolError
 from ..protocol import MAX_STALE_BYTES, Message, Pause, Paused, Stale
 from ..region import Region
 
@@ -44,7 +44,7 @@ class Tracker(Protocol):
 class Round:
     """A round that is over. ``seconds``: how long it took; ``pages``: those that it was to bring;
     ``written``: those that were written meanwhile; ``left``: those that are to be sent yet, if the
-    owner is frozen now."""
+    owner is frozen now; at most so many, if the round was not brought to its end."""
 
     number: int
     seconds: float
@@ -72,7 +72,7 @@ class Rounds:
         # bits of what was written in this round and in the one before
         self._written = self._before = 0
         self._left = 0  # bits of what is stale, and was not named yet
-        self.is_frozen = False
+        self.is_frozen = self._is_gone = False
 
     @property
     def number(self) -> int:
@@ -90,9 +90,17 @@ class Rounds:
         self._news.set()
         self._news = trio.Event()
 
+    def end(self) -> None:
+        """Note that the destination is gone."""
+        self._is_gone = True
+        self._news.set()
+
     async def wait_over(self) -> None:
-        """Return when the destination has every page of the round, or has paused."""
+        """Return when the destination has every page of the round, or has paused.
+        :exc:`~pagenet.errors.ConnectionBroken` if it is gone."""
         while self._over is None:
+            if self._is_gone:
+                raise ConnectionBroken(f"the destination has left in round {self._number}")
             await self._news.wait()
 
     async def pause(self) -> None:
@@ -112,7 +120,7 @@ class Rounds:
             trio.current_time() - self._began,
             self._pages,
             self._written.bit_count(),
-            self._left.bit_count() + self._over.missing,
+            self._at_most_left(self._over),
         )
 
     async def next(self) -> None:
@@ -124,14 +132,18 @@ class Rounds:
         await self._name(told, frozen=False)
 
     async def freeze(self) -> int:
-        """After :meth:`pause`, with the owner at rest: name all that is stale. Returns the number
-        of pages that the destination lacks then."""
+        """After :meth:`pause`, with the owner at rest: name all that is stale. Returns how many
+        pages the destination lacks then, at most."""
         self._left |= await self._scan()
         assert self._over is not None
-        missing = self._left.bit_count() + self._over.missing
+        missing = self._at_most_left(self._over)
         self.is_frozen = True
         await self._name(self._left, frozen=True)
         return missing
+
+    def _at_most_left(self, over: Paused) -> int:
+        """Pages to be sent yet. Those that are stale and those that never came may be the same."""
+        return min(self._left.bit_count() + over.missing, self._region.pages)
 
     async def _scan(self) -> int:
         """The bits of the pages that were written since the last scan."""

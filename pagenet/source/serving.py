@@ -229,7 +229,8 @@ class Server:
             await stream.tell(Failure("busy", reason))
             self._on_event("refused", peer=stream.connection.peer, reason=reason)
         elif session is None:
-            await self._serve_session(stream, hello)
+            async with telling(stream):
+                await self._serve_session(stream, hello)
         else:
             with session.lane():
                 await stream.answer(self._hello(hello.channel, session))
@@ -356,6 +357,8 @@ class Server:
                         return await self._end_control(session, message)
         finally:
             session.ended.set()
+            if session.rounds is not None:
+                session.rounds.end()
 
     async def _end_control(self, session: _Session, message: Message | None) -> bool:
         match message:

@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-from migrations import Events, check_goes_on, destination, status_of
+from migrations import (
+    Events,
+    check_goes_on,
+    destination,
+    migrate_command,
+    resume_command,
+    run_incoming,
+    status_of,
+)
+from processes import run
 from vm import bare_command, check_unbroken, needs_migration, qemu_command, run_vm
 
-from pagenet import UsageError
+from pagenet import RemoteProtocolError, UsageError
+from pagenet.control import connect_control
 from pagenet.qemu import Precopy, migrate
 
 pytestmark = needs_migration
@@ -44,26 +53,97 @@ async def test_precopy(rounds: Any, lane: Any, tmp_path: Path) -> None:
 
 async def test_switch(tmp_path: Path) -> None:
     """The rounds of a slow link are ended by hand: pages that were not copied come later."""
-    told = Events()
-    precopy = Precopy(100)
+    path = tmp_path / "ctl"
     async with (
         run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a,
-        destination(tmp_path, max_bandwidth=4 << 20) as b,
-        trio.open_nursery() as nursery,
+        run_incoming(
+            tmp_path, listen=["tcp://127.0.0.1:0", "--max-bandwidth", "1M", "--compress", "none"]
+        ) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
+        options = ("--precopy", "1", "--control", str(path))
+        async with run(migrate_command(a.qmp, uri, *options)) as leaving:
+            await leaving.event("connected")
+            async with connect_control(path) as control:
+                status = await control.command("rounds", count=100)
+                assert status["rounds"] == 100
+                assert (status["state"], status["round"]) == ("copying", 1)
+                with pytest.raises(RemoteProtocolError, match="no proper 'count'"):
+                    await control.command("rounds", count=101)
+            await check_goes_on(a.serial)  # it runs here still
+            async with connect_control(path) as control:
+                await control.command("switch")
+            assert await leaving.wait() == 0
+        assert "round" not in [event["event"] for event in leaving.events]
+        await incoming.event("complete")
+        await check_goes_on(serial)
+        check_unbroken(a.serial, serial)
 
-        async def switch() -> None:
-            await told.wait("connected")
-            await a.serial.wait_beats(len(a.serial.beats) + 5)
-            precopy.switch()
 
-        nursery.start_soon(switch)
-        async with migrate(a.qmp, b.uri, precopy=precopy, on_event=told) as server:
-            await server.wait_complete()
-        await check_goes_on(b.serial)
-        check_unbroken(a.serial, b.serial)
-    assert "round" not in told.names
+async def test_killed_in_a_round(tmp_path: Path) -> None:
+    """Whichever side is killed: the guest goes on here, is not tracked any more, and can leave
+    again."""
+    slow = ["tcp://127.0.0.1:0", "--max-bandwidth", "1M", "--compress", "none"]
+    async with run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a:
+        await a.serial.wait_sweeps(1)
+        for number, victim in enumerate(("source", "destination")):
+            name = f"b{number}"
+            command = bare_command(tmp_path, name)
+            async with run_incoming(tmp_path, name, command=command, listen=slow) as (
+                incoming,
+                _,
+                uri,
+            ):
+                options = ("--precopy", "100")
+                async with run(migrate_command(a.qmp, uri, *options)) as leaving:
+                    await leaving.event("connected")
+                    await a.serial.wait_beats(len(a.serial.beats) + 10)
+                    await (leaving if victim == "source" else incoming).kill()
+                    if victim == "destination":
+                        assert await leaving.wait() == 4
+                    else:
+                        assert await incoming.wait_end() == 4
+            assert await status_of(a.qmp) == "running"
+            assert not tracked(a.process.pid)
+            await check_goes_on(a.serial)
+        async with (
+            run_incoming(tmp_path, "c", command=bare_command(tmp_path, "c")) as (_, serial, uri),
+            run(migrate_command(a.qmp, uri)) as leaving,
+        ):
+            assert await leaving.wait() == 0
+            await check_goes_on(serial)
+            check_unbroken(a.serial, serial)
+
+
+def tracked(pid: int) -> bool:
+    """Whether a mapping of the process is write-protected for a userfaultfd."""
+    flags = [
+        line.split()
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines()
+        if line.startswith("VmFlags:")
+    ]
+    return any("uw" in line for line in flags)
+
+
+async def test_resumed_after_precopy(tmp_path: Path) -> None:
+    """The destination is killed when it has the guest, and lacks what was stale."""
+    listen = ["tcp://127.0.0.1:0", "--start-background", "after=1000", "--prefetch", "0,0"]
+    async with (
+        run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a,
+        run_incoming(tmp_path, listen=listen) as (incoming, serial, uri),
+    ):
+        await a.serial.wait_sweeps(1)
+        pid = incoming.events[0]["pid"]
+        async with run(migrate_command(a.qmp, uri, "--precopy", "1")) as leaving:
+            await leaving.event("resumed")
+            await incoming.kill()
+            async with run(resume_command(uri, "--pid", str(pid))) as second:
+                resuming = await second.event("resuming")
+                assert 0 < resuming["missing"] < resuming["pages"]
+                assert await second.wait() == 0
+            assert await leaving.wait() == 0
+        await check_goes_on(serial)
+        check_unbroken(a.serial, serial)
 
 
 @pytest.mark.parametrize("rounds", ["auto", 2])

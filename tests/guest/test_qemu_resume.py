@@ -4,12 +4,11 @@ pagenet-qemu comes."""
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from migrations import check_goes_on, migrate_command, run_incoming, stand_still
+from migrations import check_goes_on, migrate_command, resume_command, run_incoming, stand_still
 from processes import PAGE, Process, run, serve_command
 from vm import Serial, bare_command, check_unbroken, needs_migration, run_vm
 
@@ -17,6 +16,8 @@ pytestmark = needs_migration
 
 #: page by page: what the guest does not touch does not come, so there is always something left
 SLOWLY = ("--background", "off", "--prefetch", "0,0")
+#: and what the guest has comes after it has left
+POSTCOPY = ("--precopy", "off")
 MEMORY = 128 << 20
 
 
@@ -29,20 +30,6 @@ def slow_incoming(directory: Path) -> AbstractAsyncContextManager[tuple[Process,
     return run_incoming(
         directory, command=machine(directory, "b"), listen=["tcp://127.0.0.1:0", *SLOWLY]
     )
-
-
-def resume_command(uri: str, *options: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pagenet.cli.qemu",
-        "incoming",
-        "--json",
-        "--resume",
-        "--listen",
-        uri,
-        *options,
-    ]
 
 
 async def check_refused(command: Sequence[str], status: int, says: str) -> None:
@@ -62,7 +49,7 @@ async def test_resume(tmp_path: Path) -> None:
     ):
         await a.serial.wait_sweeps(1)
         pid = incoming.events[0]["pid"]
-        async with run(migrate_command(a.qmp, uri)) as leaving:
+        async with run(migrate_command(a.qmp, uri, *POSTCOPY)) as leaving:
             await leaving.event("resumed")
             await incoming.kill()
             assert (await leaving.event("waiting"))["uri"] == uri
@@ -98,7 +85,7 @@ async def test_both_daemons_are_lost(tmp_path: Path) -> None:
         slow_incoming(tmp_path) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
-        async with run(migrate_command(a.qmp, uri)) as leaving:
+        async with run(migrate_command(a.qmp, uri, *POSTCOPY)) as leaving:
             await leaving.event("resumed")
             await incoming.kill()
             await leaving.event("waiting")

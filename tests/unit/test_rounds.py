@@ -357,6 +357,7 @@ async def test_destination_that_ends_each_round_at_once(writes: Writes, peer: Pe
 
         nursery.start_soon(lie)
         await precopy.run(peer.rounds, lambda *_, **__: None)
+        await peer.rounds.pause()
         nursery.cancel_scope.cancel()
     assert writes.scans == len(precopy.over) == MAX_ROUNDS
 
@@ -540,6 +541,7 @@ async def test_guest_at_rest_has_one_round(autojump_clock: MockClock, writes: Wr
     told = Told()
     async with answering(writes) as peer:
         await Precopy().run(peer.rounds, told)
+        await peer.rounds.pause()
         assert trio.current_time() == pytest.approx(1.0)
         assert await peer.rounds.freeze() == 0
     assert told.rounds == [
@@ -566,6 +568,7 @@ async def test_guest_that_writes_everything_has_two_rounds(
     writes.steady = EVERYTHING
     async with answering(writes) as peer:
         await Precopy().run(peer.rounds, told)
+        await peer.rounds.pause()
         assert await peer.rounds.freeze() == PAGES
     assert [fields["left"] for fields in told.rounds] == [PAGES, PAGES]
     assert told.rounds[0]["dirty_bytes_per_s"] == told.rounds[0]["bytes_per_s"] == 409600
@@ -580,6 +583,7 @@ async def test_guest_with_a_hot_part(autojump_clock: MockClock, writes: Writes) 
     writes.write(*range(50, 90))
     async with answering(writes) as peer:
         await Precopy().run(peer.rounds, told)
+        await peer.rounds.pause()
         assert await peer.rounds.freeze() == 10
     assert [fields["left"] for fields in told.rounds] == [50, 10, 10]
     assert peer.named == [{*range(10), *range(50, 90)}, set(), set(range(10))]
@@ -608,6 +612,7 @@ async def test_it_always_ends_and_nothing_is_lost(autojump_clock: MockClock, see
             if pick.random() < 0.3:
                 owner.start_soon(switch_after, pick.random() * 5, precopy)
             await precopy.run(peer.rounds, lambda *_, **__: None)
+            await peer.rounds.pause()
             owner.cancel_scope.cancel()
         write()
         await peer.rounds.freeze()
@@ -626,6 +631,7 @@ async def test_number_of_rounds(autojump_clock: MockClock, writes: Writes, count
     precopy = Precopy(count)
     async with answering(writes) as peer:
         await precopy.run(peer.rounds, lambda *_, **__: None)
+        await peer.rounds.pause()
         await peer.rounds.freeze()
     assert len(precopy.over) == count
     assert len(peer.named) == count
@@ -636,10 +642,16 @@ async def test_no_rounds(autojump_clock: MockClock, writes: Writes) -> None:
     precopy = Precopy(0)
     async with answering(writes) as peer:
         await precopy.run(peer.rounds, lambda *_, **__: None)
+        await peer.rounds.pause()
         assert peer.sent == [Pause()]
         assert await peer.rounds.freeze() == PAGES
     assert trio.current_time() == 0
     assert precopy.over == []
+
+
+async def leave(precopy: Precopy, rounds: Rounds) -> None:
+    await precopy.run(rounds, lambda *_, **__: None)
+    await rounds.pause()
 
 
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.5])
@@ -649,7 +661,7 @@ async def test_switch_in_the_middle_of_a_round(
     writes.steady = EVERYTHING
     precopy = Precopy(MAX_ROUNDS)
     async with answering(writes) as peer, trio.open_nursery() as nursery:
-        nursery.start_soon(precopy.run, peer.rounds, lambda *_, **__: None)
+        nursery.start_soon(leave, precopy, peer.rounds)
         await trio.sleep(at)
         await wait_all_tasks_blocked()
         precopy.switch()
@@ -665,7 +677,7 @@ async def test_number_that_changes_while_a_round_runs(
     writes.steady = EVERYTHING
     precopy = Precopy(MAX_ROUNDS)
     async with answering(writes) as peer, trio.open_nursery() as nursery:
-        nursery.start_soon(precopy.run, peer.rounds, lambda *_, **__: None)
+        nursery.start_soon(leave, precopy, peer.rounds)
         await trio.sleep(1.5)
         precopy.set_rounds(2)
     assert len(precopy.over) == 2
@@ -676,7 +688,7 @@ async def test_number_that_is_reached_already(autojump_clock: MockClock, writes:
     writes.steady = EVERYTHING
     precopy = Precopy(MAX_ROUNDS)
     async with answering(writes) as peer, trio.open_nursery() as nursery:
-        nursery.start_soon(precopy.run, peer.rounds, lambda *_, **__: None)
+        nursery.start_soon(leave, precopy, peer.rounds)
         await trio.sleep(1.5)
         precopy.set_rounds(1)
         await wait_all_tasks_blocked()
@@ -688,7 +700,7 @@ async def test_number_becomes_auto(autojump_clock: MockClock, writes: Writes) ->
     writes.steady = EVERYTHING
     precopy = Precopy(MAX_ROUNDS)
     async with answering(writes) as peer, trio.open_nursery() as nursery:
-        nursery.start_soon(precopy.run, peer.rounds, lambda *_, **__: None)
+        nursery.start_soon(leave, precopy, peer.rounds)
         await trio.sleep(0.5)
         precopy.set_rounds("auto")
     assert len(precopy.over) == 2
@@ -705,7 +717,7 @@ def test_absurd_number_of_rounds(rounds: int) -> None:
 
 
 def test_an_event_of_a_round_that_took_no_time() -> None:
-    assert policy._about(Round(2, 0.0, 0, 5, 5)) == {
+    assert policy.about_round(Round(2, 0.0, 0, 5, 5)) == {
         "round": 2,
         "seconds": 0.0,
         "pages": 0,

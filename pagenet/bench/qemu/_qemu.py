@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import trio
 
 from ..._native.testing import bench_claim_memory
-from ...errors import UsageError
+from ...errors import PagenetError, UsageError
+from ...qemu import QmpEvent
 from .._environment import available_memory
 from .._site import Link, check_tools, open_link, open_site
 from ._qemu_guest import QEMU, Guest, GuestFiles, Machine, Story, start_machine
-from ._qemu_methods import METHODS, OURS, Method, Outcome, monotonic
+from ._qemu_methods import HYBRIDS, METHODS, OURS, Method, Outcome, monotonic
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
 
@@ -36,6 +37,8 @@ _PAGE = 4096
 #: a downtime up to this many times another counts as no longer: it varies by some ms with the
 #: scheduler
 SAME = 1.25
+#: the share of its work that a guest may lose while rounds of precopy run
+MOST_LOST = 0.1
 # Seconds, beyond the time that the link takes for all of the RAM four times.
 _PATIENCE = 120.0
 
@@ -60,9 +63,11 @@ class QemuOptions:
 class Migration:
     """One migration. All times are in seconds of time.monotonic().
 
-    ``asked``: the command was given; ``began``: QEMU was told to migrate; ``stopped``, ``resumed``:
-    when the guest was, by its QEMUs' own clocks; ``outcome``: what the method reports; ``wire``:
-    bytes on the link; ``work``: bytes that the guest works on; ``rate``: of the link, in Mbit/s.
+    ``asked``: the command was given; ``began``: QEMU was told to migrate, or pagenet's first round
+    of precopy began; ``stopped``, ``resumed``: when the guest was, by its QEMUs' own clocks;
+    ``outcome``: what the method reports; ``wire``:
+    bytes on the link; ``work``: bytes that the guest works on; ``rate``: of the link, in Mbit/s;
+    ``failure``: why the guest did not arrive, or died there.
     """
 
     method: str
@@ -77,6 +82,7 @@ class Migration:
     story: Story
     work: int
     rate: float | None
+    failure: str | None = None
 
     @property
     def converged(self) -> bool:
@@ -84,7 +90,7 @@ class Migration:
 
     @property
     def is_right(self) -> bool:
-        return self.story.unbroken and self.story.bad == 0
+        return self.failure is None and self.story.unbroken and self.story.bad == 0
 
     @property
     def _end(self) -> float | None:
@@ -121,11 +127,20 @@ class Migration:
     def least_lost_ms(self) -> float | None:
         """A lower bound of :meth:`lost_ms` for pages that come after the switch: in whichever order
         they come, the guest completes a sweep through the memory that it works on no sooner than
-        all of that has come over the link. None over a loopback."""
-        if self.rate is None:
+        all of that has come over the link. None over a loopback, with precopy, and for a guest that
+        did not arrive."""
+        if self.rate is None or self.failure is not None or self.outcome.rounds is not None:
             return None
         writes = self.work / _PAGE * WRITES_PER_SWEPT
         return max(0.0, self.work * 8 / (self.rate * 1e6) - writes / self.writes_per_s()) * 1e3
+
+    def precopy_work(self) -> float | None:
+        """The guest's work from the beginning of precopy until the guest was stopped, or precopy
+        given up, relative to its work before. None without precopy."""
+        until = self.outcome.given_up if self.stopped is None else self.stopped
+        if self.outcome.rounds is None or until is None:
+            return None
+        return self.story.rate(self.began, until) / self.writes_per_s()
 
     def writes_per_s(self) -> float:
         """Pages that the guest wrote per second before the command."""
@@ -160,8 +175,8 @@ async def measure_qemu(
     is called with each migration.
 
     :exc:`UsageError`, :exc:`~pagenet.errors.Unsupported` if it cannot be done here;
-    :exc:`~pagenet.errors.PagenetError` if a guest does not arrive. Migrations after which the guest
-    was not what it was are in the results.
+    :exc:`~pagenet.errors.PagenetError` if a guest cannot be started. Migrations that failed, or
+    after which the guest was not what it was, are in the results.
     """
     check_tools(QEMU)
     _check_memory(options)
@@ -207,10 +222,17 @@ async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -
         await source.serial.wait_beats(BEFORE_SECONDS + 0.5)
         patience = _PATIENCE + 4 * (guest.ram * 8 / (link.rate * 1e6) if link.rate else 0)
         before, asked = link.wire_bytes(), time.monotonic()
-        outcome = await method.move(source, destination, patience)
-        wire_bytes = link.wire_bytes() - before
-        began = monotonic(await source.qmp.wait_event("MIGRATION", where=_is_setup, patience=1))
-        story, stopped, resumed = await _ending(source, destination, outcome)
+        stopped = resumed = failure = None
+        try:
+            outcome = await method.move(source, destination, patience)
+            wire_bytes = link.wire_bytes() - before
+            story, stopped, resumed = await _ending(source, destination, outcome)
+        except PagenetError as error:
+            # the other methods go on: QEMU's own may lose a guest
+            failure, outcome = str(error), Outcome(None)
+            story, wire_bytes = Story.of(source.serial), link.wire_bytes() - before
+        told = next(filter(_is_setup, source.qmp.events), None)
+    began = outcome.began or (asked if told is None else monotonic(told))
     work = guest.ram * guest.work // 100
     return Migration(
         method.name,
@@ -225,11 +247,12 @@ async def _migrate_once(method: Method, guest: Guest, link: Link, number: int) -
         story,
         work,
         link.rate,
+        failure,
     )
 
 
-def _is_setup(data: dict[str, object]) -> bool:
-    return data["status"] == "setup"
+def _is_setup(event: QmpEvent) -> bool:
+    return event.name == "MIGRATION" and event.data["status"] == "setup"
 
 
 async def _ending(
@@ -265,52 +288,111 @@ class Target:
         return self.figure <= self.limit
 
 
+class _Rule(NamedTuple):
+    """A figure is to be at most ``limit``, relative to that of the method ``other``."""
+
+    words: str
+    of: Callable[[Migration], float | None]
+    other: str
+    limit: float
+
+
+_UNCAPPED_RULES = (_Rule("total, relative to QEMU postcopy's", Migration.total_s, "postcopy", 1.0),)
+_RULES = (
+    _Rule("total, relative to QEMU postcopy's", Migration.total_s, "postcopy", 1.02),
+    _Rule("longest gap, relative to preempt's", Migration.longest_gap_ms, "preempt", 0.2),
+    _Rule("guest work lost, relative to preempt's", Migration.lost_ms, "preempt", 0.33),
+    _Rule("downtime, relative to QEMU postcopy's", Migration.downtime_ms, "postcopy", 1.0),
+    _Rule("downtime, relative to preempt's", Migration.downtime_ms, "preempt", 1.0),
+)
+_HYBRID_RULES = (
+    _Rule("longest gap, relative to preempt's", Migration.longest_gap_ms, "preempt", 0.1),
+    _Rule(
+        "longest gap, relative to qemu-hybrid-preempt's",
+        Migration.longest_gap_ms,
+        "qemu-hybrid-preempt",
+        0.33,
+    ),
+    _Rule("guest work lost, relative to preempt's", Migration.lost_ms, "preempt", 0.33),
+    _Rule(
+        "guest work lost, relative to qemu-hybrid-preempt's",
+        Migration.lost_ms,
+        "qemu-hybrid-preempt",
+        0.5,
+    ),
+    _Rule("downtime, relative to qemu-hybrid's", Migration.downtime_ms, "qemu-hybrid", 1.0),
+    _Rule(
+        "bytes on the wire, relative to qemu-hybrid's", Migration.wire_bytes, "qemu-hybrid", 1.05
+    ),
+)
+
+
 def targets_of(results: Sequence[QemuResult], options: QemuOptions) -> list[Target]:
     """The targets for which figures were measured. They are set for 1 Gbit/s, and for a
     loopback."""
-    targets: list[Target] = []
-    ours = [result for result in results if result.method in OURS]
     if options.rate not in (None, TARGET_RATE):
         return []
-    for result in ours:
-        others = {other.method: other for other in results if other.ram == result.ram}
-        who = f"{result.method}, {result.ram >> 20} MiB"
-        postcopy, preempt = others.get("postcopy"), others.get("preempt")
-        wanted: list[tuple[str, Callable[[Migration], float | None], QemuResult | None, float]] = [
-            (
-                "total, relative to QEMU postcopy's",
-                Migration.total_s,
-                postcopy,
-                1.0 if options.rate is None else 1.02,
-            )
-        ]
-        if options.rate is not None:
-            wanted += [
-                ("longest gap, relative to preempt's", Migration.longest_gap_ms, preempt, 0.2),
-                ("guest work lost, relative to preempt's", Migration.lost_ms, preempt, 0.33),
-                ("downtime, relative to QEMU postcopy's", Migration.downtime_ms, postcopy, 1.0),
-                ("downtime, relative to preempt's", Migration.downtime_ms, preempt, 1.0),
-            ]
-        for words, of, other, limit in wanted:
-            if other is not None:
-                targets += _ratio(f"{who}: {words}", result.median(of), other.median(of), limit)
-        if options.rate is not None:
-            targets += _ratio(
-                f"{who}: downtime, relative to 10 ms",
-                result.median(Migration.downtime_ms),
-                10.0,
-                1.0,
-            )
-            first = next(other for other in ours if other.method == result.method)
-            if first is not result:
-                words = f"{who}: downtime, relative to that with {first.ram >> 20} MiB"
-                targets += _ratio(
-                    words,
-                    result.median(Migration.downtime_ms),
-                    first.median(Migration.downtime_ms),
-                    SAME,
-                )
-    return targets
+    return [
+        target
+        for result in results
+        for target in _targets_for(result, results, is_capped=options.rate is not None)
+    ]
+
+
+def _targets_for(
+    result: QemuResult, results: Sequence[QemuResult], *, is_capped: bool
+) -> list[Target]:
+    if result.method in OURS and not is_capped:
+        return _compared(result, results, _UNCAPPED_RULES)
+    if result.method in OURS:
+        downtime = result.median(Migration.downtime_ms)
+        short = _ratio(f"{_who(result)}: downtime, relative to 10 ms", downtime, 10.0, 1.0)
+        return [*_compared(result, results, _RULES), *short, *_not_growing(result, results)]
+    if result.method in HYBRIDS and is_capped:
+        own = HYBRIDS[result.method]
+        rule = _Rule(f"downtime, relative to {own}'s", Migration.downtime_ms, own, 2.0)
+        compared = _compared(result, results, (*_HYBRID_RULES, rule))
+        return [*compared, *_kept_working(result), *_not_growing(result, results)]
+    return []
+
+
+def _who(result: QemuResult) -> str:
+    return f"{result.method}, {result.ram >> 20} MiB"
+
+
+def _compared(
+    result: QemuResult, results: Sequence[QemuResult], rules: Sequence[_Rule]
+) -> list[Target]:
+    others = {other.method: other for other in results if other.ram == result.ram}
+    return [
+        target
+        for rule in rules
+        if (other := others.get(rule.other)) is not None
+        for target in _ratio(
+            f"{_who(result)}: {rule.words}",
+            result.median(rule.of),
+            other.median(rule.of),
+            rule.limit,
+        )
+    ]
+
+
+def _not_growing(result: QemuResult, results: Sequence[QemuResult]) -> list[Target]:
+    """The downtime is that of the first size of RAM."""
+    first = next(other for other in results if other.method == result.method)
+    if first is result:
+        return []
+    words = f"{_who(result)}: downtime, relative to that with {first.ram >> 20} MiB"
+    of = Migration.downtime_ms
+    return _ratio(words, result.median(of), first.median(of), SAME)
+
+
+def _kept_working(result: QemuResult) -> list[Target]:
+    work = result.median(Migration.precopy_work)
+    if work is None:
+        return []
+    words = f"{_who(result)}: guest work lost during precopy, relative to undisturbed"
+    return [Target(words, 1 - work, MOST_LOST)]
 
 
 def _ratio(words: str, figure: float | None, other: float | None, limit: float) -> list[Target]:

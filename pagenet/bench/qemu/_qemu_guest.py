@@ -41,6 +41,8 @@ __all__ = [
 BEAT_MS = 10
 # An emulated guest on a busy host boots slowly.
 _PATIENCE = 120.0
+# Seconds. A guest that was moved and says nothing for that long is dead.
+_SILENCE = 30.0
 
 
 class GuestFiles(NamedTuple):
@@ -203,11 +205,18 @@ class Serial(Words):
     async def wait_verified(self) -> None:
         """Wait until the guest has swept through all its memory from now on. A sweep is under way,
         so the one after it counts."""
-        await self.wait(lambda: self.beats, "heartbeat", _PATIENCE)
-        enough = self.beats[-1].sweeps + 2
-        await self.wait(
-            lambda: self.beats[-1].sweeps >= enough, "round through its memory", _PATIENCE
-        )
+        await self.wait(lambda: self.beats, "heartbeat", _SILENCE)
+        enough, began = self.beats[-1].sweeps + 2, trio.current_time()
+        while self.beats[-1].sweeps < enough:
+            await self._wait_beat()
+            if trio.current_time() > began + _PATIENCE:
+                raise PagenetError(
+                    f"{self.name}: no round through its memory for {_PATIENCE:.0f} s"
+                )
+
+    async def _wait_beat(self) -> None:
+        known = len(self.beats)
+        await self.wait(lambda: len(self.beats) > known, "heartbeat", _SILENCE)
 
     def complaint(self) -> str:
         told = [line.text for line in self.lines[-1:] if not line.text.startswith("HB")]

@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
 
+from ...errors import PagenetError
 from ...qemu import Qmp, QmpEvent
 from .._site import Daemon, Site
 from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machine
 
-__all__ = ["METHODS", "OURS", "Method", "Outcome", "monotonic"]
+__all__ = ["HYBRIDS", "METHODS", "OURS", "Method", "Outcome", "monotonic"]
 
 # With this value QEMU has no limit of its own: the link is the limit, for all methods.
 _UNLIMITED = 10**12
 # Seconds. A precopy that has not converged by then never will: the guest writes faster than the
 # link carries.
 _PRECOPY_SECONDS = 20.0
+# QEMU ends a migration without postcopy as soon as it expects to send what is left within this time
+# (ms). Its default of 300 would end a round early, and a small guest would then be stopped for as
+# long: hybrid would not be hybrid.
+_DOWNTIME_LIMIT_MS = 1
 _START_SECONDS = 30.0
 _PORT = 7000
 
@@ -32,7 +37,9 @@ class Outcome:
 
     ``faults``: how many were answered over the network. ``p50_us``, ``p99_us``: how long they took,
     as pagenet counts it. ``blocked_ms``: how long the guest waited for them in all, as QEMU counts
-    it.
+    it. ``rounds``: rounds of precopy that were over before the guest was stopped; None: a method
+    without precopy. ``began``: when they began, if that was before QEMU was told to migrate;
+    ``given_up``: when a precopy was cancelled.
     """
 
     completed: float | None
@@ -40,6 +47,9 @@ class Outcome:
     p50_us: float | None = None
     p99_us: float | None = None
     blocked_ms: float | None = None
+    rounds: int | None = None
+    began: float | None = None
+    given_up: float | None = None
 
 
 class Method(Protocol):
@@ -62,7 +72,10 @@ class Method(Protocol):
 
 @dataclass(slots=True)
 class _Qemu:
+    """``precopy``: all memory is copied before the guest leaves, once if ``postcopy`` follows."""
+
     name: str
+    precopy: bool = False
     postcopy: bool = False
     preempt: bool = False
     shared: bool = False
@@ -92,29 +105,37 @@ class _Qemu:
 
     async def move(self, source: Machine, destination: Machine, patience: float) -> Outcome:
         await _enable(source.qmp, *self._capabilities())
+        limit = {"downtime_limit": _DOWNTIME_LIMIT_MS} if self.precopy and self.postcopy else {}
         await source.qmp.command(
-            "migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0
+            "migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0, **limit
         )
         await source.qmp.command("migrate", uri=self._uri)
         if not self.postcopy:
             return await self._precopy(source, destination)
         await _status(source.qmp, "active", patience)
+        if self.precopy:
+            await _second_pass(source.qmp, patience)
         await source.qmp.command("migrate-start-postcopy")
         completed = await _status(destination.qmp, "completed", patience)
         await _status(source.qmp, "completed", patience)
         ram = (await source.qmp.command("query-migrate"))["ram"]
         there = await destination.qmp.command("query-migrate")
         return Outcome(
-            monotonic(completed), ram["postcopy-requests"], blocked_ms=there["postcopy-blocktime"]
+            monotonic(completed),
+            ram["postcopy-requests"],
+            blocked_ms=there.get("postcopy-blocktime"),
+            rounds=_rounds_over(source.qmp) if self.precopy else None,
         )
 
     async def _precopy(self, source: Machine, destination: Machine) -> Outcome:
         with trio.move_on_after(_PRECOPY_SECONDS):
             await _status(source.qmp, "completed", 2 * _PRECOPY_SECONDS)
-            return Outcome(monotonic(await _status(destination.qmp, "completed", _START_SECONDS)))
+            completed = await _status(destination.qmp, "completed", _START_SECONDS)
+            return Outcome(monotonic(completed), rounds=_rounds_over(source.qmp))
+        given_up = time.monotonic()
         await source.qmp.command("migrate_cancel")
         await _status(source.qmp, "cancelled", _START_SECONDS)
-        return Outcome(None)
+        return Outcome(None, rounds=_rounds_over(source.qmp), given_up=given_up)
 
 
 async def _enable(qmp: Qmp, *names: str) -> None:
@@ -128,6 +149,19 @@ async def _status(qmp: Qmp, status: str, patience: float) -> QmpEvent:
     )
 
 
+async def _second_pass(qmp: Qmp, patience: float) -> None:
+    """Return when QEMU has gone through all memory once, and looks for what was written since."""
+    await qmp.wait_event("MIGRATION_PASS", where=lambda data: data["pass"] >= 2, patience=patience)
+
+
+def _rounds_over(qmp: Qmp) -> int:
+    """Passes through memory that were over before the guest was stopped: each one but the last is
+    over when the next one is announced."""
+    names = [event.name for event in qmp.events]
+    until = names.index("STOP") if "STOP" in names else len(names)
+    return max(0, names[:until].count("MIGRATION_PASS") - 1)
+
+
 def monotonic(event: QmpEvent) -> float:
     """When ``event`` came, on the clock of time.monotonic()."""
     return event.time - time.time() + time.monotonic()
@@ -138,9 +172,11 @@ def monotonic(event: QmpEvent) -> float:
 
 @dataclass(slots=True)
 class _Pagenet:
-    """With the preload library, in a QEMU that ``pagenet-qemu incoming`` starts."""
+    """With the preload library, in a QEMU that ``pagenet-qemu incoming`` starts. ``precopy``: as
+    its option."""
 
     name: str
+    precopy: str = "off"
     shared: bool = True
     _site: Site | None = None
     _incoming: Daemon | None = None
@@ -168,14 +204,26 @@ class _Pagenet:
         assert self._incoming is not None
         link = self._site.link
         leaving = self._site.daemon(
-            "migrate", "--qmp", str(source.monitor), f"tcp://{link.address}:{_PORT}", at=link.source
+            "migrate",
+            *("--qmp", str(source.monitor), "--precopy", self.precopy),
+            f"tcp://{link.address}:{_PORT}",
+            at=link.source,
         )
         async with leaving as daemon:
             await daemon.event("resumed", patience)
             completed, complete = await self._incoming.event("complete", patience)
             await daemon.event("complete", patience)
         latency = complete["fault_us"]
-        return Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
+        outcome = Outcome(completed, complete["faults"], latency["p50"], latency["p99"])
+        return outcome if self.precopy == "off" else _with_rounds(outcome, daemon)
+
+
+def _with_rounds(outcome: Outcome, source: Daemon) -> Outcome:
+    """The rounds begin when the destination is connected: from then on pages may travel."""
+    for _, refused in source.events("no_precopy"):
+        raise PagenetError(f"the guest moved without precopy: {refused['reason']}")
+    began, _ = source.events("connected")[0]
+    return replace(outcome, rounds=len(source.events("round")), began=began)
 
 
 @dataclass(slots=True)
@@ -194,11 +242,19 @@ class _Attached(_Pagenet):
 
 #: the methods that can be compared, by name
 METHODS: dict[str, Callable[[], Method]] = {
-    "precopy": lambda: _Qemu("precopy"),
+    "precopy": lambda: _Qemu("precopy", precopy=True),
     "postcopy": lambda: _Qemu("postcopy", postcopy=True),
     "preempt": lambda: _Qemu("preempt", postcopy=True, preempt=True),
+    "qemu-hybrid": lambda: _Qemu("qemu-hybrid", precopy=True, postcopy=True),
+    "qemu-hybrid-preempt": lambda: _Qemu(
+        "qemu-hybrid-preempt", precopy=True, postcopy=True, preempt=True
+    ),
     "pagenet": lambda: _Pagenet("pagenet"),
     "attach": lambda: _Attached("attach"),
+    "hybrid": lambda: _Pagenet("hybrid", precopy="auto"),
+    "hybrid-attach": lambda: _Attached("hybrid-attach", precopy="auto"),
 }
-#: names of pagenet's methods
+#: names of pagenet's methods without precopy
 OURS = ("pagenet", "attach")
+#: names of pagenet's methods with precopy, and of those that they are without it
+HYBRIDS = {"hybrid": "pagenet", "hybrid-attach": "attach"}
