@@ -1,4 +1,4 @@
-"""Commands to a transfer while it runs, drawn at random."""
+"""Commands to a transfer while it runs, drawn at random: those that a destination has."""
 
 from __future__ import annotations
 

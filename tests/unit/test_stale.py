@@ -117,7 +117,7 @@ class Copier:
 
 
 @pytest.fixture
-async def copier(autojump_clock: MockClock) -> AsyncIterator[Copier]:
+async def copier() -> AsyncIterator[Copier]:
     copier = Copier()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(copier.copying.run)
@@ -126,7 +126,7 @@ async def copier(autojump_clock: MockClock) -> AsyncIterator[Copier]:
     copier.filling.close()
 
 
-async def test_it_asks_for_everything_in_line(copier: Copier) -> None:
+async def test_it_asks_for_everything_in_line(autojump_clock: MockClock, copier: Copier) -> None:
     assert copier.background.runs, "whatever --start-background says"
     assert copier.background.next_run_nowait(1 << 20) == Run(0, PAGES)
     assert copier.lanes.withheld == [True]
@@ -135,7 +135,9 @@ async def test_it_asks_for_everything_in_line(copier: Copier) -> None:
     assert copier.session.paused == []
 
 
-async def test_round_is_over_when_no_page_is_missing_or_in_flight(copier: Copier) -> None:
+async def test_round_is_over_when_no_page_is_missing_or_in_flight(
+    autojump_clock: MockClock, copier: Copier
+) -> None:
     copier.bring(0, PAGES - 1)
     await trio.sleep(0.01)
     (last,) = copier.filling.claim(Run(PAGES - 1, 1))
@@ -148,7 +150,7 @@ async def test_round_is_over_when_no_page_is_missing_or_in_flight(copier: Copier
     assert copier.copying.round == 1
 
 
-async def test_rounds(copier: Copier) -> None:
+async def test_rounds(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring()
     await trio.sleep(0.01)
     copier.name(1, 2)
@@ -171,7 +173,9 @@ async def test_rounds(copier: Copier) -> None:
     assert copier.session.paused == [(1, 0), (2, 0)], "no round follows the last"
 
 
-async def test_nothing_stale_at_the_freeze_completes(copier: Copier) -> None:
+async def test_nothing_stale_at_the_freeze_completes(
+    autojump_clock: MockClock, copier: Copier
+) -> None:
     copier.bring()
     await trio.sleep(0.01)
     assert not copier.filling.completed.is_set()
@@ -179,7 +183,7 @@ async def test_nothing_stale_at_the_freeze_completes(copier: Copier) -> None:
     assert copier.filling.completed.is_set()
 
 
-async def test_pause(copier: Copier) -> None:
+async def test_pause(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring(0, 5)
     (flying,) = copier.filling.claim(Run(5, 2))
     copier.copying.hear(Pause())
@@ -195,7 +199,7 @@ async def test_pause(copier: Copier) -> None:
     assert copier.missing == {0, *range(7, PAGES)}
 
 
-async def test_pause_after_the_round_is_over(copier: Copier) -> None:
+async def test_pause_after_the_round_is_over(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring()
     await trio.sleep(0.01)
     copier.copying.hear(Pause())
@@ -206,7 +210,7 @@ async def test_pause_after_the_round_is_over(copier: Copier) -> None:
     assert copier.background.runs
 
 
-async def test_stale_pages_in_several_messages(copier: Copier) -> None:
+async def test_stale_pages_in_several_messages(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring()
     await trio.sleep(0.01)
     copier.name(1, more=True)
@@ -227,7 +231,7 @@ def refused(copier: Copier, message: Pause | Stale, reason: str) -> None:
     assert copier.missing == before
 
 
-async def test_stale_before_the_round_is_over(copier: Copier) -> None:
+async def test_stale_before_the_round_is_over(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring(0, 5)
     await trio.sleep(0.01)
     refused(copier, Stale(1, 0, b"\xff", False, False), "round 1, and round 1 is not over")
@@ -245,7 +249,7 @@ async def test_stale_before_the_round_is_over(copier: Copier) -> None:
     ],
 )
 async def test_stale_that_fits_no_round(
-    number: int, first: int, reason: str, copier: Copier
+    number: int, first: int, reason: str, autojump_clock: MockClock, copier: Copier
 ) -> None:
     copier.bring()
     await trio.sleep(0.01)
@@ -253,7 +257,7 @@ async def test_stale_that_fits_no_round(
     assert not copier.copying.frozen.is_set()
 
 
-async def test_stale_of_a_round_twice(copier: Copier) -> None:
+async def test_stale_of_a_round_twice(autojump_clock: MockClock, copier: Copier) -> None:
     copier.bring()
     await trio.sleep(0.01)
     copier.name(4)
@@ -262,7 +266,9 @@ async def test_stale_of_a_round_twice(copier: Copier) -> None:
 
 
 @pytest.mark.parametrize("message", [Pause(), Stale(2, 0, b"\xff", False, False)])
-async def test_words_after_the_last_round(message: Pause | Stale, copier: Copier) -> None:
+async def test_words_after_the_last_round(
+    message: Pause | Stale, autojump_clock: MockClock, copier: Copier
+) -> None:
     copier.bring()
     await trio.sleep(0.01)
     copier.name(4, frozen=True)
