@@ -397,6 +397,8 @@ void pn_dest_withhold(struct pn_dest *dest, int withhold) {
     atomic_store(&dest->withheld, withhold != 0);
 }
 
+static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
+
 /* The pages of a run, which is in one piece, up to the first hole in the file behind them; *skip
  * gets the pages of the hole before them. */
 static uint64_t before_hole(const struct pn_dest *dest, const struct pn_piece *piece,
@@ -422,8 +424,8 @@ void pn_dest_show(struct pn_dest *dest, uint64_t first, uint64_t end) {
         const struct pn_piece *piece = pn_piece_of_page(dest, first);
         if (!piece || !piece->second)
             return;
-        uint64_t most = pn_at_most(end - first, piece->first + piece->count - first), skip;
-        most = pn_at_most(most, SHOWN_BYTES / piece->page_size + 1);
+        uint64_t most = at_most(end - first, piece->first + piece->count - first), skip;
+        most = at_most(most, SHOWN_BYTES / piece->page_size + 1);
         uint64_t span = pn_map_span(dest->config.map, first, first + most, PN_RESIDENT);
         uint64_t count = before_hole(dest, piece, first, span, &skip);
         first += skip;
@@ -491,9 +493,12 @@ void pn_dest_limit(struct pn_dest *dest, uint64_t bytes_per_second) {
     pthread_mutex_unlock(&dest->limiting);
 }
 
-uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait) {
+bool pn_claim_granted(struct pn_dest *dest, uint64_t first, uint64_t *count, uint64_t page_size,
+                      uint64_t *wait) {
     pthread_mutex_lock(&dest->limiting);
-    uint64_t granted = pn_pace_grant(&dest->pace, pn_now(), wanted, page_size, wait);
+    uint64_t granted =
+        pn_pace_grant(&dest->pace, pn_now(), *count * page_size, page_size, wait) / page_size;
+    *count = pn_map_claim(dest->config.map, first, granted, PN_MISSING, PN_COMING);
     pthread_mutex_unlock(&dest->limiting);
     return granted;
 }

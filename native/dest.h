@@ -87,10 +87,12 @@ void pn_wake_waiter(struct pn_dest *dest, uint64_t page);
 /* Whether the page was an untouched one of the sample. It is no longer: it is being touched, or was
  * given up. */
 bool pn_let_go(struct pn_dest *dest, uint64_t page);
-/* How many of `wanted` bytes of background, in whole pages, may be asked for now. They then count
- * as asked for. 0: none yet, and *wait is in how many ns to look again (UINT64_MAX: when something
- * happens). */
-uint64_t pn_grant(struct pn_dest *dest, uint64_t wanted, uint64_t page_size, uint64_t *wait);
+/* Makes COMING those of the *count MISSING pages from `first` on that the background may ask for
+ * now, and sets *count to their number. In one step with pn_dest_limit: once that forbids the
+ * background to ask, no more pages become COMING. False: none may be asked for yet, and *wait is in
+ * how many ns to look again (UINT64_MAX: when something happens). */
+bool pn_claim_granted(struct pn_dest *dest, uint64_t first, uint64_t *count, uint64_t page_size,
+                      uint64_t *wait);
 /* Pages that were asked for took `bytes` bytes less on the wire than in memory. */
 void pn_refund(struct pn_dest *dest, uint64_t bytes);
 /* Writes done_fd if everything is in place. */

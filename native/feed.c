@@ -45,11 +45,9 @@ bool pn_lane_find_next(struct lane *lane, struct run *next) {
 
 bool pn_lane_claim_next(struct lane *lane, struct run *next) {
     struct pn_map *map = lane->dest->config.map;
-    uint64_t size = next->piece->page_size;
-    uint64_t missing = pn_map_span(map, next->first, next->first + next->count, PN_MISSING);
-    uint64_t granted = pn_grant(lane->dest, missing * size, size, &lane->pause) / size;
-    next->count = pn_map_claim(map, next->first, granted, PN_MISSING, PN_COMING);
-    return granted || !missing;
+    next->count = pn_map_span(map, next->first, next->first + next->count, PN_MISSING);
+    return !next->count || pn_claim_granted(lane->dest, next->first, &next->count,
+                                            next->piece->page_size, &lane->pause);
 }
 
 /* False: there is nothing to ask for now. */

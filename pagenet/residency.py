@@ -184,12 +184,12 @@ class Residency:
                 yield Run(first, count)
             first += count
 
-    def missing_count(self) -> int:
-        """The number of MISSING pages."""
-        count, page = 0, self.find(State.MISSING, 0)
+    def missing_count(self, first: int, end: int) -> int:
+        """The number of MISSING pages in [first, end)."""
+        count, page = 0, self.find(State.MISSING, first, end)
         while page is not None:
-            span = self.span(Run(page, self.pages - page), State.MISSING)
-            count, page = count + span, self.find(State.MISSING, page + max(span, 1))
+            span = self.span(Run(page, end - page), State.MISSING)
+            count, page = count + span, self.find(State.MISSING, page + max(span, 1), end)
         return count
 
     def add(self, class_: int, counter: str, amount: int = 1) -> None:

@@ -77,10 +77,22 @@ class Copying:
             await self._wait_still()
             if self._told < self._round:
                 self._told = self._round
-                await self._session.say_paused(self._round, self._filling.residency.missing_count())
+                await self._session.say_paused(self._round, self._missing())
             await self._news.wait()
             self._news = trio.Event()
         await self._lanes.show()
+
+    def _missing(self) -> int:
+        """The number of the source's pages that are MISSING here."""
+        filling, missing = self._filling, 0
+        for index, (ours, theirs) in enumerate(
+            zip(filling.region.blocks, self._wire.blocks, strict=True)
+        ):
+            first, end = filling.region.first_pages[index : index + 2]
+            missing += filling.residency.missing_count(first, end) * (
+                ours.page_size // theirs.page_size
+            )
+        return missing
 
     async def _wait_still(self) -> None:
         """Return when nothing is in flight, and nothing will be."""

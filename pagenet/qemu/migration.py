@@ -295,7 +295,9 @@ class _Leaving:
             raise UsageError(_NO_ROUNDS)
 
     async def _freeze(self) -> None:
-        if self._rounds is not None:
+        if self._rounds is None:
+            self._server.rest()
+        else:
             await self._rounds.freeze()
 
     async def hand_over(self, devices: Connection) -> None:

@@ -173,10 +173,8 @@ def _in_pages_of(ours: Region, theirs: Region, bits: bytearray) -> int:
         first, end = theirs.first_pages[index : index + 2]
         here = found >> first & (1 << end - first) - 1
         times = block.page_size // ours.blocks[index].page_size
-        if times > 1:  # 8 or more: whole bytes
-            some = bytes(times // 8)
-            all_ = b"\xff" * (times // 8)
-            parts = (all_ if here >> page & 1 else some for page in range(end - first))
-            here = int.from_bytes(b"".join(parts), "little")
+        if times > 1:
+            digits = f"{here:0{end - first}b}"  # the last is the first page
+            here = int("".join(digit * times for digit in digits), 2)
         widened |= here << ours.first_pages[index]
     return widened

@@ -182,6 +182,11 @@ class Server:
         features = frozenset({LZ4} if self._is_at_rest else {LZ4, TRACKED})
         return Hello(Role.SOURCE, channel, session_id, identity, region, features=features)
 
+    def rest(self) -> None:
+        """Note that the memory of a tracked source does not change any more, where no destination
+        goes through rounds that say so."""
+        self._tracked = None
+
     @property
     def _is_at_rest(self) -> bool:
         """Whether the memory does not change any more, as far as is known."""
