@@ -33,12 +33,16 @@ def check_plot(path: Path) -> None:
     _plot_file(path).close()
 
 
-def save_figure(figure: Figure, path: Path, title: str, panel: Axes) -> None:
-    """Write ``figure`` to ``path``, with the legend of ``panel`` for all panels."""
+def save_figure(
+    figure: Figure, path: Path, title: str, panel: Axes, columns: int | None = None
+) -> None:
+    """Write ``figure`` to ``path``, with the legend of ``panel`` for all panels: in one row, or in
+    ``columns``."""
     figure.suptitle(title, fontsize=11)
     handles, labels = panel.get_legend_handles_labels()
+    columns = columns or len(handles)
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=path.suffix[1:])

@@ -95,6 +95,7 @@ _METHOD_COLORS = {
     "hybrid": "#009e73",
     "hybrid-attach": "#7fd1b9",
 }
+_LEGEND_COLUMNS = 4
 _BIN_SECONDS = 0.1
 _BEFORE_SECONDS = 1.0
 # Seconds. Later there is only a precopy that does not converge.
@@ -126,7 +127,7 @@ def plot_work(
     panels[-1].set_xlabel(
         "seconds since the migration began; the dot: the guest goes on at the destination"
     )
-    save_figure(figure, path, title, panels[0])
+    save_figure(figure, path, title, panels[0], _LEGEND_COLUMNS)
 
 
 def _draw_work(panel: Axes, migration: Migration, name: str) -> None:
