@@ -28,7 +28,7 @@ from vm import bare_command, check_unbroken, needs_migration, ram_of, run_vm
 
 from pagenet import PagenetError, Unsupported
 from pagenet.bench._kvm import find_kvm_cpu
-from pagenet.qemu import Qmp, connect_qmp, migrate
+from pagenet.qemu import Precopy, Qmp, connect_qmp, migrate
 
 pytestmark = needs_migration
 
@@ -110,7 +110,10 @@ def kvm() -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-async def test_kvm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [None, 2])
+async def test_kvm(rounds: int | None, tmp_path: Path) -> None:
+    precopy = None if rounds is None else Precopy(rounds)
+
     def command(name: str) -> list[str]:
         # Little work: where KVM has no hardware to rely on, it emulates each instruction.
         return bare_command(tmp_path, name, accel="kvm", work=8, hot=2, beat_ms=100, words=1)
@@ -120,10 +123,11 @@ async def test_kvm(tmp_path: Path) -> None:
         destination(tmp_path, command=command("b")) as b,
     ):
         await a.serial.wait_beats(3)
-        async with migrate(a.qmp, b.uri) as server:
+        async with migrate(a.qmp, b.uri, precopy=precopy) as server:
             await server.wait_complete()
         await check_goes_on(b.serial)
         check_unbroken(a.serial, b.serial)
+    assert precopy is None or len(precopy.over) == rounds
 
 
 # ---- sandbox and user ----
