@@ -36,13 +36,13 @@ Fields = dict[str, object]
 
 
 class Counted(Protocol):
-    """Statistics of ``pages`` pages, ``size`` bytes in all, of which ``done`` pages are done after
+    """Statistics of ``pages`` pages, ``size`` bytes in all, of which ``here`` pages have come after
     ``seconds``."""
 
     @property
     def pages(self) -> int: ...
     @property
-    def done(self) -> int: ...
+    def here(self) -> int: ...
     @property
     def size(self) -> int: ...
     @property
@@ -98,17 +98,17 @@ class Watch(Generic[S]):
         page = now.size / now.pages if now.pages else 0.0
         seconds = now.seconds - self._last.seconds
         if seconds > 0:
-            rate = (now.done - self._last.done) * page / seconds
+            rate = max(0, now.here - self._last.here) * page / seconds
             weight = min(1.0, _RATE_WEIGHT * seconds)
             self._rate = rate if self._rate is None else self._rate + weight * (rate - self._rate)
         self._last = now
         rate = self._rate or 0.0
         return Moment(
             statistics=now,
-            share=now.done / now.pages if now.pages else 1.0,
-            bytes_done=int(now.done * page),
+            share=now.here / now.pages if now.pages else 1.0,
+            bytes_done=int(now.here * page),
             bytes_per_s=rate,
-            seconds_left=(now.pages - now.done) * page / rate if rate > 0 else None,
+            seconds_left=(now.pages - now.here) * page / rate if rate > 0 else None,
         )
 
 

@@ -86,7 +86,8 @@ class TransferStatistics:
     """A whole transfer.
 
     ``pages``: in its scope; ``size``: the same in bytes; ``done``: those of the pages that are in
-    place or given up by their owner. ``seconds``: since the transfer began.
+    place or given up by their owner. ``seconds``: since the transfer began. ``copied``: pages that
+    have come while the source's owner still runs, and are not in place: they may change.
     """
 
     pages: int
@@ -97,6 +98,12 @@ class TransferStatistics:
     demand: ClassStatistics
     prefetch: ClassStatistics
     background: ClassStatistics
+    copied: int = 0
+
+    @property
+    def here(self) -> int:
+        """The pages that need not come, as far as is known."""
+        return self.done + self.copied
 
     @property
     def complete(self) -> bool:
@@ -164,6 +171,6 @@ class ServingStatistics:
     seconds: float
 
     @property
-    def done(self) -> int:
+    def here(self) -> int:
         """The maximum of pages that the destination can have, if there is only one."""
         return min(self.asked, self.pages)

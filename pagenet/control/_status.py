@@ -58,7 +58,7 @@ class Rates:
     def _look(self) -> _Look:
         now = self._transfer.statistics()
         return _Look(
-            time.monotonic(), now.done * _page_size(now), now.wire_bytes, now.demand.faults
+            time.monotonic(), now.here * _page_size(now), now.wire_bytes, now.demand.faults
         )
 
     def now(self) -> dict[str, float]:
@@ -89,7 +89,7 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
         "bytes": now.size,
         "pages_resident": now.done,
         "bytes_resident": int(resident),
-        "share": round(now.done / now.pages, 6) if now.pages else 1.0,
+        "share": round(now.here / now.pages, 6) if now.pages else 1.0,
         "seconds": round(now.seconds, 3),
         "seconds_left": _seconds_left(now.size - resident, speed["bytes_per_s"]),
         **speed,

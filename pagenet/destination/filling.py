@@ -468,4 +468,10 @@ class Filling:
             demand=residency.statistics(Class.DEMAND),
             prefetch=residency.statistics(Class.PREFETCH),
             background=residency.statistics(Class.BACKGROUND),
+            copied=self._copied(),
         )
+
+    def _copied(self) -> int:
+        if not self._withholds:
+            return 0
+        return sum(self.residency.statistics(class_).pages for class_ in Class)
