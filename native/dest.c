@@ -16,7 +16,6 @@
 enum {
     MOVE_WORTHWHILE = 8,
     ZEROS = 64,            /* pages of zeros written at once */
-    SHOWN_BYTES = 1 << 20, /* made visible at once: faults wait for that */
     LEAVE_WORTHWHILE = 16, /* zero pages: to stop watching them costs as much as placing a few */
     /* Stretches of zeros that are left alone: a process may have 65530 mappings, and each stretch
      * takes two. */
@@ -395,50 +394,6 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
 
 void pn_dest_withhold(struct pn_dest *dest, int withhold) {
     atomic_store(&dest->withheld, withhold != 0);
-}
-
-static uint64_t at_most(uint64_t value, uint64_t limit) { return value < limit ? value : limit; }
-
-/* The pages of a run, which is in one piece, up to the first hole in the file behind them; *skip
- * gets the pages of the hole before them. */
-static uint64_t before_hole(const struct pn_dest *dest, const struct pn_piece *piece,
-                            uint64_t first, uint64_t count, uint64_t *skip) {
-    uint64_t at = piece->file_offset + (first - piece->first) * piece->page_size;
-    uint64_t end = at + count * piece->page_size;
-    *skip = 0;
-    if (dest->config.file < 0)
-        return count;
-    off_t data = lseek(dest->config.file, (off_t)at, SEEK_DATA);
-    if (data < 0 || (uint64_t)data >= end) {
-        *skip = count;
-        return 0;
-    }
-    off_t hole = lseek(dest->config.file, data, SEEK_HOLE);
-    uint64_t past = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole;
-    *skip = ((uint64_t)data - at) / piece->page_size;
-    return (past - (uint64_t)data) / piece->page_size;
-}
-
-void pn_dest_show(struct pn_dest *dest, uint64_t first, uint64_t end) {
-    while ((first = pn_map_find(dest->config.map, first, end, PN_RESIDENT)) < end) {
-        const struct pn_piece *piece = pn_piece_of_page(dest, first);
-        if (!piece || !piece->second)
-            return;
-        uint64_t most = at_most(end - first, piece->first + piece->count - first), skip;
-        most = at_most(most, SHOWN_BYTES / piece->page_size + 1);
-        uint64_t span = pn_map_span(dest->config.map, first, first + most, PN_RESIDENT);
-        uint64_t count = before_hole(dest, piece, first, span, &skip);
-        first += skip;
-        if (!count) {
-            first += skip ? 0 : 1;
-            continue;
-        }
-        uint64_t to = piece->address + (first - piece->first) * piece->page_size;
-        struct pn_placed placed = pn_place(dest->config.uffd, PN_CONTINUE, to, NULL,
-                                           count * piece->page_size, piece->page_size);
-        uint64_t done = (placed.placed + placed.existed + placed.absent) / piece->page_size;
-        first += done + (placed.error != 0);
-    }
 }
 
 /* Whether one more stretch of zeros may stop being watched. One that continues the last stretch

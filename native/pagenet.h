@@ -369,10 +369,6 @@ void pn_dest_release(struct pn_dest *dest);
  * and faults are not answered. A fault that was not answered comes again once its page is woken. To
  * be called while no page is in flight, from any thread. */
 void pn_dest_withhold(struct pn_dest *dest, int withhold);
-/* Makes visible those of the pages [first, end) that are RESIDENT, and in shared memory, without a
- * fault of their own: a touch of a page that was withheld is a minor fault otherwise. From any
- * thread. Pages that cannot be made visible now are left to their faults. */
-void pn_dest_show(struct pn_dest *dest, uint64_t first, uint64_t end);
 /* Limits the background, on all lanes together, to `bytes_per_second` on the wire. 0: no limit;
  * UINT64_MAX: it may ask for nothing. A lane that waits looks again when its work_fd is written.
  * From any thread. */

@@ -120,11 +120,6 @@ class Destination:
         unanswered, or stop to. To be called while no page is in flight."""
         lib.pn_dest_withhold(self.dest, withhold)
 
-    def show(self, first: int, end: int) -> None:
-        """Make visible those of the pages [first, end) that are RESIDENT, before they are touched.
-        Call it in a thread."""
-        lib.pn_dest_show(self.dest, first, end)
-
     def limit_background(self, bytes_per_second: int | None) -> None:
         """Limit the rate of the background. None: no limit; 0: ask for nothing more.
 

@@ -72,7 +72,7 @@ class Copying:
         return self._round
 
     async def run(self) -> None:
-        """Tell the source of the end of each round, and make the pages visible after the last."""
+        """Tell the source of the end of each round. Returns when the last one is over."""
         while not self.frozen.is_set():
             await self._wait_still()
             if self._told < self._round:
@@ -80,7 +80,6 @@ class Copying:
                 await self._session.say_paused(self._round, self._missing())
             await self._news.wait()
             self._news = trio.Event()
-        await self._lanes.show()
 
     def _missing(self) -> int:
         """The number of the source's pages that are MISSING here."""

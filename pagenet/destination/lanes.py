@@ -38,11 +38,6 @@ class Lanes(Protocol):
         """
         ...
 
-    async def show(self) -> None:
-        """Make the RESIDENT pages visible that were withheld, while lanes run: a touch of one is a
-        minor fault otherwise."""
-        ...
-
     def close(self) -> None:
         """Release what the lanes own. Not to be called while they run. Idempotent."""
         ...

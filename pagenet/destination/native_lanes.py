@@ -36,8 +36,6 @@ RING_BYTES = (512 << 10, 16 << 20)
 RING_SECONDS = (0.004, 0.02)
 # A run has at most 1 / RUNS_IN_RING of the ring's bytes. The lane asks for it in smaller pieces.
 RUNS_IN_RING = 4
-# Bytes that are made visible in one call, which cannot be cancelled: about a ms.
-SHOW_BYTES = 16 << 20
 # Faults reach the schedule in batches, at intervals of FAULT_SECONDS: waking Trio costs more than a
 # fault does. Without a schedule or observer, faults are only remembered for the next schedule, and
 # the log has room for those of the longer interval.
@@ -95,13 +93,6 @@ class LoopLanes:
 
     def withhold(self, withhold: bool) -> None:
         self._dest.withhold(withhold)
-
-    async def show(self) -> None:
-        region, first = self._filling.region, 0
-        while first < region.pages:
-            end = min(region.pages, first + max(1, SHOW_BYTES // region.page_size_at(first)))
-            await trio.to_thread.run_sync(self._dest.show, first, end)
-            first = end
 
     def _limit(self) -> None:
         self._dest.limit_background(self._background.max_bandwidth if self._background.runs else 0)

@@ -75,9 +75,6 @@ class TrioLanes:
     def withhold(self, withhold: bool) -> None:
         """Do nothing: the filling, which was told, places the pages."""
 
-    async def show(self) -> None:
-        """Leave each page to its minor fault."""
-
     def close(self) -> None:
         """Trio lanes own nothing."""
 

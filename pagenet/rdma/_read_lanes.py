@@ -75,9 +75,6 @@ class ReadLanes:
     def withhold(self, withhold: bool) -> None:
         """Do nothing: the filling, which was told, places the pages."""
 
-    async def show(self) -> None:
-        """Leave each page to its minor fault."""
-
     def close(self) -> None:
         """Nothing to do: :meth:`run` releases what the lanes own."""
 

@@ -70,9 +70,6 @@ class Lanes:
     def withhold(self, withhold: bool) -> None:
         self.withheld.append(withhold)
 
-    async def show(self) -> None:
-        self.shown = True
-
 
 class Session:
     """What the source was told: ``(round, missing)``."""
