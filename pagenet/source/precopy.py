@@ -14,7 +14,7 @@ import trio
 
 from ..errors import UsageError
 from ..events import EventHandler
-from ..nurseries import open_failing_nursery
+from ..nurseries import open_failing_nursery, running_beside
 from .rounds import Round, Rounds
 
 __all__ = ["MAX_ROUNDS", "Precopy", "RoundCount", "about_round", "is_worth_another"]
@@ -32,11 +32,15 @@ _LITTLE_SECONDS = 0.02
 
 def is_worth_another(rounds: Sequence[Round]) -> bool:
     """Whether another round will probably leave less than the last of ``rounds``, which are over,
-    did. An owner that writes faster than the link carries gets two rounds."""
+    did. An owner that writes faster than the link carries gets one round, or two."""
     last = rounds[-1]
-    if len(rounds) >= _MOST_AUTO or not last.left:
+    if len(rounds) >= _MOST_AUTO or not last.left or not last.pages:
         return False
     if last.left * last.seconds <= _LITTLE_SECONDS * last.pages:
+        return False
+    # The next round takes this long, and meanwhile so many pages are written at the recent rate.
+    seconds = last.left * last.seconds / last.pages
+    if last.recently_written * seconds > _NO_BETTER * last.left * last.recent_seconds:
         return False
     return len(rounds) == 1 or last.left < _NO_BETTER * rounds[-2].left
 
@@ -84,7 +88,8 @@ class Precopy:
         """Return when the owner is to be frozen; call :meth:`Rounds.pause` first. Event:
         ``round``."""
         while not self._must_end:
-            await _either(rounds.wait_over, self._wait_end)
+            async with running_beside(rounds.look_late):
+                await _either(rounds.wait_over, self._wait_end)
             if self._must_end:
                 break
             self.over.append(await rounds.look())

@@ -25,6 +25,11 @@ from ..region import Region
 
 __all__ = ["Round", "Rounds", "Tracker"]
 
+# The share of a round after which look_late() looks, and the seconds between two questions whether
+# it has come to that. Each look costs the owner a fault for each page that it writes to again.
+_LATE = 7 / 8
+_LOOK_SECONDS = 0.005
+
 
 class Tracker(Protocol):
     """Names the pages that were written: a :class:`~pagenet.WriteTracker`, or the like."""
@@ -44,30 +49,39 @@ class Tracker(Protocol):
 class Round:
     """A round that is over. ``seconds``: how long it took; ``pages``: those that it was to bring;
     ``written``: those that were written meanwhile; ``left``: those that are to be sent yet, if the
-    owner is frozen now; at most so many, if the round was not brought to its end."""
+    owner is frozen now; at most so many, if the round was not brought to its end.
+    ``recently_written``: those that were written in the last ``recent_seconds`` of it."""
 
     number: int
     seconds: float
     pages: int
     written: int
     left: int
+    recent_seconds: float
+    recently_written: int
 
 
 class Rounds:
-    """The rounds of one destination. ``send`` sends it a message.
+    """The rounds of one destination. ``send`` sends it a message, ``asked`` tells how many pages it
+    has asked for so far.
 
     Call :meth:`wait_over`, then :meth:`next`, as often as that is worth it; then :meth:`pause`,
     stop the owner, and call :meth:`freeze`.
     """
 
     def __init__(
-        self, region: Region, tracker: Tracker, send: Callable[[Message], Awaitable[None]]
+        self,
+        region: Region,
+        tracker: Tracker,
+        send: Callable[[Message], Awaitable[None]],
+        asked: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._region, self._tracker, self._send = region, tracker, send
+        self._region, self._tracker, self._send, self._asked = region, tracker, send, asked
+        self._asked_before = asked()
         self._number = 1
         self._over: Paused | None = None
         self._news = trio.Event()
-        self._began = trio.current_time()
+        self._began = self._scanned = trio.current_time()
         self._pages = region.pages  # that this round brings
         # bits of what was written in this round and in the one before
         self._written = self._before = 0
@@ -103,6 +117,17 @@ class Rounds:
                 raise ConnectionBroken(f"the destination has left in round {self._number}")
             await self._news.wait()
 
+    async def look_late(self) -> None:
+        """Wait until the destination has asked for most of the round, and look once at what was
+        written until then: :meth:`look` then knows what was written recently. To be cancelled when
+        the round is over."""
+        enough = self._asked_before + _LATE * self._pages
+        while not self._pages or self._asked() < enough:  # noqa: ASYNC110
+            await trio.sleep(_LOOK_SECONDS)
+        written = await self._scan()
+        self._written |= written
+        self._left |= written
+
     async def pause(self) -> None:
         """End the round before it is over. Returns when nothing is in flight."""
         if self._over is None:
@@ -111,16 +136,19 @@ class Rounds:
 
     async def look(self) -> Round:
         """After :meth:`wait_over`: what was written in this round."""
+        before = self._scanned
         written = await self._scan()
         self._written |= written
         self._left |= written
         assert self._over is not None
         return Round(
             self._number,
-            trio.current_time() - self._began,
+            self._scanned - self._began,
             self._pages,
             self._written.bit_count(),
             self._at_most_left(self._over),
+            self._scanned - before,
+            written.bit_count(),
         )
 
     async def next(self) -> None:
@@ -149,13 +177,14 @@ class Rounds:
         """The bits of the pages that were written since the last scan."""
         region = self._tracker.region
         bits = bytearray(-(-region.pages // 8))
+        self._scanned = trio.current_time()
         await trio.to_thread.run_sync(self._tracker.mark, bits)
         return _in_pages_of(self._region, region, bits)
 
     async def _name(self, stale: int, *, frozen: bool) -> None:
         number, pages = self._number, self._region.pages
         self._number, self._over, self._pages = number + 1, None, stale.bit_count()
-        self._began = trio.current_time()
+        self._began, self._asked_before = trio.current_time(), self._asked()
         bits = stale.to_bytes(-(-pages // 8), "little")
         for at in range(0, len(bits), MAX_STALE_BYTES):
             part, more = bits[at : at + MAX_STALE_BYTES], at + MAX_STALE_BYTES < len(bits)

@@ -195,7 +195,9 @@ class Server:
     def _begin_rounds(self, session: _Session, hello: Hello) -> None:
         """Begin the rounds of a destination, if the memory still changes."""
         if self._tracked is not None and not self._is_at_rest and TRACKED in hello.features:
-            rounds = Rounds(self.region, self._tracked, session.control.send)
+            rounds = Rounds(
+                self.region, self._tracked, session.control.send, lambda: self.statistics().asked
+            )
             self._rounds = session.rounds = rounds
         self._met.set()
 

@@ -462,7 +462,7 @@ async def test_huge_page_that_was_written_is_named_whole() -> None:
 
 
 def round_of(left: int, seconds: float = 1.0, pages: int = 1000, written: int = 0) -> Round:
-    return Round(1, seconds, pages, written, left)
+    return Round(1, seconds, pages, written, left, seconds, written)
 
 
 @pytest.mark.parametrize(
@@ -483,6 +483,48 @@ def round_of(left: int, seconds: float = 1.0, pages: int = 1000, written: int = 
 )
 def test_is_worth_another(lefts: list[int], more: bool) -> None:
     assert is_worth_another([round_of(left) for left in lefts]) is more
+
+
+@pytest.mark.parametrize(
+    ("recent_seconds", "recently_written", "more"),
+    [
+        (0.1, 500, False),  # the next round takes 0.5 s, and all of it is written again
+        (0.1, 91, False),
+        (0.1, 90, True),
+        (0.1, 0, True),
+        (1.0, 500, True),  # it was written once in the whole round
+    ],
+)
+def test_what_is_written_again_in_a_shorter_time(
+    recent_seconds: float, recently_written: int, more: bool
+) -> None:
+    last = Round(1, 1.0, 1000, 500, 500, recent_seconds, recently_written)
+    assert is_worth_another([last]) is more
+
+
+async def test_look_late(writes: Writes) -> None:
+    """What was written before and after the look is all there, and the part after it is known."""
+    asked = 0
+    async with trio.open_nursery() as nursery:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        rounds = Rounds(writes.region, writes, send, lambda: asked)
+        nursery.start_soon(rounds.look_late)
+        writes.write(1, 2, 3)
+        await trio.sleep(0.02)
+        assert not writes.scans
+        asked = PAGES
+        with trio.fail_after(20):
+            while not writes.scans:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+    writes.write(3, 4)
+    rounds.hear(Paused(1, 0))
+    over = await rounds.look()
+    assert (over.written, over.left, over.recently_written) == (4, 4, 2)
+    assert 0 < over.recent_seconds < over.seconds
 
 
 def test_little_is_what_the_link_carries_in_20_ms() -> None:
@@ -506,6 +548,8 @@ def test_rounds_end_even_if_each_is_better_than_the_last() -> None:
             st.floats(0, 1e6),
             st.integers(0, 10**9),
             st.integers(0, 10**9),
+            st.integers(0, 10**9),
+            st.floats(0, 1e6),
             st.integers(0, 10**9),
         ),
         min_size=10,
@@ -560,20 +604,20 @@ async def test_guest_at_rest_has_one_round(autojump_clock: MockClock, writes: Wr
     assert Pause() not in peer.sent
 
 
-async def test_guest_that_writes_everything_has_two_rounds(
+async def test_guest_that_writes_everything_has_one_round(
     autojump_clock: MockClock, writes: Writes
 ) -> None:
-    """Nothing makes what is left smaller: the second round shows that, and the switch comes."""
+    """Nothing makes what is left smaller, as the end of the first round shows."""
     told = Told()
     writes.steady = EVERYTHING
     async with answering(writes) as peer:
         await Precopy().run(peer.rounds, told)
         await peer.rounds.pause()
         assert await peer.rounds.freeze() == PAGES
-    assert [fields["left"] for fields in told.rounds] == [PAGES, PAGES]
+    assert [fields["left"] for fields in told.rounds] == [PAGES]
     assert told.rounds[0]["dirty_bytes_per_s"] == told.rounds[0]["bytes_per_s"] == 409600
     assert told.rounds[0]["rest_seconds"] == pytest.approx(1.0)
-    assert peer.named == [EVERYTHING, EVERYTHING]
+    assert peer.named == [EVERYTHING]
 
 
 async def test_guest_with_a_hot_part(autojump_clock: MockClock, writes: Writes) -> None:
@@ -703,7 +747,7 @@ async def test_number_becomes_auto(autojump_clock: MockClock, writes: Writes) ->
         nursery.start_soon(leave, precopy, peer.rounds)
         await trio.sleep(0.5)
         precopy.set_rounds("auto")
-    assert len(precopy.over) == 2
+    assert len(precopy.over) == 1
 
 
 @pytest.mark.parametrize("rounds", [-1, MAX_ROUNDS + 1, 10**9])
@@ -717,7 +761,7 @@ def test_absurd_number_of_rounds(rounds: int) -> None:
 
 
 def test_an_event_of_a_round_that_took_no_time() -> None:
-    assert policy.about_round(Round(2, 0.0, 0, 5, 5)) == {
+    assert policy.about_round(Round(2, 0.0, 0, 5, 5, 0.0, 5)) == {
         "round": 2,
         "seconds": 0.0,
         "pages": 0,
