@@ -79,6 +79,8 @@ async def test_recorded_and_replayed(lane: str, source: Path, tmp_path: Path) ->
     async with transfer_of(source, lane, background="off", record=path) as (transfer, memory):
         for page in pages:
             await memory.read(page * PAGE, 1)
+        # the thread that reads goes on before its page is counted
+        await until(transfer, partial(done_more_than, len(pages) - 1))
         assert transfer.statistics().done == len(pages)
         for name in ("follow", "linear"):
             transfer.set_background(name)
