@@ -5,10 +5,10 @@ and the next round brings those again. What was written in each of the last two 
 again before the end: it would be written once more. With :meth:`Rounds.freeze` the owner stands
 still, and the destination learns of all that it has to fetch again.
 
-Why no page is ever shown stale: the tracker names a page that was written after the page was
-protected, and the page was protected before the source read it for the round. Nothing is in flight
-when the tracker is asked. So what a destination has is either the page's last version, or the page
-is named by this scan or a later one. The last scan is made when the owner stands still.
+Why no page is ever shown stale: the next scan after a write names the page, and a name is kept
+until the destination is told of it. Nothing is in flight then. So bytes that were read before the
+write have arrived, and the destination drops them; what it asks for after that is read after the
+write. The last scan is made when the owner stands still.
 """
 
 from __future__ import annotations
