@@ -17,9 +17,11 @@ __all__ = ["tracking"]
 async def tracking(qmp: Qmp, uri: str, mappings: Sequence[Mapping], region: Region) -> WriteTracker:
     """A tracker of the guest's RAM, which ``mappings`` are.
 
-    :exc:`~pagenet.errors.UsageError` if something writes to that RAM unseen, or ``uri`` cannot take
-    a page twice; and what :class:`~pagenet.WriteTracker` raises.
+    :exc:`~pagenet.errors.UsageError` if something writes to that RAM unseen, or it is in several
+    backends, or ``uri`` cannot take a page twice; and what :class:`~pagenet.WriteTracker` raises.
     """
+    if len(mappings) > 1:
+        raise UsageError("RAM in several memory backends is copied once, after the switch")
     await _check_writers(qmp, uri)
     return await trio.to_thread.run_sync(WriteTracker, qmp.pid, mappings, region)
 

@@ -217,6 +217,7 @@ def test_what_every_state_becomes(left: Left) -> None:
         State.COMING: State.MISSING,
         State.REQUESTED: State.MISSING,
         State.PLACING: State.MISSING,
+        State.COPIED: State.MISSING,
         State.READY: State.RESIDENT,
         State.RESIDENT: State.RESIDENT,
         State.REMOVING: State.REMOVED,
