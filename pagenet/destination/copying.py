@@ -51,7 +51,8 @@ class Copying:
         if filling.target.placement != "continue":
             raise UsageError(
                 "the source's pages still change, and this memory cannot take a page twice: it must"
-                " be shared memory whose file comes along"
+                " be shared memory whose file comes along, or the source go without rounds"
+                " (pagenet-qemu migrate --precopy off)"
             )
         self._filling, self._lanes, self._background = filling, lanes, background
         self._wire, self._session, self._schedule = wire, session, schedule
