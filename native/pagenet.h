@@ -365,9 +365,9 @@ uint64_t pn_before_sampled(uint64_t first, uint64_t count);
 /* To be called when no lane runs any more: makes visible to the owner the pages of the sample that
  * it has not touched. */
 void pn_dest_release(struct pn_dest *dest);
-/* Withholds pages, or stops to: those that come to shared memory become COPIED instead of visible,
- * and faults are not answered. A fault that was not answered comes again once its page is woken. To
- * be called while no page is in flight, from any thread. */
+/* Withholds pages, or no longer does: those that come to shared memory become COPIED instead of
+ * visible, and faults are not answered. A fault that was not answered comes again once its page is
+ * woken. To be called while no page is in flight, from any thread. */
 void pn_dest_withhold(struct pn_dest *dest, int withhold);
 /* Limits the background, on all lanes together, to `bytes_per_second` on the wire. 0: no limit;
  * UINT64_MAX: it may ask for nothing. A lane that waits looks again when its work_fd is written.

@@ -24,7 +24,7 @@ import trio
 from pagenet._pagenet_testing import ffi, lib
 
 import pagenet
-from pagenet import _pagenet_testing
+from pagenet import _native, _pagenet_testing
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
@@ -228,6 +228,17 @@ def threads_in_faults(pid: int) -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue  # that thread ended meanwhile
     return found
+
+
+def skip_without_tracking() -> None:
+    """Skip the test if this kernel cannot say which pages were written."""
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        _native.track_probe(pagemap)
+    except OSError:
+        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
+    finally:
+        os.close(pagemap)
 
 
 async def wait_in_faults(pid: int, threads: int) -> None:

@@ -117,7 +117,7 @@ class Destination:
 
     def withhold(self, withhold: bool) -> None:
         """Have pages that come to shared memory become COPIED instead of visible, and leave faults
-        unanswered, or stop to. To be called while no page is in flight."""
+        unanswered, or no longer do. To be called while no page is in flight."""
         lib.pn_dest_withhold(self.dest, withhold)
 
     def limit_background(self, bytes_per_second: int | None) -> None:

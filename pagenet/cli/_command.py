@@ -24,6 +24,7 @@ from ._rates import parse_rate
 
 __all__ = [
     "EXIT_CODES",
+    "ROUND_WORDS",
     "Parser",
     "Report",
     "add_lane_option",
@@ -46,6 +47,11 @@ __all__ = [
 MAX_WINDOW = 256
 MAX_COUNT = 10_000_000
 
+#: of the event ``round``
+ROUND_WORDS = (
+    "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
+    " {left} are left"
+)
 EXIT_CODES = """\
 exit codes:
   0    done: every page is in place

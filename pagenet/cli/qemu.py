@@ -16,6 +16,7 @@ from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
 from ..source.precopy import RoundCount
 from ..uffd import AbandonedOwner
 from ._command import (
+    ROUND_WORDS,
     Parser,
     Report,
     add_lane_option,
@@ -37,10 +38,7 @@ _WORDS = {
     "listening": "waiting for a guest on {uri}",
     "connected": "{peer}: connected",
     "owner": "RAM of {pages} pages (placement: {placement}, lanes: {lane})",
-    "round": (
-        "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
-        " {left} are left"
-    ),
+    "round": ROUND_WORDS,
     "no_precopy": "nothing is copied before the guest leaves: {reason}",
     "stopped": "the guest stands still here",
     "switchover": "handed over: it will not run here again",

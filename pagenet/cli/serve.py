@@ -18,7 +18,7 @@ from ..source.precopy import Precopy
 from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
 from ..source.tracked import SourceOwner
 from ..uffd import WriteTracker
-from ._command import Parser, Report, add_lane_option, count, round_count
+from ._command import ROUND_WORDS, Parser, Report, add_lane_option, count, round_count
 from ._control import add_control_option, run_controlled
 
 __all__ = ["main", "make_parser"]
@@ -27,10 +27,7 @@ _WORDS = {
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",
     "path": "pages go by {path}",
-    "round": (
-        "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
-        " {left} are left"
-    ),
+    "round": ROUND_WORDS,
     "frozen": "process {pid} is stopped; the destination lacks {left} pages",
     "complete": "{peer}: has every page",
     "left": "{peer}: left before it had every page",
@@ -141,27 +138,15 @@ async def _serve(options: argparse.Namespace, report: Report, control: Control) 
             source = stack.enter_context(open_source(*options.source))
         if options.identity is not None:
             source.identity = options.identity
-        owner = stack.enter_context(closing(SourceOwner(source))) if options.tracked else None
-        await _serve_source(source, owner, options, report, control)
+        owner = tracker = None
+        if options.tracked:
+            owner = stack.enter_context(closing(SourceOwner(source)))
+            tracker = await trio.to_thread.run_sync(owner.track, source.region)
+            stack.callback(tracker.close)
+        await _serve_source(source, owner, tracker, options, report, control)
 
 
 async def _serve_source(
-    source: Source | list[str],
-    owner: SourceOwner | None,
-    options: argparse.Namespace,
-    report: Report,
-    control: Control,
-) -> None:
-    with ExitStack() as stack:
-        tracker = None
-        if owner is not None:
-            assert isinstance(source, Source)
-            tracker = await trio.to_thread.run_sync(owner.track, source.region)
-            stack.callback(tracker.close)
-        await _serve_tracked(source, owner, tracker, options, report, control)
-
-
-async def _serve_tracked(
     source: Source | list[str],
     owner: SourceOwner | None,
     tracker: WriteTracker | None,

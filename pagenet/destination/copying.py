@@ -65,7 +65,7 @@ class Copying:
         filling.withhold(True)
         lanes.withhold(True)
         background.begin()
-        background.set_schedule(make_schedule("linear", filling.region, filling.residency))
+        self._fetch_in_order()
 
     @property
     def round(self) -> int:
@@ -131,11 +131,14 @@ class Copying:
         if stale.frozen:
             self._end()
         else:
-            filling = self._filling
-            linear = make_schedule("linear", filling.region, filling.residency)
-            self._background.set_schedule(linear)
+            self._fetch_in_order()
         self._background.resume()
         self._news.set()
+
+    def _fetch_in_order(self) -> None:
+        """Fetch what is missing in the order of the pages' numbers."""
+        filling = self._filling
+        self._background.set_schedule(make_schedule("linear", filling.region, filling.residency))
 
     def _end(self) -> None:
         self._filling.keep_copied()

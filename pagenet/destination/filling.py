@@ -127,7 +127,7 @@ class Filling:
 
     def withhold(self, withhold: bool) -> None:
         """Make pages that come to shared memory COPIED instead of visible, and leave faults
-        unanswered; or stop to, and have those faults come again."""
+        unanswered; or no longer do, and have those faults come again."""
         self._withholds = withhold
         if not withhold:
             for run in self.target.scope():

@@ -32,7 +32,7 @@ class Lanes(Protocol):
         ...
 
     def withhold(self, withhold: bool) -> None:
-        """Make pages that come COPIED, not visible, and leave faults unanswered; or stop to.
+        """Make pages that come COPIED, not visible, and leave faults unanswered; or no longer do.
 
         To be called while no page is in flight.
         """

@@ -244,7 +244,7 @@ async def pull(
     sends pages uncompressed. ``streams``: connections for the application's own bytes, to the
     ``on_stream`` of :func:`pagenet.serve`. ``held``: no fault is answered, and no page comes,
     before :meth:`Transfer.release`, because the source's memory may change until then. A tracked
-    source (:func:`serve`) says itself when its memory has stopped to change
+    source (:func:`serve`) says itself when its memory has stopped changing
     (:meth:`Transfer.wait_frozen`), and pages come before that: at once, or if ``held``, from
     :meth:`Transfer.copy` on. ``max_bandwidth`` then limits that time alone, and
     ``start_background`` is about the time after it.

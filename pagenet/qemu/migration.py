@@ -73,8 +73,6 @@ _HANDED_OVER = (
     "this source has handed its guest over already, and waits for the QEMU that has it: resume that"
     " one's transfer there (pagenet-qemu incoming --resume)"
 )
-
-
 _NO_ROUNDS = "the destination's release of pagenet takes no pages before the guest leaves"
 
 

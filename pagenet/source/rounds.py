@@ -124,9 +124,7 @@ class Rounds:
         enough = self._asked_before + _LATE * self._pages
         while not self._pages or self._asked() < enough:  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
-        written = await self._scan()
-        self._written |= written
-        self._left |= written
+        await self._scan()
 
     async def pause(self) -> None:
         """End the round before it is over. Returns when nothing is in flight."""
@@ -138,8 +136,6 @@ class Rounds:
         """After :meth:`wait_over`: what was written in this round."""
         before = self._scanned
         written = await self._scan()
-        self._written |= written
-        self._left |= written
         assert self._over is not None
         return Round(
             self._number,
@@ -162,7 +158,7 @@ class Rounds:
     async def freeze(self) -> int:
         """After :meth:`pause`, with the owner at rest: name all that is stale. Returns how many
         pages the destination lacks then, at most."""
-        self._left |= await self._scan()
+        await self._scan()
         assert self._over is not None
         missing = self._at_most_left(self._over)
         self.is_frozen = True
@@ -174,12 +170,15 @@ class Rounds:
         return min(self._left.bit_count() + over.missing, self._region.pages)
 
     async def _scan(self) -> int:
-        """The bits of the pages that were written since the last scan."""
+        """Note the pages that were written since the last scan. Returns their bits."""
         region = self._tracker.region
         bits = bytearray(-(-region.pages // 8))
         self._scanned = trio.current_time()
         await trio.to_thread.run_sync(self._tracker.mark, bits)
-        return _in_pages_of(self._region, region, bits)
+        written = _in_pages_of(self._region, region, bits)
+        self._written |= written
+        self._left |= written
+        return written
 
     async def _name(self, stale: int, *, frozen: bool) -> None:
         number, pages = self._number, self._region.pages

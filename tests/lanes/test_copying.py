@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import trio
-from processes import HUGE_PAGE, PAGE, huge_pages, wait_in_faults
+from processes import HUGE_PAGE, PAGE, huge_pages, skip_without_tracking, wait_in_faults
 
 import pagenet
 from pagenet import (
@@ -45,13 +45,7 @@ TRIES = 25
 
 @pytest.fixture(autouse=True)
 def kernel_can() -> None:
-    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
-    try:
-        _native.track_probe(pagemap)
-    except OSError:
-        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
-    finally:
-        os.close(pagemap)
+    skip_without_tracking()
 
 
 class Written:
@@ -125,6 +119,20 @@ async def copying(
                 yield rounds, transfer
     finally:
         tracker.close()
+
+
+@pytest.fixture
+def written() -> Iterator[Written]:
+    made = Written("memfd", 64 * PAGE, 0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def memory() -> Iterator[OwnMemory]:
+    made = OwnMemory("memfd")
+    yield made
+    made.close()
 
 
 async def check_frozen(written: Written, memory: OwnMemory, transfer: Transfer) -> None:
@@ -218,49 +226,41 @@ async def test_faults_wait_for_the_freeze(lane: LaneKind) -> None:
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_hot_pages_wait(lane: LaneKind) -> None:
+async def test_hot_pages_wait(lane: LaneKind, written: Written, memory: OwnMemory) -> None:
     """A page that was written in two rounds, one after the other, is not sent in the next."""
-    written, memory = Written("memfd", 64 * PAGE, 0), OwnMemory("memfd")
-    try:
-        async with copying(written, memory, lane) as (rounds, transfer):
-            for number, (count, left) in enumerate([(64, 2), (2, 1), (0, 1), (1, 0)], 1):
-                with trio.fail_after(PATIENCE):
-                    await rounds.wait_over()
-                if number <= 2:
-                    ctypes.memset(written.address + 3 * PAGE, number, PAGE)
-                if number == 1:
-                    ctypes.memset(written.address + 5 * PAGE, number, PAGE)
-                over = await rounds.look()
-                assert (over.number, over.pages, over.left) == (number, count, left)
-                if number < 4:
-                    await rounds.next()
-            ctypes.memset(written.address + 7 * PAGE, 1, PAGE)
-            await rounds.pause()
-            assert await rounds.freeze() == 1
-            await check_frozen(written, memory, transfer)
-    finally:
-        written.close()
-        memory.close()
+    async with copying(written, memory, lane) as (rounds, transfer):
+        for number, (count, left) in enumerate([(64, 2), (2, 1), (0, 1), (1, 0)], 1):
+            with trio.fail_after(PATIENCE):
+                await rounds.wait_over()
+            if number <= 2:
+                ctypes.memset(written.address + 3 * PAGE, number, PAGE)
+            if number == 1:
+                ctypes.memset(written.address + 5 * PAGE, number, PAGE)
+            over = await rounds.look()
+            assert (over.number, over.pages, over.left) == (number, count, left)
+            if number < 4:
+                await rounds.next()
+        ctypes.memset(written.address + 7 * PAGE, 1, PAGE)
+        await rounds.pause()
+        assert await rounds.freeze() == 1
+        await check_frozen(written, memory, transfer)
 
 
 @pytest.mark.parametrize("lane", LANES)
-async def test_hot_page_is_named_in_the_end(lane: LaneKind) -> None:
-    written, memory = Written("memfd", 64 * PAGE, 0), OwnMemory("memfd")
-    try:
-        async with copying(written, memory, lane) as (rounds, transfer):
-            for number in (1, 2):
-                with trio.fail_after(PATIENCE):
-                    await rounds.wait_over()
-                ctypes.memset(written.address + 3 * PAGE, number, PAGE)
-                await rounds.look()
-                await rounds.next()
+async def test_hot_page_is_named_in_the_end(
+    lane: LaneKind, written: Written, memory: OwnMemory
+) -> None:
+    async with copying(written, memory, lane) as (rounds, transfer):
+        for number in (1, 2):
             with trio.fail_after(PATIENCE):
                 await rounds.wait_over()
-            assert await rounds.freeze() == 1
-            await check_frozen(written, memory, transfer)
-    finally:
-        written.close()
-        memory.close()
+            ctypes.memset(written.address + 3 * PAGE, number, PAGE)
+            await rounds.look()
+            await rounds.next()
+        with trio.fail_after(PATIENCE):
+            await rounds.wait_over()
+        assert await rounds.freeze() == 1
+        await check_frozen(written, memory, transfer)
 
 
 async def test_private_memory_is_refused() -> None:

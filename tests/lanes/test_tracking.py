@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import HUGE_PAGE, PAGE, huge_pages
+from processes import HUGE_PAGE, PAGE, huge_pages, skip_without_tracking
 
 from pagenet import Block, OwnerGone, PagenetError, Region, Run, Unsupported, UsageError, _native
 from pagenet.uffd import Mapping, WriteTracker, probe
@@ -34,13 +34,7 @@ other_processes = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def kernel_can() -> None:
-    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
-    try:
-        _native.track_probe(pagemap)
-    except OSError:
-        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
-    finally:
-        os.close(pagemap)
+    skip_without_tracking()
     probe()
 
 

@@ -65,9 +65,9 @@ class Migration:
 
     ``asked``: the command was given; ``began``: QEMU was told to migrate, or pagenet's first round
     of precopy began; ``stopped``, ``resumed``: when the guest was, by its QEMUs' own clocks;
-    ``outcome``: what the method reports; ``wire``:
-    bytes on the link; ``work``: bytes that the guest works on; ``rate``: of the link, in Mbit/s;
-    ``failure``: why the guest did not arrive, or died there.
+    ``outcome``: what the method reports; ``wire``: bytes on the link; ``work``: bytes that the
+    guest works on; ``rate``: of the link, in Mbit/s; ``failure``: why the guest did not arrive, or
+    died there.
     """
 
     method: str
