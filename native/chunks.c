@@ -93,13 +93,29 @@ void pn_chunks_give_back(struct chunks *chunks, struct chunk *chunk) {
     chunk->local = NULL;
 }
 
+/* False: all are being read, or the outbox is full. */
 static bool give_back_oldest(struct chunks *chunks) {
-    uint32_t number = chunks->oldest;
+    uint32_t number = chunks->oldest, before = chunks->here;
     while (number && chunks->items[number - 1].reads)
         number = chunks->items[number - 1].newer;
     if (number)
         pn_chunks_give_back(chunks, &chunks->items[number - 1]);
-    return number;
+    return chunks->here < before;
+}
+
+static void forget_zeros(struct chunks *chunks) {
+    for (uint64_t i = 0; chunks->zero && i < chunks->count; i++)
+        if (chunks->items[i].state == CHUNK_ZERO) {
+            chunks->items[i].state = CHUNK_FAR;
+            chunks->zero--;
+        }
+}
+
+bool pn_chunks_give_back_all(struct chunks *chunks) {
+    while (chunks->here && give_back_oldest(chunks))
+        ;
+    forget_zeros(chunks);
+    return !chunks->here && !chunks->asked;
 }
 
 void pn_chunks_ask(struct chunks *chunks, const struct place *place, bool waited_for) {
@@ -112,6 +128,7 @@ void pn_chunks_ask(struct chunks *chunks, const struct place *place, bool waited
     if (say_key(chunks, KEY_ASK, place)) {
         chunk->state = CHUNK_ASKED;
         chunk->refused = false;
+        chunks->asked++;
     }
 }
 
@@ -142,13 +159,21 @@ static void key_came(struct chunks *chunks, struct chunk *chunk, const struct ke
     chunk->rkey = key.rkey;
     memcpy(chunk->zero, key.zero, sizeof key.zero);
     chunk->state = CHUNK_HERE;
+    chunks->asked--;
     link_newest(chunks, chunk);
     if (++chunks->here > chunks->granted)
         chunks->granted = chunks->here;
 }
 
+static void zeros_came(struct chunks *chunks, struct chunk *chunk) {
+    chunk->state = CHUNK_ZERO;
+    chunks->asked--;
+    chunks->zero++;
+}
+
 static void refused(struct chunks *chunks, struct chunk *chunk) {
     chunk->state = CHUNK_FAR;
+    chunks->asked--;
     chunk->refused = true;
     chunks->refused_until = pn_now() + REFUSED_NS;
     chunks->granted = chunks->here;
@@ -174,7 +199,7 @@ static void answer_came(struct chunks *chunks, const struct key_header *header,
              (header->length == KEY_WITHOUT_ZEROS || header->length == sizeof(struct key)))
         key_came(chunks, place.chunk, header, body);
     else if (header->kind == KEY_ZERO && !header->length)
-        place.chunk->state = CHUNK_ZERO;
+        zeros_came(chunks, place.chunk);
     else if (header->kind == KEY_REFUSED && !header->length)
         refused(chunks, place.chunk);
     else

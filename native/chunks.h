@@ -36,6 +36,7 @@ struct chunks {
     uint64_t block_count, chunk_size, count;
     struct chunk *items;
     uint32_t oldest, newest, here; /* chunks + 1 */
+    uint32_t asked, zero;          /* chunks in that state */
     /* Keys that the source grants at a time, as far as is known. */
     uint32_t granted;
     uint64_t refused_until;
@@ -53,6 +54,10 @@ void pn_chunks_use(struct chunks *chunks, struct chunk *chunk);
 /* Gives back the key to a chunk of which nothing is being read. The source may then pin other
  * memory instead. */
 void pn_chunks_give_back(struct chunks *chunks, struct chunk *chunk);
+/* Gives back every key, and forgets which chunks are zero. To be called while nothing is being
+ * read. Returns whether that is done; if not, it waits for an answer of the source, or for room in
+ * the outbox. */
+bool pn_chunks_give_back_all(struct chunks *chunks);
 /* Asks for the key to a chunk. waited_for: if this one was refused before, another one is given
  * back, so that it is not refused again. */
 void pn_chunks_ask(struct chunks *chunks, const struct place *place, bool waited_for);

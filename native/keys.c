@@ -40,8 +40,8 @@ struct pn_keys {
     struct ibv_context *context;
     struct ibv_pd *pd;
     struct chunk *chunks;
-    pthread_mutex_t lock; /* chunks, pinned */
-    uint64_t pinned;
+    pthread_mutex_t lock; /* chunks, pinned, granted */
+    uint64_t pinned, granted;
 };
 
 struct pn_reader {
@@ -266,6 +266,7 @@ static enum key_answer take_locked(struct pn_reader *reader, const struct place 
         keys->pinned += chunk->size;
     }
     chunk->holders++;
+    keys->granted += place->count;
     reader->has[place->number] = true;
     reader->held++;
     return KEY_HERE;
@@ -484,12 +485,16 @@ struct pn_keys *pn_keys_new(const struct pn_keys_config *config, int *error) {
     return NULL;
 }
 
-uint64_t pn_keys_pinned(struct pn_keys *keys) {
+static uint64_t locked(struct pn_keys *keys, const uint64_t *number) {
     pthread_mutex_lock(&keys->lock);
-    uint64_t pinned = keys->pinned;
+    uint64_t value = *number;
     pthread_mutex_unlock(&keys->lock);
-    return pinned;
+    return value;
 }
+
+uint64_t pn_keys_pinned(struct pn_keys *keys) { return locked(keys, &keys->pinned); }
+
+uint64_t pn_keys_granted(struct pn_keys *keys) { return locked(keys, &keys->granted); }
 
 void pn_keys_free(struct pn_keys *keys) {
     if (keys->pd)

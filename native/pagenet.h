@@ -533,6 +533,11 @@ int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn,
 /* Runs both queue pairs until they end. *end gets the reason. Keys come over the non-blocking
  * socket. */
 void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end);
+/* Has the lanes give every key back and ask for none, until they are told otherwise. To be called
+ * while no page is in flight, from any thread; the ring's work_fd wakes them. */
+void pn_rdma_give_back(struct pn_rdma *rdma, int give_back);
+/* Whether they have done so: all that the source said about its memory is forgotten. */
+int pn_rdma_is_keyless(const struct pn_rdma *rdma);
 /* How often it polled for the end of a READ before sleeping, which it does only where there are
  * processors to spare. To be called after it has ended. */
 uint64_t pn_rdma_spun(const struct pn_rdma *rdma);
@@ -568,6 +573,9 @@ struct pn_keys *pn_keys_new(const struct pn_keys_config *config, int *error);
 void pn_keys_free(struct pn_keys *keys);
 /* Bytes that are registered now. From any thread. */
 uint64_t pn_keys_pinned(struct pn_keys *keys);
+/* Pages whose keys were granted until now, those of chunks that are granted again included. From
+ * any thread. */
+uint64_t pn_keys_granted(struct pn_keys *keys);
 
 /* One connection that is given keys, and the queue pair that it reads through. */
 struct pn_reader;

@@ -77,8 +77,10 @@ struct pn_rdma {
     uint32_t free_read_count, free_slot_count, slot_count;
     uint32_t demand_reads;
     struct read_batch batches[2];
-    uint64_t spin_ns; /* 0: not at all */
-    uint64_t spun;    /* times */
+    _Atomic int gives_back; /* every key, and asks for none */
+    _Atomic int keyless;    /* it has done so */
+    uint64_t spin_ns;       /* 0: not at all */
+    uint64_t spun;          /* times */
 };
 
 static struct pn_rdma *of_lane(struct lane *lane) { return (struct pn_rdma *)lane; }
@@ -329,7 +331,7 @@ static bool is_done(struct pn_rdma *rdma, const struct pn_piece *piece, const st
     for (uint64_t page = piece->first + (from >> piece->shift);
          page < piece->first + (to >> piece->shift); page++) {
         int state = pn_map_state(rdma->lane.dest->config.map, page);
-        if (state != PN_RESIDENT && state != PN_REMOVED)
+        if (state != PN_RESIDENT && state != PN_REMOVED && state != PN_COPIED)
             return false;
     }
     return true;
@@ -515,6 +517,14 @@ static void pause_until_asking(struct pn_rdma *rdma) {
         rdma->lane.pause = pn_at_most(rdma->lane.pause, left);
 }
 
+static void give_back_keys(struct pn_rdma *rdma) {
+    struct lane *lane = &rdma->lane;
+    bool all = pn_chunks_give_back_all(&rdma->chunks);
+    pn_lane_flush(lane);
+    lane->pause = UINT64_MAX;
+    atomic_store(&rdma->keyless, all && lane->out_start == lane->out_end);
+}
+
 static void begin_all(struct pn_rdma *rdma) {
     struct lane *lane = &rdma->lane;
     bool first = true;
@@ -552,7 +562,7 @@ static void turn(struct pn_rdma *rdma) {
     bool busy = !lane->ended && take_completions(rdma, 1);
     if (lane->ended)
         return;
-    begin_all(rdma);
+    (atomic_load(&rdma->gives_back) ? give_back_keys : begin_all)(rdma);
     uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
     pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events);
     pn_lane_watch(lane, lane->dest->config.uffd, can_want(lane, 3 * EVENTS) ? EPOLLIN : 0,
@@ -580,6 +590,13 @@ void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end) {
     if (pn_run_loop(0, loop, rdma))
         pn_lane_end(&rdma->lane, PN_END_NO_MEMORY, ENOMEM, "");
 }
+
+void pn_rdma_give_back(struct pn_rdma *rdma, int give_back) {
+    atomic_store(&rdma->keyless, 0);
+    atomic_store(&rdma->gives_back, give_back);
+}
+
+int pn_rdma_is_keyless(const struct pn_rdma *rdma) { return atomic_load(&rdma->keyless); }
 
 /* ---- life ---- */
 

@@ -100,6 +100,18 @@ class Region:
         pairs = zip(self.blocks, page_sizes, strict=True)
         return Region(Block(block.name, block.size, page_size) for block, page_size in pairs)
 
+    def unit_shift(self, block: int, wire: Region) -> int:
+        """Each page of ``block`` is ``1 << unit_shift`` pages of ``wire``, which has the same
+        blocks in pages that are as large, or smaller."""
+        return (self.blocks[block].page_size // wire.blocks[block].page_size).bit_length() - 1
+
+    def in_pages_of(self, other: Region, run: Run) -> Run:
+        """``run`` in pages of ``other``, which has the same blocks in pages of other sizes."""
+        index = self.block_index(run.first)
+        ours, theirs = self.blocks[index].page_size, other.blocks[index].page_size
+        offset = (run.first - self.first_pages[index]) * ours
+        return Run(other.first_pages[index] + offset // theirs, run.count * ours // theirs)
+
     @property
     def pages(self) -> int:
         return self.first_pages[-1]

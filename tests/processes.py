@@ -230,15 +230,21 @@ def threads_in_faults(pid: int) -> int:
     return found
 
 
-def skip_without_tracking() -> None:
-    """Skip the test if this kernel cannot say which pages were written."""
+def can_track() -> bool:
+    """Whether this kernel can say which pages were written."""
     pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
     try:
         _native.track_probe(pagemap)
     except OSError:
-        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
+        return False
     finally:
         os.close(pagemap)
+    return True
+
+
+def skip_without_tracking() -> None:
+    if not can_track():
+        pytest.skip("this kernel has no PAGEMAP_SCAN (Linux 6.7)")
 
 
 async def wait_in_faults(pid: int, threads: int) -> None:

@@ -83,6 +83,16 @@ class RdmaLoop:
         lib.pn_rdma_run(opened(self._loop), sock, end)
         return end_of(end)
 
+    def give_back(self, give_back: bool) -> None:
+        """Have the loop give every key back and ask for none, or ask for keys again. Call it while
+        no page is in flight, and wake the loop by its ring."""
+        lib.pn_rdma_give_back(opened(self._loop), give_back)
+
+    @property
+    def is_keyless(self) -> bool:
+        """Whether it has given back every key."""
+        return bool(lib.pn_rdma_is_keyless(opened(self._loop)))
+
     @property
     def spun(self) -> int:
         """How often the loop has looked for the end of a READ before it slept. Not to be read while
@@ -137,6 +147,11 @@ class Keys:
     def pinned(self) -> int:
         """Bytes that are registered now."""
         return 0 if self.keys is None else lib.pn_keys_pinned(self.keys)
+
+    @property
+    def granted(self) -> int:
+        """Pages whose keys were granted until now."""
+        return 0 if self.keys is None else lib.pn_keys_granted(self.keys)
 
     def close(self) -> None:
         """To be called after its readers are closed. Idempotent."""

@@ -77,6 +77,7 @@ class Copying:
         while not self.frozen.is_set():
             await self._wait_still()
             if self._told < self._round:
+                await self._lanes.give_back()
                 self._told = self._round
                 await self._session.say_paused(self._round, self._missing())
             await self._news.wait()
@@ -84,14 +85,11 @@ class Copying:
 
     def _missing(self) -> int:
         """The number of the source's pages that are MISSING here."""
-        filling, missing = self._filling, 0
-        for index, (ours, theirs) in enumerate(
-            zip(filling.region.blocks, self._wire.blocks, strict=True)
-        ):
-            first, end = filling.region.first_pages[index : index + 2]
-            missing += filling.residency.missing_count(first, end) * (
-                ours.page_size // theirs.page_size
-            )
+        region, missing = self._filling.region, 0
+        for index in range(len(region.blocks)):
+            first, end = region.first_pages[index : index + 2]
+            here = self._filling.residency.missing_count(first, end)
+            missing += here << region.unit_shift(index, self._wire)
         return missing
 
     async def _wait_still(self) -> None:

@@ -137,11 +137,11 @@ class Filling:
         """Make MISSING the COPIED pages whose bits are set. ``bits``: one for each page on the wire
         from ``first`` on; those behind the last page mean nothing."""
         end, changed = min(first + 8 * len(bits), wire.pages), 0
-        for index, block in enumerate(wire.blocks):
+        for index in range(len(wire.blocks)):
             start, past = wire.first_pages[index : index + 2]
             low, high = max(start, first), min(past, end)
             if low < high:
-                shift = (self.region.blocks[index].page_size // block.page_size).bit_length() - 1
+                shift = self.region.unit_shift(index, wire)
                 ours = self.region.first_pages[index]
                 changed += self.residency.shared.stale(
                     ours, low - start, shift, bits, low - first, high - low

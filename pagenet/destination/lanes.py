@@ -38,6 +38,14 @@ class Lanes(Protocol):
         """
         ...
 
+    async def give_back(self) -> None:
+        """Give back the keys to the source's memory, if it grants any, and forget what it said of
+        its memory.
+
+        To be called while no page is in flight.
+        """
+        ...
+
     def close(self) -> None:
         """Release what the lanes own. Not to be called while they run. Idempotent."""
         ...

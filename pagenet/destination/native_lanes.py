@@ -94,6 +94,9 @@ class LoopLanes:
     def withhold(self, withhold: bool) -> None:
         self._dest.withhold(withhold)
 
+    async def give_back(self) -> None:
+        """Do nothing: over a stream no keys are granted."""
+
     def _limit(self) -> None:
         self._dest.limit_background(self._background.max_bandwidth if self._background.runs else 0)
         for ring in self._rings:

@@ -309,11 +309,6 @@ async def pull(
                     )
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     copying = None
-                    if session.is_tracked and isinstance(pages_go_over[0], OneSided):
-                        raise UsageError(
-                            "the source's pages still change, and its keys tell which of them were"
-                            " zero when they were asked for: take another transport"
-                        )
                     if session.is_tracked:
                         after = partial(_schedule, background, filling)
                         copying = Copying(filling, session.region, lanes, plan, session, after)

@@ -75,6 +75,9 @@ class TrioLanes:
     def withhold(self, withhold: bool) -> None:
         """Do nothing: the filling, which was told, places the pages."""
 
+    async def give_back(self) -> None:
+        """Do nothing: over a stream no keys are granted."""
+
     def close(self) -> None:
         """Trio lanes own nothing."""
 
@@ -182,25 +185,15 @@ class TrioLane:
 
     def request_nowait(self, class_: Class, run: Run) -> None:
         """Ask for ``run``, which the caller has claimed."""
-        index = self._filling.region.block_index(run.first)
-        shift = self._unit_shift(index)
-        first = self._wire.first_pages[index] + (
-            run.first - self._filling.region.first_pages[index] << shift
-        )
+        region = self._filling.region
+        shift = region.unit_shift(region.block_index(run.first), self._wire)
         packed = class_ is not Class.BACKGROUND and self._choice is not None and self._choice.packs
-        request = self._requests.open(class_, Run(first, run.count << shift), shift, packed)
+        request = self._requests.open(class_, region.in_pages_of(self._wire, run), shift, packed)
         if class_ is Class.DEMAND and self._choice is not None:
             self._asked_at[request.request_id] = time.monotonic_ns(), packed
         self._outbox += request.encode()
         self._filling.residency.add(class_, "requests")
         self._asked.set()
-
-    def _unit_shift(self, block: int) -> int:
-        ours, wires = (
-            self._filling.region.blocks[block].page_size,
-            self._wire.blocks[block].page_size,
-        )
-        return (ours // wires).bit_length() - 1
 
     async def run(self) -> None:
         """Drive the lane until cancelled.
@@ -258,12 +251,7 @@ class TrioLane:
         return self._staging.buffer(0, length)
 
     def _arrived(self, reply: Reply, pages: memoryview) -> None:
-        index = self._wire.block_index(reply.run.first)
-        shift = self._unit_shift(index)
-        first = self._filling.region.first_pages[index] + (
-            reply.run.first - self._wire.first_pages[index] >> shift
-        )
-        run = Run(first, reply.run.count >> shift)
+        run = self._wire.in_pages_of(self._filling.region, reply.run)
         data = None if reply.encoding is Encoding.ZERO else pages
         wire_bytes = LANE_HEADER_SIZE + reply.length
         self._filling.arrived(reply.class_, run, data, wire_bytes, reply.encoding is Encoding.LZ4)

@@ -128,7 +128,7 @@ async def migrate(
         tracker: WriteTracker | None = None
         if precopy is not None:
             async with connect_qmp(qmp_socket) as qmp:
-                tracker = await _track(qmp, uri, mappings, source.region, precopy, on_event)
+                tracker = await _track(qmp, mappings, source.region, precopy, on_event)
         if tracker is not None:
             stack.callback(tracker.close)
         memory["memory"] = source.identity.hex()
@@ -170,7 +170,6 @@ async def migrate(
 
 async def _track(
     qmp: Qmp,
-    uri: str,
     mappings: Sequence[Mapping],
     region: Region,
     precopy: Precopy,
@@ -178,7 +177,7 @@ async def _track(
 ) -> WriteTracker | None:
     """A tracker of the guest's RAM; None if there can be none, and the rounds are ``auto``."""
     try:
-        return await tracking(qmp, uri, mappings, region)
+        return await tracking(qmp, mappings, region)
     except (UsageError, Unsupported) as error:
         if precopy.rounds == "auto":
             on_event("no_precopy", reason=str(error))

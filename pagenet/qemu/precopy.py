@@ -14,21 +14,19 @@ from .qmp import Qmp
 __all__ = ["tracking"]
 
 
-async def tracking(qmp: Qmp, uri: str, mappings: Sequence[Mapping], region: Region) -> WriteTracker:
+async def tracking(qmp: Qmp, mappings: Sequence[Mapping], region: Region) -> WriteTracker:
     """A tracker of the guest's RAM, which ``mappings`` are.
 
     :exc:`~pagenet.errors.UsageError` if something writes to that RAM unseen, or it is in several
-    backends, or ``uri`` cannot take a page twice; and what :class:`~pagenet.WriteTracker` raises.
+    backends; and what :class:`~pagenet.WriteTracker` raises.
     """
     if len(mappings) > 1:
         raise UsageError("RAM in several memory backends is copied once, after the switch")
-    await _check_writers(qmp, uri)
+    await _check_writers(qmp)
     return await trio.to_thread.run_sync(WriteTracker, qmp.pid, mappings, region)
 
 
-async def _check_writers(qmp: Qmp, uri: str) -> None:
-    if uri.startswith("rdma:"):
-        raise UsageError("over rdma:// pages are copied once, after the switch")
+async def _check_writers(qmp: Qmp) -> None:
     for node in await qmp.command("query-named-block-nodes"):
         if node.get("cache", {}).get("direct"):
             name = node.get("node-name", "?")

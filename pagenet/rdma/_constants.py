@@ -12,3 +12,6 @@ MAX_READS = 16
 # As in native/verbs.c, where the reasons are.
 TIMEOUT = 16
 RETRIES = 6
+
+# Seconds between two looks whether every key has been given back.
+GIVING_BACK_SECONDS = 0.001

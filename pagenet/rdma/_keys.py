@@ -52,6 +52,11 @@ class NativeMemory:
         """Bytes that are registered now."""
         return self._keys.pinned
 
+    @property
+    def granted(self) -> int:
+        """Pages whose keys were granted until now."""
+        return self._keys.granted
+
     def close(self) -> None:
         """Call after the last connection that it serves has ended. Idempotent."""
         self._cleanup.close()

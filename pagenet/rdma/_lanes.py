@@ -25,7 +25,7 @@ from ..session import receive_exactly
 from ..target import Target
 from ..transport import Connection
 from ..uffd import UffdTarget
-from ._constants import KEYS_IN_ANY_CASE
+from ._constants import GIVING_BACK_SECONDS, KEYS_IN_ANY_CASE
 from ._path import Path
 from ._pyverbs import locked_memory_hint
 from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
@@ -74,16 +74,30 @@ class RdmaLanes(LoopLanes):
         self._carriers = carriers
         self._path = path
         self._peer = peer
+        self._loop: _native.RdmaLoop | None = None
+        self._is_set_up = trio.Event()
         self.name = f"rdma by {path}"
 
     def _start_loops(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._run_loop)
+
+    async def give_back(self) -> None:
+        await self._is_set_up.wait()
+        assert self._loop is not None
+        self._loop.give_back(True)
+        for ring in self._rings:
+            ring.wake()
+        while not self._loop.is_keyless:  # noqa: ASYNC110
+            await trio.sleep(GIVING_BACK_SECONDS)
+        self._loop.give_back(False)
 
     async def _run_loop(self) -> None:
         try:
             loop, sock = await self._set_up()
         except ConnectionBroken as error:
             raise SourceLost(f"the source is gone: {error}") from None
+        self._loop = loop
+        self._is_set_up.set()
         end = await trio.to_thread.run_sync(loop.run, sock, limiter=trio.CapacityLimiter(1))
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, self._peer)

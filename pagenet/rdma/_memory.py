@@ -67,7 +67,7 @@ class RegisteredMemory:
     def __init__(self, source: Source, path: Path, pin_limit: int) -> None:
         self.source = source
         self._pin_limit = pin_limit
-        self._pinned = 0
+        self._pinned = self._granted = 0
         self._chunks: dict[Run, _Chunk] = {}
         self._blocks = source.native_blocks()
         self._files: dict[int, _native.MappedFile] = {}
@@ -85,6 +85,11 @@ class RegisteredMemory:
     def pinned(self) -> int:
         """Bytes that are registered now."""
         return self._pinned
+
+    @property
+    def granted(self) -> int:
+        """Pages whose keys were granted until now."""
+        return self._granted
 
     def close(self) -> None:
         """Call after the last connection that it serves has ended. Idempotent."""
@@ -124,6 +129,7 @@ class RegisteredMemory:
                 self._chunks[run] = chunk
                 self._pinned += size
             self._chunks[run].holders += 1
+            self._granted += run.count
             return self._chunks[run].answer, True
 
     def give_back(self, run: Run) -> None:

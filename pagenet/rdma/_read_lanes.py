@@ -75,6 +75,10 @@ class ReadLanes:
     def withhold(self, withhold: bool) -> None:
         """Do nothing: the filling, which was told, places the pages."""
 
+    async def give_back(self) -> None:
+        for lane in [self._demand, *self._pushers]:
+            await lane.give_back()
+
     def close(self) -> None:
         """Nothing to do: :meth:`run` releases what the lanes own."""
 
@@ -162,22 +166,13 @@ class _ReadLane:
 
     async def _read(self, class_: Class, run: Run) -> None:
         """Read ``run`` in pieces, each of which lies in one chunk, or is one page of ours."""
-        index = self._filling.region.block_index(run.first)
-        shift = self._unit_shift(index)
-        ours, wires = self._filling.region.first_pages[index], self._wire.first_pages[index]
-        wire = Run(wires + (run.first - ours << shift), run.count << shift)
-        for part in self._parts(wire, 1 << shift):
+        region = self._filling.region
+        unit = 1 << region.unit_shift(region.block_index(run.first), self._wire)
+        for part in self._parts(region.in_pages_of(self._wire, run), unit):
             pages = await self._fetch(part)
-            mine = Run(ours + (part.first - wires >> shift), part.count >> shift)
+            mine = self._wire.in_pages_of(region, part)
             self._filling.arrived(class_, mine, pages, 0 if pages is None else len(pages))
             self._act()
-
-    def _unit_shift(self, block: int) -> int:
-        ours, wires = (
-            self._filling.region.blocks[block].page_size,
-            self._wire.blocks[block].page_size,
-        )
-        return (ours // wires).bit_length() - 1
 
     def _parts(self, run: Run, unit: int) -> Iterator[Run]:
         first = run.first
@@ -232,6 +227,11 @@ class _ReadLane:
                 await trio.sleep(REFUSED)
         self._keys[chunk] = key
         return key
+
+    async def give_back(self) -> None:
+        """Give back all keys. To be called while nothing is queued or being read."""
+        while self._keys:
+            await self._give_back_oldest()
 
     async def _give_back_oldest(self) -> None:
         chunk = next(iter(self._keys))

@@ -7,12 +7,30 @@ from typing import Any, Protocol, runtime_checkable
 from ..transport import LaneKind
 from .memory import Source
 
-__all__ = ["PIN_LIMIT", "OneSided"]
+__all__ = ["PIN_LIMIT", "OneSided", "ReadableMemory"]
 
 # Bytes of the source's memory that may be registered at a time, for all destinations together.
 # Registered memory cannot be swapped or moved: a source pins what destinations are reading, not all
 # that it has.
 PIN_LIMIT = 256 << 20
+
+
+class ReadableMemory(Protocol):
+    """A source's memory on one path, of which destinations have the keys to parts."""
+
+    @property
+    def pinned(self) -> int:
+        """Bytes to which a destination has a key now."""
+        ...
+
+    @property
+    def granted(self) -> int:
+        """Pages whose keys were granted until now, those that were granted again included."""
+        ...
+
+    def close(self) -> None:
+        """Call after the last connection that it serves has ended. Idempotent."""
+        ...
 
 
 @runtime_checkable
@@ -32,12 +50,11 @@ class OneSided(Protocol):
         """
         ...
 
-    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> Any:
+    def open_memory(self, source: Source, pin_limit: int, lane: LaneKind) -> ReadableMemory:
         """Prepare ``source`` to be read by destinations on this path, at most ``pin_limit`` bytes
         of it at a time.
 
-        The result is for :meth:`serve_reads` of any connection on the same path, and has a
-        ``close``.
+        The result is for :meth:`serve_reads` of any connection on the same path.
         """
         ...
 

@@ -8,7 +8,9 @@ still, and the destination learns of all that it has to fetch again.
 Why no page is ever shown stale: the next scan after a write names the page, and a name is kept
 until the destination is told of it. Nothing is in flight then. So bytes that were read before the
 write have arrived, and the destination drops them; what it asks for after that is read after the
-write. The last scan is made when the owner stands still.
+write. The last scan is made when the owner stands still. Over RDMA the destination has given back
+every key then: a key is to the pages that the memory had when it was granted, and says which of
+them were zero.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Round:
 
 class Rounds:
     """The rounds of one destination. ``send`` sends it a message, ``asked`` tells how many pages it
-    has asked for so far.
+    has asked for so far, ``given_back`` returns when it has no key to the memory.
 
     Call :meth:`wait_over`, then :meth:`next`, as often as that is worth it; then :meth:`pause`,
     stop the owner, and call :meth:`freeze`.
@@ -75,8 +77,10 @@ class Rounds:
         tracker: Tracker,
         send: Callable[[Message], Awaitable[None]],
         asked: Callable[[], int] = lambda: 0,
+        given_back: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         self._region, self._tracker, self._send, self._asked = region, tracker, send, asked
+        self._given_back = given_back
         self._asked_before = asked()
         self._number = 1
         self._over: Paused | None = None
@@ -116,6 +120,7 @@ class Rounds:
             if self._is_gone:
                 raise ConnectionBroken(f"the destination has left in round {self._number}")
             await self._news.wait()
+        await self._given_back()
 
     async def look_late(self) -> None:
         """Wait until the destination has asked for most of the round, and look once at what was
@@ -130,7 +135,7 @@ class Rounds:
         """End the round before it is over. Returns when nothing is in flight."""
         if self._over is None:
             await self._send(Pause())
-            await self.wait_over()
+        await self.wait_over()
 
     async def look(self) -> Round:
         """After :meth:`wait_over`: what was written in this round."""

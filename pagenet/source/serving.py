@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import trio
 
@@ -53,7 +52,7 @@ from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
 from ..transport import LaneKind
-from .lanes import PIN_LIMIT, OneSided
+from .lanes import PIN_LIMIT, OneSided, ReadableMemory
 from .memory import Source, open_source
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
 from .rounds import Rounds, Tracker
@@ -71,6 +70,9 @@ MAX_LANES = 16
 # Seconds between two attempts to reach a lost destination: a restarted daemon is reached within a
 # second, and one that takes a day to return costs a packet now and then.
 _FIRST_PAUSE, _MAX_PAUSE = 0.1, 2.0
+
+# Seconds between two looks whether the keys that a destination gives back have come.
+_LOOK_SECONDS = 0.001
 
 
 @dataclass(eq=False, slots=True)
@@ -118,7 +120,7 @@ class Server:
         self.admission = Admission(spare_descriptors())
         self._pin_limit = pin_limit
         #: by path: the source memory that destinations on that path read themselves
-        self._readable: dict[str, Any] = {}
+        self._readable: dict[str, ReadableMemory] = {}
         self._native = native
         self._on_stream = on_stream
         self._on_event = on_event
@@ -196,10 +198,24 @@ class Server:
         """Begin the rounds of a destination, if the memory still changes."""
         if self._tracked is not None and not self._is_at_rest and TRACKED in hello.features:
             rounds = Rounds(
-                self.region, self._tracked, session.control.send, lambda: self.statistics().asked
+                self.region,
+                self._tracked,
+                session.control.send,
+                self._asked_for,
+                self._wait_given_back,
             )
             self._rounds = session.rounds = rounds
         self._met.set()
+
+    def _asked_for(self) -> int:
+        """Pages that destinations have asked for, or got the keys to, so far."""
+        granted = sum(memory.granted for memory in self._readable.values())
+        return self.statistics().asked + granted
+
+    async def _wait_given_back(self) -> None:
+        """Return when no destination has a key to the memory."""
+        while any(memory.pinned for memory in self._readable.values()):  # noqa: ASYNC110
+            await trio.sleep(_LOOK_SECONDS)
 
     @contextmanager
     def _new_session(self, control: MessageStream) -> Iterator[_Session]:
@@ -432,7 +448,7 @@ class Server:
             await self._part([session], error)
             raise
 
-    def _readable_by(self, connection: OneSided) -> Any:
+    def _readable_by(self, connection: OneSided) -> ReadableMemory:
         path = connection.find_path()
         if path not in self._readable:
             lane: LaneKind = "trio" if self._native is None else "native"

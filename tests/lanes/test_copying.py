@@ -6,119 +6,28 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from typing import Any, Literal
+from collections.abc import Iterator
 
 import pytest
 import trio
 from processes import HUGE_PAGE, PAGE, huge_pages, skip_without_tracking, wait_in_faults
+from written import PATIENCE, Kind, Written, check_frozen, copying, freeze_after
 
 import pagenet
-from pagenet import (
-    Block,
-    OwnMemory,
-    Region,
-    RemoteProtocolError,
-    SourceLost,
-    Transfer,
-    UsageError,
-    WriteTracker,
-    _native,
-)
-from pagenet.nurseries import running_beside
+from pagenet import OwnMemory, RemoteProtocolError, SourceLost, UsageError
 from pagenet.protocol import TRACKED, Channel, Hello, Paused, Role
 from pagenet.residency import State
 from pagenet.session import MessageStream, greet
 from pagenet.source.precopy import Precopy
-from pagenet.source.rounds import Rounds
 from pagenet.transport import LaneKind, dial
-from pagenet.uffd import Mapping
 
-Kind = Literal["memfd", "hugetlb"]
 LANES: list[LaneKind] = ["native", "trio"]
-WRITERS = 3
-PATIENCE = 30.0
 TRIES = 25
 
 
 @pytest.fixture(autouse=True)
 def kernel_can() -> None:
     skip_without_tracking()
-
-
-class Written:
-    """Shared memory that threads of this process write to, and a tracker of it."""
-
-    def __init__(self, kind: Kind, size: int, seed: int) -> None:
-        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB if kind == "hugetlb" else 0)
-        self.page_size = HUGE_PAGE if kind == "hugetlb" else PAGE
-        self.fd, self.size, self._seed = os.memfd_create("written", flags), size, seed
-        os.ftruncate(self.fd, size)
-        self._mapped = _native.Mapped(size, self.fd, alignment=self.page_size)
-        self.address = self._mapped.address
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._write, args=(number,)) for number in range(WRITERS)
-        ]
-
-    @property
-    def spec(self) -> str:
-        return f"/proc/self/fd/{self.fd}"
-
-    def track(self) -> WriteTracker:
-        mapping = Mapping(self.address, self.size, 0, self.page_size)
-        return WriteTracker(os.getpid(), [mapping], Region([Block("x", self.size, PAGE)]))
-
-    def begin(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def _write(self, number: int) -> None:
-        """Write parts of pages, most of them in a few; zeros now and then."""
-        choose = random.Random(self._seed * WRITERS + number)
-        pages = self.size // PAGE
-        while not self._stop.is_set():
-            hot = choose.random() < 0.7
-            page = choose.randrange(max(1, pages // 16) if hot else pages)
-            whole = choose.random() < 0.1
-            at, size = (0, PAGE) if whole else (choose.randrange(PAGE - 64), 64)
-            byte = choose.randrange(256) if choose.random() < 0.8 else 0
-            ctypes.memset(self.address + page * PAGE + at, byte, size)
-
-    def freeze(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-
-    def content(self) -> bytes:
-        return ctypes.string_at(self.address, self.size)
-
-    def close(self) -> None:
-        self.freeze()
-        self._mapped.close()
-        os.close(self.fd)
-
-
-@asynccontextmanager
-async def copying(
-    written: Written, memory: OwnMemory, lane: LaneKind, **options: Any
-) -> AsyncIterator[tuple[Rounds, Transfer]]:
-    """A transfer of memory that is being written."""
-    tracker = await trio.to_thread.run_sync(written.track)
-    try:
-        async with pagenet.serve(
-            written.spec, listen="tcp://127.0.0.1:0", lane=lane, tracked=tracker
-        ) as server:
-            pulled = pagenet.pull(server.uri, memory, lane=lane, **options)
-            async with pulled as transfer:
-                rounds = await server.wait_rounds()
-                assert rounds is not None
-                yield rounds, transfer
-    finally:
-        tracker.close()
 
 
 @pytest.fixture
@@ -135,28 +44,10 @@ def memory() -> Iterator[OwnMemory]:
     made.close()
 
 
-async def check_frozen(written: Written, memory: OwnMemory, transfer: Transfer) -> None:
-    """Read all of the memory at once, while it lacks what is stale, and once more in the end."""
-    with trio.fail_after(PATIENCE):
-        await transfer.wait_frozen()
-        assert await memory.read(0, written.size) == written.content()
-        await transfer.wait_complete()
-    assert await memory.read(0, written.size) == written.content()
-    statistics = transfer.statistics()
-    assert statistics.complete
-    by_class = (statistics.demand, statistics.prefetch, statistics.background)
-    assert sum(each.pages for each in by_class) == statistics.pages
-
-
 @pytest.fixture
 def enough_huge_pages() -> Iterator[None]:
     with huge_pages(16):
         yield
-
-
-async def switch_after(precopy: Precopy, seconds: float) -> None:
-    await trio.sleep(seconds)
-    precopy.switch()
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -175,15 +66,9 @@ async def test_random_moments(
         precopy = Precopy(choose.choice(["auto", 0, 1, 2, 3, 5]))
         written, memory = Written(from_, size, seed), OwnMemory(to)
         try:
-            written.begin()
             limit = choose.choice([None, None, 20 << 20])
             async with copying(written, memory, lane, max_bandwidth=limit) as (rounds, transfer):
-                with trio.fail_after(PATIENCE):
-                    async with running_beside(switch_after, precopy, choose.random() * 0.05):
-                        await precopy.run(rounds, lambda *_, **__: None)
-                    await rounds.pause()
-                    await trio.to_thread.run_sync(written.freeze)
-                    await rounds.freeze()
+                await freeze_after(choose.random() * 0.05, precopy, written, rounds)
                 await check_frozen(written, memory, transfer)
         finally:
             written.close()

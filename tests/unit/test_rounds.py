@@ -441,6 +441,32 @@ def test_in_pages_of_any(theirs: set[int]) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("way", ["wait_over", "pause"])
+async def test_round_ends_when_keys_are_given_back(autojump_clock: MockClock, way: str) -> None:
+    """What a destination reads by a key that it still has is of this round."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    back = trio.Event()
+    rounds = Rounds(OURS, Writes(THEIRS), send, given_back=back.wait)
+    rounds.hear(Paused(1, 0))
+    over = trio.Event()
+
+    async def end() -> None:
+        await getattr(rounds, way)()
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(end)
+        await trio.sleep(1)
+        assert not over.is_set()
+        back.set()
+        await over.wait()
+    assert sent == []
+
+
 async def test_huge_page_that_was_written_is_named_whole() -> None:
     writes = Writes(THEIRS)
     sent: list[Message] = []

@@ -66,9 +66,13 @@ class Memory:
 class Lanes:
     def __init__(self) -> None:
         self.withheld: list[bool] = []
+        self.given_back = 0
 
     def withhold(self, withhold: bool) -> None:
         self.withheld.append(withhold)
+
+    async def give_back(self) -> None:
+        self.given_back += 1
 
 
 class Session:
@@ -159,6 +163,7 @@ async def test_rounds(autojump_clock: MockClock, copier: Copier) -> None:
     await trio.sleep(0.01)
     copier.name(7, frozen=True)
     assert copier.session.paused == [(1, 0), (2, 0)]
+    assert copier.lanes.given_back == 2
     assert copier.copying.frozen.is_set()
     assert copier.missing == {7}
     assert copier.lanes.withheld == [True, False]

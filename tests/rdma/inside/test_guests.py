@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from migrations import Events, check_goes_on, destination
+from processes import can_track
 from vm import bare_command, check_unbroken, run_vm
 
 from pagenet.qemu import migrate
+from pagenet.source.precopy import Precopy
 
 MIB = 1 << 20
 
@@ -26,7 +28,8 @@ async def test_migration(tmp_path: Path) -> None:
         run_vm(machine("a"), tmp_path, "a") as a,
     ):
         await a.serial.wait_sweeps(1)
-        async with migrate(a.qmp, b.uri, on_event=told) as server:
+        precopy = Precopy(1) if can_track() else None
+        async with migrate(a.qmp, b.uri, precopy=precopy, on_event=told) as server:
             await server.wait_complete()
         await check_goes_on(b.serial)
         check_unbroken(a.serial, b.serial)
@@ -35,4 +38,5 @@ async def test_migration(tmp_path: Path) -> None:
         statistics = b.arrival.transfer.statistics()
     assert ("path", {"path": "rxe0 port 1, gid 1 (10.77.0.1)"}) in told.said
     assert statistics.complete
+    assert ("round" in [event for event, _ in told.said]) == can_track()
     assert statistics.placement == "continue"
