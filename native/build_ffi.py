@@ -18,7 +18,7 @@ SOURCES = [
     "uffd.c", "attach.c", "track.c", "place.c", "residency.c", "memory.c", "thread.c",
     "window.c", "pack.c", "choice.c", "demand_choice.c", "pace.c",
     "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
-    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c",
+    "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "sock.c", "tls.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
     "testing/pattern.c", "testing/workload.c", "testing/bench.c", "testing/relay.c",
@@ -51,5 +51,7 @@ def extension(name: str, headers: list[str], sources: list[str], libraries: list
     return builder
 
 
-core = extension("pagenet._pagenet", ["pagenet.h", "pace.h"], SOURCES, ["lz4", "dl"])
+core = extension(
+    "pagenet._pagenet", ["pagenet.h", "pace.h"], SOURCES, ["lz4", "ssl", "crypto", "dl"]
+)
 testing = extension("pagenet._pagenet_testing", ["testing/testing.h"], TESTING_SOURCES, [])

@@ -226,15 +226,14 @@ static void use_inbox(struct chunks *chunks) {
 
 void pn_chunks_receive(struct chunks *chunks) {
     size_t room = sizeof chunks->inbox - chunks->have;
-    ssize_t got =
-        recv(chunks->lane->config->sock, chunks->inbox + chunks->have, room, MSG_DONTWAIT);
+    ssize_t got = pn_sock_receive_some(&chunks->lane->sock, chunks->inbox + chunks->have, room);
     if (got > 0) {
         chunks->have += (size_t)got;
         use_inbox(chunks);
     } else if (got == 0) {
         pn_lane_end(chunks->lane, PN_END_CLOSED, 0, "");
-    } else if (errno != EAGAIN && errno != EINTR) {
-        pn_lane_end(chunks->lane, PN_END_BROKEN, errno, "");
+    } else {
+        pn_lane_end_socket(chunks->lane);
     }
 }
 

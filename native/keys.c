@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "keys.h"
+#include "sock.h"
 #include "thread.h"
 #include "verbs.h"
 #include "wire.h"
@@ -20,7 +21,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum { LAST_WORDS_NS = 1000000000 };
@@ -51,7 +51,8 @@ struct pn_reader {
     bool *has; /* whether it has the key, of each chunk */
     uint32_t held;
     struct pn_end *end;
-    int sock, stop_fd;
+    struct sock sock;
+    int stop_fd;
     bool ended;
     uint8_t inbox[4096], outbox[4096];
     size_t in_count, out_count;
@@ -76,6 +77,13 @@ static void end_reader(struct pn_reader *reader, enum pn_end_kind kind, int erro
     va_start(arguments, format);
     vsnprintf(reader->end->text, sizeof reader->end->text, format, arguments);
     va_end(arguments);
+}
+
+static void end_socket(struct pn_reader *reader) {
+    if (errno == EPROTO && reader->sock.tls)
+        end_reader(reader, PN_END_PROTOCOL, 0, "TLS: %s", pn_sock_text(&reader->sock));
+    else if (errno != EAGAIN)
+        end_reader(reader, PN_END_BROKEN, errno, "%s", strerror(errno));
 }
 
 /* ---- chunks ---- */
@@ -298,14 +306,13 @@ static void say(struct pn_reader *reader, enum key_answer kind, const struct pla
 }
 
 static void flush(struct pn_reader *reader) {
-    ssize_t sent = reader->out_count ? send(reader->sock, reader->outbox, reader->out_count,
-                                            MSG_DONTWAIT | MSG_NOSIGNAL)
-                                     : 0;
+    struct iovec part = {reader->outbox, reader->out_count};
+    ssize_t sent = reader->out_count ? pn_sock_send(&reader->sock, &part, 1, false) : 0;
     if (sent > 0) {
         reader->out_count -= (size_t)sent;
         memmove(reader->outbox, reader->outbox + sent, reader->out_count);
-    } else if (sent < 0 && errno != EAGAIN && errno != EINTR) {
-        end_reader(reader, PN_END_BROKEN, errno, "%s", strerror(errno));
+    } else if (sent < 0) {
+        end_socket(reader);
     }
 }
 
@@ -316,7 +323,7 @@ static void say_last_words(struct pn_reader *reader, const struct place *place) 
         strnlen(reader->end->text, PN_MAX_REASON_BYTES));
     for (uint64_t now = pn_now(), until = now + LAST_WORDS_NS; reader->out_count && now < until;
          now = pn_now()) {
-        struct pollfd ready[] = {{.fd = reader->sock, .events = POLLOUT},
+        struct pollfd ready[] = {{.fd = reader->sock.fd, .events = POLLOUT},
                                  {.fd = reader->stop_fd, .events = POLLIN}};
         if (poll(ready, 2, (int)((until - now) / 1000000)) <= 0 || ready[0].revents != POLLOUT ||
             ready[1].revents)
@@ -380,39 +387,40 @@ static void obey_all(struct pn_reader *reader) {
 }
 
 static void receive(struct pn_reader *reader) {
-    ssize_t got = recv(reader->sock, reader->inbox + reader->in_count,
-                       sizeof reader->inbox - reader->in_count, MSG_DONTWAIT);
+    ssize_t got = pn_sock_receive_some(&reader->sock, reader->inbox + reader->in_count,
+                                       sizeof reader->inbox - reader->in_count);
     if (got > 0)
         reader->in_count += (size_t)got;
     else if (got == 0)
         end_reader(reader, PN_END_CLOSED, 0, "");
-    else if (errno != EAGAIN && errno != EINTR)
-        end_reader(reader, PN_END_BROKEN, errno, "%s", strerror(errno));
+    else
+        end_socket(reader);
 }
 
 static void loop(void *argument) {
     struct pn_reader *reader = argument;
     for (obey_all(reader); !reader->ended; obey_all(reader)) {
         bool full = !has_room(reader) || reader->in_count == sizeof reader->inbox;
+        bool more = reader->sock.pending && !full;
         short events = (short)((full ? 0 : POLLIN) | (reader->out_count ? POLLOUT : 0));
-        struct pollfd ready[] = {{.fd = reader->sock, .events = events},
+        struct pollfd ready[] = {{.fd = reader->sock.fd, .events = events},
                                  {.fd = reader->stop_fd, .events = POLLIN}};
-        if (poll(ready, 2, -1) < 0)
+        if (poll(ready, 2, more ? 0 : -1) < 0)
             continue;
         if (ready[1].revents)
             end_reader(reader, PN_END_STOPPED, 0, "");
         if (ready[0].revents & POLLOUT)
             flush(reader);
-        if (ready[0].revents & ~POLLOUT)
+        if (more || ready[0].revents & ~POLLOUT)
             receive(reader);
     }
 }
 
-void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread,
-                   uint64_t length, struct pn_end *end) {
+void pn_reader_run(struct pn_reader *reader, int sock, struct pn_tls *tls, int stop_fd,
+                   const void *unread, uint64_t length, struct pn_end *end) {
     *end = (struct pn_end){.kind = PN_END_STOPPED};
     reader->end = end;
-    reader->sock = sock;
+    reader->sock = (struct sock){.fd = sock, .tls = tls};
     reader->stop_fd = stop_fd;
     reader->in_count = min(length, sizeof reader->inbox);
     memcpy(reader->inbox, unread, reader->in_count);

@@ -11,7 +11,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/socket.h>
 
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...) {
     if (lane->ended)
@@ -35,6 +34,13 @@ void pn_lane_end_placing(struct lane *lane, int error) {
             "the owner made its memory file shorter, or it is not the one that it has mapped");
     else
         pn_lane_end(lane, PN_END_PLACING, -error, "");
+}
+
+void pn_lane_end_socket(struct lane *lane) {
+    if (errno == EPROTO && lane->sock.tls)
+        pn_lane_end(lane, PN_END_PROTOCOL, 0, "TLS: %s", pn_sock_text(&lane->sock));
+    else if (errno != EAGAIN)
+        pn_lane_end(lane, PN_END_BROKEN, errno, "");
 }
 
 void pn_stream_ask(struct lane *lane, const struct run *run) {
@@ -63,13 +69,10 @@ void pn_stream_ask(struct lane *lane, const struct run *run) {
 
 void pn_lane_flush(struct lane *lane) {
     while (lane->out_start < lane->out_end) {
-        ssize_t sent = send(lane->config->sock, lane->outbox + lane->out_start,
-                            lane->out_end - lane->out_start, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR)
-            continue;
+        struct iovec part = {lane->outbox + lane->out_start, lane->out_end - lane->out_start};
+        ssize_t sent = pn_sock_send(&lane->sock, &part, 1, false);
         if (sent < 0) {
-            if (errno != EAGAIN)
-                pn_lane_end(lane, PN_END_BROKEN, errno, "");
+            pn_lane_end_socket(lane);
             return;
         }
         lane->out_start += (size_t)sent;

@@ -3,6 +3,7 @@
 #ifndef PAGENET_LANE_H
 #define PAGENET_LANE_H
 #include "dest.h"
+#include "sock.h"
 #include "wire.h"
 
 struct epoll_event;
@@ -81,6 +82,7 @@ struct lane {
     struct pn_dest *dest;
     struct pn_end *end;
     bool ended;
+    struct sock sock;
     uint8_t *outbox;
     size_t out_start, out_end;
     int epoll;
@@ -120,6 +122,9 @@ static inline uint64_t pn_at_most(uint64_t value, uint64_t limit) {
 void pn_lane_end(struct lane *lane, enum pn_end_kind kind, int error, const char *format, ...);
 /* Ends the lane because pages could not be put into place. error: why, as -errno. */
 void pn_lane_end_placing(struct lane *lane, int error);
+/* Ends the lane because receiving or sending has failed, with errno; does nothing where the socket
+ * was only not ready. */
+void pn_lane_end_socket(struct lane *lane);
 /* Sends what is in the outbox, as far as the socket takes it. */
 void pn_lane_flush(struct lane *lane);
 /* Makes room in the outbox for `size` bytes. False: there is none now. */

@@ -31,7 +31,7 @@ bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched
 
 /* How many ns the lane may wait; UINT64_MAX: until something happens. */
 static uint64_t time_to_wait(const struct lane *lane) {
-    if (lane->faults.deferred_count)
+    if (lane->faults.deferred_count || lane->sock.pending)
         return 0;
     uint64_t now = lane->faults.late_count ? pn_now() : 0, due = lane->faults.late[0].due;
     uint64_t moment = !lane->faults.late_count ? UINT64_MAX : due > now ? due - now : 0;
@@ -93,6 +93,10 @@ static bool watch_all(struct stream *stream) {
            pn_lane_watch(lane, lane->config->stop_fd, EPOLLIN, &stream->stop_events);
 }
 
+static void receive(struct stream *stream) {
+    (pn_stream_is_demand(stream) ? pn_stream_receive_staged : pn_stream_receive_direct)(stream);
+}
+
 static void act(struct stream *stream, const struct epoll_event *event) {
     struct lane *lane = &stream->lane;
     if (event->data.fd == lane->config->stop_fd)
@@ -101,8 +105,8 @@ static void act(struct stream *stream, const struct epoll_event *event) {
         pn_lane_take_faults(lane);
     else if (event->data.fd != lane->config->sock)
         pn_drain_eventfd(lane->config->work_fd);
-    else if (event->events & ~(uint32_t)EPOLLOUT)
-        (pn_stream_is_demand(stream) ? pn_stream_receive_staged : pn_stream_receive_direct)(stream);
+    else if (event->events & ~(uint32_t)EPOLLOUT && !lane->sock.pending)
+        receive(stream);
 }
 
 static void wait_and_act(struct stream *stream) {
@@ -115,6 +119,8 @@ static void wait_and_act(struct stream *stream) {
     int count = pn_lane_wait(lane, ready, 3);
     for (int i = 0; i < count && !lane->ended; i++)
         act(stream, &ready[i]);
+    if (lane->sock.pending && !lane->ended)
+        receive(stream);
     if (lane->out_start < lane->out_end && !lane->ended)
         pn_lane_flush(lane);
     pn_lane_look_again(lane);
@@ -176,7 +182,11 @@ static void loop(void *argument) {
 
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
     struct stream stream = {
-        .lane = {.config = config, .dest = config->dest, .end = end, .epoll = -1},
+        .lane = {.config = config,
+                 .dest = config->dest,
+                 .end = end,
+                 .sock = {.fd = config->sock, .tls = config->tls, .pending = config->tls},
+                 .epoll = -1},
         .stage = MAP_FAILED,
         .unpacked = MAP_FAILED,
     };

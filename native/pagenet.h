@@ -406,11 +406,14 @@ struct pn_end {
     char text[1100];
 };
 
+struct pn_tls;
 struct pn_lane_config {
     struct pn_dest *dest;
     /* Background: where its runs come from. NULL makes it the demand lane, which reads the uffd. */
     struct pn_ring *ring;
-    int sock;    /* non-blocking */
+    int sock; /* non-blocking */
+    /* NULL: what goes over the socket is not encrypted. */
+    struct pn_tls *tls;
     int stop_fd; /* eventfd */
     int work_fd; /* eventfd: the ring has runs; -1 for demand */
     int room_fd; /* eventfd: the ring has room; -1 for demand */
@@ -532,7 +535,7 @@ int pn_rdma_connect(struct pn_rdma *rdma, int queue_pair, uint32_t psn,
                     const struct pn_rdma_peer *peer);
 /* Runs both queue pairs until they end. *end gets the reason. Keys come over the non-blocking
  * socket. */
-void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end);
+void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_tls *tls, struct pn_end *end);
 /* Has the lanes give every key back and ask for none, until they are told otherwise. To be called
  * while no page is in flight, from any thread; the ring's work_fd wakes them. */
 void pn_rdma_give_back(struct pn_rdma *rdma, int give_back);
@@ -541,6 +544,67 @@ int pn_rdma_is_keyless(const struct pn_rdma *rdma);
 /* How often it polled for the end of a READ before sleeping, which it does only where there are
  * processors to spare. To be called after it has ended. */
 uint64_t pn_rdma_spun(const struct pn_rdma *rdma);
+
+/* ---- tls.c: TLS 1.3 on a socket that one thread at a time drives ---- */
+
+enum { PN_TLS_NAME = 256, PN_TLS_NAMES = 16384 };
+enum pn_tls_file {
+    PN_TLS_MEMORY,
+    PN_TLS_AUTHORITIES,
+    PN_TLS_REVOKED,
+    PN_TLS_CERTIFICATE,
+    PN_TLS_KEY,
+};
+enum { PN_TLS_SENDS = 1, PN_TLS_RECEIVES = 2 };
+/* A key that both sides have. */
+struct pn_tls_psk {
+    const char *name;
+    const uint8_t *key;
+    uint32_t length;
+};
+/* What a side shows, and whom it believes: the content of files in PEM; or keys that both sides
+ * have, and then nothing else. */
+struct pn_tls_config {
+    int serves;              /* it answers the handshake, and does not begin it */
+    const char *authorities; /* whose certificates are believed */
+    const char *revoked;     /* NULL: no list */
+    const char *certificate; /* and those between it and the authority's */
+    const char *key;
+    const struct pn_tls_psk *psks; /* those that are accepted; who begins uses the first */
+    uint64_t psk_count;
+};
+struct pn_tls_context;
+/* NULL: *which is what cannot be used, and text says why. Borrows psks. */
+struct pn_tls_context *pn_tls_context_new(const struct pn_tls_config *config, int *which,
+                                          char *text, uint64_t size);
+/* To be called after the handshakes of its connections. */
+void pn_tls_context_free(struct pn_tls_context *context);
+
+/* Borrows the context, and the non-blocking socket. host: the name or address that the peer's
+ * certificate has to have; NULL: any. NULL: no memory. */
+struct pn_tls *pn_tls_new(struct pn_tls_context *context, int sock, const char *host);
+/* Says farewell, if the socket takes it. */
+void pn_tls_free(struct pn_tls *tls);
+/* 0: done; -EAGAIN: wait for the socket, and call again; -errno: failed. -EPROTO: pn_tls_text() has
+ * the reason. */
+int64_t pn_tls_handshake(struct pn_tls *tls);
+/* After -EAGAIN: whether the socket is to be waited for until it takes more, and not until it has
+ * more. */
+int pn_tls_wants_to_send(const struct pn_tls *tls);
+const char *pn_tls_text(const struct pn_tls *tls);
+/* How many bytes went, at least one, or -errno. After -EAGAIN it must be called with the same bytes
+ * again. */
+int64_t pn_tls_send_bytes(struct pn_tls *tls, const void *bytes, uint64_t size);
+/* How many bytes came; 0: the peer has closed; or -errno (-ECONNRESET: it ended without a
+ * farewell). To be called until it returns -EAGAIN: there may be more that the socket does not
+ * show. */
+int64_t pn_tls_receive_bytes(struct pn_tls *tls, void *bytes, uint64_t size);
+/* The peer's names, each with its kind in front ("CN:", "DNS:", "URI:", "PSK:") and a newline
+ * behind. 0: it has none, or more than there is room for. */
+int pn_tls_names(const struct pn_tls *tls, char *text, uint64_t size);
+const char *pn_tls_cipher(const struct pn_tls *tls);
+/* Which of PN_TLS_SENDS and PN_TLS_RECEIVES the kernel does. */
+int pn_tls_kernel(const struct pn_tls *tls);
 
 /* ---- keys.c: the source over RDMA: its memory is registered as destinations ask for keys ---- */
 
@@ -588,8 +652,8 @@ int pn_reader_connect(struct pn_reader *reader, uint32_t psn, const struct pn_rd
  * something fails: PN_END_FAILED if the memory is lost, PN_END_BROKEN with a text if it cannot be
  * registered. The peer gets the text of either. unread: what was received already, up to 4096
  * bytes. */
-void pn_reader_run(struct pn_reader *reader, int sock, int stop_fd, const void *unread,
-                   uint64_t length, struct pn_end *end);
+void pn_reader_run(struct pn_reader *reader, int sock, struct pn_tls *tls, int stop_fd,
+                   const void *unread, uint64_t length, struct pn_end *end);
 
 /* ---- source.c: the source's half: many connections, one loop ---- */
 
@@ -605,11 +669,12 @@ struct pn_links {
 struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t count,
                                 struct pn_links *links, int ended_fd);
 void pn_source_free(struct pn_source *source);
-/* Serves the peer at the non-blocking socket `sock`, which the source owns from now on. link: the
+/* Serves the peer at the non-blocking socket `sock`, with TLS or without (NULL), both of which the
+ * source owns from now on, unless this fails. link: the
  * number of the peer's destination; unread: what was already received from the peer. From any
  * thread. */
-int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link,
-                  const void *unread, uint64_t length);
+int pn_source_add(struct pn_source *source, int sock, struct pn_tls *tls, uint64_t id,
+                  uint32_t link, const void *unread, uint64_t length);
 int pn_source_remove(struct pn_source *source, uint64_t id);
 /* Runs the loop until pn_source_stop, or until the memory cannot be read (PN_END_FAILED).
  * background: no thread waits for what these connections bring. */

@@ -575,6 +575,8 @@ static void turn(struct pn_rdma *rdma) {
     int count = pn_lane_wait(lane, ready, READY);
     for (int i = 0; i < count && !lane->ended; i++)
         act(rdma, ready[i].data.fd);
+    if (lane->sock.pending && !lane->ended)
+        pn_chunks_receive(&rdma->chunks);
     pn_lane_look_again(lane);
 }
 
@@ -584,8 +586,10 @@ static void loop(void *argument) {
         turn(rdma);
 }
 
-void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_end *end) {
+void pn_rdma_run(struct pn_rdma *rdma, int sock, struct pn_tls *tls, struct pn_end *end) {
     rdma->config.lane.sock = sock;
+    rdma->config.lane.tls = tls;
+    rdma->lane.sock = (struct sock){.fd = sock, .tls = tls};
     rdma->lane.end = end;
     if (pn_run_loop(0, loop, rdma))
         pn_lane_end(&rdma->lane, PN_END_NO_MEMORY, ENOMEM, "");

@@ -9,7 +9,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/uio.h>
 
 static struct slot *slot_of(struct stream *stream, uint32_t id) {
@@ -283,11 +282,8 @@ static void use_all(struct stream *stream) {
 void pn_stream_receive_staged(struct stream *stream) {
     size_t most =
         stream->current.packed > stream->stage_size ? stream->current.packed : stream->stage_size;
-    ssize_t got;
-    do {
-        got = recv(stream->lane.config->sock, stream->stage + stream->have, most - stream->have,
-                   MSG_DONTWAIT);
-    } while (got < 0 && errno == EINTR);
+    ssize_t got =
+        pn_sock_receive_some(&stream->lane.sock, stream->stage + stream->have, most - stream->have);
     if (got > 0) {
         stream->have += (size_t)got;
         use_all(stream);
@@ -295,8 +291,8 @@ void pn_stream_receive_staged(struct stream *stream) {
             pn_lane_prefetch_more(&stream->lane);
     } else if (got == 0) {
         pn_lane_end(&stream->lane, PN_END_CLOSED, 0, "");
-    } else if (errno != EAGAIN) {
-        pn_lane_end(&stream->lane, PN_END_BROKEN, errno, "");
+    } else {
+        pn_lane_end_socket(&stream->lane);
     }
 }
 
@@ -307,7 +303,9 @@ static void begin_piece(struct stream *stream) {
     uint64_t most = stream->stage_size / piece->page_size;
     stream->piece_count = pn_at_most(stream->current.count, most);
     stream->piece_taken = false;
-    if (!pn_in_place(stream->lane.dest, piece))
+    /* OpenSSL stores what it has decrypted: where the owner makes its file shorter, that would be a
+     * signal. */
+    if (!pn_in_place(stream->lane.dest, piece) || stream->lane.sock.tls)
         return;
     uint64_t taken = pn_take(stream->lane.dest, stream->current.first, stream->piece_count);
     stream->piece_taken = taken > 0;
@@ -401,16 +399,15 @@ static void came(struct stream *stream, size_t got, size_t wanted) {
 
 void pn_stream_receive_direct(struct stream *stream) {
     struct iovec buffers[2];
-    struct msghdr message = {.msg_iov = buffers};
-    message.msg_iovlen = (size_t)next_buffers(stream, buffers);
+    int count = next_buffers(stream, buffers);
     size_t wanted = buffers[0].iov_len;
-    ssize_t got = wanted ? recvmsg(stream->lane.config->sock, &message, MSG_DONTWAIT) : 0;
+    ssize_t got = wanted ? pn_sock_receive(&stream->lane.sock, buffers, count) : 0;
     if (got > 0 || !wanted)
         came(stream, (size_t)got, wanted);
     else if (got == 0)
         pn_lane_end(&stream->lane, PN_END_CLOSED, 0, "");
     else if (errno == EFAULT)
         pn_lane_end_placing(&stream->lane, -errno);
-    else if (errno != EAGAIN && errno != EINTR)
-        pn_lane_end(&stream->lane, PN_END_BROKEN, errno, "");
+    else
+        pn_lane_end_socket(&stream->lane);
 }

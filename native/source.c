@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include "pagenet.h"
+#include "sock.h"
 #include "thread.h"
 #include "wire.h"
 
@@ -26,7 +27,6 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
-#include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -63,7 +63,7 @@ struct notice {
 struct conn {
     struct conn *next;
     uint64_t id;
-    int sock;
+    struct sock sock;
     uint32_t events; /* what epoll watches it for */
     uint8_t in[REQUESTS * sizeof(struct pn_request)];
     size_t in_start, in_end;
@@ -174,7 +174,9 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
 }
 
 static void free_conn(struct conn *conn) {
-    close(conn->sock);
+    if (conn->sock.tls)
+        pn_tls_free(conn->sock.tls);
+    close(conn->sock.fd);
     free(conn->kept);
     free(conn->notice);
     free(conn);
@@ -238,8 +240,8 @@ static bool is_local(int sock) {
     return here.any.sa_family == AF_UNIX;
 }
 
-int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link,
-                  const void *unread, uint64_t length) {
+int pn_source_add(struct pn_source *source, int sock, struct pn_tls *tls, uint64_t id,
+                  uint32_t link, const void *unread, uint64_t length) {
     struct conn *conn;
     if (length > sizeof conn->in)
         return -EMSGSIZE;
@@ -248,7 +250,7 @@ int pn_source_add(struct pn_source *source, int sock, uint64_t id, uint32_t link
         return -ENOMEM;
     }
     conn->id = id;
-    conn->sock = sock;
+    conn->sock = (struct sock){.fd = sock, .tls = tls, .pending = tls};
     conn->is_local = is_local(sock);
     conn->link = (uint8_t)link;
     conn->idle = true;
@@ -408,18 +410,23 @@ static void append(struct stretch *stretches, int *count, uint64_t pages, int ze
 
 /* ---- sending ---- */
 
-static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count,
-                        int flags) {
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
-    ssize_t sent;
-    do {
-        sent = sendmsg(conn->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL | flags);
-    } while (sent < 0 && errno == EINTR);
-    if (sent < 0 && errno != EAGAIN) {
+/* Ends the connection, unless its socket was only not ready. */
+static void end_socket(struct pn_source *source, struct conn *conn) {
+    char text[300];
+    snprintf(text, sizeof text, "TLS: %s", pn_sock_text(&conn->sock));
+    if (errno == EPROTO && conn->sock.tls)
+        end_conn(source, conn, PN_END_PROTOCOL, 0, text);
+    else if (errno != EAGAIN)
         end_conn(source, conn, PN_END_BROKEN, errno, "");
-        return -1;
-    }
-    return sent < 0 ? 0 : sent;
+}
+
+static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count,
+                        bool more) {
+    ssize_t sent = pn_sock_send(&conn->sock, parts, count, more);
+    if (sent >= 0)
+        return sent;
+    end_socket(source, conn);
+    return conn->ended ? -1 : 0;
 }
 
 static void forget_kept(struct pn_source *source, struct conn *conn) {
@@ -456,8 +463,8 @@ static void keep(struct pn_source *source, struct conn *conn, const struct iovec
 
 /* Whether the socket took all of it, and would take more. */
 static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iovec *parts,
-                         int count, int flags) {
-    ssize_t sent = try_send(source, conn, parts, count, flags);
+                         int count, bool more) {
+    ssize_t sent = try_send(source, conn, parts, count, more);
     if (sent < 0)
         return false;
     conn->full = (size_t)sent < size_of(parts, count);
@@ -468,7 +475,7 @@ static bool send_or_keep(struct pn_source *source, struct conn *conn, struct iov
 
 static bool send_kept(struct pn_source *source, struct conn *conn) {
     struct iovec part = {conn->kept + conn->kept_start, conn->kept_size - conn->kept_start};
-    ssize_t sent = try_send(source, conn, &part, 1, conn->left ? MSG_MORE : 0);
+    ssize_t sent = try_send(source, conn, &part, 1, conn->left > 0);
     if (sent < 0)
         return false;
     conn->kept_start += (size_t)sent;
@@ -480,12 +487,9 @@ static bool send_kept(struct pn_source *source, struct conn *conn) {
 
 static void send_from_file(struct pn_source *source, struct conn *conn, size_t size) {
     off_t at = (off_t)conn->at;
-    ssize_t sent;
-    do {
-        sent = sendfile(conn->sock, conn->block->fd, &at, size);
-    } while (sent < 0 && errno == EINTR);
-    if (sent < 0 && errno != EAGAIN)
-        end_conn(source, conn, PN_END_BROKEN, errno, "");
+    ssize_t sent = pn_sock_send_file(&conn->sock, conn->block->fd, &at, size);
+    if (sent < 0)
+        end_socket(source, conn);
     else if (sent == 0) /* the header promised more than there is: the connection must be cut */
         lose_end(source, conn->block, conn->at);
     conn->full = sent < (ssize_t)size;
@@ -502,7 +506,7 @@ static void send_by_copy(struct pn_source *source, struct conn *conn, size_t siz
         return;
     conn->at += size;
     conn->left -= size;
-    send_or_keep(source, conn, &part, 1, 0);
+    send_or_keep(source, conn, &part, 1, false);
 }
 
 /* Sends some more pages of the reply that was begun. */
@@ -534,7 +538,7 @@ static void tell_lost(struct pn_source *source, struct conn *conn) {
     struct pn_reply reply = reply_to(&conn->request, PN_FAILED, conn->request.count, length);
     struct iovec parts[] = {{&reply, sizeof reply}, {source->end->text, length}};
     if (!conn->kept && !conn->left)
-        try_send(source, conn, parts, 2, 0);
+        try_send(source, conn, parts, 2, false);
 }
 
 /* ---- answering ---- */
@@ -544,7 +548,7 @@ static void answer_zero(struct pn_source *source, struct conn *conn, uint64_t pa
     struct iovec part = {&reply, sizeof reply};
     conn->wire += sizeof reply;
     advance(&conn->request, pages);
-    send_or_keep(source, conn, &part, 1, 0);
+    send_or_keep(source, conn, &part, 1, false);
 }
 
 /* Whether the request's next pages are to be compressed. */
@@ -642,7 +646,13 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn,
         at += size;
         left -= run;
     }
-    send_or_keep(source, conn, batch.parts, batch.count, 0);
+    send_or_keep(source, conn, batch.parts, batch.count, false);
+}
+
+/* Over loopback sendfile would leave the copying, from cold memory, to the destination's busier
+ * loop. */
+static bool may_send_file(const struct conn *conn) {
+    return !conn->is_local && pn_sock_sends_files(&conn->sock);
 }
 
 /* Sends pages that are not zero, without keeping any of them. */
@@ -661,9 +671,9 @@ static void stream_pages(struct pn_source *source, struct conn *conn,
     conn->block = block;
     conn->at = at;
     conn->left = size;
-    conn->by_sendfile = block->pid <= 0 && !conn->is_local;
+    conn->by_sendfile = block->pid <= 0 && may_send_file(conn);
     advance(&conn->request, pages);
-    if (send_or_keep(source, conn, &part, 1, MSG_MORE))
+    if (send_or_keep(source, conn, &part, 1, true))
         send_pages(source, conn);
 }
 
@@ -741,8 +751,7 @@ static void answer_pages(struct pn_source *source, struct conn *conn) {
         answer_zero(source, conn, request->count);
     else if (is_large) /* a unit once begun is continued, whatever the choice to compress is now */
         answer_unit(source, conn, block, unit);
-    else if (packing || conn->is_local)
-        /* Sendfile would leave the copying, from cold memory, to the destination's busier loop. */
+    else if (packing || !may_send_file(conn))
         answer_by_copy(source, conn, block, pages, unit, packing);
     else
         answer_by_sendfile(source, conn, block, pages, unit);
@@ -756,7 +765,7 @@ static bool was_drained(struct conn *conn) {
     int waiting = 0;
     bool idle = conn->idle;
     conn->idle = false;
-    return idle && !ioctl(conn->sock, SIOCOUTQ, &waiting) && !waiting;
+    return idle && !ioctl(conn->sock.fd, SIOCOUTQ, &waiting) && !waiting;
 }
 
 static void answer_chunk(struct pn_source *source, struct conn *conn) {
@@ -837,8 +846,37 @@ uint64_t pn_source_kept(const struct pn_source *source) {
     return atomic_load_explicit(&source->kept, memory_order_relaxed);
 }
 
+/* A sendfile() that was reset half way returns what it had sent, and takes the error with it: the
+ * end that recv() then reports is a reset. */
+static bool was_reset(const struct conn *conn) {
+    struct tcp_info info;
+    socklen_t size = sizeof info;
+    return !getsockopt(conn->sock.fd, IPPROTO_TCP, TCP_INFO, &info, &size) &&
+           info.tcpi_state == TCP_CLOSE;
+}
+
+static void receive(struct pn_source *source, struct conn *conn) {
+    memmove(conn->in, conn->in + conn->in_start, conn->in_end - conn->in_start);
+    conn->in_end -= conn->in_start;
+    conn->in_start = 0;
+    if (conn->in_end == sizeof conn->in)
+        return;
+    ssize_t got =
+        pn_sock_receive_some(&conn->sock, conn->in + conn->in_end, sizeof conn->in - conn->in_end);
+    if (got > 0)
+        conn->in_end += (size_t)got;
+    else if (got < 0)
+        end_socket(source, conn);
+    else if (!conn->sock.tls && was_reset(conn))
+        end_conn(source, conn, PN_END_BROKEN, ECONNRESET, "");
+    else if (conn->in_end % sizeof(struct pn_request))
+        end_conn(source, conn, PN_END_PROTOCOL, 0, "the peer closed in the middle of a request");
+    else
+        end_conn(source, conn, PN_END_CLOSED, 0, "");
+}
+
 static bool has_work(const struct conn *conn) {
-    return conn->kept || conn->left || conn->request.count ||
+    return conn->kept || conn->left || conn->request.count || conn->sock.pending ||
            conn->in_end - conn->in_start >= sizeof conn->request;
 }
 
@@ -854,6 +892,8 @@ static void answer(struct pn_source *source, struct conn *conn) {
         send_pages(source, conn);
     else if (next_request(source, conn))
         answer_chunk(source, conn);
+    else if (conn->sock.pending)
+        receive(source, conn);
 }
 
 /* Answers until the socket is full, there is nothing to do, or it is the other connections'
@@ -867,35 +907,6 @@ static void take_turn(struct pn_source *source, struct conn *conn) {
 }
 
 /* ---- the loop ---- */
-
-/* A sendfile() that was reset half way returns what it had sent, and takes the error with it: the
- * end that recv() then reports is a reset. */
-static bool was_reset(const struct conn *conn) {
-    struct tcp_info info;
-    socklen_t size = sizeof info;
-    return !getsockopt(conn->sock, IPPROTO_TCP, TCP_INFO, &info, &size) &&
-           info.tcpi_state == TCP_CLOSE;
-}
-
-static void receive(struct pn_source *source, struct conn *conn) {
-    memmove(conn->in, conn->in + conn->in_start, conn->in_end - conn->in_start);
-    conn->in_end -= conn->in_start;
-    conn->in_start = 0;
-    if (conn->in_end == sizeof conn->in)
-        return;
-    ssize_t got =
-        recv(conn->sock, conn->in + conn->in_end, sizeof conn->in - conn->in_end, MSG_DONTWAIT);
-    if (got > 0)
-        conn->in_end += (size_t)got;
-    else if (got < 0 && errno != EAGAIN && errno != EINTR)
-        end_conn(source, conn, PN_END_BROKEN, errno, "");
-    else if (got == 0 && was_reset(conn))
-        end_conn(source, conn, PN_END_BROKEN, ECONNRESET, "");
-    else if (got == 0 && conn->in_end % sizeof(struct pn_request))
-        end_conn(source, conn, PN_END_PROTOCOL, 0, "the peer closed in the middle of a request");
-    else if (got == 0)
-        end_conn(source, conn, PN_END_CLOSED, 0, "");
-}
 
 static void wait_for_turn(struct pn_source *source, struct conn *conn) {
     if (conn->waits)
@@ -926,7 +937,7 @@ static void forget(struct pn_source *source, struct conn *conn) {
     forget_kept(source, conn);
     /* Closing would do, but not while a child that was just forked, and has not yet become another
      * program, has a copy. */
-    epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock, NULL);
+    epoll_ctl(source->epoll, EPOLL_CTL_DEL, conn->sock.fd, NULL);
     free_conn(conn);
 }
 
@@ -935,7 +946,7 @@ static void watch(struct pn_source *source, struct conn *conn) {
     uint32_t events = (has_room ? EPOLLIN : 0) | (conn->full ? EPOLLOUT : 0);
     struct epoll_event event = {.events = events, .data.ptr = conn};
     if (events != conn->events)
-        epoll_ctl(source->epoll, EPOLL_CTL_MOD, conn->sock, &event);
+        epoll_ctl(source->epoll, EPOLL_CTL_MOD, conn->sock.fd, &event);
     conn->events = events;
 }
 
@@ -972,7 +983,7 @@ static void add(struct pn_source *source, struct conn *conn) {
     source->conns = conn;
     conn->events = EPOLLIN;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = conn};
-    if (epoll_ctl(source->epoll, EPOLL_CTL_ADD, conn->sock, &event))
+    if (epoll_ctl(source->epoll, EPOLL_CTL_ADD, conn->sock.fd, &event))
         end_conn(source, conn, PN_END_BROKEN, errno, "");
     serve(source, conn);
 }

@@ -15,6 +15,7 @@ from .errors import (
     SourceLost,
     SourceUnreachable,
     Unsupported,
+    Untrusted,
     UsageError,
 )
 from .events import EventHandler
@@ -24,6 +25,7 @@ from .source.memory import Source, open_source
 from .source.serving import Server, serve
 from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
+from .tls import Tls
 from .transport import register
 from .uffd import AbandonedOwner, Mapping, OwnMemory, UffdSocket, WriteTracker
 
@@ -55,10 +57,12 @@ __all__ = [
     "Source",
     "SourceLost",
     "SourceUnreachable",
+    "Tls",
     "Transfer",
     "TransferStatistics",
     "UffdSocket",
     "Unsupported",
+    "Untrusted",
     "UsageError",
     "WriteTracker",
     "open_source",

@@ -15,22 +15,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import SplitResult, urlsplit
 
+from . import _native
 from .errors import UsageError
+from .tls import Tls
 
 __all__ = [
+    "Authenticated",
     "Buffer",
     "Connection",
     "Detachable",
+    "DetachedSocket",
     "LaneKind",
     "Listener",
+    "TlsTransport",
     "Transport",
     "dial",
+    "identity_of",
     "listen",
     "register",
     "schemes",
+    "security_of",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -72,6 +79,13 @@ class Connection(Protocol):
         ...
 
 
+class DetachedSocket(NamedTuple):
+    """A non-blocking socket, and TLS on it, if there is any."""
+
+    fd: int
+    tls: _native.Tls | None
+
+
 @runtime_checkable
 class Detachable(Protocol):
     """A connection whose bytes travel over a socket that a loop in C may drive."""
@@ -81,10 +95,38 @@ class Detachable(Protocol):
         """As :attr:`Connection.peer`."""
         ...
 
-    def detach(self) -> int:
-        """Give the non-blocking socket's file descriptor to the caller, who closes it. The
-        connection is then closed."""
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its bytes are not what goes over the socket."""
         ...
+
+    def detach(self) -> DetachedSocket:
+        """Give the socket to the caller, who closes TLS and then the descriptor. The connection is
+        then closed."""
+        ...
+
+
+@runtime_checkable
+class Authenticated(Protocol):
+    """A connection that knows who the peer is, after its first byte has come."""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The peer's names, as its certificate has them; none if nothing vouches for them."""
+        ...
+
+    @property
+    def security(self) -> str:
+        """How its bytes are encrypted, for people to read; empty if they are not."""
+        ...
+
+
+def security_of(connection: Connection) -> str:
+    return connection.security if isinstance(connection, Authenticated) else ""
+
+
+def identity_of(connection: Connection) -> tuple[str, ...]:
+    return connection.identity if isinstance(connection, Authenticated) else ()
 
 
 class Listener(Protocol):
@@ -127,6 +169,21 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class TlsTransport(Protocol):
+    """A transport that can encrypt."""
+
+    async def dial_tls(self, uri: SplitResult, tls: Tls) -> Connection:
+        """As :meth:`Transport.dial`. :exc:`~pagenet.errors.Untrusted` if one side does not believe
+        the other."""
+        ...
+
+    async def listen_tls(self, uri: SplitResult, tls: Tls) -> Listener:
+        """As :meth:`Transport.listen`. A connection raises :exc:`~pagenet.errors.Untrusted` where
+        its first byte is sent or received, if one side does not believe the other."""
+        ...
+
+
 _transports: dict[str, Transport] = {}
 
 
@@ -153,15 +210,19 @@ def _transport_for(uri: str) -> tuple[Transport, SplitResult]:
     return _transports[split.scheme], split
 
 
-async def dial(uri: str) -> Connection:
+async def dial(uri: str, tls: Tls | None = None) -> Connection:
     transport, split = _transport_for(uri)
-    return await transport.dial(split)
+    if tls is None:
+        return await transport.dial(split)
+    return await _encrypting(transport, uri).dial_tls(split, tls)
 
 
-async def listen(uri: str, *, plaintext: bool = False) -> Listener:
-    """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect and
-    ``plaintext`` is not set."""
+async def listen(uri: str, *, plaintext: bool = False, tls: Tls | None = None) -> Listener:
+    """Listen on ``uri``. :exc:`~pagenet.errors.UsageError` if other hosts could connect, and
+    there is no ``tls``, and ``plaintext`` is not set."""
     transport, split = _transport_for(uri)
+    if tls is not None:
+        return await _encrypting(transport, uri).listen_tls(split, tls)
     if not plaintext and not transport.is_private(split):
         raise _exposed(uri)
     listener = await transport.listen(split)
@@ -173,9 +234,15 @@ async def listen(uri: str, *, plaintext: bool = False) -> Listener:
     return listener
 
 
+def _encrypting(transport: Transport, uri: str) -> TlsTransport:
+    if not isinstance(transport, TlsTransport):
+        raise UsageError(f"{uri}: TLS is for tcp:// and rdma://")
+    return transport
+
+
 def _exposed(uri: str) -> UsageError:
     return UsageError(
         f"{uri} can be reached from other hosts, and memory would cross the network unencrypted and"
-        " to anyone who asks: listen on loopback or a unix socket, or say --plaintext if the"
-        " network is yours alone"
+        " to anyone who asks: say --tls-dir, listen on loopback or a unix socket, or say"
+        " --plaintext if the network is yours alone"
     )

@@ -53,6 +53,7 @@ from .residency import (
     seal_size,
 )
 from .source import Links, SourceBlock, SourceLoop
+from .tls import BadCredentials, Pem, Tls, TlsContext, TlsRefused
 from .tracking import Track, borrow, track_probe
 from .userfaultfd import (
     CONTINUE,
@@ -96,6 +97,7 @@ __all__ = [
     "POISON",
     "STATES",
     "ZERO",
+    "BadCredentials",
     "Buffer",
     "Choice",
     "DemandChoice",
@@ -110,6 +112,7 @@ __all__ = [
     "MappedFile",
     "NativeEvent",
     "Packer",
+    "Pem",
     "Piece",
     "Placed",
     "Planted",
@@ -118,6 +121,9 @@ __all__ = [
     "SharedMap",
     "SourceBlock",
     "SourceLoop",
+    "Tls",
+    "TlsContext",
+    "TlsRefused",
     "Track",
     "Window",
     "answer_outside",

@@ -156,10 +156,15 @@ class pn_end(Struct):
     text: CData
 
 
+class pn_tls(Struct):
+    pass
+
+
 class pn_lane_config(Struct):
     dest: pn_dest | Null
     ring: pn_ring | Null
     sock: int
+    tls: pn_tls | Null
     stop_fd: int
     work_fd: int
     room_fd: int
@@ -230,6 +235,26 @@ class pn_rdma_peer(Struct):
 
 
 class pn_rdma(Struct):
+    pass
+
+
+class pn_tls_psk(Struct):
+    name: bytes | CData | Null
+    key: CData | Null
+    length: int
+
+
+class pn_tls_config(Struct):
+    serves: int
+    authorities: bytes | CData | Null
+    revoked: bytes | CData | Null
+    certificate: bytes | CData | Null
+    key: bytes | CData | Null
+    psks: pn_tls_psk | Null
+    psk_count: int
+
+
+class pn_tls_context(Struct):
     pass
 
 
@@ -420,6 +445,15 @@ class Library(Protocol):
     PN_END_PLACING: int
     PN_END_NO_MEMORY: int
     PN_LZ4_GAIN: int
+    PN_TLS_NAME: int
+    PN_TLS_NAMES: int
+    PN_TLS_MEMORY: int
+    PN_TLS_AUTHORITIES: int
+    PN_TLS_REVOKED: int
+    PN_TLS_CERTIFICATE: int
+    PN_TLS_KEY: int
+    PN_TLS_SENDS: int
+    PN_TLS_RECEIVES: int
     pn_tunables: pn_pace_tunables
 
     def pn_uffd_open(self, device: bytes | CData | Null, user_mode_only: int, /) -> int: ...
@@ -561,10 +595,32 @@ class Library(Protocol):
     def pn_rdma_connect(
         self, rdma: pn_rdma | Null, queue_pair: int, psn: int, peer: pn_rdma_peer | Null, /
     ) -> int: ...
-    def pn_rdma_run(self, rdma: pn_rdma | Null, sock: int, end: pn_end | Null, /) -> None: ...
+    def pn_rdma_run(
+        self, rdma: pn_rdma | Null, sock: int, tls: pn_tls | Null, end: pn_end | Null, /
+    ) -> None: ...
     def pn_rdma_give_back(self, rdma: pn_rdma | Null, give_back: int, /) -> None: ...
     def pn_rdma_is_keyless(self, rdma: pn_rdma | Null, /) -> int: ...
     def pn_rdma_spun(self, rdma: pn_rdma | Null, /) -> int: ...
+    def pn_tls_context_new(
+        self, config: pn_tls_config | Null, which: CData | Null, text: CData | Null, size: int, /
+    ) -> pn_tls_context: ...
+    def pn_tls_context_free(self, context: pn_tls_context | Null, /) -> None: ...
+    def pn_tls_new(
+        self, context: pn_tls_context | Null, sock: int, host: bytes | CData | Null, /
+    ) -> pn_tls: ...
+    def pn_tls_free(self, tls: pn_tls | Null, /) -> None: ...
+    def pn_tls_handshake(self, tls: pn_tls | Null, /) -> int: ...
+    def pn_tls_wants_to_send(self, tls: pn_tls | Null, /) -> int: ...
+    def pn_tls_text(self, tls: pn_tls | Null, /) -> bytes | CData: ...
+    def pn_tls_send_bytes(
+        self, tls: pn_tls | Null, bytes: bytes | CData | Null, size: int, /
+    ) -> int: ...
+    def pn_tls_receive_bytes(
+        self, tls: pn_tls | Null, bytes: CData | Null, size: int, /
+    ) -> int: ...
+    def pn_tls_names(self, tls: pn_tls | Null, text: CData | Null, size: int, /) -> int: ...
+    def pn_tls_cipher(self, tls: pn_tls | Null, /) -> bytes | CData: ...
+    def pn_tls_kernel(self, tls: pn_tls | Null, /) -> int: ...
     def pn_keys_new(self, config: pn_keys_config | Null, error: CData | Null, /) -> pn_keys: ...
     def pn_keys_free(self, keys: pn_keys | Null, /) -> None: ...
     def pn_keys_pinned(self, keys: pn_keys | Null, /) -> int: ...
@@ -579,6 +635,7 @@ class Library(Protocol):
         self,
         reader: pn_reader | Null,
         sock: int,
+        tls: pn_tls | Null,
         stop_fd: int,
         unread: bytes | CData | Null,
         length: int,
@@ -593,6 +650,7 @@ class Library(Protocol):
         self,
         source: pn_source | Null,
         sock: int,
+        tls: pn_tls | Null,
         id: int,
         link: int,
         unread: bytes | CData | Null,

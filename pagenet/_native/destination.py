@@ -20,6 +20,7 @@ from ._declarations import (
 from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
 from .ends import End, end_of
 from .residency import SharedMap
+from .tls import Tls, tls_struct
 
 _tunables = lib.pn_tunables
 
@@ -140,11 +141,13 @@ class Destination:
         ring: Ring | None = None,
         window: tuple[int, int, int] = (0, 0, 0),
         chunk: int = 0,
+        tls: Tls | None = None,
     ) -> End:
         """Drive one connection until it ends, as the demand lane, or with a ``ring`` as a
         background lane. Call it in a thread."""
         config = new_struct(pn_lane_config)
         config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
+        config.tls = tls_struct(tls)
         config.ring = NULL if ring is None else ring.ring
         config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
         config.window_least, config.window_min, config.window_max, config.chunk = *window, chunk

@@ -19,6 +19,7 @@ from ._library import check, ffi, lib, new_array, new_struct, opened
 from .destination import Destination, Ring
 from .ends import End, end_of
 from .source import SourceBlock, source_blocks
+from .tls import Tls, tls_struct
 
 
 class RdmaLoop:
@@ -77,10 +78,10 @@ class RdmaLoop:
         peer = rdma_peer(gid, number, peer_psn, lid, mtu, reads)
         check(lib.pn_rdma_connect(opened(self._loop), queue_pair, psn, peer))
 
-    def run(self, sock: int) -> End:
+    def run(self, sock: int, tls: Tls | None = None) -> End:
         """Run the loop until it ends. Call it in a thread."""
         end = new_struct(pn_end)
-        lib.pn_rdma_run(opened(self._loop), sock, end)
+        lib.pn_rdma_run(opened(self._loop), sock, tls_struct(tls), end)
         return end_of(end)
 
     def give_back(self, give_back: bool) -> None:
@@ -184,11 +185,12 @@ class KeyReader:
             )
         )
 
-    def run(self, sock: int, stop_fd: int, unread: bytes) -> End:
+    def run(self, sock: int, stop_fd: int, unread: bytes, tls: Tls | None = None) -> End:
         """Hand out keys until the connection ends, or ``stop_fd`` is readable. Call it in a
         thread."""
         end = new_struct(pn_end)
-        lib.pn_reader_run(opened(self._reader), sock, stop_fd, unread, len(unread), end)
+        reader, under = opened(self._reader), tls_struct(tls)
+        lib.pn_reader_run(reader, sock, under, stop_fd, unread, len(unread), end)
         return end_of(end)
 
     def close(self) -> None:

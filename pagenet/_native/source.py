@@ -10,6 +10,7 @@ from ._declarations import pn_end, pn_links, pn_source, pn_source_block
 from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
 from ._pointers import CData
 from .ends import End, end_of
+from .tls import Tls, tls_struct
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,16 @@ class SourceLoop:
     def stop(self) -> None:
         lib.pn_source_stop(opened(self._source))
 
-    def add(self, sock: int, number: int, unread: bytes, link: int = 0) -> None:
-        """Serve the peer at ``sock``, which the loop then owns. ``unread``: what was received from
-        it already; ``link``: a number that all connections of its destination share."""
-        check(
-            lib.pn_source_add(opened(self._source), sock, number, link % 256, unread, len(unread))
-        )
+    def add(
+        self, sock: int, number: int, unread: bytes, link: int = 0, tls: Tls | None = None
+    ) -> None:
+        """Serve the peer at ``sock``, with ``tls`` on it, both of which the loop then owns.
+        ``unread``: what was received from it already; ``link``: a number that all connections of
+        its destination share."""
+        source, size = opened(self._source), len(unread)
+        check(lib.pn_source_add(source, sock, tls_struct(tls), number, link % 256, unread, size))
+        if tls is not None:
+            tls.give()
 
     def remove(self, number: int) -> None:
         if self._source is not None:

@@ -92,7 +92,7 @@ async def blocking(connection: Connection) -> AsyncIterator[socket.socket]:
     which ends the loop. :exc:`UsageError` if the connection has no socket."""
     if not isinstance(connection, Detachable):
         raise UsageError(f"{connection.peer}: the floors need a transport over sockets")
-    with socket.socket(fileno=connection.detach()) as sock:
+    with socket.socket(fileno=connection.detach().fd) as sock:
         sock.setblocking(True)
 
         async def shut_down_when_cancelled() -> None:

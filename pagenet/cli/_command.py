@@ -62,6 +62,7 @@ exit codes:
   5    owner gone: the process whose memory was being filled has ended
   6    protocol error: the peer's bytes make no sense, or are of another version
   7    not possible here: a permission or a kernel feature is missing
+  8    not trusted: TLS, and one side does not believe the other
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """
@@ -185,7 +186,14 @@ def add_pull_options(parser: Parser) -> None:
 def pull_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that are arguments of :func:`pagenet.pull`."""
     names = (
-        *("plaintext", "background", "background_lanes", "max_bandwidth", "start_background"),
+        *(
+            "plaintext",
+            "tls",
+            "background",
+            "background_lanes",
+            "max_bandwidth",
+            "start_background",
+        ),
         *("prefetch", "record", "compress", "lane"),
     )
     return {name: getattr(options, name) for name in names}

@@ -10,13 +10,16 @@ from collections.abc import Awaitable, Callable
 from ..admission import raise_descriptor_limit
 from ..control import Control, serve_control
 from ._command import Parser, Report, run_command
+from ._tls import add_tls_options, reloading, tls_of
 
-__all__ = ["Work", "add_control_option", "run_controlled"]
+__all__ = ["Work", "add_common_options", "run_controlled"]
 
 Work = Callable[[argparse.Namespace, Report, Control], Awaitable[int | None]]
 
 
-def add_control_option(parser: Parser) -> None:
+def add_common_options(parser: Parser) -> None:
+    """Add the options of every long-running command."""
+    add_tls_options(parser)
     parser.add_argument(
         "--control",
         metavar="PATH",
@@ -35,12 +38,14 @@ def run_controlled(work: Work, options: argparse.Namespace, report: Report) -> i
 
 
 async def _with_control(work: Work, options: argparse.Namespace, report: Report) -> int | None:
-    if options.control is None:
-        return await work(options, report, Control(report.prog, None))
-    async with serve_control(
-        None, options.control, program=report.prog, stop=_terminate, on_event=report
-    ) as control:
-        return await work(options, report, control)
+    options.tls = tls_of(options)
+    async with reloading(options.tls, report):
+        if options.control is None:
+            return await work(options, report, Control(report.prog, None))
+        async with serve_control(
+            None, options.control, program=report.prog, stop=_terminate, on_event=report
+        ) as control:
+            return await work(options, report, control)
 
 
 def _terminate() -> None:

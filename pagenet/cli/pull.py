@@ -15,12 +15,14 @@ from ..errors import HandshakeError
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import Parser, Report, add_pull_options, count, pull_options
-from ._control import add_control_option, run_controlled
+from ._control import add_common_options, run_controlled
 from ._progress import show_until_complete
+from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _WORDS = {
+    **TLS_WORDS,
     "listening": "waiting for a source on {uri}",
     "connected": "{peer}: {pages} pages, {bytes} bytes",
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
@@ -69,7 +71,7 @@ def make_parser() -> Parser:
         help="wait at URI for the source to dial (pagenet-serve --connect)",
     )
     add_pull_options(parser)
-    add_control_option(parser)
+    add_common_options(parser)
     return parser
 
 

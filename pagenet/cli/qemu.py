@@ -25,14 +25,16 @@ from ._command import (
     pull_options,
     round_count,
 )
-from ._control import Work, add_control_option, run_controlled
+from ._control import Work, add_common_options, run_controlled
 from ._progress import make_progress, show_until_complete
+from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _PROG = "pagenet-qemu"
 _SHAPES = "tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH"
 _WORDS = {
+    **TLS_WORDS,
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
     "attached": "attached to QEMU (pid {pid}, RAM in {ram})",
     "listening": "waiting for a guest on {uri}",
@@ -96,7 +98,7 @@ def make_parser() -> Parser:
         "--pid", type=count, metavar="PID", help="with --resume, instead of --qmp: QEMU's process"
     )
     add_pull_options(incoming)
-    add_control_option(incoming)
+    add_common_options(incoming)
     incoming.add_argument(
         "qemu",
         nargs="*",
@@ -120,7 +122,7 @@ def make_parser() -> Parser:
         help="copy memory while the guest runs, in rounds, before it leaves (auto)",
     )
     add_lane_option(leaving)
-    add_control_option(leaving)
+    add_common_options(leaving)
     return parser
 
 
@@ -184,7 +186,12 @@ async def _migrate(options: argparse.Namespace, report: Report, control: Control
     control.precopy = precopy
     async with (
         migrate(
-            options.qmp, options.uri, lane=options.lane, precopy=precopy, on_event=report
+            options.qmp,
+            options.uri,
+            tls=options.tls,
+            lane=options.lane,
+            precopy=precopy,
+            on_event=report,
         ) as server,
         trio.open_nursery() as nursery,
     ):

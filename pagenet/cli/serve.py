@@ -19,11 +19,13 @@ from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
 from ..source.tracked import SourceOwner
 from ..uffd import WriteTracker
 from ._command import ROUND_WORDS, Parser, Report, add_lane_option, count, round_count
-from ._control import add_control_option, run_controlled
+from ._control import add_common_options, run_controlled
+from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _WORDS = {
+    **TLS_WORDS,
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",
     "path": "pages go by {path}",
@@ -119,7 +121,7 @@ def make_parser() -> Parser:
         help="with --tracked: rounds before the process is stopped (auto)",
     )
     add_lane_option(parser)
-    add_control_option(parser)
+    add_common_options(parser)
     return parser
 
 
@@ -159,6 +161,7 @@ async def _serve_source(
         listen=options.listen,
         connect=options.connect,
         plaintext=options.plaintext,
+        tls=options.tls,
         lane=options.lane,
         rdma_pin_limit=options.rdma_pin_limit,
         max_sessions=options.max_sessions,

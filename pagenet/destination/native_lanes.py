@@ -22,11 +22,11 @@ from ..nurseries import open_failing_nursery
 from ..protocol import printable
 from ..region import Region, Run
 from ..target import Target
-from ..transport import Connection, Detachable
+from ..transport import Connection, Detachable, DetachedSocket
 from ..uffd import UffdTarget
 from .filling import Filling
 
-__all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned"]
+__all__ = ["LoopLanes", "NativeLanes", "can_run_natively", "lane_error", "owned", "taken"]
 
 # What is in the ring is asked for before anything that the schedule chooses later. So the ring is
 # kept short: half of it lasts the lane RING_SECONDS (min, max). Its size grows when half of it
@@ -203,7 +203,12 @@ class NativeLanes(LoopLanes):
     ) -> None:
         self._peer = connections[0].peer
         with ExitStack() as stack:
-            self._sockets = [_detached(stack, connection) for connection in connections]
+            assert all(isinstance(connection, Detachable) for connection in connections)
+            self._sockets = [
+                taken(stack, connection)
+                for connection in connections
+                if isinstance(connection, Detachable)
+            ]
             super().__init__(filling, wire, background, len(connections) - 1)
             self._cleanup.push(stack.pop_all())
 
@@ -213,15 +218,16 @@ class NativeLanes(LoopLanes):
             nursery.start_soon(self._run_lane, limiter, sock, ring)
 
     async def _run_lane(
-        self, limiter: trio.CapacityLimiter, sock: int, ring: _native.Ring | None
+        self, limiter: trio.CapacityLimiter, sock: DetachedSocket, ring: _native.Ring | None
     ) -> None:
         drive = partial(
             self._dest.run_lane,
-            sock,
+            sock.fd,
             self._stop_fd,
             ring,
             _native.window_bytes(self._background.window),
             self._background.chunk,
+            sock.tls,
         )
         end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
         if end.kind != _native.END_STOPPED:
@@ -251,6 +257,10 @@ def owned(stack: ExitStack, fd: int) -> int:
     return fd
 
 
-def _detached(stack: ExitStack, connection: Connection) -> int:
-    assert isinstance(connection, Detachable)
-    return owned(stack, connection.detach())
+def taken(stack: ExitStack, connection: Detachable) -> DetachedSocket:
+    """The connection's socket, and TLS on it, which ``stack`` closes."""
+    detached = connection.detach()
+    owned(stack, detached.fd)
+    if detached.tls is not None:
+        stack.callback(detached.tls.close)
+    return detached

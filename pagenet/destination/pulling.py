@@ -30,7 +30,8 @@ from ..protocol import (
 from ..region import Region
 from ..statistics import TransferStatistics
 from ..target import Owner, Stored, Target
-from ..transport import Connection, LaneKind
+from ..tls import Tls
+from ..transport import Connection, LaneKind, security_of
 from ..whole_file import WholeFile
 from .copying import Copying
 from .filling import Filling
@@ -199,6 +200,7 @@ async def pull(
     *,
     listen: bool = False,
     plaintext: bool = False,
+    tls: Tls | None = None,
     background: str = "hot",
     background_lanes: int = 1,
     chunk: int = CHUNK_BYTES,
@@ -219,12 +221,12 @@ async def pull(
     :meth:`Transfer.wait_complete`. Leaving it earlier gives up: a thread that touches a missing
     page then waits if the owner keeps its userfaultfd, or else gets SIGBUS, but never zeros.
 
-    ``listen``: wait at ``uri`` for the source to dial, instead of dialling it (``plaintext`` as in
-    :func:`serve`). ``background``: the order in which untouched pages are fetched: ``hot`` (pages
-    near the faults first), ``follow`` (on from the last fault), ``linear``, ``recorded=FILE`` (the
-    order that ``record`` wrote, then ``hot``), or ``off`` to fetch touched pages only.
-    ``max_bandwidth``: the background's rate limit, in bytes per second on the wire. Both may be
-    changed during the transfer (:meth:`Transfer.set_background`,
+    ``listen``: wait at ``uri`` for the source to dial, instead of dialling it. ``plaintext`` and
+    ``tls``: as in :func:`serve`. ``background``: the order in which untouched pages are fetched:
+    ``hot`` (pages near the faults first), ``follow`` (on from the last fault), ``linear``,
+    ``recorded=FILE`` (the order that ``record`` wrote, then ``hot``), or ``off`` to fetch touched
+    pages only. ``max_bandwidth``: the background's rate limit, in bytes per second on the wire.
+    Both may be changed during the transfer (:meth:`Transfer.set_background`,
     :meth:`Transfer.set_max_bandwidth`). ``start_background``: when the background begins:
     ``after=SECONDS``, or ``rate=N`` (once fewer than N faults have come within a second, checked
     ten times a second). Both count from the time when faults are answered. None: at once.
@@ -273,7 +275,9 @@ async def pull(
         *[Channel.BACKGROUND] * background_lanes,
         *[Channel.STREAM] * streams,
     )
-    sessions = accept_source(uri, plaintext, channels, on_event) if listen else dial_source(uri)
+    sessions = (
+        accept_source(uri, plaintext, tls, channels, on_event) if listen else dial_source(uri, tls)
+    )
     async with _recording_to(record) as recording, sessions as session:
         filling: Filling | None = None
         reason = ""
@@ -307,7 +311,9 @@ async def pull(
                         connections[: 1 + background_lanes],
                         connections[1 + background_lanes :],
                     )
+                    security = security_of(pages_go_over[0])
                     lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
+                    name = f"{lanes.name}, {security}" if security else lanes.name
                     copying = None
                     if session.is_tracked:
                         after = partial(_schedule, background, filling)
@@ -316,9 +322,9 @@ async def pull(
                 if copying is not None and early.is_paused:
                     copying.hear(Pause())
                 pages, placement = filling.residency.scope, filling.target.placement
-                on_event("owner", placement=placement, lane=lanes.name, pages=pages)
+                on_event("owner", placement=placement, lane=name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    transfer = Transfer(filling, session.peer, lanes.name, others, plan, copying)
+                    transfer = Transfer(filling, session.peer, name, others, plan, copying)
                     if not held:
                         transfer.release()
                     nursery.start_soon(

@@ -32,6 +32,7 @@ from ..protocol import (
     printable,
 )
 from ..session import MessageStream, accept_forever, greet, telling
+from ..tls import Tls
 from ..transport import Connection
 
 __all__ = ["SourceSession", "accept_source", "dial_source"]
@@ -122,7 +123,7 @@ def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
 
 
 @asynccontextmanager
-async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
+async def dial_source(uri: str, tls: Tls | None = None) -> AsyncIterator[SourceSession]:
     """A session with the source that listens on ``uri``.
 
     Raises :exc:`~pagenet.errors.SourceUnreachable` if there is none.
@@ -139,7 +140,7 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
     async def open_lane(channel: Channel) -> Connection:
         try:
-            connection = await transport.dial(uri)
+            connection = await transport.dial(uri, tls)
         except SourceUnreachable as error:  # it was there a moment ago
             raise SourceLost(f"the source is gone: {error}") from None
         return _lane_stream(
@@ -148,7 +149,7 @@ async def dial_source(uri: str) -> AsyncIterator[SourceSession]:
 
     try:
         hello, stream = await converse(
-            await transport.dial(uri),
+            await transport.dial(uri, tls),
             Hello(Role.DESTINATION, Channel.CONTROL, features=frozenset({TRACKED})),
         )
         async with telling(stream):
@@ -172,6 +173,7 @@ class _Reception:
         self._sources_in, self.sources = trio.open_memory_channel[tuple[Hello, MessageStream]](1)
         self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in lanes}
         self._session: bytes | None = None
+        self._identity: tuple[str, ...] = ()
         self._connections: list[Connection] = []
         self.admission = Admission(spare_descriptors())
 
@@ -208,6 +210,7 @@ class _Reception:
             if hello.region is None or not hello.session:
                 raise RemoteProtocolError("the source's hello has no block table or no session")
             self._session = hello.session
+            self._identity = transport.identity_of(stream.connection)
             try:
                 await stream.send(
                     Hello(
@@ -223,7 +226,9 @@ class _Reception:
                 raise
             await self._sources_in.send((hello, stream))
         else:
-            if hello.session != self._session:
+            # Whose it is counts, not who knows its number.
+            is_same = transport.identity_of(stream.connection) == self._identity
+            if hello.session != self._session or not is_same:
                 raise RemoteProtocolError(
                     "the source opens a lane for a session that does not exist"
                 )
@@ -233,12 +238,16 @@ class _Reception:
 
 @asynccontextmanager
 async def accept_source(
-    uri: str, plaintext: bool, lanes: Sequence[Channel], on_event: EventHandler
+    uri: str,
+    plaintext: bool,
+    tls: Tls | None,
+    lanes: Sequence[Channel],
+    on_event: EventHandler,
 ) -> AsyncIterator[SourceSession]:
     """A session with the first source that dials ``uri``. The source is asked to dial ``lanes``
     too."""
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext))
+        listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext, tls=tls))
         on_event("listening", uri=listener.uri)
         reception = _Reception(lanes, on_event)
         stack.callback(reception.close)

@@ -102,11 +102,12 @@ async def give_to_qemu(qmp: Qmp, connection: Connection, nursery: trio.Nursery) 
     """Hand the socket of ``connection`` to QEMU, and return QEMU's URI for it.
 
     A guest that stands still waits for these bytes, and this way no process of ours has to wake up
-    to pass them on. If the connection has no socket, a task in ``nursery`` passes them on.
+    to pass them on. If the connection has no socket, or is encrypted, a task in ``nursery`` passes
+    them on.
     """
     connection = bare(connection)
-    if isinstance(connection, Detachable):
-        fd = connection.detach()
+    if isinstance(connection, Detachable) and not connection.is_encrypted:
+        fd = connection.detach().fd
     else:
         ours, theirs = trio.socket.socketpair()
         nursery.start_soon(_relay, connection, trio.SocketStream(ours))

@@ -47,6 +47,7 @@ from ..source.memory import open_source
 from ..source.precopy import Precopy
 from ..source.rounds import Rounds
 from ..source.serving import Server, serve
+from ..tls import Tls
 from ..transport import Connection, LaneKind
 from ..uffd import Mapping, WriteTracker
 from ._guard import Guard, go_on, guarding
@@ -89,6 +90,7 @@ async def migrate(
     qmp_socket: str | Path,
     uri: str,
     *,
+    tls: Tls | None = None,
     lane: LaneKind = "auto",
     precopy: Precopy | None = None,
     on_event: EventHandler = ignore_events,
@@ -140,6 +142,7 @@ async def migrate(
             serve(
                 source,
                 connect=uri,
+                tls=tls,
                 lane=lane,
                 tracked=tracker,
                 on_stream=streams.meet,

@@ -11,10 +11,11 @@ from dataclasses import replace
 import trio
 
 from .. import _native
-from ..destination.native_lanes import owned
+from ..destination.native_lanes import owned, taken
 from ..errors import ConnectionBroken, RemoteProtocolError, SourceLost, Unsupported
 from ..nurseries import open_failing_nursery
 from ..source.memory import Source
+from ..transport import DetachedSocket
 from ._constants import KEYS_IN_ANY_CASE
 from ._lanes import Carrier, chunk_table
 from ._memory import map_file, receive_endpoint
@@ -69,7 +70,7 @@ class NativeMemory:
         with ExitStack() as stack:
             reader, ours = self._open_reader(theirs, stack)
             await carrier.send(ours.encode())
-            end = await _run(reader, owned(keep, carrier.detach()), bytes(stream), stack)
+            end = await _run(reader, taken(keep, carrier), bytes(stream), stack)
         match end.kind:
             case _native.END_FAILED:
                 raise SourceLost(end.text)
@@ -107,7 +108,7 @@ class NativeMemory:
 
 
 async def _run(
-    reader: _native.KeyReader, sock: int, unread: bytes, stack: ExitStack
+    reader: _native.KeyReader, sock: DetachedSocket, unread: bytes, stack: ExitStack
 ) -> _native.End:
     stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
 
@@ -120,7 +121,7 @@ async def _run(
     async with open_failing_nursery() as nursery:
         nursery.start_soon(stop_when_cancelled)
         end = await trio.to_thread.run_sync(
-            reader.run, sock, stop_fd, unread, limiter=trio.CapacityLimiter(1)
+            reader.run, sock.fd, stop_fd, unread, sock.tls, limiter=trio.CapacityLimiter(1)
         )
         nursery.cancel_scope.cancel()
     return end

@@ -18,12 +18,12 @@ import trio
 from .. import _native
 from ..background.pacing import Background
 from ..destination.filling import Filling
-from ..destination.native_lanes import LoopLanes, lane_error, owned
+from ..destination.native_lanes import LoopLanes, lane_error, taken
 from ..errors import ConnectionBroken, SourceLost, Unsupported, UsageError
 from ..region import Region
 from ..session import receive_exactly
 from ..target import Target
-from ..transport import Connection
+from ..transport import Connection, DetachedSocket
 from ..uffd import UffdTarget
 from ._constants import GIVING_BACK_SECONDS, KEYS_IN_ANY_CASE
 from ._path import Path
@@ -40,7 +40,10 @@ class Carrier(Connection, Protocol):
     @property
     def local_host(self) -> str: ...
 
-    def detach(self) -> int: ...
+    def detach(self) -> DetachedSocket: ...
+
+    @property
+    def is_encrypted(self) -> bool: ...
 
 
 def can_run_in_c(target: Target) -> bool:
@@ -98,11 +101,11 @@ class RdmaLanes(LoopLanes):
             raise SourceLost(f"the source is gone: {error}") from None
         self._loop = loop
         self._is_set_up.set()
-        end = await trio.to_thread.run_sync(loop.run, sock, limiter=trio.CapacityLimiter(1))
+        end = await trio.to_thread.run_sync(loop.run, *sock, limiter=trio.CapacityLimiter(1))
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, self._peer)
 
-    async def _set_up(self) -> tuple[_native.RdmaLoop, int]:
+    async def _set_up(self) -> tuple[_native.RdmaLoop, DetachedSocket]:
         """Join both queue pairs to the source's. Return the loop, and the socket for keys."""
         path = self._path
         loop = await trio.to_thread.run_sync(self._make_loop)
@@ -122,7 +125,7 @@ class RdmaLanes(LoopLanes):
                     mtu=min(path.mtu, theirs.mtu),
                     reads=min(path.reads, theirs.reads),
                 )
-        return loop, owned(self._cleanup, self._carriers[0].detach())
+        return loop, taken(self._cleanup, self._carriers[0])
 
     def _make_loop(self) -> _native.RdmaLoop:
         path = self._path

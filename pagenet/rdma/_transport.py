@@ -3,7 +3,7 @@ port."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,17 @@ from ..errors import PagenetError, SourceUnreachable, UsageError
 from ..protocol import Encoding
 from ..region import Region
 from ..source.memory import Source
-from ..transport import Buffer, LaneKind, Listener, Transport
+from ..tls import Tls
+from ..transport import (
+    Buffer,
+    Connection,
+    LaneKind,
+    Listener,
+    TlsTransport,
+    Transport,
+    identity_of,
+    security_of,
+)
 from ._keys import NativeMemory
 from ._lanes import Carrier, RdmaLanes, can_run_in_c
 from ._memory import RegisteredMemory, serve_reads
@@ -57,6 +67,15 @@ class RdmaConnection:
         if self._path is None:
             self._path = choose_path(self._wanted, self.carrier.local_host)
         return self._path
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        return identity_of(self.carrier)
+
+    @property
+    def security(self) -> str:
+        how = security_of(self.carrier)
+        return f"pages in plain text, words {how}" if how else ""
 
     def find_path(self) -> str:
         return str(self.path)
@@ -139,20 +158,45 @@ class RdmaTransport:
 
     async def dial(self, uri: SplitResult) -> RdmaConnection:
         """Dial ``uri``. Raises :exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        return await self._dial(uri, self._carrier.dial)
+
+    async def dial_tls(self, uri: SplitResult, tls: Tls) -> RdmaConnection:
+        """As :meth:`dial`. The messages are encrypted, and the pages are not."""
+        _check_pages(tls)
+        return await self._dial(uri, lambda where: self._encrypting.dial_tls(where, tls))
+
+    async def listen(self, uri: SplitResult) -> RdmaListener:
+        """Listen on ``uri``. Raises :exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+        return await self._listen(uri, self._carrier.listen)
+
+    async def listen_tls(self, uri: SplitResult, tls: Tls) -> RdmaListener:
+        """As :meth:`listen`. The messages are encrypted, and the pages are not."""
+        _check_pages(tls)
+        return await self._listen(uri, lambda where: self._encrypting.listen_tls(where, tls))
+
+    @property
+    def _encrypting(self) -> TlsTransport:
+        assert isinstance(self._carrier, TlsTransport)
+        return self._carrier
+
+    async def _dial(
+        self, uri: SplitResult, dial: Callable[[SplitResult], Awaitable[Connection]]
+    ) -> RdmaConnection:
         wanted = _wanted(uri)
         check_device(wanted)
         try:
-            carrier: Any = await self._carrier.dial(_carriers(uri))
+            carrier: Any = await dial(_carriers(uri))
         except (UsageError, SourceUnreachable) as error:
             raise _reworded(error) from error
         return RdmaConnection(carrier, wanted)
 
-    async def listen(self, uri: SplitResult) -> RdmaListener:
-        """Listen on ``uri``. Raises :exc:`~pagenet.errors.Unsupported` if this host has no RDMA."""
+    async def _listen(
+        self, uri: SplitResult, listen: Callable[[SplitResult], Awaitable[Listener]]
+    ) -> RdmaListener:
         wanted = _wanted(uri)
         check_device(wanted)
         try:
-            carrier = await self._carrier.listen(_carriers(uri))
+            carrier = await listen(_carriers(uri))
         except UsageError as error:
             raise _reworded(error) from error
         return RdmaListener(carrier, wanted)
@@ -163,6 +207,14 @@ class RdmaTransport:
             return self._carrier.is_private(_carriers(uri))
         except UsageError as error:
             raise _reworded(error) from error
+
+
+def _check_pages(tls: Tls) -> None:
+    if not tls.plaintext_pages:
+        raise UsageError(
+            "over rdma:// the devices move the pages, and TLS does not encrypt them: say"
+            " --plaintext-pages if the network is yours alone, or take tcp://"
+        )
 
 
 def _wanted(uri: SplitResult) -> Wanted:

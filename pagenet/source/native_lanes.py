@@ -80,10 +80,12 @@ class _Loop:
         """Drive ``connection`` until it ends."""
         number, serving = next(self._numbers), _Serving()
         self._serving[number] = serving
-        sock = connection.detach()
+        sock, tls = connection.detach()
         try:
-            self._loop.add(sock, number, unread, link)
+            self._loop.add(sock, number, unread, link, tls)
         except BaseException:
+            if tls is not None:
+                tls.close()
             os.close(sock)
             raise
         try:

@@ -51,6 +51,7 @@ from ..protocol import (
 from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
+from ..tls import Tls
 from ..transport import LaneKind
 from .lanes import PIN_LIMIT, OneSided, ReadableMemory
 from .memory import Source, open_source
@@ -81,6 +82,8 @@ class _Session:
 
     session_id: bytes
     control: MessageStream
+    #: the peer's names, where it is authenticated
+    identity: tuple[str, ...] = ()
     #: of a destination of a tracked source
     rounds: Rounds | None = None
     #: set when no more messages come on the control connection
@@ -111,8 +114,9 @@ class Server:
         max_sessions: int,
         max_lanes: int,
         tracked: Tracker | None,
+        tls: Tls | None,
     ) -> None:
-        self._source = source
+        self._source, self._tls = source, tls
         self._max_sessions, self._max_lanes = max_sessions, max_lanes
         self._tracked = tracked
         self._rounds: Rounds | None = None
@@ -219,7 +223,7 @@ class Server:
 
     @contextmanager
     def _new_session(self, control: MessageStream) -> Iterator[_Session]:
-        session = _Session(os.urandom(16), control)
+        session = _Session(os.urandom(16), control, transport.identity_of(control.connection))
         self._sessions[session.session_id] = session
         try:
             yield session
@@ -247,7 +251,7 @@ class Server:
         async with telling(stream):
             with self.admission.stranger():
                 hello = await stream.receive_hello(Role.DESTINATION)
-            session = self._session_of(hello)
+            session = self._session_of(hello, stream.connection)
         if reason := self._too_many(session):
             await stream.tell(Failure("busy", reason))
             self._on_event("refused", peer=stream.connection.peer, reason=reason)
@@ -259,14 +263,16 @@ class Server:
                 await stream.answer(self._hello(hello.channel, session))
                 await self._serve_lane(hello.channel, stream, session)
 
-    def _session_of(self, hello: Hello) -> _Session | None:
+    def _session_of(self, hello: Hello, connection: transport.Connection) -> _Session | None:
         if hello.channel is Channel.CONTROL:
             return None
-        if hello.session not in self._sessions:
+        session = self._sessions.get(hello.session)
+        # Whose it is counts, not who knows its number.
+        if session is None or transport.identity_of(connection) != session.identity:
             raise RemoteProtocolError(
                 "the peer opens a lane for a session that does not exist (any more)"
             )
-        return self._sessions[hello.session]
+        return session
 
     def _too_many(self, session: _Session | None) -> str | None:
         """Why another lane of ``session`` (None: another session) is refused; None if it is not."""
@@ -336,7 +342,7 @@ class Server:
 
         :exc:`ConnectionBroken` if it leaves before.
         """
-        connection = await transport.dial(uri)
+        connection = await transport.dial(uri, self._tls)
         stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
         with self._new_session(stream) as session:
             try:
@@ -354,7 +360,7 @@ class Server:
             raise ConnectionBroken("the destination left before it had every page")
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
-        connection = await transport.dial(uri)
+        connection = await transport.dial(uri, self._tls)
         try:
             stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
             await greet(stream, self._hello(channel, session))
@@ -524,6 +530,7 @@ async def serve(
     listen: str | None = None,
     connect: str | None = None,
     plaintext: bool = False,
+    tls: Tls | None = None,
     lane: LaneKind = "auto",
     rdma_pin_limit: int = PIN_LIMIT,
     max_sessions: int = MAX_SESSIONS,
@@ -537,15 +544,16 @@ async def serve(
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one
     destination that listens there. ``plaintext`` allows a listener that other hosts can reach.
-    ``lane``: ``native`` or ``auto`` (loops in C, for connections over sockets), or ``trio`` (the
-    same in Trio, slow and obvious). ``rdma_pin_limit``: bytes of the source that may be registered
-    for RDMA, and so pinned, at a time. ``max_sessions``: destinations that a listener serves at a
-    time; ``max_lanes``: lanes of each, streams included. More are refused. ``tracked``: the
-    source's owner still writes to it, and this names what it has written (a
-    :class:`~pagenet.WriteTracker`, made before). The one destination that may then connect copies
-    pages in :meth:`Server.wait_rounds`, until they are frozen. ``on_stream``: called
-    with each stream that a destination opens for the application's own bytes; the connection is
-    closed when the call returns.
+    ``tls``: encrypt every connection, and believe nobody without credentials. ``lane``: ``native``
+    or ``auto`` (loops in C, for connections over sockets), or ``trio`` (the same in Trio, slow and
+    obvious). ``rdma_pin_limit``: bytes of the source that may be registered for RDMA, and so
+    pinned, at a time. ``max_sessions``: destinations that a listener serves at a time;
+    ``max_lanes``: lanes of each, streams included. More are refused. ``tracked``: the source's
+    owner still writes to it, and this names what it has written (a :class:`~pagenet.WriteTracker`,
+    made before). The one destination that may then connect copies pages in
+    :meth:`Server.wait_rounds`, until they are frozen. ``on_stream``: called with each stream that a
+    destination opens for the application's own bytes; the connection is closed when the call
+    returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used;
     :exc:`~pagenet.errors.SourceLost`, in the block, when the memory is gone, or a stored file was
@@ -570,10 +578,13 @@ async def serve(
             max_sessions if tracked is None else 1,
             max_lanes,
             tracked,
+            tls,
         )
         cleanup.callback(server.close)
         if listen is not None:
-            listener = cleanup.enter_context(await transport.listen(listen, plaintext=plaintext))
+            listener = cleanup.enter_context(
+                await transport.listen(listen, plaintext=plaintext, tls=tls)
+            )
             server.uri = listener.uri
             on_event(
                 "listening", uri=server.uri, pages=opened.region.pages, bytes=opened.region.size

@@ -13,7 +13,7 @@ import trio
 
 from ..errors import ConnectionBroken, ConnectionBusy, ConnectionClosed
 from ..one_task import OneTask
-from ..transport import Buffer
+from ..transport import Buffer, DetachedSocket
 from ._constants import IOV_MAX
 
 
@@ -74,8 +74,7 @@ class SocketConnection:
                 " stream"
             )
         with self._receiving:
-            with self._translated():
-                count = await self._socket.recv_into(buffer)
+            count = await self._receive_some(buffer)
             # The kernel reports a reset once, to whichever direction asks first. From then on,
             # receiving looks like the end of a stream that was closed in good order. So the reset
             # is remembered.
@@ -83,18 +82,25 @@ class SocketConnection:
                 raise ConnectionBroken(self._broken)
             return count
 
+    async def _receive_some(self, buffer: memoryview) -> int:
+        with self._translated():
+            return await self._socket.recv_into(buffer)
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._socket.close()
 
-    def detach(self) -> int:
-        """Give the non-blocking socket's file descriptor to the caller, who closes it. The
-        connection is then closed.
+    @property
+    def is_encrypted(self) -> bool:
+        return False
 
-        :exc:`~pagenet.errors.ConnectionBusy` while a task is sending or receiving: part of its
-        bytes may be in flight.
-        """
+    def detach(self) -> DetachedSocket:
+        """As :meth:`pagenet.transport.Detachable.detach`. :exc:`~pagenet.errors.ConnectionBusy`
+        while a task is sending or receiving: part of its bytes may be in flight."""
+        return DetachedSocket(self._detach_socket(), None)
+
+    def _detach_socket(self) -> int:
         self._check_open()
         if self._sending.held or self._receiving.held:
             raise ConnectionBusy(

@@ -14,6 +14,9 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")
 # Not measured.
 CONNECT_TIMEOUT = 10.0
 
+# Seconds for a TLS handshake with a peer that was dialled: two round trips, and some ms of work.
+HANDSHAKE_TIMEOUT = 10.0
+
 # A dead peer must be noticed within PEER_TIMEOUT seconds, because until then every fault waits and
 # nothing reconnects. By default, Linux takes about 15 minutes while bytes are unacknowledged
 # (tcp_retries2), and for ever on an idle connection. Two options are needed, because each covers

@@ -7,19 +7,21 @@ import errno
 import ipaddress
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult
 
 import trio
 
-from ..errors import SourceUnreachable, UsageError
+from ..errors import SourceUnreachable, Untrusted, UsageError
+from ..tls import Tls
 from ._connection import SocketConnection, reason
 from ._constants import (
     BACKLOG,
     CONNECT_TIMEOUT,
+    HANDSHAKE_TIMEOUT,
     KEEPALIVE_IDLE,
     KEEPALIVE_INTERVAL,
     KEEPALIVE_PROBES,
@@ -30,11 +32,17 @@ from ._constants import (
     UNSENT_BYTES,
 )
 from ._listener import SocketListener
+from ._tls import TlsConnection, client, server
 from ._uri import HostPort, parse_tcp, tcp_uri
 
 _ADVICE = "start the other side there, or check host, port and firewall"
 
 _RTT_AT = 68  # tcpi_rtt in struct tcp_info, us
+
+
+C = TypeVar("C", bound=SocketConnection)
+#: makes a connection of a socket and the peer's address
+Make = Callable[[trio.socket.SocketType, str], C]
 
 
 class _Address(NamedTuple):
@@ -56,6 +64,26 @@ class TcpTransport:
 
     async def dial(self, uri: SplitResult) -> SocketConnection:
         """Try the host's addresses in turn, for :data:`CONNECT_TIMEOUT` seconds in all."""
+        return await self._dial(uri, SocketConnection)
+
+    async def dial_tls(self, uri: SplitResult, tls: Tls) -> TlsConnection:
+        """As :meth:`dial`, and shake hands."""
+        connection = await self._dial(uri, client(tls, parse_tcp(uri).host))
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT):
+                await connection.handshake()
+        except trio.TooSlowError:
+            connection.close()
+            raise Untrusted(
+                f"{uri.geturl()} does not answer a TLS handshake for {HANDSHAKE_TIMEOUT:g} s: does"
+                " it speak TLS?"
+            ) from None
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _dial(self, uri: SplitResult, make: Make[C]) -> C:
         where = parse_tcp(uri)
         if not where.host or not where.port:
             raise UsageError(
@@ -67,16 +95,23 @@ class TcpTransport:
         except OSError as error:
             why = f"{where.host!r} has no address: {reason(error)}"
             raise SourceUnreachable(f"{uri.geturl()}: {why}; {_ADVICE}") from error
-        return await _dial_in_turn(uri, addresses)
+        return await _dial_in_turn(uri, addresses, make)
 
     async def listen(self, uri: SplitResult) -> SocketListener:
         """Listen on the first of the host's addresses that can be bound."""
+        return await self._listen(uri, SocketConnection)
+
+    async def listen_tls(self, uri: SplitResult, tls: Tls) -> SocketListener:
+        """As :meth:`listen`. The connections shake hands before their first byte."""
+        return await self._listen(uri, server(tls))
+
+    async def _listen(self, uri: SplitResult, make: Make[SocketConnection]) -> SocketListener:
         where = parse_tcp(uri)
         try:
             addresses = await _resolve(where)
         except OSError as error:
             raise _no_address(uri, where, error) from error
-        return _listen_in_turn(uri, addresses)
+        return _listen_in_turn(uri, addresses, make)
 
     def is_private(self, uri: SplitResult) -> bool:
         """Whether every address of the host is a loopback address. Where the host is a name, this
@@ -144,7 +179,7 @@ async def _resolve(where: HostPort) -> list[_Address]:
 # Dialling
 
 
-async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketConnection:
+async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address], make: Make[C]) -> C:
     deadline = trio.current_time() + CONNECT_TIMEOUT
     failures = []
     for tried, address in enumerate(addresses):
@@ -153,7 +188,7 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
         share = (deadline - trio.current_time()) / (len(addresses) - tried)
         try:
             with trio.fail_after(max(share, 0)):
-                return await _connect(address)
+                return await _connect(address, make)
         except trio.TooSlowError:
             failures.append(f"{address.uri}: no answer within {share:.1f} s")
         except OSError as error:
@@ -161,7 +196,7 @@ async def _dial_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> Sock
     raise SourceUnreachable(f"{uri.geturl()}: nothing answers ({', '.join(failures)}); {_ADVICE}")
 
 
-async def _connect(address: _Address) -> SocketConnection:
+async def _connect(address: _Address, make: Make[C]) -> C:
     sock = trio.socket.socket(address.family, socket.SOCK_STREAM)
     try:
         host_control = assume_near(sock)
@@ -171,15 +206,11 @@ async def _connect(address: _Address) -> SocketConnection:
         # source over and over will see this.
         if sock.getsockname() == sock.getpeername():
             raise OSError(errno.ECONNREFUSED, "connected to itself")
-        return _tuned(sock, address.uri, host_control)
+        tune(sock, host_control)
+        return make(sock, address.uri)
     except BaseException:
         sock.close()
         raise
-
-
-def _tuned(sock: trio.socket.SocketType, peer: str, host_control: bytes) -> SocketConnection:
-    tune(sock, host_control)
-    return SocketConnection(sock, peer)
 
 
 def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> None:
@@ -230,7 +261,9 @@ def _round_trip_us(sock: trio.socket.SocketType | socket.socket) -> int:
 # Listening
 
 
-def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketListener:
+def _listen_in_turn(
+    uri: SplitResult, addresses: Sequence[_Address], make: Make[SocketConnection]
+) -> SocketListener:
     failures = []
     for address in addresses:
         try:
@@ -239,7 +272,7 @@ def _listen_in_turn(uri: SplitResult, addresses: Sequence[_Address]) -> SocketLi
             failures.append(f"{address.uri}: {reason(error)}")
         else:
             bound = _Address(address.family, sock.getsockname())
-            return SocketListener(sock, bound.uri, partial(_welcome, host_control))
+            return SocketListener(sock, bound.uri, partial(_welcome, make, host_control))
     raise UsageError(
         f"{uri.geturl()}: cannot listen ({', '.join(failures)}); choose another address or port"
     )
@@ -264,5 +297,11 @@ def _bind(address: _Address) -> tuple[trio.socket.SocketType, bytes]:
         raise
 
 
-def _welcome(host_control: bytes, sock: trio.socket.SocketType, sockaddr: Any) -> SocketConnection:
-    return _tuned(sock, _Address(sock.family, sockaddr).uri, host_control)
+def _welcome(
+    make: Make[SocketConnection],
+    host_control: bytes,
+    sock: trio.socket.SocketType,
+    sockaddr: Any,
+) -> SocketConnection:
+    tune(sock, host_control)
+    return make(sock, _Address(sock.family, sockaddr).uri)

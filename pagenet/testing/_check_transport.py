@@ -672,7 +672,10 @@ async def _detach(near: Connection, far: Connection) -> None:
     if not isinstance(near, Detachable):
         return
     await _transfer(near, far, b"before")
-    fd = near.detach()
+    is_encrypted = near.is_encrypted
+    fd, tls = near.detach()
+    if tls is not None:
+        tls.close()
     try:
         near.close()
         with _expect(ConnectionClosed, "send after detach"):
@@ -680,6 +683,9 @@ async def _detach(near: Connection, far: Connection) -> None:
         with _expect(ConnectionClosed, "a second detach"):
             near.detach()
         _require(not os.get_blocking(fd), "the detached socket blocks")
+        _require((tls is not None) == is_encrypted, "it does not say whether it is encrypted")
+        if is_encrypted:
+            return
         os.write(fd, b"after")
         await _expect_bytes(far, b"after")
         await far.send(b"answer")

@@ -42,7 +42,7 @@ async def connect() -> tuple[SocketConnection, SocketConnection]:
 
 
 def as_socket(connection: SocketConnection) -> socket.socket:
-    return socket.socket(fileno=connection.detach())
+    return socket.socket(fileno=connection.detach().fd)
 
 
 # URIs
@@ -524,4 +524,4 @@ async def test_a_connection_in_use_cannot_be_detached() -> None:
             with pytest.raises(ConnectionBusy, match="cannot be detached"):
                 near.detach()
             await far.send(b"still")
-        os.close(near.detach())
+        os.close(near.detach().fd)

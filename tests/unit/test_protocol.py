@@ -1061,7 +1061,7 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
     async def destination() -> None:
         lanes = (Channel.DEMAND, Channel.BACKGROUND)
         async with accept_source(
-            "memory://destination", False, lanes, lambda *_, **__: listening.set()
+            "memory://destination", False, None, lanes, lambda *_, **__: listening.set()
         ) as session:
             lane, requests = (
                 await session.open_lane(Channel.DEMAND),

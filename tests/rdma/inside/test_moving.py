@@ -15,7 +15,18 @@ import trio
 from forked import Command, Server, forked_workload, run_workload
 from processes import huge_pages, write_blocks, write_pattern
 
-from pagenet import IntoFile, RdmaTransport, TransferStatistics, UffdSocket, _native, pull, serve
+from pagenet import (
+    IntoFile,
+    RdmaTransport,
+    Tls,
+    TransferStatistics,
+    UffdSocket,
+    UsageError,
+    _native,
+    pull,
+    serve,
+)
+from pagenet.cli.certificates import make_certificates
 from pagenet.cli.pull import main as pull_main
 from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
@@ -86,6 +97,18 @@ async def test_touching_while_it_comes(
     assert statistics.placement == placement
     assert statistics.demand.pages
     assert ("path", {"path": "rxe0 port 1, gid 1 (10.77.0.1)"}) in said
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_words_are_encrypted(lane: LaneKind, source: str, tmp_path: Path) -> None:
+    make_certificates(tmp_path / "pki", ["127.0.0.1"])
+    directory = tmp_path / "pki" / "127.0.0.1"
+    with pytest.raises(UsageError, match="--plaintext-pages"):
+        async with serve(source, listen=LISTEN, tls=Tls(directory)):
+            raise AssertionError("not reached")
+    tls = Tls(directory, plaintext_pages=True)
+    async with serve(source, listen=LISTEN, tls=tls) as server:
+        await move(server.uri, tmp_path / "uffd.sock", lane, tls=tls)
 
 
 async def test_zero_pages_are_not_read(source: str, tmp_path: Path) -> None:

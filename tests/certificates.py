@@ -1,0 +1,69 @@
+"""Certificates for tests: an authority, and what it issues, in directories as QEMU has them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+__all__ = ["Authority", "expired"]
+
+_NOW = datetime.datetime.now(datetime.UTC)
+
+
+class Authority:
+    """An authority, and directories of certificates that it has issued."""
+
+    def __init__(self) -> None:
+        self._ca = trustme.CA()
+
+    def write(
+        self,
+        directory: Path,
+        *names: str,
+        common_name: str | None = None,
+        trusts: Authority | None = None,
+        until: datetime.datetime | None = None,
+    ) -> Path:
+        """Write a pair for either side, for all ``names`` (hosts, addresses, and URIs), into
+        ``directory``. ``trusts``: the authority that its owner believes (this one)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        wanted = names or ("127.0.0.1", "::1", "localhost")
+        issued = self._ca.issue_cert(*wanted, common_name=common_name, not_after=until)
+        key = issued.private_key_pem.bytes()
+        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+        (trusts or self)._ca.cert_pem.write_to_path(str(directory / "ca-cert.pem"))
+        for side in ("client", "server"):
+            (directory / f"{side}-cert.pem").write_bytes(chain)
+            path = directory / f"{side}-key.pem"
+            path.write_bytes(key)
+            path.chmod(0o600)
+        return directory
+
+    def revoke(self, directory: Path, revoked: Sequence[Path]) -> None:
+        """Write the list of certificates that are not valid any more into ``directory``."""
+        authority = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes())
+        key = load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(authority.subject)
+            .last_update(_NOW - datetime.timedelta(days=1))
+            .next_update(_NOW + datetime.timedelta(days=1))
+        )
+        for path in revoked:
+            certificate = x509.load_pem_x509_certificate((path / "client-cert.pem").read_bytes())
+            one = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number)
+            builder = builder.add_revoked_certificate(one.revocation_date(_NOW).build())
+        signed = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]
+        pem = signed.public_bytes(serialization.Encoding.PEM)
+        (directory / "ca-crl.pem").write_bytes(pem)
+
+
+def expired() -> datetime.datetime:
+    """A moment before which certificates were valid."""
+    return _NOW - datetime.timedelta(hours=1)
