@@ -22,6 +22,7 @@ SOURCES = [
 ]  # fmt: skip
 TESTING_SOURCES = [
     "testing/pattern.c", "testing/workload.c", "testing/bench.c", "testing/relay.c",
+    "testing/tls.c",
     "uffd.c", "residency.c", "memory.c",
 ]  # fmt: skip
 
@@ -54,4 +55,6 @@ def extension(name: str, headers: list[str], sources: list[str], libraries: list
 core = extension(
     "pagenet._pagenet", ["pagenet.h", "pace.h"], SOURCES, ["lz4", "ssl", "crypto", "dl"]
 )
-testing = extension("pagenet._pagenet_testing", ["testing/testing.h"], TESTING_SOURCES, [])
+testing = extension(
+    "pagenet._pagenet_testing", ["testing/testing.h"], TESTING_SOURCES, ["ssl", "crypto"]
+)

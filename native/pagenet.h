@@ -386,6 +386,9 @@ struct pn_ring {
 };
 int pn_ring_push(struct pn_ring *ring, uint64_t first, uint64_t count); /* 0, or -EAGAIN: full */
 uint64_t pn_ring_used(const struct pn_ring *ring);
+/* Has the lane write room_fd once so many runs are left (0: at each). The writer looks at
+ * pn_ring_used() afterwards: it may have come to that already. */
+void pn_ring_wake_at(struct pn_ring *ring, uint64_t runs);
 
 /* ---- lane.c, loop.c: one connection of the destination, and the loop that drives it ---- */
 

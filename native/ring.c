@@ -23,6 +23,11 @@ uint64_t pn_ring_used(const struct pn_ring *ring) {
            atomic_load_explicit((_Atomic uint64_t *)&ring->head, memory_order_acquire);
 }
 
+/* Sequentially consistent, as the other side's accesses are: see pn_ring_took. */
+void pn_ring_wake_at(struct pn_ring *ring, uint64_t runs) {
+    __atomic_store_n(&ring->wake_at, runs, __ATOMIC_SEQ_CST);
+}
+
 void pn_ring_took(struct pn_ring *ring, int room_fd) {
     /* Before wake_at is read: either this loop sees the writer's wake_at, or the writer sees this
      * head. */

@@ -9,6 +9,8 @@
 #include "tls.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <openssl/bio.h>
 #include <openssl/err.h>
 #include <openssl/pem.h>
@@ -18,10 +20,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 enum {
     RECORD = 16 << 10,     /* the most that a record holds */
-    READ_AHEAD = 64 << 10, /* received at a time: several records */
+    READ_AHEAD = 33 << 10, /* received at a time: more than one record */
     MOST_CHAIN = 8,        /* certificates between a peer's and the authority's */
 };
 
@@ -344,25 +347,38 @@ int64_t pn_tls_handshake(struct pn_tls *tls) {
 
 int pn_tls_wants_to_send(const struct pn_tls *tls) { return SSL_want_write(tls->ssl); }
 
-/* Fills the record with what follows the first `skip` bytes of the parts. */
-static size_t gather(struct pn_tls *tls, const struct iovec *parts, int count, size_t skip) {
-    size_t size = 0;
-    for (int i = 0; i < count && size < RECORD; i++) {
+/* What follows the first `skip` bytes of the parts, for one record: where they are, if they are
+ * together, or else gathered. */
+static const void *next_record(struct pn_tls *tls, const struct iovec *parts, int count,
+                               size_t skip, size_t *size) {
+    *size = 0;
+    for (int i = 0; i < count && *size < RECORD; i++) {
         size_t from = skip < parts[i].iov_len ? skip : parts[i].iov_len;
+        const uint8_t *bytes = (const uint8_t *)parts[i].iov_base + from;
         size_t here = parts[i].iov_len - from;
-        here = here < RECORD - size ? here : RECORD - size;
-        memcpy(tls->record + size, (const uint8_t *)parts[i].iov_base + from, here);
-        size += here;
         skip -= from;
+        if (!*size && (here >= RECORD || (here && i == count - 1))) {
+            *size = here < RECORD ? here : RECORD;
+            return bytes;
+        }
+        here = here < RECORD - *size ? here : RECORD - *size;
+        memcpy(tls->record + *size, bytes, here);
+        *size += here;
     }
-    return size;
+    return tls->record;
 }
 
-ssize_t pn_tls_send(struct pn_tls *tls, const struct iovec *parts, int count) {
+/* Many records go as one, not each in a packet of its own. */
+static void cork(const struct pn_tls *tls, int on) {
+    setsockopt(SSL_get_wfd(tls->ssl), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
+}
+
+static ssize_t send_records(struct pn_tls *tls, const struct iovec *parts, int count) {
     size_t sent = 0, size, went;
-    while ((size = gather(tls, parts, count, sent))) {
+    const void *bytes;
+    while ((bytes = next_record(tls, parts, count, sent, &size), size)) {
         forget_errors();
-        int done = SSL_write_ex(tls->ssl, tls->record, size, &went);
+        int done = SSL_write_ex(tls->ssl, bytes, size, &went);
         if (done != 1) {
             int64_t error = refusal(tls, done);
             return sent ? (ssize_t)sent : error ? error : -EPIPE;
@@ -370,6 +386,18 @@ ssize_t pn_tls_send(struct pn_tls *tls, const struct iovec *parts, int count) {
         sent += went;
     }
     return (ssize_t)sent;
+}
+
+ssize_t pn_tls_send(struct pn_tls *tls, const struct iovec *parts, int count) {
+    size_t size = 0;
+    for (int i = 0; i < count; i++)
+        size += parts[i].iov_len;
+    if (size > RECORD)
+        cork(tls, 1);
+    ssize_t sent = send_records(tls, parts, count);
+    if (size > RECORD)
+        cork(tls, 0);
+    return sent;
 }
 
 ssize_t pn_tls_receive(struct pn_tls *tls, const struct iovec *parts, int count, int *full) {

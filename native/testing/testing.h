@@ -71,6 +71,19 @@ int64_t pn_bench_scan(int pagemap, uint64_t address, uint64_t length);
 /* Takes each page of the map from MISSING to RESIDENT. Returns how many claims that took. */
 uint64_t pn_bench_claims(struct pn_map *map);
 
+/* ---- tls.c: bare loops of OpenSSL, or (directory NULL) the same without TLS ---- */
+
+/* The directory is as --tls-dir takes it, and the socket blocks. Answers each 24 bytes with `size`
+ * bytes, until the peer closes. 0 or -errno (-EPROTO: the handshake has failed). */
+int pn_bench_answer_pings(int sock, const char *directory, uint64_t size);
+/* Asks `count` times, and notes how long each answer took, in ns. */
+int pn_bench_ping(int sock, const char *directory, uint64_t size, uint64_t count,
+                  uint64_t *latencies);
+/* Sends `length` bytes, a chunk at a time, once it is asked to. */
+int pn_bench_pour(int sock, const char *directory, uint64_t length, uint64_t chunk);
+/* Asks for them. Returns how long they took, in ns, or -errno. */
+int64_t pn_bench_drink(int sock, const char *directory, uint64_t length, uint64_t chunk);
+
 /* ---- relay.c: a longer path than this machine has ---- */
 
 /* Joins each connection that `listener` takes to one to host (IPv4) and port, with delay_ns on the

@@ -267,4 +267,4 @@ class Ring:
     def wake_me_at(self, runs: int) -> None:
         """Have ``room_fd`` written when at most ``runs`` runs are left, rather than each time that
         the lane takes one."""
-        self.ring.wake_at = runs
+        lib.pn_ring_wake_at(self.ring, runs)

@@ -18,6 +18,7 @@ from .._pagenet_testing import ffi as _ffi
 from .._pagenet_testing import lib as _lib
 from ._library import check
 from ._library import lib as core
+from ._pointers import CData
 from ._testing_declarations import Library, pn_map, pn_play
 from .memory import Mapped
 from .residency import SharedMap
@@ -193,6 +194,34 @@ def bench_relay(listener: int, host: str, port: int, delay: float, stop_fd: int)
     """Join each connection that ``listener`` takes to one to that IPv4 address, with ``delay``
     seconds on the way in each direction, until ``stop_fd`` is readable. Call it in a thread."""
     check(lib.pn_bench_relay(listener, host.encode(), port, round(delay * 1e9), stop_fd))
+
+
+def bench_answer_pings(sock: int, directory: str, size: int) -> None:
+    """Answer each 24 bytes with ``size`` bytes, until the peer closes. ``directory``: certificates,
+    as ``--tls-dir`` takes them; empty: without TLS. :exc:`OSError` (EPROTO: no handshake)."""
+    check(lib.pn_bench_answer_pings(sock, _name(directory), size))
+
+
+def bench_ping(sock: int, directory: str, size: int, count: int) -> array[int]:
+    """How long each of ``count`` answers took, in ns."""
+    latencies = array("Q", bytes(8 * count))
+    into = ffi.from_buffer("uint64_t[]", latencies)
+    check(lib.pn_bench_ping(sock, _name(directory), size, count, into))
+    return latencies
+
+
+def bench_pour(sock: int, directory: str, length: int, chunk: int) -> None:
+    """Send ``length`` bytes once, when asked to."""
+    check(lib.pn_bench_pour(sock, _name(directory), length, chunk))
+
+
+def bench_drink(sock: int, directory: str, length: int, chunk: int) -> float:
+    """How many seconds it takes until they are here."""
+    return check(lib.pn_bench_drink(sock, _name(directory), length, chunk)) / 1e9
+
+
+def _name(directory: str) -> bytes | CData:
+    return directory.encode() if directory else ffi.NULL
 
 
 def bench_memcpy(to: int, from_: int, length: int) -> None:

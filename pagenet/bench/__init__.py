@@ -24,6 +24,7 @@ from ._plot import plot_latencies, plot_work
 from ._rdma import RdmaOptions, RdmaResult, measure_rdma
 from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import FLOORS, PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
+from ._tls import TlsOptions, TlsResult, measure_tls
 from ._track import TrackOptions, TrackResult, measure_tracking
 from .pace._pace import FIGURES as PACE_FIGURES
 from .pace._pace import WINDOWS as PACE_WINDOWS
@@ -85,6 +86,8 @@ __all__ = [
     "StreamOptions",
     "StreamResult",
     "Target",
+    "TlsOptions",
+    "TlsResult",
     "TrackOptions",
     "TrackResult",
     "WorkloadOptions",
@@ -103,6 +106,7 @@ __all__ = [
     "measure_rdma",
     "measure_scale",
     "measure_streams",
+    "measure_tls",
     "measure_tracking",
     "measure_workload",
     "median",

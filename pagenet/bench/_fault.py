@@ -27,6 +27,7 @@ from .._native.testing import bench_claim_memory, bench_fault_floor, bench_touch
 from ..destination.pulling import Transfer, pull
 from ..errors import PagenetError, SourceLost, Unsupported, UsageError
 from ..nurseries import open_failing_nursery
+from ..tls import Tls
 from ..transport import LaneKind
 from ..uffd import Mode, OwnMemory, Userfaultfd
 from ._environment import available_memory
@@ -63,6 +64,8 @@ class FaultOptions:
     transport: Literal["tcp", "unix", "rdma"] = "tcp"
     rounds: int = 5
     uri: str | None = None
+    #: for ``uri``
+    tls: Tls | None = None
     floors: str | None = None
     #: leave out the busy and loaded variants, and the socket floors
     only_idle: bool = False
@@ -130,7 +133,9 @@ async def measure_faults(options: FaultOptions) -> list[FaultResult]:
 async def _size_of(uri: str, options: FaultOptions) -> int:
     memory = OwnMemory(options.memory)
     try:
-        async with pull(uri, memory, background="off", lane=options.lane) as transfer:
+        async with pull(
+            uri, memory, background="off", lane=options.lane, tls=options.tls
+        ) as transfer:
             return transfer.region.size
     finally:
         memory.close()
@@ -208,6 +213,7 @@ class _Measure:
                 background=background,
                 lane=options.lane,
                 prefetch=options.prefetch,
+                tls=options.tls,
             ) as transfer:
                 self._check(transfer, result)
                 # The background goes from the first page to the last, so the pages of the second

@@ -51,6 +51,7 @@ from ..picture import check_plot
 from ..sizes import parse_size
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
+from ._bench_tls import bench_tls
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_track import bench_track
 from ._bench_workload import add_workload_options, bench_workload
@@ -100,6 +101,7 @@ _SUITES = {
     "track": (
         "The cost of tracking writes: to begin, to look, and for each page that was written."
     ),
+    "tls": "The cost of encryption: a page, and the background, beside bare loops of OpenSSL.",
     "null": "The cost of pagenet's machinery with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": (
@@ -122,6 +124,7 @@ _ROUNDS = {
     "stream": 3,
     "scale": 5,
     "hostile": 5,
+    "tls": 5,
     "null": 3,
     "track": 5,
     "qemu": 3,
@@ -170,7 +173,7 @@ def make_parser() -> Parser:
             add_qemu_options(suite)
         if name == "track":
             _add_track_options(suite)
-        if name in ("hostile", "null", "qemu", "track"):
+        if name in ("hostile", "null", "qemu", "tls", "track"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -418,6 +421,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["track"] = await bench_track(options, report)
     if options.suite == "hostile":
         summary["hostile"] = await _hostile(options, report)
+    if options.suite == "tls":
+        summary["tls"] = await bench_tls(options, report)
     if options.suite == "qemu":
         summary["qemu"] = await bench_qemu(options, report)
     if options.suite == "workload":

@@ -560,3 +560,15 @@ def test_encodings_that_make_no_sense(options: tuple[str, ...], complaint: str) 
     assert ended.returncode == 2
     assert complaint in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_tls() -> None:
+    """Every figure is there, with encryption and without; nothing here depends on how good they
+    are."""
+    said = events("tls", "--rounds", "1")
+    rows = {result["name"]: result for result in results(said, "tls")}
+    assert set(rows) == {"plain", "tls"}
+    for row in rows.values():
+        assert all(row[name] > 0 for name in row if name.endswith(("_us", "_gbps")))
+    assert rows["plain"].keys() == rows["tls"].keys()
+    assert len(said[-1]["tls"]["targets"]) == 3

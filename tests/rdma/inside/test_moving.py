@@ -26,7 +26,7 @@ from pagenet import (
     pull,
     serve,
 )
-from pagenet.cli.certificates import make_certificates
+from pagenet.certificates import make_certificates
 from pagenet.cli.pull import main as pull_main
 from pagenet.cli.serve import main as serve_main
 from pagenet.rdma._constants import KEYS_IN_ANY_CASE
