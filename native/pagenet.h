@@ -586,8 +586,8 @@ void pn_tls_context_free(struct pn_tls_context *context);
 /* Borrows the context, and the non-blocking socket. host: the name or address that the peer's
  * certificate has to have; NULL: any. NULL: no memory. */
 struct pn_tls *pn_tls_new(struct pn_tls_context *context, int sock, const char *host);
-/* Says farewell, if the socket takes it. */
-void pn_tls_free(struct pn_tls *tls);
+/* farewell: says it, if the socket takes it, which must then still be open. */
+void pn_tls_free(struct pn_tls *tls, int farewell);
 /* 0: done; -EAGAIN: wait for the socket, and call again; -errno: failed. -EPROTO: pn_tls_text() has
  * the reason. */
 int64_t pn_tls_handshake(struct pn_tls *tls);

@@ -175,7 +175,7 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
 
 static void free_conn(struct conn *conn) {
     if (conn->sock.tls)
-        pn_tls_free(conn->sock.tls);
+        pn_tls_free(conn->sock.tls, 1);
     close(conn->sock.fd);
     free(conn->kept);
     free(conn->notice);

@@ -283,9 +283,9 @@ struct pn_tls *pn_tls_new(struct pn_tls_context *context, int sock, const char *
 
 /* Says farewell, if the socket takes it: an end without it is that of a process that was killed, or
  * of a connection that somebody cut. */
-void pn_tls_free(struct pn_tls *tls) {
+void pn_tls_free(struct pn_tls *tls, int farewell) {
     ERR_clear_error();
-    if (tls->is_open)
+    if (farewell && tls->is_open)
         SSL_shutdown(tls->ssl);
     ERR_clear_error();
     SSL_free(tls->ssl);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +27,6 @@ def make_certificates(directory: Path, hosts: Sequence[str], days: int = DAYS) -
     if shutil.which("openssl") is None:
         raise Unsupported("this takes the program openssl (Debian: apt install openssl)")
     names = {host: _name(host) for host in hosts}
-    os.umask(0o077)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         ca = directory / "ca-cert.pem", directory / "ca-key.pem"
@@ -52,7 +50,7 @@ def _make_pair(directory: Path, host: str, name: str, ca: tuple[Path, Path], day
         _openssl("x509", "-req", "-in", request, *signing, "-extfile", names, "-out", certificate)
     shutil.copyfile(ca[0], directory / "ca-cert.pem")
     shutil.copyfile(certificate, directory / "client-cert.pem")
-    shutil.copyfile(key, directory / "client-key.pem")
+    shutil.copy(key, directory / "client-key.pem")  # with its mode: openssl makes it 0600
 
 
 def _name(host: str) -> str:

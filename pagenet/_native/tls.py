@@ -149,13 +149,16 @@ class Tls:
         return bool(does & lib.PN_TLS_SENDS), bool(does & lib.PN_TLS_RECEIVES)
 
     def close(self) -> None:
-        """Say farewell, if the socket takes it. Idempotent."""
+        """Say farewell, if the socket takes it. To be called before that is closed. Idempotent."""
+        self._free(farewell=True)
+
+    def _free(self, *, farewell: bool) -> None:
         if self._tls is not None:
-            lib.pn_tls_free(self._tls)
+            lib.pn_tls_free(self._tls, farewell)
             self._tls = None
 
     def __del__(self) -> None:
-        self.close()
+        self._free(farewell=False)  # its socket's number may be another one's by now
 
 
 def tls_struct(tls: Tls | None) -> pn_tls | Null:

@@ -32,6 +32,7 @@ from .pace._pace import Cell, CellResult, PaceOptions, measure_pace
 from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
 from .qemu._qemu_guest import find_guest
 from .qemu._qemu_methods import METHODS as QEMU_METHODS
+from .qemu._qemu_methods import USUAL as USUAL_QEMU_METHODS
 from .workload._least import Least
 from .workload._traces import TRACES
 from .workload._tracing import DATA, trace_program
@@ -61,6 +62,7 @@ __all__ = [
     "QEMU_METHODS",
     "SOURCES",
     "TRACES",
+    "USUAL_QEMU_METHODS",
     "USUAL_WORK_US",
     "Cell",
     "CellResult",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench import (
     QEMU_METHODS,
+    USUAL_QEMU_METHODS,
     Migration,
     QemuOptions,
     QemuResult,
@@ -37,6 +38,9 @@ _METHODS = {
     "attach": "pagenet, attached",
     "hybrid": "pagenet hybrid",
     "hybrid-attach": "pagenet hybrid, attached",
+    "preempt-tls": "QEMU postcopy-preempt, TLS",
+    "pagenet-tls": "pagenet, TLS",
+    "hybrid-tls": "pagenet hybrid, TLS",
 }
 _FIGURES = {
     "downtime_ms": Migration.downtime_ms,
@@ -68,9 +72,9 @@ def add_qemu_options(parser: Parser) -> None:
     parser.add_argument(
         "--methods",
         type=names(QEMU_METHODS),
-        default=tuple(QEMU_METHODS),
+        default=USUAL_QEMU_METHODS,
         metavar="NAME,...",
-        help=f"methods to compare: {', '.join(QEMU_METHODS)} (all of them)",
+        help=f"methods to compare: {', '.join(QEMU_METHODS)} (all but those with TLS)",
     )
     parser.add_argument(
         "--workload",

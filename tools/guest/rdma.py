@@ -43,6 +43,7 @@ MODULES = [
     "virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_rng",
     "crc32_generic",  # rdma_rxe asks for it by algorithm, which modprobe does not see
     "rdma_rxe", "rdma_ucm", "dummy", "veth", "virtio_net", "sch_netem",
+    "tls", "gcm", "ctr", "ghash_generic",  # which the kernel asks for by algorithm
 ]  # fmt: skip
 TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",

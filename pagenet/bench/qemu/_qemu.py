@@ -20,7 +20,16 @@ from ...qemu import QmpEvent
 from .._environment import available_memory
 from .._site import Link, check_tools, open_link, open_site
 from ._qemu_guest import QEMU, Guest, GuestFiles, Machine, Story, start_machine
-from ._qemu_methods import HYBRIDS, METHODS, OURS, Method, Outcome, monotonic
+from ._qemu_methods import (
+    ENCRYPTED,
+    HYBRIDS,
+    METHODS,
+    OURS,
+    USUAL,
+    Method,
+    Outcome,
+    monotonic,
+)
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
 
@@ -52,7 +61,7 @@ class QemuOptions:
     rams: Sequence[int] = (512 << 20,)
     rate: int | None = TARGET_RATE
     rounds: int = 3
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = USUAL
     work: int = 60
     hot: int = 12
     cpus: int = 1
@@ -353,7 +362,19 @@ def _targets_for(
         rule = _Rule(f"downtime, relative to {own}'s", Migration.downtime_ms, own, 2.0)
         compared = _compared(result, results, (*_HYBRID_RULES, rule))
         return [*compared, *_kept_working(result), *_not_growing(result, results)]
+    if result.method in ENCRYPTED and is_capped:
+        return _compared(result, results, _encrypted_rules(ENCRYPTED[result.method]))
     return []
+
+
+def _encrypted_rules(own: str) -> Sequence[_Rule]:
+    """``own``: the same method without TLS."""
+    gap, downtime = Migration.longest_gap_ms, Migration.downtime_ms
+    return (
+        _Rule(f"longest gap, relative to {own}'s", gap, own, 1.3),
+        _Rule("longest gap, relative to preempt-tls's", gap, "preempt-tls", 0.25),
+        _Rule(f"downtime, relative to {own}'s", downtime, own, 1.3),
+    )
 
 
 def _who(result: QemuResult) -> str:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import trio
 
+from ...certificates import make_certificates
 from ...errors import PagenetError
 from ...qemu import Qmp, QmpEvent
 from .._site import Daemon, Site
@@ -79,7 +80,9 @@ class _Qemu:
     postcopy: bool = False
     preempt: bool = False
     shared: bool = False
+    tls: bool = False
     _uri: str = ""
+    _certificates: str = ""
 
     async def wait_there(self, site: Site, guest: Guest, stack: AsyncExitStack) -> Machine:
         starting = start_machine(
@@ -95,8 +98,23 @@ class _Qemu:
         blocktime = ("postcopy-blocktime",) if self.postcopy else ()
         await _enable(machine.qmp, *self._capabilities(), *blocktime)
         self._uri = f"tcp:{site.link.address}:{_PORT}"
+        if self.tls:
+            self._certificates = await certificates(site)
+            await self._encrypt(machine.qmp, "server")
         await machine.qmp.command("migrate-incoming", uri=self._uri)
         return machine
+
+    async def _encrypt(self, qmp: Qmp, endpoint: str) -> None:
+        """As pagenet: each side checks the other."""
+        await qmp.command(
+            "object-add",
+            qom_type="tls-creds-x509",
+            id="tls0",
+            dir=self._certificates,
+            endpoint=endpoint,
+            verify_peer=True,
+        )
+        await qmp.command("migrate-set-parameters", tls_creds="tls0")
 
     def _capabilities(self) -> Sequence[str]:
         postcopy = ("postcopy-ram",) if self.postcopy else ()
@@ -109,6 +127,8 @@ class _Qemu:
         await source.qmp.command(
             "migrate-set-parameters", max_bandwidth=_UNLIMITED, max_postcopy_bandwidth=0, **limit
         )
+        if self.tls:
+            await self._encrypt(source.qmp, "client")
         await source.qmp.command("migrate", uri=self._uri)
         if not self.postcopy:
             return await self._precopy(source, destination)
@@ -178,6 +198,8 @@ class _Pagenet:
     name: str
     precopy: str = "off"
     shared: bool = True
+    tls: bool = False
+    _security: Sequence[str] = ()
     _site: Site | None = None
     _incoming: Daemon | None = None
 
@@ -194,8 +216,11 @@ class _Pagenet:
 
     async def _start(self, site: Site, stack: AsyncExitStack, *arguments: str) -> Daemon:
         self._site = site
-        listen = ("--listen", f"tcp://{site.link.address}:{_PORT}", "--plaintext")
-        starting = site.daemon("incoming", *listen, *arguments, at=site.link.destination)
+        if self.tls:
+            self._security = ("--tls-dir", await certificates(site))
+        listen = ("--listen", f"tcp://{site.link.address}:{_PORT}")
+        security = self._security or ("--plaintext",)
+        starting = site.daemon("incoming", *listen, *security, *arguments, at=site.link.destination)
         self._incoming = await stack.enter_async_context(starting)
         return self._incoming
 
@@ -206,6 +231,7 @@ class _Pagenet:
         leaving = self._site.daemon(
             "migrate",
             *("--qmp", str(source.monitor), "--precopy", self.precopy),
+            *self._security,
             f"tcp://{link.address}:{_PORT}",
             at=link.source,
         )
@@ -240,6 +266,13 @@ class _Attached(_Pagenet):
         return machine
 
 
+async def certificates(site: Site) -> str:
+    """A directory of certificates for the link, as QEMU and pagenet take it."""
+    address = site.link.address
+    await trio.to_thread.run_sync(make_certificates, site.directory / "pki", [address])
+    return str(site.directory / "pki" / address)
+
+
 #: the methods that can be compared, by name
 METHODS: dict[str, Callable[[], Method]] = {
     "precopy": lambda: _Qemu("precopy", precopy=True),
@@ -253,8 +286,15 @@ METHODS: dict[str, Callable[[], Method]] = {
     "attach": lambda: _Attached("attach"),
     "hybrid": lambda: _Pagenet("hybrid", precopy="auto"),
     "hybrid-attach": lambda: _Attached("hybrid-attach", precopy="auto"),
+    "preempt-tls": lambda: _Qemu("preempt-tls", postcopy=True, preempt=True, tls=True),
+    "pagenet-tls": lambda: _Pagenet("pagenet-tls", tls=True),
+    "hybrid-tls": lambda: _Pagenet("hybrid-tls", precopy="auto", tls=True),
 }
+#: those that are compared if none is named
+USUAL = tuple(name for name in METHODS if not name.endswith("-tls"))
 #: names of pagenet's methods without precopy
 OURS = ("pagenet", "attach")
 #: names of pagenet's methods with precopy, and of those that they are without it
 HYBRIDS = {"hybrid": "pagenet", "hybrid-attach": "attach"}
+#: names of pagenet's methods with TLS, and of those that they are without it
+ENCRYPTED = {"pagenet-tls": "pagenet", "hybrid-tls": "hybrid"}
