@@ -94,6 +94,9 @@ _METHOD_COLORS = {
     "attach": "#56b4e9",
     "hybrid": "#009e73",
     "hybrid-attach": "#7fd1b9",
+    "preempt-tls": "#a04000",
+    "pagenet-tls": "#004c7f",
+    "hybrid-tls": "#005f45",
 }
 _LEGEND_COLUMNS = 4
 _BIN_SECONDS = 0.1

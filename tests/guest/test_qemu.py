@@ -228,7 +228,9 @@ async def test_commands(tmp_path: Path) -> None:
             said = [event["event"] for event in leaving.events]
             assert "round" in said  # its memory is copied before it leaves, unless told otherwise
             said = [name for name in said if name not in ("progress", "round")]
-            assert said == ["connected", "stopped", "switchover", "resumed", "complete"]
+            assert said[:3] == ["connected", "stopped", "switchover"]
+            # the rest may be there before the guest is known to run
+            assert sorted(said[3:]) == ["complete", "resumed"]
         complete = await incoming.event("complete")
         assert complete["pages"] == (64 << 20) // 4096
         await check_goes_on(serial)

@@ -355,8 +355,8 @@ def spun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     run = _native.RdmaLoop.run
 
-    def running(self: _native.RdmaLoop, sock: int) -> _native.End:
-        end = run(self, sock)
+    def running(self: _native.RdmaLoop, sock: int, tls: _native.Tls | None = None) -> _native.End:
+        end = run(self, sock, tls)
         found.append(self.spun)
         return end
 
