@@ -39,7 +39,7 @@ struct pn_tls {
     SSL *ssl;
     struct pn_tls_context *context;
     bool is_open;   /* the handshake is over, and nothing has failed since */
-    int64_t failed; /* what the first call that failed returned: 0, or -errno */
+    int64_t failed; /* what the first call that failed to receive returned: 0, or -errno */
     bool ended;     /* one has */
     char psk[PN_TLS_NAME];
     char text[256]; /* why it failed */
@@ -321,11 +321,19 @@ static int64_t refusal(struct pn_tls *tls, int result) {
     int number = errno, error = SSL_get_error(tls->ssl, result);
     if (error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE)
         return -EAGAIN;
-    tls->failed = failure(tls, error, number);
-    tls->ended = true;
-    tls->is_open = tls->is_open && !tls->failed;
+    int64_t why = failure(tls, error, number);
+    tls->is_open = tls->is_open && !why;
     ERR_clear_error();
-    return tls->failed;
+    return why;
+}
+
+/* The same of a call that receives: from then on every other one fails likewise. (After one that
+ * sends, there may be an alert to receive, which says why the peer has closed.) */
+static int64_t end_of_input(struct pn_tls *tls, int result) {
+    int64_t why = refusal(tls, result);
+    tls->ended = why != -EAGAIN;
+    tls->failed = why;
+    return why;
 }
 
 /* To be called before each call of OpenSSL: errors that other connections have left in this thread
@@ -411,7 +419,7 @@ ssize_t pn_tls_receive(struct pn_tls *tls, const struct iovec *parts, int count,
             int done = SSL_read_ex(tls->ssl, (uint8_t *)parts[i].iov_base + at,
                                    parts[i].iov_len - at, &got);
             if (done != 1) {
-                int64_t error = refusal(tls, done);
+                int64_t error = end_of_input(tls, done);
                 return received ? (ssize_t)received : error;
             }
         }
@@ -442,7 +450,7 @@ int64_t pn_tls_receive_bytes(struct pn_tls *tls, void *bytes, uint64_t size) {
         return tls->failed;
     forget_errors();
     int done = SSL_read_ex(tls->ssl, bytes, size, &got);
-    return done == 1 ? (int64_t)got : refusal(tls, done);
+    return done == 1 ? (int64_t)got : end_of_input(tls, done);
 }
 
 /* ---- who the peer is ---- */

@@ -123,9 +123,25 @@ class TlsConnection(SocketConnection):
                 except _native.TlsRefused as error:
                     self._refuse(_in_words(str(error)))
                     raise
+                except OSError:
+                    self._look_for_alert(self._tls)
+                    raise
                 if done is not None:
                     return done
                 await wait(self._socket)
+
+    def _look_for_alert(self, tls: _native.Tls) -> None:
+        """The connection broke. If the peer has said why before it closed, raise
+        :exc:`~pagenet.errors.Untrusted`: a peer that does not believe this side says so only after
+        this side's handshake is over."""
+        rest = memoryview(bytearray(1 << 14))
+        try:
+            while tls.receive(rest):
+                pass
+        except _native.TlsRefused as error:
+            self._refuse(_in_words(str(error)))
+        except OSError:
+            return
 
     def close(self) -> None:
         if not self._closed and self._tls is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
@@ -17,6 +17,7 @@ from certificates import Authority, expired
 from processes import PAGE, write_pattern
 from tap import Tap
 from tlslite.constants import KeyUpdateMessageType
+from tlslite.errors import TLSRemoteAlert
 from tlslite.handshakesettings import HandshakeSettings
 from tlslite.tlsconnection import TLSConnection
 from tlslite.utils.keyfactory import parsePEMKey
@@ -259,7 +260,7 @@ async def test_expired_certificate(
     old = authority.write(tmp_path / "old", until=expired())
     context = client_context(old)
     async with serving(source, Tls(directory), refused) as uri:
-        with pytest.raises(ssl.SSLError, match="expired"):
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
             await trio.to_thread.run_sync(talk, uri, context)
     assert "has expired" in refused[0]
 
@@ -285,7 +286,7 @@ def talk(uri: str, context: ssl.SSLContext, words: bytes = b"hello") -> bytes:
 
 async def test_no_certificate(source: Path, tls: Tls, refused: list[str]) -> None:
     async with serving(source, tls, refused) as uri:
-        with pytest.raises(ssl.SSLError, match="certificate required"):
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
             await trio.to_thread.run_sync(talk, uri, client_context(None))
     assert "did not return a certificate" in refused[0]
 
@@ -296,9 +297,9 @@ async def test_old_version_of_tls(
     context = client_context(directory)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     async with serving(source, tls, refused) as uri:
-        with pytest.raises(ssl.SSLError):
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
             await trio.to_thread.run_sync(talk, uri, context)
-    assert refused
+        await until(lambda: bool(refused))
 
 
 async def test_another_host(
@@ -481,8 +482,10 @@ def converse(
             decoder.feed(memoryview(bytes(data)))
         act(connection)
         connection.send(encode_message(Bye(False)))
-        while connection.recv(1 << 14):
-            pass
+        # the other side closes, perhaps before its own KeyUpdate is answered
+        with suppress(TLSRemoteAlert):
+            while connection.recv(1 << 14):
+                pass
     assert isinstance(message, Hello)
     return message
 
