@@ -193,7 +193,9 @@ static void set_up(struct pn_tls_context *context) {
         SSL_CTX_set_session_id_context(ssl, (const uint8_t *)"pagenet", 7);
     SSL_CTX_set_session_cache_mode(ssl, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_clear_mode(ssl, SSL_MODE_AUTO_RETRY);
+    /* Or a record that is no data would end a call, and what has come behind it would wait in
+     * OpenSSL, where the socket does not show it. */
+    SSL_CTX_set_mode(ssl, SSL_MODE_AUTO_RETRY);
     SSL_CTX_set_read_ahead(ssl, 1);
     SSL_CTX_set_default_read_buffer_len(ssl, READ_AHEAD);
     SSL_CTX_set_verify_depth(ssl, MOST_CHAIN);
