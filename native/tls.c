@@ -12,6 +12,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/bio.h>
+#include <openssl/crypto.h>
 #include <openssl/err.h>
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
@@ -196,8 +197,11 @@ static void set_up(struct pn_tls_context *context) {
     /* Or a record that is no data would end a call, and what has come behind it would wait in
      * OpenSSL, where the socket does not show it. */
     SSL_CTX_set_mode(ssl, SSL_MODE_AUTO_RETRY);
-    SSL_CTX_set_read_ahead(ssl, 1);
-    SSL_CTX_set_default_read_buffer_len(ssl, READ_AHEAD);
+    /* Since 3.2, what was read ahead of a KeyUpdate may stay in OpenSSL until more comes. */
+    if (OpenSSL_version_num() < 0x30200000L) {
+        SSL_CTX_set_read_ahead(ssl, 1);
+        SSL_CTX_set_default_read_buffer_len(ssl, READ_AHEAD);
+    }
     SSL_CTX_set_verify_depth(ssl, MOST_CHAIN);
     SSL_CTX_set_verify(ssl, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
 }
