@@ -80,10 +80,9 @@ static void end_reader(struct pn_reader *reader, enum pn_end_kind kind, int erro
 }
 
 static void end_socket(struct pn_reader *reader) {
-    if (errno == EPROTO && reader->sock.tls)
-        end_reader(reader, PN_END_PROTOCOL, 0, "TLS: %s", pn_sock_text(&reader->sock));
-    else if (errno != EAGAIN)
-        end_reader(reader, PN_END_BROKEN, errno, "%s", strerror(errno));
+    struct pn_end end;
+    if (pn_sock_end(&reader->sock, &end))
+        end_reader(reader, end.kind, end.error, "%s", end.text);
 }
 
 /* ---- chunks ---- */

@@ -37,10 +37,9 @@ void pn_lane_end_placing(struct lane *lane, int error) {
 }
 
 void pn_lane_end_socket(struct lane *lane) {
-    if (errno == EPROTO && lane->sock.tls)
-        pn_lane_end(lane, PN_END_PROTOCOL, 0, "TLS: %s", pn_sock_text(&lane->sock));
-    else if (errno != EAGAIN)
-        pn_lane_end(lane, PN_END_BROKEN, errno, "");
+    struct pn_end end;
+    if (pn_sock_end(&lane->sock, &end))
+        pn_lane_end(lane, end.kind, end.error, "%s", end.text);
 }
 
 void pn_stream_ask(struct lane *lane, const struct run *run) {

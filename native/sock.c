@@ -4,6 +4,8 @@
 #include "tls.h"
 
 #include <errno.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 
@@ -62,6 +64,13 @@ bool pn_sock_sends_files(const struct sock *sock) {
     return !sock->tls || pn_tls_kernel(sock->tls) & PN_TLS_SENDS;
 }
 
-const char *pn_sock_text(const struct sock *sock) {
-    return sock->tls && errno == EPROTO ? pn_tls_text(sock->tls) : "";
+bool pn_sock_end(const struct sock *sock, struct pn_end *end) {
+    bool is_tls = sock->tls && errno == EPROTO;
+    if (errno == EAGAIN)
+        return false;
+    end->kind = is_tls ? PN_END_PROTOCOL : PN_END_BROKEN;
+    end->error = is_tls ? 0 : errno;
+    snprintf(end->text, sizeof end->text, "%s%s", is_tls ? "TLS: " : "",
+             is_tls ? pn_tls_text(sock->tls) : strerror(errno));
+    return true;
 }

@@ -5,6 +5,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+struct pn_end;
 struct pn_tls;
 
 struct sock {
@@ -24,7 +25,8 @@ ssize_t pn_sock_receive(struct sock *sock, struct iovec *parts, int count);
 ssize_t pn_sock_receive_some(struct sock *sock, void *to, size_t size);
 /* Whether the kernel sends files over it. */
 bool pn_sock_sends_files(const struct sock *sock);
-/* Why the last call has failed, if it was neither the socket nor the peer's end; "" otherwise. */
-const char *pn_sock_text(const struct sock *sock);
+/* After a call that has failed, with errno: how that ends the connection. False: not at all, since
+ * the socket was only not ready. */
+bool pn_sock_end(const struct sock *sock, struct pn_end *end);
 
 #endif

@@ -412,12 +412,9 @@ static void append(struct stretch *stretches, int *count, uint64_t pages, int ze
 
 /* Ends the connection, unless its socket was only not ready. */
 static void end_socket(struct pn_source *source, struct conn *conn) {
-    char text[300];
-    snprintf(text, sizeof text, "TLS: %s", pn_sock_text(&conn->sock));
-    if (errno == EPROTO && conn->sock.tls)
-        end_conn(source, conn, PN_END_PROTOCOL, 0, text);
-    else if (errno != EAGAIN)
-        end_conn(source, conn, PN_END_BROKEN, errno, "");
+    struct pn_end end;
+    if (pn_sock_end(&conn->sock, &end))
+        end_conn(source, conn, end.kind, end.error, end.text);
 }
 
 static ssize_t try_send(struct pn_source *source, struct conn *conn, struct iovec *parts, int count,

@@ -1,9 +1,9 @@
 /* TLS 1.3 by OpenSSL, on the non-blocking socket that a loop drives. One thread at a time uses a
  * connection: the one that shakes hands, then the loop.
  *
- * OpenSSL itself answers what is no data (tickets, KeyUpdate). It is told to keep what it received
- * beyond a record, so that a record does not take two calls: a caller that has not taken all of it
- * must ask again without waiting for the socket (pn_sock_receive).
+ * OpenSSL itself answers records that are no data (tickets, KeyUpdate). It may keep bytes that it
+ * has received and not given out, which the socket does not show: a caller that has filled its
+ * buffers must ask again before it waits for the socket (pn_sock_receive).
  */
 #define _GNU_SOURCE
 #include "tls.h"

@@ -203,12 +203,7 @@ class NativeLanes(LoopLanes):
     ) -> None:
         self._peer = connections[0].peer
         with ExitStack() as stack:
-            assert all(isinstance(connection, Detachable) for connection in connections)
-            self._sockets = [
-                taken(stack, connection)
-                for connection in connections
-                if isinstance(connection, Detachable)
-            ]
+            self._sockets = [taken(stack, connection) for connection in connections]
             super().__init__(filling, wire, background, len(connections) - 1)
             self._cleanup.push(stack.pop_all())
 
@@ -257,8 +252,9 @@ def owned(stack: ExitStack, fd: int) -> int:
     return fd
 
 
-def taken(stack: ExitStack, connection: Detachable) -> DetachedSocket:
+def taken(stack: ExitStack, connection: Connection) -> DetachedSocket:
     """The connection's socket, and TLS on it, which ``stack`` closes."""
+    assert isinstance(connection, Detachable)
     detached = connection.detach()
     owned(stack, detached.fd)
     if detached.tls is not None:

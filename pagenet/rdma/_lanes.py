@@ -23,7 +23,7 @@ from ..errors import ConnectionBroken, SourceLost, Unsupported, UsageError
 from ..region import Region
 from ..session import receive_exactly
 from ..target import Target
-from ..transport import Connection, DetachedSocket
+from ..transport import Connection, Detachable, DetachedSocket
 from ..uffd import UffdTarget
 from ._constants import GIVING_BACK_SECONDS, KEYS_IN_ANY_CASE
 from ._path import Path
@@ -33,17 +33,12 @@ from ._wire import CHUNK_SIZE, ENDPOINT, Endpoint, chunk_pages
 __all__ = ["Carrier", "RdmaLanes", "can_run_in_c", "chunk_table", "exchange"]
 
 
-class Carrier(Connection, Protocol):
+class Carrier(Connection, Detachable, Protocol):
     """The connection that carries messages: it has an address of this host's, and a socket to give
     away."""
 
     @property
     def local_host(self) -> str: ...
-
-    def detach(self) -> DetachedSocket: ...
-
-    @property
-    def is_encrypted(self) -> bool: ...
 
 
 def can_run_in_c(target: Target) -> bool:
