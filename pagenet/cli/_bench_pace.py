@@ -124,13 +124,14 @@ def _about(result: CellResult) -> Fields:
         "wrong": result.wrong,
         "ratio": {name: round(result.ratio(name), 3) for name in PACE_FIGURES},
         "noise": {name: round(result.noise(name), 3) for name in PACE_FIGURES},
-        "best": {name: result.best(name) for name in PACE_FIGURES},
+        "best": {name: _size(result.best(name)) for name in PACE_FIGURES},
         "windows": {
             _size(window): {
                 name: round(result.figure(window, name), 6) for name in result.rounds[window][0]
             }
             for window in result.rounds
         },
+        "stopped": [_size(window) for window in sorted(result.stopped)],
     }
 
 
@@ -152,6 +153,10 @@ def _is_as_good(result: CellResult) -> bool:
     return all(result.ratio(name) <= max(_AS_GOOD, 1 + result.noise(name)) for name in PACE_FIGURES)
 
 
+def _value(result: CellResult, window: int | None, figure: str) -> str:
+    return "stopped" if window in result.stopped else f"{result.figure(window, figure):.3f}"
+
+
 def _print(results: Sequence[CellResult], options: PaceOptions) -> None:
     console = make_console()
     ladder = [_size(window) for window in options.windows]
@@ -159,7 +164,7 @@ def _print(results: Sequence[CellResult], options: PaceOptions) -> None:
         console.print(f"\n[bold]{words}[/bold]  (s; medians of {options.rounds} rounds)")
         table = make_table("", "auto", *ladder, "auto / best", "noise")
         for result in results:
-            values = [f"{result.figure(window, figure):.3f}" for window in result.rounds]
+            values = [_value(result, window, figure) for window in (None, *options.windows)]
             table.add_row(
                 _name(result.cell),
                 *values,

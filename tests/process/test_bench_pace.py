@@ -47,6 +47,22 @@ def test_best_of_the_ladder_ratio_and_noise() -> None:
     assert result.wrong == 1
 
 
+def test_every_other_window_was_stopped() -> None:
+    result = CellResult(CELL, 1 << 20, {None: [told(1.1)]}, {4096, 8192})
+    assert result.best("stall") is None
+    assert result.ratio("stall") == 1
+
+
+@needs_namespaces
+def test_a_window_that_cannot_be_the_best_is_stopped() -> None:
+    # 256 chunks, each of which takes a round trip of 20 ms: 5 s.
+    said = pace("--rate", "none", "--delay", "20", *SMALL[:-1], "4K,1M", "--size", "32M")
+    result = next(event for event in said if event["event"] == "result")
+    assert result["stopped"] == ["4K"]
+    assert list(result["windows"]) == ["auto", "1M"]
+    assert result["best"]["stall"] == "1M"
+
+
 @needs_namespaces
 def test_links_delays_and_threads() -> None:
     said = pace("--rate", "none,1000", "--delay", "5", "--threads", "3", *SMALL)

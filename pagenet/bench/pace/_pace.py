@@ -2,7 +2,9 @@
 several rates and round trips.
 
 Each cell is a link, a number of threads and a trace of touches. In each round every window of the
-ladder has its turn, and so has pagenet's own.
+ladder has its turn, after pagenet's own. A window that takes more than three times as long as
+pagenet's own is stopped there, and left out from then on: on a long path a small one takes a
+minute, and cannot be the best.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+import trio
 
 from ...children import module_command
 from ...errors import UsageError
@@ -36,6 +40,10 @@ FIGURES = ("stall", "complete")
 # A transfer takes about this long where the link is the limit: the choice is to be learnt in 50 ms.
 _SECONDS = 1.2
 _LEAST, _MOST = 16 << 20, 512 << 20
+# How much longer than pagenet's own a window may take, and how long a player takes to start and to
+# check every page, in s.
+_MOST_TIMES = 3
+_START_SECONDS = 2.0
 # More touches than a run has time for: it ends with the last page.
 _TOUCHES_A_PAGE = 4
 
@@ -66,20 +74,23 @@ class Cell(NamedTuple):
 
 @dataclass(slots=True)
 class CellResult:
-    """Of each window, what the players said (:mod:`.player`), round by round."""
+    """Of each window, what the players said (:mod:`.player`), round by round. ``stopped``: windows
+    that took too long to be the best."""
 
     cell: Cell
     size: int
     rounds: dict[int | None, list[dict[str, Any]]] = field(default_factory=dict)
+    stopped: set[int] = field(default_factory=set)
 
     def figure(self, window: int | None, name: str) -> float:
         """The median of the rounds."""
         return float(median(told[name] for told in self.rounds[window]))
 
-    def best(self, name: str) -> int:
-        """The window of the ladder that is best in this figure."""
-        ladder = [window for window in self.rounds if window is not None]
-        return min(ladder, key=lambda window: self.figure(window, name))
+    def best(self, name: str) -> int | None:
+        """The window of the ladder that is best in this figure; pagenet's own if every other one
+        was stopped."""
+        ladder = [window for window in self.rounds if window is not AUTO]
+        return min(ladder, key=lambda window: self.figure(window, name), default=AUTO)
 
     def ratio(self, name: str) -> float:
         """Of pagenet's choice to the best of the ladder."""
@@ -160,16 +171,34 @@ async def _measure(
     try:
         trace = make_trace(cell.trace, source.size, _TOUCHES_A_PAGE * pages).pages
         os.write(fd, trace.tobytes())
-        task = {"uri": uri, "lane": options.lane, "threads": cell.threads, "trace": fd}
+        task = {
+            "uri": uri,
+            "lane": options.lane,
+            "threads": cell.threads,
+            "trace": fd,
+            "work_us": cell.work_us,
+        }
         for _ in range(options.rounds):
             for window in (AUTO, *options.windows):
-                told = await worked(
-                    "pagenet.bench.pace.player",
-                    {**task, "work_us": cell.work_us, "window": window},
-                    fd,
-                    inside=inside(link.source),
-                )
-                result.rounds.setdefault(window, []).append(told)
+                if window not in result.stopped:
+                    await _play(result, window, task, fd, inside(link.source))
     finally:
         os.close(fd)
     return result
+
+
+async def _play(
+    result: CellResult, window: int | None, task: dict[str, Any], fd: int, inside: Sequence[str]
+) -> None:
+    limit = math.inf
+    if window is not AUTO:
+        limit = _START_SECONDS + _MOST_TIMES * result.figure(AUTO, "complete")
+    with trio.move_on_after(limit):
+        told = await worked(
+            "pagenet.bench.pace.player", {**task, "window": window}, fd, inside=inside
+        )
+        result.rounds.setdefault(window, []).append(told)
+        return
+    assert window is not AUTO
+    result.rounds.pop(window, None)
+    result.stopped.add(window)
