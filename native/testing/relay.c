@@ -121,12 +121,23 @@ static uint64_t fill_polls(struct relay *relay, struct pollfd *polls, uint64_t t
     return earliest;
 }
 
-static void close_all(struct relay *relay) {
-    for (int i = 0; i < relay->count; i++) {
-        while (relay->pipes[i].first)
-            drop_first(&relay->pipes[i]);
-        close(relay->pipes[i].from); /* each socket is the `from` of one pipe */
+/* Of a connection, which is two pipes: each socket is the `from` of one. */
+static void close_connection(struct relay *relay, int first) {
+    for (struct pipe *pipe = &relay->pipes[first]; pipe < &relay->pipes[first + 2]; pipe++) {
+        while (pipe->first)
+            drop_first(pipe);
+        close(pipe->from);
     }
+    relay->count -= 2;
+    memmove(&relay->pipes[first], &relay->pipes[relay->count], 2 * sizeof *relay->pipes);
+}
+
+static bool is_over(const struct pipe *pipe) { return pipe->ended && !pipe->first; }
+
+static void close_ended(struct relay *relay) {
+    for (int i = relay->count - 2; i >= 0; i -= 2)
+        if (is_over(&relay->pipes[i]) && is_over(&relay->pipes[i + 1]))
+            close_connection(relay, i);
 }
 
 static int pass(struct relay *relay, int listener, int stop_fd, const struct sockaddr_in *address) {
@@ -146,6 +157,7 @@ static int pass(struct relay *relay, int listener, int stop_fd, const struct soc
         for (int i = 0; i < relay->count; i++)
             if (polls[2 * i].revents)
                 take(&relay->pipes[i], time + relay->delay_ns);
+        close_ended(relay);
         if (polls[last].revents)
             connect_through(relay, listener, address);
     }
@@ -159,7 +171,8 @@ int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, 
     relay->delay_ns = delay_ns;
     int error =
         inet_aton(host, &address.sin_addr) ? pass(relay, listener, stop_fd, &address) : -EINVAL;
-    close_all(relay);
+    while (relay->count)
+        close_connection(relay, relay->count - 2);
     free(relay);
     return error;
 }

@@ -84,6 +84,24 @@ def send_all(sock: socket.socket, data: bytes) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
+def test_relay_serves_any_number_of_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        command = module_command("pagenet.bench.pace.relay", "127.0.0.1", str(port), "0")
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as relay:
+            assert relay.stdin is not None
+            assert relay.stdout is not None
+            where = ("127.0.0.1", int(relay.stdout.readline()))
+            for _ in range(200):
+                with socket.create_connection(where) as near:
+                    far, _ = listener.accept()
+                    with far:
+                        near.sendall(b"?")
+                        assert far.recv(1) == b"?"
+            relay.stdin.close()
+            assert relay.wait(10) == 0
+
+
 def test_relay_delays_and_changes_nothing() -> None:
     data = random.Random(1).randbytes(3 << 20)
     with socket.create_server(("127.0.0.1", 0)) as listener:
