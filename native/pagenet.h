@@ -94,7 +94,9 @@ int pn_borrow(int pid, int pidfd, int *refused);
 
 /* Memory of a process. uffd: one of that process, with the features WP_ASYNC, WP_UNPOPULATED and
  * WP_HUGETLBFS_SHMEM. pagemap: /proc/PID/pagemap. page_size: what pages are counted in, and at
- * least that of the memory where it is of huge pages. first: the number of the page at address. */
+ * least that of the memory where it is of huge pages. first: the number of the page at address.
+ * names_empty: page_size is the system's, and the pass for written pages names each page whose
+ * entry in a page table is empty; only page tables that are gone are left for the other pass. */
 struct pn_track {
     int uffd;
     int pagemap;
@@ -102,6 +104,7 @@ struct pn_track {
     uint64_t size;
     uint64_t page_size;
     uint64_t first;
+    int names_empty;
 };
 struct pn_run {
     uint64_t first;
@@ -687,6 +690,8 @@ void pn_source_stop(struct pn_source *source);
 int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
 /* Pages of that class that were asked for until now. From any thread. */
 uint64_t pn_source_asked(const struct pn_source *source, int class_);
+/* Pages that were answered as zeros until now. From any thread. */
+uint64_t pn_source_zeros(const struct pn_source *source);
 /* Bytes that all connections keep now because their sockets were full. A connection keeps at most a
  * chunk (256 KiB) and its headers, or a larger unit that was compressed, as long as all connections
  * together keep less than 16 MiB. From any thread. */

@@ -117,6 +117,7 @@ struct pn_source {
     void *pack_state;
     struct pn_links *links;
     _Atomic uint64_t asked[PN_BACKGROUND + 1]; /* pages, by class */
+    _Atomic uint64_t zeros;                    /* pages, of those */
 };
 
 static size_t at_most(uint64_t size, size_t limit) { return size < limit ? (size_t)size : limit; }
@@ -540,11 +541,16 @@ static void tell_lost(struct pn_source *source, struct conn *conn) {
 
 /* ---- answering ---- */
 
+static void count_zeros(struct pn_source *source, uint64_t pages) {
+    atomic_fetch_add_explicit(&source->zeros, pages, memory_order_relaxed);
+}
+
 static void answer_zero(struct pn_source *source, struct conn *conn, uint64_t pages) {
     struct pn_reply reply = reply_to(&conn->request, PN_ZEROS, pages, 0);
     struct iovec part = {&reply, sizeof reply};
     conn->wire += sizeof reply;
     advance(&conn->request, pages);
+    count_zeros(source, pages);
     send_or_keep(source, conn, &part, 1, false);
 }
 
@@ -632,6 +638,7 @@ static void answer_by_copy(struct pn_source *source, struct conn *conn,
         if (!zero)
             conn->bytes += size;
         if (zero) {
+            count_zeros(source, run);
             add_reply(&batch, conn, PN_ZEROS, run, NULL, 0);
         } else if (packing) {
             add_packed(source, &batch, conn, at, run, block->page_size, unit, &to);
@@ -833,6 +840,10 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
                               memory_order_relaxed);
     source->work += REQUEST_WORK;
     return true;
+}
+
+uint64_t pn_source_zeros(const struct pn_source *source) {
+    return atomic_load_explicit(&source->zeros, memory_order_relaxed);
 }
 
 uint64_t pn_source_asked(const struct pn_source *source, int class_) {

@@ -158,6 +158,7 @@ async def freeze_after(seconds: float, precopy: Precopy, written: Written, round
         async with running_beside(switch_after, precopy, seconds):
             await precopy.run(rounds, lambda *_, **__: None)
         await rounds.pause()
+        await rounds.name_early()
         await trio.to_thread.run_sync(written.freeze)
         await rounds.freeze()
 

@@ -36,6 +36,7 @@ class pn_track(Struct):
     size: int
     page_size: int
     first: int
+    names_empty: int
 
 
 class pn_run(Struct):
@@ -667,6 +668,7 @@ class Library(Protocol):
         self, source: pn_source | Null, id: CData | Null, end: pn_end | Null, /
     ) -> int: ...
     def pn_source_asked(self, source: pn_source | Null, class_: int, /) -> int: ...
+    def pn_source_zeros(self, source: pn_source | Null, /) -> int: ...
     def pn_source_kept(self, source: pn_source | Null, /) -> int: ...
     def pn_zero_run(
         self, buffer: bytes | CData | Null, pages: int, page_size: int, zero: CData | Null, /

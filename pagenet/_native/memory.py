@@ -26,6 +26,11 @@ def populate(address: int, size: int) -> bool:
     return True
 
 
+def buffer_address(buffer: mmap.mmap) -> int:
+    """Where it is, for as long as it is mapped."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
+
+
 def store(address: int, data: Buffer) -> None:
     """Write to memory of this process that may be gone: then :exc:`OSError` (EFAULT), and no
     signal."""

@@ -105,6 +105,10 @@ class SourceLoop:
             else lib.pn_source_asked(self._source, class_)
         )
 
+    def zeros(self) -> int:
+        """The number of pages that were answered as zeros so far."""
+        return 0 if self._source is None else lib.pn_source_zeros(self._source)
+
     def kept(self) -> int:
         """Bytes that are kept now because sockets are full, for all connections together."""
         return 0 if self._source is None else lib.pn_source_kept(self._source)

@@ -38,9 +38,17 @@ class Track:
     """
 
     def __init__(
-        self, uffd: int, pagemap: int, address: int, size: int, page_size: int, first: int
+        self,
+        uffd: int,
+        pagemap: int,
+        address: int,
+        size: int,
+        page_size: int,
+        first: int,
+        names_empty: bool,
     ) -> None:
-        self._track = new_struct(pn_track, (uffd, pagemap, address, size, page_size, first))
+        values = (uffd, pagemap, address, size, page_size, first, names_empty)
+        self._track = new_struct(pn_track, values)
         self._runs = new_array(pn_run, _ROOM)
         self._at = ffi.new("uint64_t *")
 
@@ -57,9 +65,16 @@ class Track:
     def _counts(self) -> Iterator[int]:
         """How many runs are in ``_runs``, again and again until all were named."""
         for what in _PASSES:
-            self._at[0] = 0
-            while self._at[0] < self._track.size:
-                yield check(lib.pn_track_scan(self._track, what, self._at, self._runs, _ROOM))
+            yield from self._pass_counts(what)
+
+    def _pass_counts(self, what: int) -> Iterator[int]:
+        self._at[0] = 0
+        while self._at[0] < self._track.size:
+            yield check(lib.pn_track_scan(self._track, what, self._at, self._runs, _ROOM))
+
+    def names_any_written(self) -> bool:
+        """Whether the pass for written pages names any."""
+        return any([*self._pass_counts(lib.PN_TRACK_WRITTEN)])
 
     def scan(self) -> array[int]:
         """First page and number of pages of each run; both passes ascend."""

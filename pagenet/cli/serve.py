@@ -187,6 +187,7 @@ async def _copy(server: Server, owner: SourceOwner, precopy: Precopy, report: Re
         raise UsageError("the destination's release of pagenet cannot be told what is stale")
     await precopy.run(rounds, report)
     await rounds.pause()
+    await rounds.name_early()
     await owner.stop()
     # From here on it stays stopped: whatever becomes of us, the destination may have been told that
     # the memory does not change any more.

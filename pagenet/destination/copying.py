@@ -32,9 +32,8 @@ _LOOK_SHARE = 0.05
 
 
 class Copying:
-    """Copies the pages of a tracked source. ``schedule`` makes the schedule for what is left in the
-    end; the rounds fetch pages in the order of their numbers. A background that has not begun
-    begins for the rounds, and waits again after them.
+    """Copies the pages of a tracked source. The rounds fetch pages in the order of their numbers. A
+    background that has not begun begins for the rounds, and waits again after them.
 
     :exc:`~pagenet.errors.UsageError` if this memory cannot be written to invisibly, and again.
     """
@@ -55,7 +54,9 @@ class Copying:
                 " (pagenet-qemu migrate --precopy off)"
             )
         self._filling, self._lanes, self._background = filling, lanes, background
-        self._wire, self._session, self._schedule = wire, session, schedule
+        self._wire, self._session = wire, session
+        #: makes the schedule for what is left in the end
+        self.schedule = schedule
         self._begins = background.begun
         self._round = 1
         self._told = 0  # the last round that the source knows to be over
@@ -143,7 +144,7 @@ class Copying:
         self._lanes.withhold(False)
         self._filling.withhold(False)  # after the lanes: it has the faults come again
         self._background.set_max_bandwidth(None)
-        self._background.set_schedule(self._schedule())
+        self._background.set_schedule(self.schedule())
         if not self._begins:
             self._background.hold()
         self.frozen.set()

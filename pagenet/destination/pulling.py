@@ -133,12 +133,16 @@ class Transfer:
     def set_background(self, name: str) -> None:
         """Fetch untouched pages in that order from now on.
 
-        ``hot``, ``follow``, ``linear``, or ``off`` to fetch none.
+        ``hot``, ``follow``, ``linear``, or ``off`` to fetch none. While the source goes through
+        rounds, they keep theirs, and this one follows.
 
         :exc:`~pagenet.errors.UsageError` if there is no such order.
         """
         check_schedule(name)
-        self._background.set_schedule(_schedule(name, self.filling))
+        if self._copying is not None and not self._copying.frozen.is_set():
+            self._copying.schedule = partial(_schedule, name, self.filling)
+        else:
+            self._background.set_schedule(_schedule(name, self.filling))
 
     @property
     def background_paused(self) -> bool:

@@ -325,6 +325,7 @@ class _Leaving:
         if self._rounds is not None:
             async with running_beside(self._hear_of_failure):
                 await self._rounds.pause()
+                await self._rounds.name_early()
         stop = await self._stop(way)
         # The state is sent without waiting for an answer to "stopped": a touch of a missing page
         # waits at the destination until it has read that message.

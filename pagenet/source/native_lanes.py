@@ -50,6 +50,9 @@ class _Loop:
     def asked(self, class_: Class) -> int:
         return self._loop.asked(class_)
 
+    def zeros(self) -> int:
+        return self._loop.zeros()
+
     async def run(self, limiter: trio.CapacityLimiter) -> None:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
@@ -108,6 +111,10 @@ class NativeSourceLanes:
     def asked(self, class_: Class) -> int:
         """The number of pages asked for in ``class_`` so far."""
         return self._demand.asked(class_) + self._background.asked(class_)
+
+    def zeros(self) -> int:
+        """The number of pages that were asked for so far, and are zero."""
+        return self._demand.zeros() + self._background.zeros()
 
     def close(self) -> None:
         """Not to be called while :meth:`run` runs."""

@@ -36,13 +36,18 @@ def is_worth_another(rounds: Sequence[Round]) -> bool:
     last = rounds[-1]
     if len(rounds) >= _MOST_AUTO or not last.left or not last.pages:
         return False
-    if last.left * last.seconds <= _LITTLE_SECONDS * last.pages:
-        return False
     # The next round takes this long, and meanwhile so many pages are written at the recent rate.
-    seconds = last.left * last.seconds / last.pages
+    seconds = last.left * seconds_a_page(last)
+    if seconds <= _LITTLE_SECONDS:
+        return False
     if last.recently_written * seconds > _NO_BETTER * last.left * last.recent_seconds:
         return False
     return len(rounds) == 1 or last.left < _NO_BETTER * rounds[-2].left
+
+
+def seconds_a_page(last: Round) -> float:
+    """How long the round took for each page that was not zero, as if zeros took no time."""
+    return last.seconds / max(last.pages - last.zeros, 1)
 
 
 class Precopy:
@@ -117,11 +122,13 @@ async def _either(*waits: Callable[[], Awaitable[None]]) -> None:
 
 def about_round(last: Round) -> dict[str, object]:
     """A round, as an event has it. ``rest_seconds``: how long the link takes for what is left."""
-    rate = last.pages * mmap.PAGESIZE / last.seconds if last.seconds else 0.0
+    sent = (last.pages - last.zeros) * mmap.PAGESIZE
+    rate = sent / last.seconds if last.seconds else 0.0
     return {
         "round": last.number,
         "seconds": round(last.seconds, 3),
         "pages": last.pages,
+        "zeros": last.zeros,
         "written": last.written,
         "left": last.left,
         "bytes_left": last.left * mmap.PAGESIZE,

@@ -3,7 +3,8 @@
 Round 1 brings all pages. At the end of each round the tracker tells which pages were written since,
 and the next round brings those again. What was written in each of the last two rounds is not sent
 again before the end: it would be written once more. With :meth:`Rounds.freeze` the owner stands
-still, and the destination learns of all that it has to fetch again.
+still, and the destination learns of all that it has to fetch again. How much it learns then delays
+the owner, so :meth:`Rounds.name_early`, just before, names all that was written until then.
 
 Why no page is ever shown stale: the next scan after a write names the page, and a name is kept
 until the destination is told of it. Nothing is in flight then. So bytes that were read before the
@@ -50,13 +51,15 @@ class Tracker(Protocol):
 @dataclass(frozen=True, slots=True)
 class Round:
     """A round that is over. ``seconds``: how long it took; ``pages``: those that it was to bring;
-    ``written``: those that were written meanwhile; ``left``: those that are to be sent yet, if the
-    owner is frozen now; at most so many, if the round was not brought to its end.
+    ``zeros``: those of them that were zero, and took next to no time; ``written``: those that were
+    written meanwhile; ``left``: those that are to be sent yet, if the owner is frozen now; at most
+    so many, if the round was not brought to its end.
     ``recently_written``: those that were written in the last ``recent_seconds`` of it."""
 
     number: int
     seconds: float
     pages: int
+    zeros: int
     written: int
     left: int
     recent_seconds: float
@@ -65,10 +68,11 @@ class Round:
 
 class Rounds:
     """The rounds of one destination. ``send`` sends it a message, ``asked`` tells how many pages it
-    has asked for so far, ``given_back`` returns when it has no key to the memory.
+    has asked for so far, ``zeros`` how many of those were zero, ``given_back`` returns when it has
+    no key to the memory.
 
-    Call :meth:`wait_over`, then :meth:`next`, as often as that is worth it; then :meth:`pause`,
-    stop the owner, and call :meth:`freeze`.
+    Call :meth:`wait_over`, then :meth:`next`, as often as that is worth it; then :meth:`pause` and
+    :meth:`name_early`, stop the owner, and call :meth:`freeze`.
     """
 
     def __init__(
@@ -77,16 +81,17 @@ class Rounds:
         tracker: Tracker,
         send: Callable[[Message], Awaitable[None]],
         asked: Callable[[], int] = lambda: 0,
+        zeros: Callable[[], int] = lambda: 0,
         given_back: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
-        self._region, self._tracker, self._send, self._asked = region, tracker, send, asked
-        self._given_back = given_back
-        self._asked_before = asked()
+        self._region, self._tracker, self._send = region, tracker, send
+        self._asked, self._zeros, self._given_back = asked, zeros, given_back
+        self._asked_before, self._zeros_before = asked(), zeros()
         self._number = 1
         self._over: Paused | None = None
         self._news = trio.Event()
         self._began = self._scanned = trio.current_time()
-        self._pages = region.pages  # that this round brings
+        self._told = (1 << region.pages) - 1  # bits of what this round brings
         # bits of what was written in this round and in the one before
         self._written = self._before = 0
         self._left = 0  # bits of what is stale, and was not named yet
@@ -126,8 +131,9 @@ class Rounds:
         """Wait until the destination has asked for most of the round, and look once at what was
         written until then: :meth:`look` then knows what was written recently. To be cancelled when
         the round is over."""
-        enough = self._asked_before + _LATE * self._pages
-        while not self._pages or self._asked() < enough:  # noqa: ASYNC110
+        pages = self._told.bit_count()
+        enough = self._asked_before + _LATE * pages
+        while not pages or self._asked() < enough:  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
         await self._scan()
 
@@ -137,15 +143,26 @@ class Rounds:
             await self._send(Pause())
         await self.wait_over()
 
+    async def name_early(self) -> None:
+        """After :meth:`pause`: name all that was written until now. What :meth:`freeze` is left to
+        name, and the destination to drop while the owner stands still, was written since. Returns
+        when nothing is in flight."""
+        await self._scan()
+        told, self._left = self._left, 0
+        await self._name(told, frozen=False)
+        await self.pause()
+
     async def look(self) -> Round:
         """After :meth:`wait_over`: what was written in this round."""
         before = self._scanned
         written = await self._scan()
         assert self._over is not None
+        pages = self._told.bit_count()
         return Round(
             self._number,
             self._scanned - self._began,
-            self._pages,
+            pages,
+            min(self._zeros() - self._zeros_before, pages),
             self._written.bit_count(),
             self._at_most_left(self._over),
             self._scanned - before,
@@ -171,8 +188,9 @@ class Rounds:
         return missing
 
     def _at_most_left(self, over: Paused) -> int:
-        """Pages to be sent yet. Those that are stale and those that never came may be the same."""
-        return min(self._left.bit_count() + over.missing, self._region.pages)
+        """Pages to be sent yet. What is missing is of this round, and may be stale as well."""
+        again = (self._left & self._told).bit_count()
+        return self._left.bit_count() - again + min(again + over.missing, self._told.bit_count())
 
     async def _scan(self) -> int:
         """Note the pages that were written since the last scan. Returns their bits."""
@@ -187,8 +205,9 @@ class Rounds:
 
     async def _name(self, stale: int, *, frozen: bool) -> None:
         number, pages = self._number, self._region.pages
-        self._number, self._over, self._pages = number + 1, None, stale.bit_count()
-        self._began, self._asked_before = trio.current_time(), self._asked()
+        self._number, self._over, self._told = number + 1, None, stale
+        self._began = trio.current_time()
+        self._asked_before, self._zeros_before = self._asked(), self._zeros()
         bits = stale.to_bytes(-(-pages // 8), "little")
         for at in range(0, len(bits), MAX_STALE_BYTES):
             part, more = bits[at : at + MAX_STALE_BYTES], at + MAX_STALE_BYTES < len(bits)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ from .lanes import PIN_LIMIT, OneSided, ReadableMemory
 from .memory import Source, open_source
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
 from .rounds import Rounds, Tracker
-from .trio_lane import LARGE_UNITS, TrioSourceLane
+from .trio_lane import LARGE_UNITS, Counts, TrioSourceLane
 
 __all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
 
@@ -131,8 +130,7 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
-        # pages requested on lanes in Trio
-        self._asked: Counter[Class] = Counter()
+        self._counts = Counts()  # of lanes in Trio
         self._large_units = trio.Semaphore(LARGE_UNITS)
         self._started = time.monotonic()
         #: where peers may dial; empty if this side dials
@@ -152,7 +150,7 @@ class Server:
     def statistics(self) -> ServingStatistics:
         """Counts of the pages requested so far."""
         asked = {
-            class_: self._asked[class_] + (self._native.asked(class_) if self._native else 0)
+            class_: self._counts.asked[class_] + (self._native.asked(class_) if self._native else 0)
             for class_ in Class
         }
         region = self._source.region
@@ -206,6 +204,7 @@ class Server:
                 self._tracked,
                 session.control.send,
                 self._asked_for,
+                self._zeros,
                 self._wait_given_back,
             )
             self._rounds = session.rounds = rounds
@@ -215,6 +214,10 @@ class Server:
         """Pages that destinations have asked for, or got the keys to, so far."""
         granted = sum(memory.granted for memory in self._readable.values())
         return self.statistics().asked + granted
+
+    def _zeros(self) -> int:
+        """Pages that were asked for on lanes so far, and are zero."""
+        return self._counts.zeros + (self._native.zeros() if self._native else 0)
 
     async def _wait_given_back(self) -> None:
         """Return when no destination has a key to the memory."""
@@ -441,7 +444,7 @@ class Server:
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source, self._asked, self._large_units).run(
+                await TrioSourceLane(connection, self._source, self._counts, self._large_units).run(
                     unread
                 )
 

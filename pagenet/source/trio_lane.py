@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import trio
 
@@ -24,7 +25,7 @@ from ..region import Run
 from ..session import LAST_WORDS_TIMEOUT
 from .memory import Source
 
-__all__ = ["LARGE_UNITS", "TrioSourceLane"]
+__all__ = ["LARGE_UNITS", "Counts", "TrioSourceLane"]
 
 _RECEIVE_SIZE = 16 << 10
 # bytes kept at most for a peer that does not read, and as much again where they are compressed
@@ -34,6 +35,14 @@ _LZ4_BLOCK = 128 << 10
 #: Further ones travel uncompressed.
 LARGE_UNITS = 8
 _SAMPLE = 32 << 10  # bytes compressed to measure what compressing would bring
+
+
+@dataclass(slots=True)
+class Counts:
+    """Pages that were asked for, by class, and how many of all those were zero."""
+
+    asked: Counter[Class] = field(default_factory=Counter)
+    zeros: int = 0
 
 
 class TrioSourceLane:
@@ -47,14 +56,14 @@ class TrioSourceLane:
         self,
         connection: transport.Connection,
         source: Source,
-        asked: Counter[Class] | None = None,
+        counts: Counts | None = None,
         large_units: trio.Semaphore | None = None,
     ) -> None:
         self._connection = connection
         self._large_units = large_units or trio.Semaphore(LARGE_UNITS)
         self._next = Run(0, 0)  # the part of the current request that has no reply yet
         self._streaming = False  # a reply has begun that is sent in several pieces
-        self._asked = Counter() if asked is None else asked  # pages, by class
+        self._counts = counts or Counts()
         self._source = source
         self._pages = memoryview(bytearray())
         self._packer = _native.Packer()
@@ -71,7 +80,7 @@ class TrioSourceLane:
         while True:
             self._choice.resume(time.monotonic_ns())
             for request in decoder.requests():
-                self._asked[request.class_] += request.run.count
+                self._counts.asked[request.class_] += request.run.count
                 await self._answer(request)
             count = await self._connection.receive_into(buffer)
             if not count:
@@ -126,7 +135,7 @@ class TrioSourceLane:
         began = time.monotonic_ns()
         pages = await self._read(run)
         if pages is None:
-            await self._connection.send(_reply(request, Encoding.ZERO, run, 0))
+            await self._connection.send(self._zero_reply(request, run))
             return
         buffers = list(self._replies(request, run, pages, packing))
         if choosing and self._choice.wants_sample(began):
@@ -141,7 +150,7 @@ class TrioSourceLane:
         """Answer a unit of which only one piece is kept at a time: it is searched for bytes that
         are not zero first, and read again to be sent."""
         if await self._is_zero(unit):
-            await self._connection.send(_reply(request, Encoding.ZERO, unit, 0))
+            await self._connection.send(self._zero_reply(request, unit))
             return
         self._streaming = True
         await self._connection.send(
@@ -201,7 +210,7 @@ class TrioSourceLane:
             run = Run(whole.first + done // page_size, size // page_size)
             packed = self._pack(part) if packing and not zero and size <= MAX_LZ4_BYTES else None
             if zero:
-                yield _reply(request, Encoding.ZERO, run, 0)
+                yield self._zero_reply(request, run)
             elif packed:
                 yield _reply(request, Encoding.LZ4, run, len(packed))
                 yield bytes(packed)
@@ -209,6 +218,10 @@ class TrioSourceLane:
                 yield _reply(request, Encoding.RAW, run, size)
                 yield part
             done += size
+
+    def _zero_reply(self, request: Request, run: Run) -> bytes:
+        self._counts.zeros += run.count
+        return _reply(request, Encoding.ZERO, run, 0)
 
 
 def _reply(request: Request, encoding: Encoding, run: Run, length: int) -> bytes:

@@ -132,6 +132,26 @@ async def test_hot_pages_wait(lane: LaneKind, written: Written, memory: OwnMemor
 
 
 @pytest.mark.parametrize("lane", LANES)
+async def test_order_that_is_asked_for_in_a_round(
+    lane: LaneKind, written: Written, memory: OwnMemory
+) -> None:
+    """It is that of the pages which are left at the freeze."""
+    async with copying(written, memory, lane) as (rounds, transfer):
+        with trio.fail_after(PATIENCE):
+            await rounds.wait_over()
+            transfer.set_background("follow")
+            await rounds.look()
+            await rounds.next()
+            await rounds.wait_over()
+            assert transfer.background == "linear"
+            await rounds.pause()
+            await rounds.freeze()
+            await transfer.wait_frozen()
+        assert transfer.background == "follow"
+        await check_frozen(written, memory, transfer)
+
+
+@pytest.mark.parametrize("lane", LANES)
 async def test_hot_page_is_named_in_the_end(
     lane: LaneKind, written: Written, memory: OwnMemory
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import msgpack
 import pytest
 import trio
 import trio.testing
+from certificates import Authority
 
 import pagenet
 from pagenet import (
@@ -46,6 +47,7 @@ from pagenet.protocol import (
 )
 from pagenet.session import HELLO_TIMEOUT, MessageStream, accept_forever, greet
 from pagenet.testing import MemoryConnection, MemoryTransport
+from pagenet.tls import Tls
 
 SESSION = bytes(range(16))
 PAGE = 4096
@@ -107,10 +109,43 @@ async def until_closed(connection: transport.Connection) -> bytes:
     return bytes(data)
 
 
-@pytest.fixture(params=["tcp", "unix"])
-def somewhere(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URI to listen on."""
-    return "tcp://127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/socket"
+# At most one: what every end of the test's connections has.
+_encrypting: list[Tls] = []
+
+
+def secure() -> dict[str, Any]:
+    """The options that all ends of the test's connections have."""
+    return {"tls": _encrypting[0] if _encrypting else None}
+
+
+def serving(*args: Any, **options: Any) -> Any:
+    return pagenet.serve(*args, **secure(), **options)
+
+
+def pulling(*args: Any, **options: Any) -> Any:
+    return pagenet.pull(*args, **secure(), **options)
+
+
+async def dial(uri: str) -> transport.Connection:
+    return await transport.dial(uri, **secure())
+
+
+async def listen(uri: str) -> transport.Listener:
+    return await transport.listen(uri, **secure())
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    return Tls(directory=Authority().write(tmp_path_factory.mktemp("certificates")))
+
+
+@pytest.fixture(params=["tcp", "unix", "tls"])
+def somewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A URI to listen on; ``tls``: over TCP, and every end has certificates."""
+    if request.param == "tls":
+        _encrypting.append(request.getfixturevalue("certificates"))
+    yield f"unix:{tmp_path}/socket" if request.param == "unix" else "tcp://127.0.0.1:0"
+    _encrypting.clear()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +168,7 @@ class Served:
         return self.server.uri
 
     async def pull(self) -> None:
-        async with pagenet.pull(self.uri, pagenet.IntoFile(self.copy)) as transfer:
+        async with pulling(self.uri, pagenet.IntoFile(self.copy)) as transfer:
             await transfer.wait_complete()
         assert self.copy.read_bytes() == CONTENT
         self.copy.unlink()
@@ -142,7 +177,7 @@ class Served:
 @pytest.fixture
 async def served(somewhere: str, memory_file: Path, tmp_path: Path) -> AsyncIterator[Served]:
     events = Events()
-    async with pagenet.serve(str(memory_file), listen=somewhere, on_event=events) as server:
+    async with serving(str(memory_file), listen=somewhere, on_event=events) as server:
         yield Served(server, events, tmp_path / "copy")
 
 
@@ -185,7 +220,7 @@ STRANGERS: dict[str, tuple[bytes, bool, str, str]] = {
 @pytest.mark.parametrize(("data", "closes", "event", "reason"), STRANGERS.values(), ids=STRANGERS)
 async def test_stranger(served: Served, data: bytes, closes: bool, event: str, reason: str) -> None:
     async with trio.open_nursery() as nursery:
-        stranger = await transport.dial(served.uri)
+        stranger = await dial(served.uri)
         nursery.start_soon(served.pull)
         await stranger.send(data)
         if closes:
@@ -204,7 +239,7 @@ async def test_stranger(served: Served, data: bytes, closes: bool, event: str, r
 async def test_stranger_who_waits(
     served: Served, mock_clock: trio.testing.MockClock, data: bytes
 ) -> None:
-    stranger = await transport.dial(served.uri)
+    stranger = await dial(served.uri)
     await stranger.send(data)
     # the clock stands still: however long this takes, it was not a timeout that let it in
     await served.pull()
@@ -218,7 +253,7 @@ async def test_stranger_who_waits(
 
 async def test_flood(served: Served) -> None:
     async def stranger(number: int) -> None:
-        connection = await transport.dial(served.uri)
+        connection = await dial(served.uri)
         if number % 2:
             await connection.send(HTTP)
             await until_closed(connection)
@@ -239,7 +274,7 @@ async def test_flood(served: Served) -> None:
 @asynccontextmanager
 async def connected(uri: str) -> AsyncIterator[tuple[MessageStream, transport.Connection]]:
     """A destination's control connection and one lane, both greeted."""
-    control, lane = await transport.dial(uri), await transport.dial(uri)
+    control, lane = await dial(uri), await dial(uri)
     try:
         stream = MessageStream(control)
         session = (await greet(stream, Hello(Role.DESTINATION, Channel.CONTROL))).session
@@ -333,11 +368,11 @@ async def test_lane_whose_session_ends_while_it_is_greeted(
 ) -> None:
     memory, events = MemoryTransport(), Events()
     monkeypatch.setitem(transport._transports, "memory", memory)
-    async with pagenet.serve(str(memory_file), listen="memory://source", on_event=events) as server:
-        control = MessageStream(await transport.dial(server.uri))
+    async with serving(str(memory_file), listen="memory://source", on_event=events) as server:
+        control = MessageStream(await dial(server.uri))
         session = (await greet(control, Hello(Role.DESTINATION, Channel.CONTROL))).session
         memory.capacity = 8  # the answer to the lane's hello gets stuck half-way
-        lane = await transport.dial(server.uri)
+        lane = await dial(server.uri)
         await lane.send(hello(Role.DESTINATION, Channel.DEMAND, session=session))
         await trio.testing.wait_all_tasks_blocked()
         await control.send(Bye(False))
@@ -373,7 +408,7 @@ async def listening_uri(events: Events) -> str:
 
 
 async def serve_at(uri: str, path: Path, events: Events) -> None:
-    async with pagenet.serve(str(path), listen=uri, on_event=events) as server:
+    async with serving(str(path), listen=uri, on_event=events) as server:
         await server.wait_complete()
 
 
@@ -391,7 +426,7 @@ async def test_more_sessions_than_there_may_be(
     """A session over the limit is refused, with the reason and the option; a session that ends
     makes room."""
     events = Events()
-    async with pagenet.serve(
+    async with serving(
         str(memory_file), listen=somewhere, on_event=events, max_sessions=1
     ) as server:
         served = Served(server, events, tmp_path / "copy")
@@ -411,11 +446,11 @@ async def test_more_sessions_than_there_may_be(
 async def test_more_lanes_than_there_may_be(somewhere: str, memory_file: Path) -> None:
     events = Events()
     async with (
-        pagenet.serve(str(memory_file), listen=somewhere, on_event=events, max_lanes=1) as server,
+        serving(str(memory_file), listen=somewhere, on_event=events, max_lanes=1) as server,
         connected(server.uri) as (control, lane),
     ):
         session = next(iter(server._sessions))
-        another = await transport.dial(server.uri)
+        another = await dial(server.uri)
         with pytest.raises(
             SourceUnreachable, match=r"is busy: a session may have 1 lanes.*--max-lanes"
         ):
@@ -440,11 +475,11 @@ async def test_silent_peers_make_room(
     served.server.admission._max_strangers = 3
     silent = []
     for number in range(3):
-        silent.append(await transport.dial(served.uri))
+        silent.append(await dial(served.uri))
         await silent[-1].send(data)
         while served.server.admission.strangers <= number:
             await trio.lowlevel.checkpoint()
-    newcomer = await transport.dial(served.uri)
+    newcomer = await dial(served.uri)
     assert b"others wanted its place" in await until_closed(silent[0])
     await served.events.check_one("refused", "others wanted its place")
     assert served.server.admission.strangers == 3
@@ -525,7 +560,7 @@ class Impostor:
     @asynccontextmanager
     async def listening(self, uri: str) -> AsyncIterator[str]:
         async with trio.open_nursery() as nursery:
-            with await transport.listen(uri) as listener:
+            with await listen(uri) as listener:
                 nursery.start_soon(accept_forever, listener, self.meet)
                 yield listener.uri
                 nursery.cancel_scope.cancel()
@@ -561,7 +596,7 @@ async def check_pull_fails(
     transfers: list[pagenet.Transfer] = []
 
     async def pull() -> None:
-        async with pagenet.pull(uri, owner) as transfer:
+        async with pulling(uri, owner) as transfer:
             transfers.append(transfer)
             await transfer.wait_complete()
 
@@ -747,7 +782,7 @@ async def test_source_that_knows_nothing_of_compression(
 
     async with (
         Impostor(replies=replies).listening(somewhere) as uri,
-        pagenet.pull(uri, pagenet.IntoFile(tmp_path / "copy"), compress=compress) as transfer,
+        pulling(uri, pagenet.IntoFile(tmp_path / "copy"), compress=compress) as transfer,
     ):
         await transfer.wait_complete()
     assert asked == [0b011]
@@ -862,12 +897,12 @@ async def test_source_whose_pages_are_larger_than_the_owners(owner: Any) -> None
 
 
 async def pull_listening(uri: str, path: Path, events: Events) -> None:
-    async with pagenet.pull(uri, pagenet.IntoFile(path), listen=True, on_event=events) as transfer:
+    async with pulling(uri, pagenet.IntoFile(path), listen=True, on_event=events) as transfer:
         await transfer.wait_complete()
 
 
 async def serve_to(uri: str, path: Path) -> None:
-    async with pagenet.serve(str(path), connect=uri) as server:
+    async with serving(str(path), connect=uri) as server:
         await server.wait_complete()
 
 
@@ -901,7 +936,7 @@ async def test_stranger_comes_before_the_source(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pull_listening, somewhere, tmp_path / "copy", events)
         uri = await listening_uri(events)
-        stranger = await transport.dial(uri)
+        stranger = await dial(uri)
         await stranger.send(data)
         if not closes:
             await until_closed(stranger)
@@ -919,7 +954,7 @@ async def test_stranger_who_waits_holds_nobody_up(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pull_listening, somewhere, tmp_path / "copy", events)
         uri = await listening_uri(events)
-        stranger = await transport.dial(uri)
+        stranger = await dial(uri)
         await serve_to(uri, memory_file)
         await until_closed(stranger)  # it ends with the transfer
         stranger.close()
@@ -934,7 +969,7 @@ async def test_second_source_is_refused(somewhere: str, tmp_path: Path) -> None:
             expect_source_lost, partial(pull_listening, somewhere, tmp_path / "copy", events)
         )
         uri = await listening_uri(events)
-        first, second = await transport.dial(uri), await transport.dial(uri)
+        first, second = await dial(uri), await dial(uri)
         await greet(
             MessageStream(first), Hello(Role.SOURCE, Channel.CONTROL, SESSION, region=REGION)
         )
@@ -958,7 +993,7 @@ async def test_source_that_is_gone_before_it_is_answered_keeps_nobody_out(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pull_listening, "memory://destination", tmp_path / "copy", events)
         uri = await listening_uri(events)
-        await (await transport.dial(uri)).send(GREETING)
+        await (await dial(uri)).send(GREETING)
         await events.wait("refused")
         nursery.start_soon(serve_to, uri, memory_file)
     await events.check_one("refused", "broke")
@@ -1000,7 +1035,7 @@ async def test_bad_destination_that_is_dialled(
             await until_closed(connection)
         connection.close()
 
-    with await transport.listen(somewhere) as listener:
+    with await listen(somewhere) as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept_forever, listener, meet)
             with pytest.raises(error) as caught:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -271,6 +272,27 @@ async def test_seconds_are_those_of_the_round(
 # ---- the pause ----
 
 
+async def test_what_is_named_early_is_not_named_at_the_freeze(
+    autojump_clock: MockClock, writes: Writes
+) -> None:
+    writes.steady = {1}
+    async with answering(writes) as peer:
+        with trio.move_on_after(0.5):
+            await peer.rounds.wait_over()
+        writes.write(2, 3)
+        await peer.rounds.pause()
+        await peer.rounds.name_early()
+        assert peer.named == [{1, 2, 3}]
+        writes.steady = set()
+        writes.write(3, 4)
+        lacks = peer.lacks | {3, 4}
+        assert peer.sent[-1] == Pause()
+        await peer.rounds.freeze()
+        assert peer.named == [{1, 2, 3}, {3, 4}]
+        assert peer.lacks == lacks
+    assert trio.current_time() == 0.5
+
+
 async def test_pause_in_the_middle_of_a_round(writes: Writes, peer: Peer) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.rounds.pause)
@@ -488,7 +510,7 @@ async def test_huge_page_that_was_written_is_named_whole() -> None:
 
 
 def round_of(left: int, seconds: float = 1.0, pages: int = 1000, written: int = 0) -> Round:
-    return Round(1, seconds, pages, written, left, seconds, written)
+    return Round(1, seconds, pages, 0, written, left, seconds, written)
 
 
 @pytest.mark.parametrize(
@@ -524,8 +546,27 @@ def test_is_worth_another(lefts: list[int], more: bool) -> None:
 def test_what_is_written_again_in_a_shorter_time(
     recent_seconds: float, recently_written: int, more: bool
 ) -> None:
-    last = Round(1, 1.0, 1000, 500, 500, recent_seconds, recently_written)
+    last = Round(1, 1.0, 1000, 0, 500, 500, recent_seconds, recently_written)
     assert is_worth_another([last]) is more
+
+
+def test_zeros_say_nothing_about_the_next_round() -> None:
+    """900 of 1,000 pages were zero: the next round, of 500 that are not, takes five times as long
+    as this one, and leaves as much."""
+    last = Round(1, 1.0, 1000, 900, 500, 500, 1.0, 100)
+    assert not is_worth_another([last])
+    assert is_worth_another([replace(last, zeros=0)])
+    assert policy.about_round(last)["rest_seconds"] == 5.0
+    assert policy.about_round(last)["bytes_per_s"] == 100 * PAGE
+
+
+async def test_zeros_of_a_round_are_counted(writes: Writes) -> None:
+    zeros = 7
+    peer = Peer(writes)
+    peer.rounds = Rounds(writes.region, writes, peer.send, zeros=lambda: zeros)
+    zeros = 47
+    assert (await one_round(peer)).zeros == 40
+    assert (await one_round(peer)).zeros == 0
 
 
 async def test_look_late(writes: Writes) -> None:
@@ -575,6 +616,7 @@ def test_rounds_end_even_if_each_is_better_than_the_last() -> None:
             st.integers(0, 10**9),
             st.integers(0, 10**9),
             st.integers(0, 10**9),
+            st.integers(0, 10**9),
             st.floats(0, 1e6),
             st.integers(0, 10**9),
         ),
@@ -619,6 +661,7 @@ async def test_guest_at_rest_has_one_round(autojump_clock: MockClock, writes: Wr
             "round": 1,
             "seconds": 1.0,
             "pages": 100,
+            "zeros": 0,
             "written": 0,
             "left": 0,
             "bytes_left": 0,
@@ -683,6 +726,8 @@ async def test_it_always_ends_and_nothing_is_lost(autojump_clock: MockClock, see
                 owner.start_soon(switch_after, pick.random() * 5, precopy)
             await precopy.run(peer.rounds, lambda *_, **__: None)
             await peer.rounds.pause()
+            if pick.random() < 0.5:
+                await peer.rounds.name_early()
             owner.cancel_scope.cancel()
         write()
         await peer.rounds.freeze()
@@ -787,10 +832,11 @@ def test_absurd_number_of_rounds(rounds: int) -> None:
 
 
 def test_an_event_of_a_round_that_took_no_time() -> None:
-    assert policy.about_round(Round(2, 0.0, 0, 5, 5, 0.0, 5)) == {
+    assert policy.about_round(Round(2, 0.0, 0, 0, 5, 5, 0.0, 5)) == {
         "round": 2,
         "seconds": 0.0,
         "pages": 0,
+        "zeros": 0,
         "written": 5,
         "left": 5,
         "bytes_left": 5 * PAGE,
