@@ -119,6 +119,9 @@ class Noted:
             page = self._written.pop()
             bits[page // 8] |= 1 << page % 8
 
+    def check(self) -> None:
+        """There is nothing that could have changed."""
+
     def close(self) -> None:
         """There is nothing to close."""
 

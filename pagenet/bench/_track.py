@@ -126,11 +126,15 @@ class _Round:
                 if pages:
                     self._time("write", self._write)
                 found = self._time(f"{name}_floor", self._scan)
-                self._time(name, lambda: tracker.mark(self._bits))
+                self._time(name, lambda: self._look(tracker))
                 named = int.from_bytes(self._bits, "little").bit_count()
                 assert named == pages == found // mmap.PAGESIZE, "pages were missed"
         finally:
             self._time("close", tracker.close)
+
+    def _look(self, tracker: WriteTracker) -> None:
+        tracker.mark(self._bits)
+        tracker.check()
 
     def _write(self) -> None:
         testing.bench_write(self._memory.address, mmap.PAGESIZE, self._dirty)

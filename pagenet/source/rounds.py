@@ -30,8 +30,10 @@ __all__ = ["Round", "Rounds", "Tracker"]
 
 # The share of a round after which look_late() looks, and the seconds between two questions whether
 # it has come to that. Each look costs the owner a fault for each page that it writes to again.
-_LATE = 7 / 8
+_LATE = 31 / 32
 _LOOK_SECONDS = 0.005
+# Stale pages are looked for in pieces of so many bytes of bits: of 32 MiB of memory.
+_SPAN_BYTES = 1 << 10
 
 
 class Tracker(Protocol):
@@ -45,6 +47,10 @@ class Tracker(Protocol):
     def mark(self, bits: bytearray) -> None:
         """Set the bit of each page that was written since the last call, or since the tracker was
         made; the lowest bit of the first byte is page 0. It is called in a thread."""
+        ...
+
+    def check(self) -> None:
+        """Raise if that may not have been all. It is called in a thread."""
         ...
 
 
@@ -180,11 +186,12 @@ class Rounds:
     async def freeze(self) -> int:
         """After :meth:`pause`, with the owner at rest: name all that is stale. Returns how many
         pages the destination lacks then, at most."""
-        await self._scan()
+        await self._mark()
         assert self._over is not None
         missing = self._at_most_left(self._over)
         self.is_frozen = True
         await self._name(self._left, frozen=True)
+        await trio.to_thread.run_sync(self._tracker.check)  # it need not delay the destination
         return missing
 
     def _at_most_left(self, over: Paused) -> int:
@@ -193,6 +200,11 @@ class Rounds:
         return self._left.bit_count() - again + min(again + over.missing, self._told.bit_count())
 
     async def _scan(self) -> int:
+        written = await self._mark()
+        await trio.to_thread.run_sync(self._tracker.check)
+        return written
+
+    async def _mark(self) -> int:
         """Note the pages that were written since the last scan. Returns their bits."""
         region = self._tracker.region
         bits = bytearray(-(-region.pages // 8))
@@ -208,10 +220,26 @@ class Rounds:
         self._number, self._over, self._told = number + 1, None, stale
         self._began = trio.current_time()
         self._asked_before, self._zeros_before = self._asked(), self._zeros()
-        bits = stale.to_bytes(-(-pages // 8), "little")
-        for at in range(0, len(bits), MAX_STALE_BYTES):
-            part, more = bits[at : at + MAX_STALE_BYTES], at + MAX_STALE_BYTES < len(bits)
-            await self._send(Stale(number, 8 * at, part, more, frozen))
+        spans = _spans(stale.to_bytes(-(-pages // 8), "little"))
+        last = len(spans) - 1
+        for index, (at, part) in enumerate(spans):
+            await self._send(Stale(number, 8 * at, part, index < last, frozen))
+
+
+def _spans(bits: bytes) -> list[tuple[int, bytes]]:
+    """The parts of ``bits`` that are not zero, and where each begins: apart, none too long for a
+    message, and one at least. Little is written between the last two scans, and mostly in few
+    places."""
+    spans: list[tuple[int, int]] = []
+    for at in range(0, len(bits), _SPAN_BYTES):
+        end = min(at + _SPAN_BYTES, len(bits))
+        if bits.count(0, at, end) == end - at:
+            continue
+        if spans and spans[-1][1] == at and end - spans[-1][0] <= MAX_STALE_BYTES:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((at, end))
+    return [(at, bits[at:end]) for at, end in spans or [(0, 1)]]
 
 
 def _in_pages_of(ours: Region, theirs: Region, bits: bytearray) -> int:

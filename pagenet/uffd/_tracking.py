@@ -241,9 +241,8 @@ class WriteTracker:
 
     def mark(self, bits: bytearray) -> None:
         """Set the bit of each page that :meth:`written` would name; the lowest bit of the first
-        byte is page 0. Errors as of :meth:`written`.
-
-        :exc:`ValueError` if there are fewer bits than pages.
+        byte is page 0. Whether they are all is for :meth:`check` to say. Errors as of
+        :meth:`written`; :exc:`ValueError` if there are fewer bits than pages.
         """
         if 8 * len(bits) < self.region.pages:
             raise ValueError(f"{len(bits)} bytes have no bits for {self.region.pages} pages")
@@ -252,6 +251,10 @@ class WriteTracker:
                 track.mark(bits)
         except OSError as error:
             raise self._failed(error) from None
+
+    def check(self) -> None:
+        """Check that all that was written has been named until now. Errors as of
+        :meth:`written`, which does this, too."""
         self._check_kept()
 
     def _failed(self, error: OSError) -> PagenetError:

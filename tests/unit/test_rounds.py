@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from pagenet import Block, Region, RemoteProtocolError, UsageError
 from pagenet.protocol import MAX_STALE_BYTES, Message, Pause, Paused, Stale
 from pagenet.source import precopy as policy
 from pagenet.source.precopy import MAX_ROUNDS, Precopy, is_worth_another
-from pagenet.source.rounds import Round, Rounds, _in_pages_of
+from pagenet.source.rounds import Round, Rounds, _in_pages_of, _spans
 
 PAGE, HUGE = 4096, 2 << 20
 PAGES = 100
@@ -52,6 +53,7 @@ class Writes:
         self.steady: set[int] = set()
         self.scans = 0
         #: how often each page was written
+        self.checks = 0
         self.versions: Counter[int] = Counter()
         self._written: set[int] = set()
 
@@ -65,6 +67,9 @@ class Writes:
         for page in self._written | self.steady:
             bits[page // 8] |= 1 << page % 8
         self._written.clear()
+
+    def check(self) -> None:
+        self.checks += 1
 
 
 class Peer:
@@ -132,9 +137,9 @@ class Peer:
 def scans_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Virtual time does not wait for a thread."""
 
-    async def run(what: Callable[[bytearray], None], bits: bytearray) -> None:
+    async def run(what: Callable[..., None], *args: bytearray) -> None:
         await trio.lowlevel.checkpoint()
-        what(bits)
+        what(*args)
 
     monkeypatch.setattr(trio.to_thread, "run_sync", run)
 
@@ -255,7 +260,22 @@ async def test_two_looks_at_one_round(writes: Writes, peer: Peer) -> None:
 async def test_freeze_with_nothing_written(peer: Peer) -> None:
     peer.end_round()
     assert await peer.rounds.freeze() == 0
-    assert stales(peer) == [Stale(1, 0, bytes(13), more=False, frozen=True)]
+    assert stales(peer) == [Stale(1, 0, bytes(1), more=False, frozen=True)]
+
+
+async def test_freeze_when_what_was_written_is_not_known(writes: Writes, peer: Peer) -> None:
+    """The destination is told before that is noticed; the caller must not let it go on."""
+    peer.end_round()
+
+    def fail() -> None:
+        raise UsageError("something else is mapped there")
+
+    writes.check = fail  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="something else"):
+        await peer.rounds.freeze()
+    assert stales(peer)[-1].frozen
+    with pytest.raises(UsageError, match="something else"):
+        await peer.rounds.look()
 
 
 async def test_seconds_are_those_of_the_round(
@@ -397,24 +417,44 @@ async def test_more_bits_than_a_message_may_have() -> None:
     await one_round(peer)
     assert peer.named == [written]
     assert [(stale.first, len(stale.bits), stale.more) for stale in stales(peer)] == [
+        (0, 1024, True),
+        (last - 8192, 2048, True),
+        (2 * last - 8192, 1024 + 101, False),
+    ]
+    writes.write(*range(pages))
+    peer.end_round()
+    await peer.rounds.freeze()
+    assert peer.named[-1] == set(range(pages))
+    frozen = stales(peer)[3:]
+    assert [(stale.first, len(stale.bits), stale.more) for stale in frozen] == [
         (0, MAX_STALE_BYTES, True),
         (last, MAX_STALE_BYTES, True),
         (2 * last, 101, False),
     ]
-    writes.write(pages - 1)
-    peer.end_round()
-    await peer.rounds.freeze()
-    assert all(stale.frozen for stale in stales(peer)[3:])
+    assert all(stale.frozen for stale in frozen)
     assert [stale.round for stale in stales(peer)] == [1, 1, 1, 2, 2, 2]
 
 
 async def test_as_many_bits_as_a_message_may_have() -> None:
     writes = Writes(region_of(8 * MAX_STALE_BYTES))
+    writes.write(*range(0, 8 * MAX_STALE_BYTES, 8 * 1024))
     peer = Peer(writes)
     peer.end_round()
     await peer.rounds.freeze()
     (stale,) = stales(peer)
     assert (len(stale.bits), stale.more) == (MAX_STALE_BYTES, False)
+
+
+@given(st.sets(st.integers(0, 8 * 5000 - 1), max_size=20), st.integers(1, 5000))
+def test_spans_have_every_bit(pages: set[int], size: int) -> None:
+    bits = bits_of({page for page in pages if page < 8 * size}, 8 * size)
+    spans = _spans(bytes(bits))
+    found = bytearray(len(bits))
+    for at, part in spans:
+        assert part
+        found[at : at + len(part)] = part
+    assert found == bits
+    assert all(one[0] + len(one[1]) < other[0] for one, other in pairwise(spans))
 
 
 OURS = Region([Block("a", 3 * PAGE), Block("b", 2 * HUGE), Block("c", 5 * PAGE)])
