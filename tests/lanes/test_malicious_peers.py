@@ -113,25 +113,24 @@ async def until_closed(connection: transport.Connection) -> bytes:
 _encrypting: list[Tls] = []
 
 
-def secure() -> dict[str, Any]:
-    """The options that all ends of the test's connections have."""
-    return {"tls": _encrypting[0] if _encrypting else None}
+def tls() -> Tls | None:
+    return _encrypting[0] if _encrypting else None
 
 
 def serving(*args: Any, **options: Any) -> Any:
-    return pagenet.serve(*args, **secure(), **options)
+    return pagenet.serve(*args, tls=tls(), **options)
 
 
 def pulling(*args: Any, **options: Any) -> Any:
-    return pagenet.pull(*args, **secure(), **options)
+    return pagenet.pull(*args, tls=tls(), **options)
 
 
 async def dial(uri: str) -> transport.Connection:
-    return await transport.dial(uri, **secure())
+    return await transport.dial(uri, tls=tls())
 
 
 async def listen(uri: str) -> transport.Listener:
-    return await transport.listen(uri, **secure())
+    return await transport.listen(uri, tls=tls())
 
 
 @pytest.fixture(scope="module")
