@@ -102,18 +102,22 @@ static bool add_authorities(SSL_CTX *ssl, const char *pem, char *text, size_t si
     return count;
 }
 
+/* One list for each authority. */
 static bool add_revoked(SSL_CTX *ssl, const char *pem, char *text, size_t size) {
+    X509_STORE *store = SSL_CTX_get_cert_store(ssl);
     BIO *bio = BIO_new_mem_buf(pem, -1);
-    X509_CRL *list = PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL);
+    int count = 0;
+    for (X509_CRL *list; (list = PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL)); count++) {
+        X509_STORE_add_crl(store, list);
+        X509_CRL_free(list);
+    }
     BIO_free(bio);
-    if (!list) {
+    if (!count) {
         explain(text, size, "has no revocation list in it");
         return false;
     }
-    X509_STORE *store = SSL_CTX_get_cert_store(ssl);
-    X509_STORE_add_crl(store, list);
+    ERR_clear_error(); /* the end of the file */
     X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
-    X509_CRL_free(list);
     return true;
 }
 

@@ -33,11 +33,12 @@ class Tls:
     ``client-cert.pem`` and ``client-key.pem`` for the side that dials, ``server-cert.pem`` and
     ``server-key.pem`` for the side that listens. ``authorities``, ``certificate`` and ``key`` name
     files instead. ``hostname``: what the certificate of a peer that is dialled has to be for, if
-    not for the host of its URI. ``allow``: patterns (``*`` stands for anything), one of which a
-    name of the peer has to match: its common name, or a DNS or URI name of its certificate; none:
-    every peer for which an authority vouches. ``psk``: a file of keys that both sides have, a line
-    ``NAME:HEX`` each, instead of certificates; who dials uses the first. ``plaintext_pages``:
-    take ``rdma://``, where only what is said about pages is encrypted.
+    not for the host of its URI: a DNS name, an address, or a URI (``spiffe://...``). ``allow``:
+    patterns (``*`` stands for anything), one of which a name of the peer has to match: its common
+    name, or a DNS or URI name of its certificate; none: every peer for which an authority vouches.
+    ``psk``: a file of keys that both sides have, a line ``NAME:HEX`` each, instead of certificates;
+    who dials uses the first. ``plaintext_pages``: take ``rdma://``, where only what is said about
+    pages is encrypted.
 
     A file that has changed is read again for the next connection. If it cannot be used any more,
     the old one counts, and :meth:`reload` says why.

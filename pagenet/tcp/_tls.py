@@ -22,8 +22,12 @@ Start = Callable[[int], _native.Tls]
 class TlsConnection(SocketConnection):
     """Shakes hands before its first byte is sent or received: see :meth:`handshake`."""
 
-    def __init__(self, sock: trio.socket.SocketType, peer: str, start: Start, tls: Tls) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, peer: str, start: Start, tls: Tls, uri: str = ""
+    ) -> None:
+        """``uri``: a name that the peer's certificate has to have."""
         super().__init__(sock, peer)
+        self._uri = uri
         self._start, self._policy = start, tls
         self._tls: _native.Tls | None = None
         self._identity: tuple[str, ...] | None = None
@@ -74,6 +78,8 @@ class TlsConnection(SocketConnection):
                 f"its certificate is for {', '.join(names) or 'nobody'}, and this side was not told"
                 " to trust that name (--tls-authz)"
             )
+        if self._uri and f"URI:{self._uri}" not in names:
+            self._refuse(_in_words(f"hostname mismatch: {', '.join(names)}, not {self._uri}"))
         self._identity = tuple(names)
 
     def _try(self, act: Callable[[], bool]) -> bool:
@@ -162,9 +168,13 @@ def client(tls: Tls, host: str) -> Callable[[trio.socket.SocketType, str], TlsCo
     """Makes connections to a listener on ``host``. :exc:`~pagenet.errors.UsageError` if the
     credentials cannot be used."""
     credentials, name = tls.credentials(listens=False), tls.hostname or host
+    uri = name if "://" in name else ""  # OpenSSL compares names of hosts alone
 
     def secure(sock: trio.socket.SocketType, peer: str) -> TlsConnection:
-        return TlsConnection(sock, peer, lambda fd: credentials.context.connection(fd, name), tls)
+        def start(fd: int) -> _native.Tls:
+            return credentials.context.connection(fd, None if uri else name)
+
+        return TlsConnection(sock, peer, start, tls, uri)
 
     return secure
 

@@ -314,6 +314,21 @@ async def test_another_host(
                 await transfer.wait_complete()
 
 
+async def test_name_that_is_a_uri(
+    source: Path, authority: Authority, directory: Path, tmp_path: Path, memory: OwnMemory
+) -> None:
+    name = "spiffe://example.org/hypervisor/b"
+    there = Tls(authority.write_uri(tmp_path / "there", name))
+    async with pagenet.serve(str(source), listen=LISTEN, tls=there) as server:
+        for other in ("spiffe://example.org/hypervisor/c", "hypervisor-b"):
+            error = await refusal(server.uri, Tls(directory, hostname=other))
+            assert "--tls-hostname" in str(error)
+        named = Tls(directory, hostname=name, allow=["spiffe://example.org/hypervisor/*"])
+        async with pagenet.pull(server.uri, memory, tls=named) as transfer:
+            with trio.fail_after(PATIENCE):
+                await transfer.wait_complete()
+
+
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_name_that_is_not_allowed(
     side: str, source: Path, authority: Authority, directory: Path, tmp_path: Path,
@@ -335,6 +350,30 @@ async def test_name_that_is_allowed(
     async with (
         pagenet.serve(str(source), listen=LISTEN, tls=Tls(directory, allow=["host-*"])) as server,
         pagenet.pull(server.uri, memory, tls=Tls(named)) as transfer,
+    ):
+        with trio.fail_after(PATIENCE):
+            await transfer.wait_complete()
+
+
+async def test_lists_of_two_authorities(
+    source: Path, authority: Authority, tmp_path: Path, refused: list[str], memory: OwnMemory
+) -> None:
+    """As while one authority takes over from another."""
+    other = Authority()
+    here, there, bad = tmp_path / "here", tmp_path / "there", tmp_path / "bad"
+    authority.write(here)
+    other.write(there, trusts=authority)
+    other.write(bad, trusts=authority)
+    (here / "ca-cert.pem").write_bytes(authority.pem + other.pem)
+    authority.revoke(here, [])
+    first = (here / "ca-crl.pem").read_bytes()
+    other.revoke(here, [bad])
+    (here / "ca-crl.pem").write_bytes(first + (here / "ca-crl.pem").read_bytes())
+    async with serving(source, Tls(here), refused) as uri:
+        assert "revoked" in str(await refusal(uri, Tls(bad)))
+    async with (
+        pagenet.serve(str(source), listen=LISTEN, tls=Tls(here)) as server,
+        pagenet.pull(server.uri, memory, tls=Tls(there)) as transfer,
     ):
         with trio.fail_after(PATIENCE):
             await transfer.wait_complete()
