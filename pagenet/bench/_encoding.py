@@ -7,11 +7,16 @@ that are compared are measured in turn, and every page is verified after its tra
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
+import trio
+
+from ..certificates import make_certificates
 from ..errors import PagenetError, UsageError
 from ..protocol import Compress
 from ..transport import LaneKind
@@ -41,12 +46,13 @@ _AT_LEAST: dict[tuple[str, int | None], float] = {
 }
 _NEVER_SLOWER = 0.97
 _CLOSE_TO_BEST = 0.9
+_CLOSE_TO_BEST_TLS = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class EncodingOptions:
     """``size``, ``chunk``: bytes. ``rates``: of the link, in Mbit/s; None is loopback, without a
-    limit."""
+    limit. ``tls``: all of it encrypted."""
 
     lane: LaneKind = "native"
     size: int = 512 << 20
@@ -55,6 +61,7 @@ class EncodingOptions:
     contents: Sequence[str] = CONTENTS[:2]
     rates: Sequence[int | None] = (None,)
     rounds: int = 3
+    tls: bool = False
 
 
 @dataclass(slots=True)
@@ -115,47 +122,66 @@ async def measure_encodings(options: EncodingOptions) -> list[EncodingResult]:
         )
     results = []
     for rate in options.rates:
-        async with _link(rate) as (source, destination, address):
+        async with _link(rate) as ends, _certificates(ends.address, options) as directory:
             for name in options.contents:
                 with Content(name, options.size) as content:
-                    results += await _measure(content, rate, source, destination, address, options)
+                    results += await _measure(content, rate, ends, directory, options)
     return results
 
 
-@asynccontextmanager
-async def _link(rate: int | None) -> AsyncIterator[tuple[list[str], list[str], str]]:
+class _Ends(NamedTuple):
     """The prefixes of the source's and the destination's commands, and the address at which the
     source listens."""
+
+    source: Sequence[str]
+    destination: Sequence[str]
+    address: str
+
+
+@asynccontextmanager
+async def _link(rate: int | None) -> AsyncIterator[_Ends]:
     if rate is None:
-        yield [], [], "127.0.0.1"
+        yield _Ends([], [], "127.0.0.1")
         return
     async with open_link(rate) as link:
-        yield inside(link.destination), inside(link.source), link.address
+        yield _Ends(inside(link.destination), inside(link.source), link.address)
+
+
+@asynccontextmanager
+async def _certificates(address: str, options: EncodingOptions) -> AsyncIterator[str]:
+    """A directory of them, or nothing."""
+    if not options.tls:
+        yield ""
+        return
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as scratch:
+        await trio.to_thread.run_sync(make_certificates, Path(scratch), [address])
+        yield str(Path(scratch) / address)
 
 
 async def _measure(
     content: Content,
     rate: int | None,
-    source: list[str],
-    destination: list[str],
-    address: str,
+    ends: _Ends,
+    directory: str,
     options: EncodingOptions,
 ) -> list[EncodingResult]:
-    where = f"tcp://{address}:0"
+    where = f"tcp://{ends.address}:0"
+    security = ("--tls-dir", directory) if directory else ("--plaintext",)
     results = [EncodingResult(name, content.name, rate, content.size) for name in options.encodings]
     async with served_at(
-        where, content.spec, "--plaintext", "--lane", options.lane, inside=source
+        where, content.spec, *security, "--lane", options.lane, inside=ends.source
     ) as server:
         for _ in range(options.rounds):
             for result in results:
-                await _pull(result, server.uri, destination, content, options)
+                await _pull(result, server.uri, directory, ends.destination, content, options)
     return results
 
 
 async def _pull(
     result: EncodingResult,
     uri: str,
-    destination: list[str],
+    directory: str,
+    destination: Sequence[str],
     content: Content,
     options: EncodingOptions,
 ) -> None:
@@ -164,6 +190,7 @@ async def _pull(
         "compress": ENCODINGS[result.encoding],
         "lane": options.lane,
         "chunk": options.chunk,
+        "tls_dir": directory,
     }
     told = await worked(
         "pagenet.bench.puller", {**wanted, "fd": content.fd}, content.fd, inside=destination
@@ -180,8 +207,11 @@ async def _pull(
         result.ratios.append(told["ratio"])
 
 
-def encoding_targets(results: Sequence[EncodingResult]) -> list[EncodingTarget]:
+def encoding_targets(
+    results: Sequence[EncodingResult], *, tls: bool = False
+) -> list[EncodingTarget]:
     """The targets of ``auto`` for which figures were measured."""
+    close = _CLOSE_TO_BEST_TLS if tls else _CLOSE_TO_BEST
     found = []
     for auto in results:
         if auto.encoding != "auto" or auto.content == "zero":
@@ -199,8 +229,6 @@ def encoding_targets(results: Sequence[EncodingResult]) -> list[EncodingTarget]:
         if len(others) == 2:
             times = round(auto.mbps / max(others.values()), 3)
             found.append(
-                EncodingTarget(
-                    auto.content, auto.rate, "the better of the two", times, _CLOSE_TO_BEST
-                )
+                EncodingTarget(auto.content, auto.rate, "the better of the two", times, close)
             )
     return found

@@ -1,9 +1,9 @@
 """A destination as a process of its own: ``python -m pagenet.bench.puller``, started by
 pagenet-bench alone.
 
-Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, and ``fd``, a memfd
-with what the pages should be. It pulls the pages into memory of its own, compares them with the
-memfd, and prints its figures as one JSON object.
+Its one argument is a JSON object: ``uri``, ``compress``, ``lane``, ``chunk``, ``tls_dir`` (empty:
+without TLS), and ``fd``, a memfd with what the pages should be. It pulls the pages into memory of
+its own, compares them with the memfd, and prints its figures as one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import trio
 
 from .. import _native
 from ..destination.pulling import pull
+from ..tls import Tls
 from ..uffd import OwnMemory
 from ._task import work_once
 
@@ -21,7 +22,9 @@ from ._task import work_once
 _STEP = 1 << 20
 
 
-async def _pull(uri: str, compress: Any, lane: Any, chunk: int, fd: int) -> dict[str, object]:
+async def _pull(
+    uri: str, compress: Any, lane: Any, chunk: int, tls_dir: str, fd: int
+) -> dict[str, object]:
     memory = OwnMemory("anonymous")
     try:
         async with pull(
@@ -30,6 +33,7 @@ async def _pull(uri: str, compress: Any, lane: Any, chunk: int, fd: int) -> dict
             background="linear",
             chunk=chunk,
             lane=lane,
+            tls=Tls(tls_dir) if tls_dir else None,
             prefetch=(0, 0),
             compress=compress,
         ) as transfer:

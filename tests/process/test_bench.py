@@ -495,9 +495,10 @@ def test_a_quantile_is_the_median_of_the_rounds() -> None:
 # ---- compression ----
 
 
-def test_encodings() -> None:
+@pytest.mark.parametrize("tls", [(), ("--tls",)])
+def test_encodings(tls: tuple[str, ...]) -> None:
     said = events(
-        "stream", "--content", "compressible,random,zero", "--size", "8M", "--rounds", "1"
+        *("stream", "--content", "compressible,random,zero", "--size", "8M", "--rounds", "1"), *tls
     )
     found = {
         (result["content"], result["encoding"]): result for result in results(said, "encodings")
