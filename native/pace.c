@@ -65,6 +65,16 @@ const struct pn_pace_tunables pn_tunables = {
     /* A request whose latency is at most this many times the lowest one has found no queue: the
      * link has room for more. Not measured. */
     .idle_link = 1.25,
+    /* More in flight than that many times what comes in a round trip: there may be a queue, which
+     * the first trial is to do without. A link that is shaped lets hundreds of KiB pass before its
+     * rate shows. Measured: at 1 Gbit/s, zipf waited 0.12 s instead of 0.10 with 16 KiB. */
+    .queues = 2.0,
+    /* A path that takes longer is long: there the window grows by this many times what comes while
+     * the link is idle, and begins with what a link of 100 Mbit/s holds. Measured over 20 ms: where
+     * it doubled from its least, a tenth of a second of the link was lost. */
+    .long_ns = 4000000,
+    .grows = 3,
+    .slow_link = 0.0125,
     /* A trial makes no longer queue than twice this. Measured over loopback: with windows of MiBs
      * one fault in a hundred took 0.9 ms, with this 0.3 ms, and 200 us gain nothing. */
     .queue_ns = 100000,
@@ -238,6 +248,14 @@ static uint64_t neighbour(const struct pn_pace *pace) {
     return at_most(later(window, least_window(pace)), later(most_window(pace), search->window));
 }
 
+/* What came in a round trip during the sample, and a little more. */
+static uint64_t path_window(const struct pn_pace *pace, const struct pn_pace_mark *here) {
+    const struct pn_pace_mark *from = &pace->search.mark;
+    double rate = (double)(here->bytes - from->bytes) / (double)(here->time - from->time);
+    double path = pn_tunables.idle_link * rate * (double)pace->search.base;
+    return later((uint64_t)path, pace->window_least);
+}
+
 static void turn_round(struct pn_search *search, uint64_t now) {
     search->down = !search->down;
     search->opening = search->again = false;
@@ -256,6 +274,27 @@ static uint64_t open_further(struct pn_pace *pace, bool succeeded, uint64_t now)
                                         : neighbour(pace);
 }
 
+static uint64_t first_trial(struct pn_pace *pace, const struct pn_pace_mark *here) {
+    struct pn_search *search = &pace->search;
+    uint64_t path = path_window(pace, here);
+    if (!search->opening)
+        return neighbour(pace);
+    search->down = (double)search->window > pn_tunables.queues * (double)path;
+    return search->down ? path : open_further(pace, true, here->time);
+}
+
+/* The trial of a window without a queue, while the search opens. */
+static void decide_queue(struct pn_pace *pace, bool succeeded, uint64_t now) {
+    struct pn_search *search = &pace->search;
+    if (succeeded) {
+        turn_round(search, now);
+        search->trial = neighbour(pace);
+    } else {
+        search->down = false;
+        search->trial = open_further(pace, true, now);
+    }
+}
+
 static void decide(struct pn_pace *pace, double before, double tried,
                    const struct pn_pace_mark *here) {
     struct pn_search *search = &pace->search;
@@ -265,7 +304,9 @@ static void decide(struct pn_pace *pace, double before, double tried,
         search->before = tried;
         search->pause = pn_tunables.pause_ns;
     }
-    if (search->opening) {
+    if (search->opening && search->down) {
+        decide_queue(pace, succeeded, here->time);
+    } else if (search->opening) {
         search->trial = open_further(pace, succeeded, here->time);
     } else {
         if (!succeeded)
@@ -281,7 +322,7 @@ static void end_sample(struct pn_pace *pace, const struct pn_pace_mark *here) {
     double found = cost(&search->mark, here);
     if (search->stage == BEFORE) {
         search->before = found;
-        search->trial = search->opening ? open_further(pace, true, here->time) : neighbour(pace);
+        search->trial = first_trial(pace, here);
         use(pace, search->trial, TRIAL, here);
     } else if (search->stage == TRIAL && !search->opening) {
         search->tried = found;
@@ -352,6 +393,14 @@ static void lead(struct pn_pace *pace) {
     store(&pace->shared->window, pace->search.window);
 }
 
+static bool is_long(const struct pn_pace *pace) { return pace->search.base > pn_tunables.long_ns; }
+
+static uint64_t grown(const struct pn_pace *pace, uint64_t window, uint64_t bytes) {
+    uint64_t slow = (uint64_t)(pn_tunables.slow_link * (double)pace->search.base);
+    uint64_t more = at_most(bytes, window);
+    return is_long(pace) ? later(window + pn_tunables.grows * more, slow) : window + more;
+}
+
 /* While the link is idle some of the time, a larger window has a page wait no longer: it needs no
  * trial. The requests in flight are answered in a round trip, so the window doubles in one. */
 void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
@@ -363,7 +412,7 @@ void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
     if (!pace->leads || !search->beside || !search->opening || search->stage != BEFORE ||
         (double)latency > idle)
         return;
-    search->window = at_most(search->window + at_most(bytes, search->window), pace->window_max);
+    search->window = at_most(grown(pace, search->window, bytes), pace->window_max);
     search->trial = neighbour(pace);
     search->sampling = false;
     store(&pace->shared->window, search->window);
@@ -452,7 +501,7 @@ void pn_pace_came(struct pn_pace *pace, int class_, uint64_t bytes, uint64_t now
     flow->in_flight -= bytes;
     uint64_t most = quiet_window(pace);
     if (is_quiet(pace, now) && flow->window < most) /* and the peer keeps up */
-        flow->window = at_most(flow->window + bytes, most);
+        flow->window = at_most(grown(pace, flow->window, bytes), most);
 }
 
 /* A window that opened once, by faults' path or by its first setting, is a limit of its own. */

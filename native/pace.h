@@ -15,7 +15,9 @@ struct pn_pace_tunables {
     uint64_t quiet_ns, look_ns, limited_ns, widen_ns, moment_ns;
     double waits, waits_much;
     uint64_t sample_ns, sample_windows, pause_ns, most_pause_ns, queue_ns;
-    double other_time, better, as_good, idle_link;
+    double other_time, better, as_good, idle_link, queues;
+    uint64_t long_ns, grows;
+    double slow_link;
     uint64_t grant_ns, catch_up_ns, make_up_ns;
     double peak;
     uint64_t spin_ns, spin_processors;
@@ -71,7 +73,7 @@ struct pn_search {
     uint64_t stage;           /* of the comparison */
     bool opening;             /* no trial has failed yet: windows double without a pause */
     bool again;               /* while it opens: the last trial failed */
-    bool down;                /* the next trial is of a smaller window */
+    bool down;                /* the trial is of a smaller window */
     bool sampling;            /* mark is set */
     struct pn_pace_mark mark; /* where the sample began */
     uint64_t settled;         /* total bytes once what an earlier window asked for has come */

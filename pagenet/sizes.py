@@ -6,7 +6,7 @@ import argparse
 import mmap
 import re
 
-__all__ = ["MAX_ADDRESS", "parse_size", "split_range"]
+__all__ = ["MAX_ADDRESS", "parse_size", "size_text", "split_range"]
 
 MAX_ADDRESS = 1 << 57  # user half of a five-level page table
 _SHIFTS = {"K": 10, "M": 20, "G": 30}
@@ -22,6 +22,14 @@ def parse_size(text: str) -> int:
             f"{text!r} is not a whole number of {mmap.PAGESIZE}-byte pages"
         )
     return size
+
+
+def size_text(size: int) -> str:
+    """Bytes as :func:`parse_size` takes them, in the largest unit that is whole."""
+    for letter, shift in reversed(_SHIFTS.items()):
+        if size and not size % (1 << shift):
+            return f"{size >> shift}{letter}"
+    return str(size)
 
 
 def split_range(text: str) -> tuple[int, int] | None:

@@ -324,6 +324,10 @@ class pn_pace_tunables(Struct):
     better: float
     as_good: float
     idle_link: float
+    queues: float
+    long_ns: int
+    grows: int
+    slow_link: float
     grant_ns: int
     catch_up_ns: int
     make_up_ns: int

@@ -26,9 +26,9 @@ from ._scale import ScaleOptions, ScaleResult, measure_scale
 from ._stream import FLOORS, PLACEMENTS, SOURCES, StreamOptions, StreamResult, measure_streams
 from ._tls import TlsOptions, TlsResult, measure_tls
 from ._track import TrackOptions, TrackResult, measure_tracking
+from .pace._pace import AS_GOOD, Cell, CellResult, PaceOptions, measure_pace
 from .pace._pace import FIGURES as PACE_FIGURES
 from .pace._pace import WINDOWS as PACE_WINDOWS
-from .pace._pace import Cell, CellResult, PaceOptions, measure_pace
 from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu, targets_of
 from .qemu._qemu_guest import find_guest
 from .qemu._qemu_methods import METHODS as QEMU_METHODS
@@ -49,6 +49,7 @@ from .workload._workload import (
 from .workload._workload_plot import plot_workload
 
 __all__ = [
+    "AS_GOOD",
     "CONTENTS",
     "DATA",
     "ENCODINGS",

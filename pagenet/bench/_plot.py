@@ -98,6 +98,7 @@ _METHOD_COLORS = {
     "pagenet-tls": "#004c7f",
     "hybrid-tls": "#005f45",
 }
+_FIXED_COLOR = "0.4"  # of pagenet with a window that does not adapt
 _LEGEND_COLUMNS = 4
 _BIN_SECONDS = 0.1
 _BEFORE_SECONDS = 1.0
@@ -122,7 +123,7 @@ def plot_work(
         panel.set_title(f"{ram >> 20} MiB", fontsize=10)
         for result in results:
             if result.ram == ram:
-                _draw_work(panel, result.typical(), names[result.method])
+                _draw_work(panel, result.typical(), names.get(result.method, result.method))
         panel.set_ylabel("pages written in 100 ms")
         panel.set_ylim(bottom=0)
         panel.grid(color="0.92")
@@ -142,7 +143,7 @@ def _draw_work(panel: Axes, migration: Migration, name: str) -> None:
     ]
     written = [story.writes_at(began + edge) for edge in edges]
     work = [after - before for before, after in pairwise(written)]
-    color = _METHOD_COLORS[migration.method]
+    color = _METHOD_COLORS.get(migration.method, _FIXED_COLOR)
     panel.plot(edges[1:], work, label=name, color=color, linewidth=1.2)
     if migration.resumed is not None:
         place = int((migration.resumed - began - edges[0]) / _BIN_SECONDS)

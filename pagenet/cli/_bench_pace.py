@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..bench import (
+    AS_GOOD,
     PACE_FIGURES,
     PACE_WINDOWS,
     TRACES,
@@ -16,7 +17,7 @@ from ..bench import (
     PaceOptions,
     measure_pace,
 )
-from ..sizes import parse_size
+from ..sizes import parse_size, size_text
 from ._command import Parser, Report, counts, link_rates, names, sizes
 from ._tables import make_console, make_table
 
@@ -24,8 +25,6 @@ __all__ = ["add_pace_options", "bench_pace"]
 
 Fields = dict[str, Any]
 
-#: how much worse than the best window of the ladder is as good
-_AS_GOOD = 1.05
 _MAX_THREADS = 64
 
 
@@ -114,6 +113,7 @@ async def bench_pace(options: argparse.Namespace, report: Report) -> Fields:
         "results": [_about(result) for result in results],
         "wrong": sum(result.wrong for result in results),
         "worse": [_name(result.cell) for result in results if not _is_as_good(result)],
+        "beaten": [_name(result.cell) for result in results if result.better() is not None],
     }
 
 
@@ -124,6 +124,7 @@ def _about(result: CellResult) -> Fields:
         "wrong": result.wrong,
         "ratio": {name: round(result.ratio(name), 3) for name in PACE_FIGURES},
         "noise": {name: round(result.noise(name), 3) for name in PACE_FIGURES},
+        "better": None if (better := result.better()) is None else _size(better),
         "best": {name: _size(result.best(name)) for name in PACE_FIGURES},
         "windows": {
             _size(window): {
@@ -136,9 +137,7 @@ def _about(result: CellResult) -> Fields:
 
 
 def _size(window: int | None) -> str:
-    if window is None:
-        return "auto"
-    return f"{window >> 20}M" if window >= 1 << 20 else f"{window >> 10}K"
+    return "auto" if window is None else size_text(window)
 
 
 def _name(cell: Cell) -> str:
@@ -150,7 +149,7 @@ def _name(cell: Cell) -> str:
 
 def _is_as_good(result: CellResult) -> bool:
     """As the best window of the ladder, or as far from it as the rounds are from each other."""
-    return all(result.ratio(name) <= max(_AS_GOOD, 1 + result.noise(name)) for name in PACE_FIGURES)
+    return all(result.ratio(name) <= max(AS_GOOD, 1 + result.noise(name)) for name in PACE_FIGURES)
 
 
 def _value(result: CellResult, window: int | None, figure: str) -> str:
@@ -174,10 +173,14 @@ def _print(results: Sequence[CellResult], options: PaceOptions) -> None:
         console.print(table)
     worse = [_name(result.cell) for result in results if not _is_as_good(result)]
     console.print(
-        f"\n{len(results) - len(worse)} of {len(results)} cells are within {_AS_GOOD - 1:.0%} of"
-        " the best fixed window, or within the noise"
+        f"\n{len(results) - len(worse)} of {len(results)} cells are within {AS_GOOD - 1:.0%} of"
+        " the best fixed window in each figure, or within the noise"
     )
     for name in worse:
         console.print(f"worse: {name}")
+    beaten = {_name(result.cell): result.better() for result in results}
+    for name, window in beaten.items():
+        if window is not None:
+            console.print(f"{_size(window)} would have been a better choice: {name}")
     if wrong := sum(result.wrong for result in results):
         console.print(f"[bold]{wrong} pages are wrong[/bold]")

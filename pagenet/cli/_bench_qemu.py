@@ -20,7 +20,7 @@ from ..bench import (
     plot_work,
     targets_of,
 )
-from ._command import Parser, Report, count, count_or_none, names
+from ._command import Parser, Report, count, count_or_none, names, sizes
 from ._tables import make_console, make_table, shown
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ def add_qemu_options(parser: Parser) -> None:
         default=USUAL_QEMU_METHODS,
         metavar="NAME,...",
         help=f"methods to compare: {', '.join(QEMU_METHODS)} (all but those with TLS)",
+    )
+    parser.add_argument(
+        "--window",
+        type=sizes,
+        default=(),
+        metavar="SIZE,...",
+        help="the method pagenet also with so many bytes of the background in flight",
     )
     parser.add_argument(
         "--workload",
@@ -136,6 +143,7 @@ async def bench_qemu(options: argparse.Namespace, report: Report) -> Fields:
         rate=options.rate,
         rounds=options.rounds,
         methods=options.methods,
+        windows=options.window,
         work=work,
         hot=hot,
         cpus=options.cpus,
@@ -264,6 +272,10 @@ def _bad_words(one: Fields) -> str:
     return ", and ".join([str(one["bad"]), *missing, *lost])
 
 
+def _label(method: str) -> str:
+    return _METHODS.get(method, method)
+
+
 def _title(options: QemuOptions) -> str:
     link = "a loopback" if options.rate is None else f"{options.rate} Mbit/s"
     cpus = "1 CPU" if options.cpus == 1 else f"{options.cpus} CPUs"
@@ -275,9 +287,7 @@ def _print_precopy(console: Console, summaries: Sequence[Fields]) -> None:
         table = make_table("precopy", "MiB", "rounds", "guest's work meanwhile, of undisturbed")
         for one in summaries:
             rounds, work = one["precopy_rounds"], one["precopy_work"]
-            table.add_row(
-                _METHODS[one["method"]], str(one["ram_mib"]), f"{rounds:g}", f"{work:.0%}"
-            )
+            table.add_row(_label(one["method"]), str(one["ram_mib"]), f"{rounds:g}", f"{work:.0%}")
         console.print()
         console.print(table)
 
@@ -306,7 +316,7 @@ def _print_results(
         if one["converged"] < one["rounds"]:
             total += f" ({one['converged']} of {one['rounds']})"
         table.add_row(
-            _METHODS[one["method"]],
+            _label(one["method"]),
             str(one["ram_mib"]),
             *(
                 shown(one[name])

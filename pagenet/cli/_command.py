@@ -136,6 +136,15 @@ def add_pull_options(parser: Parser) -> None:
         ),
     )
     parser.add_argument(
+        "--background-window",
+        type=window,
+        metavar="SIZE|auto",
+        help=(
+            "bytes of the background in flight, for each of its connections (default: auto, which"
+            " follows the path and the owner)"
+        ),
+    )
+    parser.add_argument(
         "--max-bandwidth",
         type=rate,
         metavar="RATE",
@@ -191,6 +200,7 @@ def pull_options(options: argparse.Namespace) -> dict[str, Any]:
             "tls",
             "background",
             "background_lanes",
+            "background_window",
             "max_bandwidth",
             "start_background",
         ),
@@ -231,6 +241,11 @@ def link_rates(text: str) -> tuple[int | None, ...]:
 def sizes(text: str) -> tuple[int, ...]:
     """For argparse: SIZE,..., in bytes."""
     return tuple(parse_size(part) for part in text.split(","))
+
+
+def window(text: str) -> int | None:
+    """For argparse: bytes in flight, or None for ``auto``."""
+    return None if text == "auto" else parse_size(text)
 
 
 def background_order(text: str) -> str:

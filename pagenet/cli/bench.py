@@ -331,6 +331,9 @@ def _add_stream_options(parser: Parser) -> None:
         help="rates of a link between network namespaces, as root; none: loopback (none)",
     )
     parser.add_argument(
+        "--tls", action="store_true", help="encrypt it, where compression is measured"
+    )
+    parser.add_argument(
         "--zero-every",
         type=int,
         default=2,
@@ -409,7 +412,9 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         return 0
     if options.suite in ("all", "fault"):
         summary["fault"] = await _fault(options, report)
-    if options.suite == "stream" and (options.encoding or options.content or options.rate):
+    if options.suite == "stream" and (
+        options.encoding or options.content or options.rate or options.tls
+    ):
         summary["encodings"] = await _encodings(options, report)
     elif options.suite in ("all", "stream"):
         summary["stream"] = await _stream(options, report)
@@ -589,7 +594,11 @@ async def _encodings(options: argparse.Namespace, report: Report) -> Fields:
     if options.uri is not None or options.transport != "tcp":
         raise UsageError("compression is measured between processes here, over tcp")
     wanted = EncodingOptions(
-        lane=options.lane, size=options.size, chunk=options.chunk, rounds=options.rounds
+        lane=options.lane,
+        size=options.size,
+        chunk=options.chunk,
+        rounds=options.rounds,
+        tls=options.tls,
     )
     chosen = {"encodings": options.encoding, "contents": options.content, "rates": options.rate}
     wanted = replace(wanted, **{name: value for name, value in chosen.items() if value})
@@ -597,7 +606,7 @@ async def _encodings(options: argparse.Namespace, report: Report) -> Fields:
     rows = [_encoding_fields(result) for result in results]
     for row in rows:
         report("result", suite="encodings", **row)
-    held = encoding_targets(results)
+    held = encoding_targets(results, tls=options.tls)
     if not report.as_json:
         _print_encodings(results, held, wanted)
     return {
@@ -837,7 +846,8 @@ def _print_encodings(
 ) -> None:
     console = make_console()
     console.print(
-        f"\n[bold]Compression, {options.lane} lanes, {options.size >> 20} MiB[/bold]  (medians of"
+        f"\n[bold]Compression{', TLS' if options.tls else ''}, {options.lane} lanes,"
+        f" {options.size >> 20} MiB[/bold]  (medians of"
         f" {options.rounds} rounds)"
     )
     table = make_table(

@@ -47,6 +47,27 @@ def test_best_of_the_ladder_ratio_and_noise() -> None:
     assert result.wrong == 1
 
 
+def figures(stall: float, complete: float) -> list[dict[str, Any]]:
+    return [{"stall": stall, "complete": complete, "wrong": 0}]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "better"),
+    [
+        ((1.0, 1.0), (1.0, 1.0), None),
+        ((0.9, 1.1), (1.1, 0.9), None),  # each is better in one figure alone
+        ((0.9, 1.0), (1.1, 0.9), 4096),
+        ((0.96, 0.96), (1.1, 0.9), None),
+        ((2.0, 2.0), (0.9, 0.9), 8192),
+    ],
+)
+def test_a_better_choice(
+    small: tuple[float, float], large: tuple[float, float], better: int | None
+) -> None:
+    rounds = {None: figures(1.0, 1.0), 4096: figures(*small), 8192: figures(*large)}
+    assert CellResult(CELL, 1 << 20, rounds).better() == better
+
+
 def test_every_other_window_was_stopped() -> None:
     result = CellResult(CELL, 1 << 20, {None: [told(1.1)]}, {4096, 8192})
     assert result.best("stall") is None

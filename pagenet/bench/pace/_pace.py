@@ -30,13 +30,24 @@ from .._site import Link, inside, open_link
 from .._task import worked
 from ..workload._traces import make_trace
 
-__all__ = ["AUTO", "FIGURES", "WINDOWS", "Cell", "CellResult", "PaceOptions", "measure_pace"]
+__all__ = [
+    "AS_GOOD",
+    "AUTO",
+    "FIGURES",
+    "WINDOWS",
+    "Cell",
+    "CellResult",
+    "PaceOptions",
+    "measure_pace",
+]
 
 #: pagenet's own choice, among the windows
 AUTO = None
 WINDOWS = (16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 #: what is compared: less is better
 FIGURES = ("stall", "complete")
+#: how much worse than another window is as good
+AS_GOOD = 1.05
 # A transfer takes about this long where the link is the limit: the choice is to be learnt in 50 ms.
 _SECONDS = 1.2
 _LEAST, _MOST = 16 << 20, 512 << 20
@@ -94,7 +105,7 @@ class CellResult:
 
     def ratio(self, name: str) -> float:
         """Of pagenet's choice to the best of the ladder."""
-        return self.figure(AUTO, name) / max(self.figure(self.best(name), name), 1e-9)
+        return self._ratio_to(self.best(name), name)
 
     def noise(self, name: str) -> float:
         """How far apart the rounds of one window are: the largest deviation from the median, as a
@@ -104,6 +115,21 @@ class CellResult:
             middle = max(self.figure(window, name), 1e-9)
             found = max(found, *(abs(told[name] / middle - 1) for told in self.rounds[window]))
         return found
+
+    def better(self) -> int | None:
+        """A fixed window that would have been a better choice: better than pagenet's by more than
+        5 % and by more than the noise in one figure, and no worse in the other; None: there is no
+        such window. The window with the least stall is mostly not the one that completes first."""
+        for window in self.rounds:
+            ratios = {name: self._ratio_to(window, name) for name in FIGURES}
+            limits = {name: max(AS_GOOD, 1 + self.noise(name)) for name in FIGURES}
+            gains = any(ratios[name] > limits[name] for name in FIGURES)
+            if window is not AUTO and gains and all(ratio >= 1 for ratio in ratios.values()):
+                return window
+        return None
+
+    def _ratio_to(self, window: int | None, name: str) -> float:
+        return self.figure(AUTO, name) / max(self.figure(window, name), 1e-9)
 
     @property
     def wrong(self) -> int:

@@ -29,6 +29,7 @@ from ._qemu_methods import (
     Method,
     Outcome,
     monotonic,
+    with_windows,
 )
 
 __all__ = ["Migration", "QemuOptions", "QemuResult", "Target", "measure_qemu", "targets_of"]
@@ -55,13 +56,15 @@ _PATIENCE = 120.0
 @dataclass(frozen=True, slots=True)
 class QemuOptions:
     """``rams``: bytes; ``rate``: of the link, in Mbit/s, None for a loopback; ``work``, ``hot``:
-    percent of the RAM that the guest works on, and that it writes to."""
+    percent of the RAM that the guest works on, and that it writes to; ``windows``: bytes of the
+    background in flight, with each of which pagenet moves the guest as well."""
 
     files: GuestFiles
     rams: Sequence[int] = (512 << 20,)
     rate: int | None = TARGET_RATE
     rounds: int = 3
     methods: Sequence[str] = USUAL
+    windows: Sequence[int] = ()
     work: int = 60
     hot: int = 12
     cpus: int = 1
@@ -189,8 +192,10 @@ async def measure_qemu(
     """
     check_tools(QEMU)
     _check_memory(options)
+    methods = {name: METHODS[name] for name in options.methods}
+    methods |= with_windows(options.windows)
     done: dict[tuple[int, str], list[Migration]] = {
-        (ram, name): [] for ram in options.rams for name in options.methods
+        (ram, name): [] for ram in options.rams for name in methods
     }
     async with open_link(options.rate) as link:
         for number in range(options.rounds):
@@ -198,7 +203,7 @@ async def measure_qemu(
                 guest = Guest(
                     options.files, ram, options.work, options.hot, options.cpus, options.accel
                 )
-                migration = await _migrate_once(METHODS[name](), guest, link, number)
+                migration = await _migrate_once(methods[name](), guest, link, number)
                 done[ram, name].append(migration)
                 on_migration(migration)
     return [QemuResult(name, ram, migrations) for (ram, name), migrations in done.items()]

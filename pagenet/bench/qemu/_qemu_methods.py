@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -13,10 +14,11 @@ import trio
 from ...certificates import make_certificates
 from ...errors import PagenetError
 from ...qemu import Qmp, QmpEvent
+from ...sizes import size_text
 from .._site import Daemon, Site
 from ._qemu_guest import Guest, Machine, meet_machine, qemu_command, start_machine
 
-__all__ = ["HYBRIDS", "METHODS", "OURS", "Method", "Outcome", "monotonic"]
+__all__ = ["HYBRIDS", "METHODS", "OURS", "Method", "Outcome", "monotonic", "with_windows"]
 
 # With this value QEMU has no limit of its own: the link is the limit, for all methods.
 _UNLIMITED = 10**12
@@ -193,10 +195,11 @@ def monotonic(event: QmpEvent) -> float:
 @dataclass(slots=True)
 class _Pagenet:
     """With the preload library, in a QEMU that ``pagenet-qemu incoming`` starts. ``precopy``: as
-    its option."""
+    its option; ``window``: bytes of the background in flight."""
 
     name: str
     precopy: str = "off"
+    window: int | None = None
     shared: bool = True
     tls: bool = False
     _security: Sequence[str] = ()
@@ -220,7 +223,10 @@ class _Pagenet:
             self._security = ("--tls-dir", await certificates(site))
         listen = ("--listen", f"tcp://{site.link.address}:{_PORT}")
         security = self._security or ("--plaintext",)
-        starting = site.daemon("incoming", *listen, *security, *arguments, at=site.link.destination)
+        window = () if self.window is None else ("--background-window", str(self.window))
+        starting = site.daemon(
+            "incoming", *listen, *security, *window, *arguments, at=site.link.destination
+        )
         self._incoming = await stack.enter_async_context(starting)
         return self._incoming
 
@@ -271,6 +277,12 @@ async def certificates(site: Site) -> str:
     address = site.link.address
     await trio.to_thread.run_sync(make_certificates, site.directory / "pki", [address])
     return str(site.directory / "pki" / address)
+
+
+def with_windows(windows: Sequence[int]) -> dict[str, Callable[[], Method]]:
+    """pagenet's with so many bytes of the background in flight, by name."""
+    names = {f"pagenet, {size_text(window)}": window for window in windows}
+    return {name: partial(_Pagenet, name, window=window) for name, window in names.items()}
 
 
 #: the methods that can be compared, by name
