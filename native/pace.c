@@ -348,7 +348,7 @@ static void begin(struct pn_pace *pace) {
     search->window = least_window(pace);
     search->before = 0;
     search->opening = true;
-    search->down = search->again = false;
+    search->down = search->again = search->queued = false;
     search->pause = pn_tunables.pause_ns;
     search->trial = neighbour(pace);
 }
@@ -360,7 +360,7 @@ static void search_on(struct pn_pace *pace, uint64_t now) {
         begin(pace);
         use(pace, search->window, BEFORE, &here);
     }
-    if (search->trial == search->window) { /* at an end of the range */
+    if (search->trial == search->window && now >= search->next) { /* at an end of the range */
         turn_round(search, now);
         search->trial = neighbour(pace);
         use(pace, search->window, BEFORE, &here);
@@ -403,19 +403,41 @@ static uint64_t grown(const struct pn_pace *pace, uint64_t window, uint64_t byte
 
 /* While the link is idle some of the time, a larger window has a page wait no longer: it needs no
  * trial. The requests in flight are answered in a round trip, so the window doubles in one. */
+static void grow(struct pn_pace *pace, uint64_t bytes) {
+    struct pn_search *search = &pace->search;
+    search->window = at_most(grown(pace, search->window, bytes), pace->window_max);
+    search->trial = neighbour(pace);
+    search->sampling = false;
+    store(&pace->shared->window, search->window);
+}
+
+/* Over a long path a window that is several times too large takes half a second to be sampled. What
+ * is in flight comes in its latency, and so the part of it comes in a round trip that the link
+ * holds. */
+static void shrink(struct pn_pace *pace, uint64_t latency) {
+    struct pn_pace_mark here = mark(pace, 0);
+    if (pace->search.queued && here.bytes < pace->search.settled)
+        return;
+    double part = pn_tunables.idle_link * (double)pace->search.base / (double)latency;
+    uint64_t window = (uint64_t)(part * (double)pace->search.window);
+    pace->search.window = later(window, pace->window_least);
+    pace->search.queued = true;
+    use(pace, pace->search.window, BEFORE, &here);
+    pace->search.trial = neighbour(pace);
+}
+
 void pn_pace_response(struct pn_pace *pace, uint64_t latency, uint64_t bytes) {
     struct pn_search *search = &pace->search;
     search->base += search->base / 8192; /* the path may change */
     if (!search->base || latency < search->base)
         search->base = latency;
-    double idle = pn_tunables.idle_link * (double)search->base;
-    if (!pace->leads || !search->beside || !search->opening || search->stage != BEFORE ||
-        (double)latency > idle)
+    if (!pace->leads || !search->beside || !search->opening || search->stage != BEFORE)
         return;
-    search->window = at_most(grown(pace, search->window, bytes), pace->window_max);
-    search->trial = neighbour(pace);
-    search->sampling = false;
-    store(&pace->shared->window, search->window);
+    double trips = (double)latency / (double)search->base;
+    if (trips <= pn_tunables.idle_link && !search->queued)
+        grow(pace, bytes);
+    else if (is_long(pace) && trips > pn_tunables.queues)
+        shrink(pace, latency);
 }
 
 static void find_window(struct pn_pace *pace, uint64_t now, bool beside) {

@@ -72,6 +72,7 @@ struct pn_search {
     uint64_t window, trial;   /* the best so far, and the one that it is compared with */
     uint64_t stage;           /* of the comparison */
     bool opening;             /* no trial has failed yet: windows double without a pause */
+    bool queued;              /* while it opens: a queue was found, so there is no room to grow */
     bool again;               /* while it opens: the last trial failed */
     bool down;                /* the trial is of a smaller window */
     bool sampling;            /* mark is set */
