@@ -568,11 +568,11 @@ struct pn_tls_psk {
     const uint8_t *key;
     uint32_t length;
 };
-/* What a side shows, and whom it believes: the content of files in PEM; or keys that both sides
+/* What a side shows, and whom it trusts: the content of files in PEM; or keys that both sides
  * have, and then nothing else. */
 struct pn_tls_config {
     int serves;              /* it answers the handshake, and does not begin it */
-    const char *authorities; /* whose certificates are believed */
+    const char *authorities; /* whose certificates are trusted */
     const char *revoked;     /* NULL: no list */
     const char *certificate; /* and those between it and the authority's */
     const char *key;

@@ -10,7 +10,7 @@
     ├── ProtocolError            (6) bytes that break the protocol
     │   ├── LocalProtocolError       pagenet was about to send them: a bug here or of the caller
     │   └── RemoteProtocolError      the peer sent them: it is broken, hostile, or too new
-    │       └── Untrusted        (8) TLS: one side does not believe the other's certificate or key
+    │       └── Untrusted        (8) TLS: one side does not trust the other's certificate or key
     ├── HandshakeError           (6) an owner's handshake makes no sense: that owner is refused
     ├── Unsupported              (7) this kernel or process may not do it: the text says what to do
     ├── ConnectionBroken         (4) the connection died, or its peer left early

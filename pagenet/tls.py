@@ -1,7 +1,7 @@
 """Credentials for TLS 1.3: files in PEM, under the names that QEMU gives them, or keys that both
 sides have.
 
-A peer is believed if an authority's certificate vouches for it, if its certificate is for the host
+A peer is trusted if an authority's certificate vouches for it, if its certificate is for the host
 that was dialled, and if one of its names matches a pattern. Both sides check the other, always.
 """
 
@@ -27,7 +27,7 @@ _MOST_PSK, _MOST_NAME = 256, 127
 
 
 class Tls:
-    """What a side shows its peers, and whom it believes.
+    """What a side shows its peers, and whom it trusts.
 
     ``directory`` has ``ca-cert.pem``, ``ca-crl.pem`` (if certificates may be revoked), and
     ``client-cert.pem`` and ``client-key.pem`` for the side that dials, ``server-cert.pem`` and

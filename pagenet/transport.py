@@ -174,13 +174,13 @@ class TlsTransport(Protocol):
     """A transport that can encrypt."""
 
     async def dial_tls(self, uri: SplitResult, tls: Tls) -> Connection:
-        """As :meth:`Transport.dial`. :exc:`~pagenet.errors.Untrusted` if one side does not believe
+        """As :meth:`Transport.dial`. :exc:`~pagenet.errors.Untrusted` if one side does not trust
         the other."""
         ...
 
     async def listen_tls(self, uri: SplitResult, tls: Tls) -> Listener:
         """As :meth:`Transport.listen`. A connection raises :exc:`~pagenet.errors.Untrusted` where
-        its first byte is sent or received, if one side does not believe the other."""
+        its first byte is sent or received, if one side does not trust the other."""
         ...
 
 

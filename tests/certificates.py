@@ -37,7 +37,7 @@ class Authority:
         until: datetime.datetime | None = None,
     ) -> Path:
         """Write a pair for either side, for all ``names`` (hosts and addresses), into
-        ``directory``. ``trusts``: the authority that its owner believes (this one)."""
+        ``directory``. ``trusts``: the authority that its owner trusts (this one)."""
         wanted = names or ("127.0.0.1", "::1", "localhost")
         issued = self._ca.issue_cert(*wanted, common_name=common_name, not_after=until)
         key = issued.private_key_pem.bytes()

@@ -80,9 +80,9 @@ int pn_bench_answer_pings(int sock, const char *directory, uint64_t size);
 int pn_bench_ping(int sock, const char *directory, uint64_t size, uint64_t count,
                   uint64_t *latencies);
 /* Sends `length` bytes, a chunk at a time, once it is asked to. */
-int pn_bench_pour(int sock, const char *directory, uint64_t length, uint64_t chunk);
+int pn_bench_tls_send(int sock, const char *directory, uint64_t length, uint64_t chunk);
 /* Asks for them. Returns how long they took, in ns, or -errno. */
-int64_t pn_bench_drink(int sock, const char *directory, uint64_t length, uint64_t chunk);
+int64_t pn_bench_tls_receive(int sock, const char *directory, uint64_t length, uint64_t chunk);
 
 /* ---- relay.c: a longer path than this machine has ---- */
 

@@ -112,7 +112,7 @@ int pn_bench_ping(int sock, const char *directory, uint64_t size, uint64_t count
     return error;
 }
 
-int pn_bench_pour(int sock, const char *directory, uint64_t length, uint64_t chunk) {
+int pn_bench_tls_send(int sock, const char *directory, uint64_t length, uint64_t chunk) {
     struct end end;
     char *bytes = malloc(chunk), asked[ASKED];
     int error = bytes ? open_end(&end, sock, directory, true) : -ENOMEM;
@@ -128,7 +128,7 @@ int pn_bench_pour(int sock, const char *directory, uint64_t length, uint64_t chu
     return error;
 }
 
-int64_t pn_bench_drink(int sock, const char *directory, uint64_t length, uint64_t chunk) {
+int64_t pn_bench_tls_receive(int sock, const char *directory, uint64_t length, uint64_t chunk) {
     struct end end;
     char *bytes = malloc(chunk), asked[ASKED] = {0};
     int64_t took = bytes ? open_end(&end, sock, directory, false) : -ENOMEM;

@@ -365,6 +365,7 @@ class pn_search(Struct):
     trial: int
     stage: int
     opening: bool
+    queued: bool
     again: bool
     down: bool
     sampling: bool

@@ -94,10 +94,10 @@ class Library(Protocol):
         latencies: CData | Null,
         /,
     ) -> int: ...
-    def pn_bench_pour(
+    def pn_bench_tls_send(
         self, sock: int, directory: bytes | CData | Null, length: int, chunk: int, /
     ) -> int: ...
-    def pn_bench_drink(
+    def pn_bench_tls_receive(
         self, sock: int, directory: bytes | CData | Null, length: int, chunk: int, /
     ) -> int: ...
     def pn_bench_relay(

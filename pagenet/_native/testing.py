@@ -210,14 +210,14 @@ def bench_ping(sock: int, directory: str, size: int, count: int) -> array[int]:
     return latencies
 
 
-def bench_pour(sock: int, directory: str, length: int, chunk: int) -> None:
+def bench_tls_send(sock: int, directory: str, length: int, chunk: int) -> None:
     """Send ``length`` bytes once, when asked to."""
-    check(lib.pn_bench_pour(sock, _name(directory), length, chunk))
+    check(lib.pn_bench_tls_send(sock, _name(directory), length, chunk))
 
 
-def bench_drink(sock: int, directory: str, length: int, chunk: int) -> float:
+def bench_tls_receive(sock: int, directory: str, length: int, chunk: int) -> float:
     """How many seconds it takes until they are here."""
-    return check(lib.pn_bench_drink(sock, _name(directory), length, chunk)) / 1e9
+    return check(lib.pn_bench_tls_receive(sock, _name(directory), length, chunk)) / 1e9
 
 
 def _name(directory: str) -> bytes | CData:

@@ -206,11 +206,11 @@ def socket_pair(transport: str) -> Iterator[tuple[socket.socket, socket.socket]]
 
 @asynccontextmanager
 async def connected_peer(
-    transport: str, role: str, *numbers: int, fds: Sequence[int] = ()
+    transport: str, role: str, *arguments: int | str, fds: Sequence[int] = ()
 ) -> AsyncIterator[socket.socket]:
     """A peer of a floor (:mod:`.peer`). Yields the socket that is connected to it."""
     with socket_pair(transport) as (ours, theirs):
-        command = peer_command(role, theirs.fileno(), *numbers)
+        command = peer_command(role, theirs.fileno(), *arguments)
         async with running(command, [theirs.fileno(), *fds]):
             theirs.close()
             yield ours

@@ -4,22 +4,20 @@ over the same kind of socket, and beside the same without TLS."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from .._native.testing import bench_claim_memory, bench_drink, bench_ping
+from .._native.testing import bench_claim_memory, bench_ping, bench_tls_receive
 from ..certificates import make_certificates
 from ..destination.pulling import pull
 from ..tls import Tls
 from ..uffd import OwnMemory
 from ._fault import FaultOptions, measure_faults
 from ._figures import Sample, median
-from ._peers import Source, running, served_at, socket_pair
-from .tls_peer import tls_peer_command
+from ._peers import Source, connected_peer, served_at
 
 __all__ = ["TlsOptions", "TlsResult", "measure_tls"]
 
@@ -74,15 +72,13 @@ async def measure_tls(options: TlsOptions) -> tuple[TlsResult, TlsResult]:
 
 
 async def _round(result: TlsResult, source: Source, directory: str, options: TlsOptions) -> None:
-    async with _peer("ping", directory, HEADER + PAGE) as sock:
-        result.ping.add(
-            await trio.to_thread.run_sync(
-                bench_ping, sock, directory, HEADER + PAGE, options.touches
-            )
-        )
-    async with _peer("pour", directory, options.size, CHUNK) as sock:
-        seconds = await trio.to_thread.run_sync(bench_drink, sock, directory, options.size, CHUNK)
-        result.floor.append(options.size / seconds)
+    size = options.size
+    async with connected_peer("tcp", "pings", directory, HEADER + PAGE) as sock:
+        ping = partial(bench_ping, sock.fileno(), directory, HEADER + PAGE, options.touches)
+        result.ping.add(await trio.to_thread.run_sync(ping))
+    async with connected_peer("tcp", "stream", directory, size, CHUNK) as sock:
+        receive = partial(bench_tls_receive, sock.fileno(), directory, size, CHUNK)
+        result.floor.append(size / await trio.to_thread.run_sync(receive))
     tls = Tls(directory) if directory else None
     arguments = ("--tls-dir", directory) if directory else ()
     async with served_at("tcp://127.0.0.1:0", source.spec, *arguments) as server:
@@ -92,18 +88,8 @@ async def _round(result: TlsResult, source: Source, directory: str, options: Tls
         for sample, rounds in ((result.idle, faults.idle), (result.loaded, faults.loaded)):
             sample.rounds += rounds.rounds
         for lanes in options.lanes:
-            rate = await _background(server.uri, tls, lanes, options.size)
+            rate = await _background(server.uri, tls, lanes, size)
             result.background.setdefault(lanes, []).append(rate)
-
-
-@asynccontextmanager
-async def _peer(role: str, directory: str, *numbers: int) -> AsyncIterator[int]:
-    """The other side of a floor. Yields our blocking socket."""
-    with socket_pair("tcp") as (ours, theirs):
-        command = tls_peer_command(role, theirs.fileno(), directory, *numbers)
-        async with running(command, [theirs.fileno()]):
-            theirs.close()
-            yield ours.fileno()
 
 
 async def _background(uri: str, tls: Tls | None, lanes: int, size: int) -> float:

@@ -4,7 +4,9 @@ pagenet-bench alone.
 ``pages SOCKET PAGE_SIZE`` answers requests with pages. ``bytes SOCKET MEMFD SIZE`` keeps a copy of
 that memory. Over its unix socket it takes connections, each with an order (how many bytes, in
 chunks of which size), and sends the bytes over them. ``memory MEMFD SIZE`` keeps a copy in private
-memory, prints its address, and waits for the end of its input.
+memory, prints its address, and waits for the end of its input. ``pings SOCKET DIRECTORY SIZE``
+answers pings with that many bytes, and ``stream SOCKET DIRECTORY LENGTH CHUNK`` sends bytes once:
+with TLS and the certificates in DIRECTORY, or, if it is empty, without.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from .. import _native
-from .._native.testing import bench_memcpy, bench_page_server, bench_send
+from .._native.testing import (
+    bench_answer_pings,
+    bench_memcpy,
+    bench_page_server,
+    bench_send,
+    bench_tls_send,
+)
 from ..children import module_command
 
 __all__ = ["ORDER", "READY", "peer_command"]
@@ -28,8 +36,8 @@ ORDER = struct.Struct("<QQ")
 READY = b"."
 
 
-def peer_command(role: str, *numbers: int) -> list[str]:
-    return module_command("pagenet.bench.peer", role, *map(str, numbers))
+def peer_command(role: str, *arguments: int | str) -> list[str]:
+    return module_command("pagenet.bench.peer", role, *map(str, arguments))
 
 
 def _send_pages(fd: int, page_size: int) -> None:
@@ -67,13 +75,15 @@ _ROLES: dict[str, Callable[..., None]] = {
     "pages": _send_pages,
     "bytes": _send_bytes,
     "memory": _hold_memory,
+    "pings": bench_answer_pings,
+    "stream": bench_tls_send,
 }
 
 
 def main() -> int:
-    role, *numbers = sys.argv[1:]
-    with suppress(BrokenPipeError):  # the bench has ended
-        _ROLES[role](*map(int, numbers))
+    role, *arguments = sys.argv[1:]
+    with suppress(BrokenPipeError, ConnectionResetError):  # the bench has ended
+        _ROLES[role](*(int(word) if word.isdecimal() else word for word in arguments))
     return 0
 
 

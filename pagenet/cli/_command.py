@@ -62,7 +62,7 @@ exit codes:
   5    owner gone: the process whose memory was being filled has ended
   6    protocol error: the peer's bytes make no sense, or are of another version
   7    not possible here: a permission or a kernel feature is missing
-  8    not trusted: TLS, and one side does not believe the other
+  8    not trusted: TLS, and one side does not trust the other
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """

@@ -547,7 +547,7 @@ async def serve(
 
     Either ``listen`` on a URI, for any number of destinations, or ``connect`` to the one
     destination that listens there. ``plaintext`` allows a listener that other hosts can reach.
-    ``tls``: encrypt every connection, and believe nobody without credentials. ``lane``: ``native``
+    ``tls``: encrypt every connection, and trust nobody without credentials. ``lane``: ``native``
     or ``auto`` (loops in C, for connections over sockets), or ``trio`` (the same in Trio, slow and
     obvious). ``rdma_pin_limit``: bytes of the source that may be registered for RDMA, and so
     pinned, at a time. ``max_sessions``: destinations that a listener serves at a time;

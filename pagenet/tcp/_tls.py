@@ -52,7 +52,7 @@ class TlsConnection(SocketConnection):
         return f"{self._tls.cipher}, {who.get((sends, receives), 'by OpenSSL')}"
 
     async def handshake(self) -> None:
-        """Return when each side believes the other, as far as this side knows.
+        """Return when each side trusts the other, as far as this side knows.
 
         :exc:`~pagenet.errors.Untrusted` if one does not, or the peer does not speak TLS;
         :exc:`~pagenet.errors.ConnectionBroken` if the peer has gone, or an earlier attempt has
@@ -138,7 +138,7 @@ class TlsConnection(SocketConnection):
 
     def _look_for_alert(self, tls: _native.Tls) -> None:
         """The connection broke. If the peer has said why before it closed, raise
-        :exc:`~pagenet.errors.Untrusted`: a peer that does not believe this side says so only after
+        :exc:`~pagenet.errors.Untrusted`: a peer that does not trust this side says so only after
         this side's handshake is over."""
         rest = memoryview(bytearray(1 << 14))
         try:
@@ -200,7 +200,7 @@ def _in_words(reason: str) -> str:
 _MEANINGS = {
     "alert certificate required": "the peer asks for a certificate",
     "alert unknown ca": "the peer does not know the authority of this side's certificate",
-    "alert bad certificate": "the peer does not believe this side's certificate",
+    "alert bad certificate": "the peer does not trust this side's certificate",
     "alert certificate expired": "this side's certificate has expired",
     "alert certificate revoked": "this side's certificate was revoked",
     "wrong version number": "the peer does not speak TLS: say --tls-dir on both sides, or on none",

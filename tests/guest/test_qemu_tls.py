@@ -43,7 +43,7 @@ async def test_guest_moves(
 
 
 async def test_stranger_gets_no_guest(authority: Authority, tmp_path: Path) -> None:
-    """The destination does not believe this side, and the guest goes on here."""
+    """The destination does not trust this side, and the guest goes on here."""
     stranger = Authority().write(tmp_path / "stranger", trusts=authority)
     tls = Tls(authority.write(tmp_path / "tls"))
     async with (

@@ -191,7 +191,7 @@ async def test_keys_of_both_sides(source: Path, memory: OwnMemory, tmp_path: Pat
             await dial(server.uri, Tls(psk=here))
 
 
-# ---- who is believed ----
+# ---- who is trusted ----
 
 
 async def refusal(uri: str, tls: Tls | None) -> Exception:

@@ -3,13 +3,15 @@ and every byte is right."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -25,7 +27,9 @@ from processes import (
     run_workload,
     write_pattern,
 )
+from written import Noted
 
+import pagenet
 from pagenet import (
     AbandonedOwner,
     Block,
@@ -38,8 +42,9 @@ from pagenet import (
     open_source,
 )
 from pagenet.destination.filling import Filling
-from pagenet.protocol import Class
+from pagenet.protocol import Class, Message
 from pagenet.residency import Residency, State
+from pagenet.source.rounds import Rounds
 from pagenet.uffd import Feature, Mode, UffdTarget, Userfaultfd, probe
 from pagenet.uffd._handshake import Mapping, Note
 
@@ -533,3 +538,70 @@ async def test_a_copy_of_the_same_name_is_the_same_source(lane: str, tmp_path: P
         assert (await resumed_from([str(other), "--identity", "build 43"], owner, lane))[0] == 2
         assert (await resumed_from([str(other), "--identity", "build 42"], owner, lane))[0] == 0
         await check_verified(owner)
+
+
+STALE = [*range(100, 150), *range(PAGES - 50, PAGES)]
+
+
+@contextmanager
+def source_memory(source: str) -> Iterator[tuple[str, mmap.mmap]]:
+    """What names it, and memory that has what ``source`` has, but for the pages in ``STALE``."""
+    fd = os.memfd_create("source", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE)
+    with mmap.mmap(fd, SIZE) as memory:
+        memory[:] = Path(source).read_bytes()
+        for page in STALE:
+            memory[page * PAGE : (page + 1) * PAGE] = b"\xee" * PAGE
+        try:
+            yield f"/proc/{os.getpid()}/fd/{fd}", memory
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.01])
+async def test_killed_while_stale_pages_are_dropped(
+    delay: float, lane: Any, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part of the last message has come, and the rest never does."""
+    monkeypatch.setattr("pagenet.source.rounds._SPAN_BYTES", 64)
+    written, last = set[int](), Path(source).read_bytes()
+    tracker = Noted(Region([Block("ram", SIZE)]), written)
+    more = ["--touches", 4 * PAGES, "--order", "random", "--wait-complete"]
+    with source_memory(source) as (spec, memory):
+        serving = pagenet.serve(spec, listen="tcp://127.0.0.1:0", lane=lane, tracked=tracker)
+        async with (
+            serving as server,
+            begun(server.uri, tmp_path, "memfd", lane, *more) as (pulling, owner),
+            trio.open_nursery() as nursery,
+        ):
+            rounds = await server.wait_rounds()
+            assert rounds is not None
+            await rounds.wait_over()
+            await rounds.pause()
+            for page in STALE:
+                memory[page * PAGE : (page + 1) * PAGE] = last[page * PAGE : (page + 1) * PAGE]
+            written.update(STALE)
+            sent = send_once(rounds, monkeypatch)
+            nursery.start_soon(rounds.freeze)
+            await sent.wait()
+            await trio.sleep(delay)
+            await pulling.kill()
+            async with run(resume_command(server.uri, owner.pid, lane)) as second:
+                assert await second.wait() == 0, second.stderr
+            await check_verified(owner)
+            nursery.cancel_scope.cancel()
+
+
+def send_once(rounds: Rounds, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """Have one more message sent, and none after it. Returns the event of that."""
+    send, sent = rounds._send, trio.Event()
+
+    async def send_first(message: Message) -> None:
+        if sent.is_set():
+            await trio.sleep_forever()
+        await send(message)
+        sent.set()
+
+    monkeypatch.setattr(rounds, "_send", send_first)
+    return sent
