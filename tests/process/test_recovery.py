@@ -567,7 +567,7 @@ async def test_killed_while_stale_pages_are_dropped(
     monkeypatch.setattr("pagenet.source.rounds._SPAN_BYTES", 64)
     written, last = set[int](), Path(source).read_bytes()
     tracker = Noted(Region([Block("ram", SIZE)]), written)
-    more = ["--touches", 4 * PAGES, "--order", "random", "--wait-complete"]
+    more: list[str | int] = ["--touches", 4 * PAGES, "--order", "random", "--wait-complete"]
     with source_memory(source) as (spec, memory):
         serving = pagenet.serve(spec, listen="tcp://127.0.0.1:0", lane=lane, tracked=tracker)
         async with (
