@@ -9,9 +9,8 @@
  *   A page that has been written may lose its entry in the page table before it is named (discarded
  *   by its owner, or reclaimed), and its protection with it. Since every page gets an entry when it
  *   is armed, an entry that is empty stands for such a page. PAGEMAP_SCAN names those only in some
- *   kinds of memory, and none whose page table is gone, so there is a pass for them alone.
- *   Where only page tables can be missed, it looks at one entry of each: every GiB of the whole
- * pass takes as long as three of the first.
+ *   kinds of memory, and none whose page table is gone, so there is a pass for them alone. Where
+ *   only page tables can be missed, it looks at one entry of each: a quarter of the time.
  *
  *   The kernel holds the lock of the process's mappings while it scans or protects: pieces keep a
  *   thread that maps memory from waiting for more than a few ms.
