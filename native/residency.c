@@ -123,19 +123,19 @@ static uint64_t replace_in_eight(struct pn_map *map, uint64_t page, int from, in
     return (uint64_t)__builtin_popcountll(which);
 }
 
-/* Those of a whole map are replaced while its owner stands still: eight at a time, whatever the
- * others are. */
+/* At the freeze, states all over the map are replaced while the owner stands still: eight in a
+ * step, whatever the other ones are. */
 uint64_t pn_map_replace(struct pn_map *map, uint64_t first, uint64_t count, int from, int to) {
-    uint64_t changed = 0, page = first, end = first + count;
-    for (; page < end && !is_whole(page, end); page++)
-        changed += pn_map_claim(map, page, 1, from, to);
-    uint64_t of_words = 0;
-    for (; is_whole(page, end); page += 8)
-        of_words += replace_in_eight(map, page, from, to);
+    uint64_t single = 0, of_words = 0, page = first, end = first + count;
+    while (page < end)
+        if (is_whole(page, end)) {
+            of_words += replace_in_eight(map, page, from, to);
+            page += 8;
+        } else {
+            single += pn_map_claim(map, page++, 1, from, to);
+        }
     account(map, from, to, of_words);
-    for (; page < end; page++)
-        changed += pn_map_claim(map, page, 1, from, to);
-    return changed + of_words;
+    return single + of_words;
 }
 
 /* The map of a large guest is searched for its last missing pages again and again. */

@@ -112,8 +112,8 @@ static uint64_t table_end(const struct pn_track *track, uint64_t at) {
 /* The first page table from `at` on whose first entry is empty. */
 static int find_gone_table(const struct pn_track *track, uint64_t *at, uint64_t *end) {
     int empty = 0;
-    for (; *at < track->size && !empty; *at = empty ? *at : table_end(track, *at))
-        empty = is_empty(track, *at);
+    while (*at < track->size && !(empty = is_empty(track, *at)))
+        *at = table_end(track, *at);
     *end = *at < track->size ? table_end(track, *at) : *at;
     return empty < 0 ? empty : 0;
 }

@@ -74,7 +74,7 @@ class Track:
 
     def names_any_written(self) -> bool:
         """Whether the pass for written pages names any."""
-        return any([*self._pass_counts(lib.PN_TRACK_WRITTEN)])
+        return any(self._pass_counts(lib.PN_TRACK_WRITTEN))
 
     def scan(self) -> array[int]:
         """First page and number of pages of each run; both passes ascend."""

@@ -112,7 +112,7 @@ async def bench_pace(options: argparse.Namespace, report: Report) -> Fields:
     return {
         "results": [_about(result) for result in results],
         "wrong": sum(result.wrong for result in results),
-        "worse": [_name(result.cell) for result in results if not _is_as_good(result)],
+        "worse": [_name(result.cell) for result in results if not result.is_as_good()],
         "beaten": [_name(result.cell) for result in results if result.better() is not None],
     }
 
@@ -147,11 +147,6 @@ def _name(cell: Cell) -> str:
     return f"{link}{delay}, {cell.trace}, {cell.work_us:g} us{threads}"
 
 
-def _is_as_good(result: CellResult) -> bool:
-    """As the best window of the ladder, or as far from it as the rounds are from each other."""
-    return all(result.ratio(name) <= max(AS_GOOD, 1 + result.noise(name)) for name in PACE_FIGURES)
-
-
 def _value(result: CellResult, window: int | None, figure: str) -> str:
     return "stopped" if window in result.stopped else f"{result.figure(window, figure):.3f}"
 
@@ -171,7 +166,7 @@ def _print(results: Sequence[CellResult], options: PaceOptions) -> None:
                 f"{result.noise(figure):.0%}",
             )
         console.print(table)
-    worse = [_name(result.cell) for result in results if not _is_as_good(result)]
+    worse = [_name(result.cell) for result in results if not result.is_as_good()]
     console.print(
         f"\n{len(results) - len(worse)} of {len(results)} cells are within {AS_GOOD - 1:.0%} of"
         " the best fixed window in each figure, or within the noise"

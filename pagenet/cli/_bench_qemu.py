@@ -81,7 +81,7 @@ def add_qemu_options(parser: Parser) -> None:
         type=sizes,
         default=(),
         metavar="SIZE,...",
-        help="the method pagenet also with so many bytes of the background in flight",
+        help="add the method pagenet with this much of the background in flight, for each SIZE",
     )
     parser.add_argument(
         "--workload",

@@ -37,7 +37,7 @@ def is_worth_another(rounds: Sequence[Round]) -> bool:
     if len(rounds) >= _MOST_AUTO or not last.left or not last.pages:
         return False
     # The next round takes this long, and meanwhile so many pages are written at the recent rate.
-    seconds = last.left * seconds_a_page(last)
+    seconds = last.left * _seconds_a_page(last)
     if seconds <= _LITTLE_SECONDS:
         return False
     if last.recently_written * seconds > _NO_BETTER * last.left * last.recent_seconds:
@@ -45,7 +45,7 @@ def is_worth_another(rounds: Sequence[Round]) -> bool:
     return len(rounds) == 1 or last.left < _NO_BETTER * rounds[-2].left
 
 
-def seconds_a_page(last: Round) -> float:
+def _seconds_a_page(last: Round) -> float:
     """How long the round took for each page that was not zero, as if zeros took no time."""
     return last.seconds / max(last.pages - last.zeros, 1)
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -105,49 +107,47 @@ def send_all(sock: socket.socket, data: bytes) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
+@contextmanager
+def relaying(listener: socket.socket, delay: str) -> Iterator[tuple[str, int]]:
+    """A relay to ``listener``, which ends with its input. Yields its address."""
+    port = listener.getsockname()[1]
+    command = module_command("pagenet.bench.pace.relay", "127.0.0.1", str(port), delay)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as relay:
+        assert relay.stdin is not None
+        assert relay.stdout is not None
+        yield "127.0.0.1", int(relay.stdout.readline())
+        relay.stdin.close()
+        assert relay.wait(10) == 0
+
+
 def test_relay_serves_any_number_of_connections() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        command = module_command("pagenet.bench.pace.relay", "127.0.0.1", str(port), "0")
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as relay:
-            assert relay.stdin is not None
-            assert relay.stdout is not None
-            where = ("127.0.0.1", int(relay.stdout.readline()))
-            for _ in range(200):
-                with socket.create_connection(where) as near:
-                    far, _ = listener.accept()
-                    with far:
-                        near.sendall(b"?")
-                        assert far.recv(1) == b"?"
-            relay.stdin.close()
-            assert relay.wait(10) == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener, relaying(listener, "0") as where:
+        for _ in range(200):
+            with socket.create_connection(where) as near:
+                far, _ = listener.accept()
+                with far:
+                    near.sendall(b"?")
+                    assert far.recv(1) == b"?"
 
 
 def test_relay_delays_and_changes_nothing() -> None:
     data = random.Random(1).randbytes(3 << 20)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        command = module_command("pagenet.bench.pace.relay", "127.0.0.1", str(port), "0.01")
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as relay:
-            assert relay.stdin is not None
-            assert relay.stdout is not None
-            near = socket.create_connection(("127.0.0.1", int(relay.stdout.readline())))
-            far, _ = listener.accept()
-            with near, far:
-                for here, there in ((near, far), (far, near)):
-                    began = time.monotonic()
-                    here.sendall(b"?")
-                    assert there.recv(1) == b"?"
-                    assert time.monotonic() - began >= 0.01
-                sender = threading.Thread(target=send_all, args=[near, data])
-                sender.start()
-                with far.makefile("rb") as file:
-                    assert file.read() == data, "and its end is passed on"
-                sender.join()
-                far.sendall(b"answer")
-                assert near.recv(6) == b"answer"
-            relay.stdin.close()
-            assert relay.wait(10) == 0
+    with socket.create_server(("127.0.0.1", 0)) as listener, relaying(listener, "0.01") as where:
+        near = socket.create_connection(where)
+        far, _ = listener.accept()
+        with near, far:
+            for here, there in ((near, far), (far, near)):
+                began = time.monotonic()
+                here.sendall(b"?")
+                assert there.recv(1) == b"?"
+                assert time.monotonic() - began >= 0.01
+            sender = threading.Thread(target=send_all, args=[near, data])
+            sender.start()
+            with far.makefile("rb") as file:
+                assert file.read() == data, "and its end is passed on"
+            sender.join()
+            far.sendall(b"answer")
+            assert near.recv(6) == b"answer"
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class Writes:
         self.region = region or region_of()
         self.steady: set[int] = set()
         self.scans = 0
-        #: how often each page was written
         self.checks = 0
+        #: how often each page was written
         self.versions: Counter[int] = Counter()
         self._written: set[int] = set()
 
@@ -236,6 +236,7 @@ async def test_freeze_names_what_was_written_last_and_what_was_kept(
     assert peer.named[-1] == {1, 50}
     assert [stale.frozen for stale in stales(peer)] == [False, False, True]
     assert peer.rounds.is_frozen
+    assert writes.checks == writes.scans == 3, "each scan is checked"
     assert Pause() not in peer.sent, "the round was over"
 
 

@@ -122,11 +122,18 @@ class CellResult:
         such window. The window with the least stall is mostly not the one that completes first."""
         for window in self.rounds:
             ratios = {name: self._ratio_to(window, name) for name in FIGURES}
-            limits = {name: max(AS_GOOD, 1 + self.noise(name)) for name in FIGURES}
-            gains = any(ratios[name] > limits[name] for name in FIGURES)
+            gains = any(ratios[name] > self._as_good(name) for name in FIGURES)
             if window is not AUTO and gains and all(ratio >= 1 for ratio in ratios.values()):
                 return window
         return None
+
+    def is_as_good(self) -> bool:
+        """In each figure as good as the window that is best in it, or as far from it as the rounds
+        are from each other."""
+        return all(self.ratio(name) <= self._as_good(name) for name in FIGURES)
+
+    def _as_good(self, name: str) -> float:
+        return max(AS_GOOD, 1 + self.noise(name))
 
     def _ratio_to(self, window: int | None, name: str) -> float:
         return self.figure(AUTO, name) / max(self.figure(window, name), 1e-9)
