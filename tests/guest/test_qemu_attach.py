@@ -78,7 +78,7 @@ async def test_migration(precopy: str, tmp_path: Path) -> None:
 async def test_resume(tmp_path: Path) -> None:
     async with two_machines(tmp_path) as (a, b), run(attach_command(b.qmp, *SLOWLY)) as incoming:
         uri = (await incoming.event("listening"))["uri"]
-        async with run(migrate_command(a.qmp, uri)) as leaving:
+        async with run(migrate_command(a.qmp, uri, "--precopy", "off")) as leaving:
             await leaving.event("resumed")
             await incoming.kill()
             await leaving.event("waiting")

@@ -126,11 +126,13 @@ def tracked(pid: int) -> bool:
 
 
 async def test_resumed_after_precopy(tmp_path: Path) -> None:
-    """The destination is killed when it has the guest, and lacks what was stale."""
+    """The destination is killed when it has the guest, and lacks what was stale. The guest writes
+    to most of its pages, so that what is stale does not come before the kill."""
     listen = ["tcp://127.0.0.1:0", "--start-background", "after=1000", "--prefetch", "0,0"]
+    there = bare_command(tmp_path, "b", work=24, hot=20)
     async with (
-        run_vm(bare_command(tmp_path, "a"), tmp_path, "a") as a,
-        run_incoming(tmp_path, listen=listen) as (incoming, serial, uri),
+        run_vm(bare_command(tmp_path, "a", work=24, hot=20), tmp_path, "a") as a,
+        run_incoming(tmp_path, listen=listen, command=there) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
         pid = incoming.events[0]["pid"]
