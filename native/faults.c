@@ -5,6 +5,7 @@
 #include "thread.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 static bool can_ask(struct lane *lane, uint32_t runs) {
@@ -286,6 +287,30 @@ bool pn_lane_take_faults(struct lane *lane) {
     if (got > 0)
         answer_faults(lane, events, got);
     return got > 0;
+}
+
+struct wait {
+    uint64_t page, since;
+};
+
+static int compare_waits(const void *one, const void *other) {
+    uint64_t first = ((const struct wait *)one)->since, second = ((const struct wait *)other)->since;
+    return first < second ? -1 : first > second;
+}
+
+void pn_lane_ask_waiting(struct lane *lane) {
+    struct pn_dest *dest = lane->dest;
+    struct wait waits[PN_WAITERS];
+    size_t count = 0;
+    for (unsigned i = 0, end = atomic_load(&dest->waiter_end); i < end; i++) {
+        uint64_t page = atomic_load(&dest->waiters[i].page);
+        if (page)
+            waits[count++] = (struct wait){page - 1, atomic_load(&dest->waiters[i].since)};
+    }
+    qsort(waits, count, sizeof waits[0], compare_waits);
+    for (size_t i = 0; i < count && can_ask(lane, 1); i++)
+        demand(lane, pn_piece_of_page(dest, waits[i].page), waits[i].page, PN_MISSING);
+    pn_lane_flush(lane);
 }
 
 static void settle_deferred(struct lane *lane) {

@@ -150,6 +150,9 @@ static inline bool pn_stream_may_choose(const struct stream *stream) {
 bool pn_lane_take_faults(struct lane *lane);
 /* Asks for what the window wants, as far as there is room for it in flight. */
 void pn_lane_prefetch_more(struct lane *lane);
+/* Asks for the pages that threads have waited for since before this lane began, the longest wait
+ * first. */
+void pn_lane_ask_waiting(struct lane *lane);
 /* Answers faults that had to wait until the owner's memory stopped changing, and asks again for
  * pages that should have come by now. */
 void pn_lane_look_again(struct lane *lane);

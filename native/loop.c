@@ -71,6 +71,8 @@ bool pn_lane_prepare(struct lane *lane) {
 }
 
 void pn_lane_clean_up(struct lane *lane) {
+    if (lane->pace.shared)
+        pn_pace_end(&lane->pace);
     if (lane->epoll >= 0)
         close(lane->epoll);
     free(lane->outbox);
@@ -83,12 +85,16 @@ static int work_fd(const struct stream *stream) {
                                        : stream->lane.config->work_fd;
 }
 
+/* There is no source to ask, now. */
+static bool is_away(const struct lane *lane) { return lane->config->sock < 0; }
+
 static bool watch_all(struct stream *stream) {
     struct lane *lane = &stream->lane;
     uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
     /* No more requests can be opened: the faults stay in the uffd until then. */
     bool full = pn_stream_is_demand(stream) && !pn_stream_can_ask(lane, 3 * EVENTS);
-    return pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events) &&
+    return (is_away(lane) ||
+            pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events)) &&
            pn_lane_watch(lane, work_fd(stream), full ? 0 : EPOLLIN, &lane->work_events) &&
            pn_lane_watch(lane, lane->config->stop_fd, EPOLLIN, &stream->stop_events);
 }
@@ -130,6 +136,19 @@ static void wait_and_act(struct stream *stream) {
 
 static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
 
+/* While the source is away, pages that threads touch are claimed all the same, so that nothing else
+ * has to know. Whoever meets the source again makes them MISSING before lanes run again. */
+static void ask_nobody(struct lane *lane, const struct run *run) {
+    (void)lane, (void)run;
+}
+
+static bool can_ask_nobody(struct lane *lane, uint32_t runs) {
+    (void)lane, (void)runs;
+    return true;
+}
+
+static const struct asking nobody = {ask_nobody, can_ask_nobody};
+
 static bool prepare_stage(struct stream *stream) {
     uint64_t page_size = stream->lane.dest->config.max_page_size;
     uint64_t size = STAGE_BYTES > page_size ? STAGE_BYTES : page_size;
@@ -159,9 +178,19 @@ static bool prepare_slots(struct stream *stream) {
 
 static bool prepare(struct stream *stream) {
     stream->stop_events = UNWATCHED;
-    stream->lane.faults.asking = pn_stream_is_demand(stream) ? &requests : NULL;
     pn_demand_choice_init(&stream->choice);
     return pn_lane_prepare(&stream->lane) && prepare_stage(stream) && prepare_slots(stream);
+}
+
+static void begin(struct stream *stream) {
+    struct lane *lane = &stream->lane;
+    if (is_away(lane)) {
+        lane->faults.asking = &nobody;
+        lane->pace.demand.in_flight = UINT64_MAX; /* so nothing is prefetched */
+    } else if (pn_stream_is_demand(stream)) {
+        lane->faults.asking = &requests;
+        pn_lane_ask_waiting(lane);
+    }
 }
 
 static void clean_up(struct stream *stream) {
@@ -176,6 +205,7 @@ static void clean_up(struct stream *stream) {
 
 static void loop(void *argument) {
     struct stream *stream = argument;
+    begin(stream);
     while (!stream->lane.ended)
         wait_and_act(stream);
 }

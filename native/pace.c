@@ -503,6 +503,12 @@ void pn_pace_init(struct pn_pace *pace, struct pn_pace_shared *shared) {
     pace->background.window = pace->window_min;
 }
 
+void pn_pace_end(struct pn_pace *pace) {
+    if (pace->leads)
+        store(&pace->shared->led, 0);
+    pace->leads = false;
+}
+
 void pn_pace_sent(struct pn_pace *pace, int class_, uint64_t bytes) {
     (class_ == PN_BACKGROUND ? &pace->background : &pace->demand)->in_flight += bytes;
 }

@@ -104,6 +104,8 @@ struct pn_pace {
 };
 /* The caller sets the windows and the chunk, before or after; all else begins here. */
 void pn_pace_init(struct pn_pace *pace, struct pn_pace_shared *shared);
+/* The loop ends: another one may lead the search. */
+void pn_pace_end(struct pn_pace *pace);
 /* Pages of a class were asked for. */
 void pn_pace_sent(struct pn_pace *pace, int class_, uint64_t bytes);
 /* They have come and are dealt with, or will not come. */

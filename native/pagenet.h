@@ -417,7 +417,7 @@ struct pn_lane_config {
     struct pn_dest *dest;
     /* Background: where its runs come from. NULL makes it the demand lane, which reads the uffd. */
     struct pn_ring *ring;
-    int sock; /* non-blocking */
+    int sock; /* non-blocking; -1: the source is away, so a demand lane asks for nothing */
     /* NULL: what goes over the socket is not encrypted. */
     struct pn_tls *tls;
     int stop_fd; /* eventfd */

@@ -582,6 +582,7 @@ static void turn(struct pn_rdma *rdma) {
 
 static void loop(void *argument) {
     struct pn_rdma *rdma = argument;
+    pn_lane_ask_waiting(&rdma->lane);
     while (!rdma->lane.ended)
         turn(rdma);
 }

@@ -6,6 +6,7 @@
     ├── UsageError               (2) arguments contradict each other or the facts: change them
     ├── SourceUnreachable        (3) nothing answers where the peer should be: check the URI
     ├── SourceLost               (4) the source was there and is gone: pages are missing
+    │   └── SourceDisconnected       its connections broke: the same source may answer again
     ├── OwnerGone                (5) the process that faults is gone: nothing is left to do
     ├── ProtocolError            (6) bytes that break the protocol
     │   ├── LocalProtocolError       pagenet was about to send them: a bug here or of the caller
@@ -33,6 +34,7 @@ __all__ = [
     "PagenetError",
     "ProtocolError",
     "RemoteProtocolError",
+    "SourceDisconnected",
     "SourceLost",
     "SourceUnreachable",
     "Unsupported",
@@ -55,6 +57,10 @@ class SourceUnreachable(PagenetError):
 
 class SourceLost(PagenetError):
     exit_code = 4
+
+
+class SourceDisconnected(SourceLost):
+    pass
 
 
 class OwnerGone(PagenetError):

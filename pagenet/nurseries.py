@@ -12,7 +12,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from .errors import ConnectionBroken, ConnectionClosed, PagenetError, SourceLost
+from .errors import (
+    ConnectionBroken,
+    ConnectionClosed,
+    PagenetError,
+    SourceDisconnected,
+    SourceLost,
+)
 
 __all__ = ["open_failing_nursery", "running_beside"]
 
@@ -56,6 +62,8 @@ def _distance(error: BaseException) -> int:
     """How far ``error`` is from the cause. The task that meets the cause ends the session; to the
     next tasks that is the loss of the source, and to the last a broken connection."""
     if isinstance(error, ConnectionBroken | ConnectionClosed):
+        return 3
+    if isinstance(error, SourceDisconnected):
         return 2
     return 1 if isinstance(error, SourceLost) else 0
 

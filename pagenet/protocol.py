@@ -25,9 +25,11 @@ from .errors import LocalProtocolError, RemoteProtocolError, UsageError
 from .region import MAX_BLOCKS, MAX_PAGE_SIZE, Block, Region, Run
 
 __all__ = [
+    "ALIVE",
     "LZ4",
     "MAX_STALE_BYTES",
     "TRACKED",
+    "Alive",
     "Bye",
     "Channel",
     "Class",
@@ -82,6 +84,8 @@ LZ4 = "lz4"
 #: The feature of a source whose memory changes while it is served, until it says otherwise; and of
 #: a destination that can be told of it.
 TRACKED = "tracked"
+#: The feature of a side that says :class:`Alive` to a peer that has it too.
+ALIVE = "alive"
 #: Limit of the bits of one message about stale pages.
 MAX_STALE_BYTES = 1 << 20
 
@@ -172,6 +176,13 @@ class Bye:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """The sender still runs: once a second, in both directions."""
+
+    TYPE: ClassVar[str] = "alive"
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """From a tracked source: ask for nothing more, and say when nothing is in flight."""
 
@@ -203,7 +214,7 @@ class Stale:
     frozen: bool
 
 
-Message = Hello | Failure | Bye | Pause | Paused | Stale
+Message = Hello | Failure | Bye | Alive | Pause | Paused | Stale
 
 
 def encode_message(message: Message) -> bytes:
@@ -234,7 +245,7 @@ def _fields_of(message: Message) -> dict[str, Any]:
             return {"code": message.code, "text": message.text}
         case Bye():
             return {"complete": message.complete}
-        case Pause():
+        case Alive() | Pause():
             return {}
         case Paused():
             return {"round": message.round, "missing": message.missing}
@@ -319,6 +330,8 @@ def _decode_body(body: bytes) -> Message:
             )
         case "bye":
             return Bye(_field(fields, "complete", bool))
+        case "alive":
+            return Alive()
         case "pause":
             return Pause()
         case "paused":

@@ -41,6 +41,8 @@ class MessageStream:
     def __init__(self, connection: Connection, limit: int = MAX_MESSAGE) -> None:
         self.connection = connection
         self._decoder = MessageDecoder(limit)
+        #: how many times bytes of the peer have come
+        self.received = 0
         # The task that notices the end first sends the goodbye, while another task may be sending a
         # failure.
         self._sending = trio.Lock()
@@ -73,6 +75,7 @@ class MessageStream:
             if not count:
                 self._decoder.check_eof()
                 return None
+            self.received += 1
             self._decoder.feed(buffer[:count])
         return message
 

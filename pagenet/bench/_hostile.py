@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ..destination.source_session import dial_source
+from ..destination.sources import dial_source
 from ..errors import PagenetError
 from ..protocol import LANE_HEADER_SIZE, Channel, Class, Request
 from ..region import Run

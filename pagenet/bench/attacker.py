@@ -17,7 +17,8 @@ import trio
 from .. import transport
 from ..admission import raise_descriptor_limit
 from ..children import module_command
-from ..destination.source_session import SourceSession, dial_source
+from ..destination.source_session import SourceSession
+from ..destination.sources import dial_source
 from ..errors import PagenetError
 from ..protocol import Channel, Class, Encoding, Request
 from ..region import Run

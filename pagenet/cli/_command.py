@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from math import inf
 from typing import Any, TextIO, get_args
 
 import trio
@@ -24,11 +25,13 @@ from ._rates import parse_rate
 
 __all__ = [
     "EXIT_CODES",
+    "RECONNECT_WORDS",
     "ROUND_WORDS",
     "Parser",
     "Report",
     "add_lane_option",
     "add_pull_options",
+    "add_reconnect_option",
     "count",
     "count_or_none",
     "counts",
@@ -37,6 +40,7 @@ __all__ = [
     "prefetch_window",
     "pull_options",
     "rate",
+    "reconnect_for",
     "round_count",
     "run_command",
     "sizes",
@@ -46,12 +50,21 @@ __all__ = [
 # In pages. A window is cut to 1 MiB on either side anyway.
 MAX_WINDOW = 256
 MAX_COUNT = 10_000_000
+MAX_SECONDS = 1e9
 
 #: of the event ``round``
 ROUND_WORDS = (
     "round {round}: {pages} pages in {seconds:.2f} s, {written} of them written meanwhile;"
     " {left} are left"
 )
+#: of the events about a source that goes away and comes back
+RECONNECT_WORDS = {
+    "disconnected": (
+        "the source is away ({reason}): waiting for it; threads that touch missing pages wait too"
+    ),
+    "reconnecting": "the source is away for {seconds} s now ({reason})",
+    "reconnected": "{peer}: the source is back after {seconds} s",
+}
 EXIT_CODES = """\
 exit codes:
   0    done: every page is in place
@@ -190,6 +203,40 @@ def add_pull_options(parser: Parser) -> None:
         ),
     )
     add_lane_option(parser)
+    add_reconnect_option(
+        parser,
+        "how long to wait for a source that does not answer any more, once faults are answered: it"
+        " is dialled, or may dial, again and again (default: forever; 0 with --into)",
+    )
+
+
+def add_reconnect_option(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--reconnect-for",
+        type=seconds_or_forever,
+        default=None,
+        metavar="SECONDS|forever",
+        help=text,
+    )
+
+
+def seconds_or_forever(text: str) -> float:
+    """For argparse: a number of seconds, from 0 on, or infinity for ``forever``."""
+    if text == "forever":
+        return inf
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor forever")
+    return number
+
+
+def reconnect_for(options: argparse.Namespace, default: float = inf) -> float:
+    """What ``--reconnect-for`` says, or else the default."""
+    given: float | None = options.reconnect_for
+    return default if given is None else given
 
 
 def pull_options(options: argparse.Namespace) -> dict[str, Any]:

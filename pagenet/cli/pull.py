@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import inf
 
 from ..control import Control
 from ..destination.into_file import IntoFile
@@ -14,7 +15,15 @@ from ..destination.pulling import pull
 from ..errors import HandshakeError
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
-from ._command import Parser, Report, add_pull_options, count, pull_options
+from ._command import (
+    RECONNECT_WORDS,
+    Parser,
+    Report,
+    add_pull_options,
+    count,
+    pull_options,
+    reconnect_for,
+)
 from ._control import add_common_options, run_controlled
 from ._progress import show_until_complete
 from ._tls import TLS_WORDS
@@ -27,6 +36,7 @@ _WORDS = {
     "connected": "{peer}: {pages} pages, {bytes} bytes",
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
+    **RECONNECT_WORDS,
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
     "refused": "{peer}: refused: {reason}",
 }
@@ -82,7 +92,12 @@ async def _pull(options: argparse.Namespace, report: Report, control: Control) -
             report("finished", pid=owner.pid, pages=owner.pages)
             return
         async with pull(
-            options.uri, owner, listen=options.listen, **pull_options(options), on_event=report
+            options.uri,
+            owner,
+            listen=options.listen,
+            reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
+            **pull_options(options),
+            on_event=report,
         ) as transfer:
             control.subject = transfer
             await show_until_complete(transfer, report)

@@ -16,6 +16,7 @@ from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
 from ..source.precopy import RoundCount
 from ..uffd import AbandonedOwner
 from ._command import (
+    RECONNECT_WORDS,
     ROUND_WORDS,
     Parser,
     Report,
@@ -23,6 +24,7 @@ from ._command import (
     add_pull_options,
     count,
     pull_options,
+    reconnect_for,
     round_count,
 )
 from ._control import Work, add_common_options, run_controlled
@@ -45,6 +47,7 @@ _WORDS = {
     "stopped": "the guest stands still here",
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
+    **RECONNECT_WORDS,
     "refused": "{peer}: refused: {reason}",
     "resuming": (
         "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}"
@@ -141,7 +144,11 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
         if options.allocate:
             raise UsageError("--allocate is for a QEMU that is started here")
         arriving = receive_attached(
-            options.qmp, listen=options.listen, on_event=report, **pull_options(options)
+            options.qmp,
+            listen=options.listen,
+            on_event=report,
+            reconnect_for=reconnect_for(options),
+            **pull_options(options),
         )
     else:
         arriving = receive(
@@ -149,6 +156,7 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
             listen=options.listen,
             allocate=options.allocate,
             on_event=report,
+            reconnect_for=reconnect_for(options),
             **pull_options(options),
         )
     async with arriving as arrival:
@@ -174,7 +182,12 @@ async def _resume(options: argparse.Namespace, report: Report, control: Control)
             identity=owner.source.hex(),
         )
         async with pull(
-            options.listen, owner, listen=True, **pull_options(options), on_event=report
+            options.listen,
+            owner,
+            listen=True,
+            reconnect_for=reconnect_for(options),
+            **pull_options(options),
+            on_event=report,
         ) as transfer:
             control.subject = transfer
             await show_until_complete(transfer, report)

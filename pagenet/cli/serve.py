@@ -18,7 +18,16 @@ from ..source.precopy import Precopy
 from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
 from ..source.tracked import SourceOwner
 from ..uffd import WriteTracker
-from ._command import ROUND_WORDS, Parser, Report, add_lane_option, count, round_count
+from ._command import (
+    ROUND_WORDS,
+    Parser,
+    Report,
+    add_lane_option,
+    add_reconnect_option,
+    count,
+    reconnect_for,
+    round_count,
+)
 from ._control import add_common_options, run_controlled
 from ._tls import TLS_WORDS
 
@@ -34,6 +43,7 @@ _WORDS = {
     "complete": "{peer}: has every page",
     "left": "{peer}: left before it had every page",
     "lost": "{peer}: lost: {reason}",
+    "waiting": "the destination is away ({reason}): dialling {uri}",
     "refused": "{peer}: refused: {reason}",
 }
 
@@ -105,6 +115,11 @@ def make_parser() -> Parser:
         metavar="N",
         help="limit of each destination's connections beside control (default: %(default)s)",
     )
+    add_reconnect_option(
+        parser,
+        "with --connect: how long to dial a destination again that was connected and is lost"
+        " (default: forever)",
+    )
     parser.add_argument(
         "--tracked",
         action="store_true",
@@ -167,6 +182,7 @@ async def _serve_source(
         max_sessions=options.max_sessions,
         max_lanes=options.max_lanes,
         tracked=tracker,
+        reconnect_for=reconnect_for(options),
         on_event=report,
     ) as server:
         if owner is not None:

@@ -83,22 +83,35 @@ class Filling:
         """Go on where a destination has died: with the pages that it was placing, and with the
         threads that waited for it."""
         for run in self.target.scope():
-            self._publish_ready(run)
+            if self._two_steps is not None:
+                self._publish_ready(run, self._two_steps)
         for run in self.target.scope():
             self._leave_all_removed(run)
             self.target.wake(run)  # faults that were read and never answered come again
 
-    def _publish_ready(self, run: Run) -> None:
+    def ask_again(self) -> None:
+        """Note that nothing which was asked for comes any more, because the source was lost. What
+        threads wait for is to be asked for first, the longest wait first."""
+        self._wanted.clear()
+        self._prefetching = 0
+        for run in self.target.scope():
+            for state in (State.REQUESTED, State.COMING, State.PLACING):
+                self.residency.replace(run, state, State.MISSING)
+        self._recover()
+        for page in self._faulted_at:
+            if self._claim(Run(page, 1)).count:
+                self._wanted.append((Class.DEMAND, Run(page, 1)))
+
+    def _publish_ready(self, run: Run, target: Recoverable) -> None:
         """Publish the READY pages of ``run``.
 
         In one pass from the first page to the last: the owner may write to the map meanwhile.
         """
-        assert self._two_steps is not None
         residency, first = self.residency, run.first
         while (found := residency.find(State.READY, first, run.end)) is not None:
             first = found
             ready = residency.span(Run(first, run.end - first), State.READY) or 1
-            outcome = self._two_steps.publish(Run(first, ready), again=True)
+            outcome = target.publish(Run(first, ready), again=True)
             # If a page is absent, its owner gave it up after it was published: a fault on it will
             # get zeros, like a fault on any other page that was given up.
             residency.set(Run(first, outcome.done), State.RESIDENT)
@@ -245,7 +258,7 @@ class Filling:
                 # COMING: the page is queued behind other background pages. Of its two copies, the
                 # second to come is dropped.
                 self.residency.set(Run(page, 1), State.REQUESTED)
-                self._faulted_at[page] = now
+                self._faulted_at.setdefault(page, now)
                 self._wanted.append((Class.DEMAND, Run(page, 1)))
                 return page if state is State.MISSING else None
             case State.REQUESTED | State.PLACING:

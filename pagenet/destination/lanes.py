@@ -31,6 +31,17 @@ class Lanes(Protocol):
         """
         ...
 
+    async def idle(self) -> None:
+        """Answer what needs no source, until cancelled: pages that are in place, and those that
+        their owner gives up. To be run while the source is away, and :meth:`run` does not run."""
+        ...
+
+    def resume(self, connections: Sequence[Any]) -> None:
+        """Have :meth:`run` go over ``connections`` the next time. They are of the same kind as the
+        first ones. To be called while neither :meth:`run` nor :meth:`idle` runs, and nothing is in
+        flight (:meth:`Filling.ask_again`)."""
+        ...
+
     def withhold(self, withhold: bool) -> None:
         """Make pages that come COPIED, not visible, and leave faults unanswered; or no longer do.
 

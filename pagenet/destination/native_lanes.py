@@ -9,15 +9,22 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import trio
 
 from .. import _native
 from ..background.pacing import Background
-from ..errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, SourceLost
+from ..errors import (
+    HandshakeError,
+    OwnerGone,
+    PagenetError,
+    RemoteProtocolError,
+    SourceDisconnected,
+    SourceLost,
+)
 from ..nurseries import open_failing_nursery
 from ..protocol import printable
 from ..region import Region, Run
@@ -64,6 +71,7 @@ class LoopLanes:
             self._stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._done_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._rings = [_native.Ring() for _ in range(rings)]
+            self._in_rings = [(ring, deque[int]()) for ring in self._rings]
             for ring in self._rings:
                 stack.callback(ring.close)
             self._faults = _native.FaultLog()
@@ -103,12 +111,33 @@ class LoopLanes:
             ring.wake()
 
     async def run(self) -> None:
+        async with self._looping(self._start_loops) as nursery:
+            for ring, sizes in self._in_rings:
+                nursery.start_soon(self._feed, ring, sizes)
+
+    async def idle(self) -> None:
+        async with self._looping(lambda nursery: nursery.start_soon(self._run_idle_loop)):
+            pass
+
+    async def _run_idle_loop(self) -> None:
+        drive = partial(self._dest.run_lane, -1, self._stop_fd)
+        end = await trio.to_thread.run_sync(drive, abandon_on_cancel=False)
+        if end.kind != _native.END_STOPPED:
+            raise lane_error(end, "")
+
+    @asynccontextmanager
+    async def _looping(
+        self, start_loops: Callable[[trio.Nursery], None]
+    ) -> AsyncIterator[trio.Nursery]:
+        """Run the loops that ``start_loops`` starts in a nursery, beside those that the block
+        starts there, until they fail or are cancelled."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._stop_fd)  # former loops were told to stop
         try:
             async with open_failing_nursery() as nursery:
                 nursery.start_soon(self._stop_when_cancelled)
-                self._start_loops(nursery)
-                for ring in self._rings:
-                    nursery.start_soon(self._feed, ring)
+                start_loops(nursery)
+                yield nursery
                 nursery.start_soon(self._read_faults)
                 # another process that writes to the map may cause this event too early
                 while not self._filling.completed.is_set():
@@ -149,10 +178,12 @@ class LoopLanes:
         finally:
             self._background.note_faults(self._faults.read())  # the last of a complete transfer
 
-    async def _feed(self, ring: _native.Ring) -> None:
+    async def _feed(self, ring: _native.Ring, sizes: deque[int]) -> None:
         """Keep the ring filled with what the schedule names: fill it up each time that half of it
-        is used up."""
-        room, sizes, filled = RING_BYTES[0], deque[int](), trio.current_time()
+        is used up. ``sizes``: bytes of each run in it."""
+        room, filled = RING_BYTES[0], trio.current_time()
+        if sizes:  # what former loops left in it
+            await self._half_empty(ring, sizes)
         while True:
             run: Run | None = await self._background.next_run(room // RUNS_IN_RING)
             used = sum(sizes)
@@ -201,11 +232,19 @@ class NativeLanes(LoopLanes):
         connections: Sequence[Connection],
         background: Background,
     ) -> None:
-        self._peer = connections[0].peer
         with ExitStack() as stack:
-            self._sockets = [taken(stack, connection) for connection in connections]
+            self._connected = stack.enter_context(ExitStack())
+            self._take(connections)
             super().__init__(filling, wire, background, len(connections) - 1)
             self._cleanup.push(stack.pop_all())
+
+    def _take(self, connections: Sequence[Connection]) -> None:
+        self._peer = connections[0].peer
+        self._sockets = [taken(self._connected, connection) for connection in connections]
+
+    def resume(self, connections: Sequence[Connection]) -> None:
+        self._connected.close()
+        self._take(connections)
 
     def _start_loops(self, nursery: trio.Nursery) -> None:
         limiter = trio.CapacityLimiter(len(self._sockets))
@@ -233,9 +272,9 @@ def lane_error(end: _native.End, peer: str) -> PagenetError:
     """The error for a loop in C that has ended without being told to."""
     match end.kind:
         case _native.END_CLOSED:
-            return SourceLost(f"the source is gone: {peer} closed the connection")
+            return SourceDisconnected(f"the source is gone: {peer} closed the connection")
         case _native.END_BROKEN:
-            return SourceLost(f"the source is gone: {peer}: {os.strerror(end.error)}")
+            return SourceDisconnected(f"the source is gone: {peer}: {os.strerror(end.error)}")
         case _native.END_FAILED:
             return SourceLost(f"the source cannot go on: {printable(end.text)}")
         case _native.END_PROTOCOL:

@@ -33,11 +33,13 @@ from ..target import Owner, Stored, Target
 from ..tls import Tls
 from ..transport import Connection, LaneKind, security_of
 from ..whole_file import WholeFile
+from .connecting import Connecting
 from .copying import Copying
 from .filling import Filling
 from .lanes import Lanes, OneSided
 from .native_lanes import NativeLanes, can_run_natively
-from .source_session import SourceSession, accept_source, dial_source
+from .source_session import SourceSession
+from .sources import accepted_sources, dialled_sources
 from .trio_lanes import TrioLanes
 
 __all__ = ["Transfer", "pull"]
@@ -59,8 +61,10 @@ class Transfer:
         streams: Sequence[Connection],
         background: Background,
         copying: Copying | None,
+        connecting: Connecting,
     ) -> None:
         self.filling = filling
+        self._connecting = connecting
         self._copying = copying
         self._background = background
         #: connections to the source's ``on_stream``, for the application's own bytes
@@ -111,6 +115,22 @@ class Transfer:
         and no fault is answered."""
         if self._copying is not None:
             await self._copying.frozen.wait()
+
+    @property
+    def disconnected(self) -> tuple[float, str] | None:
+        """The seconds since the source went away, and why it is not back; None: it is there."""
+        why = self._connecting.away
+        return None if why is None else (self._connecting.seconds_away, why)
+
+    @property
+    def reconnected(self) -> int:
+        """How often the source has come back."""
+        return self._connecting.reconnected
+
+    def give_up(self) -> None:
+        """Wait no longer for a source that is away, now or later: the transfer then ends with
+        :exc:`~pagenet.errors.SourceLost`."""
+        self._connecting.give_up()
 
     @property
     def is_over(self) -> bool:
@@ -217,6 +237,7 @@ async def pull(
     compress: Compress = "auto",
     streams: int = 0,
     held: bool = False,
+    reconnect_for: float = 0.0,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -255,11 +276,17 @@ async def pull(
     :meth:`Transfer.copy` on. ``max_bandwidth`` then limits that time alone, and
     ``start_background`` is about the time after it.
 
+    ``reconnect_for``: seconds (``math.inf``: for ever) for which a source is waited for that does
+    not answer any more, from the time when faults are answered. It is dialled, or may dial, again
+    and again; threads that touch missing pages wait; once it is back, what was in flight is asked
+    for again. With 0 a source that goes away ends the transfer.
+
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
     :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
     :exc:`~pagenet.errors.Unsupported`. Events: ``listening``, ``connected``, ``owner``,
-    ``progress`` four times a second, ``complete``.
+    ``progress`` four times a second, ``disconnected``, ``reconnecting`` once a minute until
+    ``reconnected``, ``complete``.
     """
     if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
         raise UsageError(
@@ -279,11 +306,16 @@ async def pull(
         *[Channel.BACKGROUND] * background_lanes,
         *[Channel.STREAM] * streams,
     )
-    sessions = (
-        accept_source(uri, plaintext, tls, channels, on_event) if listen else dial_source(uri, tls)
+    pages_go_over = channels[: 1 + background_lanes]
+    having_sources = (
+        accepted_sources(uri, plaintext, tls, channels, on_event)
+        if listen
+        else dialled_sources(uri, tls)
     )
-    async with _recording_to(record) as recording, sessions as session:
+    async with _recording_to(record) as recording, having_sources as sources:
+        session = await sources.meet()
         filling: Filling | None = None
+        connecting: Connecting | None = None
         reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
             try:
@@ -311,12 +343,12 @@ async def pull(
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
                         cleanup.callback(_save, recorder, *recording)
-                    pages_go_over, others = (
-                        connections[: 1 + background_lanes],
-                        connections[1 + background_lanes :],
+                    for_pages = connections[: len(pages_go_over)]
+                    security = security_of(for_pages[0])
+                    lanes = _make_lanes(lane, filling, session.region, for_pages, plan, cleanup)
+                    connecting = Connecting(
+                        sources, session, lanes, pages_go_over, filling, reconnect_for, on_event
                     )
-                    security = security_of(pages_go_over[0])
-                    lanes = _make_lanes(lane, filling, session.region, pages_go_over, plan, cleanup)
                     name = f"{lanes.name}, {security}" if security else lanes.name
                     copying = None
                     if session.is_tracked:
@@ -328,11 +360,14 @@ async def pull(
                 pages, placement = filling.residency.scope, filling.target.placement
                 on_event("owner", placement=placement, lane=name, pages=pages)
                 async with open_failing_nursery() as nursery:
-                    transfer = Transfer(filling, session.peer, name, others, plan, copying)
+                    others = connections[len(pages_go_over) :]
+                    transfer = Transfer(
+                        filling, session.peer, name, others, plan, copying, connecting
+                    )
                     if not held:
                         transfer.release()
                     nursery.start_soon(
-                        _TransferTasks(transfer, session, lanes, plan, start, copying, on_event).run
+                        _TransferTasks(transfer, connecting, plan, start, copying, on_event).run
                     )
                     yield transfer
                     nursery.cancel_scope.cancel()
@@ -341,7 +376,8 @@ async def pull(
                 raise
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
-                    await session.say_bye(complete=False, reason=reason)
+                    last = session if connecting is None else connecting.session
+                    await last.say_bye(complete=False, reason=reason)
 
 
 class _Early:
@@ -416,19 +452,17 @@ class _TransferTasks:
     def __init__(
         self,
         transfer: Transfer,
-        session: SourceSession,
-        lanes: Lanes,
+        connecting: Connecting,
         background: Background,
         start: Start,
         copying: Copying | None,
         on_event: EventHandler,
     ) -> None:
         self._transfer = transfer
+        self._connecting = connecting
         self._copying = copying
         self._on_event = on_event
         self._filling = transfer.filling
-        self._session = session
-        self._lanes = lanes
         self._background = background
         self._start = start
 
@@ -438,9 +472,10 @@ class _TransferTasks:
             if self._copying is not None:
                 nursery.start_soon(self._copying.run)
             on_round = None if self._copying is None else self._copying.hear
-            nursery.start_soon(self._session.watch, on_round)
             nursery.start_soon(self._watch_owner)
-            nursery.start_soon(self._run_lanes)
+            nursery.start_soon(
+                self._connecting.run, self._transfer.wait_begun, self._wait_settled, on_round
+            )
             nursery.start_soon(self._begin_background)
             if self._on_event is not ignore_events:
                 nursery.start_soon(tell_progress, self._transfer, self._on_event)
@@ -449,18 +484,18 @@ class _TransferTasks:
         if isinstance(self._filling.target, Stored):
             await self._filling.target.wait_stored()
         self._filling.finish()
-        await self._session.say_bye(complete=True)
+        await self._connecting.session.say_bye(complete=True)
         self._filling.residency.finish()
         self._on_event("complete", **complete_fields(self._filling.statistics()))
         self._transfer.finished.set()
 
-    async def _run_lanes(self) -> None:
-        await self._transfer.wait_begun()
-        await self._lanes.run()
-
-    async def _begin_background(self) -> None:
+    async def _wait_settled(self) -> None:
+        """Return when faults are answered: from then on a source that goes away is waited for."""
         await self._transfer.wait_released()
         await self._transfer.wait_frozen()
+
+    async def _begin_background(self) -> None:
+        await self._wait_settled()
         if not self._background.begun:
             await begin_background(
                 self._background, self._start, lambda: self._filling.statistics().demand.faults

@@ -13,7 +13,7 @@ import trio
 
 from .. import _native
 from ..background.pacing import Background
-from ..errors import ConnectionBroken, RemoteProtocolError, SourceLost
+from ..errors import ConnectionBroken, RemoteProtocolError, SourceDisconnected, SourceLost
 from ..nurseries import open_failing_nursery
 from ..protocol import (
     LANE_HEADER_SIZE,
@@ -52,14 +52,22 @@ class TrioLanes:
         background: Background,
     ) -> None:
         self._filling = filling
+        self._wire = wire
         self._background = background
-        self._demand = TrioLane(connections[0], filling, wire, self._note_arrival)
+        self.resume(connections)
+
+    def resume(self, connections: Sequence[Connection]) -> None:
+        self._demand = TrioLane(connections[0], self._filling, self._wire, self._note_arrival)
         self._pushers = [
-            _Pusher(connection, filling, wire, background, self._act)
+            _Pusher(connection, self._filling, self._wire, self._background, self._act)
             for connection in connections[1:]
         ]
 
+    async def idle(self) -> None:
+        await read_events_forever(self._filling, lambda: None)
+
     async def run(self) -> None:
+        self._act()  # what threads wait for since before this connection
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._demand.run)
             for pusher in self._pushers:
@@ -209,7 +217,7 @@ class TrioLane:
                 nursery.start_soon(self._send_forever)
                 await self._receive_forever()
         except ConnectionBroken as error:
-            raise SourceLost(f"the source is gone: {error}") from None
+            raise SourceDisconnected(f"the source is gone: {error}") from None
         finally:
             self._staging.close()
             self._unpacked.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import trio
@@ -19,7 +19,7 @@ from .. import _native
 from ..background.pacing import Background
 from ..destination.filling import Filling
 from ..destination.native_lanes import LoopLanes, lane_error, taken
-from ..errors import ConnectionBroken, SourceLost, Unsupported, UsageError
+from ..errors import ConnectionBroken, SourceDisconnected, Unsupported, UsageError
 from ..region import Region
 from ..session import receive_exactly
 from ..target import Target
@@ -39,6 +39,15 @@ class Carrier(Connection, Detachable, Protocol):
 
     @property
     def local_host(self) -> str: ...
+
+
+class Carried(Protocol):
+    """A connection by way of a carrier."""
+
+    @property
+    def peer(self) -> str: ...
+    @property
+    def carrier(self) -> Carrier: ...
 
 
 def can_run_in_c(target: Target) -> bool:
@@ -68,13 +77,21 @@ class RdmaLanes(LoopLanes):
                     " is the most"
                 )
         super().__init__(filling, wire, background, rings=1)
+        self._connected = self._cleanup.enter_context(ExitStack())
         self._wire = wire
-        self._carriers = carriers
         self._path = path
+        self._go_over(carriers, peer)
+        self.name = f"rdma by {path}"
+
+    def _go_over(self, carriers: Sequence[Carrier], peer: str) -> None:
+        self._carriers = carriers
         self._peer = peer
         self._loop: _native.RdmaLoop | None = None
         self._is_set_up = trio.Event()
-        self.name = f"rdma by {path}"
+
+    def resume(self, connections: Sequence[Carried]) -> None:
+        self._connected.close()
+        self._go_over([connection.carrier for connection in connections], connections[0].peer)
 
     def _start_loops(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._run_loop)
@@ -93,7 +110,7 @@ class RdmaLanes(LoopLanes):
         try:
             loop, sock = await self._set_up()
         except ConnectionBroken as error:
-            raise SourceLost(f"the source is gone: {error}") from None
+            raise SourceDisconnected(f"the source is gone: {error}") from None
         self._loop = loop
         self._is_set_up.set()
         end = await trio.to_thread.run_sync(loop.run, *sock, limiter=trio.CapacityLimiter(1))
@@ -104,7 +121,7 @@ class RdmaLanes(LoopLanes):
         """Join both queue pairs to the source's. Return the loop, and the socket for keys."""
         path = self._path
         loop = await trio.to_thread.run_sync(self._make_loop)
-        self._cleanup.callback(loop.close)
+        self._connected.callback(loop.close)
         for number, carrier in enumerate(self._carriers):
             psn = secrets.randbelow(1 << 24)
             ours = Endpoint(path.gid, path.lid, loop.number(number), psn, path.mtu, path.reads)
@@ -120,7 +137,7 @@ class RdmaLanes(LoopLanes):
                     mtu=min(path.mtu, theirs.mtu),
                     reads=min(path.reads, theirs.reads),
                 )
-        return loop, taken(self._cleanup, self._carriers[0])
+        return loop, taken(self._connected, self._carriers[0])
 
     def _make_loop(self) -> _native.RdmaLoop:
         path = self._path

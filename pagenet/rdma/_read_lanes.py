@@ -18,7 +18,7 @@ from .. import _native
 from ..background.pacing import Background
 from ..destination.filling import Filling
 from ..destination.trio_lanes import WINDOW_CHUNKS, act_on_faults, read_events_forever
-from ..errors import ConnectionBroken, SourceLost, Unsupported
+from ..errors import ConnectionBroken, SourceDisconnected, SourceLost, Unsupported
 from ..nurseries import open_failing_nursery
 from ..protocol import Class
 from ..region import Region, Run
@@ -62,11 +62,19 @@ class ReadLanes:
         background: Background,
     ) -> None:
         self._filling = filling
+        self._wire = wire
         self._background = background
         self._path = path
+        self.resume(connections)
+
+    def resume(self, connections: Sequence[Connection]) -> None:
         self._demand, *self._pushers = [
-            _ReadLane(connection, filling, wire, path, self._act) for connection in connections
+            _ReadLane(connection, self._filling, self._wire, self._path, self._act)
+            for connection in connections
         ]
+
+    async def idle(self) -> None:
+        await read_events_forever(self._filling, lambda: None)
 
     @property
     def name(self) -> str:
@@ -83,6 +91,7 @@ class ReadLanes:
         """Nothing to do: :meth:`run` releases what the lanes own."""
 
     async def run(self) -> None:
+        self._act()  # what threads wait for since before these connections
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._demand.run)
             for lane in self._pushers:
@@ -154,7 +163,7 @@ class _ReadLane:
                     await self._read(class_, run)
                     self._progress.set()
             except ConnectionBroken as error:
-                raise SourceLost(f"the source is gone: {error}") from None
+                raise SourceDisconnected(f"the source is gone: {error}") from None
             except OSError as error:
                 raise Unsupported(f"cannot use {self._path} for RDMA: {error.strerror}") from None
 
@@ -318,7 +327,7 @@ class _Device:
             part.close()
             status = await self._completion()
         if status == enums.IBV_WC_RETRY_EXC_ERR:
-            raise SourceLost("the source is gone: it does not answer READs")
+            raise SourceDisconnected("the source is gone: it does not answer READs")
         if status != enums.IBV_WC_SUCCESS:
             raise SourceLost(
                 f"the source cannot go on: a READ of its memory failed (status {status})"

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 import trio
 
@@ -30,11 +31,14 @@ from ..errors import (
     UsageError,
 )
 from ..events import EventHandler, ignore_events
-from ..nurseries import open_failing_nursery
+from ..heartbeat import Heartbeat
+from ..nurseries import open_failing_nursery, running_beside
 from ..protocol import (
+    ALIVE,
     LZ4,
     MAX_DESTINATION_MESSAGE,
     TRACKED,
+    Alive,
     Bye,
     Channel,
     Class,
@@ -47,6 +51,7 @@ from ..protocol import (
     Stale,
     printable,
 )
+from ..redialling import dial_again
 from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
@@ -67,10 +72,6 @@ StreamHandler = Callable[[transport.Connection], Awaitable[None]]
 MAX_SESSIONS = 128
 MAX_LANES = 16
 
-# Seconds between two attempts to reach a lost destination: a restarted daemon is reached within a
-# second, and one that takes a day to return costs a packet now and then.
-_FIRST_PAUSE, _MAX_PAUSE = 0.1, 2.0
-
 # Seconds between two looks whether the keys that a destination gives back have come.
 _LOOK_SECONDS = 0.001
 
@@ -85,11 +86,20 @@ class _Session:
     identity: tuple[str, ...] = ()
     #: of a destination of a tracked source
     rounds: Rounds | None = None
+    heartbeat: Heartbeat | None = None
+    #: set when messages on the control connection are heard
+    began: trio.Event = field(default_factory=trio.Event)
     #: set when no more messages come on the control connection
     ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[trio.CancelScope] = field(default_factory=set)
     #: lanes whose hello was accepted and that have not ended
     lane_count: int = 0
+
+    async def wait_silent(self) -> None:
+        """Return when the destination is silent."""
+        await self.began.wait()
+        assert self.heartbeat is not None
+        await self.heartbeat.wait_silent()
 
     @contextmanager
     def lane(self) -> Iterator[None]:
@@ -98,6 +108,21 @@ class _Session:
             yield
         finally:
             self.lane_count -= 1
+
+
+class _Left(ConnectionBroken):
+    """The destination has said goodbye, and lacks pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """A destination that we have dialled has said hello."""
+
+    session: _Session
+    hello: Hello
+
+    def close(self) -> None:
+        self.session.control.connection.close()
 
 
 class Server:
@@ -114,8 +139,10 @@ class Server:
         max_lanes: int,
         tracked: Tracker | None,
         tls: Tls | None,
+        reconnect_for: float,
     ) -> None:
         self._source, self._tls = source, tls
+        self._reconnect_for = reconnect_for
         self._max_sessions, self._max_lanes = max_sessions, max_lanes
         self._tracked = tracked
         self._rounds: Rounds | None = None
@@ -183,7 +210,7 @@ class Server:
             return Hello(Role.SOURCE, channel, session.session_id)
         source = self._source
         session_id, identity, region = session.session_id, source.identity, source.region
-        features = frozenset({LZ4} if self._is_at_rest else {LZ4, TRACKED})
+        features = frozenset({ALIVE, LZ4} if self._is_at_rest else {ALIVE, LZ4, TRACKED})
         return Hello(Role.SOURCE, channel, session_id, identity, region, features=features)
 
     def rest(self) -> None:
@@ -224,12 +251,15 @@ class Server:
         while any(memory.pinned for memory in self._readable.values()):  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
 
+    def _make_session(self, control: MessageStream) -> _Session:
+        return _Session(os.urandom(16), control, transport.identity_of(control.connection))
+
     @contextmanager
-    def _new_session(self, control: MessageStream) -> Iterator[_Session]:
-        session = _Session(os.urandom(16), control, transport.identity_of(control.connection))
+    def _registered(self, session: _Session) -> Iterator[None]:
+        """Serve lanes of ``session`` for as long as the block runs."""
         self._sessions[session.session_id] = session
         try:
-            yield session
+            yield
         finally:
             del self._sessions[session.session_id]
             for lane in session.lanes:
@@ -299,11 +329,12 @@ class Server:
                 "the source's memory still changes, and this release of the destination cannot be"
                 " told: bring it up to date"
             )
-        with self._new_session(control) as session:
+        session = self._make_session(control)
+        with self._registered(session):
             self._begin_rounds(session, hello)
             await control.answer(self._hello(Channel.CONTROL, session))
             self._on_event("connected", peer=control.connection.peer)
-            await self._serve_control(session)
+            await self._serve_control(session, hello)
 
     # ---- destinations that we dial ----
 
@@ -322,45 +353,83 @@ class Server:
     async def dial(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done.
 
-        After :meth:`persist`, retry while it is lost.
+        A destination that is lost is dialled again: after :meth:`persist` always, and otherwise
+        for ``reconnect_for`` seconds, unless it has said goodbye. :exc:`ConnectionBroken`.
         """
-        told, pause = "", _FIRST_PAUSE
-        while True:
-            began = trio.current_time()
+        greeting: _Greeting | None = await self._greet(uri)
+        while greeting is not None:
             try:
-                return await self.dial_once(uri)
+                greeting = await self._serve_dialled(uri, greeting)
             except (ConnectionBroken, ProtocolError, SourceUnreachable, Unsupported) as error:
-                if not self._persists:
+                if not self._may_redial(error):
                     raise
-                if (reason := str(error)) != told:
-                    self._on_event("waiting", uri=uri, reason=reason)
-                told = reason
-            if trio.current_time() - began > _MAX_PAUSE:
-                pause = _FIRST_PAUSE  # the destination was connected meanwhile
-            await trio.sleep(pause)
-            pause = min(2 * pause, _MAX_PAUSE)
+                greeting = await self._redial(uri, error)
 
-    async def dial_once(self, uri: str) -> None:
-        """Serve the one destination that listens on ``uri``, until it is done.
+    def _may_redial(self, error: PagenetError) -> bool:
+        is_lost = isinstance(error, ConnectionBroken) and not isinstance(error, _Left)
+        return self._persists or (is_lost and self._is_at_rest and self._reconnect_for > 0)
 
-        :exc:`ConnectionBroken` if it leaves before.
-        """
+    async def _redial(self, uri: str, error: PagenetError) -> _Greeting:
+        told = ""
+
+        def tell(reason: str) -> None:
+            nonlocal told
+            if reason != told:
+                self._on_event("waiting", uri=uri, reason=reason)
+            told = reason
+
+        tell(str(error))
+        with trio.move_on_after(inf if self._persists else self._reconnect_for):
+            return await dial_again(partial(self._greet, uri), tell)
+        raise ConnectionBroken(
+            f"the destination does not come back within {self._reconnect_for:g} s: {told}"
+        )
+
+    async def _greet(self, uri: str) -> _Greeting:
+        """Dial the destination that listens on ``uri``, and exchange hellos."""
         connection = await transport.dial(uri, self._tls)
-        stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
-        with self._new_session(stream) as session:
-            try:
-                hello = await greet(stream, self._hello(Channel.CONTROL, session))
+        try:
+            stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
+            session = self._make_session(stream)
+            hello = await greet(stream, self._hello(Channel.CONTROL, session))
+        except BaseException:
+            connection.close()
+            raise
+        return _Greeting(session, hello)
+
+    async def _serve_dialled(self, uri: str, greeting: _Greeting) -> _Greeting | None:
+        """Serve a destination until it is done. Returns the greeting of its next session, if it has
+        answered there and not here."""
+        session, hello = greeting.session, greeting.hello
+        complete, successors = False, list[_Greeting]()
+
+        async def serve_control() -> None:
+            nonlocal complete
+            complete = await self._serve_control(session, hello)
+            nursery.cancel_scope.cancel()
+
+        try:
+            with self._registered(session):
                 self._begin_rounds(session, hello)
-                self._on_event("connected", peer=connection.peer)
+                self._on_event("connected", peer=session.control.connection.peer)
                 async with open_failing_nursery() as nursery:
+                    nursery.start_soon(serve_control)
                     for channel in hello.lanes:
                         nursery.start_soon(self._dial_lane, uri, channel, session)
-                    complete = await self._serve_control(session)
-                    nursery.cancel_scope.cancel()
-            finally:
-                connection.close()
+                    await session.wait_silent()
+                    if self._persists or self._reconnect_for > 0:
+                        # A destination answers there only if it hears nothing here either.
+                        successors.append(
+                            await dial_again(partial(self._greet, uri), lambda reason: None)
+                        )
+                        nursery.cancel_scope.cancel()
+        finally:
+            greeting.close()
+        if successors:
+            return successors[0]
         if not complete:
-            raise ConnectionBroken("the destination left before it had every page")
+            raise _Left("the destination left before it had every page")
+        return None
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
         connection = await transport.dial(uri, self._tls)
@@ -378,15 +447,20 @@ class Server:
 
     # ---- one connection ----
 
-    async def _serve_control(self, session: _Session) -> bool:
+    async def _serve_control(self, session: _Session, hello: Hello) -> bool:
         """Wait until the destination says goodbye. Return whether it has every page."""
+        session.heartbeat = Heartbeat(session.control, ALIVE in hello.features)
+        session.began.set()
         try:
-            while True:
-                match await session.control.receive():
-                    case Paused() as paused if session.rounds is not None:
-                        session.rounds.hear(paused)
-                    case message:
-                        return await self._end_control(session, message)
+            async with running_beside(session.heartbeat.run):
+                while True:
+                    match await session.control.receive():
+                        case Alive():
+                            pass
+                        case Paused() as paused if session.rounds is not None:
+                            session.rounds.hear(paused)
+                        case message:
+                            return await self._end_control(session, message)
         finally:
             session.ended.set()
             if session.rounds is not None:
@@ -404,14 +478,14 @@ class Server:
                     self._completed.set()
                 return complete
             case Failure("gave-up", text):
-                raise ConnectionBroken(f"the destination gave up: {text}")
+                raise _Left(f"the destination gave up: {text}")
             case Failure(_, text):
                 raise RemoteProtocolError(f"the peer gave up: {text}")
             case None:
                 raise ConnectionBroken("the destination closed its connection before it was done")
             case Hello():
                 raise RemoteProtocolError("the peer says hello twice")
-            case Pause() | Paused() | Stale():
+            case Alive() | Pause() | Paused() | Stale():
                 raise RemoteProtocolError("the peer speaks of rounds, and there are none")
 
     async def _serve_lane(self, channel: Channel, stream: MessageStream, session: _Session) -> None:
@@ -539,6 +613,7 @@ async def serve(
     max_sessions: int = MAX_SESSIONS,
     max_lanes: int = MAX_LANES,
     tracked: Tracker | None = None,
+    reconnect_for: float = 0.0,
     on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Server]:
@@ -554,7 +629,9 @@ async def serve(
     ``max_lanes``: lanes of each, streams included. More are refused. ``tracked``: the source's
     owner still writes to it, and this names what it has written (a :class:`~pagenet.WriteTracker`,
     made before). The one destination that may then connect copies pages in
-    :meth:`Server.wait_rounds`, until they are frozen. ``on_stream``: called with each stream that a
+    :meth:`Server.wait_rounds`, until they are frozen. ``reconnect_for``: with ``connect``, seconds
+    (``math.inf``: for ever) for which a destination that was connected and is lost is dialled
+    again. ``on_stream``: called with each stream that a
     destination opens for the application's own bytes; the connection is closed when the call
     returns.
 
@@ -582,6 +659,7 @@ async def serve(
             max_lanes,
             tracked,
             tls,
+            reconnect_for,
         )
         cleanup.callback(server.close)
         if listen is not None:

@@ -17,22 +17,24 @@ CONNECT_TIMEOUT = 10.0
 # Seconds for a TLS handshake with a peer that was dialled: two round trips, and some ms of work.
 HANDSHAKE_TIMEOUT = 10.0
 
-# A dead peer must be noticed within PEER_TIMEOUT seconds, because until then every fault waits and
-# nothing reconnects. By default, Linux takes about 15 minutes while bytes are unacknowledged
-# (tcp_retries2), and for ever on an idle connection. Two options are needed, because each covers
-# what the other does not:
-# - TCP_USER_TIMEOUT: bytes are in flight and are not acknowledged.
+# A dead peer is noticed by its missing beats on the control connection (pagenet/heartbeat.py). A
+# single connection whose flow is dropped, while the others go on, is noticed by TCP, and by default
+# Linux takes about 15 minutes for that while bytes are unacknowledged (tcp_retries2), and for ever
+# on an idle connection. Two options are needed, because each covers what the other does not:
+# - TCP_USER_TIMEOUT: bytes are in flight and are not acknowledged. A path that loses 30 % of its
+#   packets does not take so long: with 10 s it ended connections again and again.
 # - keepalive: nothing is in flight. KEEPALIVE_IDLE + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL comes to
-#   the same 10 s. 10 s is above the pauses that healthy networks have (a bond failing over) and low
-#   enough for a person to wait.
-#
-# PEER_TIMEOUT is also how long a peer may be stopped. When its receive window has been shut for
-# that time, TCP_USER_TIMEOUT ends the connection although the peer's kernel still answers (measured
-# on Linux 6.18: after 10.4 s). Reconnecting heals that.
-PEER_TIMEOUT = 10
+#   10 s.
+UNACKNOWLEDGED_TIMEOUT = 30
 KEEPALIVE_IDLE = 4
 KEEPALIVE_INTERVAL = 2
 KEEPALIVE_PROBES = 3
+
+# The longest time (ms) between two repetitions of a packet that is not acknowledged: the kernel's
+# least. By default it doubles with each, and a path that has been down for 6 s is used again after
+# up to 6 s more. Since Linux 6.15; before that, a session over another connection is tried.
+TCP_RTO_MAX_MS = 44  # of <linux/tcp.h>; Python does not name it
+RTO_MAX_MS = 1000
 
 # Bytes that the kernel takes from us before it can send them (TCP_NOTSENT_LOWAT). With this limit,
 # pages are read as late as possible, and a source with hundreds of connections does not keep

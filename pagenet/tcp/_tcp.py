@@ -28,7 +28,9 @@ from ._constants import (
     NEAR_CONGESTION_CONTROL,
     NEAR_US,
     PACING_CONGESTION_CONTROL,
-    PEER_TIMEOUT,
+    RTO_MAX_MS,
+    TCP_RTO_MAX_MS,
+    UNACKNOWLEDGED_TIMEOUT,
     UNSENT_BYTES,
 )
 from ._listener import SocketListener
@@ -223,7 +225,9 @@ def tune(sock: trio.socket.SocketType | socket.socket, host_control: bytes) -> N
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT * 1000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_TIMEOUT * 1000)
+    with suppress(OSError):  # not in this kernel
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, RTO_MAX_MS)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     if _is_pacing(host_control) and _round_trip_us(sock) >= NEAR_US:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, host_control)

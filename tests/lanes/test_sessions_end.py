@@ -29,7 +29,7 @@ from pagenet import (
 )
 from pagenet.destination.filling import Filling
 from pagenet.destination.into_file import FileTarget
-from pagenet.destination.source_session import LANE_TIMEOUT
+from pagenet.destination.sources import LANE_TIMEOUT
 from pagenet.protocol import (
     MAX_REQUEST_BYTES,
     Bye,

@@ -18,7 +18,7 @@ from processes import LANES, PAGE, pull_command, run, run_server, serve_command
 
 from pagenet import RemoteProtocolError, Run
 from pagenet.admission import GRACE, MAX_STRANGERS, Admission
-from pagenet.destination.source_session import dial_source
+from pagenet.destination.sources import dial_source
 from pagenet.protocol import LANE_HEADER_SIZE, Channel, Class, Encoding, Request
 from pagenet.session import receive_exactly
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import pagenet
 from pagenet import Block, LocalProtocolError, Region, RemoteProtocolError, Run, protocol, transport
-from pagenet.destination.source_session import accept_source
+from pagenet.destination.sources import accepted_sources
 from pagenet.protocol import (
     FRAME_HEADER,
     LANE_HEADER_SIZE,
@@ -1060,9 +1060,10 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
 
     async def destination() -> None:
         lanes = (Channel.DEMAND, Channel.BACKGROUND)
-        async with accept_source(
+        async with accepted_sources(
             "memory://destination", False, None, lanes, lambda *_, **__: listening.set()
-        ) as session:
+        ) as sources:
+            session = await sources.meet()
             lane, requests = (
                 await session.open_lane(Channel.DEMAND),
                 OutstandingRequests(session.region),

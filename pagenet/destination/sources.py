@@ -1,0 +1,299 @@
+"""How a destination gets its session with a source, and the next one when that is lost: it dials,
+or it listens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Protocol
+
+import trio
+
+from .. import transport
+from ..admission import Admission, spare_descriptors
+from ..errors import (
+    ConnectionBroken,
+    ProtocolError,
+    RemoteProtocolError,
+    SourceDisconnected,
+    SourceLost,
+    SourceUnreachable,
+)
+from ..events import EventHandler
+from ..nurseries import open_failing_nursery
+from ..protocol import ALIVE, TRACKED, Channel, Hello, Role
+from ..redialling import dial_again
+from ..session import MessageStream, accept_forever, greet, telling
+from ..tls import Tls
+from ..transport import Connection
+from .source_session import SourceSession
+
+__all__ = ["Sources", "accepted_sources", "dial_source", "dialled_sources"]
+
+# The source dials its lanes at once: this is as long as a dial may take.
+LANE_TIMEOUT = 10.0
+_FEATURES = frozenset({ALIVE, TRACKED})
+
+
+class Sources(Protocol):
+    """Sessions with one source, one after the other."""
+
+    async def meet(self) -> SourceSession:
+        """The first session."""
+        ...
+
+    async def meet_again(
+        self, former: SourceSession, on_failure: Callable[[str], None]
+    ) -> SourceSession:
+        """A session with the source of ``former``, which is over, however long it takes.
+        ``on_failure`` is called with what stands in its way."""
+        ...
+
+    async def successor(self, session: SourceSession) -> SourceSession:
+        """Another session with the source of ``session``, once that is silent and the source
+        answers all the same."""
+        ...
+
+
+def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
+    if hello.channel is Channel.STREAM:
+        return stream.rest()
+    if stream.unread():
+        raise RemoteProtocolError(
+            f"the source sent pages on lane {hello.channel.value} before it was asked"
+        )
+    return stream.connection
+
+
+# ---- the destination dials ----
+
+
+class DialledSources:
+    """:class:`Sources` by dialling ``uri``."""
+
+    def __init__(self, uri: str, tls: Tls | None) -> None:
+        self._uri, self._tls = uri, tls
+        self._sessions: list[SourceSession] = []
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+
+    async def meet(self) -> SourceSession:
+        """Dial. :exc:`~pagenet.errors.SourceUnreachable` if nothing answers."""
+        hello = Hello(Role.DESTINATION, Channel.CONTROL, features=_FEATURES)
+        connection = await transport.dial(self._uri, self._tls)
+        try:
+            theirs, stream = await self._converse(connection, hello)
+            async with telling(stream):
+                session = SourceSession(stream, theirs, self._open_lane)
+        except BaseException:
+            connection.close()
+            raise
+        self._sessions.append(session)
+        return session
+
+    async def _converse(self, connection: Connection, ours: Hello) -> tuple[Hello, MessageStream]:
+        stream = MessageStream(connection)
+        try:
+            return await greet(stream, ours), stream
+        except ConnectionBroken as error:
+            raise SourceDisconnected(f"the source is gone: {error}") from None
+
+    async def _open_lane(self, session: SourceSession, channel: Channel) -> Connection:
+        try:
+            connection = await transport.dial(self._uri, self._tls)
+        except SourceUnreachable as error:  # it was there a moment ago
+            raise SourceDisconnected(f"the source is gone: {error}") from None
+        session.connections.append(connection)
+        hello = Hello(Role.DESTINATION, channel, session.session_id)
+        return _lane_stream(*await self._converse(connection, hello))
+
+    async def meet_again(
+        self, former: SourceSession, on_failure: Callable[[str], None]
+    ) -> SourceSession:
+        async def dial() -> SourceSession:
+            session = await self.meet()
+            try:
+                session.check_follows(former)
+            except SourceLost as error:
+                await self._leave(session, str(error))
+                raise
+            return session
+
+        return await dial_again(dial, on_failure)
+
+    async def _leave(self, session: SourceSession, reason: str = "") -> None:
+        await session.say_bye(complete=False, reason=reason)
+        session.close()
+        self._sessions.remove(session)
+
+    async def successor(self, session: SourceSession) -> SourceSession:
+        while True:
+            await session.heartbeat.wait_silent()
+            found = await self.meet_again(session, lambda reason: None)
+            if session.may_be_followed:
+                return found
+            await self._leave(found)
+
+
+@asynccontextmanager
+async def dialled_sources(uri: str, tls: Tls | None = None) -> AsyncIterator[DialledSources]:
+    """Sessions with the source that listens on ``uri``."""
+    sources = DialledSources(uri, tls)
+    try:
+        yield sources
+    finally:
+        sources.close()
+
+
+@asynccontextmanager
+async def dial_source(uri: str, tls: Tls | None = None) -> AsyncIterator[SourceSession]:
+    """A session with the source that listens on ``uri``.
+
+    Raises :exc:`~pagenet.errors.SourceUnreachable` if there is none.
+    """
+    async with dialled_sources(uri, tls) as sources:
+        yield await sources.meet()
+
+
+# ---- the source dials ----
+
+
+class AcceptedSources:
+    """:class:`Sources` that dial this side.
+
+    The first source that dials gets the session, and only that source gets the next one. Each lane
+    that it dials goes to the caller of :meth:`SourceSession.open_lane` that waits for its channel.
+    It is asked to dial ``channels``; in later sessions, those that pages go over.
+    """
+
+    def __init__(self, channels: Sequence[Channel], on_event: EventHandler) -> None:
+        self._on_event = on_event
+        self._session: SourceSession | None = None
+        self._on_failure: Callable[[str], None] | None = None
+        self._is_awaited = False  # somebody waits for the next session
+        self._met_in, self._met = trio.open_memory_channel[SourceSession](1)
+        self._expect(channels)
+        self.admission = Admission(spare_descriptors())
+
+    def _expect(self, channels: Sequence[Channel]) -> None:
+        self._wanted = tuple(channels)
+        self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in channels}
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    async def meet(self) -> SourceSession:
+        return await self._met.receive()
+
+    async def meet_again(
+        self, former: SourceSession, on_failure: Callable[[str], None]
+    ) -> SourceSession:
+        self._on_failure = on_failure
+        try:
+            return await self._meet_next()
+        finally:
+            self._on_failure = None
+
+    async def successor(self, session: SourceSession) -> SourceSession:
+        return await self._meet_next()
+
+    async def _meet_next(self) -> SourceSession:
+        self._is_awaited = True
+        try:
+            return await self._met.receive()
+        finally:
+            self._is_awaited = False
+
+    async def _open_lane(self, session: SourceSession, channel: Channel) -> Connection:
+        with trio.move_on_after(LANE_TIMEOUT):
+            return await self._lanes[channel][1].receive()
+        raise RemoteProtocolError(
+            f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s"
+        )
+
+    async def meet_peer(self, connection: Connection) -> None:
+        stream = MessageStream(connection)
+        try:
+            async with telling(stream):
+                with self.admission.stranger():
+                    hello = await stream.receive_hello(Role.SOURCE)
+                await self._welcome(hello, stream)
+        except (ProtocolError, ConnectionBroken) as error:
+            if self._on_failure is not None:
+                self._on_failure(f"{connection.peer}: refused: {error}")
+            self._on_event("refused", peer=connection.peer, reason=str(error))
+            connection.close()
+        except BaseException:
+            connection.close()
+            raise
+
+    async def _welcome(self, hello: Hello, stream: MessageStream) -> None:
+        if hello.channel is Channel.CONTROL:
+            await self._welcome_source(hello, stream)
+        else:
+            await self._welcome_lane(hello, stream)
+
+    async def _welcome_source(self, hello: Hello, stream: MessageStream) -> None:
+        if hello.region is None or not hello.session:
+            raise RemoteProtocolError("the source's hello has no block table or no session")
+        former, session = self._session, SourceSession(stream, hello, self._open_lane)
+        if former is not None:
+            self._check_follows(session, former)
+            self._expect([channel for channel in self._wanted if channel is not Channel.STREAM])
+        self._session = session
+        answer = Hello(
+            Role.DESTINATION,
+            Channel.CONTROL,
+            hello.session,
+            lanes=self._wanted,
+            features=_FEATURES,
+        )
+        try:
+            await stream.send(answer)
+        except BaseException:
+            self._session = former  # that source is gone: another one may try
+            raise
+        await self._met_in.send(session)
+
+    def _check_follows(self, session: SourceSession, former: SourceSession) -> None:
+        if not (self._is_awaited and former.may_be_followed):
+            raise RemoteProtocolError("another source is being pulled from here already")
+        try:
+            session.check_follows(former)
+        except SourceLost as error:
+            raise RemoteProtocolError(str(error)) from None
+
+    async def _welcome_lane(self, hello: Hello, stream: MessageStream) -> None:
+        session = self._session
+        # Whose it is counts, not who knows its number.
+        names = transport.identity_of(stream.connection)
+        if session is None or (hello.session, names) != (session.session_id, session.names):
+            raise RemoteProtocolError("the source opens a lane for a session that does not exist")
+        if hello.channel not in self._lanes:
+            raise RemoteProtocolError("the source opens a lane that it was not asked for")
+        session.connections.append(stream.connection)
+        await stream.send(Hello(Role.DESTINATION, hello.channel, hello.session))
+        await self._lanes[hello.channel][0].send(_lane_stream(hello, stream))
+
+
+@asynccontextmanager
+async def accepted_sources(
+    uri: str,
+    plaintext: bool,
+    tls: Tls | None,
+    channels: Sequence[Channel],
+    on_event: EventHandler,
+) -> AsyncIterator[AcceptedSources]:
+    """Sessions with the source that dials ``uri``, which is asked to dial ``channels`` too."""
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext, tls=tls))
+        on_event("listening", uri=listener.uri)
+        sources = AcceptedSources(channels, on_event)
+        stack.callback(sources.close)
+        nursery = await stack.enter_async_context(open_failing_nursery())
+        nursery.start_soon(accept_forever, listener, sources.meet_peer, sources.admission)
+        yield sources
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,81 @@
+"""Whether the peer of a session still runs: both sides say so once a second on the control
+connection.
+
+The kernel answers for a process that is stopped or hangs, and a path that swallows everything tells
+nobody. A beat comes from the program itself, so a side that hears none knows.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from .errors import ConnectionBroken, ConnectionClosed
+from .protocol import Alive
+from .session import MessageStream
+
+__all__ = ["PATIENCE", "SILENCE", "Heartbeat"]
+
+# Seconds between two beats.
+BEAT = 1.0
+#: Seconds without a byte after which the peer may have lost us, or we the peer: another session is
+#: tried beside this one. Two beats were lost by then, and TCP has repeated them several times.
+SILENCE = 2.5
+#: Seconds without a byte after which the peer is lost.
+PATIENCE = 10.0
+# Seconds between two looks. If this process stands still for longer than two of them, that is not
+# the peer's silence.
+_LOOK = 0.25
+
+
+class Heartbeat:
+    """The beats on ``stream``, whose messages somebody else receives. ``expects``: the peer sends
+    beats, too; otherwise it is never silent."""
+
+    def __init__(self, stream: MessageStream, expects: bool) -> None:
+        self._stream = stream
+        self._expects = expects
+        #: seconds since a byte of the peer came, without those in which this process stood still
+        self.silent = 0.0
+        self._silence = trio.Event()
+
+    async def run(self) -> None:
+        """Beat until cancelled. :exc:`ConnectionBroken` once the peer has sent nothing for
+        ``PATIENCE`` seconds."""
+        if not self._expects:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._beat)
+            await self._listen()
+
+    async def _beat(self) -> None:
+        while True:
+            await trio.sleep(BEAT)
+            try:
+                await self._stream.send(Alive())
+            except (ConnectionBroken, ConnectionClosed):
+                return  # whoever receives on this connection learns it too, and knows why
+
+    async def _listen(self) -> None:
+        heard, looked = self._stream.received, trio.current_time()
+        while self.silent < PATIENCE:
+            await trio.sleep(_LOOK)
+            past, looked = trio.current_time() - looked, trio.current_time()
+            if heard != self._stream.received:
+                heard, self.silent = self._stream.received, 0.0
+                self._silence = trio.Event()
+            else:
+                self.silent += min(past, 2 * _LOOK)
+            if self.is_silent:
+                self._silence.set()
+        peer = self._stream.connection.peer
+        raise ConnectionBroken(f"{peer} has sent nothing for {PATIENCE:g} s")
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has come for ``SILENCE`` seconds."""
+        return self.silent >= SILENCE
+
+    async def wait_silent(self) -> None:
+        """Return when nothing has come for ``SILENCE`` seconds."""
+        while not self.is_silent:
+            await self._silence.wait()
