@@ -10,6 +10,7 @@ from __future__ import annotations
 import trio
 
 from .errors import ConnectionBroken, ConnectionClosed
+from .nurseries import open_failing_nursery
 from .protocol import Alive
 from .session import MessageStream
 
@@ -43,7 +44,7 @@ class Heartbeat:
         ``PATIENCE`` seconds."""
         if not self._expects:
             return
-        async with trio.open_nursery() as nursery:
+        async with open_failing_nursery() as nursery:
             nursery.start_soon(self._beat)
             await self._listen()
 

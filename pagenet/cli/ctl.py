@@ -90,6 +90,10 @@ def make_parser() -> Parser:
     prefetch.add_argument(
         "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages after and before it"
     )
+    add(
+        "give-up",
+        "Wait no longer for a source that is away, now or later: the daemon ends with exit code 4.",
+    )
     add("switch", "End the rounds of a precopy: the guest leaves now.")
     rounds = add("rounds", "Change the number of rounds of a precopy.")
     rounds.add_argument(
@@ -201,8 +205,8 @@ class _Lines:
 
 
 def _done(command: str, answer: dict[str, Any]) -> str:
-    if command == "stop":
-        return "stopping"
+    if command in ("stop", "give-up"):
+        return "stopping" if command == "stop" else "it will not wait for a source that is away"
     if command in ("switch", "rounds"):
         return f"{command}: done"
     with _understood():
@@ -269,6 +273,7 @@ def _source(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _destination(status: dict[str, Any]) -> list[tuple[str, str]]:
+    away = status["disconnected"]
     left = "" if status["seconds_left"] is None else f", {status['seconds_left']:.0f} s left"
     quantiles = ", ".join(f"{name} {_us(value)}" for name, value in status["fault_us"].items())
     return [
@@ -279,7 +284,7 @@ def _destination(status: dict[str, Any]) -> list[tuple[str, str]]:
                 f" s{left if status['state'] == 'running' else ''}"
             ),
         ),
-        ("source", status["peer"]),
+        ("source", status["peer"] if away is None else _away(status["peer"], away)),
         (
             "resident",
             (
@@ -301,6 +306,10 @@ def _destination(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("compressed", _compressed(status["compressed"])),
         ("lanes", f"{status['lane']}, placement {status['placement']}"),
     ]
+
+
+def _away(peer: str, away: dict[str, Any]) -> str:
+    return f"{peer}: away for {away['seconds']:.0f} s ({away['reason']})"
 
 
 def _background(status: dict[str, Any]) -> str:

@@ -157,6 +157,7 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "schedule": {"name": _is_name},
     "bandwidth": {"rate": _is_rate},
     "prefetch": {"window": _is_window},
+    "give-up": {},
     "switch": {},
     "rounds": {"count": _is_round_count},
     "stop": {},

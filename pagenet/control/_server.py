@@ -136,6 +136,8 @@ class Control:
                 transfer.set_background(arguments["name"])
             case "bandwidth":
                 transfer.set_max_bandwidth(arguments["rate"])
+            case "give-up":
+                transfer.give_up()
             case "prefetch":
                 window = arguments["window"]
                 transfer.set_prefetch(None if window is None else (window[0], window[1]))

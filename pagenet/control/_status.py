@@ -83,6 +83,8 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
     return {
         "state": _state(transfer),
         "peer": transfer.peer,
+        "disconnected": _disconnected(transfer),
+        "reconnected": transfer.reconnected,
         "lane": transfer.lane,
         "placement": now.placement,
         "pages": now.pages,
@@ -126,9 +128,18 @@ def server_status(server: Server) -> dict[str, object]:
     }
 
 
+def _disconnected(transfer: Transfer) -> dict[str, object] | None:
+    if transfer.disconnected is None:
+        return None
+    seconds, reason = transfer.disconnected
+    return {"seconds": round(seconds, 3), "reason": reason}
+
+
 def _state(transfer: Transfer) -> str:
     if transfer.finished.is_set():
         return "complete"
+    if transfer.disconnected is not None:
+        return "disconnected"
     return "running" if transfer.is_released else "held"
 
 

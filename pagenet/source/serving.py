@@ -261,7 +261,7 @@ class Server:
         try:
             yield
         finally:
-            del self._sessions[session.session_id]
+            self._sessions.pop(session.session_id, None)
             for lane in session.lanes:
                 lane.cancel()
 
@@ -453,24 +453,29 @@ class Server:
         session.began.set()
         try:
             async with running_beside(session.heartbeat.run):
-                while True:
-                    match await session.control.receive():
-                        case Alive():
-                            pass
-                        case Paused() as paused if session.rounds is not None:
-                            session.rounds.hear(paused)
-                        case message:
-                            return await self._end_control(session, message)
+                return await self._end_control(session, await self._hear(session))
         finally:
             session.ended.set()
             if session.rounds is not None:
                 session.rounds.end()
+
+    async def _hear(self, session: _Session) -> Message | None:
+        """The message that ends the session, after all others."""
+        while True:
+            match await session.control.receive():
+                case Alive():
+                    pass
+                case Paused() as paused if session.rounds is not None:
+                    session.rounds.hear(paused)
+                case last:
+                    return last
 
     async def _end_control(self, session: _Session, message: Message | None) -> bool:
         match message:
             case Bye(complete):
                 if complete:
                     await self._check_unchanged(session)
+                self._sessions.pop(session.session_id, None)  # its place is free
                 self._on_event(
                     "complete" if complete else "left", peer=session.control.connection.peer
                 )

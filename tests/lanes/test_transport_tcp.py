@@ -11,7 +11,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ from trio.testing import wait_all_tasks_blocked
 from pagenet.errors import ConnectionBroken, ConnectionBusy, SourceUnreachable, UsageError
 from pagenet.tcp import TcpTransport, _tcp, assume_near, tune
 from pagenet.tcp._connection import SocketConnection
+from pagenet.tcp._constants import TCP_RTO_MAX_MS
 from pagenet.tcp._listener import SocketListener
 from pagenet.transport import Detachable
 
@@ -394,8 +395,10 @@ async def test_options() -> None:
         with as_socket(connection) as sock:
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 256 << 10
+            with suppress(OSError):  # Linux 6.15
+                assert sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == 1000
             idle, interval, probes = (
                 sock.getsockopt(socket.IPPROTO_TCP, option)
                 for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)

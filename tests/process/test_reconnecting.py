@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -25,11 +25,13 @@ from processes import (
     write_pattern,
 )
 
+from pagenet.control import connect_control
 from pagenet.uffd import probe
 
 SIZE = 32 << 20
 #: slow enough that the source never has sent everything before it is killed
 SLOWLY = ("--max-bandwidth", "20M")
+TOUCHES: tuple[str | int, ...] = ("--touches", 2 * SIZE // PAGE, "--wait-complete")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_pattern(tmp_path_factory.mktemp("away") / "source", SIZE, zero_every=16))
 
 
+def run_owner(socket: Path, memory: str, *more: str | int) -> AbstractAsyncContextManager[Process]:
+    """An owner that touches its pages in a random order."""
+    what = ["--memory", memory, "--size", str(SIZE), "--zero-every", "16", "--order", "random"]
+    return run_workload(socket, *what, *more)
+
+
 @asynccontextmanager
 async def filling(
     uri: str, directory: Path, lane: str, memory: str, *more: str
@@ -51,9 +59,7 @@ async def filling(
     command = pull_command(uri, "--uffd-socket", str(socket), *SLOWLY, *more, lane=lane)
     async with run(command) as pulling:
         await pulling.event("waiting")
-        options = ["--memory", memory, "--size", SIZE, "--zero-every", 16, "--threads", 4]
-        touches = ["--touches", 2 * SIZE // PAGE, "--order", "random", "--wait-complete"]
-        async with run_workload(socket, *options, *touches) as owner:
+        async with run_owner(socket, memory, *TOUCHES, "--threads", 4) as owner:
             await pulling.event("owner")
             yield pulling, owner
 
@@ -69,20 +75,21 @@ async def completes(pulling: Process, owner: Process) -> None:
 async def test_source_is_killed_and_started_again(
     memory: str, lane: str, source: str, tmp_path: Path
 ) -> None:
-    async with run_server(source) as (first, uri):
-        async with filling(uri, tmp_path, lane, memory) as (pulling, owner):
-            serving = first
-            for _ in range(3):
-                await serving.kill()
-                away = await pulling.event("disconnected")
-                assert "the source" in away["reason"]
-                await wait_in_faults(owner.pid, 4)
-                async with run(serve_command(source, "--listen", uri)) as serving:
-                    assert (await pulling.event("reconnected"))["seconds"] > 0
-                    await serving.event("connected")
-                    await trio.sleep(0.05)
-            async with run_server(source, listen=uri):
-                await completes(pulling, owner)
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, lane, memory) as (pulling, owner),
+    ):
+        for _ in range(3):
+            await serving.kill()
+            away = await pulling.event("disconnected")
+            assert "the source" in away["reason"]
+            await wait_in_faults(owner.pid, 4)
+            async with run(serve_command(source, "--listen", uri)) as serving:
+                assert (await pulling.event("reconnected"))["seconds"] > 0
+                await serving.event("connected")
+                await trio.sleep(0.05)
+        async with run_server(source, listen=uri):
+            await completes(pulling, owner)
 
 
 @pytest.mark.parametrize("lane", LANES)
@@ -109,8 +116,124 @@ async def filling_listener(
         await pulling.event("listening")
         async with run(serve_command(source, "--connect", uri)) as serving:
             await pulling.event("waiting")
-            memory = ["--memory", "memfd", "--size", SIZE, "--zero-every", 16]
-            touches = ["--touches", 2 * SIZE // PAGE, "--order", "random", "--wait-complete"]
-            async with run_workload(socket, *memory, *touches) as owner:
+            async with run_owner(socket, "memfd", *TOUCHES) as owner:
                 await pulling.event("owner")
                 yield pulling, owner, serving
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_connections_are_reset(lane: str, source: str, tmp_path: Path) -> None:
+    """As by a firewall that forgets them. Each time at another moment of the transfer."""
+    async with (
+        run_server(source) as (_, uri),
+        run_relay(uri, hold_after=1 << 40) as relay,
+        filling(relay.uri, tmp_path, lane, "memfd") as (pulling, owner),
+    ):
+        for _ in range(5):
+            await trio.sleep(0.1)
+            await relay.cut()
+            await pulling.event("disconnected")
+            await pulling.event("reconnected")
+        await completes(pulling, owner)
+
+
+async def test_another_source_is_no_source(source: str, tmp_path: Path) -> None:
+    """It listens where the lost one did, and has other pages. The right one is waited for."""
+    other = str(write_pattern(tmp_path / "other", SIZE))
+    control = tmp_path / "ctl"
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, "native", "memfd", "--control", str(control)) as (pulling, owner),
+        connect_control(control) as client,
+    ):
+        assert (await client.command("status"))["disconnected"] is None
+        await serving.kill()
+        await pulling.event("disconnected")
+        async with run_server(other, listen=uri) as (wrong, _):
+            left = await wrong.event("lost")
+            assert "another source answers" in left["reason"]
+            status = await client.command("status")
+            assert status["state"] == "disconnected"
+            assert "another source answers" in status["disconnected"]["reason"]
+            assert status["disconnected"]["seconds"] > 0
+        async with run_server(source, listen=uri):
+            await pulling.event("reconnected")
+            assert (await client.command("status"))["reconnected"] == 1
+            await completes(pulling, owner)
+
+
+async def test_given_up(source: str, tmp_path: Path) -> None:
+    control = tmp_path / "ctl"
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, "native", "memfd", "--control", str(control)) as (pulling, _),
+        connect_control(control) as client,
+    ):
+        await serving.kill()
+        await pulling.event("disconnected")
+        await client.command("give-up")
+        assert await pulling.wait() == 4
+        assert "told to give up" in pulling.stderr
+        assert pulling.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seconds", "says"), [("0", "the source"), ("0.7", "within 0.7 s")])
+async def test_limit(seconds: str, says: str, source: str, tmp_path: Path) -> None:
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, "native", "memfd", "--reconnect-for", seconds) as (pulling, _),
+    ):
+        await serving.kill()
+        assert await pulling.wait() == 4
+        assert says in pulling.stderr
+        assert pulling.stderr.count("\n") == 1
+
+
+async def test_owner_that_ends_while_the_source_is_away(source: str, tmp_path: Path) -> None:
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, "native", "memfd") as (pulling, owner),
+    ):
+        await serving.kill()
+        await pulling.event("disconnected")
+        await owner.kill()
+        assert await pulling.wait() == 5
+        assert "the owner of the memory is gone" in pulling.stderr
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_owner_gives_memory_up_while_the_source_is_away(
+    lane: str, source: str, tmp_path: Path
+) -> None:
+    """It does not wait for the source, and what it gave up reads as zeros."""
+    socket = tmp_path / "owner.sock"
+    async with run_server(source) as (serving, uri):
+        command = pull_command(uri, "--uffd-socket", str(socket), "--background", "off", lane=lane)
+        async with run(command) as pulling:
+            await pulling.event("waiting")
+            removes: list[str | int] = ["--touches", SIZE // PAGE, "--remove-share", 30]
+            async with run_owner(socket, "memfd", "--keep-map", *removes) as owner:
+                await pulling.event("owner")
+                for _ in range(3):
+                    await trio.sleep(0.1)
+                    await serving.kill()
+                    await pulling.event("disconnected")
+                    await trio.sleep(0.1)
+                    async with run(serve_command(source, "--listen", uri)) as serving:
+                        await pulling.event("reconnected")
+                async with run_server(source, listen=uri):
+                    await check_verified(owner)
+
+
+async def test_a_stopped_source_is_followed_by_nobody(source: str, tmp_path: Path) -> None:
+    """Its kernel answers a dial, and it does not: it is waited for until it goes on."""
+    async with (
+        run_server(source) as (serving, uri),
+        filling(uri, tmp_path, "native", "memfd") as (pulling, owner),
+    ):
+        serving.send_signal(signal.SIGSTOP)
+        away = await pulling.event("disconnected")
+        assert "has sent nothing for 10 s" in away["reason"]
+        serving.send_signal(signal.SIGCONT)
+        await pulling.event("reconnected")
+        await completes(pulling, owner)

@@ -20,6 +20,7 @@ from pagenet.nurseries import open_failing_nursery
 from pagenet.protocol import (
     LZ4,
     TRACKED,
+    Alive,
     Bye,
     Channel,
     Failure,
@@ -81,6 +82,7 @@ MESSAGES = [
     ),
     encode_message(Failure("protocol", "a reason")),
     encode_message(Bye(True)),
+    encode_message(Alive()),
     encode_message(Pause()),
     encode_message(Paused(1, 300)),
     encode_message(Stale(2, 8, b"\x01\x80" * 20, more=True, frozen=False)),

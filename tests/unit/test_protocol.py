@@ -32,6 +32,7 @@ from pagenet.protocol import (
     REPLY_HEADER,
     REQUEST_HEADER,
     TRACKED,
+    Alive,
     Bye,
     Channel,
     Class,
@@ -79,6 +80,7 @@ MESSAGES: list[Message] = [
     Bye(True),
     Bye(False),
     Hello(Role.DESTINATION, Channel.CONTROL, features=frozenset({TRACKED})),
+    Alive(),
     Pause(),
     Paused(1, 0),
     Paused(2**64 - 1, 2**64 - 1),
@@ -820,8 +822,9 @@ anything = st.recursive(
 
 
 counts = st.integers(0, 2**64 - 1)
-messages_of_rounds = (
-    st.just(Pause())
+messages_in_between = (
+    st.just(Alive())
+    | st.just(Pause())
     | st.builds(Paused, counts, counts)
     | st.builds(
         Stale, counts, counts, st.binary(min_size=1, max_size=300), st.booleans(), st.booleans()
@@ -834,7 +837,7 @@ messages_of_rounds = (
         hellos
         | st.builds(Failure, line, line)
         | st.builds(Bye, st.booleans())
-        | messages_of_rounds,
+        | messages_in_between,
         max_size=4,
     ),
     st.data(),
