@@ -1,4 +1,4 @@
-"""Whether the peer of a session still runs: both sides say so once a second on the control
+"""Whether the peer of a session still runs: both sides say so twice a second on the control
 connection.
 
 The kernel answers for a process that is stopped or hangs, and a path that swallows everything tells
@@ -7,20 +7,23 @@ nobody. A beat comes from the program itself, so a side that hears none knows.
 
 from __future__ import annotations
 
+from math import inf
+
 import trio
 
 from .errors import ConnectionBroken, ConnectionClosed
 from .nurseries import open_failing_nursery
 from .protocol import Alive
 from .session import MessageStream
+from .transport import resumes_at_once
 
 __all__ = ["PATIENCE", "SILENCE", "Heartbeat"]
 
 # Seconds between two beats.
-BEAT = 1.0
+BEAT = 0.5
 #: Seconds without a byte after which the peer may have lost us, or we the peer: another session is
-#: tried beside this one. Two beats were lost by then, and TCP has repeated them several times.
-SILENCE = 2.5
+#: tried beside this one. Three beats were lost by then, and TCP has repeated them.
+SILENCE = 1.5
 #: Seconds without a byte after which the peer is lost.
 PATIENCE = 10.0
 # Seconds between two looks. If this process stands still for longer than two of them, that is not
@@ -38,6 +41,8 @@ class Heartbeat:
         #: seconds since a byte of the peer came, without those in which this process stood still
         self.silent = 0.0
         self._silence = trio.Event()
+        self._silent_at = -inf  # time of the last silence
+        self._resumes = resumes_at_once(stream.connection)
 
     async def run(self) -> None:
         """Beat until cancelled. :exc:`ConnectionBroken` once the peer has sent nothing for
@@ -63,10 +68,12 @@ class Heartbeat:
             past, looked = trio.current_time() - looked, trio.current_time()
             if heard != self._stream.received:
                 heard, self.silent = self._stream.received, 0.0
-                self._silence = trio.Event()
+                if self._silence.is_set():
+                    self._silence = trio.Event()
             else:
                 self.silent += min(past, 2 * _LOOK)
             if self.is_silent:
+                self._silent_at = looked
                 self._silence.set()
         peer = self._stream.connection.peer
         raise ConnectionBroken(f"{peer} has sent nothing for {PATIENCE:g} s")
@@ -76,7 +83,19 @@ class Heartbeat:
         """Whether nothing has come for ``SILENCE`` seconds."""
         return self.silent >= SILENCE
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether another session would be better: this one is silent, or was so a short while ago,
+        and its other connections may stand still for as long again as the path was down."""
+        recently = trio.current_time() - self._silent_at < PATIENCE
+        return self.is_silent or (recently and not self._resumes)
+
     async def wait_silent(self) -> None:
         """Return when nothing has come for ``SILENCE`` seconds."""
         while not self.is_silent:
             await self._silence.wait()
+
+    async def wait_sound(self) -> None:
+        """Return when no other session would be better."""
+        while self.is_doubtful:  # noqa: ASYNC110
+            await trio.sleep(_LOOK)

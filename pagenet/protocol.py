@@ -177,7 +177,7 @@ class Bye:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """The sender still runs: once a second, in both directions."""
+    """The sender still runs: twice a second, in both directions."""
 
     TYPE: ClassVar[str] = "alive"
 

@@ -8,9 +8,10 @@ from typing import Protocol, TypeVar
 import trio
 
 from .errors import ConnectionBroken, ProtocolError, SourceLost, SourceUnreachable
+from .heartbeat import Heartbeat
 from .nurseries import open_failing_nursery
 
-__all__ = ["NOT_NOW", "PAUSE", "dial_again"]
+__all__ = ["NOT_NOW", "PAUSE", "dial_again", "dial_beside"]
 
 #: Seconds from the beginning of one attempt to that of the next. They overlap: on a path that comes
 #: back, the packet that opens an older attempt would come again only after a second or more.
@@ -54,3 +55,22 @@ async def dial_again(dial: Callable[[], Awaitable[T]], on_failure: Callable[[str
             nursery.start_soon(attempt)
             await trio.sleep(PAUSE)
     return found[0]
+
+
+async def dial_beside(heartbeat: Heartbeat, dial: Callable[[], Awaitable[T]]) -> T:
+    """What ``dial`` returns, which is called once the peer of ``heartbeat`` is silent, and again
+    until it succeeds or the peer is sound."""
+    while True:
+        await heartbeat.wait_silent()
+        found: list[T] = []
+
+        async def look_for_another(nursery: trio.Nursery, found: list[T]) -> None:
+            found.append(await dial_again(dial, lambda reason: None))
+            nursery.cancel_scope.cancel()
+
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(look_for_another, nursery, found)
+            await heartbeat.wait_sound()
+            nursery.cancel_scope.cancel()
+        if found:
+            return found[0]

@@ -36,6 +36,7 @@ __all__ = [
     "identity_of",
     "listen",
     "register",
+    "resumes_at_once",
     "schemes",
     "security_of",
 ]
@@ -119,6 +120,20 @@ class Authenticated(Protocol):
     def security(self) -> str:
         """How its bytes are encrypted, for people to read; empty if they are not."""
         ...
+
+
+@runtime_checkable
+class Resuming(Protocol):
+    """A connection that knows what it does after its path was down."""
+
+    @property
+    def resumes_at_once(self) -> bool:
+        """Whether what was lost is sent again within a second after the path is back."""
+        ...
+
+
+def resumes_at_once(connection: Connection) -> bool:
+    return not isinstance(connection, Resuming) or connection.resumes_at_once
 
 
 def security_of(connection: Connection) -> str:

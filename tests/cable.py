@@ -60,8 +60,20 @@ class Cable:
                     f"neigh replace {other.address} lladdr {NOBODY} dev {host.name} nud permanent"
                 )
         else:
-            host = self.source if how == "down at the source" else self.destination
+            host = self._down(how)
             await host.tell(f"link set {host.name} down")
+
+    async def mend(self, how: Cut) -> None:
+        """Everything gets through again, after that cut."""
+        if how == "swallowed":
+            for host, other in ((self.source, self.destination), (self.destination, self.source)):
+                await host.tell(f"neigh del {other.address} dev {host.name}")
+        else:
+            host = self._down(how)
+            await host.tell(f"link set {host.name} up")
+
+    def _down(self, how: Cut) -> Host:
+        return self.source if how == "down at the source" else self.destination
 
 
 @asynccontextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from math import inf
 
 import trio
@@ -22,6 +24,21 @@ __all__ = ["Connecting"]
 
 # Seconds between two events about a source that is still away.
 _TELL_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Opening:
+    """A session whose lanes are being opened."""
+
+    session: SourceSession
+    connections: list[Connection] = field(default_factory=list)
+
+    async def run(self, channels: Sequence[Channel]) -> None:
+        """Open what is left. May be cancelled, and run again. Errors as of a session that ends."""
+        async with running_beside(self.session.watch):
+            while len(self.connections) < len(channels):
+                channel = channels[len(self.connections)]
+                self.connections.append(await self.session.open_lane(channel))
 
 
 class Connecting:
@@ -51,6 +68,7 @@ class Connecting:
         self.reconnected = 0
         self._since = 0.0  # time when it went away
         self._is_settled = False
+        self._next: _Opening | None = None
         self._given_up = trio.Event()
 
     def give_up(self) -> None:
@@ -74,15 +92,12 @@ class Connecting:
         has returned. ``on_round``: what a tracked source says of its rounds, in the first session.
         """
         while True:
-            successor: SourceSession | None = None
             try:
-                successor = await self._run_session(begun, settled, on_round)
-                error = SourceDisconnected(f"the source is silent: {self.session.peer}")
-            except SourceDisconnected as lost:
+                self._go_over(await self._run_session(begun, settled, on_round))
+            except SourceDisconnected as error:
                 if self._patience <= 0 or not self._is_settled:
                     raise
-                error = lost
-            await self._reconnect(error, successor)
+                await self._reconnect(error)
             on_round = None
 
     async def _run_session(
@@ -90,9 +105,9 @@ class Connecting:
         begun: Callable[[], Awaitable[None]],
         settled: Callable[[], Awaitable[None]],
         on_round: Callable[[Pause | Stale], None] | None,
-    ) -> SourceSession:
+    ) -> _Opening:
         """Run the lanes over this session. Returns the next session, with the same source, which
-        answers there and not here."""
+        answers there and not here, and its lanes."""
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self.session.watch, on_round)
             nursery.start_soon(self._run_lanes, begun)
@@ -100,55 +115,79 @@ class Connecting:
             self._is_settled = True
             if self._patience <= 0:
                 await trio.sleep_forever()
-            successor = await self._sources.successor(self.session)
+            successor = await self._successor()
             nursery.cancel_scope.cancel()
         return successor
+
+    async def _successor(self) -> _Opening:
+        """Another session with its lanes. If this is cancelled, :meth:`_connect` goes on with it,
+        because the source may close the silent session first."""
+        while True:
+            if self._next is None:
+                self._next = _Opening(await self._sources.successor(self.session))
+            with suppress(*NOT_NOW):
+                return await self._open_next(self._next)
+
+    async def _open_next(self, opening: _Opening) -> _Opening:
+        try:
+            await opening.run(self._channels)
+        except NOT_NOW:
+            opening.session.close()
+            self._next = None
+            raise
+        self._next = None
+        return opening
 
     async def _run_lanes(self, begun: Callable[[], Awaitable[None]]) -> None:
         await begun()
         await self._lanes.run()
 
-    async def _reconnect(self, error: SourceDisconnected, successor: SourceSession | None) -> None:
-        """Have the lanes go over ``successor``, or the next session that there is.
-        :exc:`SourceLost` when the source has been waited for long enough."""
-        former = self.session
-        former.close()
-        self.away, self._since = str(error), trio.current_time()
-        self._on_event("disconnected", peer=former.peer, reason=self.away)
-        connections: list[Connection] = []
+    def _go_over(self, successor: _Opening) -> None:
+        """Have the lanes go over another session from now on, because this one was silent."""
+        silent = self.session.heartbeat.silent
+        self._part(f"the source is silent: {self.session.peer}", silent)
+        self._resume(successor)
+
+    def _part(self, reason: str, silent: float = 0.0) -> None:
+        self.session.close()
+        self.away, self._since = reason, trio.current_time() - silent
+        self._on_event("disconnected", peer=self.session.peer, reason=reason)
+
+    def _resume(self, successor: _Opening) -> None:
+        self.session = successor.session
+        self._filling.ask_again()
+        self._lanes.resume(successor.connections)
+        seconds, self.away = round(self.seconds_away, 3), None
+        self.reconnected += 1
+        self._on_event("reconnected", peer=self.session.peer, seconds=seconds)
+
+    async def _reconnect(self, error: SourceDisconnected) -> None:
+        """Have the lanes go over the next session. :exc:`SourceLost` when the source has been
+        waited for long enough."""
+        self._part(str(error))
+        found: _Opening | None = None
         with trio.move_on_after(self._patience):
             async with (
                 running_beside(self._lanes.idle),
                 running_beside(self._tell),
                 running_beside(self._hear_of_surrender),
             ):
-                connections = await self._connect(former, successor)
-        if not connections:
+                found = await self._connect()
+        if found is None:
             for_long = "" if self._patience in (0.0, inf) else f" within {self._patience:g} s"
             raise SourceLost(f"the source does not come back{for_long}: {self.away}")
-        self._filling.ask_again()
-        self._lanes.resume(connections)
-        seconds = round(self.seconds_away, 3)
-        self.away = None
-        self.reconnected += 1
-        self._on_event("reconnected", peer=self.session.peer, seconds=seconds)
+        self._resume(found)
 
-    async def _connect(
-        self, former: SourceSession, session: SourceSession | None
-    ) -> list[Connection]:
+    async def _connect(self) -> _Opening:
         while True:
-            if session is None:
-                session = await self._sources.meet_again(former, self._note_failure)
+            if self._next is None:
+                met = await self._sources.meet_again(self.session, self._note_failure)
+                self._next = _Opening(met)
             try:
-                connections = [await session.open_lane(channel) for channel in self._channels]
+                return await self._open_next(self._next)
             except NOT_NOW as error:
                 self._note_failure(str(error))
-                session.close()
-                session = None
                 await trio.sleep(PAUSE)
-            else:
-                self.session = session
-                return connections
 
     async def _hear_of_surrender(self) -> None:
         await self._given_up.wait()

@@ -74,8 +74,8 @@ class SourceSession:
 
     @property
     def may_be_followed(self) -> bool:
-        """Whether another session may take the place of this one, which is over or silent."""
-        return self._is_over or self.heartbeat.is_silent
+        """Whether another session may take the place of this one."""
+        return self._is_over or self.heartbeat.is_doubtful
 
     def check_follows(self, former: SourceSession) -> None:
         """Raise :exc:`SourceLost` unless this session is with the source of ``former``, and serves

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -22,7 +23,7 @@ from ..errors import (
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
 from ..protocol import ALIVE, TRACKED, Channel, Hello, Role
-from ..redialling import dial_again
+from ..redialling import dial_again, dial_beside
 from ..session import MessageStream, accept_forever, greet, telling
 from ..tls import Tls
 from ..transport import Connection
@@ -112,29 +113,21 @@ class DialledSources:
     async def meet_again(
         self, former: SourceSession, on_failure: Callable[[str], None]
     ) -> SourceSession:
-        async def dial() -> SourceSession:
-            session = await self.meet()
-            try:
-                session.check_follows(former)
-            except SourceLost as error:
-                await self._leave(session, str(error))
-                raise
-            return session
+        return await dial_again(partial(self._dial_after, former), on_failure)
 
-        return await dial_again(dial, on_failure)
-
-    async def _leave(self, session: SourceSession, reason: str = "") -> None:
-        await session.say_bye(complete=False, reason=reason)
-        session.close()
-        self._sessions.remove(session)
+    async def _dial_after(self, former: SourceSession) -> SourceSession:
+        session = await self.meet()
+        try:
+            session.check_follows(former)
+        except SourceLost as error:
+            await session.say_bye(complete=False, reason=str(error))
+            session.close()
+            self._sessions.remove(session)
+            raise
+        return session
 
     async def successor(self, session: SourceSession) -> SourceSession:
-        while True:
-            await session.heartbeat.wait_silent()
-            found = await self.meet_again(session, lambda reason: None)
-            if session.may_be_followed:
-                return found
-            await self._leave(found)
+        return await dial_beside(session.heartbeat, partial(self._dial_after, session))
 
 
 @asynccontextmanager
@@ -160,6 +153,27 @@ async def dial_source(uri: str, tls: Tls | None = None) -> AsyncIterator[SourceS
 # ---- the source dials ----
 
 
+class _Lanes:
+    """The lanes that the source dials in one session."""
+
+    def __init__(self, channels: Sequence[Channel]) -> None:
+        self._of = {channel: trio.open_memory_channel[Connection](1) for channel in channels}
+
+    def check(self, channel: Channel) -> None:
+        if channel not in self._of:
+            raise RemoteProtocolError("the source opens a lane that it was not asked for")
+
+    async def put(self, channel: Channel, connection: Connection) -> None:
+        await self._of[channel][0].send(connection)
+
+    async def open(self, session: SourceSession, channel: Channel) -> Connection:
+        with trio.move_on_after(LANE_TIMEOUT):
+            return await self._of[channel][1].receive()
+        raise RemoteProtocolError(
+            f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s"
+        )
+
+
 class AcceptedSources:
     """:class:`Sources` that dial this side.
 
@@ -174,12 +188,9 @@ class AcceptedSources:
         self._on_failure: Callable[[str], None] | None = None
         self._is_awaited = False  # somebody waits for the next session
         self._met_in, self._met = trio.open_memory_channel[SourceSession](1)
-        self._expect(channels)
-        self.admission = Admission(spare_descriptors())
-
-    def _expect(self, channels: Sequence[Channel]) -> None:
         self._wanted = tuple(channels)
-        self._lanes = {channel: trio.open_memory_channel[Connection](1) for channel in channels}
+        self._lanes = _Lanes(channels)
+        self.admission = Admission(spare_descriptors())
 
     def close(self) -> None:
         if self._session is not None:
@@ -207,13 +218,6 @@ class AcceptedSources:
         finally:
             self._is_awaited = False
 
-    async def _open_lane(self, session: SourceSession, channel: Channel) -> Connection:
-        with trio.move_on_after(LANE_TIMEOUT):
-            return await self._lanes[channel][1].receive()
-        raise RemoteProtocolError(
-            f"the source dialled no {channel.value} lane for {LANE_TIMEOUT:g} s"
-        )
-
     async def meet_peer(self, connection: Connection) -> None:
         stream = MessageStream(connection)
         try:
@@ -239,22 +243,21 @@ class AcceptedSources:
     async def _welcome_source(self, hello: Hello, stream: MessageStream) -> None:
         if hello.region is None or not hello.session:
             raise RemoteProtocolError("the source's hello has no block table or no session")
-        former, session = self._session, SourceSession(stream, hello, self._open_lane)
+        former, wanted = self._session, self._wanted
+        if former is not None:
+            wanted = tuple(channel for channel in wanted if channel is not Channel.STREAM)
+        lanes = _Lanes(wanted)
+        session = SourceSession(stream, hello, lanes.open)
         if former is not None:
             self._check_follows(session, former)
-            self._expect([channel for channel in self._wanted if channel is not Channel.STREAM])
-        self._session = session
+        self._session, before, self._lanes = session, self._lanes, lanes
         answer = Hello(
-            Role.DESTINATION,
-            Channel.CONTROL,
-            hello.session,
-            lanes=self._wanted,
-            features=_FEATURES,
+            Role.DESTINATION, Channel.CONTROL, hello.session, lanes=wanted, features=_FEATURES
         )
         try:
             await stream.send(answer)
         except BaseException:
-            self._session = former  # that source is gone: another one may try
+            self._session, self._lanes = former, before  # it is gone: another one may try
             raise
         await self._met_in.send(session)
 
@@ -272,11 +275,11 @@ class AcceptedSources:
         names = transport.identity_of(stream.connection)
         if session is None or (hello.session, names) != (session.session_id, session.names):
             raise RemoteProtocolError("the source opens a lane for a session that does not exist")
-        if hello.channel not in self._lanes:
-            raise RemoteProtocolError("the source opens a lane that it was not asked for")
+        lanes = self._lanes
+        lanes.check(hello.channel)
         session.connections.append(stream.connection)
         await stream.send(Hello(Role.DESTINATION, hello.channel, hello.session))
-        await self._lanes[hello.channel][0].send(_lane_stream(hello, stream))
+        await lanes.put(hello.channel, _lane_stream(hello, stream))
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from ..transport import (
     TlsTransport,
     Transport,
     identity_of,
+    resumes_at_once,
     security_of,
 )
 from ._keys import NativeMemory
@@ -76,6 +77,10 @@ class RdmaConnection:
     def security(self) -> str:
         how = security_of(self.carrier)
         return f"pages in plain text, words {how}" if how else ""
+
+    @property
+    def resumes_at_once(self) -> bool:
+        return resumes_at_once(self.carrier)
 
     def find_path(self) -> str:
         return str(self.path)

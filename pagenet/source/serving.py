@@ -51,7 +51,7 @@ from ..protocol import (
     Stale,
     printable,
 )
-from ..redialling import dial_again
+from ..redialling import dial_again, dial_beside
 from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
@@ -94,12 +94,6 @@ class _Session:
     lanes: set[trio.CancelScope] = field(default_factory=set)
     #: lanes whose hello was accepted and that have not ended
     lane_count: int = 0
-
-    async def wait_silent(self) -> None:
-        """Return when the destination is silent."""
-        await self.began.wait()
-        assert self.heartbeat is not None
-        await self.heartbeat.wait_silent()
 
     @contextmanager
     def lane(self) -> Iterator[None]:
@@ -157,6 +151,9 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
+        self._redials = trio.Event()  # a lost destination is dialled again
+        if reconnect_for > 0:
+            self._redials.set()
         self._counts = Counts()  # of lanes in Trio
         self._large_units = trio.Semaphore(LARGE_UNITS)
         self._started = time.monotonic()
@@ -349,6 +346,7 @@ class Server:
         For a server that dials.
         """
         self._persists = True
+        self._redials.set()
 
     async def dial(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done.
@@ -385,6 +383,12 @@ class Server:
             f"the destination does not come back within {self._reconnect_for:g} s: {told}"
         )
 
+    async def _successor(self, uri: str, session: _Session) -> _Greeting:
+        await session.began.wait()
+        assert session.heartbeat is not None
+        await self._redials.wait()
+        return await dial_beside(session.heartbeat, partial(self._greet, uri))
+
     async def _greet(self, uri: str) -> _Greeting:
         """Dial the destination that listens on ``uri``, and exchange hellos."""
         connection = await transport.dial(uri, self._tls)
@@ -416,13 +420,9 @@ class Server:
                     nursery.start_soon(serve_control)
                     for channel in hello.lanes:
                         nursery.start_soon(self._dial_lane, uri, channel, session)
-                    await session.wait_silent()
-                    if self._persists or self._reconnect_for > 0:
-                        # A destination answers there only if it hears nothing here either.
-                        successors.append(
-                            await dial_again(partial(self._greet, uri), lambda reason: None)
-                        )
-                        nursery.cancel_scope.cancel()
+                    # A destination answers there only if it hears nothing here either.
+                    successors.append(await self._successor(uri, session))
+                    nursery.cancel_scope.cancel()
         finally:
             greeting.close()
         if successors:

@@ -14,7 +14,7 @@ import trio
 from ..errors import ConnectionBroken, ConnectionBusy, ConnectionClosed
 from ..one_task import OneTask
 from ..transport import Buffer, DetachedSocket
-from ._constants import IOV_MAX
+from ._constants import IOV_MAX, TCP_RTO_MAX_MS
 
 
 class SocketConnection:
@@ -94,6 +94,17 @@ class SocketConnection:
     @property
     def is_encrypted(self) -> bool:
         return False
+
+    @property
+    def resumes_at_once(self) -> bool:
+        """False over TCP where the kernel repeats a lost packet ever more seldom."""
+        if self._socket.family == socket.AF_UNIX:
+            return True
+        try:
+            self._socket.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS)
+        except OSError:
+            return False
+        return True
 
     def detach(self) -> DetachedSocket:
         """As :meth:`pagenet.transport.Detachable.detach`. :exc:`~pagenet.errors.ConnectionBusy`
