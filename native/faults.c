@@ -294,7 +294,8 @@ struct wait {
 };
 
 static int compare_waits(const void *one, const void *other) {
-    uint64_t first = ((const struct wait *)one)->since, second = ((const struct wait *)other)->since;
+    uint64_t first = ((const struct wait *)one)->since,
+             second = ((const struct wait *)other)->since;
     return first < second ? -1 : first > second;
 }
 

@@ -138,9 +138,7 @@ static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
 
 /* While the source is away, pages that threads touch are claimed all the same, so that nothing else
  * has to know. Whoever meets the source again makes them MISSING before lanes run again. */
-static void ask_nobody(struct lane *lane, const struct run *run) {
-    (void)lane, (void)run;
-}
+static void ask_nobody(struct lane *lane, const struct run *run) { (void)lane, (void)run; }
 
 static bool can_ask_nobody(struct lane *lane, uint32_t runs) {
     (void)lane, (void)runs;
