@@ -12,11 +12,32 @@ PRELOADED = {
 }
 
 
+# The program of the guard, which is linked by itself, and has nothing of Python in it.
+GUARD = "pagenet.guard.pagenet-guard"
+
+
 class BuildExt(build_ext):
+    def build_extension(self, ext):
+        if ext.name != GUARD:
+            super().build_extension(ext)
+            return
+        objects = self.compiler.compile(
+            ext.sources, output_dir=self.build_temp, extra_postargs=ext.extra_compile_args
+        )
+        target = self.get_ext_fullpath(ext.name)
+        self.compiler.link_executable(
+            objects,
+            os.path.basename(target),
+            output_dir=os.path.dirname(target),
+            extra_postargs=ext.extra_link_args,
+        )
+
     def get_ext_filename(self, fullname):
         """Of a library for LD_PRELOAD, a name that nobody takes for a Python module's: one with a
         dot."""
         name = fullname.rpartition(".")[2]
+        if name == GUARD.rpartition(".")[2]:
+            return os.path.join(*fullname.split("."))
         if name in {library.rpartition(".")[2] for library in PRELOADED}:
             return os.path.join(*fullname.split(".")[:-1], f"pagenet.{name}.so")
         return super().get_ext_filename(fullname)
@@ -37,6 +58,14 @@ def preloaded(name, source):
     )  # fmt: skip
 
 
+guard = Extension(
+    GUARD,
+    sources=["native/guard.c"],
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra"],
+    extra_link_args=["-static"],
+    py_limited_api=True,
+)
+
 # Made by tools/generate, from the parsers of the commands.
 PAGES = {
     "share/man/man1": "docs/man/*.1",
@@ -47,6 +76,6 @@ PAGES = {
 setup(
     data_files=[(directory, sorted(glob.glob(names))) for directory, names in PAGES.items()],
     cffi_modules=["native/build_ffi.py:core", "native/build_ffi.py:testing"],
-    ext_modules=[preloaded(*library) for library in PRELOADED.items()],
+    ext_modules=[*(preloaded(*library) for library in PRELOADED.items()), guard],
     cmdclass={"build_ext": BuildExt},
 )

@@ -34,10 +34,18 @@ class UnixSocketFile:
     made there.
     """
 
-    def __init__(self, path: str, name: str, backlog: int) -> None:
+    def __init__(self, path: str, name: str, backlog: int, listener: int | None = None) -> None:
+        """``listener``: the socket that listens there already, left by a process like this one."""
         #: absolute, so that close finds the file even if the daemon has changed its directory
         self.path = os.path.join(os.getcwd(), path)
         check_path_length(os.fsencode(self.path), name)
+        self._closed = False
+        if listener is not None:
+            sock = socket.socket(fileno=listener)
+            sock.setblocking(False)
+            self._inode = _inode_at(self.path)
+            self.socket = trio.socket.from_stdlib_socket(sock)
+            return
         try:
             _clear(self.path, name)
             sock, self._inode = _bind(self.path, backlog)
@@ -46,7 +54,6 @@ class UnixSocketFile:
                 f"{name}: cannot listen: {error.strerror or error}; choose another path"
             ) from error
         self.socket = trio.socket.from_stdlib_socket(sock)
-        self._closed = False
 
     def close(self) -> None:
         """Idempotent. Wakes a task that waits in accept."""
@@ -115,6 +122,14 @@ def _bind(path: str, backlog: int) -> tuple[socket.socket, _Inode]:
     except BaseException:
         sock.close()
         raise
+
+
+def _inode_at(path: str) -> _Inode:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return _Inode(0, 0)
+    return _Inode(found.st_dev, found.st_ino)
 
 
 def _remove_own(path: str, inode: _Inode) -> None:

@@ -45,10 +45,12 @@ def serve_command(*args: str, as_json: bool = True) -> list[str]:
     return [sys.executable, "-m", "pagenet.cli.serve", *args, *(["--json"] if as_json else [])]
 
 
-def pull_command(*args: str, lane: str, as_json: bool = True) -> list[str]:
+def pull_command(*args: str, lane: str, as_json: bool = True, guard: bool = False) -> list[str]:
+    """``guard``: it is started again if it is killed."""
     assert lane in LANES
     driver = "auto" if "--into" in args else lane
     options = ["--lane", driver, *NO_PREFETCH, *(["--json"] if as_json else [])]
+    options += [] if guard else ["--no-guard"]
     return [sys.executable, "-m", "pagenet.cli.pull", *args, *options]
 
 

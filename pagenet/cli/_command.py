@@ -29,6 +29,7 @@ __all__ = [
     "ROUND_WORDS",
     "Parser",
     "Report",
+    "add_guard_option",
     "add_lane_option",
     "add_pull_options",
     "add_reconnect_option",
@@ -207,6 +208,18 @@ def add_pull_options(parser: Parser) -> None:
         parser,
         "how long to wait for a source that does not answer any more, once faults are answered: it"
         " is dialled, or may dial, again and again (default: forever; 0 with --into)",
+    )
+
+
+def add_guard_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-guard",
+        dest="guard",
+        action="store_false",
+        help=(
+            "do without the guard: a small process that starts this one again if it is killed, and"
+            " keeps what it needs to go on"
+        ),
     )
 
 

@@ -4,6 +4,7 @@ moved here."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,12 +14,14 @@ from ..control import Control
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
+from ..guard import Guard, guarded, guarding
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import (
     RECONNECT_WORDS,
     Parser,
     Report,
+    add_guard_option,
     add_pull_options,
     count,
     pull_options,
@@ -37,6 +40,7 @@ _WORDS = {
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
     **RECONNECT_WORDS,
+    "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
     "refused": "{peer}: refused: {reason}",
 }
@@ -81,13 +85,32 @@ def make_parser() -> Parser:
         help="wait at URI for the source to dial (pagenet-serve --connect)",
     )
     add_pull_options(parser)
+    add_guard_option(parser)
     add_common_options(parser)
     return parser
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
+    if options.into is not None or not options.guard:
+        await _pull_guarded(options, report, control, None)
+        return
+    async with guarding() as guard:
+        guard.restart_with(_restarting(options, options.uri))
+        if guarded():
+            report("restarted", pid=os.getpid())
+        await _pull_guarded(options, report, control, guard)
+
+
+async def _pull_guarded(
+    options: argparse.Namespace, report: Report, control: Control, guard: Guard | None
+) -> None:
+    def on_event(event: str, /, **fields: object) -> None:
+        if event == "listening" and guard is not None:  # the port may have been chosen just now
+            guard.restart_with(_restarting(options, str(fields["uri"])))
+        report(event, **fields)
+
     with ExitStack() as stack:
-        owner = _owner(options, report, stack)
+        owner = _owner(options, report, stack, guard)
         if isinstance(owner, AbandonedOwner) and owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
             return
@@ -97,13 +120,21 @@ async def _pull(options: argparse.Namespace, report: Report, control: Control) -
             listen=options.listen,
             reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
             **pull_options(options),
-            on_event=report,
+            on_event=on_event,
         ) as transfer:
             control.subject = transfer
             await show_until_complete(transfer, report)
 
 
-def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Owner:
+def _restarting(options: argparse.Namespace, uri: str) -> list[str]:
+    """The command with which the guard starts this program again."""
+    words = [uri if word == options.uri else word for word in options.words]
+    return [sys.executable, "-m", "pagenet.cli.pull", *words]
+
+
+def _owner(
+    options: argparse.Namespace, report: Report, stack: ExitStack, guard: Guard | None
+) -> Owner:
     if options.into is not None:
         return IntoFile(options.into)
 
@@ -119,7 +150,11 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
         report("waiting", uffd_socket=options.uffd_socket)
 
     owner = UffdSocket(
-        options.uffd_socket, allocate=options.allocate, on_waiting=waiting, on_refused=refused
+        options.uffd_socket,
+        allocate=options.allocate,
+        keeper=guard,
+        on_waiting=waiting,
+        on_refused=refused,
     )
     stack.callback(owner.close)
     return owner
@@ -127,6 +162,7 @@ def _owner(options: argparse.Namespace, report: Report, stack: ExitStack) -> Own
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    options.words = list(sys.argv[1:] if argv is None else argv)
     report = Report("pagenet-pull", options.json, _WORDS)
     return run_controlled(_pull, options, report)
 

@@ -258,9 +258,13 @@ class Server:
         try:
             yield
         finally:
-            self._sessions.pop(session.session_id, None)
-            for lane in session.lanes:
-                lane.cancel()
+            self._end(session)
+
+    def _end(self, session: _Session) -> None:
+        """End its lanes, and give its place to another. Idempotent."""
+        self._sessions.pop(session.session_id, None)
+        for lane in session.lanes:
+            lane.cancel()
 
     # ---- destinations that dial us ----
 
@@ -475,7 +479,7 @@ class Server:
             case Bye(complete):
                 if complete:
                     await self._check_unchanged(session)
-                self._sessions.pop(session.session_id, None)  # its place is free
+                self._end(session)
                 self._on_event(
                     "complete" if complete else "left", peer=session.control.connection.peer
                 )

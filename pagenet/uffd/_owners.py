@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
@@ -19,7 +19,7 @@ from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
-from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, parse_handshake
+from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, Note, parse_handshake
 from ._process import OtherProcess, is_memory_file, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
@@ -34,6 +34,9 @@ MAP_LINK = f"/memfd:{_native.MAP_NAME} (deleted)"
 HANDSHAKE_TIMEOUT = 5.0
 # Owners that may wait for accept(): one, and perhaps a few that are turned away.
 _BACKLOG = 8
+# Of <asm/socket.h>; Python does not name it. Reads that only peek go on behind the last one.
+SO_PEEK_OFF = 42
+_PEEK_SECONDS = 0.001
 # Seconds between two checks whether the memory still exists, where no descriptor reports its end.
 _ALIVE_PERIOD = 0.5
 # Bytes allocated between two checks for cancellation: a fraction of a second.
@@ -219,13 +222,27 @@ def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
         raise
 
 
+class Keeper(Protocol):
+    """Keeps descriptors for this process, beyond its end. It accepts owners by itself, so that none
+    is lost between two instructions of this process."""
+
+    def hold(self, name: str, *fds: int) -> None: ...
+    def forget(self, name: str) -> None: ...
+    def get(self, name: str) -> list[int]: ...
+    async def accept(self) -> socket.socket:
+        """A connection on what it holds as ``listener``, which it holds as ``owner`` now."""
+        ...
+
+
 class UffdSocket:
     """A unix socket on which an owner hands over its memory by Firecracker's UFFD handshake.
 
     ``on_waiting`` is called once owners may connect. An owner whose handshake makes no sense is
     turned away, ``on_refused`` is called with the error, and the next owner may try. ``allocate``:
     if the owner sent the file behind its shared memory, allocate that memory before the first page
-    comes, while the owner waits; its pages are then received in place.
+    comes, while the owner waits; its pages are then received in place. ``keeper``: keeps the socket
+    and the owner's connection, with the handshake in it. If it has an owner already, which a
+    process that was killed had begun to fill, :meth:`attach` goes on with that one.
     """
 
     def __init__(
@@ -233,11 +250,13 @@ class UffdSocket:
         path: str | os.PathLike[str],
         *,
         allocate: bool = False,
+        keeper: Keeper | None = None,
         on_waiting: Callable[[], None] = lambda: None,
         on_refused: Callable[[HandshakeError], None] = lambda error: None,
     ) -> None:
         self.path = Path(path)
         self._allocate = allocate
+        self._keeper = keeper
         self._on_waiting = on_waiting
         self._on_refused = on_refused
         self._file: UnixSocketFile | None = None
@@ -245,9 +264,12 @@ class UffdSocket:
     async def listen(self) -> None:
         """Open the socket, so that owners may connect. :meth:`attach` does this if needed."""
         await trio.lowlevel.checkpoint()
-        self._file = self._file or UnixSocketFile(
-            str(self.path), f"owner's socket {self.path}", _BACKLOG
-        )
+        if self._file is not None:
+            return
+        kept = [] if self._keeper is None else self._keeper.get("listener")
+        self._file = UnixSocketFile(str(self.path), f"owner's socket {self.path}", _BACKLOG, *kept)
+        if self._keeper is not None:
+            self._keeper.hold("listener", self._file.socket.fileno())
 
     async def wait_owner(self) -> None:
         """Return once an owner has connected. It stays in the queue until :meth:`attach`."""
@@ -258,22 +280,25 @@ class UffdSocket:
     async def attach(self, region: Region) -> UffdTarget:
         await self.listen()
         assert self._file is not None
-        self._on_waiting()
+        kept = [] if self._keeper is None else self._keeper.get("owner")
+        if not kept:
+            self._on_waiting()
         while True:
-            sock, _ = await self._file.socket.accept()
+            resumes = bool(kept)
+            sock = await self._accept(kept.pop() if kept else None)
             try:
                 with trio.fail_after(HANDSHAKE_TIMEOUT):
-                    target = await _handshake(sock, region)
+                    target = await _handshake(sock, region, self._keeper, resumes)
                 break
             except trio.TooSlowError:
-                sock.close()
+                self._turn_away(sock)
                 self._on_refused(
                     HandshakeError(
                         f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"
                     )
                 )
             except HandshakeError as error:
-                sock.close()
+                self._turn_away(sock)
                 self._on_refused(error)
             except BaseException:
                 sock.close()
@@ -286,11 +311,26 @@ class UffdSocket:
                 raise
         return target
 
+    async def _accept(self, kept: int | None) -> trio.socket.SocketType:
+        assert self._file is not None
+        if self._keeper is None:
+            return (await self._file.socket.accept())[0]
+        sock = await self._keeper.accept() if kept is None else socket.socket(fileno=kept)
+        sock.setblocking(False)
+        return trio.socket.from_stdlib_socket(sock)
+
+    def _turn_away(self, sock: trio.socket.SocketType) -> None:
+        sock.close()
+        if self._keeper is not None:
+            self._keeper.forget("owner")
+
     def close(self) -> None:
         """Close the socket. Idempotent. An owner that is attached stays attached."""
         if self._file is not None:
             self._file.close()
             self._file = None
+            if self._keeper is not None:
+                self._keeper.forget("listener")
 
 
 async def _allocate(target: UffdTarget) -> None:
@@ -308,12 +348,20 @@ async def _allocate(target: UffdTarget) -> None:
             ) from None
 
 
-async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget:
-    message, fds = await _receive_handshake(sock)
+async def _handshake(
+    sock: trio.socket.SocketType, region: Region, keeper: Keeper | None, resumes: bool
+) -> UffdTarget:
+    """``resumes``: a destination that was killed may have begun to fill this owner's memory."""
+    peek = None if keeper is None else _Peeking(sock)
+    message, fds = await _receive_handshake(peek or sock)
     try:
         mappings, outside_is_zero = parse_handshake(message)
         uffd = _uffd_of(fds)
         shared_fd, map_fd = _more_of(fds)
+        if map_fd is None and keeper is not None:
+            map_fd = _kept_map(keeper)
+            fds.append(map_fd)
+        recover = _note_in(map_fd, resumes) if map_fd is not None else None
         peer = Peer.of(sock)
     except BaseException:
         _close_all(fds)
@@ -322,6 +370,9 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
     def let_go() -> None:
         peer.close()
         sock.close()
+        if keeper is not None:
+            keeper.forget("owner")
+            keeper.forget("map")
 
     try:
         target = UffdTarget(
@@ -330,6 +381,7 @@ async def _handshake(sock: trio.socket.SocketType, region: Region) -> UffdTarget
             region,
             shared_fd=shared_fd,
             map_fd=map_fd,
+            recover=recover,
             outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
             wait_gone=lambda: wait_memory_gone(target, peer),
@@ -373,14 +425,59 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
             ) from None
         os.close(fds[at])
         fds[at] = mine
-        if os.fstat(mine).st_size:
-            raise HandshakeError(
-                "the owner's map of pages is not empty: its transfer is to be resumed, not begun"
-            )
     return fds[files[0]] if files else None, fds[maps[0]] if maps else None
 
 
-async def _receive_handshake(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+def _note_in(map_fd: int, resumes: bool) -> Note | None:
+    """What a destination that was killed has noted in the map; None: the map is empty."""
+    if not os.fstat(map_fd).st_size:
+        return None
+    if not resumes:
+        raise HandshakeError(
+            "the owner's map of pages is not empty: its transfer is to be resumed, not begun"
+        )
+    try:
+        return Note.decode(_native.find_map(map_fd).note)
+    except ValueError as error:
+        raise HandshakeError(f"the map of the owner's pages: {error}") from None
+
+
+def _kept_map(keeper: Keeper) -> int:
+    """A map of the keeper's, for an owner that has none."""
+    kept = keeper.get("map")
+    if not kept:
+        made = os.memfd_create(_native.MAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        keeper.hold("map", made)
+        kept = [made]
+    try:
+        return _native.lock_map(kept[0])
+    finally:
+        _close_all(kept)
+
+
+class _Peeking:
+    """A connection whose bytes stay in it, so that another process can read them again."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._socket = sock
+        sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+
+    async def recvmsg(
+        self, room: int, control: int, flags: int
+    ) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        """The next bytes that were not peeked at yet."""
+        await trio.lowlevel.wait_readable(self._socket)
+        with socket.socket(fileno=os.dup(self._socket.fileno())) as plain:
+            plain.setblocking(False)
+            while True:
+                with suppress(BlockingIOError):
+                    return plain.recvmsg(room, control, flags | socket.MSG_PEEK)
+                await trio.sleep(_PEEK_SECONDS)  # it is readable because of what was peeked at
+
+
+async def _receive_handshake(
+    sock: trio.socket.SocketType | _Peeking,
+) -> tuple[bytes, list[int]]:
     """Receive the message and its descriptors. A stream socket may split the message; the
     descriptors come with its first piece."""
     message = bytearray()

@@ -75,16 +75,23 @@ class Move:
         """No process has anything left to do: those that are not dead have reported their end."""
         said = {event["event"] for event in self.incoming.events}
         waits = any(event["event"] in ("waiting", "in_doubt") for event in self.leaving.events)
-        nothing_to_do = "complete" in said or "connected" not in said
+        nothing_to_do = "complete" in said or "connected" not in said or self.source_is_away
         return (self.leaving.has_ended or waits) and (self.incoming.has_ended or nothing_to_do)
+
+    @property
+    def source_is_away(self) -> bool:
+        """Whether the destination has the guest, and waits for its source."""
+        news = ("disconnected", "reconnected")
+        said = [event["event"] for event in self.incoming.events if event["event"] in news]
+        return said[-1:] == ["disconnected"]
 
     @property
     def complaints(self) -> str:
         """The errors that the two commands have reported, to people or to programs."""
         warnings = [
             event
-            for event in self.leaving.events
-            if event["event"] in ("waiting", "in_doubt", "abandoned")
+            for event in self.leaving.events + self.incoming.events
+            if event["event"] in ("waiting", "in_doubt", "abandoned", "disconnected")
         ]
         return "".join(map(str, warnings)) + self.leaving.stderr + self.incoming.stderr
 

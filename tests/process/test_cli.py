@@ -335,7 +335,8 @@ async def test_4_destination_that_we_dialled_leaves(source: str, tmp_path: Path,
         )
         async with run(command) as puller:
             uri = (await puller.event("listening"))["uri"]
-            async with run(serve_command(source, "--connect", uri)) as server:
+            dialling = serve_command(source, "--connect", uri, "--reconnect-for", "0")
+            async with run(dialling) as server:
                 await puller.event("waiting")
                 puller.send_signal(how)
                 await puller.wait()

@@ -199,6 +199,8 @@ STATUS = {
         "release",
         "state",
         "peer",
+        "disconnected",
+        "reconnected",
         "lane",
         "placement",
         "pages",

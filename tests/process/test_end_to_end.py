@@ -732,7 +732,7 @@ async def test_source_killed_half_way(memory: str, tmp_path: Path, lane: str) ->
     async with (
         run_server(str(write_pattern(tmp_path / "source", size))) as (server, uri),
         run_relay(uri, 4 * MIB) as relay,
-        run(pull_command(relay.uri, "--uffd-socket", str(path), lane=lane)) as puller,
+        run(pull_command(relay.uri, "--uffd-socket", str(path), *GIVE_UP, lane=lane)) as puller,
     ):
         await puller.event("waiting")
         async with run_workload(
@@ -759,6 +759,8 @@ def large_source(tmp_path: Path) -> str:
 
 
 LARGE = 1 << 30
+TOUCHED = ("--background", "off")
+GIVE_UP = ("--reconnect-for", "0")
 TOUCH_LARGE = ("--size", LARGE, "--zero-every", 1, "--order", "random", "--think-us", 1000)
 
 
@@ -769,9 +771,7 @@ async def test_source_killed_while_a_fault_waits(
     path = tmp_path / "uffd.sock"
     async with (
         run_server(large_source) as (server, uri),
-        run(
-            pull_command(uri, "--uffd-socket", str(path), "--background", "off", lane=lane)
-        ) as puller,
+        run(pull_command(uri, "--uffd-socket", str(path), *TOUCHED, *GIVE_UP, lane=lane)) as puller,
     ):
         await puller.event("waiting")
         async with run_workload(path, *TOUCH_LARGE) as workload:
@@ -789,7 +789,7 @@ async def check_puller_lost_its_source(puller: Process) -> None:
     assert line.startswith("pagenet-pull: the source ")
     assert puller.events[-1] == {
         "event": "error",
-        "error": "SourceLost",
+        "error": "SourceDisconnected",
         "message": line.removeprefix("pagenet-pull: "),
         "exit_code": 4,
     }
@@ -813,8 +813,8 @@ async def test_source_that_dialled_is_killed(large_source: str, tmp_path: Path, 
         "--listen",
         "--uffd-socket",
         str(path),
-        "--background",
-        "off",
+        *TOUCHED,
+        *GIVE_UP,
         lane=lane,
     )
     async with run(command) as puller:

@@ -1,0 +1,209 @@
+"""The daemon's side of the guard."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import trio
+
+from ..errors import PagenetError
+from ..nurseries import running_beside
+
+__all__ = ["Guard", "guarded", "guarding"]
+
+#: names, in the environment of a daemon that a guard has started, the descriptor of its socket
+_VARIABLE = "PAGENET_GUARD"
+_PROGRAM = Path(__file__).with_name("pagenet-guard")
+# Seconds: the guard answers at once, unless it is dead or stopped.
+_ANSWER_TIMEOUT = 5.0
+_MAX_FDS = 4
+
+
+def guarded() -> bool:
+    """Whether a guard has started this process, because another one was killed."""
+    return _VARIABLE in os.environ
+
+
+class Guard:
+    """A guard process, and a second one if that is killed. Made by :func:`guarding`."""
+
+    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+        self._socket, self._process = sock, process
+        self._held: dict[str, list[int]] = {}
+        self._command: Sequence[str] = ()
+        self._accepting = False
+        self._accepted: socket.socket | None = None
+        self._news = trio.Event()
+
+    # ---- what it holds ----
+
+    def hold(self, name: str, *fds: int) -> None:
+        """Have it hold these descriptors under ``name``, instead of those before. When this
+        returns, they outlive this process."""
+        self._keep(name, [os.dup(fd) for fd in fds])
+        self._ask(b"H" + name.encode(), fds)
+
+    def forget(self, name: str) -> None:
+        """Have it let go of what it holds under ``name``."""
+        self._keep(name, None)
+        self._ask(b"F" + name.encode())
+
+    def get(self, name: str) -> list[int]:
+        """The descriptors that it holds under ``name``, for the caller to close; none: it holds
+        nothing there."""
+        _, fds = self._ask(b"G" + name.encode())
+        self._keep(name, [os.dup(fd) for fd in fds] or None)
+        return fds
+
+    def _keep(self, name: str, fds: list[int] | None) -> None:
+        for fd in self._held.pop(name, []):
+            os.close(fd)
+        if fds is not None:
+            self._held[name] = fds
+
+    def restart_with(self, command: Sequence[str]) -> None:
+        """Start ``command`` if this process is killed from now on; nothing if it is empty."""
+        self._command = tuple(command)
+        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in command))
+
+    async def accept(self) -> socket.socket:
+        """Accept a connection on what it holds as ``listener``. It holds it as ``owner`` from then
+        on."""
+        self._accepting = True
+        self._begin_accepting()
+        try:
+            while self._accepted is None:
+                self._news = trio.Event()
+                await self._news.wait()
+        finally:
+            self._accepting = False
+        accepted, self._accepted = self._accepted, None
+        return accepted
+
+    def _begin_accepting(self) -> None:
+        with suppress(OSError):  # its end is noticed by watch()
+            self._socket.send(b"A")
+
+    # ---- messages ----
+
+    def _ask(self, request: bytes, fds: Sequence[int] = ()) -> tuple[bytes, list[int]]:
+        """Its answer, and the descriptors with it. If it was killed, another guard answers."""
+        for _ in range(2):
+            try:
+                socket.send_fds(self._socket, [request], list(fds))
+                while (answer := self._receive())[0] == b"D" and self._accepting:
+                    self._note_accepted(answer[1])
+            except (OSError, EOFError):
+                self._replace()
+                continue
+            if self._accepting:
+                self._begin_accepting()
+            return answer
+        raise PagenetError("the guard process does not answer")
+
+    def _receive(self, flags: int = 0) -> tuple[bytes, list[int]]:
+        fds = array.array("i")
+        data, control, _, _ = self._socket.recvmsg(1, socket.CMSG_SPACE(4 * _MAX_FDS), flags)
+        for _, _, rights in control:
+            fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        if not data:
+            raise EOFError
+        return data, list(fds)
+
+    def _note_accepted(self, fds: list[int]) -> None:
+        self._accepted = socket.socket(fileno=fds[0])
+        self._keep("owner", [os.dup(fds[0])])
+        self._accepting = False
+        self._news.set()
+
+    async def watch(self) -> None:
+        """Hear of accepted connections, and replace the guard if it is killed, until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                answer, fds = self._receive(socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue  # _ask() has received it
+            except (OSError, EOFError):
+                self._replace()
+                continue
+            if answer == b"D" and self._accepting:
+                self._note_accepted(fds)
+
+    # ---- life ----
+
+    def _replace(self) -> None:
+        """Start another guard in the place of one that is dead, and tell it all."""
+        with suppress(OSError):
+            trio.lowlevel.notify_closing(self._socket)
+        self._close_socket()
+        self._socket, self._process = _spawn()
+        for name, fds in self._held.items():
+            self._ask(b"H" + name.encode(), fds)
+        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in self._command))
+        if self._accepting:
+            self._begin_accepting()
+
+    def _close_socket(self) -> None:
+        self._socket.close()
+        if self._process is not None:
+            self._process.wait()
+
+    def close(self) -> None:
+        """End the guard: this process ends in good order."""
+        with suppress(OSError):
+            self._socket.send(b"Q")
+        self._close_socket()
+        for name in list(self._held):
+            self._keep(name, None)
+
+
+def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(_ANSWER_TIMEOUT)
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [str(_PROGRAM), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # it must not get a Ctrl-C
+            )
+        except OSError as error:
+            ours.close()
+            raise PagenetError(f"cannot start {_PROGRAM}: {error.strerror}") from None
+    try:
+        if ours.recv(1) != b"K":
+            raise PagenetError(f"{_PROGRAM} ended at once")
+    except OSError as error:
+        ours.close()
+        raise PagenetError(f"{_PROGRAM} does not answer: {error}") from None
+    return ours, process
+
+
+def _take_over() -> tuple[socket.socket, None]:
+    """The socket to the guard that has started this process."""
+    sock = socket.socket(fileno=int(os.environ.pop(_VARIABLE)))
+    sock.settimeout(_ANSWER_TIMEOUT)
+    sock.set_inheritable(False)
+    return sock, None
+
+
+@asynccontextmanager
+async def guarding() -> AsyncIterator[Guard]:
+    """A guard over this process, for as long as the block runs: the one that has started it, or
+    else another. :exc:`~pagenet.errors.PagenetError` if it does not start."""
+    guard = Guard(*(_take_over() if guarded() else _spawn()))
+    try:
+        async with running_beside(guard.watch):
+            yield guard
+    finally:
+        guard.close()
