@@ -217,6 +217,7 @@ static bool start(void) {
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return false;
+    accepting = false; /* the daemon that wanted that is dead */
     pid_t child = fork();
     if (!child)
         run_command(pair[1]);

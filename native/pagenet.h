@@ -223,6 +223,8 @@ struct pn_map {
 #define PN_MAP_NAME "pagenet-residency"
 uint64_t pn_map_bytes(uint64_t pages);
 void pn_map_init(struct pn_map *map, uint64_t pages);
+/* The map is whole: from now on a process that finds it may go on with it. */
+void pn_map_publish(struct pn_map *map);
 int pn_map_state(const struct pn_map *map, uint64_t page);
 /* Takes over a map whose users have died, at whatever point: REQUESTED, COMING, PLACING and COPIED
  * pages become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to

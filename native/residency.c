@@ -56,6 +56,10 @@ uint64_t pn_map_bytes(uint64_t pages) { return sizeof(struct pn_map) + pages; }
 
 void pn_map_init(struct pn_map *map, uint64_t pages) {
     map->pages = map->scope = pages;
+}
+
+void pn_map_publish(struct pn_map *map) {
+    atomic_thread_fence(memory_order_seq_cst);
     memcpy(map->magic, MAGIC, sizeof map->magic);
 }
 

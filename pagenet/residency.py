@@ -52,17 +52,23 @@ class Residency:
     """Page states and transfer counters of ``pages`` pages, all MISSING at first. Memory: one byte
     a page.
 
-    ``file``, ``note``, ``recover``: as of :class:`~pagenet._native.SharedMap`, which documents what
-    it raises. In a map that was recovered, READY and REMOVING pages are as its previous users left
-    them. The counters go on from theirs, which may lack what they did last.
+    ``file``, ``note``, ``recover``, ``published``: as of :class:`~pagenet._native.SharedMap`, which
+    documents what it raises. In a map that was recovered, READY and REMOVING pages are as its
+    previous users left them. The counters go on from theirs, which may lack what they did last.
     """
 
     def __init__(
-        self, pages: int, *, note: bytes = b"", file: int | None = None, recover: bool = False
+        self,
+        pages: int,
+        *,
+        note: bytes = b"",
+        file: int | None = None,
+        recover: bool = False,
+        published: bool = True,
     ) -> None:
         self.pages = pages
         #: the map itself, for lanes in C
-        self.shared = _native.SharedMap(pages, note, file, recover=recover)
+        self.shared = _native.SharedMap(pages, note, file, recover=recover, published=published)
         self.is_recovered = recover
         self._scope: Sequence[Run] = (Run(0, pages),)
 
@@ -76,8 +82,9 @@ class Residency:
         self.close()
 
     def confine(self, scope: Sequence[Run]) -> None:
-        """Limit what is to become resident to ``scope``: all other pages become OUTSIDE. In a map
-        that was recovered they must be OUTSIDE already, and those of the scope must not.
+        """Limit what is to become resident to ``scope``: all other pages become OUTSIDE. A map
+        that was not published is published now. In a map that was recovered they must be OUTSIDE
+        already, and those of the scope must not.
 
         :exc:`HandshakeError` if a recovered map has another scope.
         """
@@ -88,9 +95,9 @@ class Residency:
                 self.set(run, State.OUTSIDE)
             elif self.span(run, State.OUTSIDE) < run.count:
                 raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
-        if self.is_recovered and any(
-            self.find(State.OUTSIDE, run.first, run.end) is not None for run in scope
-        ):
+        if not self.is_recovered:
+            self.shared.publish()
+        elif any(self.find(State.OUTSIDE, run.first, run.end) is not None for run in scope):
             raise HandshakeError(f"{_WROTE}: it is not that of its mappings")
 
     @property

@@ -153,25 +153,29 @@ async def stand_still(pid: int) -> None:
 # ---- the commands ----
 
 
+#: what is killed is not started again by itself
+ALONE = ("--no-guard",)
+
+
 def pagenet_qemu(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pagenet.cli.qemu", *arguments]
 
 
 def attach_command(monitor: Path, *options: str) -> list[str]:
     listen = ("--listen", "tcp://127.0.0.1:0")
-    return pagenet_qemu("incoming", "--json", "--qmp", str(monitor), *listen, *options)
+    return pagenet_qemu("incoming", "--json", *ALONE, "--qmp", str(monitor), *listen, *options)
 
 
 def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[str]:
-    return pagenet_qemu("incoming", "--json", "--listen", uri, *options, "--", *command)
+    return pagenet_qemu("incoming", "--json", *ALONE, "--listen", uri, *options, "--", *command)
 
 
 def migrate_command(monitor: Path, uri: str, *options: str) -> list[str]:
-    return pagenet_qemu("migrate", "--json", "--qmp", str(monitor), uri, *options)
+    return pagenet_qemu("migrate", "--json", *ALONE, "--qmp", str(monitor), uri, *options)
 
 
 def resume_command(uri: str, *options: str) -> list[str]:
-    return pagenet_qemu("incoming", "--json", "--resume", "--listen", uri, *options)
+    return pagenet_qemu("incoming", "--json", *ALONE, "--resume", "--listen", uri, *options)
 
 
 @asynccontextmanager

@@ -84,7 +84,8 @@ struct options {
     uint64_t memory, registration, remove_events;
     uint64_t threads, order, stride, touches, think_us, write_share, remove_share;
     uint64_t seed, zero_every, pattern_page_size;
-    uint64_t verify, wait_complete, keep_map, latency, gone_after, bad_handshake, no_pdeathsig;
+    uint64_t verify, wait_complete, keep_map, close_uffd, latency, gone_after, bad_handshake,
+        no_pdeathsig;
 };
 
 enum kind { TEXT, NUMBER, SIZE, SIZES, PERCENT, CHOICE, FLAG, HELP };
@@ -133,6 +134,8 @@ static const struct spec specs[] = {
      "verify only once the handler has closed the socket"},
     {"keep-map", FLAG, AT(keep_map), "",
      "have the handler keep its map of pages here, so that another can take over"},
+    {"close-uffd", FLAG, AT(close_uffd), "",
+     "keep no userfaultfd here: if the handler's is closed, missing pages read as zeros"},
     {"latency-out", TEXT, AT(latency_out), "FILE",
      "native uint64 ns of each touch that took more than 2 us"},
     {"gone-after", NUMBER, AT(gone_after), "MS",
@@ -629,9 +632,14 @@ static int send_handshake(const struct owner *owner, char *text) {
     return (size_t)sent < bytes.iov_len ? -EPIPE : 0;
 }
 
-/* The descriptors sent are duplicates: this process keeps its uffd until the end. So if the handler
- * is lost, the threads below stall; if its copy were the last, the kernel would unregister the
- * memory and feed them zeros. */
+static void close_if_open(int fd) {
+    if (fd >= 0)
+        close(fd);
+}
+
+/* The descriptors sent are duplicates: unless told otherwise, this process keeps its uffd until the
+ * end. So if the handler is lost, the threads below stall; if its copy were the last, the kernel
+ * would unregister the memory and feed them zeros. */
 static int shake_hands(struct owner *owner) {
     int fd = connect_patiently(owner->options.socket);
     if (fd < 0)
@@ -643,6 +651,10 @@ static int shake_hands(struct owner *owner) {
     char *text = write_regions(owner);
     int error = text ? send_handshake(owner, text) : -ENOMEM;
     free(text);
+    if (owner->options.close_uffd) {
+        close_if_open(owner->uffd);
+        owner->uffd = -1;
+    }
     return error;
 }
 
@@ -1277,11 +1289,6 @@ static int run(struct owner *owner) {
     status = touchers ? work(owner, touchers) : complain(REFUSED, "threads", -ENOMEM);
     free(touchers);
     return status;
-}
-
-static void close_if_open(int fd) {
-    if (fd >= 0)
-        close(fd);
 }
 
 static void close_all(struct owner *owner) {

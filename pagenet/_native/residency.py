@@ -137,6 +137,7 @@ class SharedMap:
     ``note`` is behind it: what else a process that finds the map must know.
 
     ``file``: a memfd to use instead of a new one; from :func:`lock_map`, and closed by this object.
+    ``published``: False for a map that :meth:`publish` makes known later.
     ``recover``: there is a map in it already, whose users are dead. Raises :exc:`OSError` if it is
     no such memfd, or no map of ``pages`` pages.
 
@@ -145,7 +146,13 @@ class SharedMap:
     """
 
     def __init__(
-        self, pages: int, note: bytes = b"", file: int | None = None, *, recover: bool = False
+        self,
+        pages: int,
+        note: bytes = b"",
+        file: int | None = None,
+        *,
+        recover: bool = False,
+        published: bool = True,
     ) -> None:
         self.pages = pages
         self.fd = (
@@ -178,6 +185,8 @@ class SharedMap:
         except BaseException:
             self.close()
             raise
+        if published and not recover:
+            self.publish()
         #: the number of pages that are to become resident
         self.scope = pages
 
@@ -198,6 +207,10 @@ class SharedMap:
         """The map's address in this process. :exc:`TypeError` once it is closed."""
         opened(self._map)
         return self._memory.address
+
+    def publish(self) -> None:
+        """The map is whole: from now on a process that finds it may go on with it."""
+        lib.pn_map_publish(self.map)
 
     @property
     def done(self) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "EXIT_CODES",
     "RECONNECT_WORDS",
     "ROUND_WORDS",
+    "TAKEN_OVER",
     "Parser",
     "Report",
     "add_guard_option",
@@ -46,6 +47,7 @@ __all__ = [
     "run_command",
     "sizes",
     "start",
+    "words_of",
 ]
 
 # In pages. A window is cut to 1 MiB on either side anyway.
@@ -267,6 +269,35 @@ def pull_options(options: argparse.Namespace) -> dict[str, Any]:
         *("prefetch", "record", "compress", "lane"),
     )
     return {name: getattr(options, name) for name in names}
+
+
+#: by their names in a namespace: options that a program which takes over a transfer has, too
+TAKEN_OVER = (
+    *("json", "control", "lane", "reconnect_for"),
+    *("tls_dir", "tls_ca", "tls_cert", "tls_key", "tls_hostname", "tls_authz", "tls_psk"),
+    "plaintext_pages",
+)
+
+
+def words_of(options: argparse.Namespace, *names: str) -> list[str]:
+    """The options of these names as words of a command line; none for an option that was not
+    given."""
+    words = []
+    for name in names:
+        value, option = getattr(options, name), "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [word for one in value for word in (option, str(one))]
+        elif value is not None and value is not False:
+            words += [option, _word(value)]
+    return words
+
+
+def _word(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "forever" if value == inf else str(value)
 
 
 def count(text: str) -> int:

@@ -14,7 +14,7 @@ from ..control import Control
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
-from ..guard import Guard, guarded, guarding
+from ..guard import Guard, guarding
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import (
@@ -96,7 +96,7 @@ async def _pull(options: argparse.Namespace, report: Report, control: Control) -
         return
     async with guarding() as guard:
         guard.restart_with(_restarting(options, options.uri))
-        if guarded():
+        if guard.has_restarted:
             report("restarted", pid=os.getpid())
         await _pull_guarded(options, report, control, guard)
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing
 
 import trio
 
 from ..control import Control
 from ..destination.pulling import pull
 from ..errors import UsageError
+from ..events import EventHandler
+from ..guard import Guard, guarding
 from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
 from ..source.precopy import RoundCount
 from ..uffd import AbandonedOwner
 from ._command import (
     RECONNECT_WORDS,
     ROUND_WORDS,
+    TAKEN_OVER,
     Parser,
     Report,
+    add_guard_option,
     add_lane_option,
     add_pull_options,
     count,
     pull_options,
     reconnect_for,
     round_count,
+    words_of,
 )
 from ._control import Work, add_common_options, run_controlled
 from ._progress import make_progress, show_until_complete
@@ -48,6 +54,7 @@ _WORDS = {
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
     **RECONNECT_WORDS,
+    "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
     "refused": "{peer}: refused: {reason}",
     "resuming": (
         "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}"
@@ -101,6 +108,7 @@ def make_parser() -> Parser:
         "--pid", type=count, metavar="PID", help="with --resume, instead of --qmp: QEMU's process"
     )
     add_pull_options(incoming)
+    add_guard_option(incoming)
     add_common_options(incoming)
     incoming.add_argument(
         "qemu",
@@ -125,6 +133,7 @@ def make_parser() -> Parser:
         help="copy memory while the guest runs, in rounds, before it leaves (auto)",
     )
     add_lane_option(leaving)
+    add_guard_option(leaving)
     add_common_options(leaving)
     return parser
 
@@ -140,13 +149,56 @@ class _CommandParser(Parser):
 
 
 async def _incoming(options: argparse.Namespace, report: Report, control: Control) -> int:
+    async with _guarding(options, report) as guard:
+        return await _arrive(options, _guarded_arrival(options, report, guard), report, control)
+
+
+@asynccontextmanager
+async def _guarding(options: argparse.Namespace, report: Report) -> AsyncIterator[Guard | None]:
+    """A guard, unless the options say that there is none."""
+    if not options.guard:
+        yield None
+        return
+    async with guarding() as guard:
+        if guard.has_restarted:
+            report("restarted", pid=os.getpid())
+        yield guard
+
+
+def _guarded_arrival(
+    options: argparse.Namespace, report: Report, guard: Guard | None
+) -> EventHandler:
+    """Reports events. Once the guest is taken, a killed ``incoming`` is followed by one that
+    resumes."""
+    known: dict[str, object] = {}
+
+    def on_event(event: str, /, **fields: object) -> None:
+        known.update({name: fields[name] for name in ("pid", "uri") if name in fields})
+        if event == "taken" and guard is not None:
+            guard.restart_with(_resuming(options, str(known["pid"]), str(known["uri"])))
+        report(event, **fields)
+
+    return on_event
+
+
+def _resuming(options: argparse.Namespace, pid: str, uri: str) -> list[str]:
+    names = ("plaintext", "background", "background_lanes", "background_window", "max_bandwidth")
+    more = ("start_background", "prefetch", "compress")
+    words = words_of(options, *TAKEN_OVER, *names, *more)
+    command = [sys.executable, "-m", "pagenet.cli.qemu", "incoming"]
+    return [*command, "--resume", "--pid", pid, "--listen", uri, *words]
+
+
+async def _arrive(
+    options: argparse.Namespace, on_event: EventHandler, report: Report, control: Control
+) -> int:
     if options.qmp:
         if options.allocate:
             raise UsageError("--allocate is for a QEMU that is started here")
         arriving = receive_attached(
             options.qmp,
             listen=options.listen,
-            on_event=report,
+            on_event=on_event,
             reconnect_for=reconnect_for(options),
             **pull_options(options),
         )
@@ -155,7 +207,7 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
             options.qemu,
             listen=options.listen,
             allocate=options.allocate,
-            on_event=report,
+            on_event=on_event,
             reconnect_for=reconnect_for(options),
             **pull_options(options),
         )
@@ -169,10 +221,19 @@ async def _incoming(options: argparse.Namespace, report: Report, control: Contro
 
 
 async def _resume(options: argparse.Namespace, report: Report, control: Control) -> int:
+    async with _guarding(options, report) as guard:
+        return await _go_on(options, report, control, guard)
+
+
+async def _go_on(
+    options: argparse.Namespace, report: Report, control: Control, guard: Guard | None
+) -> int:
     with closing(AbandonedOwner(options.pid or await monitor_pid(options.qmp))) as owner:
         if owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
             return 0
+        if guard is not None:
+            guard.restart_with(_resuming(options, str(owner.pid), options.listen))
         missing = owner.pages - owner.done
         report(
             "resuming",
@@ -195,6 +256,30 @@ async def _resume(options: argparse.Namespace, report: Report, control: Control)
 
 
 async def _migrate(options: argparse.Namespace, report: Report, control: Control) -> int:
+    async with _guarding(options, report) as guard:
+        return await _leave(options, _guarded_leaving(options, report, guard), report, control)
+
+
+def _guarded_leaving(
+    options: argparse.Namespace, report: Report, guard: Guard | None
+) -> EventHandler:
+    """Reports events. Once the guest is given away, a killed ``migrate`` is followed by a
+    pagenet-serve of the pages that QEMU still has."""
+
+    def on_event(event: str, /, **fields: object) -> None:
+        if event == "switchover" and guard is not None:
+            words = words_of(options, *(name for name in TAKEN_OVER if name != "reconnect_for"))
+            where = ["--identity", str(fields["identity"]), "--connect", options.uri]
+            command = [sys.executable, "-m", "pagenet.cli.serve", *str(fields["source"]).split()]
+            guard.restart_with([*command, *where, *words])
+        report(event, **fields)
+
+    return on_event
+
+
+async def _leave(
+    options: argparse.Namespace, on_event: EventHandler, report: Report, control: Control
+) -> int:
     precopy = None if options.precopy is None else Precopy(options.precopy)
     control.precopy = precopy
     async with (
@@ -204,7 +289,7 @@ async def _migrate(options: argparse.Namespace, report: Report, control: Control
             tls=options.tls,
             lane=options.lane,
             precopy=precopy,
-            on_event=report,
+            on_event=on_event,
         ) as server,
         trio.open_nursery() as nursery,
     ):

@@ -11,6 +11,7 @@ import trio
 
 from ..control import Control
 from ..errors import UsageError
+from ..guard import dismiss
 from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
 from ..source.memory import Source, named_identity, open_source
@@ -214,7 +215,10 @@ async def _copy(server: Server, owner: SourceOwner, precopy: Precopy, report: Re
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     report = Report("pagenet-serve", options.json, _WORDS)
-    return run_controlled(_serve, options, report)
+    status = run_controlled(_serve, options, report)
+    if status == 0 or status > 128:  # a guard starts it again if it fails: the pages are only here
+        dismiss()
+    return status
 
 
 if __name__ == "__main__":

@@ -23,10 +23,17 @@ from ..protocol import (
     Stale,
     printable,
 )
+from ..region import Region
 from ..session import MessageStream, telling
 from ..transport import Connection
 
 __all__ = ["SourceSession"]
+
+
+def _sizes(region: Region) -> list[tuple[int, int]]:
+    """What makes the numbers of the pages. The names of blocks do not: they come from the path by
+    which the memory was opened."""
+    return [(block.size, block.page_size) for block in region.blocks]
 
 
 class SourceSession:
@@ -83,7 +90,7 @@ class SourceSession:
         if self.names != former.names:
             names = ", ".join(self.names) or "no name"
             raise SourceLost(f"another source answers: {names}")
-        if (self.identity, self.region) != (former.identity, former.region):
+        if (self.identity, _sizes(self.region)) != (former.identity, _sizes(former.region)):
             was, now = (session.identity.hex()[:8] for session in (former, self))
             raise SourceLost(
                 "another source answers, or it has other pages now"

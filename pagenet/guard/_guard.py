@@ -15,7 +15,7 @@ import trio
 from ..errors import PagenetError
 from ..nurseries import running_beside
 
-__all__ = ["Guard", "guarded", "guarding"]
+__all__ = ["Guard", "dismiss", "guarding"]
 
 #: names, in the environment of a daemon that a guard has started, the descriptor of its socket
 _VARIABLE = "PAGENET_GUARD"
@@ -25,16 +25,13 @@ _ANSWER_TIMEOUT = 5.0
 _MAX_FDS = 4
 
 
-def guarded() -> bool:
-    """Whether a guard has started this process, because another one was killed."""
-    return _VARIABLE in os.environ
-
-
 class Guard:
     """A guard process, and a second one if that is killed. Made by :func:`guarding`."""
 
     def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
         self._socket, self._process = sock, process
+        #: it has started this process, because another one was killed
+        self.has_restarted = process is None
         self._held: dict[str, list[int]] = {}
         self._command: Sequence[str] = ()
         self._accepting = False
@@ -197,11 +194,20 @@ def _take_over() -> tuple[socket.socket, None]:
     return sock, None
 
 
+def dismiss() -> None:
+    """End the guard that has started this process, if there is one, in a process that does not use
+    it: this process ends in good order."""
+    if _VARIABLE in os.environ:
+        sock, _ = _take_over()
+        with sock, suppress(OSError):
+            sock.send(b"Q")
+
+
 @asynccontextmanager
 async def guarding() -> AsyncIterator[Guard]:
     """A guard over this process, for as long as the block runs: the one that has started it, or
     else another. :exc:`~pagenet.errors.PagenetError` if it does not start."""
-    guard = Guard(*(_take_over() if guarded() else _spawn()))
+    guard = Guard(*(_take_over() if _VARIABLE in os.environ else _spawn()))
     try:
         async with running_beside(guard.watch):
             yield guard

@@ -198,8 +198,8 @@ async def receive(
     :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest, or a source
     that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what
     :func:`pagenet.pull` raises. Events: ``qemu``, ``listening``, ``connected``, ``owner``,
-    ``serving``, ``loaded``, ``resumed``; ``fault`` (one for all faults of 50 ms) and ``progress``;
-    ``complete``.
+    ``serving``, ``loaded``, ``taken`` (the guest belongs here), ``resumed``; ``fault`` (one for all
+    faults of 50 ms) and ``progress``; ``complete``.
     """
     if "PAGENET_UFFD_DEVICE" not in os.environ:
         probe()  # QEMU will use userfaultfd as this same user
@@ -427,6 +427,7 @@ class _Arriving:
                     await self._guard.should_we_die("nothing")
                     await talk.say("taking")
                     self.runs_here = True
+                    self._on_event("taken")
                     await self._guard.should_we_die("run")
                 nursery.cancel_scope.cancel()
         except BaseException as error:

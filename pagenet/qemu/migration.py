@@ -112,9 +112,10 @@ async def migrate(
     a number of rounds is then refused.
 
     Events: ``connected``, ``no_precopy`` (and why), ``round`` (one is over), ``stopped``,
-    ``switchover`` (``identity`` of the pages), ``resumed``, ``progress``, ``waiting`` (for a
-    destination that was lost), ``complete``; ``in_doubt``: the destination may or may not run the
-    guest, which does not run here; ``abandoned``: the block was left before it had every page.
+    ``switchover`` (``pid``, ``source`` and ``identity`` of the pages), ``resumed``, ``progress``,
+    ``waiting`` (for a destination that was lost), ``complete``; ``in_doubt``: the destination may
+    or may not run the guest, which does not run here; ``abandoned``: the block was left before it
+    had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine, pid = await describe(qmp), qmp.pid
@@ -314,7 +315,10 @@ class _Leaving:
                 await way.close()
             nursery.cancel_scope.cancel()
         await self._commit()
-        self._on_event("switchover", identity=self._server.identity.hex())
+        pid = self._qmp.pid
+        source = " ".join(backend.source(pid) for backend in self._machine.backends)
+        identity = self._server.identity.hex()
+        self._on_event("switchover", pid=pid, source=source, identity=identity)
         running = await self.talk.hear("running")
         self._on_event("resumed", downtime_ms=round((running["time"] - stop.time) * 1000, 1))
 

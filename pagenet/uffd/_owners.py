@@ -437,9 +437,10 @@ def _note_in(map_fd: int, resumes: bool) -> Note | None:
             "the owner's map of pages is not empty: its transfer is to be resumed, not begun"
         )
     try:
-        return Note.decode(_native.find_map(map_fd).note)
-    except ValueError as error:
-        raise HandshakeError(f"the map of the owner's pages: {error}") from None
+        found = _native.find_map(map_fd)
+    except ValueError:
+        return None  # it was killed before the map was whole, and so before the first page
+    return Note.decode(found.note)
 
 
 def _kept_map(keeper: Keeper) -> int:

@@ -188,7 +188,11 @@ class UffdTarget:
         file, self._map_fd = self._map_fd, None  # the map closes it
         try:
             return Residency(
-                self.region.pages, note=note.encode(), file=file, recover=self._recover is not None
+                self.region.pages,
+                note=note.encode(),
+                file=file,
+                recover=self._recover is not None,
+                published=False,
             )
         except OSError as error:
             raise HandshakeError(

@@ -529,6 +529,9 @@ async def test_map_of_pages(with_file: bool, reception: Reception) -> None:
         assert reception.target is not None
         assert reception.target.placement == ("continue" if with_file else "copy")
         with reception.target.open_residency(b"source") as residency:
+            with pytest.raises(ValueError, match="no map of pages"):
+                _native.find_map(file)  # it is not whole yet
+            residency.confine(reception.target.scope())
             residency.set(Run(3, 1), State.RESIDENT)
             found = _native.find_map(file)
             assert (found.pages, found.done, found.finished) == (SIZE // PAGE, 1, False)

@@ -71,6 +71,8 @@ def test_states_are_those_of_the_header() -> None:
 def test_new_map_is_all_missing(pages: int) -> None:
     new = Map(pages)
     assert new.states == [MISSING] * pages
+    assert bytes(ffi.buffer(new.map.magic)) == bytes(8)
+    lib.pn_map_publish(new.map)
     assert bytes(ffi.buffer(new.map.magic)) == b"pagenet3"
     assert (new.map.pages, new.map.scope, new.map.done) == (pages, pages, 0)
 

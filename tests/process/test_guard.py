@@ -1,0 +1,233 @@
+"""A pagenet-pull that is killed is started again by its guard, and goes on: whatever the moment,
+whatever the owner keeps, no page reads as zeros, and nobody types a word."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from processes import (
+    LANES,
+    PAGE,
+    Process,
+    check_verified,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    serve_command,
+    write_pattern,
+)
+
+from pagenet.guard import guarding
+from pagenet.uffd import probe
+
+SIZE = 16 << 20
+SLOWLY = ("--max-bandwidth", "20M")
+#: owners: what they keep, and what their memory is
+OWNERS = {
+    "anonymous, no uffd": ("--memory", "anonymous", "--close-uffd"),
+    "memfd, no uffd": ("--memory", "memfd", "--close-uffd"),
+    "anonymous": ("--memory", "anonymous"),
+    "memfd, its own map": ("--memory", "memfd", "--keep-map"),
+}
+
+
+@pytest.fixture(autouse=True)
+def uffd_permitted() -> None:
+    probe()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_pattern(tmp_path_factory.mktemp("guard") / "source", SIZE, zero_every=16))
+
+
+def guards() -> list[int]:
+    """The guards that run on this machine, but for those whose end nobody has waited for."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and (entry / "exe").readlink().name == "pagenet-guard":
+                found.append(int(entry.name))
+    return found
+
+
+class Guarded:
+    """A pagenet-pull, the ones that come after it, and their output."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.pid = process.pid
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    async def kill_and_wait(self) -> None:
+        """Kill it, and return when another one has taken its place."""
+        self.kill()
+        self.pid = (await self.process.event("restarted"))["pid"]
+
+
+@asynccontextmanager
+async def guarded(*args: str, lane: str) -> AsyncIterator[Guarded]:
+    before = set(guards())
+    async with run(pull_command(*args, lane=lane, guard=True)) as process:
+        pulling = Guarded(process)
+        try:
+            yield pulling
+        except BaseException:
+            for pid in {*guards()} - before:
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                pulling.kill()
+            raise
+    with trio.fail_after(10):
+        while set(guards()) - before:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+def run_owner(socket: Path, kind: str, *more: str | int) -> AbstractAsyncContextManager[Process]:
+    what = ["--size", str(SIZE), "--zero-every", "16", "--order", "random", "--wait-complete"]
+    return run_workload(socket, *OWNERS[kind], *what, "--touches", 2 * SIZE // PAGE, *more)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("kind", OWNERS)
+async def test_killed_again_and_again(kind: str, lane: str, source: str, tmp_path: Path) -> None:
+    socket = tmp_path / "owner.sock"
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), *SLOWLY, lane=lane) as pulling,
+    ):
+        await pulling.process.event("waiting")
+        async with run_owner(socket, kind, "--threads", 4, "--think-us", 2000) as owner:
+            for _ in range(3):
+                await pulling.process.event("owner")
+                await trio.sleep(random.uniform(0, 0.1))
+                await pulling.kill_and_wait()
+            await check_verified(owner)
+        await pulling.process.event("complete")
+    assert not socket.exists()
+
+
+@pytest.mark.parametrize("number", range(6))
+async def test_killed_around_the_handshake(number: int, source: str, tmp_path: Path) -> None:
+    """From the moment on when the owner has sent it."""
+    socket = tmp_path / "owner.sock"
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        async with run_owner(socket, "anonymous, no uffd") as owner:
+            await owner.event("connected")
+            await trio.sleep(number * 0.001)
+            with suppress(ProcessLookupError):
+                pulling.kill()
+            await check_verified(owner)
+        await pulling.process.event("complete")
+
+
+async def test_killed_before_an_owner_comes(source: str, tmp_path: Path) -> None:
+    """The socket stays the same, and the owner finds it."""
+    socket = tmp_path / "owner.sock"
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        inode = socket.stat().st_ino
+        await pulling.kill_and_wait()
+        await pulling.process.event("waiting")
+        assert socket.stat().st_ino == inode
+        async with run_owner(socket, "anonymous") as owner:
+            await check_verified(owner)
+        await pulling.process.event("complete")
+
+
+async def test_guard_is_killed(source: str, tmp_path: Path) -> None:
+    """The daemon makes another, which knows all that the first one knew."""
+    socket, before = tmp_path / "owner.sock", set(guards())
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), *SLOWLY, lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        async with run_owner(socket, "anonymous, no uffd") as owner:
+            await pulling.process.event("owner")
+            [first] = set(guards()) - before
+            os.kill(first, signal.SIGKILL)
+            with trio.fail_after(10):
+                while not set(guards()) - before - {first}:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+            await pulling.kill_and_wait()
+            await check_verified(owner)
+        await pulling.process.event("complete")
+
+
+async def test_destination_that_listens(source: str, tmp_path: Path) -> None:
+    """On a port that the first one has chosen: the source finds the next one there."""
+    socket = tmp_path / "owner.sock"
+    options = ["tcp://127.0.0.1:0", "--listen", "--uffd-socket", str(socket), *SLOWLY]
+    async with guarded(*options, lane="native") as pulling:
+        uri = (await pulling.process.event("listening"))["uri"]
+        async with run(serve_command(source, "--connect", uri)) as serving:
+            await pulling.process.event("waiting")
+            async with run_owner(socket, "anonymous, no uffd") as owner:
+                await pulling.process.event("owner")
+                await pulling.kill_and_wait()
+                await check_verified(owner)
+            await pulling.process.event("complete")
+            assert await serving.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_stopped_by_a_signal(number: int, source: str, tmp_path: Path) -> None:
+    """That is no death: nothing is started again, and no guard is left."""
+    socket = tmp_path / "owner.sock"
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        pulling.kill(number)
+        assert await pulling.process.wait() == 128 + number
+
+
+# ---- the guard itself ----
+
+
+async def test_what_it_holds() -> None:
+    read, write = os.pipe()
+    async with guarding() as guard:
+        assert guard.get("pipe") == []
+        guard.hold("pipe", read, write)
+        os.close(read)
+        held = guard.get("pipe")
+        os.write(write, b"x")
+        os.close(write)
+        assert os.read(held[0], 1) == b"x"
+        for fd in held:
+            os.close(fd)
+        guard.forget("pipe")
+        assert guard.get("pipe") == []
+
+
+async def test_its_memory() -> None:
+    """A few hundred KB: it holds descriptors, and does nothing else."""
+    async with guarding():
+        [pid] = [pid for pid in guards() if parent_of(pid) == os.getpid()]
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        [rss] = [line for line in rollup.splitlines() if line.startswith("Rss:")]
+        assert int(rss.split()[1]) < 1024
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
