@@ -54,9 +54,7 @@ static bool is_whole(uint64_t page, uint64_t end) { return page % 8 == 0 && page
 
 uint64_t pn_map_bytes(uint64_t pages) { return sizeof(struct pn_map) + pages; }
 
-void pn_map_init(struct pn_map *map, uint64_t pages) {
-    map->pages = map->scope = pages;
-}
+void pn_map_init(struct pn_map *map, uint64_t pages) { map->pages = map->scope = pages; }
 
 void pn_map_publish(struct pn_map *map) {
     atomic_thread_fence(memory_order_seq_cst);

@@ -41,6 +41,7 @@ __all__ = [
     "names",
     "prefetch_window",
     "pull_options",
+    "python_module",
     "rate",
     "reconnect_for",
     "round_count",
@@ -269,6 +270,12 @@ def pull_options(options: argparse.Namespace) -> dict[str, Any]:
         *("prefetch", "record", "compress", "lane"),
     )
     return {name: getattr(options, name) for name in names}
+
+
+def python_module(name: str) -> list[str]:
+    """The beginning of a command that runs this release's module of that name: none from the
+    current directory."""
+    return [sys.executable, "-P", "-m", name]
 
 
 #: by their names in a namespace: options that a program which takes over a transfer has, too

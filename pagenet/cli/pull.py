@@ -25,6 +25,7 @@ from ._command import (
     add_pull_options,
     count,
     pull_options,
+    python_module,
     reconnect_for,
 )
 from ._control import add_common_options, run_controlled
@@ -129,7 +130,7 @@ async def _pull_guarded(
 def _restarting(options: argparse.Namespace, uri: str) -> list[str]:
     """The command with which the guard starts this program again."""
     words = [uri if word == options.uri else word for word in options.words]
-    return [sys.executable, "-m", "pagenet.cli.pull", *words]
+    return [*python_module("pagenet.cli.pull"), *words]
 
 
 def _owner(

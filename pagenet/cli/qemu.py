@@ -29,6 +29,7 @@ from ._command import (
     add_pull_options,
     count,
     pull_options,
+    python_module,
     reconnect_for,
     round_count,
     words_of,
@@ -185,7 +186,7 @@ def _resuming(options: argparse.Namespace, pid: str, uri: str) -> list[str]:
     names = ("plaintext", "background", "background_lanes", "background_window", "max_bandwidth")
     more = ("start_background", "prefetch", "compress")
     words = words_of(options, *TAKEN_OVER, *names, *more)
-    command = [sys.executable, "-m", "pagenet.cli.qemu", "incoming"]
+    command = [*python_module("pagenet.cli.qemu"), "incoming"]
     return [*command, "--resume", "--pid", pid, "--listen", uri, *words]
 
 
@@ -270,7 +271,7 @@ def _guarded_leaving(
         if event == "switchover" and guard is not None:
             words = words_of(options, *(name for name in TAKEN_OVER if name != "reconnect_for"))
             where = ["--identity", str(fields["identity"]), "--connect", options.uri]
-            command = [sys.executable, "-m", "pagenet.cli.serve", *str(fields["source"]).split()]
+            command = [*python_module("pagenet.cli.serve"), *str(fields["source"]).split()]
             guard.restart_with([*command, *where, *words])
         report(event, **fields)
 

@@ -84,7 +84,7 @@ class Source:
         self.region = Region(Block(name, piece.size, mmap.PAGESIZE) for name, piece in pieces)
         #: of each block: see ``owner`` of the piece
         self.owners = [piece.owner for piece in self._pieces]
-        identity = "\n".join([_boot_id(), *(piece.identity for piece in self._pieces)])
+        identity = "\n".join(piece.identity for piece in self._pieces)
         #: 16 bytes: the same each time the same memory is opened, and different for other memory
         #: and for a stored file that was written to since. :func:`named_identity` makes them from a
         #: name that an operator gives the content.
@@ -249,18 +249,23 @@ class _FilePiece:
         status = os.fstat(self._fd)
         self._is_in_memory = _has_seals(self._fd)
         self.size = status.st_size
-        self.identity = f"file {status.st_dev} {status.st_ino}"
         process = _descriptor_named(path)
         self.owner: tuple[int, int | tuple[int, int]] | None
         self.owner = None if process is None else (process[0], (status.st_dev, status.st_ino))
         self._changed_at = None if _is_of_a_process(path, status) else status.st_mtime_ns
-        if self._changed_at is not None:
-            self.identity += f" {status.st_size} {status.st_mtime_ns}"
+        self.identity = self._identify(status)
         try:
             self._check(status)
         except BaseException:
             self.close()
             raise
+
+    def _identify(self, status: os.stat_result) -> str:
+        content = "" if self._changed_at is None else f" {status.st_size} {status.st_mtime_ns}"
+        if self._is_in_memory:
+            return f"file {_boot_id()} {status.st_dev} {status.st_ino}{content}"
+        # The file is the same after a reboot, and the number of its device need not be.
+        return f"stored {os.statvfs(self._fd).f_fsid} {status.st_ino}{content}"
 
     def _check(self, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
@@ -366,7 +371,7 @@ class _ProcessPiece:
         self._pid, self._start, self.size = pid, start, size
         self.owner: tuple[int, int | tuple[int, int]] | None = (pid, start)
         try:
-            self.identity = f"process {pid} {_start_time(pid)} {start:#x}"
+            self.identity = f"process {_boot_id()} {pid} {_start_time(pid)} {start:#x}"
             for offset in (0, size - mmap.PAGESIZE):
                 self.read(offset, memoryview(bytearray(mmap.PAGESIZE)))
         except (SourceLost, OSError) as error:

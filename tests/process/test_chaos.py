@@ -183,7 +183,7 @@ async def keep_serving(site: Site, task_status: trio.TaskStatus[None]) -> None:
     started = False
     while True:
         async with run(site.serve_command()) as site.serving:
-            if not site.source_dials:
+            if not site.uri:
                 site.uri = (await site.serving.event("listening"))["uri"]
             if not started:
                 task_status.started()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -58,13 +59,19 @@ def run(*command: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
+GUARD = "pagenet-guard"  # a program, built beside its module
+
+
 def sources(directory: str) -> set[str]:
     """Paths below the checkout of all project files in ``directory``."""
     files = (ROOT / directory).rglob("*")
     return {
         str(file.relative_to(ROOT))
         for file in files
-        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in {".so", ".o"}
+        if file.is_file()
+        and "__pycache__" not in file.parts
+        and file.suffix not in {".so", ".o"}
+        and file.name != GUARD
     }
 
 
@@ -132,6 +139,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
         "pagenet/_pagenet.abi3.so",
         "pagenet/_pagenet_testing.abi3.so",
         "pagenet/bench/workload/pagenet.trace.so",
+        f"pagenet/guard/{GUARD}",
         "pagenet/qemu/pagenet.preload.so",
     } | {f"{SHARED}/{page}" for page in PAGES}
     assert f"pagenet-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
@@ -151,6 +159,11 @@ def test_every_module_imports_with_the_declared_dependencies_alone(installed: Pa
 def test_library_for_vmms_is_where_it_is_looked_for(installed: Path) -> None:
     path = Path(run(installed, "-I", "-c", PRELOAD_LIBRARY, cwd=installed.parent).strip())
     assert path.is_relative_to(installed.parent.parent.resolve())
+
+
+def test_guard_is_a_program(installed: Path) -> None:
+    [guard] = installed.parents[1].glob(f"lib/python*/site-packages/pagenet/guard/{GUARD}")
+    assert os.access(guard, os.X_OK)
 
 
 def test_manual_pages_and_completion_are_where_shells_look(installed: Path) -> None:
