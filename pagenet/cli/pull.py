@@ -29,6 +29,7 @@ from ._command import (
     reconnect_for,
 )
 from ._control import add_common_options, run_controlled
+from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import show_until_complete
 from ._tls import TLS_WORDS
 
@@ -40,6 +41,7 @@ _WORDS = {
     "connected": "{peer}: {pages} pages, {bytes} bytes",
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
+    **MISSING_WORDS,
     **RECONNECT_WORDS,
     "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
@@ -87,6 +89,7 @@ def make_parser() -> Parser:
     )
     add_pull_options(parser)
     add_guard_option(parser)
+    add_missing_option(parser)
     add_common_options(parser)
     return parser
 
@@ -111,6 +114,7 @@ async def _pull_guarded(
         report(event, **fields)
 
     with ExitStack() as stack:
+        unfinished = stack.enter_context(telling_missing(options, report))
         owner = _owner(options, report, stack, guard)
         if isinstance(owner, AbandonedOwner) and owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
@@ -123,7 +127,7 @@ async def _pull_guarded(
             **pull_options(options),
             on_event=on_event,
         ) as transfer:
-            control.subject = transfer
+            control.subject = unfinished.transfer = transfer
             await show_until_complete(transfer, report)
 
 

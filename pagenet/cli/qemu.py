@@ -35,6 +35,7 @@ from ._command import (
     words_of,
 )
 from ._control import Work, add_common_options, run_controlled
+from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import make_progress, show_until_complete
 from ._tls import TLS_WORDS
 
@@ -54,6 +55,7 @@ _WORDS = {
     "stopped": "the guest stands still here",
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
+    **MISSING_WORDS,
     **RECONNECT_WORDS,
     "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
     "refused": "{peer}: refused: {reason}",
@@ -110,6 +112,7 @@ def make_parser() -> Parser:
     )
     add_pull_options(incoming)
     add_guard_option(incoming)
+    add_missing_option(incoming)
     add_common_options(incoming)
     incoming.add_argument(
         "qemu",
@@ -212,9 +215,10 @@ async def _arrive(
             reconnect_for=reconnect_for(options),
             **pull_options(options),
         )
-    async with arriving as arrival:
-        control.subject = arrival.transfer
-        await show_until_complete(arrival.transfer, report)
+    with telling_missing(options, report) as unfinished:
+        async with arriving as arrival:
+            control.subject = unfinished.transfer = arrival.transfer
+            await show_until_complete(arrival.transfer, report)
     if arrival.process is None:
         return 0  # QEMU was there before this process, and goes on without it
     status = await arrival.process.wait()
@@ -243,16 +247,17 @@ async def _go_on(
             missing=missing,
             identity=owner.source.hex(),
         )
-        async with pull(
-            options.listen,
-            owner,
-            listen=True,
-            reconnect_for=reconnect_for(options),
-            **pull_options(options),
-            on_event=report,
-        ) as transfer:
-            control.subject = transfer
-            await show_until_complete(transfer, report)
+        with telling_missing(options, report) as unfinished:
+            async with pull(
+                options.listen,
+                owner,
+                listen=True,
+                reconnect_for=reconnect_for(options),
+                **pull_options(options),
+                on_event=report,
+            ) as transfer:
+                control.subject = unfinished.transfer = transfer
+                await show_until_complete(transfer, report)
     return 0
 
 

@@ -9,7 +9,7 @@ from math import inf
 
 import trio
 
-from ..errors import SourceDisconnected, SourceLost
+from ..errors import PagenetError, SourceDisconnected, SourceLost
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery, running_beside
 from ..protocol import Channel, Pause, Stale
@@ -137,6 +137,11 @@ class Connecting:
             raise
         self._next = None
         return opening
+
+    async def stay(self) -> None:
+        """Keep the session for a farewell, while no page is missing any more."""
+        with suppress(PagenetError):
+            await self.session.watch()
 
     async def _run_lanes(self, begun: Callable[[], Awaitable[None]]) -> None:
         await begun()

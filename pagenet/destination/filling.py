@@ -68,6 +68,7 @@ class Filling:
         self._faulted: list[int] = []
         self._withholds = False
         self._last_words: TransferStatistics | None = None
+        self._left: list[Run] | None = None  # missing when it was closed
         self._started = time.monotonic()
         self._seconds: float | None = None
         try:
@@ -178,8 +179,13 @@ class Filling:
         if self._last_words is None:
             self._last_words = self.statistics()
             self._release()
-            self.target.close(self.residency.missing())
+            self._left = self.residency.missing()
+            self.target.close(self._left)
             self.residency.close()
+
+    def missing(self) -> list[Run]:
+        """The pages that are neither in place nor given up; those at the end, once it is closed."""
+        return self.residency.missing() if self._left is None else self._left
 
     @property
     def closed(self) -> bool:

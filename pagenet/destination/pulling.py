@@ -16,7 +16,7 @@ from ..background.schedule import Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
 from ..errors import HandshakeError, OwnerGone, RemoteProtocolError, Unsupported, UsageError
 from ..events import EventHandler, ignore_events
-from ..nurseries import open_failing_nursery
+from ..nurseries import open_failing_nursery, running_beside
 from ..progress import complete_fields, tell_progress
 from ..protocol import (
     MAX_LANES,
@@ -211,6 +211,18 @@ class Transfer:
     def set_prefetch(self, prefetch: tuple[int, int] | None) -> None:
         """Use this prefetch window (see :attr:`prefetch`) from now on."""
         self.filling.prefetch = prefetch
+
+    def missing(self) -> list[tuple[str, int, int]]:
+        """The pages that are missing now, or were when the transfer ended: of each run, the name of
+        its block, its first page within that block, and the number of pages. A page that its owner
+        gave up is not missing."""
+        region = self.region
+        found = []
+        for run in self.filling.missing():
+            index = region.block_index(run.first)
+            name = region.blocks[index].name
+            found.append((name, run.first - region.first_pages[index], run.count))
+        return found
 
     def statistics(self) -> TransferStatistics:
         """The statistics so far; they are final once the transfer is over."""
@@ -482,7 +494,8 @@ class _TransferTasks:
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         if isinstance(self._filling.target, Stored):
-            await self._filling.target.wait_stored()
+            async with running_beside(self._connecting.stay):  # a slow disk takes a while
+                await self._filling.target.wait_stored()
         self._filling.finish()
         await self._connecting.session.say_bye(complete=True)
         self._filling.residency.finish()

@@ -62,11 +62,12 @@ class SourceSession:
         self.names = transport.identity_of(stream.connection)
         self.heartbeat = Heartbeat(stream, ALIVE in hello.features)
         self.connections = [stream.connection]
-        self._is_over = False
+        #: it was closed
+        self.is_over = False
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
-        self._is_over = True
+        self.is_over = True
         for connection in self.connections:
             connection.close()
 
@@ -82,7 +83,7 @@ class SourceSession:
     @property
     def may_be_followed(self) -> bool:
         """Whether another session may take the place of this one."""
-        return self._is_over or self.heartbeat.is_doubtful
+        return self.is_over or self.heartbeat.is_doubtful
 
     def check_follows(self, former: SourceSession) -> None:
         """Raise :exc:`SourceLost` unless this session is with the source of ``former``, and serves

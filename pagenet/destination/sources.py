@@ -91,7 +91,7 @@ class DialledSources:
         except BaseException:
             connection.close()
             raise
-        self._sessions.append(session)
+        self._sessions = [*(known for known in self._sessions if not known.is_over), session]
         return session
 
     async def _converse(self, connection: Connection, ours: Hello) -> tuple[Hello, MessageStream]:
@@ -122,7 +122,6 @@ class DialledSources:
         except SourceLost as error:
             await session.say_bye(complete=False, reason=str(error))
             session.close()
-            self._sessions.remove(session)
             raise
         return session
 

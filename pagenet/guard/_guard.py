@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from ..errors import PagenetError
+from ..errors import PagenetError, UsageError
 from ..nurseries import running_beside
 
 __all__ = ["Guard", "dismiss", "guarding"]
@@ -23,6 +23,9 @@ _PROGRAM = Path(__file__).with_name("pagenet-guard")
 # Seconds: the guard answers at once, unless it is dead or stopped.
 _ANSWER_TIMEOUT = 5.0
 _MAX_FDS = 4
+_RETRY_SECONDS = 1.0
+# As in native/guard.c.
+_MAX_COMMAND, _MAX_WORDS = 60 << 10, 1024
 
 
 class Guard:
@@ -66,6 +69,9 @@ class Guard:
 
     def restart_with(self, command: Sequence[str]) -> None:
         """Start ``command`` if this process is killed from now on; nothing if it is empty."""
+        size = sum(len(os.fsencode(word)) + 1 for word in command)
+        if size > _MAX_COMMAND or len(command) > _MAX_WORDS:
+            raise UsageError("this command line is too long for the guard to repeat: --no-guard")
         self._command = tuple(command)
         self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in command))
 
@@ -97,12 +103,13 @@ class Guard:
                 while (answer := self._receive())[0] == b"D" and self._accepting:
                     self._note_accepted(answer[1])
             except (OSError, EOFError):
-                self._replace()
+                if not self._replace():
+                    break
                 continue
             if self._accepting:
                 self._begin_accepting()
             return answer
-        raise PagenetError("the guard process does not answer")
+        return b"N", []  # there is none, now: watch() goes on trying
 
     def _receive(self, flags: int = 0) -> tuple[bytes, list[int]]:
         fds = array.array("i")
@@ -124,30 +131,37 @@ class Guard:
     async def watch(self) -> None:
         """Hear of accepted connections, and replace the guard if it is killed, until cancelled."""
         while True:
-            await trio.lowlevel.wait_readable(self._socket)
+            with suppress(trio.ClosedResourceError):  # it was replaced just now
+                await trio.lowlevel.wait_readable(self._socket)
             try:
                 answer, fds = self._receive(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue  # _ask() has received it
             except (OSError, EOFError):
-                self._replace()
+                if not self._replace():
+                    await trio.sleep(_RETRY_SECONDS)
                 continue
             if answer == b"D" and self._accepting:
                 self._note_accepted(fds)
 
     # ---- life ----
 
-    def _replace(self) -> None:
-        """Start another guard in the place of one that is dead, and tell it all."""
-        with suppress(OSError):
-            trio.lowlevel.notify_closing(self._socket)
+    def _replace(self) -> bool:
+        """Start another guard in the place of one that is dead, and tell it all. False: that is not
+        possible now, and the transfer goes on without."""
+        try:
+            sock, process = _spawn()
+        except PagenetError:
+            return False
+        trio.lowlevel.notify_closing(self._socket)
         self._close_socket()
-        self._socket, self._process = _spawn()
+        self._socket, self._process = sock, process
         for name, fds in self._held.items():
             self._ask(b"H" + name.encode(), fds)
         self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in self._command))
         if self._accepting:
             self._begin_accepting()
+        return True
 
     def _close_socket(self) -> None:
         self._socket.close()

@@ -2,7 +2,8 @@
 connections, and stops and kills daemons and guards. Every byte is right in the end, and nobody
 types a word.
 
-It takes ``SECONDS``; ``--soak``: an hour. PAGENET_CHAOS_SEED repeats the choices of another run.
+It takes ``SECONDS``; with ``--soak`` an hour, or PAGENET_CHAOS_SECONDS. PAGENET_CHAOS_SEED repeats
+the choices of another run. ``--soak`` also shows how long an owner stalls for each kind of outage.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pagenet.uffd import probe
 pytestmark = needs_cable
 
 SECONDS = 30.0
-HOUR = 3600.0
+SOAK = float(os.environ.get("PAGENET_CHAOS_SECONDS", "3600"))
 SEED = os.environ.get("PAGENET_CHAOS_SEED") or str(time.time_ns())
 SIZE = 16 << 20
 OWNERS = (
@@ -64,6 +65,7 @@ class Site:
     serving: Process | None = None
     pulling: int = 0  # pid
     restarted: trio.Event = field(default_factory=trio.Event)
+    pause: float = 0.0  # seconds until a source that was killed is started again
 
     @property
     def socket(self) -> Path:
@@ -189,6 +191,7 @@ async def keep_serving(site: Site, task_status: trio.TaskStatus[None]) -> None:
                 task_status.started()
             started = True
             await site.serving.wait_end()
+        await trio.sleep(site.pause)
 
 
 async def strike(site: Site, struck: Counter[str]) -> None:
@@ -200,8 +203,14 @@ async def strike(site: Site, struck: Counter[str]) -> None:
         await FAULTS[name](site)
 
 
-async def move(site: Site, struck: Counter[str]) -> float:
-    """One transfer. Returns the longest time that a touch has taken, in seconds."""
+async def move(
+    site: Site,
+    struck: Counter[str],
+    hand: Callable[[Site, Counter[str]], Awaitable[None]],
+    kind: tuple[str, ...],
+) -> float:
+    """One transfer, while ``hand`` does what it likes. Returns the longest time that a touch has
+    taken, in seconds."""
     latencies = site.directory / "latencies"
     async with trio.open_nursery() as nursery:
         if not site.source_dials:
@@ -220,14 +229,13 @@ async def move(site: Site, struck: Counter[str]) -> float:
                 "--wait-complete",
             ]
             kept = ["--latency-out", str(latencies)]
-            kind = site.chance.choice(OWNERS)
             async with run_workload(site.socket, *kind, *what, *touches, *kept) as owner:
                 nursery.start_soon(site.hear, pulling)
                 try:
-                    async with trio.open_nursery() as hand:
-                        hand.start_soon(strike, site, struck)
+                    async with trio.open_nursery() as striking:
+                        striking.start_soon(hand, site, struck)
                         await check_verified(owner)
-                        hand.cancel_scope.cancel()
+                        striking.cancel_scope.cancel()
                 except BaseException:
                     for pid in (*guards_of(site.pulling), site.pulling):
                         os.kill(pid, signal.SIGKILL)
@@ -239,7 +247,8 @@ async def move(site: Site, struck: Counter[str]) -> float:
 
 
 @pytest.mark.parametrize(
-    "seconds", [SECONDS, pytest.param(HOUR, marks=[pytest.mark.soak, pytest.mark.timeout(4000)])]
+    "seconds",
+    [SECONDS, pytest.param(SOAK, marks=[pytest.mark.soak, pytest.mark.timeout(SOAK + 400)])],
 )
 async def test_chaos(
     seconds: float, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -255,8 +264,68 @@ async def test_chaos(
         lane, dials = chance.choice(LANES), chance.random() < 0.5
         async with plugged_cable() as cable:
             site = Site(cable, source, directory, lane, random.Random(chance.random()), dials)
-            longest = max(longest, await move(site, struck))
+            stall = await move(site, struck, strike, chance.choice(OWNERS))
+            longest = max(longest, stall)
         transfers += 1
     told = ", ".join(f"{name} {count}" for name, count in sorted(struck.items()))
     print(f"{transfers} transfers, {struck.total()} faults ({told}); longest stall {longest:.1f} s")
     record_property("outcome", f"{transfers} transfers, {struck.total()} faults")
+
+
+# ---- how long an owner stalls ----
+
+Outage = tuple[str, float]
+#: what happens, and for how many seconds
+OUTAGES: list[Outage] = [
+    *[("swallowed", seconds) for seconds in (0.5, 1.5, 3.0, 6.5, 15.0)],
+    *[("down at the source", 7.0), ("down at the destination", 7.0)],
+    *[("reset", 0.0), ("source killed", 1.0), ("destination killed", 0.0), ("guard killed", 0.0)],
+    *[("source stopped", 5.0), ("source stopped", 15.0)],
+    *[("destination stopped", 5.0), ("destination stopped", 15.0)],
+]
+
+
+async def outage(site: Site, what: str, seconds: float) -> None:
+    if what in CUTS:
+        how = CUTS[CUTS.index(what)]
+        await site.cable.cut(how)
+        await trio.sleep(seconds)
+        await site.cable.mend(how)
+    elif what == "source stopped":
+        assert site.serving is not None
+        await stop(site.serving.pid, seconds)
+    elif what == "destination stopped":
+        await stop(site.pulling, seconds)
+    elif what == "source killed":
+        site.pause = seconds
+        await kill_source(site)
+    else:
+        await FAULTS[what](site)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("source_dials", [False, True], ids=["destination dials", "source dials"])
+@pytest.mark.parametrize(("what", "seconds"), OUTAGES)
+async def test_outages(
+    what: str,
+    seconds: float,
+    source_dials: bool,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Prints the longest time that a touch has taken, beside that of the outage."""
+    probe()
+    source = str(write_pattern(tmp_path / "source", SIZE))
+    async with plugged_cable() as cable:
+        site = Site(cable, source, tmp_path, "native", random.Random(), source_dials)
+
+        async def hand(site: Site, struck: Counter[str]) -> None:
+            await trio.sleep(0.5)
+            await outage(site, what, seconds)
+            await trio.sleep_forever()
+
+        stall = await move(site, Counter(), hand, OWNERS[0])
+    who = "source" if source_dials else "destination"
+    print(f"{what}, {seconds:g} s; the {who} dials: longest stall {stall:.2f} s")
+    record_property("outcome", f"{what}, {seconds:g} s: stall {stall:.2f} s")

@@ -3,6 +3,7 @@ word."""
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -163,18 +164,27 @@ async def test_another_source_is_no_source(source: str, tmp_path: Path) -> None:
 
 
 async def test_given_up(source: str, tmp_path: Path) -> None:
-    control = tmp_path / "ctl"
+    """It ends, and tells exactly which pages are missing."""
+    control, missing = tmp_path / "ctl", tmp_path / "missing"
+    options = ("--control", str(control), "--missing", str(missing))
     async with (
         run_server(source) as (serving, uri),
-        filling(uri, tmp_path, "native", "memfd", "--control", str(control)) as (pulling, _),
+        filling(uri, tmp_path, "native", "memfd", *options) as (pulling, _),
         connect_control(control) as client,
     ):
         await serving.kill()
         await pulling.event("disconnected")
+        resident = (await client.command("status"))["pages_resident"]
         await client.command("give-up")
+        told = await pulling.event("missing")
         assert await pulling.wait() == 4
         assert "told to give up" in pulling.stderr
         assert pulling.stderr.count("\n") == 1
+    assert told["pages"] == SIZE // PAGE - resident
+    written = json.loads(missing.read_text())
+    assert written == {"blocks": [["source", SIZE, PAGE]], "missing": told["runs"]}
+    assert sum(count for _, _, count in told["runs"]) == told["pages"]
+    assert all(name == "source" and first >= 0 for name, first, _ in told["runs"])
 
 
 @pytest.mark.parametrize(("seconds", "says"), [("0", "the source"), ("0.7", "within 0.7 s")])
