@@ -27,6 +27,7 @@ DESTINATION = [
     "owner",
     "serving",
     "loaded",
+    "taken",
     "resumed",
     "complete",
 ]
