@@ -436,7 +436,11 @@ class Server:
         return None
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
-        connection = await transport.dial(uri, self._tls)
+        try:
+            connection = await transport.dial(uri, self._tls)
+        except SourceUnreachable as error:  # it was there a moment ago: control says why
+            await trio.sleep(LAST_WORDS_TIMEOUT)
+            raise ConnectionBroken(f"the destination is gone: {error}") from None
         try:
             stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
             await greet(stream, self._hello(channel, session))
