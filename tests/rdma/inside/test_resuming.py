@@ -37,6 +37,10 @@ WORK = (
 )
 
 
+#: what is killed is not started again by itself
+ALONE = ("--no-guard",)
+
+
 @pytest.fixture
 def source() -> Iterator[Path]:
     path = write_pattern(Path("/dev/shm/source"), SIZE, zero_every=ZERO_EVERY)
@@ -68,11 +72,12 @@ def test_killed_and_resumed(
     path = tmp_path / "uffd"
     with Command(serve, source, "--listen", LISTEN, "--json") as server:
         uri = server.event("listening")["uri"]
-        with Command(pull, uri, "--uffd-socket", path, "--json", "--lane", lane, *SLOWLY) as first:
+        begin = (uri, "--uffd-socket", path, "--json", "--lane", lane)
+        with Command(pull, *begin, *SLOWLY, *ALONE) as first:
             first.event("waiting")
             with workload(path, memory) as owner:
                 share = kill_half_way(first)
-                resume = (uri, "--resume", owner.pid, "--json", "--lane", next_lane)
+                resume = (uri, "--resume", owner.pid, "--json", "--lane", next_lane, *ALONE)
                 with Command(pull, *resume, *SLOWLY) as second:
                     kill_half_way(second, share)
                 with Command(pull, *resume) as third:
@@ -98,7 +103,7 @@ def test_dialled_again(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "uffd"
     with socket.create_server(("127.0.0.1", 0)) as free:
         uri = f"rdma://127.0.0.1:{free.getsockname()[1]}"
-    listening = (uri, "--listen", "--json")
+    listening = (uri, "--listen", "--json", *ALONE)
     with Command(pull, *listening, "--uffd-socket", path, *SLOWLY) as first:
         first.event("listening")
         with Command(serve_persistently, source, uri) as server:
@@ -109,3 +114,23 @@ def test_dialled_again(source: Path, tmp_path: Path) -> None:
                     assert owner.event("verified")["bad"] == 0
                     assert second.wait() == 0
                 assert server.wait() == 0
+
+
+@pytest.mark.parametrize("lane", ["native", "trio"])
+def test_source_is_killed_and_started_again(lane: str, source: Path, tmp_path: Path) -> None:
+    """The destination goes on by itself, with queue pairs and keys of the next source."""
+    path = tmp_path / "uffd"
+    with Command(serve, source, "--listen", LISTEN, "--json") as first:
+        uri = first.event("listening")["uri"]
+        begin = (uri, "--uffd-socket", path, "--json", "--lane", lane)
+        with Command(pull, *begin, *SLOWLY, *ALONE) as pulling:
+            pulling.event("waiting")
+            with workload(path, "memfd") as owner:
+                assert pulling.event("progress")["share"] < 1
+                first.kill()
+                pulling.event("disconnected")
+                with Command(serve, source, "--listen", uri, "--json") as second:
+                    pulling.event("reconnected")
+                    assert owner.event("verified")["bad"] == 0
+                    assert pulling.wait() == 0
+                    second.event("complete")
