@@ -9,7 +9,7 @@ import trio
 
 from .errors import ConnectionBroken, ProtocolError, SourceLost, SourceUnreachable
 from .heartbeat import Heartbeat
-from .nurseries import open_failing_nursery
+from .nurseries import open_failing_nursery, running_beside
 
 __all__ = ["NOT_NOW", "PAUSE", "dial_again", "dial_beside"]
 
@@ -62,15 +62,11 @@ async def dial_beside(heartbeat: Heartbeat, dial: Callable[[], Awaitable[T]]) ->
     until it succeeds or the peer is sound."""
     while True:
         await heartbeat.wait_silent()
-        found: list[T] = []
+        with trio.CancelScope() as scope:
+            async with running_beside(_cancel_when_sound, heartbeat, scope):
+                return await dial_again(dial, lambda reason: None)
 
-        async def look_for_another(nursery: trio.Nursery, found: list[T]) -> None:
-            found.append(await dial_again(dial, lambda reason: None))
-            nursery.cancel_scope.cancel()
 
-        async with open_failing_nursery() as nursery:
-            nursery.start_soon(look_for_another, nursery, found)
-            await heartbeat.wait_sound()
-            nursery.cancel_scope.cancel()
-        if found:
-            return found[0]
+async def _cancel_when_sound(heartbeat: Heartbeat, scope: trio.CancelScope) -> None:
+    await heartbeat.wait_sound()
+    scope.cancel()

@@ -14,7 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -216,6 +221,27 @@ async def check_verified(workload: Process, **expected: Any) -> Event:
     assert {name: verified[name] for name in expected} == expected
     assert await workload.wait() == 0
     return verified
+
+
+# ---- what /proc says ----
+
+
+def children_of(pid: int) -> list[int]:
+    """The children that any thread of it has started; none if it has ended."""
+    with suppress(OSError):
+        return [
+            int(child)
+            for task in os.listdir(f"/proc/{pid}/task")
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        ]
+    return []
+
+
+def parent_of(pid: int) -> int:
+    """0 if it has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 # ---- threads that wait for a page ----

@@ -30,7 +30,6 @@ __all__ = [
     "TAKEN_OVER",
     "Parser",
     "Report",
-    "add_guard_option",
     "add_lane_option",
     "add_pull_options",
     "add_reconnect_option",
@@ -41,7 +40,6 @@ __all__ = [
     "names",
     "prefetch_window",
     "pull_options",
-    "python_module",
     "rate",
     "reconnect_for",
     "round_count",
@@ -214,18 +212,6 @@ def add_pull_options(parser: Parser) -> None:
     )
 
 
-def add_guard_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-guard",
-        dest="guard",
-        action="store_false",
-        help=(
-            "do without the guard: a small process that starts this one again if it is killed, and"
-            " keeps what it needs to go on"
-        ),
-    )
-
-
 def add_reconnect_option(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--reconnect-for",
@@ -270,12 +256,6 @@ def pull_options(options: argparse.Namespace) -> dict[str, Any]:
         *("prefetch", "record", "compress", "lane"),
     )
     return {name: getattr(options, name) for name in names}
-
-
-def python_module(name: str) -> list[str]:
-    """The beginning of a command that runs this release's module of that name: none from the
-    current directory."""
-    return [sys.executable, "-P", "-m", name]
 
 
 #: by their names in a namespace: options that a program which takes over a transfer has, too

@@ -205,8 +205,10 @@ class _Lines:
 
 
 def _done(command: str, answer: dict[str, Any]) -> str:
-    if command in ("stop", "give-up"):
-        return "stopping" if command == "stop" else "it will not wait for a source that is away"
+    if command == "stop":
+        return "stopping"
+    if command == "give-up":
+        return "it will not wait for a source that is away"
     if command in ("switch", "rounds"):
         return f"{command}: done"
     with _understood():

@@ -4,31 +4,30 @@ moved here."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import inf
 
+from ..children import module_command
 from ..control import Control
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
-from ..guard import Guard, guarding
+from ..guard import Guard
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import (
     RECONNECT_WORDS,
     Parser,
     Report,
-    add_guard_option,
     add_pull_options,
     count,
     pull_options,
-    python_module,
     reconnect_for,
 )
 from ._control import add_common_options, run_controlled
+from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import show_until_complete
 from ._tls import TLS_WORDS
@@ -43,7 +42,7 @@ _WORDS = {
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
     **MISSING_WORDS,
     **RECONNECT_WORDS,
-    "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
+    **GUARD_WORDS,
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
     "refused": "{peer}: refused: {reason}",
 }
@@ -95,13 +94,9 @@ def make_parser() -> Parser:
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
-    if options.into is not None or not options.guard:
-        await _pull_guarded(options, report, control, None)
-        return
-    async with guarding() as guard:
-        guard.restart_with(_restarting(options, options.uri))
-        if guard.has_restarted:
-            report("restarted", pid=os.getpid())
+    async with guarded(options, report) as guard:
+        if guard is not None:
+            guard.restart_with(_restarting(options, options.uri))
         await _pull_guarded(options, report, control, guard)
 
 
@@ -134,7 +129,7 @@ async def _pull_guarded(
 def _restarting(options: argparse.Namespace, uri: str) -> list[str]:
     """The command with which the guard starts this program again."""
     words = [uri if word == options.uri else word for word in options.words]
-    return [*python_module("pagenet.cli.pull"), *words]
+    return module_command("pagenet.cli.pull", *words)
 
 
 def _owner(
@@ -167,6 +162,7 @@ def _owner(
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    options.guard = options.guard and options.into is None  # nobody waits for a file
     options.words = list(sys.argv[1:] if argv is None else argv)
     report = Report("pagenet-pull", options.json, _WORDS)
     return run_controlled(_pull, options, report)

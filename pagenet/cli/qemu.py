@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import Sequence
+from contextlib import closing
 
 import trio
 
+from ..children import module_command
 from ..control import Control
 from ..destination.pulling import pull
 from ..errors import UsageError
 from ..events import EventHandler
-from ..guard import Guard, guarding
+from ..guard import Guard
 from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
 from ..source.precopy import RoundCount
 from ..uffd import AbandonedOwner
@@ -24,17 +24,16 @@ from ._command import (
     TAKEN_OVER,
     Parser,
     Report,
-    add_guard_option,
     add_lane_option,
     add_pull_options,
     count,
     pull_options,
-    python_module,
     reconnect_for,
     round_count,
     words_of,
 )
 from ._control import Work, add_common_options, run_controlled
+from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import make_progress, show_until_complete
 from ._tls import TLS_WORDS
@@ -57,7 +56,7 @@ _WORDS = {
     "resumed": "the guest runs at the destination",
     **MISSING_WORDS,
     **RECONNECT_WORDS,
-    "restarted": "started again by the guard, as process {pid}: an earlier one was killed",
+    **GUARD_WORDS,
     "refused": "{peer}: refused: {reason}",
     "resuming": (
         "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}"
@@ -153,20 +152,8 @@ class _CommandParser(Parser):
 
 
 async def _incoming(options: argparse.Namespace, report: Report, control: Control) -> int:
-    async with _guarding(options, report) as guard:
+    async with guarded(options, report) as guard:
         return await _arrive(options, _guarded_arrival(options, report, guard), report, control)
-
-
-@asynccontextmanager
-async def _guarding(options: argparse.Namespace, report: Report) -> AsyncIterator[Guard | None]:
-    """A guard, unless the options say that there is none."""
-    if not options.guard:
-        yield None
-        return
-    async with guarding() as guard:
-        if guard.has_restarted:
-            report("restarted", pid=os.getpid())
-        yield guard
 
 
 def _guarded_arrival(
@@ -189,8 +176,8 @@ def _resuming(options: argparse.Namespace, pid: str, uri: str) -> list[str]:
     names = ("plaintext", "background", "background_lanes", "background_window", "max_bandwidth")
     more = ("start_background", "prefetch", "compress")
     words = words_of(options, *TAKEN_OVER, *names, *more)
-    command = [*python_module("pagenet.cli.qemu"), "incoming"]
-    return [*command, "--resume", "--pid", pid, "--listen", uri, *words]
+    what = ("incoming", "--resume", "--pid", pid, "--listen", uri)
+    return module_command("pagenet.cli.qemu", *what, *words)
 
 
 async def _arrive(
@@ -226,7 +213,7 @@ async def _arrive(
 
 
 async def _resume(options: argparse.Namespace, report: Report, control: Control) -> int:
-    async with _guarding(options, report) as guard:
+    async with guarded(options, report) as guard:
         return await _go_on(options, report, control, guard)
 
 
@@ -262,7 +249,7 @@ async def _go_on(
 
 
 async def _migrate(options: argparse.Namespace, report: Report, control: Control) -> int:
-    async with _guarding(options, report) as guard:
+    async with guarded(options, report) as guard:
         return await _leave(options, _guarded_leaving(options, report, guard), report, control)
 
 
@@ -276,8 +263,8 @@ def _guarded_leaving(
         if event == "switchover" and guard is not None:
             words = words_of(options, *(name for name in TAKEN_OVER if name != "reconnect_for"))
             where = ["--identity", str(fields["identity"]), "--connect", options.uri]
-            command = [*python_module("pagenet.cli.serve"), *str(fields["source"]).split()]
-            guard.restart_with([*command, *where, *words])
+            source = str(fields["source"]).split()
+            guard.restart_with(module_command("pagenet.cli.serve", *source, *where, *words))
         report(event, **fields)
 
     return on_event

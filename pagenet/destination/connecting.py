@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import inf
 
 import trio
 
@@ -138,7 +137,7 @@ class Connecting:
         self._next = None
         return opening
 
-    async def stay(self) -> None:
+    async def keep_alive(self) -> None:
         """Keep the session for a farewell, while no page is missing any more."""
         with suppress(PagenetError):
             await self.session.watch()
@@ -175,12 +174,12 @@ class Connecting:
             async with (
                 running_beside(self._lanes.idle),
                 running_beside(self._tell),
-                running_beside(self._hear_of_surrender),
+                running_beside(self._fail_when_given_up),
             ):
                 found = await self._connect()
         if found is None:
-            for_long = "" if self._patience in (0.0, inf) else f" within {self._patience:g} s"
-            raise SourceLost(f"the source does not come back{for_long}: {self.away}")
+            within = f"within {self._patience:g} s"
+            raise SourceLost(f"the source does not come back {within}: {self.away}")
         self._resume(found)
 
     async def _connect(self) -> _Opening:
@@ -194,7 +193,7 @@ class Connecting:
                 self._note_failure(str(error))
                 await trio.sleep(PAUSE)
 
-    async def _hear_of_surrender(self) -> None:
+    async def _fail_when_given_up(self) -> None:
         await self._given_up.wait()
         raise SourceLost(f"told to give up: {self.away}")
 

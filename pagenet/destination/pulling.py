@@ -319,12 +319,12 @@ async def pull(
         *[Channel.STREAM] * streams,
     )
     pages_go_over = channels[: 1 + background_lanes]
-    having_sources = (
+    meeting = (
         accepted_sources(uri, plaintext, tls, channels, on_event)
         if listen
         else dialled_sources(uri, tls)
     )
-    async with _recording_to(record) as recording, having_sources as sources:
+    async with _recording_to(record) as recording, meeting as sources:
         session = await sources.meet()
         filling: Filling | None = None
         connecting: Connecting | None = None
@@ -494,7 +494,7 @@ class _TransferTasks:
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
         if isinstance(self._filling.target, Stored):
-            async with running_beside(self._connecting.stay):  # a slow disk takes a while
+            async with running_beside(self._connecting.keep_alive):  # a slow disk takes a while
                 await self._filling.target.wait_stored()
         self._filling.finish()
         await self._connecting.session.say_bye(complete=True)

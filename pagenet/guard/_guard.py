@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import subprocess
@@ -73,7 +72,10 @@ class Guard:
         if size > _MAX_COMMAND or len(command) > _MAX_WORDS:
             raise UsageError("this command line is too long for the guard to repeat: --no-guard")
         self._command = tuple(command)
-        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in command))
+        self._tell_command()
+
+    def _tell_command(self) -> None:
+        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in self._command))
 
     async def accept(self) -> socket.socket:
         """Accept a connection on what it holds as ``listener``. It holds it as ``owner`` from then
@@ -112,15 +114,11 @@ class Guard:
         return b"N", []  # there is none, now: watch() goes on trying
 
     def _receive(self, flags: int = 0) -> tuple[bytes, list[int]]:
-        fds = array.array("i")
-        data, control, _, _ = self._socket.recvmsg(1, socket.CMSG_SPACE(4 * _MAX_FDS), flags)
-        for _, _, rights in control:
-            fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
-        for fd in fds:
-            os.set_inheritable(fd, False)
+        flags |= socket.MSG_CMSG_CLOEXEC
+        data, fds, _, _ = socket.recv_fds(self._socket, 1, _MAX_FDS, flags)
         if not data:
             raise EOFError
-        return data, list(fds)
+        return data, fds
 
     def _note_accepted(self, fds: list[int]) -> None:
         self._accepted = socket.socket(fileno=fds[0])
@@ -156,11 +154,9 @@ class Guard:
         trio.lowlevel.notify_closing(self._socket)
         self._close_socket()
         self._socket, self._process = sock, process
-        for name, fds in self._held.items():
+        for name, fds in list(self._held.items()):
             self._ask(b"H" + name.encode(), fds)
-        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in self._command))
-        if self._accepting:
-            self._begin_accepting()
+        self._tell_command()
         return True
 
     def _close_socket(self) -> None:

@@ -86,9 +86,6 @@ class _Session:
     identity: tuple[str, ...] = ()
     #: of a destination of a tracked source
     rounds: Rounds | None = None
-    heartbeat: Heartbeat | None = None
-    #: set when messages on the control connection are heard
-    began: trio.Event = field(default_factory=trio.Event)
     #: set when no more messages come on the control connection
     ended: trio.Event = field(default_factory=trio.Event)
     lanes: set[trio.CancelScope] = field(default_factory=set)
@@ -102,6 +99,10 @@ class _Session:
             yield
         finally:
             self.lane_count -= 1
+
+
+def _heartbeat(session: _Session, hello: Hello) -> Heartbeat:
+    return Heartbeat(session.control, ALIVE in hello.features)
 
 
 class _Left(ConnectionBroken):
@@ -335,7 +336,7 @@ class Server:
             self._begin_rounds(session, hello)
             await control.answer(self._hello(Channel.CONTROL, session))
             self._on_event("connected", peer=control.connection.peer)
-            await self._serve_control(session, hello)
+            await self._serve_control(session, _heartbeat(session, hello))
 
     # ---- destinations that we dial ----
 
@@ -387,11 +388,9 @@ class Server:
             f"the destination does not come back within {self._reconnect_for:g} s: {told}"
         )
 
-    async def _successor(self, uri: str, session: _Session) -> _Greeting:
-        await session.began.wait()
-        assert session.heartbeat is not None
+    async def _successor(self, uri: str, heartbeat: Heartbeat) -> _Greeting:
         await self._redials.wait()
-        return await dial_beside(session.heartbeat, partial(self._greet, uri))
+        return await dial_beside(heartbeat, partial(self._greet, uri))
 
     async def _greet(self, uri: str) -> _Greeting:
         """Dial the destination that listens on ``uri``, and exchange hellos."""
@@ -409,11 +408,12 @@ class Server:
         """Serve a destination until it is done. Returns the greeting of its next session, if it has
         answered there and not here."""
         session, hello = greeting.session, greeting.hello
+        heartbeat = _heartbeat(session, hello)
         complete, successors = False, list[_Greeting]()
 
         async def serve_control() -> None:
             nonlocal complete
-            complete = await self._serve_control(session, hello)
+            complete = await self._serve_control(session, heartbeat)
             nursery.cancel_scope.cancel()
 
         try:
@@ -425,7 +425,7 @@ class Server:
                     for channel in hello.lanes:
                         nursery.start_soon(self._dial_lane, uri, channel, session)
                     # A destination answers there only if it hears nothing here either.
-                    successors.append(await self._successor(uri, session))
+                    successors.append(await self._successor(uri, heartbeat))
                     nursery.cancel_scope.cancel()
         finally:
             greeting.close()
@@ -455,12 +455,10 @@ class Server:
 
     # ---- one connection ----
 
-    async def _serve_control(self, session: _Session, hello: Hello) -> bool:
+    async def _serve_control(self, session: _Session, heartbeat: Heartbeat) -> bool:
         """Wait until the destination says goodbye. Return whether it has every page."""
-        session.heartbeat = Heartbeat(session.control, ALIVE in hello.features)
-        session.began.set()
         try:
-            async with running_beside(session.heartbeat.run):
+            async with running_beside(heartbeat.run):
                 return await self._end_control(session, await self._hear(session))
         finally:
             session.ended.set()

@@ -15,6 +15,9 @@ from migrations import check_goes_on, migrate_command, run_incoming
 from processes import run
 from vm import bare_command, check_unbroken, needs_migration, run_vm
 
+from pagenet import PagenetError
+from pagenet.control import connect_control
+
 pytestmark = needs_migration
 
 #: page by page, so that there is always something left
@@ -59,11 +62,9 @@ async def test_killed_after_the_guest_has_moved(
 
 async def run_out(control: Path) -> None:
     """Have the rest of the pages come."""
-    from pagenet.control import connect_control
-
     with trio.fail_after(20):
         while True:
-            with suppress(Exception):
+            with suppress(PagenetError):
                 async with connect_control(control) as client:
                     await client.command("schedule", name="linear")
                     return

@@ -21,7 +21,7 @@ import pytest
 import trio
 from cable import CUTS, Cable, Cut, needs_cable, plugged_cable
 from migrations import check_goes_on, command_of, migrate_command, run_incoming, status_of
-from processes import Process, run
+from processes import Process, children_of, run
 from vm import VM, Serial, bare_command, check_unbroken, needs_migration, run_vm
 
 pytestmark = needs_migration
@@ -103,17 +103,10 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 def guard_of(pid: int) -> int:
     """The pid of the guard of the process ``pid``."""
-    children = [
-        child for task in os.listdir(f"/proc/{pid}/task") for child in children_of(pid, task)
-    ]
-    guards = [child for child in children if b"pagenet.qemu._guard" in command_of(child)]
+    guards = [child for child in children_of(pid) if b"pagenet.qemu._guard" in command_of(child)]
     if not guards:
         raise ProcessLookupError
     return guards[0]
-
-
-def children_of(pid: int, task: str) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
 
 
 async def listen(process: Process) -> None:

@@ -28,6 +28,8 @@ from processes import (
     PAGE,
     Process,
     check_verified,
+    children_of,
+    parent_of,
     pull_command,
     run,
     run_workload,
@@ -147,20 +149,6 @@ def guards_of(pid: int) -> list[int]:
     """The guard of a process: its child, or its parent if the guard has started it."""
     related = [*children_of(pid), parent_of(pid)]
     return [other for other in related if name_of(other) == "pagenet-guard"]
-
-
-def children_of(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    return []
-
-
-def parent_of(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
 
 
 def name_of(pid: int) -> str:

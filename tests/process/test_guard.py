@@ -16,6 +16,7 @@ from processes import (
     PAGE,
     Process,
     check_verified,
+    parent_of,
     pull_command,
     run,
     run_server,
@@ -227,7 +228,3 @@ async def test_its_memory() -> None:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         [rss] = [line for line in rollup.splitlines() if line.startswith("Rss:")]
         assert int(rss.split()[1]) < 1024
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
