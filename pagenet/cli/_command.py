@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from math import inf
 from typing import Any, TextIO, get_args
 
@@ -435,21 +435,13 @@ def run_command(work: Callable[[], Awaitable[int | None]], report: Report) -> in
     exit code."""
     _open_missing_streams()
     try:
-        return _run_reporting(work, report)
+        return trio.run(_until_signal, work, report)
     except KeyboardInterrupt:  # just before we listened for signals, or just after
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output is gone. Python would raise this again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _run_reporting(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
-    try:
-        return trio.run(_until_signal, work)
-    except PagenetError as error:
-        report.error(error)
-        return error.exit_code
 
 
 def _open_missing_streams() -> None:
@@ -460,19 +452,30 @@ def _open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as we run
 
 
-async def _until_signal(work: Callable[[], Awaitable[int | None]]) -> int:
+async def _until_signal(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        try:
+            return await _work_until(signals, work)
+        except PagenetError as error:
+            # before a signal can end this process again: what went wrong is always said
+            report.error(error)
+            return error.exit_code
+
+
+async def _work_until(
+    signals: AsyncIterator[int], work: Callable[[], Awaitable[int | None]]
+) -> int:
     caught: list[int] = []
     status: int | None = None
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        # inside: its task must not outlive the receiver
-        async with open_failing_nursery() as nursery:
+    # its own nursery: a task that waits for signals must not outlive their receiver
+    async with open_failing_nursery() as nursery:
 
-            async def stop_at_signal() -> None:
-                async for number in signals:
-                    caught.append(number)
-                    nursery.cancel_scope.cancel()
+        async def stop_at_signal() -> None:
+            async for number in signals:
+                caught.append(number)
+                nursery.cancel_scope.cancel()
 
-            nursery.start_soon(stop_at_signal)
-            status = await work()
-            nursery.cancel_scope.cancel()
+        nursery.start_soon(stop_at_signal)
+        status = await work()
+        nursery.cancel_scope.cancel()
     return 128 + caught[0] if caught else status or 0

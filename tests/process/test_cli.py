@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import termios
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -1046,3 +1047,23 @@ async def test_without_standard_streams(
 async def test_errors_do_not_stray_to_stdout(nowhere: str, tmp_path: Path, lane: str) -> None:
     command = pull_command(nowhere, "--into", str(tmp_path / "copy"), lane=lane, as_json=False)
     assert await ended(closing("2>&-", command)) == (3, [], [])
+
+
+FAILING_BESIDE_A_SIGNAL = """
+import os, signal, sys
+from pagenet.cli._command import Report, run_command
+from pagenet.errors import SourceLost
+
+async def work():
+    os.kill(os.getpid(), signal.SIGTERM)  # caught, but nobody has looked at it yet
+    raise SourceLost("the source is gone")
+
+sys.exit(run_command(work, Report("pagenet-pull", False, {})))
+"""
+
+
+def test_error_is_told_although_a_signal_comes() -> None:
+    """A signal that comes while a command fails does not end it before it has said why."""
+    command = [sys.executable, "-c", FAILING_BESIDE_A_SIGNAL]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stderr == "pagenet-pull: the source is gone\n"
