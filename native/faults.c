@@ -239,7 +239,7 @@ static int read_events(struct lane *lane, struct pn_event *events) {
     bool removed = false;
     if (dest->config.removes)
         pthread_rwlock_wrlock(&dest->removal);
-    int got = pn_uffd_read(dest->config.uffd, events, EVENTS);
+    int got = pn_uffd_read(dest->config.uffd, dest->config.map, events, EVENTS);
     for (int i = 0; i < got; i++)
         if (events[i].kind == PN_EVENT_REMOVE || events[i].kind == PN_EVENT_UNMAP) {
             on_removed(lane, events[i].start, events[i].end);

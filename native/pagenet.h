@@ -62,9 +62,11 @@ struct pn_event {
     int32_t fd;
     int kind;
 };
-/* Reads up to `room` events, at most 64, without waiting. Returns how many, or -EAGAIN: there are
- * none. */
-int pn_uffd_read(int uffd, struct pn_event *events, int room);
+/* Reads up to `room` events, at most PN_EVENTS, without waiting. Returns how many, or -EAGAIN:
+ * there are none. The kernel writes them to `map->events` (NULL: nowhere else): they stay there if
+ * this process is killed before it has acted on them. */
+struct pn_map;
+int pn_uffd_read(int uffd, struct pn_map *map, struct pn_event *events, int room);
 
 /* ---- attach.c: a userfaultfd, and a memfd for the map of pages, made in another process ---- */
 
@@ -210,12 +212,16 @@ struct pn_class_stats {
     uint64_t latency[320];
 };
 
+enum { PN_EVENTS = 64 };
 struct pn_map {
     char magic[8];
     uint64_t pages;
     uint64_t scope;    /* pages that are to become resident: all but those OUTSIDE */
     uint64_t done;     /* of those, RESIDENT, REMOVED or POISONED */
     uint64_t finished; /* not 0: the source was told that everything is in place */
+    /* What was read last from the uffd, each a struct uffd_msg. An owner goes on when its REMOVE
+     * event is read, and the event is nowhere else then. */
+    uint64_t events[PN_EVENTS][4];
     struct pn_class_stats classes[3];
 };
 
@@ -230,6 +236,9 @@ int pn_map_state(const struct pn_map *map, uint64_t page);
  * pages become MISSING, and scope and done are counted anew. READY and REMOVING pages are left to
  * the caller. -EINVAL: this is no map of `pages` pages. */
 int pn_map_recover(struct pn_map *map, uint64_t pages);
+/* The removals among the events that were read last, acted on or not: writes PN_EVENTS at most, and
+ * returns how many. A page that was removed stays REMOVED, so they may be acted on again. */
+int pn_map_removals(const struct pn_map *map, struct pn_event *events);
 /* Moves up to `count` pages from state `from` to state `to`, each atomically, and stops at the
  * first page in another state. Returns how many it moved. */
 uint64_t pn_map_claim(struct pn_map *map, uint64_t first, uint64_t count, int from, int to);

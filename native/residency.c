@@ -14,7 +14,7 @@
 #include <stdbool.h>
 #include <string.h>
 
-static const char MAGIC[] = "pagenet3"; /* the last is the layout's version */
+static const char MAGIC[] = "pagenet4"; /* the last is the layout's version */
 
 static _Atomic uint8_t *states(const struct pn_map *map) {
     return (_Atomic uint8_t *)((uintptr_t)map + sizeof *map);

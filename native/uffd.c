@@ -163,18 +163,31 @@ static struct pn_event event_of(const struct uffd_msg *message) {
     return event;
 }
 
-int pn_uffd_read(int uffd, struct pn_event *events, int room) {
-    struct uffd_msg messages[64];
-    if (room > 64)
-        room = 64;
+int pn_uffd_read(int uffd, struct pn_map *map, struct pn_event *events, int room) {
+    struct uffd_msg messages[PN_EVENTS];
+    if (room > PN_EVENTS)
+        room = PN_EVENTS;
     ssize_t got;
     do
-        got = read(uffd, messages, (size_t)room * sizeof messages[0]);
+        got = read(uffd, map ? (void *)map->events : messages, (size_t)room * sizeof messages[0]);
     while (got < 0 && errno == EINTR);
     if (got < 0)
         return -errno;
+    if (map) /* the owner may write to the map meanwhile */
+        memcpy(messages, map->events, (size_t)got);
     int count = (int)((size_t)got / sizeof messages[0]);
     for (int i = 0; i < count; i++)
         events[i] = event_of(&messages[i]);
+    return count;
+}
+
+int pn_map_removals(const struct pn_map *map, struct pn_event *events) {
+    struct uffd_msg messages[PN_EVENTS];
+    _Static_assert(sizeof messages == sizeof map->events, "the layout of the map");
+    memcpy(messages, map->events, sizeof messages);
+    int count = 0;
+    for (int i = 0; i < PN_EVENTS; i++)
+        if (messages[i].event == UFFD_EVENT_REMOVE || messages[i].event == UFFD_EVENT_UNMAP)
+            events[count++] = event_of(&messages[i]);
     return count;
 }

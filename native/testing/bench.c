@@ -230,7 +230,7 @@ int pn_bench_fault_floor(int uffd, int sock, int stop_fd, uint64_t page_size) {
     int error = 0;
     while (!error && poll(ready, 2, -1) > 0 && !ready[1].revents) {
         struct pn_event events[64];
-        int count = pn_uffd_read(uffd, events, 64);
+        int count = pn_uffd_read(uffd, NULL, events, 64);
         for (int i = 0; i < count && !error; i++) {
             struct pn_request request = {.first = events[i].start};
             if (sock >= 0 && (!send_all(sock, &request, sizeof request) ||

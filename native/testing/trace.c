@@ -142,7 +142,7 @@ static void *read_faults(void *unused) {
     struct pn_event events[EVENTS];
     uint64_t last = 0;
     int count;
-    while ((count = pn_uffd_read(uffd, events, EVENTS)) > 0 || count == -EAGAIN) {
+    while ((count = pn_uffd_read(uffd, NULL, events, EVENTS)) > 0 || count == -EAGAIN) {
         for (int i = 0; i < count; i++) {
             uint64_t address = events[i].start & -page_size, page;
             if (find_page(address, &page))

@@ -23,6 +23,16 @@ class pn_event(Struct):
     kind: int
 
 
+class pn_map(Struct):
+    magic: CData
+    pages: int
+    scope: int
+    done: int
+    finished: int
+    events: CData
+    classes: pn_class_stats
+
+
 class pn_planted(Struct):
     uffd: int
     map: int
@@ -54,15 +64,6 @@ class pn_placed(Struct):
 class pn_class_stats(Struct):
     counters: CData
     latency: CData
-
-
-class pn_map(Struct):
-    magic: CData
-    pages: int
-    scope: int
-    done: int
-    finished: int
-    classes: pn_class_stats
 
 
 class pn_line(Struct):
@@ -441,6 +442,7 @@ class Library(Protocol):
     PN_SAMPLED_USED: int
     PN_OUTSIDE_FAULTS: int
     PN_COUNTERS: int
+    PN_EVENTS: int
     PN_END_STOPPED: int
     PN_END_CLOSED: int
     PN_END_BROKEN: int
@@ -479,7 +481,9 @@ class Library(Protocol):
     def pn_uffd_continue(self, uffd: int, start: int, length: int, /) -> pn_progress: ...
     def pn_uffd_move(self, uffd: int, to: int, from_: int, length: int, /) -> pn_progress: ...
     def pn_uffd_poison(self, uffd: int, start: int, length: int, /) -> pn_progress: ...
-    def pn_uffd_read(self, uffd: int, events: pn_event | Null, room: int, /) -> int: ...
+    def pn_uffd_read(
+        self, uffd: int, map: pn_map | Null, events: pn_event | Null, room: int, /
+    ) -> int: ...
     def pn_plant(
         self, pid: int, pidfd: int, device: bytes | CData | Null, planted: pn_planted | Null, /
     ) -> int: ...
@@ -512,6 +516,7 @@ class Library(Protocol):
     def pn_map_publish(self, map: pn_map | Null, /) -> None: ...
     def pn_map_state(self, map: pn_map | Null, page: int, /) -> int: ...
     def pn_map_recover(self, map: pn_map | Null, pages: int, /) -> int: ...
+    def pn_map_removals(self, map: pn_map | Null, events: pn_event | Null, /) -> int: ...
     def pn_map_claim(
         self, map: pn_map | Null, first: int, count: int, from_: int, to: int, /
     ) -> int: ...

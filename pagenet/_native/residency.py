@@ -9,8 +9,8 @@ import os
 from contextlib import suppress
 from typing import NamedTuple, cast
 
-from ._declarations import pn_map
-from ._library import check, ffi, lib, new_struct, opened, struct_at
+from ._declarations import pn_event, pn_map
+from ._library import check, ffi, lib, new_array, new_struct, opened, struct_at
 from ._pointers import CData
 from .memory import Mapped
 
@@ -104,7 +104,7 @@ def find_map(file: int) -> FoundMap:
         raise ValueError("no map of pages")
     pages, size = header.pages, os.fstat(file).st_size
     if (
-        bytes(ffi.buffer(header.magic)) != b"pagenet3"
+        bytes(ffi.buffer(header.magic)) != b"pagenet4"
         or pages > size
         or lib.pn_map_bytes(pages) > size
     ):
@@ -211,6 +211,12 @@ class SharedMap:
     def publish(self) -> None:
         """The map is whole: from now on a process that finds it may go on with it."""
         lib.pn_map_publish(self.map)
+
+    def removals(self) -> list[tuple[int, int]]:
+        """What the owner gave up by the events that were read last, whether or not that was acted
+        on: addresses, start and end of each."""
+        events = new_array(pn_event, lib.PN_EVENTS)
+        return [(e.start, e.end) for e in events[0 : lib.pn_map_removals(self.map, events)]]
 
     @property
     def done(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from ._declarations import pn_event, pn_placed, pn_planted
 from ._library import NULL, check, ffi, lib, new_array, new_struct
 from .memory import Buffer
+from .residency import SharedMap
 
 COPY, ZERO, CONTINUE, MOVE, POISON = (
     lib.PN_COPY,
@@ -53,10 +54,12 @@ def uffd_wake(uffd: int, start: int, length: int) -> None:
     check(lib.pn_uffd_wake(uffd, start, length))
 
 
-def uffd_read(uffd: int, room: int = 64) -> list[NativeEvent]:
-    """The events that are queued, at most ``room``; :exc:`BlockingIOError` if there are none."""
-    events = new_array(pn_event, room)
-    count = check(lib.pn_uffd_read(uffd, events, room))
+def uffd_read(uffd: int, shared: SharedMap | None = None) -> list[NativeEvent]:
+    """The events that are queued, at most 64; :exc:`BlockingIOError` if there are none. They stay
+    in ``shared`` too, until the next ones are read."""
+    events = new_array(pn_event, lib.PN_EVENTS)
+    to = NULL if shared is None else shared.map
+    count = check(lib.pn_uffd_read(uffd, to, events, lib.PN_EVENTS))
     return [
         NativeEvent(e.kind, e.start, e.end, e.length, e.flags, e.thread, e.fd)
         for e in events[0:count]

@@ -74,11 +74,21 @@ class Filling:
         try:
             self.residency.confine(target.scope())
             if self.residency.is_recovered:
+                self._remove_again()
                 self._recover()
             self.check_complete()
         except BaseException:
             self.residency.close()
             raise
+
+    def _remove_again(self) -> None:
+        """Act on the removals that a destination had read when it died. Bytes of such a page may be
+        in the memory already, and must not be seen."""
+        for start, end in self.residency.shared.removals():
+            for run in self.target.pages_between(start, end):
+                for state in (State.MISSING, State.READY):
+                    self.residency.replace(run, state, State.REMOVING)
+                self.residency.replace(run, State.RESIDENT, State.REMOVED)
 
     def _recover(self) -> None:
         """Go on where a destination has died: with the pages that it was placing, and with the
@@ -227,8 +237,7 @@ class Filling:
                         self._remove(start, end)
                     case Remapped():
                         raise HandshakeError("the owner moved memory while it was being filled")
-                    case Forked(uffd):
-                        os.close(uffd)
+                    case Forked():  # not as long as the kernel writes the events
                         raise HandshakeError("the owner forked while its memory was being filled")
 
     def _remove(self, start: int, end: int) -> None:

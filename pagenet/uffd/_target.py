@@ -101,6 +101,7 @@ class UffdTarget:
         self._wait_gone = wait_gone
         self._on_close = on_close
         self._map_fd = map_fd
+        self._shared: _native.SharedMap | None = None
         self._recover = recover
         self._mappings = mappings
         self._outside_is_zero = outside_is_zero
@@ -175,6 +176,11 @@ class UffdTarget:
         return self._uffd.fd
 
     def open_residency(self, source: bytes) -> Residency:
+        residency = self._make_residency(source)
+        self._shared = residency.shared
+        return residency
+
+    def _make_residency(self, source: bytes) -> Residency:
         if self._map_fd is None:
             return Residency(self.region.pages)
         note = Note(source, self._second is not None, tuple(self._mappings), self._outside_is_zero)
@@ -203,7 +209,7 @@ class UffdTarget:
         return [piece.run for piece in self._pieces]
 
     def read_events(self) -> list[Event]:
-        return self._uffd.read()
+        return self._uffd.read(self._shared)
 
     def page_of(self, fault: Fault) -> int | None:
         at = bisect_right(self._addresses, fault.address) - 1

@@ -109,10 +109,11 @@ class Userfaultfd:
         """Let the threads that wait in [start, start + length) try again."""
         _native.uffd_wake(self.fd, start, length)
 
-    def read(self) -> list[Event]:
-        """The events that are queued; empty if there are none."""
+    def read(self, shared: _native.SharedMap | None = None) -> list[Event]:
+        """The events that are queued; empty if there are none. ``shared`` keeps them for whoever
+        goes on if this process is killed before it has acted on them."""
         try:
-            return [_typed(event) for event in _native.uffd_read(self.fd)]
+            return [_typed(event) for event in _native.uffd_read(self.fd, shared)]
         except BlockingIOError:
             return []
 

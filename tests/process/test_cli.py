@@ -773,7 +773,7 @@ async def test_terminal_is_left_as_it_was(
             puller.send_signal(number)
             await screen.look_to_the_end()
             assert await puller.wait_end() == 128 + number
-            left = screen.text.rstrip().removesuffix("1024 pages are missing")
+            left = re.sub(r"\d+ pages are missing$", "", screen.text.rstrip())
             assert left.endswith(("\x1b[?25h", "\x1b[2K")), repr(screen.text[-100:])
             assert screen.text.count("\x1b[?25l") == screen.text.count("\x1b[?25h")
             assert puller.stderr == ""

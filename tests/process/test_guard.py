@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -76,9 +77,11 @@ class Guarded:
 
 
 @asynccontextmanager
-async def guarded(*args: str, lane: str) -> AsyncIterator[Guarded]:
+async def guarded(
+    *args: str, lane: str, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Guarded]:
     before = set(guards())
-    async with run(pull_command(*args, lane=lane, guard=True)) as process:
+    async with run(pull_command(*args, lane=lane, guard=True), env=env) as process:
         pulling = Guarded(process)
         try:
             yield pulling
@@ -116,6 +119,83 @@ async def test_killed_again_and_again(kind: str, lane: str, source: str, tmp_pat
             await check_verified(owner)
         await pulling.process.event("complete")
     assert not socket.exists()
+
+
+#: Kills the process that has just read a removal from a userfaultfd, once for each file
+#: $KILL_AT.0, .1, ... that is there.
+KILLING_READ = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <linux/userfaultfd.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static int is_time(void) {
+    static int seen;
+    const char *prefix = getenv("KILL_AT");
+    for (int i = 0; prefix && i < 16; i++) {
+        char name[4096];
+        snprintf(name, sizeof name, "%s.%d", prefix, i);
+        if (access(name, F_OK) == 0)
+            return ++seen > i && unlink(name) == 0;
+    }
+    return 0;
+}
+
+ssize_t read(int fd, void *buffer, size_t size) {
+    ssize_t (*next)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
+    ssize_t got = next(fd, buffer, size);
+    char link[64], name[64] = {0};
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (got <= 0 || readlink(link, name, sizeof name - 1) < 0 ||
+        strcmp(name, "anon_inode:[userfaultfd]"))
+        return got;
+    const struct uffd_msg *events = buffer;
+    for (size_t i = 0; i < (size_t)got / sizeof *events; i++)
+        if (events[i].event == UFFD_EVENT_REMOVE && is_time())
+            kill(getpid(), SIGKILL);
+    return got;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def killing_read(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("killing")
+    (directory / "killing.c").write_text(KILLING_READ)
+    cc = ("cc", "-shared", "-fPIC", "-o", "killing.so", "killing.c", "-ldl")
+    subprocess.run(cc, check=True, cwd=directory)
+    return directory / "killing.so"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lane"), [*((kind, "native") for kind in OWNERS), ("anonymous, no uffd", "trio")]
+)
+async def test_killed_when_it_has_read_a_removal(
+    kind: str, lane: str, source: str, killing_read: Path, tmp_path: Path
+) -> None:
+    """The owner goes on as soon as its removal was read, and nothing tells it again: the page must
+    not get the source's bytes from the next pagenet-pull."""
+    socket = tmp_path / "owner.sock"
+    moments = [tmp_path / f"at.{number}" for number in range(2)]
+    for moment in moments:
+        moment.touch()
+    env = {**os.environ, "LD_PRELOAD": str(killing_read), "KILL_AT": str(tmp_path / "at")}
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), *SLOWLY, lane=lane, env=env) as pulling,
+    ):
+        await pulling.process.event("waiting")
+        touches = ("--threads", 4, "--think-us", 1000, "--remove-share", 30)
+        async with run_owner(socket, kind, *touches) as owner:
+            for _ in moments:
+                pulling.pid = (await pulling.process.event("restarted"))["pid"]
+            await check_verified(owner)
+        await pulling.process.event("complete")
+    assert not any(moment.exists() for moment in moments)
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -330,7 +330,7 @@ def test_map_that_its_owner_has_written_to(state: int, says: str, left: Left) ->
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"x", b"pagenet3" + b"\xff" * 5000, b"pagenet3" + b"\xff" * 50000]
+    "garbage", [b"", b"x", b"pagenet4" + b"\xff" * 5000, b"pagenet4" + b"\xff" * 50000]
 )
 def test_garbage_where_a_map_should_be(garbage: bytes) -> None:
     file = os.memfd_create("map", os.MFD_CLOEXEC)

@@ -73,7 +73,7 @@ def test_new_map_is_all_missing(pages: int) -> None:
     assert new.states == [MISSING] * pages
     assert bytes(ffi.buffer(new.map.magic)) == bytes(8)
     lib.pn_map_publish(new.map)
-    assert bytes(ffi.buffer(new.map.magic)) == b"pagenet3"
+    assert bytes(ffi.buffer(new.map.magic)) == b"pagenet4"
     assert (new.map.pages, new.map.scope, new.map.done) == (pages, pages, 0)
 
 
