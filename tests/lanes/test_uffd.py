@@ -419,7 +419,7 @@ def test_fork(kernel: Feature) -> None:
 
 def test_unknown_event(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     event = _native.NativeEvent(kind=0x17, start=0, end=0, length=0, flags=0, thread=0, fd=-1)
-    monkeypatch.setattr(_native, "uffd_read", lambda fd: [event])
+    monkeypatch.setattr(_native, "uffd_read", lambda *_: [event])
     with pytest.raises(Unsupported, match="event 0x17 is unknown"):
         watch().uffd.read()
 
