@@ -14,6 +14,7 @@
     │       └── Untrusted        (8) TLS: one side does not trust the other's certificate or key
     ├── HandshakeError           (6) an owner's handshake makes no sense: that owner is refused
     ├── Unsupported              (7) this kernel or process may not do it: the text says what to do
+    ├── GuestReclaimed           (9) the guest has gone back to its source, and runs there
     ├── ConnectionBroken         (4) the connection died, or its peer left early
     ├── ConnectionClosed             this side closed the connection
     └── ConnectionBusy               two tasks use one direction of a connection: the caller's bug
@@ -28,6 +29,7 @@ __all__ = [
     "ConnectionBroken",
     "ConnectionBusy",
     "ConnectionClosed",
+    "GuestReclaimed",
     "HandshakeError",
     "LocalProtocolError",
     "OwnerGone",
@@ -89,6 +91,10 @@ class HandshakeError(PagenetError):
 
 class Unsupported(PagenetError):
     exit_code = 7
+
+
+class GuestReclaimed(PagenetError):
+    exit_code = 9
 
 
 class ConnectionBroken(PagenetError):

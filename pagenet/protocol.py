@@ -86,6 +86,8 @@ LZ4 = "lz4"
 TRACKED = "tracked"
 #: The feature of a side that says :class:`Alive` to a peer that has it too.
 ALIVE = "alive"
+#: The feature of a destination that takes streams which the source that dials it opens unasked.
+STREAMS = "streams"
 #: Limit of the bits of one message about stale pages.
 MAX_STALE_BYTES = 1 << 20
 

@@ -13,7 +13,7 @@ Backends register under their URI scheme; :func:`dial` and :func:`listen` pick o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 from urllib.parse import SplitResult, urlsplit
@@ -30,6 +30,7 @@ __all__ = [
     "DetachedSocket",
     "LaneKind",
     "Listener",
+    "StreamHandler",
     "TlsTransport",
     "Transport",
     "dial",
@@ -85,6 +86,10 @@ class DetachedSocket(NamedTuple):
 
     fd: int
     tls: _native.Tls | None
+
+
+#: what is called with each stream that the other side opens
+StreamHandler = Callable[[Connection], Awaitable[None]]
 
 
 @runtime_checkable

@@ -274,6 +274,13 @@ class Serial:
         self._has_ended = True
         self._tell()
 
+    def take(self) -> Serial:
+        """What it has said so far, which is no longer here: the guest is elsewhere meanwhile."""
+        before = Serial(self.name, self._errors)
+        before.lines, before.beats, before._rest = self.lines, self.beats, self._rest
+        self.lines, self.beats, self._rest = [], [], b""
+        return before
+
     async def read(self, stream: trio.abc.ReceiveStream) -> None:
         """Read until the end of the machine."""
         try:

@@ -78,6 +78,7 @@ exit codes:
   6    protocol error: the peer's bytes make no sense, or are of another version
   7    not possible here: a permission or a kernel feature is missing
   8    not trusted: TLS, and one side does not trust the other
+  9    the guest has gone back to its source, and runs there
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from ..destination.pulling import Transfer
+from ..errors import GuestReclaimed
 from ..whole_file import WholeFile
 from ._command import Report
 
@@ -44,6 +45,9 @@ def telling_missing(options: argparse.Namespace, report: Report) -> Iterator[Unf
     with making as file:
         try:
             yield unfinished
+        except GuestReclaimed:  # its pages are where it is
+            unfinished.transfer = None
+            raise
         finally:
             transfer = unfinished.transfer
             if transfer is not None and not transfer.finished.is_set():

@@ -99,6 +99,7 @@ def make_parser() -> Parser:
     rounds.add_argument(
         "count", type=round_count, metavar="ROUNDS|auto", help="rounds before the guest leaves"
     )
+    add("reclaim", "Have the guest come back that pagenet-qemu migrate has given away.")
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
 
@@ -209,6 +210,8 @@ def _done(command: str, answer: dict[str, Any]) -> str:
         return "stopping"
     if command == "give-up":
         return "it will not wait for a source that is away"
+    if command == "reclaim":
+        return "asking the destination for the guest"
     if command in ("switch", "rounds"):
         return f"{command}: done"
     with _understood():

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 import trio
 
 from ..children import module_command
 from ..control import Control
 from ..destination.pulling import pull
-from ..errors import UsageError
+from ..errors import GuestReclaimed, PagenetError, UsageError
 from ..events import EventHandler
 from ..guard import Guard
-from ..qemu import Precopy, migrate, monitor_pid, receive, receive_attached
+from ..nurseries import open_failing_nursery
+from ..qemu import (
+    Precopy,
+    Returning,
+    ending_when_reclaimed,
+    migrate,
+    monitor_pid,
+    receive,
+    receive_attached,
+    reclaim,
+    reclaim_from,
+)
 from ..source.precopy import RoundCount
+from ..source.serving import Server
 from ..uffd import AbandonedOwner
 from ._command import (
     RECONNECT_WORDS,
@@ -54,6 +68,13 @@ _WORDS = {
     "stopped": "the guest stands still here",
     "switchover": "handed over: it will not run here again",
     "resumed": "the guest runs at the destination",
+    "reclaiming": "asking {peer} for the guest",
+    "reclaimed": (
+        "the guest runs here again: {bytes} bytes of its memory came with it, and it stood still"
+        " for {downtime_ms} ms"
+    ),
+    "returning": "the source takes the guest back: {peer}",
+    "returned": "the guest has gone back to its source, with {bytes} bytes of its memory",
     **MISSING_WORDS,
     **RECONNECT_WORDS,
     **GUARD_WORDS,
@@ -72,6 +93,11 @@ _WARNINGS = {
         "the destination was told to run the guest and has not confirmed it ({reason}). It stays"
         " stopped here: look there, and only if it does not run, end this program and send cont to"
         " this QEMU"
+    ),
+    "not_reclaimed": "the guest does not go back to its source: {reason}",
+    "return_in_doubt": (
+        "the source was told to run the guest again and has not confirmed it ({reason}). It stays"
+        " stopped here: look there, and only if it does not run, send cont to this QEMU"
     ),
     "abandoned": (
         "stopped before the destination has every page: its guest will stand still at the first"
@@ -107,7 +133,13 @@ def make_parser() -> Parser:
         ),
     )
     incoming.add_argument(
-        "--pid", type=count, metavar="PID", help="with --resume, instead of --qmp: QEMU's process"
+        "--pid",
+        type=count,
+        metavar="PID",
+        help=(
+            "with --resume: QEMU's process. Without --qmp the guest cannot be reclaimed by its"
+            " source"
+        ),
     )
     add_pull_options(incoming)
     add_guard_option(incoming)
@@ -138,7 +170,32 @@ def make_parser() -> Parser:
     add_lane_option(leaving)
     add_guard_option(leaving)
     add_common_options(leaving)
+    words = """Take a guest back that pagenet-qemu migrate has given away, and whose pages have not
+        all gone, from the pagenet-qemu incoming that listens on URI. If it fails, the guest goes on
+        there."""
+    reclaiming = commands.add_parser(
+        "reclaim", help="take a guest back that was given away", description=words
+    )
+    reclaiming.add_argument(
+        "--qmp", metavar="SOCKET", required=True, help="monitor of the QEMU that the guest has left"
+    )
+    reclaiming.add_argument(
+        "--identity",
+        metavar="HEX",
+        type=_identity,
+        required=True,
+        help="identity of the guest's pages, as migrate has printed it",
+    )
+    reclaiming.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
+    add_lane_option(reclaiming)
+    add_common_options(reclaiming)
     return parser
+
+
+def _identity(text: str) -> bytes:
+    if not re.fullmatch("[0-9a-fA-F]{32}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 32 hexadecimal digits")
+    return bytes.fromhex(text)
 
 
 def _rounds(text: str) -> RoundCount | None:
@@ -164,19 +221,22 @@ def _guarded_arrival(
     known: dict[str, object] = {}
 
     def on_event(event: str, /, **fields: object) -> None:
-        known.update({name: fields[name] for name in ("pid", "uri") if name in fields})
+        known.update({name: fields[name] for name in ("pid", "uri", "monitor") if name in fields})
         if event == "taken" and guard is not None:
-            guard.restart_with(_resuming(options, str(known["pid"]), str(known["uri"])))
+            monitor = str(known.get("monitor", options.qmp))
+            guard.restart_with(_resuming(options, str(known["pid"]), str(known["uri"]), monitor))
         report(event, **fields)
 
     return on_event
 
 
-def _resuming(options: argparse.Namespace, pid: str, uri: str) -> list[str]:
+def _resuming(options: argparse.Namespace, pid: str, uri: str, monitor: str | None) -> list[str]:
     names = ("plaintext", "background", "background_lanes", "background_window", "max_bandwidth")
     more = ("start_background", "prefetch", "compress")
     words = words_of(options, *TAKEN_OVER, *names, *more)
-    what = ("incoming", "--resume", "--pid", pid, "--listen", uri)
+    what = ["incoming", "--resume", "--pid", pid, "--listen", uri]
+    if monitor is not None:
+        what += ["--qmp", monitor]
     return module_command("pagenet.cli.qemu", *what, *words)
 
 
@@ -225,7 +285,7 @@ async def _go_on(
             report("finished", pid=owner.pid, pages=owner.pages)
             return 0
         if guard is not None:
-            guard.restart_with(_resuming(options, str(owner.pid), options.listen))
+            guard.restart_with(_resuming(options, str(owner.pid), options.listen, options.qmp))
         missing = owner.pages - owner.done
         report(
             "resuming",
@@ -234,16 +294,19 @@ async def _go_on(
             missing=missing,
             identity=owner.source.hex(),
         )
-        with telling_missing(options, report) as unfinished:
+        monitor = None if options.qmp is None else Path(options.qmp)
+        returning = Returning(monitor, owner.pid, report)
+        with telling_missing(options, report) as unfinished, ending_when_reclaimed(owner.pid):
             async with pull(
                 options.listen,
                 owner,
                 listen=True,
                 reconnect_for=reconnect_for(options),
                 **pull_options(options),
+                on_stream=returning.meet,
                 on_event=report,
             ) as transfer:
-                control.subject = unfinished.transfer = transfer
+                control.subject = unfinished.transfer = returning.transfer = transfer
                 await show_until_complete(transfer, report)
     return 0
 
@@ -284,21 +347,50 @@ async def _leave(
             precopy=precopy,
             on_event=on_event,
         ) as server,
-        trio.open_nursery() as nursery,
+        open_failing_nursery() as nursery,
     ):
         control.precopy = None
         control.subject = server
         nursery.start_soon(make_progress(report), server)
+        nursery.start_soon(_reclaim_when_told, server, options.qmp, report, control)
         await server.wait_complete()
+        control.reclaim = None
         nursery.cancel_scope.cancel()
+    return 0
+
+
+async def _reclaim_when_told(
+    server: Server, qmp_socket: str, report: Report, control: Control
+) -> None:
+    while True:
+        told = trio.Event()
+        control.reclaim = told.set
+        await told.wait()
+        try:
+            await reclaim(server, qmp_socket, on_event=report)
+        except PagenetError as error:
+            report("not_reclaimed", reason=str(error))
+        else:
+            raise GuestReclaimed("the guest was reclaimed: it runs here again")
+
+
+async def _reclaim(options: argparse.Namespace, report: Report, control: Control) -> int:
+    await reclaim_from(
+        options.uri,
+        options.qmp,
+        identity=options.identity,
+        tls=options.tls,
+        lane=options.lane,
+        on_event=report,
+    )
     return 0
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check what argparse cannot: that exactly one QEMU is named, in the right way."""
     named = [name for name in ("pid", "qmp", "qemu") if getattr(options, name)]
-    if options.resume and (len(named) != 1 or options.qemu):
-        parser.error("--resume needs the QEMU that has the guest: one of --pid and --qmp")
+    if options.resume and (not named or options.qemu):
+        parser.error("--resume needs the QEMU that has the guest: --pid or --qmp")
     if not options.resume and named not in (["qemu"], ["qmp"]):
         parser.error(
             "say which QEMU the guest comes to: its command line after --, or its monitor with"
@@ -310,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     report = Report(_PROG, options.json, _WORDS, _WARNINGS)
-    work: Work = _migrate
+    work: Work = _reclaim if options.command == "reclaim" else _migrate
     if options.command == "incoming":
         _check(parser, options)
         work = _resume if options.resume else _incoming

@@ -160,6 +160,7 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "give-up": {},
     "switch": {},
     "rounds": {"count": _is_round_count},
+    "reclaim": {},
     "stop": {},
 }
 

@@ -39,6 +39,8 @@ class Control:
         self._rates: Rates | None = None
         #: the precopy, while it may be changed. May be set.
         self.precopy: Precopy | None = None
+        #: called to have the guest come back, where it can. May be set.
+        self.reclaim: Callable[[], None] | None = None
         self._changed = trio.Event()
 
     @property
@@ -97,6 +99,11 @@ class Control:
                 return {}
             case "switch" | "rounds":
                 self._change_precopy(request)
+                return self.status()
+            case "reclaim":
+                if self.reclaim is None:
+                    raise UsageError("reclaim: no guest has been given away from here, yet")
+                self.reclaim()
                 return self.status()
         self._change(self._running_transfer(request.command), request)
         return self.status()

@@ -31,7 +31,7 @@ from ..region import Region
 from ..statistics import TransferStatistics
 from ..target import Owner, Stored, Target
 from ..tls import Tls
-from ..transport import Connection, LaneKind, security_of
+from ..transport import Connection, LaneKind, StreamHandler, security_of
 from ..whole_file import WholeFile
 from .connecting import Connecting
 from .copying import Copying
@@ -250,6 +250,7 @@ async def pull(
     streams: int = 0,
     held: bool = False,
     reconnect_for: float = 0.0,
+    on_stream: StreamHandler | None = None,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -291,7 +292,9 @@ async def pull(
     ``reconnect_for``: seconds (``math.inf``: for ever) for which a source is waited for that does
     not answer any more, from the time when faults are answered. It is dialled, or may dial, again
     and again; threads that touch missing pages wait; once it is back, what was in flight is asked
-    for again. With 0 a source that goes away ends the transfer.
+    for again. With 0 a source that goes away ends the transfer. ``on_stream``, with ``listen``:
+    called with each stream that the source opens (:meth:`~pagenet.Server.open_stream`); its errors
+    end the transfer, and the connection is closed when the call returns.
 
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
@@ -313,6 +316,8 @@ async def pull(
         raise UsageError(f"a window of {background_window} bytes: a page is {mmap.PAGESIZE}")
     check_schedule(background)
     start = Start() if start_background is None else parse_start(start_background)
+    if on_stream is not None and not listen:
+        raise UsageError("only a source that dials opens streams: listen for it")
     channels = (
         Channel.DEMAND,
         *[Channel.BACKGROUND] * background_lanes,
@@ -320,7 +325,7 @@ async def pull(
     )
     pages_go_over = channels[: 1 + background_lanes]
     meeting = (
-        accepted_sources(uri, plaintext, tls, channels, on_event)
+        accepted_sources(uri, plaintext, tls, channels, on_stream, on_event)
         if listen
         else dialled_sources(uri, tls)
     )

@@ -3,6 +3,7 @@ or it listens."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -22,11 +23,11 @@ from ..errors import (
 )
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
-from ..protocol import ALIVE, TRACKED, Channel, Hello, Role
+from ..protocol import ALIVE, STREAMS, TRACKED, Channel, Hello, Role
 from ..redialling import dial_again, dial_beside
 from ..session import MessageStream, accept_forever, greet, telling
 from ..tls import Tls
-from ..transport import Connection
+from ..transport import Connection, StreamHandler
 from .source_session import SourceSession
 
 __all__ = ["Sources", "accepted_sources", "dial_source", "dialled_sources"]
@@ -157,10 +158,13 @@ class _Lanes:
 
     def __init__(self, channels: Sequence[Channel]) -> None:
         self._of = {channel: trio.open_memory_channel[Connection](1) for channel in channels}
+        self._missing = Counter(channels)
 
-    def check(self, channel: Channel) -> None:
-        if channel not in self._of:
-            raise RemoteProtocolError("the source opens a lane that it was not asked for")
+    def expect(self, channel: Channel) -> bool:
+        """Whether the source was asked for this lane, and has not dialled it before."""
+        is_expected = self._missing[channel] > 0
+        self._missing[channel] -= is_expected
+        return is_expected
 
     async def put(self, channel: Channel, connection: Connection) -> None:
         await self._of[channel][0].send(connection)
@@ -178,11 +182,16 @@ class AcceptedSources:
 
     The first source that dials gets the session, and only that source gets the next one. Each lane
     that it dials goes to the caller of :meth:`SourceSession.open_lane` that waits for its channel.
-    It is asked to dial ``channels``; in later sessions, those that pages go over.
+    It is asked to dial ``channels``; in later sessions, those that pages go over. A stream that it
+    opens unasked is for ``on_stream``.
     """
 
-    def __init__(self, channels: Sequence[Channel], on_event: EventHandler) -> None:
+    def __init__(
+        self, channels: Sequence[Channel], on_stream: StreamHandler | None, on_event: EventHandler
+    ) -> None:
         self._on_event = on_event
+        self._on_stream = on_stream
+        self._features = _FEATURES if on_stream is None else _FEATURES | {STREAMS}
         self._session: SourceSession | None = None
         self._on_failure: Callable[[str], None] | None = None
         self._is_awaited = False  # somebody waits for the next session
@@ -251,7 +260,7 @@ class AcceptedSources:
             self._check_follows(session, former)
         self._session, before, self._lanes = session, self._lanes, lanes
         answer = Hello(
-            Role.DESTINATION, Channel.CONTROL, hello.session, lanes=wanted, features=_FEATURES
+            Role.DESTINATION, Channel.CONTROL, hello.session, lanes=wanted, features=self._features
         )
         try:
             await stream.send(answer)
@@ -274,11 +283,19 @@ class AcceptedSources:
         names = transport.identity_of(stream.connection)
         if session is None or (hello.session, names) != (session.session_id, session.names):
             raise RemoteProtocolError("the source opens a lane for a session that does not exist")
-        lanes = self._lanes
-        lanes.check(hello.channel)
+        lanes, handler = self._lanes, None
+        if not lanes.expect(hello.channel):
+            handler = self._on_stream if hello.channel is Channel.STREAM else None
+            if handler is None:
+                raise RemoteProtocolError("the source opens a lane that it was not asked for")
         session.connections.append(stream.connection)
         await stream.send(Hello(Role.DESTINATION, hello.channel, hello.session))
-        await lanes.put(hello.channel, _lane_stream(hello, stream))
+        connection = _lane_stream(hello, stream)
+        if handler is None:
+            await lanes.put(hello.channel, connection)
+        else:
+            await handler(connection)
+            connection.close()
 
 
 @asynccontextmanager
@@ -287,13 +304,15 @@ async def accepted_sources(
     plaintext: bool,
     tls: Tls | None,
     channels: Sequence[Channel],
+    on_stream: StreamHandler | None,
     on_event: EventHandler,
 ) -> AsyncIterator[AcceptedSources]:
-    """Sessions with the source that dials ``uri``, which is asked to dial ``channels`` too."""
+    """Sessions with the source that dials ``uri``, which is asked to dial ``channels`` too. Each
+    stream that it opens unasked is for ``on_stream``."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(await transport.listen(uri, plaintext=plaintext, tls=tls))
         on_event("listening", uri=listener.uri)
-        sources = AcceptedSources(channels, on_event)
+        sources = AcceptedSources(channels, on_stream, on_event)
         stack.callback(sources.close)
         nursery = await stack.enter_async_context(open_failing_nursery())
         nursery.start_soon(accept_forever, listener, sources.meet_peer, sources.admission)

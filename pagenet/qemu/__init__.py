@@ -13,6 +13,11 @@
     _stream.py       QEMU's migration stream, where QEMU does not write it itself
     migration.py     the source: migrate()
     arrival.py       the destination: receive()
+    _offer.py        the moment at which the guest changes sides
+    reclaiming.py    the source takes the guest back: reclaim()
+    returning.py     the destination gives it back
+    _half.py         the pages that the destination has, on their way back
+    _qcow2.py        the devices' state, in a form that a QEMU which has run loads
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from .command_line import Incoming, prepare_incoming
 from .machine import Backend, Machine, describe, ram_sources
 from .migration import migrate
 from .qmp import Qmp, QmpError, QmpEvent, connect_qmp, monitor_pid
+from .reclaiming import reclaim, reclaim_from
+from .returning import Returning, ending_when_reclaimed
 
 __all__ = [
     "Arrival",
@@ -35,12 +42,16 @@ __all__ = [
     "Qmp",
     "QmpError",
     "QmpEvent",
+    "Returning",
     "connect_qmp",
     "describe",
+    "ending_when_reclaimed",
     "migrate",
     "monitor_pid",
     "prepare_incoming",
     "ram_sources",
     "receive",
     "receive_attached",
+    "reclaim",
+    "reclaim_from",
 ]

@@ -74,9 +74,9 @@ class RamBlock:
     size: int
 
 
-def opening(machine_type: str, capabilities: Sequence[str]) -> bytes:
-    """The beginning of a stream, up to its first section. It asks the destination to report on the
-    return path how loading went."""
+def opening(machine_type: str, capabilities: Sequence[str], answered: bool) -> bytes:
+    """The beginning of a stream, up to its first section. ``answered``: it asks the destination to
+    report on the return path how loading went."""
     kind = machine_type.encode()
     names = b"".join(_named(name) for name in capabilities)
     enabled = (
@@ -88,7 +88,8 @@ def opening(machine_type: str, capabilities: Sequence[str]) -> bytes:
         + struct.pack(">B", _SUBSECTION)
         + enabled
     )
-    return _MAGIC + configuration + struct.pack(">BHH", _COMMAND, _OPEN_RETURN_PATH, 0)
+    command = struct.pack(">BHH", _COMMAND, _OPEN_RETURN_PATH, 0) if answered else b""
+    return _MAGIC + configuration + command
 
 
 def ram_start(blocks: Sequence[RamBlock], pages: Iterable[bytes]) -> list[bytes]:

@@ -16,10 +16,22 @@ from ..session import bare, receive_exactly
 from ..transport import Connection, Detachable
 from .qmp import Qmp
 
-__all__ = ["DEVICES", "TALK", "MigrationRefused", "Talk", "give_to_qemu", "which_stream"]
+__all__ = [
+    "ANSWER_TIMEOUT",
+    "DEVICES",
+    "TALK",
+    "MigrationRefused",
+    "Talk",
+    "give_to_qemu",
+    "which_stream",
+]
 
 #: the first byte that a destination sends on a stream: the purpose of the stream
 TALK, DEVICES = b"T", b"D"
+
+#: In seconds, while the guest stands still: for a message that needs no work. A link that is dead
+#: ends the connection after PEER_TIMEOUT of tcp/_constants.py; this is for a side that has stopped.
+ANSWER_TIMEOUT = 10.0
 
 _MAX_MESSAGE = 64 << 10
 _PIECE = 256 << 10

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from ..destination.pulling import Transfer, pull
-from ..errors import OwnerGone, PagenetError, UsageError
+from ..errors import GuestReclaimed, OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_faults, telling
@@ -31,6 +31,7 @@ from ._talk import DEVICES, TALK, Talk, give_to_qemu
 from .command_line import Incoming, prepare_incoming
 from .machine import CAPABILITIES, Machine, describe, ram_of
 from .qmp import Qmp, connect_qmp
+from .returning import Returning
 
 __all__ = ["Arrival", "receive", "receive_attached"]
 
@@ -193,7 +194,9 @@ async def receive(
 
     The block begins when the guest runs here; leave it after :meth:`Arrival.wait_complete`. A
     failure before the guest was handed over ends the QEMU that was started. A later failure leaves
-    QEMU alone: a guest whose source is lost stands still at the first page that it misses.
+    QEMU alone: a guest whose source is lost stands still at the first page that it misses. The
+    source may take the guest back while pages are missing: that ends QEMU too, and raises
+    :exc:`~pagenet.errors.GuestReclaimed` in the block.
 
     :exc:`~pagenet.errors.UsageError` for a command line that cannot receive a guest, or a source
     that is another machine; :exc:`~pagenet.errors.OwnerGone` if QEMU ends; and what
@@ -219,6 +222,7 @@ async def receive(
                 pid=process.pid,
                 ram=", ".join(map(str, prepared.rams)),
                 added=" ".join(prepared.added),
+                monitor=str(monitor),
             )
             qemu = _Started(process, prepared, owner)
             async with _arriving(qemu, monitor, listen, on_event, options) as arrival:
@@ -271,6 +275,7 @@ async def _arriving(
     qemu: _Qemu, monitor: Path, listen: str, on_event: EventHandler, options: dict[str, Any]
 ) -> AsyncIterator[Arrival]:
     arriving: _Arriving | None = None
+    returning = Returning(monitor, qemu.pid, on_event)
     try:
         async with (
             _watched(qemu, lambda: arriving is not None and arriving.is_loading),
@@ -289,6 +294,7 @@ async def _arriving(
                 listen=True,
                 streams=2,
                 held=True,
+                on_stream=returning.meet,
                 on_event=check_size,
                 **options,
             ) as transfer:
@@ -297,11 +303,16 @@ async def _arriving(
                 async with connect_qmp(monitor) as qmp:  # a monitor serves one client at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over()
+                returning.transfer = transfer
                 async with (
                     telling(tell_faults, transfer, on_event),
                     running_beside(_settle, transfer),
                 ):
                     yield Arrival(transfer, qemu.process)
+    except GuestReclaimed:
+        assert arriving is not None
+        arriving.runs_here = False
+        raise
     finally:
         if arriving is None or not arriving.runs_here:
             with trio.CancelScope(shield=True):

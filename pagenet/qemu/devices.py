@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from io import FileIO
@@ -90,24 +91,35 @@ class Way(Protocol):
 
 
 class Migration:
-    """QEMU's own migration. QEMU gets the connection itself."""
+    """QEMU's own migration. QEMU gets the connection itself. ``answered``: another QEMU reads it,
+    and answers."""
 
-    def __init__(self, qmp: Qmp, devices: Connection, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, qmp: Qmp, devices: Connection, nursery: trio.Nursery, answered: bool = True
+    ) -> None:
         self._qmp = qmp
         self._devices = devices
         self._nursery = nursery
+        self._answered = answered
+        self._runs = True
         self._uri = ""
         self._since = len(qmp.events)  # an earlier migration, which failed, is not ours
 
     async def prepare(self) -> None:
         self._uri = await give_to_qemu(self._qmp, self._devices, self._nursery)
-        on = [{"capability": name, "state": True} for name in CAPABILITIES]
+        self._runs = await _runs(self._qmp)
+        on = [
+            {"capability": name, "state": self._answered or name != "return-path"}
+            for name in CAPABILITIES
+        ]
         await self._qmp.command("migrate-set-capabilities", capabilities=on)
         await self._qmp.command("migrate-set-parameters", max_bandwidth=_UNLIMITED)
 
     async def stop(self) -> QmpEvent:
         await self._qmp.command("migrate", uri=self._uri)
         await self._wait_status("pre-switchover", STEP_TIMEOUT)
+        if not self._runs:
+            return _stopped_before()
         return await self._qmp.wait_event("STOP", since=self._since, patience=STEP_TIMEOUT)
 
     async def send(self) -> None:
@@ -138,10 +150,15 @@ class Migration:
 
 
 class Saved:
-    """The state that QEMU saves, in a stream that pagenet writes."""
+    """The state that QEMU saves, in a stream that pagenet writes. ``answered``: as for
+    :class:`Migration`."""
 
-    def __init__(self, qmp: Qmp, devices: Connection, machine: Machine) -> None:
+    def __init__(
+        self, qmp: Qmp, devices: Connection, machine: Machine, answered: bool = True
+    ) -> None:
         self._qmp = qmp
+        self._answered = answered
+        self._runs = True
         self._connection = bare(devices)
         self._machine = machine
         self._memory = _DeviceMemory(qmp.pid, [])
@@ -155,13 +172,19 @@ class Saved:
         self._sent = await self._memory.read()
         pages = chain.from_iterable(map(every_page, blocks, self._sent))
         kind = self._machine.kind.removesuffix("-machine")
-        await self._send([opening(kind, ["x-ignore-shared"]), *ram_start(blocks, pages)])
+        head = opening(kind, ["x-ignore-shared"], self._answered)
+        await self._send([head, *ram_start(blocks, pages)])
+        self._runs = await _runs(self._qmp)
         self._number = await self._qmp.give_set(self._file.writable)
 
     async def stop(self) -> QmpEvent:
         since = len(self._qmp.events)
         await self._qmp.command("stop")
-        stop = await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
+        stop = (
+            await self._qmp.wait_event("STOP", since=since, patience=STEP_TIMEOUT)
+            if self._runs
+            else _stopped_before()
+        )
         # With live=True QEMU releases the disks too, which the destination needs; cont takes them
         # back.
         await self._qmp.command(_SAVE, filename=f"/dev/fdset/{self._number}", live=True)
@@ -200,6 +223,15 @@ class Saved:
         raise PagenetError(
             f"the destination's QEMU did not take the devices' memory for {STEP_TIMEOUT:g} s"
         )
+
+
+async def _runs(qmp: Qmp) -> bool:
+    return bool((await qmp.command("query-status"))["running"])
+
+
+def _stopped_before() -> QmpEvent:
+    """In the place of the event of a guest that stood still already."""
+    return QmpEvent("STOP", {}, time.time())
 
 
 class _DeviceMemory:

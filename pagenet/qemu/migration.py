@@ -22,17 +22,16 @@ only this side has the guest's pages: a destination that is lost is dialled unti
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from enum import Enum
 from pathlib import Path
 
 import trio
 
 from ..errors import (
     ConnectionBroken,
+    GuestReclaimed,
     OwnerGone,
     PagenetError,
     RemoteProtocolError,
@@ -51,7 +50,8 @@ from ..tls import Tls
 from ..transport import Connection, LaneKind
 from ..uffd import Mapping, WriteTracker
 from ._guard import Guard, go_on, guarding
-from ._talk import DEVICES, TALK, MigrationRefused, Talk, which_stream
+from ._offer import Given, Offer
+from ._talk import ANSWER_TIMEOUT, DEVICES, TALK, MigrationRefused, Talk, which_stream
 from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way
 from .machine import Machine, check_leaving, describe, ram_of, source_specs
 from .precopy import tracking
@@ -59,30 +59,17 @@ from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["migrate"]
 
-# In seconds, while the guest stands still: for a message that needs no work, and for the devices'
-# state to arrive and be loaded. A link that is dead ends the connection after PEER_TIMEOUT of
-# tcp/_constants.py; these limits are for a destination that has stopped.
-_ANSWER_TIMEOUT = 10.0
+# In seconds, while the guest stands still: for the devices' state to arrive and be loaded.
 _LOAD_TIMEOUT = 30.0
 # In seconds. The destination's reason why it cannot load the devices tells more than our QEMU's,
 # and comes at about the same time.
 _REASON_TIMEOUT = 2.0
-# In seconds: for the destination's message that it takes the guest.
-_TAKE_TIMEOUT = 30.0
 
 _HANDED_OVER = (
     "this source has handed its guest over already, and waits for the QEMU that has it: resume that"
     " one's transfer there (pagenet-qemu incoming --resume)"
 )
 _NO_ROUNDS = "the destination's release of pagenet takes no pages before the guest leaves"
-
-
-class Given(Enum):
-    """Whether the guest is the destination's."""
-
-    NO = "no"
-    PERHAPS = "perhaps"
-    YES = "yes"
 
 
 @asynccontextmanager
@@ -105,7 +92,8 @@ async def migrate(
     used), :exc:`~pagenet.errors.SourceUnreachable` (nothing listens there),
     :exc:`MigrationRefused` (with the destination's reason), :exc:`~pagenet.errors.PagenetError`.
     After that only this side has the guest's pages: a destination that is lost is dialled until it
-    is back (``pagenet-qemu incoming --resume``), or the block is left.
+    is back (``pagenet-qemu incoming --resume``), or the block is left. :func:`reclaim` takes the
+    guest back; raise :exc:`~pagenet.errors.GuestReclaimed` in the block then.
 
     ``precopy``: copy memory in rounds before the guest leaves, while it runs. ``auto`` does without
     where something writes to the guest's RAM unseen, the kernel is too old, or the destination is;
@@ -157,11 +145,15 @@ async def migrate(
                     await _leave(leaving, memory, streams, None if tracker is None else precopy)
             finally:
                 streams.let_go()
+            came_back = False
             try:
                 async with telling(tell_serving, server, on_event):
                     yield server
+            except GuestReclaimed:
+                came_back = True
+                raise
             finally:
-                if not server.is_complete:
+                if not server.is_complete and not came_back:
                     addresses = " ".join(backend.source(pid) for backend in machine.backends)
                     on_event(
                         "abandoned",
@@ -232,11 +224,11 @@ class _Streams:
 
     async def meet(self, connection: Connection) -> None:
         name = b""
-        with trio.move_on_after(_ANSWER_TIMEOUT):
+        with trio.move_on_after(ANSWER_TIMEOUT):
             name = await which_stream(connection)
         if not name:
             raise ConnectionBroken(
-                f"the destination opened a stream, and said nothing on it for {_ANSWER_TIMEOUT:g} s"
+                f"the destination opened a stream, and said nothing on it for {ANSWER_TIMEOUT:g} s"
             )
         if name in self._found:
             if name == TALK:
@@ -275,7 +267,7 @@ class _Leaving:
         self._server = server
         self._on_event = on_event
         self._rounds: Rounds | None = None
-        self._given = Given.NO
+        self._offer = Offer()
         self._begun = False
 
     async def agree(self, memory: dict[str, object]) -> None:
@@ -338,7 +330,7 @@ class _Leaving:
             both.start_soon(self._freeze)
             await way.send()
         self._on_event("stopped")
-        await self.talk.hear("serving", _ANSWER_TIMEOUT)
+        await self.talk.hear("serving", ANSWER_TIMEOUT)
         nursery.start_soon(self._hear_of_failure)
         await self._wait_loaded(way)
         return stop
@@ -363,39 +355,16 @@ class _Leaving:
 
     async def _commit(self) -> None:
         """Give the guest away: it is the destination's once the destination has sent "taking"."""
-        await self._guard.should_we_die("nothing")
-        self._given = Given.PERHAPS
         self._server.persist()
-        with trio.move_on_after(_TAKE_TIMEOUT, shield=True):
-            try:
-                await self.talk.say("run")
-                await self.talk.hear("taking")
-                self._given = Given.YES
-            except MigrationRefused:
-                self._given = Given.NO
-                raise
-            except ConnectionBroken as error:
-                # The destination has closed the connection, in good order or because it was killed.
-                # Had it sent "taking", that would have arrived first. If instead the link broke,
-                # it may have sent it.
-                if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (
-                    errno.ECONNRESET,
-                    errno.EPIPE,
-                ):
-                    self._given = Given.NO
-                raise
-        if self._given is not Given.YES:
-            raise PagenetError(
-                f"the destination did not confirm for {_TAKE_TIMEOUT:g} s that it takes the guest"
-            )
+        await self._offer.make(self.talk, self._guard)
 
     async def gives_up(self, error: BaseException) -> bool:
         """Return whether the guest stays here. It does unless it runs, or may run, at the
         destination: then its pages must be served. A guest that stays is resumed, and the
         destination is told if it can still be reached."""
-        if self._given is Given.YES:
+        if self._offer.given is Given.YES:
             return False
-        if self._given is Given.PERHAPS:
+        if self._offer.given is Given.PERHAPS:
             self._on_event("in_doubt", reason=str(error), identity=self._server.identity.hex())
             return False
         if not isinstance(error, MigrationRefused):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -37,6 +37,7 @@ from ..protocol import (
     ALIVE,
     LZ4,
     MAX_DESTINATION_MESSAGE,
+    STREAMS,
     TRACKED,
     Alive,
     Bye,
@@ -56,16 +57,14 @@ from ..region import Region
 from ..session import LAST_WORDS_TIMEOUT, MessageStream, accept_forever, greet, telling
 from ..statistics import ServingStatistics
 from ..tls import Tls
-from ..transport import LaneKind
+from ..transport import LaneKind, StreamHandler
 from .lanes import PIN_LIMIT, OneSided, ReadableMemory
 from .memory import Source, open_source
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
 from .rounds import Rounds, Tracker
 from .trio_lane import LARGE_UNITS, Counts, TrioSourceLane
 
-__all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "StreamHandler", "serve"]
-
-StreamHandler = Callable[[transport.Connection], Awaitable[None]]
+__all__ = ["MAX_LANES", "MAX_SESSIONS", "Server", "serve"]
 
 #: Default limits of a source that listens. A lane whose peer does not read keeps at most 258 KiB,
 #: so all lanes together keep at most 516 MiB, plus 32 MiB of larger units.
@@ -113,6 +112,7 @@ class _Left(ConnectionBroken):
 class _Greeting:
     """A destination that we have dialled has said hello."""
 
+    uri: str
     session: _Session
     hello: Hello
 
@@ -152,6 +152,8 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
+        self._greeting: _Greeting | None = None  # of the destination that was dialled last
+        self._greeted = trio.Event()
         self._redials = trio.Event()  # a lost destination is dialled again
         if reconnect_for > 0:
             self._redials.set()
@@ -353,6 +355,20 @@ class Server:
         self._persists = True
         self._redials.set()
 
+    async def open_stream(self) -> transport.Connection:
+        """Open a stream to the destination that is dialled, for the application's own bytes. Waits
+        until one is connected. Close it.
+
+        For a server that dials. :exc:`~pagenet.errors.UsageError` if that destination takes no
+        streams (``on_stream`` of :func:`pagenet.pull`); :exc:`SourceUnreachable`,
+        :exc:`ConnectionBroken`, :exc:`RemoteProtocolError`."""
+        while (greeting := self._greeting) is None:
+            await self._greeted.wait()
+        if STREAMS not in greeting.hello.features:
+            peer = greeting.session.control.connection.peer
+            raise UsageError(f"the destination {peer} takes no streams: bring pagenet up to date")
+        return (await self._open_lane(greeting.uri, Channel.STREAM, greeting.session)).rest()
+
     async def dial(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done.
 
@@ -362,7 +378,7 @@ class Server:
         greeting: _Greeting | None = await self._greet(uri)
         while greeting is not None:
             try:
-                greeting = await self._serve_dialled(uri, greeting)
+                greeting = await self._serve_dialled(greeting)
             except (ConnectionBroken, ProtocolError, SourceUnreachable, Unsupported) as error:
                 if not self._may_redial(error):
                     raise
@@ -402,12 +418,12 @@ class Server:
         except BaseException:
             connection.close()
             raise
-        return _Greeting(session, hello)
+        return _Greeting(uri, session, hello)
 
-    async def _serve_dialled(self, uri: str, greeting: _Greeting) -> _Greeting | None:
+    async def _serve_dialled(self, greeting: _Greeting) -> _Greeting | None:
         """Serve a destination until it is done. Returns the greeting of its next session, if it has
         answered there and not here."""
-        session, hello = greeting.session, greeting.hello
+        uri, session, hello = greeting.uri, greeting.session, greeting.hello
         heartbeat = _heartbeat(session, hello)
         complete, successors = False, list[_Greeting]()
 
@@ -420,6 +436,8 @@ class Server:
             with self._registered(session):
                 self._begin_rounds(session, hello)
                 self._on_event("connected", peer=session.control.connection.peer)
+                self._greeting = greeting
+                self._greeted.set()
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(serve_control)
                     for channel in hello.lanes:
@@ -428,6 +446,7 @@ class Server:
                     successors.append(await self._successor(uri, heartbeat))
                     nursery.cancel_scope.cancel()
         finally:
+            self._greeting, self._greeted = None, trio.Event()
             greeting.close()
         if successors:
             return successors[0]
@@ -437,21 +456,27 @@ class Server:
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
         try:
-            connection = await transport.dial(uri, self._tls)
+            stream = await self._open_lane(uri, channel, session)
+            with closing(stream.connection):
+                await self._serve_lane(channel, stream, session)
         except SourceUnreachable as error:  # it was there a moment ago: control says why
             await trio.sleep(LAST_WORDS_TIMEOUT)
             raise ConnectionBroken(f"the destination is gone: {error}") from None
-        try:
-            stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
-            await greet(stream, self._hello(channel, session))
-            await self._serve_lane(channel, stream, session)
         except (ConnectionBroken, RemoteProtocolError):
             # A destination that is done closes its lanes at any point, and we may read its bye
             # later. The control connection decides, and then cancels us.
             await trio.sleep(LAST_WORDS_TIMEOUT)
             raise
-        finally:
+
+    async def _open_lane(self, uri: str, channel: Channel, session: _Session) -> MessageStream:
+        connection = await transport.dial(uri, self._tls)
+        try:
+            stream = MessageStream(connection, MAX_DESTINATION_MESSAGE)
+            await greet(stream, self._hello(channel, session))
+        except BaseException:
             connection.close()
+            raise
+        return stream
 
     # ---- one connection ----
 

@@ -211,7 +211,7 @@ async def test_what_saving_would_lose(tmp_path: Path) -> None:
 
 
 def test_opening() -> None:
-    said = opening("pc-q35-10.0", ["x-ignore-shared"])
+    said = opening("pc-q35-10.0", ["x-ignore-shared"], answered=True)
     name = bytes([26]) + b"configuration/capabilities"
     capability = bytes([15]) + b"x-ignore-shared"
     configuration = b"\x07\0\0\0\x0bpc-q35-10.0\x05" + name + b"\0\0\0\1\0\0\0\1" + capability

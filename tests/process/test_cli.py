@@ -44,7 +44,7 @@ from pagenet.cli import pull, serve
 MIB = 1 << 20
 SIZE = 4 * MIB
 PAGES = SIZE // PAGE
-CODES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 130, 143]
+CODES = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130, 143]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 

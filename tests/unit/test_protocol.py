@@ -1064,7 +1064,7 @@ async def test_conversation_in_which_the_source_dials(recording: Recording) -> N
     async def destination() -> None:
         lanes = (Channel.DEMAND, Channel.BACKGROUND)
         async with accepted_sources(
-            "memory://destination", False, None, lanes, lambda *_, **__: listening.set()
+            "memory://destination", False, None, lanes, None, lambda *_, **__: listening.set()
         ) as sources:
             session = await sources.meet()
             lane, requests = (

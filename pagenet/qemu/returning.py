@@ -1,0 +1,194 @@
+"""The destination's side of a reclaim: the guest goes back to its source before all of its pages
+have come. ``reclaiming.py`` lists the steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import trio
+
+from ..destination.pulling import Transfer
+from ..errors import ConnectionBroken, GuestReclaimed, PagenetError, UsageError
+from ..events import EventHandler
+from ..nurseries import open_failing_nursery
+from ..transport import Buffer, Connection
+from ._guard import go_on, guarding
+from ._half import send_half
+from ._offer import Given, Offer
+from ._talk import ANSWER_TIMEOUT, MigrationRefused, Talk
+from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way
+from .machine import Machine, Ram, describe, ram_of
+from .qmp import Qmp, QmpEvent, connect_qmp
+
+__all__ = ["MAX_STATE_BYTES", "Returning", "ending_when_reclaimed"]
+
+#: Limit of the state of the devices, their memory included.
+MAX_STATE_BYTES = 1 << 30
+# In seconds: for the source's QEMU to load the devices' state.
+_LOAD_TIMEOUT = 60.0
+
+_NO_MONITOR = (
+    "that guest's pagenet-qemu does not know QEMU's monitor: start it with incoming --resume --qmp"
+    " SOCKET"
+)
+
+
+class Returning:
+    """Gives the guest of the QEMU ``pid`` back to its source when that asks for it. ``monitor``:
+    the path of its QMP socket, if that is known."""
+
+    def __init__(self, monitor: Path | None, pid: int, on_event: EventHandler) -> None:
+        self._monitor = monitor
+        self._pid = pid
+        self._on_event = on_event
+        #: the transfer that fills the guest's memory, once the guest runs here. May be set.
+        self.transfer: Transfer | None = None
+        self._is_returning = False
+
+    async def meet(self, connection: Connection) -> None:
+        """Answer a source that has opened ``connection``. A guest that does not go back goes on
+        here. :exc:`~pagenet.errors.GuestReclaimed` once it is the source's: end QEMU then."""
+        talk = Talk(connection)
+        try:
+            await talk.hear("reclaim", ANSWER_TIMEOUT)
+            if self.transfer is None or self._is_returning:
+                raise UsageError("the guest has not arrived yet, or is leaving already")
+            if self._monitor is None:
+                raise UsageError(_NO_MONITOR)
+            self._is_returning = True
+            try:
+                await self._return(talk, connection, self.transfer, self._monitor)
+            finally:
+                self._is_returning = False
+        except GuestReclaimed:
+            raise
+        except PagenetError as error:
+            if not isinstance(error, MigrationRefused | ConnectionBroken):
+                with trio.move_on_after(1, shield=True), suppress(PagenetError):
+                    await talk.say("refuse", reason=str(error))
+            self._on_event("not_reclaimed", reason=str(error))
+
+    async def _return(
+        self, talk: Talk, connection: Connection, transfer: Transfer, monitor: Path
+    ) -> None:
+        async with connect_qmp(monitor) as qmp, guarding(monitor, self._pid) as guard:
+            if qmp.pid != self._pid:
+                raise UsageError(f"{monitor} is the monitor of another QEMU (pid {qmp.pid})")
+            machine = await describe(qmp)
+            await check_way(qmp, machine)
+            with ram_of(self._pid, machine) as rams:
+                files = _files(rams)
+                await talk.say("machine", **machine.as_message())
+                await talk.hear("leave", ANSWER_TIMEOUT)
+                self._on_event("returning", peer=connection.peer)
+                was_paused = transfer.background_paused
+                transfer.pause_background()
+                offer = Offer()
+                try:
+                    await guard.should_we_die("resume")
+                    stop, state = await _stop(qmp, machine)
+                    await talk.say("stopped", time=stop.time, state=len(state))
+                    await talk.hear("send", ANSWER_TIMEOUT)
+                    await _send(connection, state)
+                    sent = await send_half(
+                        connection, files, transfer.region, transfer.filling.missing()
+                    )
+                    await talk.hear("loaded", _LOAD_TIMEOUT)
+                    await offer.make(talk, guard)
+                    with suppress(PagenetError):
+                        await talk.hear("running", ANSWER_TIMEOUT)
+                except BaseException as error:
+                    with trio.CancelScope(shield=True):
+                        if offer.given is Given.PERHAPS:
+                            self._on_event("return_in_doubt", reason=str(error))
+                        elif machine.status == "running":
+                            await go_on(qmp)
+                    if not was_paused:
+                        transfer.resume_background()
+                    raise
+        self._on_event("returned", bytes=sent)
+        raise GuestReclaimed("the guest has gone back to its source")
+
+
+def _files(rams: Sequence[Ram]) -> list[int]:
+    """The files behind the guest's RAM. :exc:`UsageError` if QEMU holds none open."""
+    files = [ram.file for ram in rams if ram.file is not None]
+    if len(files) < len(rams):
+        raise UsageError("the destination's QEMU holds no descriptor of its RAM")
+    return files
+
+
+class _Collected:
+    """A connection to nowhere, which keeps what is sent."""
+
+    peer = "the source"
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    async def send(self, *buffers: Buffer) -> None:
+        for buffer in buffers:
+            if len(self.data) + len(buffer) > MAX_STATE_BYTES:
+                raise PagenetError(f"the devices' state is longer than {MAX_STATE_BYTES >> 20} MiB")
+            self.data += buffer
+        await trio.lowlevel.checkpoint()
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        await trio.sleep_forever()
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+async def _stop(qmp: Qmp, machine: Machine) -> tuple[QmpEvent, bytearray]:
+    """Stop the guest. Returns the event of that, and the state of its devices. Threads of QEMU that
+    wait for pages get them meanwhile."""
+    into = _Collected()
+    async with _way(qmp, machine, into) as way:
+        await way.prepare()
+        stop = await way.stop()
+        await way.send()
+        if isinstance(way, Migration):  # the other way is done
+            await way.wait_loaded(STEP_TIMEOUT)
+    return stop, into.data
+
+
+@asynccontextmanager
+async def _way(qmp: Qmp, machine: Machine, into: _Collected) -> AsyncIterator[Way]:
+    """The block ends when the whole state is in ``into``."""
+    if not machine.leaves_out_ram:
+        saved = Saved(qmp, into, machine, answered=False)
+        try:
+            yield saved
+        finally:
+            await saved.close()
+        return
+    async with open_failing_nursery() as nursery:
+        yield Migration(qmp, into, nursery, answered=False)
+        nursery.cancel_scope.deadline = trio.current_time() + STEP_TIMEOUT
+
+
+async def _send(connection: Connection, state: bytearray) -> None:
+    with trio.move_on_after(STEP_TIMEOUT):
+        await connection.send(state)
+        return
+    raise ConnectionBroken(f"the source did not take the devices' state for {STEP_TIMEOUT:g} s")
+
+
+@contextmanager
+def ending_when_reclaimed(pid: int) -> Iterator[None]:
+    """End the QEMU ``pid`` if the block ends because its guest has gone back."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield
+    except GuestReclaimed:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        raise
+    finally:
+        os.close(pidfd)
