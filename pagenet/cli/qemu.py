@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from ..qemu import (
     Precopy,
     Returning,
     ending_when_reclaimed,
+    join_halves,
     migrate,
     monitor_pid,
     receive,
     receive_attached,
     reclaim,
     reclaim_from,
+    save_half,
 )
 from ..source.precopy import RoundCount
 from ..source.serving import Server
@@ -82,6 +84,11 @@ _WORDS = {
     "resuming": (
         "the guest of process {pid} lacks {missing} of {pages} pages, those of source {identity}"
     ),
+    "saved": (
+        "saved {bytes} bytes of the guest's memory, {pages} of its {all} pages; its process {pid}"
+        " is stopped: end it, or let it go on (SIGCONT) and forget the file"
+    ),
+    "joined": "{output}: {bytes} bytes, {half} of them from the destination",
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
 }
 _WARNINGS = {
@@ -189,6 +196,36 @@ def make_parser() -> Parser:
     reclaiming.add_argument("uri", metavar="URI", help=f"where the destination listens: {_SHAPES}")
     add_lane_option(reclaiming)
     add_common_options(reclaiming)
+    words = """Stop the process of a guest that stands still for want of pages, and save the pages
+        that it has to FILE."""
+    saving = commands.add_parser(
+        "save", help="save the half of a guest's memory that is here", description=words
+    )
+    saving.add_argument("--pid", type=count, metavar="PID", help="QEMU's process")
+    saving.add_argument("--qmp", metavar="SOCKET", help="QEMU's monitor, instead of --pid")
+    saving.add_argument("file", metavar="FILE", help="where to")
+    add_common_options(saving)
+    words = """Join the half of a guest's memory that was saved at its destination with the half
+        that its source has, into one memory file."""
+    joining = commands.add_parser(
+        "join", help="join both halves of a guest's memory into one file", description=words
+    )
+    joining.add_argument("half", metavar="HALF", help="what pagenet-qemu save has written")
+    joining.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="the source's memory: a copy of it, or the source of the event switchover",
+    )
+    joining.add_argument(
+        "--identity",
+        metavar="HEX",
+        type=_identity,
+        required=True,
+        help="identity of the source's pages, as migrate has printed it",
+    )
+    joining.add_argument("--output", metavar="FILE", required=True, help="the whole memory")
+    add_common_options(joining)
     return parser
 
 
@@ -386,6 +423,30 @@ async def _reclaim(options: argparse.Namespace, report: Report, control: Control
     return 0
 
 
+async def _save(options: argparse.Namespace, report: Report, control: Control) -> int:
+    await save_half(options.pid or await monitor_pid(options.qmp), options.file, on_event=report)
+    return 0
+
+
+async def _join(options: argparse.Namespace, report: Report, control: Control) -> int:
+    await join_halves(
+        options.half,
+        options.source,
+        options.output,
+        identity=options.identity,
+        on_event=report,
+    )
+    return 0
+
+
+_WORK: Mapping[str, Work] = {
+    "migrate": _migrate,
+    "reclaim": _reclaim,
+    "save": _save,
+    "join": _join,
+}
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Check what argparse cannot: that exactly one QEMU is named, in the right way."""
     named = [name for name in ("pid", "qmp", "qemu") if getattr(options, name)]
@@ -402,10 +463,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     report = Report(_PROG, options.json, _WORDS, _WARNINGS)
-    work: Work = _reclaim if options.command == "reclaim" else _migrate
+    if options.command == "save" and (options.pid is None) == (options.qmp is None):
+        parser.error("save needs the QEMU that has the guest: one of --pid and --qmp")
     if options.command == "incoming":
         _check(parser, options)
-        work = _resume if options.resume else _incoming
+        work: Work = _resume if options.resume else _incoming
+    else:
+        work = _WORK[options.command]
     return run_controlled(work, options, report)
 
 

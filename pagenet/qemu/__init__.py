@@ -17,6 +17,7 @@
     reclaiming.py    the source takes the guest back: reclaim()
     returning.py     the destination gives it back
     _half.py         the pages that the destination has, on their way back
+    halves.py        both halves of a guest's memory, joined without its hosts
     _qcow2.py        the devices' state, in a form that a QEMU which has run loads
 """
 
@@ -26,6 +27,7 @@ from ..source.precopy import Precopy
 from ._talk import MigrationRefused
 from .arrival import Arrival, receive, receive_attached
 from .command_line import Incoming, prepare_incoming
+from .halves import join_halves, save_half
 from .machine import Backend, Machine, describe, ram_sources
 from .migration import migrate
 from .qmp import Qmp, QmpError, QmpEvent, connect_qmp, monitor_pid
@@ -46,6 +48,7 @@ __all__ = [
     "connect_qmp",
     "describe",
     "ending_when_reclaimed",
+    "join_halves",
     "migrate",
     "monitor_pid",
     "prepare_incoming",
@@ -54,4 +57,5 @@ __all__ = [
     "receive_attached",
     "reclaim",
     "reclaim_from",
+    "save_half",
 ]

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -25,7 +25,7 @@ from ..region import Region, Run
 from ..session import receive_exactly
 from ..transport import Connection
 
-__all__ = ["present", "receive_half", "send_half"]
+__all__ = ["Memory", "present", "receive_half", "send_half"]
 
 _HEAD = struct.Struct("<IIQ")
 _ZERO = 1 << 31
@@ -78,32 +78,44 @@ async def send_half(
     return sent
 
 
-async def receive_half(
-    connection: Connection, files: Sequence[int], region: Region
-) -> tuple[int, int]:
-    """Write the pieces that come over ``connection`` to ``files``, one for each block of
-    ``region``. Returns the bytes that they cover, and those that came as bytes.
-
-    :exc:`~pagenet.errors.RemoteProtocolError` for a piece that is out of place or order;
-    :exc:`~pagenet.errors.PagenetError` if a file cannot be written to."""
-    with ExitStack() as stack:
-        mapped = []
-        for file, block in zip(files, region.blocks, strict=True):
-            mapped.append(_map(file, block.size))
-            stack.callback(mapped[-1].close)
-        return await _receive_into(connection, files, mapped, region)
+Write = Callable[[int, int, int, memoryview | None], None]
 
 
-def _map(file: int, size: int) -> MappedFile:
-    try:
-        return MappedFile(size, file, writable=True)
-    except OSError as error:
-        raise PagenetError(f"cannot map the guest's memory: {error.strerror}") from None
+class Memory:
+    """The memory in ``files``, one for each block of ``region``, for :func:`receive_half` to write
+    to. Close it. :exc:`~pagenet.errors.PagenetError` if it cannot be mapped, or written to."""
+
+    def __init__(self, files: Sequence[int], region: Region) -> None:
+        self._files = files
+        self._mapped = list[MappedFile]()
+        try:
+            for file, block in zip(files, region.blocks, strict=True):
+                self._mapped.append(MappedFile(block.size, file, writable=True))
+        except OSError as error:
+            self.close()
+            raise PagenetError(f"cannot map the guest's memory: {error.strerror}") from None
+
+    def close(self) -> None:
+        for mapped in self._mapped:
+            mapped.close()
+
+    def write(self, index: int, offset: int, size: int, data: memoryview | None) -> None:
+        if data is None:
+            if os.pread(self._files[index], size, offset) == _ZEROS[:size]:
+                return  # a hole stays one
+            data = memoryview(_ZEROS)[:size]
+        try:
+            store(self._mapped[index].address + offset, data)
+        except OSError as error:
+            raise PagenetError(f"cannot write to the guest's memory: {error.strerror}") from None
 
 
-async def _receive_into(
-    connection: Connection, files: Sequence[int], mapped: Sequence[MappedFile], region: Region
-) -> tuple[int, int]:
+async def receive_half(connection: Connection, region: Region, write: Write) -> tuple[int, int]:
+    """Give each piece that comes over ``connection`` to ``write``: its block, its offset in it, its
+    size, and its bytes (None: zeros). Returns the bytes that they cover, and those that came as
+    bytes.
+
+    :exc:`~pagenet.errors.RemoteProtocolError` for a piece that is out of place or order."""
     head, buffer = bytearray(_HEAD.size), memoryview(bytearray(_PIECE))
     done, covered, came = (0, 0), 0, 0
     while True:
@@ -116,13 +128,13 @@ async def _receive_into(
         _check_piece(region, index, offset, size, done)
         done = index, offset + size
         covered += size
-        if not flags & _ZERO:
+        if flags & _ZERO:
+            write(index, offset, size, None)
+        else:
             with _patience():
                 await receive_exactly(connection, buffer[:size])
             came += size
-            _write(mapped[index], offset, buffer[:size])
-        elif os.pread(files[index], size, offset) != _ZEROS[:size]:  # a hole stays one
-            _write(mapped[index], offset, memoryview(_ZEROS)[:size])
+            write(index, offset, size, buffer[:size])
 
 
 def _check_piece(region: Region, index: int, offset: int, size: int, done: tuple[int, int]) -> None:
@@ -137,13 +149,6 @@ def _check_piece(region: Region, index: int, offset: int, size: int, done: tuple
         raise RemoteProtocolError(
             f"the peer sends {size} bytes at {offset:#x} of block {index}, which do not fit"
         )
-
-
-def _write(mapped: MappedFile, offset: int, data: memoryview) -> None:
-    try:
-        store(mapped.address + offset, data)
-    except OSError as error:
-        raise PagenetError(f"cannot write to the guest's memory: {error.strerror}") from None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import trio
@@ -42,7 +42,7 @@ from ..source.serving import Server, serve
 from ..tls import Tls
 from ..transport import Connection, LaneKind
 from ._guard import guarding
-from ._half import receive_half
+from ._half import Memory, receive_half
 from ._qcow2 import TAG, snapshot_image
 from ._talk import ANSWER_TIMEOUT, Talk
 from .devices import STEP_TIMEOUT
@@ -168,8 +168,9 @@ class _Taking:
         self._stopped = time
         await self.talk.say("send")
         state = await _receive(self._connection, size)
-        blocks = [Block(backend.name, backend.size) for backend in self._machine.backends]
-        _, self.came = await receive_half(self._connection, files, Region(blocks))
+        region = Region(Block(backend.name, backend.size) for backend in self._machine.backends)
+        with closing(Memory(files, region)) as memory:
+            _, self.came = await receive_half(self._connection, region, memory.write)
         await self._load(state)
         await self.talk.say("loaded")
         await self.talk.hear("run", ANSWER_TIMEOUT)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 from .. import _native
 from ..errors import OwnerGone, Unsupported, UsageError
-from ..region import Region
-from ._handshake import Note
+from ..region import Block, Region
+from ._handshake import Mapping, Note
 from ._owners import MAP_LINK, taking_from, wait_memory_gone
 from ._process import OtherProcess
 from ._target import UffdTarget
@@ -101,6 +102,46 @@ class AbandonedOwner:
             ) from None
         finally:
             os.close(file)
+
+    def region(self) -> Region:
+        """Its memory, a block for each mapping. The source's blocks have other names."""
+        blocks = [
+            Block(f"{number}", mapping.size, mapping.page_size)
+            for number, mapping in enumerate(self._mappings())
+        ]
+        return Region(blocks)
+
+    def _mappings(self) -> list[Mapping]:
+        return sorted(self._note.mappings, key=lambda mapping: mapping.offset)
+
+    def memory_files(self) -> list[int]:
+        """Duplicates of its descriptors of the files behind the blocks of :meth:`region`, for the
+        caller to close. :exc:`~pagenet.errors.UsageError` if there are none."""
+        files = list[int]()
+        try:
+            for each in self._mappings():
+                alone = Mapping(each.address, each.size, 0, each.page_size)
+                file = self._process.take_file([alone])
+                if file is None:
+                    raise UsageError(
+                        f"process {self.pid} holds no descriptor of a file behind its memory"
+                    )
+                files.append(file)
+        except BaseException as error:
+            for file in files:
+                os.close(file)
+            if isinstance(error, OSError):
+                raise self._refused(error) from None
+            raise
+        return files
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the very process that was found. :exc:`~pagenet.errors.OwnerGone` if it
+        has ended."""
+        try:
+            signal.pidfd_send_signal(self._process.pidfd, number)
+        except OSError as error:
+            raise self._refused(error) from None
 
     async def attach(self, region: Region) -> UffdTarget:
         if self._map_fd is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 import trio
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pagenet import ConnectionBroken, PagenetError, RemoteProtocolError
 from pagenet.qemu import _half, _qcow2
-from pagenet.qemu._half import present, receive_half, send_half
+from pagenet.qemu._half import Memory, present, receive_half, send_half
 from pagenet.qemu._qcow2 import CLUSTER, TAG, snapshot_image
 from pagenet.region import Block, Region, Run
 
@@ -87,6 +87,11 @@ def merged(here: Sequence[bytes], missing: Sequence[Run]) -> list[bytes]:
     return [bytes(content) for content in expected]
 
 
+async def received(wire: Wire, files: Sequence[int]) -> tuple[int, int]:
+    with closing(Memory(files, REGION)) as memory:
+        return await receive_half(wire, REGION, memory.write)
+
+
 async def sent(missing: Sequence[Run] = MISSING) -> bytes:
     wire = Wire()
     with files_of(THERE) as files:
@@ -98,7 +103,7 @@ async def sent(missing: Sequence[Run] = MISSING) -> bytes:
 async def test_both_halves_make_a_whole(step: int) -> None:
     here = [os.urandom(70 * PAGE), os.urandom(1 << 22)]
     with files_of(here) as files:
-        _, came = await receive_half(Wire(await sent(), step), files, REGION)
+        _, came = await received(Wire(await sent(), step), files)
         assert [content_of(file) for file in files] == merged(here, MISSING)
     assert 0 < came < REGION.size
 
@@ -117,7 +122,7 @@ def test_present_is_what_is_not_missing(pages: set[int]) -> None:
 async def test_zeros_stay_holes() -> None:
     with files_of([bytes(70 * PAGE), b""]) as files:
         os.ftruncate(files[1], 1 << 22)
-        await receive_half(Wire(await sent([Run(0, 70), Run(70, 1)])), files, REGION)
+        await received(Wire(await sent([Run(0, 70), Run(70, 1)])), files)
         assert os.fstat(files[1]).st_blocks == 0
 
 
@@ -128,7 +133,7 @@ async def test_truncated() -> None:
             files_of([bytes(70 * PAGE), bytes(1 << 22)]) as files,
             pytest.raises(ConnectionBroken),
         ):
-            await receive_half(Wire(whole[:end]), files, REGION)
+            await received(Wire(whole[:end]), files)
 
 
 HEAD = struct.Struct("<IIQ")
@@ -158,7 +163,7 @@ async def test_pieces_that_do_not_fit(pieces: list[tuple[int, int, int]]) -> Non
         files_of([bytes(70 * PAGE), bytes(1 << 22)]) as files,
         pytest.raises(RemoteProtocolError, match="which do not fit"),
     ):
-        await receive_half(Wire(said + END), files, REGION)
+        await received(Wire(said + END), files)
 
 
 @given(st.binary(max_size=100))
@@ -168,7 +173,7 @@ def test_garbage(data: bytes) -> None:
             files_of([bytes(70 * PAGE), bytes(1 << 22)]) as files,
             suppress(RemoteProtocolError, ConnectionBroken),
         ):
-            await receive_half(Wire(data), files, REGION)
+            await received(Wire(data), files)
 
     trio.run(receive)
 
@@ -183,7 +188,7 @@ async def test_memory_that_is_too_short() -> None:
         files_of([b"", bytes(1 << 22)]) as files,
         pytest.raises(PagenetError, match="cannot write to the guest's memory"),
     ):
-        await receive_half(Wire(await sent()), files, REGION)
+        await received(Wire(await sent()), files)
 
 
 async def test_peer_that_does_not_go_on(autojump_clock: trio.testing.MockClock) -> None:
@@ -196,7 +201,7 @@ async def test_peer_that_does_not_go_on(autojump_clock: trio.testing.MockClock) 
         files_of([bytes(70 * PAGE), bytes(1 << 22)]) as files,
         pytest.raises(ConnectionBroken, match="did not go on"),
     ):
-        await receive_half(Silent(), files, REGION)
+        await received(Silent(), files)
     assert trio.current_time() >= _half._PATIENCE
 
 
