@@ -17,6 +17,7 @@ from ._environment import environment
 from ._far import serve_floors
 from ._fault import LIMIT_SECONDS, FaultOptions, FaultResult, measure_faults
 from ._figures import Sample, median
+from ._guard import GuardOptions, GuardResult, measure_guard
 from ._hostile import MOST_BESIDE, HostileOptions, HostileResult, measure_hostile
 from ._null import NullResult, measure_null
 from ._peers import Source
@@ -72,6 +73,8 @@ __all__ = [
     "EncodingTarget",
     "FaultOptions",
     "FaultResult",
+    "GuardOptions",
+    "GuardResult",
     "HostileOptions",
     "HostileResult",
     "Least",
@@ -102,6 +105,7 @@ __all__ = [
     "least_possible",
     "measure_encodings",
     "measure_faults",
+    "measure_guard",
     "measure_hostile",
     "measure_null",
     "measure_pace",

@@ -49,6 +49,7 @@ from ..bench import (
 from ..errors import UsageError
 from ..picture import check_plot
 from ..sizes import parse_size
+from ._bench_guard import bench_guard
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
 from ._bench_tls import bench_tls
@@ -102,6 +103,7 @@ _SUITES = {
         "The cost of tracking writes: to begin, to look, and for each page that was written."
     ),
     "tls": "The cost of encryption: a page, and the background, beside bare loops of OpenSSL.",
+    "guard": "The cost of the guard, and how long a thread waits when its destination is killed.",
     "null": "The cost of pagenet's machinery with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": (
@@ -125,6 +127,7 @@ _ROUNDS = {
     "scale": 5,
     "hostile": 5,
     "tls": 5,
+    "guard": 5,
     "null": 3,
     "track": 5,
     "qemu": 3,
@@ -173,7 +176,7 @@ def make_parser() -> Parser:
             add_qemu_options(suite)
         if name == "track":
             _add_track_options(suite)
-        if name in ("hostile", "null", "qemu", "tls", "track"):
+        if name in ("guard", "hostile", "null", "qemu", "tls", "track"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -426,6 +429,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["track"] = await bench_track(options, report)
     if options.suite == "hostile":
         summary["hostile"] = await _hostile(options, report)
+    if options.suite == "guard":
+        summary["guard"] = await bench_guard(options, report)
     if options.suite == "tls":
         summary["tls"] = await bench_tls(options, report)
     if options.suite == "qemu":

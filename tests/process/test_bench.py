@@ -573,3 +573,12 @@ def test_tls() -> None:
         assert all(row[name] > 0 for name in row if name.endswith(("_us", "_gbps")))
     assert rows["plain"].keys() == rows["tls"].keys()
     assert len(said[-1]["tls"]["targets"]) == 3
+
+
+def test_guard() -> None:
+    said = events("guard", "--rounds", "1")
+    [result] = results(said, "guard")
+    assert result["guarded_p50_us"] > 0
+    assert result["restart_ratio"] > 0
+    assert 0 < result["guard_bytes"] < 1 << 20
+    assert len(said[-1]["guard"]["targets"]) == 3
