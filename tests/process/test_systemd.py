@@ -69,14 +69,18 @@ def run_owner(systemd: Systemd, *words: str | int) -> AbstractAsyncContextManage
 
 async def hurry(systemd: Systemd) -> None:
     """Bring the rest at once."""
-    command = [*module_command("pagenet.cli.ctl", "/run/pagenet/test.ctl"), "bandwidth", "none"]
     with trio.fail_after(30):
-        while await _status_of(systemd.inside(*command)):  # noqa: ASYNC110
+        while await control(systemd, "bandwidth", "none"):  # noqa: ASYNC110
             await trio.sleep(0.05)
 
 
-async def _status_of(command: list[str]) -> int:
-    return (await trio.run_process(command, check=False, capture_stderr=True)).returncode
+async def control(systemd: Systemd, *words: str) -> int:
+    """The exit code of pagenet-ctl."""
+    command = module_command("pagenet.cli.ctl", "/run/pagenet/test.ctl", *words)
+    done = await trio.run_process(
+        systemd.inside(*command), check=False, capture_stdout=True, capture_stderr=True
+    )
+    return done.returncode
 
 
 async def kill_and_wait(service: Service, number: int = signal.SIGKILL) -> None:
@@ -131,6 +135,7 @@ async def test_killed_before_it_hears_of_the_owner(source: str, systemd: Systemd
     connection is in the store before the daemon could learn of it."""
     async with pulling_from(source, systemd) as service:
         await service.output.event("waiting")
+        assert await control(systemd, "status") == 0  # it has asked the guard to accept
         found = service.processes
         os.kill(service.main, signal.SIGSTOP)
         kept = int(await service.show("NFileDescriptorStore"))
