@@ -60,21 +60,24 @@ def preloaded(name, source):
 
 guard = Extension(
     GUARD,
-    sources=["native/guard.c"],
+    sources=["native/guard.c", "native/store.c"],
+    depends=["native/store.h"],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra"],
     extra_link_args=["-static"],
     py_limited_api=True,
 )
 
-# Made by tools/generate, from the parsers of the commands.
-PAGES = {
+# For people and for systemd. All but the units are made by tools/generate, from the parsers of the
+# commands.
+FILES = {
+    "lib/systemd/system": "systemd/*",
     "share/man/man1": "docs/man/*.1",
     "share/bash-completion/completions": "docs/completion/bash/*",
     "share/zsh/site-functions": "docs/completion/zsh/*",
 }
 
 setup(
-    data_files=[(directory, sorted(glob.glob(names))) for directory, names in PAGES.items()],
+    data_files=[(directory, sorted(glob.glob(names))) for directory, names in FILES.items()],
     cffi_modules=["native/build_ffi.py:core", "native/build_ffi.py:testing"],
     ext_modules=[*(preloaded(*library) for library in PRELOADED.items()), guard],
     cmdclass={"build_ext": BuildExt},

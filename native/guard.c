@@ -1,6 +1,10 @@
 /* The guard: a small program that outlives a daemon which is killed. It holds descriptors for the
  * daemon, accepts the connection of an owner for it, and starts it again.
  *
+ * Where systemd has started the daemon and keeps descriptors for it (store.h), systemd starts it
+ * again. The guard then puts into the store whatever it holds, and ends if the daemon dies. It
+ * still accepts: if the daemon did, it could be killed before the connection is in the store.
+ *
  * It talks with the daemon over a SOCK_SEQPACKET socket, descriptor 3. The first byte of a message
  * says what it is; pagenet/guard/ is the other side. Every request is answered, in order.
  *
@@ -11,6 +15,8 @@
  *                    answer when it has come; another request ends the wait
  *   C [ARG \0]...    from now on, start this command if the daemon dies; none: end then
  *   Q                the daemon ends in good order: end
+ *
+ * The first answer comes unasked, and says who starts the daemon again: K, the guard; S, systemd.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,6 +32,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "store.h"
 
 enum {
     DAEMON = 3, /* the descriptor of the socket, here and in a daemon that is started again */
@@ -46,6 +54,7 @@ static struct slot slots[SLOTS];
 static char command[MESSAGE];
 static size_t command_size;
 static bool accepting;
+static bool storing; /* what is held is in systemd's store too */
 
 /* ---- what is held ---- */
 
@@ -60,6 +69,8 @@ static void let_go(const char *name) {
     struct slot *slot = find(name);
     for (int i = 0; slot && i < slot->count; i++)
         close(slot->fds[i]);
+    if (slot && storing)
+        store_remove(slot->name);
     if (slot)
         memset(slot, 0, sizeof *slot);
 }
@@ -75,7 +86,15 @@ static bool hold(const char *name, const int *fds, int count) {
     memcpy(slot->name, name, strnlen(name, NAME - 1));
     memcpy(slot->fds, fds, (size_t)count * sizeof *fds);
     slot->count = count;
+    if (storing)
+        store_put(slot->name, fds, count);
     return true;
+}
+
+static void let_all_go(void) {
+    for (int i = 0; i < SLOTS; i++)
+        if (slots[i].name[0])
+            let_go(slots[i].name);
 }
 
 /* ---- messages ---- */
@@ -245,8 +264,10 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
         signal(ignored[i], SIG_IGN);
     fcntl(DAEMON, F_SETFD, FD_CLOEXEC);
-    answer('K', NULL, 0);
-    while (serve() && command_size) {
+    storing = store_open();
+    answer(storing ? 'S' : 'K', NULL, 0);
+    bool died;
+    while ((died = serve()) && command_size) {
         /* One that dies again and again is started ever more seldom. */
         int64_t lived = now_ms() - began;
         pause_ms = lived > 2000 ? 0 : pause_ms ? 2 * pause_ms : 100;
@@ -259,5 +280,7 @@ int main(int argc, char **argv) {
         while (waitpid(-1, NULL, WNOHANG) > 0)
             ;
     }
+    if (!died)
+        let_all_go();
     return 0;
 }

@@ -17,6 +17,7 @@ from processes import Process, run, wait_in_faults
 from vm import Serial, bare_command, rams_of
 
 from pagenet import PagenetError
+from pagenet.control import connect_control
 from pagenet.qemu import Arrival, connect_qmp, receive
 
 PATIENCE = 60.0
@@ -148,6 +149,17 @@ async def stand_still(pid: int) -> None:
     never will: that does no harm."""
     with trio.move_on_after(5):
         await wait_in_faults(pid, 1)
+
+
+async def run_out(control: Path) -> None:
+    """Have the rest of the pages come."""
+    with trio.fail_after(20):
+        while True:
+            with suppress(PagenetError):
+                async with connect_control(control) as client:
+                    await client.command("schedule", name="linear")
+                    return
+            await trio.sleep(0.05)
 
 
 # ---- the commands ----

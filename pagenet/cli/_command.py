@@ -22,6 +22,7 @@ from ..protocol import Compress
 from ..sizes import parse_size
 from ..source.precopy import Precopy, RoundCount
 from ._rates import parse_rate
+from ._service import Service
 
 __all__ = [
     "EXIT_CODES",
@@ -397,7 +398,8 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 class Report:
     """Reports events: as a JSON object a line, or in words. An event without ``words`` is for
     machines alone. An event with words in ``warnings`` goes to stderr too. ``to``: the stream to
-    use instead of stdout."""
+    use instead of stdout. ``ready``: the events from one of which on this process does what it was
+    started for."""
 
     def __init__(
         self,
@@ -406,12 +408,16 @@ class Report:
         words: Mapping[str, str],
         warnings: Mapping[str, str] | None = None,
         to: TextIO | None = None,
+        ready: Collection[str] = (),
     ) -> None:
         self.prog = prog
         self.as_json = as_json
         self._words = words
         self._warnings = warnings or {}
         self._to = to
+        self._ready = ready
+        #: what has started this process, if it is to be told how it is
+        self.service = Service.of_environment()
 
     def __call__(self, event: str, /, **fields: object) -> None:
         if event in self._warnings:
@@ -424,8 +430,23 @@ class Report:
             print(json.dumps({"event": event, **fields}), file=self._to, flush=True)
         elif event in self._words:
             print(self._words[event].format_map(fields), file=self._to, flush=True)
+        if self.service is not None:
+            self._tell(self.service, event, fields)
+
+    def _tell(self, service: Service, event: str, fields: Mapping[str, object]) -> None:
+        if words := self._warnings.get(event) or self._words.get(event):
+            service.say(words.format_map(fields))
+        if event in self._ready:
+            service.tell("READY=1")
+
+    def stopping(self) -> None:
+        """This process has been told to end."""
+        if self.service is not None:
+            self.service.tell("STOPPING=1")
 
     def error(self, error: PagenetError) -> None:
+        if self.service is not None:
+            self.service.say(str(error))
         print(f"{self.prog}: {error}", file=sys.stderr, flush=True)
         if self.as_json:
             self("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
@@ -456,7 +477,7 @@ def _open_missing_streams() -> None:
 async def _until_signal(work: Callable[[], Awaitable[int | None]], report: Report) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         try:
-            return await _work_until(signals, work)
+            return await _work_until(signals, work, report)
         except PagenetError as error:
             # before a signal can end this process again: what went wrong is always said
             report.error(error)
@@ -464,7 +485,7 @@ async def _until_signal(work: Callable[[], Awaitable[int | None]], report: Repor
 
 
 async def _work_until(
-    signals: AsyncIterator[int], work: Callable[[], Awaitable[int | None]]
+    signals: AsyncIterator[int], work: Callable[[], Awaitable[int | None]], report: Report
 ) -> int:
     caught: list[int] = []
     status: int | None = None
@@ -474,6 +495,7 @@ async def _work_until(
         async def stop_at_signal() -> None:
             async for number in signals:
                 caught.append(number)
+                report.stopping()
                 nursery.cancel_scope.cancel()
 
         nursery.start_soon(stop_at_signal)

@@ -12,9 +12,7 @@ from ._command import Report
 
 __all__ = ["GUARD_WORDS", "add_guard_option", "guarded"]
 
-GUARD_WORDS = {
-    "restarted": "started again by the guard, as process {pid}: an earlier one was killed"
-}
+GUARD_WORDS = {"restarted": "started again, as process {pid}: an earlier one was killed"}
 
 
 def add_guard_option(parser: argparse.ArgumentParser) -> None:

@@ -85,21 +85,23 @@ def _us(value: float | None) -> str:
 
 def make_progress(report: Report) -> Callable[[Transfer | Server], Awaitable[None]]:
     """The task that shows, until it is cancelled, the progress of a transfer, or of a source that
-    has one destination. With JSON it shows nothing: there the progress is in events."""
-    if report.as_json:
-        return _say_nothing
-    return _redraw if sys.stdout.isatty() else _print
+    has one destination. With JSON it shows nothing: there the progress is in events. A service
+    shows it as its status."""
+    say = None if report.service is None else report.service.say
+    if say is None and not report.as_json and sys.stdout.isatty():
+        return _redraw
 
+    async def show(of: Transfer | Server) -> None:
+        look = _look_at(of)
+        while say is not None or not report.as_json:
+            await trio.sleep(_LINE_SECONDS)
+            words = look().words
+            if say is not None:
+                say(words.strip())
+            if not report.as_json:
+                print(words, flush=True)
 
-async def _say_nothing(of: Transfer | Server) -> None:
-    pass
-
-
-async def _print(of: Transfer | Server) -> None:
-    look = _look_at(of)
-    while True:
-        await trio.sleep(_LINE_SECONDS)
-        print(look().words, flush=True)
+    return show
 
 
 async def _redraw(of: Transfer | Server) -> None:
@@ -127,6 +129,8 @@ async def show_until_complete(transfer: Transfer, report: Report) -> None:
         nursery.start_soon(make_progress(report), transfer)
         await transfer.wait_complete()
         nursery.cancel_scope.cancel()
+    if report.service is not None:
+        report.service.say("complete: every page is in place")
     if not report.as_json:
         print_summary(transfer.statistics())
 

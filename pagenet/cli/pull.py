@@ -4,17 +4,21 @@ moved here."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import inf
+
+import trio
 
 from ..children import module_command
 from ..control import Control
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
-from ..guard import Guard
+from ..guard import Guard, follow
+from ..redialling import NOT_NOW, PAUSE
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import (
@@ -34,6 +38,8 @@ from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
+_MODULE = "pagenet.cli.pull"
+_READY = ("listening", "waiting", "owner")
 _WORDS = {
     **TLS_WORDS,
     "listening": "waiting for a source on {uri}",
@@ -103,6 +109,34 @@ async def _pull(options: argparse.Namespace, report: Report, control: Control) -
 async def _pull_guarded(
     options: argparse.Namespace, report: Report, control: Control, guard: Guard | None
 ) -> None:
+    """Pull. If this process was started in the place of one that had an owner, that owner waits for
+    its pages: a source that is away is waited for as it would be in the middle of a transfer."""
+    deadline = trio.current_time() + reconnect_for(options)
+    is_told = False
+    while True:
+        try:
+            return await _pull_once(options, report, control, guard)
+        except NOT_NOW as error:
+            if not _has_kept_owner(guard) or trio.current_time() > deadline:
+                raise
+            if not is_told:
+                report("disconnected", peer=options.uri, reason=str(error))
+            is_told = True
+            await trio.sleep(PAUSE)
+
+
+def _has_kept_owner(guard: Guard | None) -> bool:
+    if guard is None or not guard.has_restarted:
+        return False
+    kept = guard.get("owner")
+    for fd in kept:
+        os.close(fd)
+    return bool(kept)
+
+
+async def _pull_once(
+    options: argparse.Namespace, report: Report, control: Control, guard: Guard | None
+) -> None:
     def on_event(event: str, /, **fields: object) -> None:
         if event == "listening" and guard is not None:  # the port may have been chosen just now
             guard.restart_with(_restarting(options, str(fields["uri"])))
@@ -129,7 +163,7 @@ async def _pull_guarded(
 def _restarting(options: argparse.Namespace, uri: str) -> list[str]:
     """The command with which the guard starts this program again."""
     words = [uri if word == options.uri else word for word in options.words]
-    return module_command("pagenet.cli.pull", *words)
+    return module_command(_MODULE, *words)
 
 
 def _owner(
@@ -164,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     options.guard = options.guard and options.into is None  # nobody waits for a file
     options.words = list(sys.argv[1:] if argv is None else argv)
-    report = Report("pagenet-pull", options.json, _WORDS)
+    if options.guard:
+        follow(module_command(_MODULE, *options.words))
+    report = Report("pagenet-pull", options.json, _WORDS, ready=_READY)
     return run_controlled(_pull, options, report)
 
 

@@ -16,7 +16,7 @@ from ..control import Control
 from ..destination.pulling import pull
 from ..errors import GuestReclaimed, PagenetError, UsageError
 from ..events import EventHandler
-from ..guard import Guard
+from ..guard import Guard, follow
 from ..nurseries import open_failing_nursery
 from ..qemu import (
     Precopy,
@@ -57,6 +57,8 @@ from ._tls import TLS_WORDS
 __all__ = ["main", "make_parser"]
 
 _PROG = "pagenet-qemu"
+_MODULE = "pagenet.cli.qemu"
+_READY = ("listening", "resuming", "connected")
 _SHAPES = "tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH"
 _WORDS = {
     **TLS_WORDS,
@@ -274,7 +276,7 @@ def _resuming(options: argparse.Namespace, pid: str, uri: str, monitor: str | No
     what = ["incoming", "--resume", "--pid", pid, "--listen", uri]
     if monitor is not None:
         what += ["--qmp", monitor]
-    return module_command("pagenet.cli.qemu", *what, *words)
+    return module_command(_MODULE, *what, *words)
 
 
 async def _arrive(
@@ -462,9 +464,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
-    report = Report(_PROG, options.json, _WORDS, _WARNINGS)
+    report = Report(_PROG, options.json, _WORDS, _WARNINGS, ready=_READY)
     if options.command == "save" and (options.pid is None) == (options.qmp is None):
         parser.error("save needs the QEMU that has the guest: one of --pid and --qmp")
+    if getattr(options, "guard", False):
+        follow(module_command(_MODULE, *(sys.argv[1:] if argv is None else argv)))
     if options.command == "incoming":
         _check(parser, options)
         work: Work = _resume if options.resume else _incoming

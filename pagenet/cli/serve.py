@@ -214,7 +214,7 @@ async def _copy(server: Server, owner: SourceOwner, precopy: Precopy, report: Re
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
-    report = Report("pagenet-serve", options.json, _WORDS)
+    report = Report("pagenet-serve", options.json, _WORDS, ready=("listening", "connected"))
     status = run_controlled(_serve, options, report)
     if status == 0 or status > 128:  # a guard starts it again if it fails: the pages are only here
         dismiss()

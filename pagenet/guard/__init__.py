@@ -3,6 +3,6 @@
 See ``native/guard.c``, which is its program.
 """
 
-from ._guard import Guard, dismiss, guarding
+from ._guard import Guard, dismiss, follow, guarding
 
-__all__ = ["Guard", "dismiss", "guarding"]
+__all__ = ["Guard", "dismiss", "follow", "guarding"]

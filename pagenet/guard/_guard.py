@@ -13,8 +13,9 @@ import trio
 
 from ..errors import PagenetError, UsageError
 from ..nurseries import running_beside
+from . import _service
 
-__all__ = ["Guard", "dismiss", "guarding"]
+__all__ = ["Guard", "dismiss", "follow", "guarding"]
 
 #: names, in the environment of a daemon that a guard has started, the descriptor of its socket
 _VARIABLE = "PAGENET_GUARD"
@@ -25,6 +26,9 @@ _MAX_FDS = 4
 _RETRY_SECONDS = 1.0
 # As in native/guard.c.
 _MAX_COMMAND, _MAX_WORDS = 60 << 10, 1024
+# What systemd keeps of ours; a service may get other descriptors.
+_COMMAND = "command"
+_KEPT = (_COMMAND, "listener", "owner", "map")
 
 
 class Guard:
@@ -32,7 +36,7 @@ class Guard:
 
     def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
         self._socket, self._process = sock, process
-        #: it has started this process, because another one was killed
+        #: this process was started because another one was killed
         self.has_restarted = process is None
         self._held: dict[str, list[int]] = {}
         self._command: Sequence[str] = ()
@@ -68,14 +72,13 @@ class Guard:
 
     def restart_with(self, command: Sequence[str]) -> None:
         """Start ``command`` if this process is killed from now on; nothing if it is empty."""
-        size = sum(len(os.fsencode(word)) + 1 for word in command)
-        if size > _MAX_COMMAND or len(command) > _MAX_WORDS:
+        if len(_encoded(command)) > _MAX_COMMAND or len(command) > _MAX_WORDS:
             raise UsageError("this command line is too long for the guard to repeat: --no-guard")
         self._command = tuple(command)
         self._tell_command()
 
     def _tell_command(self) -> None:
-        self._ask(b"C" + b"".join(os.fsencode(word) + b"\0" for word in self._command))
+        self._ask(b"C" + _encoded(self._command))
 
     async def accept(self) -> socket.socket:
         """Accept a connection on what it holds as ``listener``. It holds it as ``owner`` from then
@@ -148,7 +151,7 @@ class Guard:
         """Start another guard in the place of one that is dead, and tell it all. False: that is not
         possible now, and the transfer goes on without."""
         try:
-            sock, process = _spawn()
+            sock, process, _ = _spawn()
         except PagenetError:
             return False
         trio.lowlevel.notify_closing(self._socket)
@@ -173,7 +176,46 @@ class Guard:
             self._keep(name, None)
 
 
-def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+class _StoringGuard(Guard):
+    """The guard of a service that systemd starts again, which keeps what the guard holds. The
+    command is kept, too: what systemd starts becomes it (:func:`follow`)."""
+
+    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(sock, process)
+        kept = _service.take_descriptors()
+        self.has_restarted = _COMMAND in kept
+        for name, fds in kept.items():
+            if name in _KEPT:
+                self.hold(name, *fds)
+            for fd in fds:
+                os.close(fd)
+
+    def _tell_command(self) -> None:
+        if not self._command:
+            return  # and what is held as the command stays
+        made = os.memfd_create("pagenet-command", os.MFD_CLOEXEC)
+        try:
+            os.write(made, _encoded(self._command))
+            self.hold(_COMMAND, made)
+        finally:
+            os.close(made)
+
+
+def _encoded(command: Sequence[str]) -> bytes:
+    return b"".join(os.fsencode(word) + b"\0" for word in command)
+
+
+def follow(command: Sequence[str]) -> None:
+    """Become the command that a killed process of this service of systemd has left, if it is
+    another one than ``command``, by which this process was started."""
+    for fd in _service.descriptors().get(_COMMAND, []):
+        words = [os.fsdecode(word) for word in os.pread(fd, _MAX_COMMAND, 0).split(b"\0")[:-1]]
+        if words and words != list(command):
+            os.execv(words[0], words)
+
+
+def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes], bool]:
+    """The socket to a new guard, its process, and whether systemd keeps what it holds."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(_ANSWER_TIMEOUT)
     with theirs:
@@ -183,17 +225,19 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # it must not get a Ctrl-C
+                env=_service.environment(),
             )
         except OSError as error:
             ours.close()
             raise PagenetError(f"cannot start {_PROGRAM}: {error.strerror}") from None
     try:
-        if ours.recv(1) != b"K":
-            raise PagenetError(f"{_PROGRAM} ended at once")
+        answer = ours.recv(1)
     except OSError as error:
         ours.close()
         raise PagenetError(f"{_PROGRAM} does not answer: {error}") from None
-    return ours, process
+    if not answer:
+        raise PagenetError(f"{_PROGRAM} ended at once")
+    return ours, process, answer == b"S"
 
 
 def _take_over() -> tuple[socket.socket, None]:
@@ -213,11 +257,18 @@ def dismiss() -> None:
             sock.send(b"Q")
 
 
+def _begin() -> Guard:
+    if _VARIABLE in os.environ:
+        return Guard(*_take_over())
+    sock, process, is_stored = _spawn()
+    return _StoringGuard(sock, process) if is_stored else Guard(sock, process)
+
+
 @asynccontextmanager
 async def guarding() -> AsyncIterator[Guard]:
     """A guard over this process, for as long as the block runs: the one that has started it, or
     else another. :exc:`~pagenet.errors.PagenetError` if it does not start."""
-    guard = Guard(*(_take_over() if _VARIABLE in os.environ else _spawn()))
+    guard = _begin()
     try:
         async with running_beside(guard.watch):
             yield guard

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import migrations
 import pytest
-import trio
-from migrations import check_goes_on, migrate_command, run_incoming
+from migrations import check_goes_on, migrate_command, run_incoming, run_out
 from processes import run
 from vm import bare_command, check_unbroken, needs_migration, run_vm
-
-from pagenet import PagenetError
-from pagenet.control import connect_control
 
 pytestmark = needs_migration
 
@@ -58,14 +54,3 @@ async def test_killed_after_the_guest_has_moved(
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-
-
-async def run_out(control: Path) -> None:
-    """Have the rest of the pages come."""
-    with trio.fail_after(20):
-        while True:
-            with suppress(PagenetError):
-                async with connect_control(control) as client:
-                    await client.command("schedule", name="linear")
-                    return
-            await trio.sleep(0.05)

@@ -233,21 +233,42 @@ async def test_killed_before_an_owner_comes(source: str, tmp_path: Path) -> None
         await pulling.process.event("complete")
 
 
-async def test_guard_is_killed(source: str, tmp_path: Path) -> None:
-    """The daemon makes another, which knows all that the first one knew."""
-    socket, before = tmp_path / "owner.sock", set(guards())
+async def test_source_is_away_too(source: str, tmp_path: Path) -> None:
+    """The next one waits for the source as the killed one would have."""
+    socket = tmp_path / "owner.sock"
     async with (
-        run_server(source) as (_, uri),
+        run_server(source) as (serving, uri),
         guarded(uri, "--uffd-socket", str(socket), *SLOWLY, lane="native") as pulling,
     ):
         await pulling.process.event("waiting")
         async with run_owner(socket, "anonymous, no uffd") as owner:
+            await pulling.process.event("owner")
+            await serving.kill()
+            await pulling.kill_and_wait()
+            await pulling.process.event("disconnected")
+            async with run_server(source, listen=uri):
+                await check_verified(owner)
+                await pulling.process.event("complete")
+
+
+async def test_guard_is_killed(source: str, tmp_path: Path) -> None:
+    """The daemon makes another, which knows all that the first one knew."""
+    socket, before = tmp_path / "owner.sock", set(guards())
+    slowly = ("--max-bandwidth", "5M")
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), *slowly, lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        async with run_owner(socket, "anonymous, no uffd", "--touches", 64) as owner:
             await pulling.process.event("owner")
             [first] = set(guards()) - before
             os.kill(first, signal.SIGKILL)
             with trio.fail_after(10):
                 while not set(guards()) - before - {first}:  # noqa: ASYNC110
                     await trio.sleep(0.001)
+            for _ in range(2):  # the second is later than the new guard, which then knows all
+                await pulling.process.event("progress")
             await pulling.kill_and_wait()
             await check_verified(owner)
         await pulling.process.event("complete")

@@ -34,13 +34,18 @@ zero = ffi.new("int *")
 print(lib.pn_zero_run(bytes(8192), 2, 4096, zero), zero[0], pagenet.__file__)
 """
 
-#: where the wheel has the files for share/, and which these are
-SHARED = f"pagenet-{PROJECT['version']}.data/data/share"
+#: where the wheel has the files for share/ and lib/, and which these are
+SHARED = f"pagenet-{PROJECT['version']}.data/data"
 PAGES = {
     place.format(command)
-    for place in ("man/man1/{}.1", "bash-completion/completions/{}", "zsh/site-functions/_{}")
+    for place in (
+        "share/man/man1/{}.1",
+        "share/bash-completion/completions/{}",
+        "share/zsh/site-functions/_{}",
+    )
     for command in PROJECT["scripts"]
 }
+UNITS = {f"lib/systemd/system/{unit.name}" for unit in (ROOT / "systemd").iterdir()}
 
 PRELOAD_LIBRARY = "from pagenet.qemu._preload import preload_library; print(preload_library())"
 
@@ -113,7 +118,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.mark.parametrize("directory", [".ci", "docs", "native", "pagenet", "tests", "tools"])
+@pytest.mark.parametrize(
+    "directory", [".ci", "docs", "native", "pagenet", "systemd", "tests", "tools"]
+)
 def test_sdist_has_all_of(sdist: set[str], directory: str) -> None:
     assert sources(directory) - sdist == set()
 
@@ -141,7 +148,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
         "pagenet/bench/workload/pagenet.trace.so",
         f"pagenet/guard/{GUARD}",
         "pagenet/qemu/pagenet.preload.so",
-    } | {f"{SHARED}/{page}" for page in PAGES}
+    } | {f"{SHARED}/{path}" for path in PAGES | UNITS}
     assert f"pagenet-{PROJECT['version']}.dist-info/licenses/LICENSE" in names
 
 
@@ -166,8 +173,8 @@ def test_guard_is_a_program(installed: Path) -> None:
     assert os.access(guard, os.X_OK)
 
 
-def test_manual_pages_and_completion_are_where_shells_look(installed: Path) -> None:
-    assert all((installed.parents[1] / "share" / page).is_file() for page in PAGES)
+def test_pages_completion_and_units_are_where_they_are_looked_for(installed: Path) -> None:
+    assert all((installed.parents[1] / path).is_file() for path in PAGES | UNITS)
 
 
 def test_console_scripts(installed: Path) -> None:
