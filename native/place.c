@@ -2,7 +2,8 @@
  *
  *   partial   The kernel stops where it must, and reports how far it came: continue from there.
  *   EEXIST    Another thread placed that page first. The ioctl does not wake then: wake by hand,
- *             skip the page, continue.
+ *             skip the page, continue. Pages that are poisoned are there to POISON and (in private
+ *             memory) to ZEROPAGE; COPY and CONTINUE replace them.
  *   EAGAIN    The owner's memory map is changing, and events are queued. Nothing can be placed
  *             until they are read, which only the reader of events can do: return to it.
  *   ENOENT    The range is not one registered mapping. A mapping may have been split or partly
@@ -19,9 +20,13 @@
 
 static struct pn_progress zero(int uffd, uint64_t to, const void *zeros, uint64_t length,
                                uint64_t page_size) {
-    if (page_size == (uint64_t)sysconf(_SC_PAGESIZE))
-        return pn_uffd_zeropage(uffd, to, length);
-    /* hugetlbfs has no ZEROPAGE: copy page by page, from the one page of zeros. */
+    if (page_size == (uint64_t)sysconf(_SC_PAGESIZE)) {
+        struct pn_progress step = pn_uffd_zeropage(uffd, to, length);
+        if (step.done || step.error != -EEXIST || !zeros)
+            return step;
+    }
+    /* hugetlbfs has no ZEROPAGE; and to ZEROPAGE, private memory that is poisoned is there. COPY
+     * replaces poison: copy page by page, from the one page of zeros. */
     return pn_uffd_copy(uffd, to, zeros, page_size);
 }
 

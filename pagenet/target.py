@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from .region import Region, Run
 from .residency import Residency
@@ -13,7 +13,9 @@ __all__ = [
     "Event",
     "Fault",
     "Forked",
+    "OnLoss",
     "Outcome",
+    "Owned",
     "Owner",
     "Recoverable",
     "Remapped",
@@ -213,6 +215,32 @@ class Stored(Protocol):
 
         If it is cancelled or never called, none of them is stored.
         """
+        ...
+
+
+#: what becomes of the owner when the source is lost for good: it waits, its missing pages are
+#: poisoned, or it is killed
+OnLoss = Literal["wait", "poison", "kill"]
+
+
+@runtime_checkable
+class Owned(Protocol):
+    """A target that is the memory of a process, the owner."""
+
+    def check_loss(self, on_loss: OnLoss) -> None:
+        """:exc:`~pagenet.errors.Unsupported` if that cannot be done to this owner."""
+        ...
+
+    def poison(self, missing: Sequence[Run]) -> int:
+        """Poison those of the ``missing`` pages that are not there: a thread that touches one, or
+        waits for one now, gets SIGBUS. Returns how many were poisoned now.
+
+        It ends before the last page if the owner ends, or changes its memory all the time.
+        """
+        ...
+
+    def kill(self) -> int | None:
+        """Send SIGKILL to the owner. Returns its pid; None: it has ended already."""
         ...
 
 

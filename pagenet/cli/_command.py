@@ -21,6 +21,7 @@ from ..nurseries import open_failing_nursery
 from ..protocol import Compress
 from ..sizes import parse_size
 from ..source.precopy import Precopy, RoundCount
+from ..target import OnLoss
 from ._rates import parse_rate
 from ._service import Service
 
@@ -212,6 +213,20 @@ def add_pull_options(parser: Parser) -> None:
         "how long to wait for a source that does not answer any more, once faults are answered: it"
         " is dialled, or may dial, again and again (default: forever; 0 with --into)",
     )
+    add_on_loss_option(parser)
+
+
+def add_on_loss_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-loss",
+        choices=get_args(OnLoss),
+        default="wait",
+        help=(
+            "what becomes of the owner when the source is lost for good: it waits at missing pages,"
+            " until a --resume brings them; they are poisoned, so that touching one is a SIGBUS; it"
+            " is killed (default: %(default)s)"
+        ),
+    )
 
 
 def add_reconnect_option(parser: argparse.ArgumentParser, text: str) -> None:
@@ -255,7 +270,7 @@ def pull_options(options: argparse.Namespace) -> dict[str, Any]:
             "max_bandwidth",
             "start_background",
         ),
-        *("prefetch", "record", "compress", "lane"),
+        *("prefetch", "record", "compress", "lane", "on_loss"),
     )
     return {name: getattr(options, name) for name in names}
 

@@ -7,21 +7,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from ..destination.pulling import Transfer
-from ..errors import GuestReclaimed
+from ..events import EventHandler
+from ..uffd import check_poison
 from ..whole_file import WholeFile
-from ._command import Report
 
-__all__ = ["MISSING_WORDS", "Unfinished", "add_missing_option", "telling_missing"]
+__all__ = ["MISSING_WORDS", "add_missing_option", "telling_missing"]
 
-MISSING_WORDS = {"missing": "{pages} pages are missing"}
-
-
-class Unfinished:
-    """A place for the transfer that may end early."""
-
-    def __init__(self) -> None:
-        self.transfer: Transfer | None = None
+MISSING_WORDS = {
+    "missing": "{pages} pages are missing",
+    "poisoned": "{pages} pages are poisoned: a thread that touches one gets SIGBUS",
+    "killed": "process {pid}, the owner, is killed",
+}
 
 
 def add_missing_option(parser: argparse.ArgumentParser) -> None:
@@ -33,31 +29,23 @@ def add_missing_option(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def telling_missing(options: argparse.Namespace, report: Report) -> Iterator[Unfinished]:
-    """Tell which pages are missing if the transfer is not complete when the block ends. A bad
-    ``--missing`` fails before any page moves."""
-    unfinished = Unfinished()
+def telling_missing(options: argparse.Namespace, on_event: EventHandler) -> Iterator[EventHandler]:
+    """``on_event``, before which the event ``missing`` is written to the file of ``--missing``. A
+    file that cannot be written, or pages that cannot be poisoned, fail before any page moves."""
+    if options.on_loss == "poison":
+        check_poison()
     making = (
         nullcontext()
         if options.missing is None
         else WholeFile(options.missing, "list of missing pages")
     )
     with making as file:
-        try:
-            yield unfinished
-        except GuestReclaimed:  # its pages are where it is
-            unfinished.transfer = None
-            raise
-        finally:
-            transfer = unfinished.transfer
-            if transfer is not None and not transfer.finished.is_set():
-                _tell(transfer, report, file)
 
+        def tell(event: str, /, **fields: object) -> None:
+            if event == "missing" and file is not None:
+                what = {"blocks": fields["blocks"], "missing": fields["runs"]}
+                file.write(json.dumps(what).encode() + b"\n")
+                file.commit()
+            on_event(event, **fields)
 
-def _tell(transfer: Transfer, report: Report, file: WholeFile | None) -> None:
-    runs = transfer.missing()
-    report("missing", pages=sum(count for _, _, count in runs), runs=runs)
-    if file is not None:
-        blocks = [[block.name, block.size, block.page_size] for block in transfer.region.blocks]
-        file.write(json.dumps({"blocks": blocks, "missing": runs}).encode() + b"\n")
-        file.commit()
+        yield tell

@@ -143,7 +143,7 @@ async def _pull_once(
         report(event, **fields)
 
     with ExitStack() as stack:
-        unfinished = stack.enter_context(telling_missing(options, report))
+        tell = stack.enter_context(telling_missing(options, on_event))
         owner = _owner(options, report, stack, guard)
         if isinstance(owner, AbandonedOwner) and owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
@@ -154,9 +154,9 @@ async def _pull_once(
             listen=options.listen,
             reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
             **pull_options(options),
-            on_event=on_event,
+            on_event=tell,
         ) as transfer:
-            control.subject = unfinished.transfer = transfer
+            control.subject = transfer
             await show_until_complete(transfer, report)
 
 
@@ -195,7 +195,10 @@ def _owner(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.into is not None and options.on_loss != "wait":
+        parser.error("--on-loss is about an owner, and with --into there is none")
     options.guard = options.guard and options.into is None  # nobody waits for a file
     options.words = list(sys.argv[1:] if argv is None else argv)
     if options.guard:

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 
 import trio
@@ -19,6 +19,7 @@ from ..events import EventHandler
 from ..guard import Guard, follow
 from ..nurseries import open_failing_nursery
 from ..qemu import (
+    Arrival,
     Precopy,
     Returning,
     ending_when_reclaimed,
@@ -271,7 +272,7 @@ def _guarded_arrival(
 
 def _resuming(options: argparse.Namespace, pid: str, uri: str, monitor: str | None) -> list[str]:
     names = ("plaintext", "background", "background_lanes", "background_window", "max_bandwidth")
-    more = ("start_background", "prefetch", "compress")
+    more = ("start_background", "prefetch", "compress", "on_loss")
     words = words_of(options, *TAKEN_OVER, *names, *more)
     what = ["incoming", "--resume", "--pid", pid, "--listen", uri]
     if monitor is not None:
@@ -282,33 +283,37 @@ def _resuming(options: argparse.Namespace, pid: str, uri: str, monitor: str | No
 async def _arrive(
     options: argparse.Namespace, on_event: EventHandler, report: Report, control: Control
 ) -> int:
+    with telling_missing(options, on_event) as tell:
+        async with _arrival(options, tell) as arrival:
+            control.subject = arrival.transfer
+            await show_until_complete(arrival.transfer, report)
+    if arrival.process is None:
+        return 0  # QEMU was there before this process, and goes on without it
+    status = await arrival.process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _arrival(
+    options: argparse.Namespace, on_event: EventHandler
+) -> AbstractAsyncContextManager[Arrival]:
     if options.qmp:
         if options.allocate:
             raise UsageError("--allocate is for a QEMU that is started here")
-        arriving = receive_attached(
+        return receive_attached(
             options.qmp,
             listen=options.listen,
             on_event=on_event,
             reconnect_for=reconnect_for(options),
             **pull_options(options),
         )
-    else:
-        arriving = receive(
-            options.qemu,
-            listen=options.listen,
-            allocate=options.allocate,
-            on_event=on_event,
-            reconnect_for=reconnect_for(options),
-            **pull_options(options),
-        )
-    with telling_missing(options, report) as unfinished:
-        async with arriving as arrival:
-            control.subject = unfinished.transfer = arrival.transfer
-            await show_until_complete(arrival.transfer, report)
-    if arrival.process is None:
-        return 0  # QEMU was there before this process, and goes on without it
-    status = await arrival.process.wait()
-    return status if status >= 0 else 128 - status
+    return receive(
+        options.qemu,
+        listen=options.listen,
+        allocate=options.allocate,
+        on_event=on_event,
+        reconnect_for=reconnect_for(options),
+        **pull_options(options),
+    )
 
 
 async def _resume(options: argparse.Namespace, report: Report, control: Control) -> int:
@@ -335,7 +340,7 @@ async def _go_on(
         )
         monitor = None if options.qmp is None else Path(options.qmp)
         returning = Returning(monitor, owner.pid, report)
-        with telling_missing(options, report) as unfinished, ending_when_reclaimed(owner.pid):
+        with telling_missing(options, report) as tell, ending_when_reclaimed(owner.pid):
             async with pull(
                 options.listen,
                 owner,
@@ -343,9 +348,9 @@ async def _go_on(
                 reconnect_for=reconnect_for(options),
                 **pull_options(options),
                 on_stream=returning.meet,
-                on_event=report,
+                on_event=tell,
             ) as transfer:
-                control.subject = unfinished.transfer = returning.transfer = transfer
+                control.subject = returning.transfer = transfer
                 await show_until_complete(transfer, report)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 
@@ -14,7 +14,16 @@ from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
-from ..errors import HandshakeError, OwnerGone, RemoteProtocolError, Unsupported, UsageError
+from ..errors import (
+    ConnectionBroken,
+    GuestReclaimed,
+    HandshakeError,
+    OwnerGone,
+    RemoteProtocolError,
+    SourceLost,
+    Unsupported,
+    UsageError,
+)
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import complete_fields, tell_progress
@@ -29,12 +38,13 @@ from ..protocol import (
 )
 from ..region import Region
 from ..statistics import TransferStatistics
-from ..target import Owner, Stored, Target
+from ..target import OnLoss, Owner, Stored, Target
 from ..tls import Tls
 from ..transport import Connection, LaneKind, StreamHandler, security_of
 from ..whole_file import WholeFile
 from .connecting import Connecting
 from .copying import Copying
+from .ending import Ending, missing_of
 from .filling import Filling
 from .lanes import Lanes, OneSided
 from .native_lanes import NativeLanes, can_run_natively
@@ -216,13 +226,7 @@ class Transfer:
         """The pages that are missing now, or were when the transfer ended: of each run, the name of
         its block, its first page within that block, and the number of pages. A page that its owner
         gave up is not missing."""
-        region = self.region
-        found = []
-        for run in self.filling.missing():
-            index = region.block_index(run.first)
-            name = region.blocks[index].name
-            found.append((name, run.first - region.first_pages[index], run.count))
-        return found
+        return missing_of(self.filling)
 
     def statistics(self) -> TransferStatistics:
         """The statistics so far; they are final once the transfer is over."""
@@ -251,6 +255,7 @@ async def pull(
     held: bool = False,
     reconnect_for: float = 0.0,
     on_stream: StreamHandler | None = None,
+    on_loss: OnLoss = "wait",
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -296,12 +301,20 @@ async def pull(
     called with each stream that the source opens (:meth:`~pagenet.Server.open_stream`); its errors
     end the transfer, and the connection is closed when the call returns.
 
+    ``on_loss``: what becomes of the owner when the source is lost for good, that is, when this
+    raises :exc:`~pagenet.errors.SourceLost` after pages were first asked for. ``wait``: its threads
+    wait for missing pages, so that another destination can go on
+    (:class:`~pagenet.AbandonedOwner`). ``poison``: its missing pages are poisoned (Linux 6.6); a
+    thread that waits for one, or touches one, gets SIGBUS. ``kill``: it gets SIGKILL.
+    :exc:`~pagenet.errors.Unsupported` if that cannot be done to this owner.
+
     Raises, in the block too, :exc:`~pagenet.errors.SourceUnreachable`,
     :exc:`~pagenet.errors.SourceLost`, :exc:`~pagenet.errors.OwnerGone`,
     :exc:`~pagenet.errors.RemoteProtocolError`, :exc:`~pagenet.errors.UsageError`,
     :exc:`~pagenet.errors.Unsupported`. Events: ``listening``, ``connected``, ``owner``,
     ``progress`` four times a second, ``disconnected``, ``reconnecting`` once a minute until
-    ``reconnected``, ``complete``.
+    ``reconnected``, ``complete``; or at an earlier end, once pages were asked for, ``missing``, and
+    then ``poisoned`` or ``killed``.
     """
     if not 0 < background_lanes <= MAX_BACKGROUND_LANES:
         raise UsageError(
@@ -333,6 +346,7 @@ async def pull(
         session = await sources.meet()
         filling: Filling | None = None
         connecting: Connecting | None = None
+        ending: Ending | None = None
         reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
             try:
@@ -346,6 +360,9 @@ async def pull(
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch, early.hear if session.is_tracked else None)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
+                    is_still = not (held or session.is_tracked)
+                    ending = Ending(filling, on_loss, is_still, on_event)
+                    cleanup.callback(ending.run)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
@@ -383,13 +400,22 @@ async def pull(
                     )
                     if not held:
                         transfer.release()
-                    nursery.start_soon(
-                        _TransferTasks(transfer, connecting, plan, start, copying, on_event).run
+                    tasks = _TransferTasks(
+                        transfer, connecting, plan, start, copying, ending.arm, on_event
                     )
+                    nursery.start_soon(tasks.run)
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone, Unsupported) as error:
                 reason = str(error)
+                raise
+            except (SourceLost, ConnectionBroken):
+                if ending is not None:
+                    ending.lose()
+                raise
+            except GuestReclaimed:
+                if ending is not None:
+                    ending.call_off()
                 raise
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():
@@ -473,8 +499,10 @@ class _TransferTasks:
         background: Background,
         start: Start,
         copying: Copying | None,
+        on_settled: Callable[[], None],
         on_event: EventHandler,
     ) -> None:
+        self._on_settled = on_settled
         self._transfer = transfer
         self._connecting = connecting
         self._copying = copying
@@ -511,6 +539,7 @@ class _TransferTasks:
         """Return when faults are answered: from then on a source that goes away is waited for."""
         await self._transfer.wait_released()
         await self._transfer.wait_frozen()
+        self._on_settled()
 
     async def _begin_background(self) -> None:
         await self._wait_settled()

@@ -9,7 +9,7 @@ from ._owners import OwnMemory, UffdSocket
 from ._process import Mapped, MappedPages, OtherProcess
 from ._target import UffdTarget
 from ._tracking import WriteTracker
-from ._userfaultfd import Feature, Mode, Userfaultfd, probe
+from ._userfaultfd import Feature, Mode, Userfaultfd, check_poison, probe
 
 __all__ = [
     "AbandonedOwner",
@@ -31,6 +31,7 @@ __all__ = [
     "Unmapped",
     "Userfaultfd",
     "WriteTracker",
+    "check_poison",
     "parse_mappings",
     "probe",
 ]

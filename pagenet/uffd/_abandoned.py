@@ -164,6 +164,7 @@ class AbandonedOwner:
                 outside_is_zero=self._note.outside_is_zero,
                 keeps_uffd=lambda: True,
                 wait_gone=lambda: wait_memory_gone(target, peer),
+                process=peer,
                 on_close=peer.close,
             )
         return target

@@ -144,6 +144,7 @@ class AttachedOwner:
                 map_fd=locked,
                 keeps_uffd=lambda: True,
                 wait_gone=lambda: wait_memory_gone(target, peer),
+                process=peer,
                 on_close=peer.close,
             )
         return target

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import errno
 import mmap
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
 from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, Note, parse_handshake
-from ._process import OtherProcess, is_memory_file, is_writable
+from ._process import OtherProcess, is_memory_file, is_watched, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
@@ -36,6 +38,7 @@ HANDSHAKE_TIMEOUT = 5.0
 _BACKLOG = 8
 # Of <asm/socket.h>; Python does not name it. Reads that only peek go on behind the last one.
 SO_PEEK_OFF = 42
+SO_PEERPIDFD = 77
 _PEEK_SECONDS = 0.001
 # Seconds between two checks whether the memory still exists, where no descriptor reports its end.
 _ALIVE_PERIOD = 0.5
@@ -177,7 +180,7 @@ class Peer:
     def of(cls, sock: trio.socket.SocketType) -> Peer:
         pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         try:
-            return cls(pid, os.pidfd_open(pid) if pid > 0 else -1)
+            return cls(pid, _pidfd_of(sock, pid) if pid > 0 else -1)
         except ProcessLookupError:
             raise HandshakeError(
                 f"the owner (pid {pid}) ended right after it had connected"
@@ -197,9 +200,44 @@ class Peer:
             pass
         return False
 
+    def check_kill(self, address: int) -> None:
+        if self.pidfd < 0:
+            raise Unsupported(
+                "cannot kill this owner: it is in a pid namespace that this process does not see"
+            )
+        try:
+            watched = is_watched(self.pid, address)
+            signal.pidfd_send_signal(self.pidfd, 0)  # the process has not ended: the pid is its own
+        except OSError as error:
+            what = f"may not kill the owner, process {self.pid}"
+            raise Unsupported(f"{what}: {error.strerror}; run as root, or as its user") from None
+        if not watched:
+            raise Unsupported(
+                f"cannot kill this owner: the memory is not that of process {self.pid}, which has"
+                " handed it over"
+            )
+
+    def kill(self) -> bool:
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
+
+
+def _pidfd_of(sock: trio.socket.SocketType, pid: int) -> int:
+    """A pidfd of the process ``pid`` that has connected. Before Linux 6.5 another process may have
+    got that pid meanwhile. :exc:`ProcessLookupError` if it has ended."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+    return os.pidfd_open(pid)
 
 
 @contextmanager
@@ -385,6 +423,7 @@ async def _handshake(
             outside_is_zero=outside_is_zero,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
             wait_gone=lambda: wait_memory_gone(target, peer),
+            process=peer,
             on_close=let_go,
         )
     except BaseException:

@@ -24,7 +24,15 @@ from .. import _native
 from ..errors import OwnerGone, PagenetError, Unsupported
 from ._handshake import Mapping
 
-__all__ = ["Mapped", "MappedPages", "OtherProcess", "is_memory_file", "is_writable", "refusal"]
+__all__ = [
+    "Mapped",
+    "MappedPages",
+    "OtherProcess",
+    "is_memory_file",
+    "is_watched",
+    "is_writable",
+    "refusal",
+]
 
 _WHY_NOT = {
     errno.EBUSY: "it is stopped (by Ctrl-Z, or SIGSTOP): let it go on first",
@@ -61,6 +69,8 @@ class MappedPages:
     page_size: int
 
 
+# Of VmFlags: userfaultfd watches for missing pages, for minor faults.
+_WATCHED = {"um", "ui"}
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)")
 
 
@@ -210,6 +220,23 @@ def refusal(pid: int, error: OSError) -> PagenetError:
         " no debugger on it"
     )
     return Unsupported(f"may not attach to process {pid}: {error.strerror}; {hint}")
+
+
+def is_watched(pid: int, address: int) -> bool:
+    """Whether a userfaultfd watches the memory of process ``pid`` at ``address``. :exc:`OSError` as
+    of :class:`OtherProcess`.
+
+    Of the process that has handed over a userfaultfd, or of another one: a descriptor does not tell
+    whose memory it is about.
+    """
+    is_there = False
+    with open(f"/proc/{pid}/smaps", errors="surrogateescape") as lines:
+        for line in lines:  # no further than needed: the kernel looks at every page of a mapping
+            if match := _HEAD.fullmatch(line.rstrip("\n")):
+                is_there = int(match[1], 16) <= address < int(match[2], 16)
+            elif is_there and line.startswith("VmFlags:"):
+                return not _WATCHED.isdisjoint(line.split())
+    return False
 
 
 def _identity(fd: int) -> tuple[int, int]:

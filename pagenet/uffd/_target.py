@@ -16,24 +16,30 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from .. import _native
-from ..errors import HandshakeError, OwnerGone, PagenetError, UsageError
+from ..errors import HandshakeError, OwnerGone, PagenetError, Unsupported, UsageError
 from ..region import Region, Run
 from ..residency import Residency
-from ..target import Event, Fault, Outcome
+from ..target import Event, Fault, OnLoss, Outcome, Removed, Unmapped
 from ._handshake import Mapping, Note, check_mappings, mapping_pieces
-from ._userfaultfd import Feature, Mode, Userfaultfd
+from ._userfaultfd import NO_POISON, Feature, Mode, Userfaultfd
 
 __all__ = ["UffdTarget"]
 
 # The words are those of native/lane.c.
 _NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
 _HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
+
+
+# Seconds for which poisoning goes on without progress, while the owner changes its memory.
+_POISON_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,22 @@ class NativeMemory:
     pieces: list[_native.Piece]
 
 
+class OwnerProcess(Protocol):
+    """The process that has handed over its memory."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def check_kill(self, address: int) -> None:
+        """:exc:`~pagenet.errors.Unsupported` unless it is certain that userfaultfd watches its
+        memory at ``address``, and this user may kill it."""
+        ...
+
+    def kill(self) -> bool:
+        """False: it has ended already."""
+        ...
+
+
 class UffdTarget:
     """Memory behind a userfaultfd. Owns ``uffd``, ``shared_fd`` and ``map_fd``.
 
@@ -72,9 +94,9 @@ class UffdTarget:
     locked; the map in it outlives this process. ``recover``: a dead destination has left a map in
     it, with that note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for
     ``uffd``, so that its threads go on waiting when ours is closed. ``wait_gone`` returns once the
-    owner is gone. ``on_close`` runs when everything is released. ``own``: the memory is this
-    process's. ``outside_is_zero``: what the owner announced nothing about reads as zero; otherwise
-    it is poisoned.
+    owner is gone. ``process``: the owner. ``on_close`` runs when everything is released. ``own``:
+    the memory is this process's. ``outside_is_zero``: what the owner announced nothing about reads
+    as zero; otherwise it is poisoned.
 
     Raises :exc:`HandshakeError` if mappings, file or userfaultfd do not fit the region, or each
     other.
@@ -93,12 +115,14 @@ class UffdTarget:
         outside_is_zero: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
+        process: OwnerProcess | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._uffd = uffd
         self._shared_fd = shared_fd
         self._keeps_uffd = keeps_uffd
         self._wait_gone = wait_gone
+        self._process = process
         self._on_close = on_close
         self._map_fd = map_fd
         self._shared: _native.SharedMap | None = None
@@ -136,9 +160,10 @@ class UffdTarget:
         watched already stays watched. The kernel refuses memory that another userfaultfd watches,
         and a userfaultfd that is not set up.
         """
+        self._can_poison = True
         for piece in self._pieces:
             try:
-                self._uffd.register(piece.address, piece.size, Mode.MISSING)
+                self._can_poison &= self._uffd.register(piece.address, piece.size, Mode.MISSING)
             except OSError as error:
                 if error.errno == errno.ESRCH:
                     raise HandshakeError("the owner of the memory is gone") from None
@@ -378,6 +403,54 @@ class UffdTarget:
     def is_alive(self) -> bool:
         return _native.uffd_probe(self._uffd.fd, self._pieces[0].address) != errno.ESRCH
 
+    # ---- when the source is lost ----
+
+    def check_loss(self, on_loss: OnLoss) -> None:
+        if on_loss == "poison" and not self._can_poison:
+            raise Unsupported(NO_POISON)
+        if on_loss == "kill":
+            if self._process is None:
+                raise Unsupported("the memory is this process's own, which does not kill itself")
+            self._process.check_kill(self._pieces[0].address)
+
+    def poison(self, missing: Sequence[Run]) -> int:
+        poisoned, left = 0, list(reversed(missing))
+        deadline = time.monotonic() + _POISON_PATIENCE
+        while left:
+            run = left.pop()
+            piece, part = next(self._parts(run))
+            address, size = piece.address_of(part.first), part.count * piece.page_size
+            result = self._uffd.place(_native.POISON, address, None, size, piece.page_size)
+            poisoned += result.placed // piece.page_size
+            done = result.done // piece.page_size
+            if result.error == errno.ESRCH:
+                break
+            if result.error not in (0, errno.EAGAIN):
+                done += 1  # EFAULT: part of a huge page that is there
+            if done < run.count:
+                left.append(Run(run.first + done, run.count - done))
+            if done:
+                deadline = time.monotonic() + _POISON_PATIENCE
+            if result.error == errno.EAGAIN:
+                if time.monotonic() > deadline:
+                    break
+                left = self._without_given_up(left)
+                os.sched_yield()
+        return poisoned
+
+    def _without_given_up(self, runs: list[Run]) -> list[Run]:
+        """Read the owner's events. Returns ``runs`` without the pages that it has given up."""
+        for event in self._uffd.read():
+            if isinstance(event, Removed | Unmapped):
+                for gone in self.pages_between(event.start, event.end):
+                    runs = [part for run in runs for part in _without(run, gone)]
+        return runs
+
+    def kill(self) -> int | None:
+        assert self._process is not None, "check_loss() was not called"
+        # after execve() the process is there, and the memory is not
+        return self._process.pid if self.is_alive() and self._process.kill() else None
+
     def close(self, missing: Sequence[Run]) -> None:
         """Release everything.
 
@@ -389,8 +462,8 @@ class UffdTarget:
             return
         if not missing:
             self._unregister()
-        elif not self._keeps_uffd():
-            self._poison(missing)
+        elif not self._keeps_uffd() and self._can_poison:
+            self.poison(missing)
         self._uffd.close()
         for mapped in (self._second, self._zeros):
             if mapped is not None:
@@ -411,11 +484,11 @@ class UffdTarget:
             self._uffd.read()
             os.sched_yield()
 
-    def _poison(self, missing: Sequence[Run]) -> None:
-        with suppress(PagenetError):  # the owner is gone, or the kernel is older than 6.6
-            for run in missing:
-                while run.count:
-                    outcome = self._place(run, _native.POISON, None)
-                    run = Run(run.first + outcome.done, run.count - outcome.done)
-                    if outcome.again:
-                        self._uffd.read()
+
+def _without(run: Run, gone: Run) -> Iterator[Run]:
+    """The parts of ``run``, last first, that are not in ``gone``."""
+    after, before = max(run.first, gone.end), min(run.end, gone.first)
+    if after < run.end:
+        yield Run(after, run.end - after)
+    if run.first < before:
+        yield Run(run.first, before - run.first)

@@ -12,7 +12,7 @@ from .. import _native
 from ..errors import Unsupported
 from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 
-__all__ = ["Feature", "Mode", "Userfaultfd", "probe"]
+__all__ = ["NO_POISON", "Feature", "Mode", "Userfaultfd", "check_poison", "probe"]
 
 DEVICE = "/dev/userfaultfd"
 
@@ -51,6 +51,8 @@ class Mode(IntFlag):
 
 
 _FLAG_WRITE, _FLAG_WP, _FLAG_MINOR = 1, 2, 4
+_UFFDIO_POISON = 0x08
+NO_POISON = "this kernel cannot poison pages: that takes Linux 6.6"
 
 
 class Userfaultfd:
@@ -95,10 +97,11 @@ class Userfaultfd:
             os.close(self.fd)
             self.fd = -1
 
-    def register(self, start: int, length: int, mode: Mode) -> None:
-        """Watch [start, start + length). :exc:`OSError` if that memory cannot be watched in
-        ``mode``."""
-        _native.uffd_register(self.fd, start, length, mode)
+    def register(self, start: int, length: int, mode: Mode) -> bool:
+        """Watch [start, start + length). Returns whether pages of it can be poisoned.
+        :exc:`OSError` if that memory cannot be watched in ``mode``."""
+        ioctls = _native.uffd_register(self.fd, start, length, mode)
+        return bool(ioctls >> _UFFDIO_POISON & 1)
 
     def unregister(self, start: int, length: int) -> None:
         """Stop watching [start, start + length): threads that wait there go on, and missing pages
@@ -189,6 +192,17 @@ def probe() -> Feature:
         return Feature(_native.uffd_api(fd, 0))
     finally:
         os.close(fd)
+
+
+def check_poison() -> None:
+    """:exc:`Unsupported` if this kernel cannot poison pages. If this process may have no
+    userfaultfd it cannot ask: what the owner hands over tells."""
+    try:
+        features = probe()
+    except Unsupported:
+        return
+    if Feature.POISON not in features:
+        raise Unsupported(NO_POISON)
 
 
 def _missing_features(wanted: Feature, error: OSError) -> str:
