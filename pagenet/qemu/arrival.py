@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from ..destination.pulling import Transfer, pull
-from ..errors import GuestReclaimed, OwnerGone, PagenetError, UsageError
+from ..errors import GuestReclaimed, OwnerGone, PagenetError, SourceLost, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_faults, telling
@@ -278,8 +278,9 @@ async def _arriving(
     returning = Returning(monitor, qemu.pid, on_event)
     try:
         async with (
-            _watched(qemu, lambda: arriving is not None and arriving.is_loading),
+            _watched(qemu, lambda: arriving is not None and arriving.is_loading) as watching,
             guarding(monitor, qemu.pid) as guard,
+            _cancelled_by_loss(watching),
         ):
             if isinstance(qemu, _Started):
                 await guard.should_we_die("kill")
@@ -360,23 +361,36 @@ def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **field
 
 
 @asynccontextmanager
-async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator[None]:
-    """End the block with :exc:`~pagenet.errors.OwnerGone` when QEMU ends. QEMU closes its monitor
-    first; the error is then that of QEMU's end, which explains the other one."""
+async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator[trio.CancelScope]:
+    """End the block with :exc:`~pagenet.errors.OwnerGone` when QEMU ends, unless the scope that it
+    gets is cancelled before. QEMU closes its monitor first; the error is then that of QEMU's end,
+    which explains the other one."""
+    watching = trio.CancelScope()
 
     async def watch() -> None:
-        await qemu.wait()
-        raise _end_of(qemu, is_loading())
+        with watching:
+            await qemu.wait()
+            raise _end_of(qemu, is_loading())
 
     async with open_failing_nursery() as nursery:
         nursery.start_soon(watch)
         try:
-            yield
+            yield watching
         except OwnerGone:
             with trio.move_on_after(_END_TIMEOUT):
                 await watch()
             raise
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _cancelled_by_loss(watching: trio.CancelScope) -> AsyncIterator[None]:
+    """Watch QEMU no longer when the source is lost: ``on_loss`` may have ended it."""
+    try:
+        yield
+    except SourceLost:
+        watching.cancel()
+        raise
 
 
 def _end_of(qemu: _Qemu, is_loading: bool) -> OwnerGone:
