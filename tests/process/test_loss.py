@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pagenet._pagenet import lib
 from processes import (
     HUGE_PAGE,
     LANES,
@@ -35,6 +36,7 @@ from processes import (
 import pagenet
 from pagenet import IntoFile, OwnMemory, Unsupported, UsageError, _native
 from pagenet.cli.pull import main
+from pagenet.residency import State
 from pagenet.uffd import Feature, check_poison, probe
 
 SIZE = 16 << 20
@@ -204,6 +206,32 @@ async def test_memory_that_cannot_be_poisoned(source: str, monkeypatch: pytest.M
         memory.close()
 
 
+def write_states(pid: int, state: int) -> None:
+    """Write it for each page into the map that the owner keeps."""
+    found = Path(f"/proc/{pid}/fd").iterdir()
+    file = os.open(next(fd for fd in found if _native.MAP_NAME in os.readlink(fd)), os.O_RDWR)
+    header, pages = lib.pn_map_bytes(0), SIZE // PAGE
+    with mmap.mmap(file, header + pages) as mapped:
+        mapped[header:] = bytes([state]) * pages
+    os.close(file)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("memory", ["anonymous", "memfd"])
+async def test_map_that_calls_all_pages_missing(
+    memory: str, lane: str, source: str, tmp_path: Path, can_poison: None
+) -> None:
+    """Those in place are not poisoned."""
+    options = ["--memory", memory, *TOUCHES, "--keep-map"]
+    async with losing(source, tmp_path, lane, "poison", *options) as (pulling, owner, relay):
+        await stall(owner, relay)
+        write_states(owner.pid, State.MISSING)
+        missing, poisoned = await lose(pulling, relay)
+        assert missing["pages"] == SIZE // PAGE > poisoned["pages"]
+        verified = await owner.event("verified")
+        assert (verified["bad"], verified["poisoned"]) == (0, poisoned["pages"])
+
+
 # ---- kill ----
 
 
@@ -300,12 +328,7 @@ async def test_damaged_map(on_loss: str, source: str, tmp_path: Path) -> None:
     options = [*TOUCHES, "--keep-map"]
     async with losing(source, tmp_path, "trio", on_loss, *options) as (pulling, owner, relay):
         await stall(owner, relay)
-        found = Path(f"/proc/{owner.pid}/fd")
-        number = next(entry for entry in found.iterdir() if _native.MAP_NAME in os.readlink(entry))
-        damaged = os.open(number, os.O_RDWR)
-        with mmap.mmap(damaged, 0) as pages:
-            pages[-(SIZE // PAGE) :] = b"\xff" * (SIZE // PAGE)
-        os.close(damaged)
+        write_states(owner.pid, 0xFF)
         relay.release()
         assert await pulling.wait() == 6
         assert not {"poisoned", "killed"} & {event["event"] for event in pulling.events}
