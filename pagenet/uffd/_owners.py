@@ -233,11 +233,19 @@ def _pidfd_of(sock: trio.socket.SocketType, pid: int) -> int:
     """A pidfd of the process ``pid`` that has connected. Before Linux 6.5 another process may have
     got that pid meanwhile. :exc:`ProcessLookupError` if it has ended."""
     try:
-        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
         if error.errno != errno.ENOPROTOOPT:
             raise
-    return os.pidfd_open(pid)
+        return os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, 0)  # Linux 6.16 has a pidfd even of one that has ended
+    except ProcessLookupError:
+        os.close(pidfd)
+        raise
+    except PermissionError:
+        pass  # another user's, and there
+    return pidfd
 
 
 @contextmanager
