@@ -10,6 +10,7 @@ from .region import Region, Run
 from .residency import Residency
 
 __all__ = [
+    "POISON_PATIENCE",
     "Event",
     "Fault",
     "Forked",
@@ -218,6 +219,9 @@ class Stored(Protocol):
         ...
 
 
+#: seconds for which poisoning goes on without progress, while an owner changes its memory all the
+#: time
+POISON_PATIENCE = 5.0
 #: what becomes of the owner when the source is lost for good: it waits, its missing pages are
 #: poisoned, or it is killed
 OnLoss = Literal["wait", "poison", "kill"]
@@ -231,11 +235,11 @@ class Owned(Protocol):
         """:exc:`~pagenet.errors.Unsupported` if that cannot be done to this owner."""
         ...
 
-    def poison(self, missing: Sequence[Run]) -> int:
-        """Poison those of the ``missing`` pages that are not there: a thread that touches one, or
-        waits for one now, gets SIGBUS. Returns how many were poisoned now.
+    def poison(self, run: Run) -> Outcome:
+        """Poison the pages of ``run`` that are not there: a thread that touches one, or waits for
+        one now, gets SIGBUS.
 
-        It ends before the last page if the owner ends, or changes its memory all the time.
+        :exc:`~pagenet.errors.OwnerGone` if the memory no longer exists.
         """
         ...
 

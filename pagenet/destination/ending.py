@@ -83,6 +83,6 @@ class Ending:
         if self._target is None:
             return
         if self._on_loss == "poison":
-            self._on_event("poisoned", pages=self._target.poison(self._filling.missing()))
+            self._on_event("poisoned", pages=self._filling.poison(self._target))
         elif (pid := self._target.kill()) is not None:
             self._on_event("killed", pid=pid)

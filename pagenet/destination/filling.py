@@ -17,12 +17,23 @@ from contextlib import suppress
 import trio
 
 from .. import _native
-from ..errors import HandshakeError, PagenetError
+from ..errors import HandshakeError, OwnerGone, PagenetError
 from ..protocol import Class, Encoding
 from ..region import Region, Run
 from ..residency import Residency, State
 from ..statistics import TransferStatistics
-from ..target import Fault, Forked, Outcome, Recoverable, Remapped, Removed, Target, Unmapped
+from ..target import (
+    POISON_PATIENCE,
+    Fault,
+    Forked,
+    Outcome,
+    Owned,
+    Recoverable,
+    Remapped,
+    Removed,
+    Target,
+    Unmapped,
+)
 
 __all__ = ["Filling"]
 
@@ -32,6 +43,8 @@ PREFETCH_LIMIT = 1 << 20
 # Bytes that an adapting window may have in flight. The lane in C tunes this; in Trio a reply costs
 # more than a page.
 PREFETCHING = 128 << 10
+# Pages that are in place, or given up.
+_NOT_MISSING = (State.RESIDENT, State.REMOVING, State.REMOVED)
 # Pages of the sample, not touched yet, that may be held at a time.
 _MOST_HELD = 4096
 
@@ -192,6 +205,33 @@ class Filling:
             self._left = self.residency.missing()
             self.target.close(self._left)
             self.residency.close()
+
+    def poison(self, target: Owned) -> int:
+        """Poison the missing pages of ``target``, this one's. Returns how many were poisoned now.
+        What the owner gives up meanwhile is not missing any more.
+
+        It ends early if the owner ends, or changes its memory all the time.
+        """
+        poisoned, deadline = 0, time.monotonic() + POISON_PATIENCE
+        for run in self.missing():
+            first = run.first
+            while first < run.end and time.monotonic() < deadline:
+                state = self.residency.shared.state(first)
+                part = Run(first, self.residency.shared.span(first, run.end, state) or 1)
+                if state in _NOT_MISSING:
+                    first = part.end
+                    continue
+                try:
+                    outcome = target.poison(part)
+                except OwnerGone:
+                    return poisoned
+                poisoned += outcome.placed
+                first += outcome.done
+                if outcome.done:
+                    deadline = time.monotonic() + POISON_PATIENCE
+                if outcome.again:
+                    self._drain_or_yield()
+        return poisoned
 
     def missing(self) -> list[Run]:
         """The pages that are neither in place nor given up; those at the end, once it is closed."""

@@ -27,7 +27,7 @@ from .. import _native
 from ..errors import HandshakeError, OwnerGone, PagenetError, Unsupported, UsageError
 from ..region import Region, Run
 from ..residency import Residency
-from ..target import Event, Fault, OnLoss, Outcome, Removed, Unmapped
+from ..target import POISON_PATIENCE, Event, Fault, OnLoss, Outcome
 from ._handshake import Mapping, Note, check_mappings, mapping_pieces
 from ._userfaultfd import NO_POISON, Feature, Mode, Userfaultfd
 
@@ -36,10 +36,6 @@ __all__ = ["UffdTarget"]
 # The words are those of native/lane.c.
 _NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
 _HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
-
-
-# Seconds for which poisoning goes on without progress, while the owner changes its memory.
-_POISON_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,38 +409,17 @@ class UffdTarget:
                 raise Unsupported("the memory is this process's own, which does not kill itself")
             self._process.check_kill(self._pieces[0].address)
 
-    def poison(self, missing: Sequence[Run]) -> int:
-        poisoned, left = 0, list(reversed(missing))
-        deadline = time.monotonic() + _POISON_PATIENCE
-        while left:
-            run = left.pop()
-            piece, part = next(self._parts(run))
-            address, size = piece.address_of(part.first), part.count * piece.page_size
-            result = self._uffd.place(_native.POISON, address, None, size, piece.page_size)
-            poisoned += result.placed // piece.page_size
-            done = result.done // piece.page_size
-            if result.error == errno.ESRCH:
-                break
-            if result.error not in (0, errno.EAGAIN):
-                done += 1  # EFAULT: part of a huge page that is there
-            if done < run.count:
-                left.append(Run(run.first + done, run.count - done))
-            if done:
-                deadline = time.monotonic() + _POISON_PATIENCE
-            if result.error == errno.EAGAIN:
-                if time.monotonic() > deadline:
-                    break
-                left = self._without_given_up(left)
-                os.sched_yield()
-        return poisoned
-
-    def _without_given_up(self, runs: list[Run]) -> list[Run]:
-        """Read the owner's events. Returns ``runs`` without the pages that it has given up."""
-        for event in self._uffd.read():
-            if isinstance(event, Removed | Unmapped):
-                for gone in self.pages_between(event.start, event.end):
-                    runs = [part for run in runs for part in _without(run, gone)]
-        return runs
+    def poison(self, run: Run) -> Outcome:
+        piece, part = next(self._parts(run))
+        address, size = piece.address_of(part.first), piece.page_size
+        result = self._uffd.place(_native.POISON, address, None, part.count * size, size)
+        placed, existed, absent = result.placed, result.existed, result.absent
+        if result.error == errno.ESRCH:
+            raise OwnerGone("the owner of the memory is gone")
+        again = result.error == errno.EAGAIN
+        if result.error and not again:
+            existed += size  # EFAULT: part of a huge page that is there
+        return Outcome(placed // size, existed // size, absent // size, again)
 
     def kill(self) -> int | None:
         assert self._process is not None, "check_loss() was not called"
@@ -463,7 +438,7 @@ class UffdTarget:
         if not missing:
             self._unregister()
         elif not self._keeps_uffd() and self._can_poison:
-            self.poison(missing)
+            self._poison_all(missing)
         self._uffd.close()
         for mapped in (self._second, self._zeros):
             if mapped is not None:
@@ -472,6 +447,19 @@ class UffdTarget:
             if fd is not None:
                 os.close(fd)
         self._on_close()
+
+    def _poison_all(self, missing: Sequence[Run]) -> None:
+        deadline = time.monotonic() + POISON_PATIENCE
+        with suppress(OwnerGone):
+            for run in missing:
+                while run.count and time.monotonic() < deadline:
+                    outcome = self.poison(run)
+                    run = Run(run.first + outcome.done, run.count - outcome.done)
+                    if outcome.done:
+                        deadline = time.monotonic() + POISON_PATIENCE
+                    if outcome.again:
+                        self._uffd.read()
+                        os.sched_yield()
 
     def _unregister(self) -> None:
         for piece in self._pieces:
@@ -483,12 +471,3 @@ class UffdTarget:
         while _native.uffd_probe(self._uffd.fd, self._pieces[0].address) == errno.EAGAIN:
             self._uffd.read()
             os.sched_yield()
-
-
-def _without(run: Run, gone: Run) -> Iterator[Run]:
-    """The parts of ``run``, last first, that are not in ``gone``."""
-    after, before = max(run.first, gone.end), min(run.end, gone.first)
-    if after < run.end:
-        yield Run(after, run.end - after)
-    if run.first < before:
-        yield Run(run.first, before - run.first)

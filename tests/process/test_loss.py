@@ -170,15 +170,24 @@ async def test_poisoned_pages_are_brought_back(
             await check_verified(owner)
 
 
+@pytest.mark.parametrize(("memory", "lane"), [("anonymous", "native"), ("memfd", "trio")])
 async def test_owner_that_gives_memory_up_all_the_time(
-    source: str, tmp_path: Path, can_poison: None
+    memory: str, lane: str, source: str, tmp_path: Path, can_poison: None
 ) -> None:
-    """Nothing can be poisoned while its events are unread. What it has given up is not poisoned."""
-    options = [*TOUCHES, "--remove-share", "50"]
-    async with losing(source, tmp_path, "native", "poison", *options) as (pulling, _, relay):
+    """Nothing can be poisoned while its events are unread. What it has given up meanwhile is zeros
+    after a resumption."""
+    options = ["--memory", memory, *TOUCHES, "--keep-map", "--remove-share", "50"]
+    async with losing(source, tmp_path, lane, "poison", *options) as (pulling, owner, relay):
         await relay.held.wait()
         missing, poisoned = await lose(pulling, relay)
         assert 0 < poisoned["pages"] <= missing["pages"]
+        relay.release()
+        resume = (relay.uri, "--resume", str(owner.pid))
+        async with run(pull_command(*resume, lane=lane)) as again:
+            assert await again.wait() in (0, 5), again.stderr  # 5: it has seen enough, and ended
+        verified = await owner.event("verified")
+        assert (verified["bad"], verified["first_bad"]) == (0, None)
+        assert await owner.wait() == 0
 
 
 def test_kernel_cannot_poison(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
