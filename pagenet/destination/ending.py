@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError
+from typing import Self
+
+from ..errors import GuestReclaimed, UsageError
 from ..events import EventHandler
 from ..target import OnLoss, Owned
 from .filling import Filling
@@ -21,24 +23,32 @@ def missing_of(filling: Filling) -> list[tuple[str, int, int]]:
 
 
 class Ending:
-    """Ends a transfer that is not complete: tells what is missing, and if the source is lost for
-    good, does to the owner what ``on_loss`` says.
+    """The end of a transfer, as an asynchronous context manager around all of it. If the transfer
+    is not complete, tells what is missing, unless that is not missed: a guest has gone back to its
+    source. If the source is lost for good, does to the owner what ``on_loss`` says."""
 
-    ``is_still``: the source's memory does not change any more from the beginning on, and so nobody
-    but the owner may go on.
-
-    Raises :exc:`~pagenet.errors.Unsupported` if that cannot be done to this owner, and
-    :exc:`~pagenet.errors.UsageError` for a file, which has none.
-    """
-
-    def __init__(
-        self, filling: Filling, on_loss: OnLoss, is_still: bool, on_event: EventHandler
-    ) -> None:
-        self._is_still = is_still
-        self._filling, self._on_loss, self._on_event = filling, on_loss, on_event
-        self._is_armed = self._is_lost = False
+    def __init__(self, on_loss: OnLoss, on_event: EventHandler) -> None:
+        self._on_loss, self._on_event = on_loss, on_event
+        self._filling: Filling | None = None
         self._target: Owned | None = None
-        target = filling.target
+        self._is_still = self._is_armed = self._is_lost = self._is_told = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, GuestReclaimed):
+            self._tell()
+
+    def begin(self, filling: Filling, is_still: bool) -> None:
+        """``is_still``: the source's memory does not change any more, and so nobody but the owner
+        may go on.
+
+        Raises :exc:`~pagenet.errors.Unsupported` if ``on_loss`` cannot be done to this owner, and
+        :exc:`~pagenet.errors.UsageError` for a file, which has none.
+        """
+        self._filling, self._is_still = filling, is_still
+        target, on_loss = filling.target, self._on_loss
         if on_loss == "wait":
             return
         if not isinstance(target, Owned):
@@ -55,32 +65,28 @@ class Ending:
     def lose(self) -> None:
         """Note that the source is lost for good."""
         self._is_lost = True
+        self._is_armed |= self._is_still
 
-    def call_off(self) -> None:
-        """Note that nothing is missing, because the owner's guest has gone back to its pages."""
-        self._is_armed = self._is_lost = False
-
-    def run(self) -> None:
-        """Call it when the lanes have ended. It does nothing if the transfer is complete, or has
-        not begun."""
-        has_begun = self._is_armed or (self._is_lost and self._is_still)
-        if not has_begun or self._filling.completed.is_set():
+    def deal_with_loss(self) -> None:
+        """Call it when the lanes have ended, before the owner is let go."""
+        if not self._is_lost or not self._is_armed:
             return
         try:
             self._tell()
         finally:
-            if self._is_lost:
-                self._deal_with_owner()
+            self._deal_with_owner()
 
     def _tell(self) -> None:
-        blocks = [
-            (block.name, block.size, block.page_size) for block in self._filling.region.blocks
-        ]
-        runs = missing_of(self._filling)
+        filling = self._filling
+        if filling is None or not self._is_armed or self._is_told or filling.completed.is_set():
+            return
+        self._is_told = True
+        blocks = [(block.name, block.size, block.page_size) for block in filling.region.blocks]
+        runs = missing_of(filling)
         self._on_event("missing", pages=sum(run[2] for run in runs), runs=runs, blocks=blocks)
 
     def _deal_with_owner(self) -> None:
-        if self._target is None:
+        if self._target is None or self._filling is None or self._filling.completed.is_set():
             return
         if self._on_loss == "poison":
             self._on_event("poisoned", pages=self._filling.poison(self._target))

@@ -16,7 +16,6 @@ from ..background.schedule import Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
 from ..errors import (
     ConnectionBroken,
-    GuestReclaimed,
     HandshakeError,
     OwnerGone,
     RemoteProtocolError,
@@ -342,11 +341,14 @@ async def pull(
         if listen
         else dialled_sources(uri, tls)
     )
-    async with _recording_to(record) as recording, meeting as sources:
+    async with (
+        Ending(on_loss, on_event) as ending,
+        _recording_to(record) as recording,
+        meeting as sources,
+    ):
         session = await sources.meet()
         filling: Filling | None = None
         connecting: Connecting | None = None
-        ending: Ending | None = None
         reason = ""
         with ExitStack() as cleanup:  # after the nurseries: their tasks use what is closed here
             try:
@@ -360,9 +362,8 @@ async def pull(
                 async with open_failing_nursery() as nursery:
                     nursery.start_soon(session.watch, early.hear if session.is_tracked else None)
                     filling = _filling_of(await owner.attach(session.region), session, cleanup)
-                    is_still = not (held or session.is_tracked)
-                    ending = Ending(filling, on_loss, is_still, on_event)
-                    cleanup.callback(ending.run)
+                    ending.begin(filling, is_still=not (held or session.is_tracked))
+                    cleanup.callback(ending.deal_with_loss)
                     filling.prefetch = prefetch
                     filling.encodings = encodings_for(compress, session.features)
                     connections = [await session.open_lane(channel) for channel in channels]
@@ -410,12 +411,7 @@ async def pull(
                 reason = str(error)
                 raise
             except (SourceLost, ConnectionBroken):
-                if ending is not None:
-                    ending.lose()
-                raise
-            except GuestReclaimed:
-                if ending is not None:
-                    ending.call_off()
+                ending.lose()
                 raise
             finally:  # after the lanes: they would take the source's farewell for its loss
                 if filling is None or not filling.completed.is_set():

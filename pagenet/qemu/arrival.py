@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from ..destination.pulling import Transfer, pull
-from ..errors import GuestReclaimed, OwnerGone, PagenetError, SourceLost, UsageError
+from ..errors import GuestReclaimed, OwnerGone, PagenetError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import tell_faults, telling
@@ -280,7 +280,6 @@ async def _arriving(
         async with (
             _watched(qemu, lambda: arriving is not None and arriving.is_loading) as watching,
             guarding(monitor, qemu.pid) as guard,
-            _cancelled_by_loss(watching),
         ):
             if isinstance(qemu, _Started):
                 await guard.should_we_die("kill")
@@ -288,7 +287,7 @@ async def _arriving(
                 machine = await describe(qmp)
             if isinstance(qemu, _Started):
                 await _wait_handed_over(qemu.owner)
-            check_size = partial(_check_size, machine, on_event)
+            hear = partial(_hear, machine, watching, on_event)
             async with pull(
                 listen,
                 qemu.owner,
@@ -296,7 +295,7 @@ async def _arriving(
                 streams=2,
                 held=True,
                 on_stream=returning.meet,
-                on_event=check_size,
+                on_event=hear,
                 **options,
             ) as transfer:
                 for stream, name in zip(transfer.streams, (TALK, DEVICES), strict=True):
@@ -349,9 +348,19 @@ async def _wait_handed_over(owner: UffdSocket) -> None:
     )
 
 
-def _check_size(machine: Machine, on_event: EventHandler, event: str, /, **fields: object) -> None:
-    """Pass the event on, and compare the sizes at ``connected``, before the RAM is handed over:
-    mappings that do not fit the region would be refused one by one."""
+def _hear(
+    machine: Machine,
+    watching: trio.CancelScope,
+    on_event: EventHandler,
+    event: str,
+    /,
+    **fields: object,
+) -> None:
+    """Pass the event on. Compare the sizes at ``connected``, before the RAM is handed over:
+    mappings that do not fit the region would be refused one by one. Watch QEMU no longer when its
+    source is lost and ``on_loss`` has been done to it: it may end by that, which is no cause."""
+    if event in ("poisoned", "killed"):
+        watching.cancel()
     on_event(event, **fields)
     if event == "connected" and fields["bytes"] != machine.ram:
         raise UsageError(
@@ -381,16 +390,6 @@ async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator
                 await watch()
             raise
         nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def _cancelled_by_loss(watching: trio.CancelScope) -> AsyncIterator[None]:
-    """Watch QEMU no longer when the source is lost: ``on_loss`` may have ended it."""
-    try:
-        yield
-    except SourceLost:
-        watching.cancel()
-        raise
 
 
 def _end_of(qemu: _Qemu, is_loading: bool) -> OwnerGone:
