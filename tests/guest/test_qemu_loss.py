@@ -90,7 +90,7 @@ async def test_poison(accel: str, tmp_path: Path) -> None:
         await at.leaving.kill()
         assert await end_of(at.incoming) == ["missing", "poisoned", "error"]
         missing, poisoned, _ = at.incoming.events[-3:]
-        assert missing["pages"] == poisoned["pages"] > 0
+        assert missing["pages"] >= poisoned["pages"] > 0  # QEMU may end before the last one
         with trio.fail_after(60):
             status = await at.b.process.wait()
         if accel == "tcg":
