@@ -194,9 +194,22 @@ void pn_lane_clean_up(struct lane *lane);
 /* Has epoll watch the descriptor for these events. *watched is what it was watched for until now,
  * and is updated. */
 bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched);
+/* How many ns the lane may wait; UINT64_MAX: until something happens. */
+uint64_t pn_lane_time_to_wait(const struct lane *lane);
+/* epoll_wait, for so many ns. */
+int pn_epoll_wait(int epoll, struct epoll_event *ready, int room, uint64_t wait);
 /* epoll_wait, until something happens, the lane's pause is over, or it has faults to look at
  * again. */
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room);
+/* A lane over a socket, step by step, as pn_lane_run does it: init, prepare (false: no memory, or
+ * no descriptor), begin, step until it has ended, clean_up. `waits`: a step waits until there is
+ * something to do; otherwise it does what there is, and the lane's epoll tells when there is
+ * more. */
+void pn_stream_init(struct stream *stream, const struct pn_lane_config *config, struct pn_end *end);
+bool pn_stream_prepare(struct stream *stream);
+void pn_stream_begin(struct stream *stream);
+void pn_stream_step(struct stream *stream, bool waits);
+void pn_stream_clean_up(struct stream *stream);
 void pn_drain_eventfd(int fd);
 
 /* ---- ring.c ---- */

@@ -29,8 +29,7 @@ bool pn_lane_watch(struct lane *lane, int fd, uint32_t events, uint32_t *watched
     return !epoll_ctl(lane->epoll, is_new ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event);
 }
 
-/* How many ns the lane may wait; UINT64_MAX: until something happens. */
-static uint64_t time_to_wait(const struct lane *lane) {
+uint64_t pn_lane_time_to_wait(const struct lane *lane) {
     if (lane->faults.deferred_count || lane->sock.pending)
         return 0;
     uint64_t now = lane->faults.late_count ? pn_now() : 0, due = lane->faults.late[0].due;
@@ -38,18 +37,21 @@ static uint64_t time_to_wait(const struct lane *lane) {
     return pn_at_most(lane->pause, moment);
 }
 
-int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) {
-    uint64_t wait = time_to_wait(lane);
+int pn_epoll_wait(int epoll, struct epoll_event *ready, int room, uint64_t wait) {
     if (wait == UINT64_MAX || !wait)
-        return epoll_wait(lane->epoll, ready, room, wait ? -1 : 0);
+        return epoll_wait(epoll, ready, room, wait ? -1 : 0);
     /* Milliseconds are too coarse to pace by: what is asked for at once delays what a thread waits
      * for. */
     struct timespec time = {.tv_sec = (time_t)(wait / 1000000000),
                             .tv_nsec = (long)(wait % 1000000000)};
-    long count = syscall(SYS_epoll_pwait2, lane->epoll, ready, room, &time, NULL, 0);
+    long count = syscall(SYS_epoll_pwait2, epoll, ready, room, &time, NULL, 0);
     if (count < 0 && errno == ENOSYS) /* before Linux 5.11 */
-        return epoll_wait(lane->epoll, ready, room, (int)(wait / 1000000) + 1);
+        return epoll_wait(epoll, ready, room, (int)(wait / 1000000) + 1);
     return (int)count;
+}
+
+int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room) {
+    return pn_epoll_wait(lane->epoll, ready, room, pn_lane_time_to_wait(lane));
 }
 
 static void init_pace(struct lane *lane) {
@@ -115,14 +117,8 @@ static void act(struct stream *stream, const struct epoll_event *event) {
         receive(stream);
 }
 
-static void wait_and_act(struct stream *stream) {
+static void act_on_all(struct stream *stream, const struct epoll_event *ready, int count) {
     struct lane *lane = &stream->lane;
-    struct epoll_event ready[3];
-    if (!watch_all(stream)) {
-        pn_lane_end(lane, PN_END_BROKEN, errno, "");
-        return;
-    }
-    int count = pn_lane_wait(lane, ready, 3);
     for (int i = 0; i < count && !lane->ended; i++)
         act(stream, &ready[i]);
     if (lane->sock.pending && !lane->ended)
@@ -132,6 +128,23 @@ static void wait_and_act(struct stream *stream) {
     pn_lane_look_again(lane);
     if (!pn_stream_is_demand(stream) && !lane->ended)
         pn_stream_feed(stream);
+}
+
+static void watch(struct stream *stream) {
+    if (!watch_all(stream))
+        pn_lane_end(&stream->lane, PN_END_BROKEN, errno, "");
+}
+
+void pn_stream_step(struct stream *stream, bool waits) {
+    struct lane *lane = &stream->lane;
+    struct epoll_event ready[3];
+    watch(stream);
+    if (lane->ended)
+        return;
+    int count = waits ? pn_lane_wait(lane, ready, 3) : epoll_wait(lane->epoll, ready, 3, 0);
+    act_on_all(stream, ready, count);
+    if (!waits && !lane->ended) /* somebody else waits next, by the lane's epoll */
+        watch(stream);
 }
 
 static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
@@ -174,13 +187,13 @@ static bool prepare_slots(struct stream *stream) {
     return true;
 }
 
-static bool prepare(struct stream *stream) {
+bool pn_stream_prepare(struct stream *stream) {
     stream->stop_events = UNWATCHED;
     pn_demand_choice_init(&stream->choice);
     return pn_lane_prepare(&stream->lane) && prepare_stage(stream) && prepare_slots(stream);
 }
 
-static void begin(struct stream *stream) {
+void pn_stream_begin(struct stream *stream) {
     struct lane *lane = &stream->lane;
     if (is_away(lane)) {
         lane->faults.asking = &nobody;
@@ -191,7 +204,7 @@ static void begin(struct stream *stream) {
     }
 }
 
-static void clean_up(struct stream *stream) {
+void pn_stream_clean_up(struct stream *stream) {
     pn_lane_clean_up(&stream->lane);
     if (stream->stage != MAP_FAILED)
         munmap(stream->stage, stream->stage_room);
@@ -203,13 +216,14 @@ static void clean_up(struct stream *stream) {
 
 static void loop(void *argument) {
     struct stream *stream = argument;
-    begin(stream);
+    pn_stream_begin(stream);
     while (!stream->lane.ended)
-        wait_and_act(stream);
+        pn_stream_step(stream, true);
 }
 
-void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
-    struct stream stream = {
+void pn_stream_init(struct stream *stream, const struct pn_lane_config *config,
+                    struct pn_end *end) {
+    *stream = (struct stream){
         .lane = {.config = config,
                  .dest = config->dest,
                  .end = end,
@@ -218,7 +232,12 @@ void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
         .stage = MAP_FAILED,
         .unpacked = MAP_FAILED,
     };
-    if (!prepare(&stream) || pn_run_loop(!pn_stream_is_demand(&stream), loop, &stream))
+}
+
+void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
+    struct stream stream;
+    pn_stream_init(&stream, config, end);
+    if (!pn_stream_prepare(&stream) || pn_run_loop(!pn_stream_is_demand(&stream), loop, &stream))
         pn_lane_end(&stream.lane, PN_END_NO_MEMORY, ENOMEM, "");
-    clean_up(&stream);
+    pn_stream_clean_up(&stream);
 }

@@ -443,6 +443,20 @@ struct pn_lane_config {
 /* Runs the lane until it ends. *end gets the reason. */
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end);
 
+/* ---- crew.c: threads that drive the lanes of many transfers ---- */
+
+struct pn_crew;
+/* Starts `count` threads, which give way to others (background) or come first. NULL: errno says
+ * why not. */
+struct pn_crew *pn_crew_new(int count, int background);
+/* Ends the threads. No lane may run. */
+void pn_crew_free(struct pn_crew *crew);
+/* Has one of the threads run the lane until it ends. *end gets the reason then, and ended_fd, an
+ * eventfd, is written: both must last until then, and so must what config points to. 0 or
+ * -ENOMEM. */
+int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struct pn_end *end,
+                int ended_fd);
+
 /* ---- pack.c: pages as one LZ4 block behind a checksum ---- */
 
 /* Compressing is worth it if it saves at least one byte in this many. */

@@ -1,9 +1,11 @@
 #define _GNU_SOURCE
 #include "thread.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -59,19 +61,30 @@ struct task {
 };
 
 static void *run(void *argument) {
-    struct task *task = argument;
-    set_urgency(task->background);
-    task->loop(task->argument);
+    struct task task = *(struct task *)argument;
+    free(argument);
+    set_urgency(task.background);
+    task.loop(task.argument);
     return NULL;
 }
 
+int pn_start_loop(pthread_t *thread, int background, void (*loop)(void *), void *argument) {
+    struct task *task = malloc(sizeof *task);
+    if (!task)
+        return -ENOMEM;
+    *task = (struct task){.background = background, .loop = loop, .argument = argument};
+    int error = pthread_create(thread, NULL, run, task);
+    if (error)
+        free(task);
+    return -error;
+}
+
 int pn_run_loop(int background, void (*loop)(void *), void *argument) {
-    struct task task = {.background = background, .loop = loop, .argument = argument};
     pthread_t thread;
-    int error = pthread_create(&thread, NULL, run, &task);
+    int error = pn_start_loop(&thread, background, loop, argument);
     if (!error)
         pthread_join(thread, NULL);
-    return -error;
+    return error;
 }
 
 uint64_t pn_now(void) {

@@ -1,5 +1,6 @@
 """Post-copy memory migration: touched pages are fetched at once, the rest in the background."""
 
+from .destination.hosting import Guest, Host, host
 from .destination.into_file import IntoFile
 from .destination.pulling import Transfer, pull
 from .errors import (
@@ -41,9 +42,11 @@ __all__ = [
     "ConnectionBusy",
     "ConnectionClosed",
     "EventHandler",
+    "Guest",
     "GuestReclaimed",
     "HandshakeError",
     "Histogram",
+    "Host",
     "IntoFile",
     "LocalProtocolError",
     "Mapping",
@@ -69,6 +72,7 @@ __all__ = [
     "Untrusted",
     "UsageError",
     "WriteTracker",
+    "host",
     "open_source",
     "pull",
     "register",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from .compression import Choice, DemandChoice, Packer, unpack
 from .destination import (
+    Crew,
+    CrewedLane,
     Destination,
     FaultLog,
     Piece,
@@ -101,6 +103,8 @@ __all__ = [
     "BadCredentials",
     "Buffer",
     "Choice",
+    "Crew",
+    "CrewedLane",
     "DemandChoice",
     "Destination",
     "End",

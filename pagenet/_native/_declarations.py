@@ -176,6 +176,10 @@ class pn_lane_config(Struct):
     chunk: int
 
 
+class pn_crew(Struct):
+    pass
+
+
 class pn_choice(Struct):
     mode: int
     sampled: int
@@ -579,6 +583,16 @@ class Library(Protocol):
     def pn_ring_used(self, ring: pn_ring | Null, /) -> int: ...
     def pn_ring_wake_at(self, ring: pn_ring | Null, runs: int, /) -> None: ...
     def pn_lane_run(self, config: pn_lane_config | Null, end: pn_end | Null, /) -> None: ...
+    def pn_crew_new(self, count: int, background: int, /) -> pn_crew: ...
+    def pn_crew_free(self, crew: pn_crew | Null, /) -> None: ...
+    def pn_crew_run(
+        self,
+        crew: pn_crew | Null,
+        config: pn_lane_config | Null,
+        end: pn_end | Null,
+        ended_fd: int,
+        /,
+    ) -> int: ...
     def pn_pack_state(self) -> int: ...
     def pn_pack(
         self, state: CData | Null, pages: bytes | CData | Null, size: int, to: CData | Null, /

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import cast
 
 from ._declarations import (
+    pn_crew,
     pn_dest,
     pn_dest_config,
     pn_end,
@@ -145,15 +146,92 @@ class Destination:
     ) -> End:
         """Drive one connection until it ends, as the demand lane, or with a ``ring`` as a
         background lane. Call it in a thread."""
+        config = self._lane_config(sock, stop_fd, ring, window, chunk, tls)
+        end = new_struct(pn_end)
+        lib.pn_lane_run(config, end)
+        return end_of(end)
+
+    def start_lane(
+        self,
+        crew: Crew,
+        sock: int,
+        stop_fd: int,
+        ring: Ring | None = None,
+        window: tuple[int, int, int] = (0, 0, 0),
+        chunk: int = 0,
+        tls: Tls | None = None,
+    ) -> CrewedLane:
+        """The same, by a thread of ``crew``."""
+        return CrewedLane(crew, self._lane_config(sock, stop_fd, ring, window, chunk, tls))
+
+    def _lane_config(
+        self,
+        sock: int,
+        stop_fd: int,
+        ring: Ring | None,
+        window: tuple[int, int, int],
+        chunk: int,
+        tls: Tls | None,
+    ) -> pn_lane_config:
         config = new_struct(pn_lane_config)
         config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
         config.tls = tls_struct(tls)
         config.ring = NULL if ring is None else ring.ring
         config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
         config.window_least, config.window_min, config.window_max, config.chunk = *window, chunk
-        end = new_struct(pn_end)
-        lib.pn_lane_run(config, end)
-        return end_of(end)
+        return config
+
+
+class Crew:
+    """``struct pn_crew``: ``threads`` that drive the demand lanes of many transfers, and as many
+    for their background lanes. Close it when no lane runs. :exc:`OSError` if they cannot be
+    started."""
+
+    def __init__(self, threads: int) -> None:
+        self._demand: pn_crew | None = _hired(threads, background=False)
+        try:
+            self._background: pn_crew | None = _hired(threads, background=True)
+        except BaseException:
+            lib.pn_crew_free(opened(self._demand))
+            raise
+
+    def of(self, *, background: bool) -> pn_crew:
+        """The threads for such lanes. :exc:`TypeError` once it is closed."""
+        return opened(self._background if background else self._demand)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._demand is not None:
+            lib.pn_crew_free(self.of(background=False))
+            lib.pn_crew_free(self.of(background=True))
+            self._demand = self._background = None
+
+
+def _hired(threads: int, *, background: bool) -> pn_crew:
+    crew = lib.pn_crew_new(threads, background)
+    if crew == NULL:
+        check(-ffi.errno)
+    return crew
+
+
+class CrewedLane:
+    """A lane that a thread of ``crew`` drives. ``fd`` becomes readable when it has ended. Then
+    close it, and not before."""
+
+    def __init__(self, crew: Crew, config: pn_lane_config) -> None:
+        self._config = config  # it keeps alive what it points to
+        self._end = new_struct(pn_end)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        threads = crew.of(background=config.ring != NULL)
+        try:
+            check(lib.pn_crew_run(threads, config, self._end, self.fd))
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def close(self) -> End:
+        os.close(self.fd)
+        return end_of(self._end)
 
 
 class Window:

@@ -20,6 +20,7 @@ from ._command import (
     Parser,
     Report,
     background_order,
+    count,
     prefetch_window,
     rate,
     round_count,
@@ -56,10 +57,18 @@ def make_parser() -> Parser:
         dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
     )
 
-    def add(name: str, words: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=words, description=words)
+    def add(name: str, words: str, *, of_guest: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=words, description=words)
+        if of_guest:
+            command.add_argument(
+                "--guest",
+                type=count,
+                metavar="N",
+                help="of pagenet-pull --many: the guest of that number alone, not all",
+            )
+        return command
 
-    status = add("status", "Show the daemon's status.")
+    status = add("status", "Show the daemon's status.", of_guest=True)
     status.add_argument(
         "--watch",
         type=_seconds,
@@ -68,16 +77,16 @@ def make_parser() -> Parser:
         metavar="SECONDS",
         help="repeat it until the daemon ends, every SECONDS (without a number: every second)",
     )
-    add("pause", "Pause the background. Touched pages come as before.")
-    add("resume", "Resume the background; begin it, if it was to begin later.")
-    schedule = add("schedule", "Change the order of the background.")
+    add("pause", "Pause the background. Touched pages come as before.", of_guest=True)
+    add("resume", "Resume the background; begin it, if it was to begin later.", of_guest=True)
+    schedule = add("schedule", "Change the order of the background.", of_guest=True)
     schedule.add_argument(
         "name",
         type=background_order,
         metavar="NAME",
         help=f"{', '.join(SCHEDULES)}, {RECORDED}FILE",
     )
-    bandwidth = add("bandwidth", "Limit the rate of the background.")
+    bandwidth = add("bandwidth", "Limit the rate of the background.", of_guest=True)
     bandwidth.add_argument(
         "rate",
         type=_limit,
@@ -85,7 +94,9 @@ def make_parser() -> Parser:
         help="bytes a second: 60M, 1.5G, 64Mi, 800Mbit; none: no limit",
     )
     prefetch = add(
-        "prefetch", "Change what is prefetched around each page that a thread waits for."
+        "prefetch",
+        "Change what is prefetched around each page that a thread waits for.",
+        of_guest=True,
     )
     prefetch.add_argument(
         "window", type=prefetch_window, metavar="FWD,BACK|auto", help="pages after and before it"
@@ -93,6 +104,7 @@ def make_parser() -> Parser:
     add(
         "give-up",
         "Wait no longer for a source that is away, now or later: the daemon ends with exit code 4.",
+        of_guest=True,
     )
     add("switch", "End the rounds of a precopy: the guest leaves now.")
     rounds = add("rounds", "Change the number of rounds of a precopy.")
@@ -100,6 +112,14 @@ def make_parser() -> Parser:
         "count", type=round_count, metavar="ROUNDS|auto", help="rounds before the guest leaves"
     )
     add("reclaim", "Have the guest come back that pagenet-qemu migrate has given away.")
+    adding = add("add", "Fill the memory of owners that connect to a socket from another source.")
+    adding.add_argument("name", metavar="NAME", help="name of the snapshot")
+    adding.add_argument("uri", metavar="URI", help="where its source listens")
+    adding.add_argument(
+        "--uffd-socket", metavar="PATH", required=True, help="where its owners connect"
+    )
+    removing = add("remove", "Take no more owners for a snapshot. Those that are here stay.")
+    removing.add_argument("name", metavar="NAME", help="name of the snapshot")
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
 
@@ -136,7 +156,17 @@ def _seconds(text: str) -> float:
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the command, as the daemon takes them."""
+    guest = getattr(options, "guest", None)
+    return {**_own_arguments(options), **({} if guest is None else {"guest": guest})}
+
+
+def _own_arguments(options: argparse.Namespace) -> dict[str, Any]:
     match options.command:
+        case "add":  # the daemon may be in another directory
+            path = os.path.abspath(options.uffd_socket)
+            return {"name": options.name, "uri": options.uri, "uffd_socket": path}
+        case "remove":
+            return {"name": options.name}
         case "schedule":
             name: str = options.name
             if name.startswith(RECORDED):  # the daemon may be in another directory
@@ -154,7 +184,7 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 async def _control(options: argparse.Namespace) -> None:
     async with connect_control(options.socket) as client:
         if options.command == "status" and options.watch is not None:
-            await _watch(client, options.watch, options.json)
+            await _watch(client, options.watch, options.json, _arguments(options))
             return
         answer = await client.command(options.command, **_arguments(options))
     if options.json:
@@ -165,7 +195,9 @@ async def _control(options: argparse.Namespace) -> None:
         print(_done(options.command, answer), flush=True)
 
 
-async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
+async def _watch(
+    client: ControlClient, seconds: float, as_json: bool, arguments: dict[str, Any]
+) -> None:
     from rich.live import Live
 
     console = make_console()
@@ -175,7 +207,7 @@ async def _watch(client: ControlClient, seconds: float, as_json: bool) -> None:
     ) as view:
         while True:
             try:
-                answer = await client.command("status")
+                answer = await client.command("status", **arguments)
             except ConnectionBroken:
                 return
             if isinstance(view, Live):
@@ -212,9 +244,11 @@ def _done(command: str, answer: dict[str, Any]) -> str:
         return "it will not wait for a source that is away"
     if command == "reclaim":
         return "asking the destination for the guest"
-    if command in ("switch", "rounds"):
+    if command in ("switch", "rounds", "add", "remove"):
         return f"{command}: done"
     with _understood():
+        if "guests" in answer:
+            return f"{command}: done for {answer['guests_now']} guests"
         return printable(f"background: {_background(answer)}; prefetch: {_prefetch(answer)}")
 
 
@@ -246,6 +280,8 @@ def _understood() -> Iterator[None]:
 
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    if "guests" in status:
+        return _many(status)
     if "schedule" in status:
         return _destination(status)
     return _source(status) if "destinations" in status else _starting(status)
@@ -259,6 +295,30 @@ def _starting(status: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("left after the last", f"{left:.1f} MiB, written at {dirty:.1f} MiB/s"))
         return rows
     return [("state", f"{status['state']}: there is no transfer yet")]
+
+
+def _many(status: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = ", ".join(
+        f"{status[f'guests_{name}']} {words}"
+        for name, words in (
+            ("now", "here"), ("completed", "complete"), ("gone", "gone"), ("failed", "failed")
+        )
+    )  # fmt: skip
+    return [
+        ("guests", counts),
+        *(
+            (f"snapshot {each['name']}", f"{each['uri']}, owners on {each['uffd_socket']}")
+            for each in status["snapshots"]
+        ),
+        *((f"guest {each['guest']}", _about_guest(each)) for each in status["guests"]),
+    ]
+
+
+def _about_guest(guest: dict[str, Any]) -> str:
+    words = f"process {guest['pid']}, snapshot {guest['snapshot']}, {guest['state']}"
+    if "share" not in guest:
+        return words
+    return f"{words}, {guest['share']:.1%} resident, {guest['faults']} faults"
 
 
 def _source(status: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ import trio
 
 from ..children import module_command
 from ..control import Control
+from ..destination.hosting import MAX_GUESTS, host
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
@@ -53,6 +54,21 @@ _WORDS = {
     "refused": "{peer}: refused: {reason}",
 }
 
+_MANY_WORDS = {
+    **TLS_WORDS,
+    "added": "snapshot {name} of {uri}: waiting for owners on {uffd_socket}",
+    "removed": "snapshot {name}: no more owners",
+    "guest": "guest {guest}: process {pid}, snapshot {snapshot}",
+    "complete": "guest {guest}: every page is there",
+    "gone": "guest {guest}: its process has ended; {missing} pages were missing",
+    "failed": "guest {guest}: {reason}; {missing} pages are missing",
+    "disconnected": "guest {guest}: the source is away ({reason}): waiting for it",
+    "reconnected": "guest {guest}: the source is back after {seconds} s",
+    "refused": "{peer}: refused: {reason}",
+}
+# The name of the snapshot on the command line.
+_SNAPSHOT = "default"
+
 
 def make_parser() -> Parser:
     parser = Parser(
@@ -88,6 +104,30 @@ def make_parser() -> Parser:
         ),
     )
     parser.add_argument(
+        "--many",
+        action="store_true",
+        help=(
+            "with --uffd-socket: fill the memory of every owner that connects, until this is"
+            " stopped; each is a guest of its own"
+        ),
+    )
+    parser.add_argument(
+        "--max-guests",
+        metavar="N",
+        type=count,
+        default=MAX_GUESTS,
+        help="with --many: guests at a time; more wait until others have ended (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=count,
+        help=(
+            "with --many: threads that answer faults, and as many for the background (one for each"
+            " processor)"
+        ),
+    )
+    parser.add_argument(
         "--listen",
         action="store_true",
         help="wait at URI for the source to dial (pagenet-serve --connect)",
@@ -97,6 +137,20 @@ def make_parser() -> Parser:
     add_missing_option(parser)
     add_common_options(parser)
     return parser
+
+
+async def _host(options: argparse.Namespace, report: Report, control: Control) -> None:
+    async with host(
+        threads=options.threads,
+        max_guests=options.max_guests,
+        allocate=options.allocate,
+        reconnect_for=reconnect_for(options, inf),
+        **pull_options(options),
+        on_event=report,
+    ) as hosting:
+        hosting.add(_SNAPSHOT, options.uri, options.uffd_socket)
+        control.subject = hosting
+        await trio.sleep_forever()
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
@@ -199,6 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.into is not None and options.on_loss != "wait":
         parser.error("--on-loss is about an owner, and with --into there is none")
+    if options.many:
+        if options.uffd_socket is None or options.listen or options.missing:
+            parser.error("--many is for --uffd-socket, without --listen and --missing")
+        report = Report("pagenet-pull", options.json, _MANY_WORDS)
+        return run_controlled(_host, options, report)
     options.guard = options.guard and options.into is None  # nobody waits for a file
     options.words = list(sys.argv[1:] if argv is None else argv)
     if options.guard:

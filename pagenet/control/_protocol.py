@@ -145,6 +145,10 @@ def _is_round_count(value: object) -> bool:
     return value == "auto" or (_is_integer(value) and 0 <= value <= MAX_ROUNDS)
 
 
+def _is_guest(value: object) -> bool:
+    return _is_integer(value) and 0 < value < 2**63
+
+
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -161,8 +165,14 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "switch": {},
     "rounds": {"count": _is_round_count},
     "reclaim": {},
+    "add": {"name": _is_name, "uri": _is_name, "uffd_socket": _is_name},
+    "remove": {"name": _is_name},
     "stop": {},
 }
+#: commands that may be about one guest of many, by its number
+_OF_A_GUEST = frozenset(
+    {"status", "pause", "resume", "schedule", "bandwidth", "prefetch", "give-up"}
+)
 
 
 def decode_request(fields: Fields) -> Request:
@@ -177,6 +187,10 @@ def decode_request(fields: Fields) -> Request:
         COMMANDS[command],
         {name: value for name, value in fields.items() if name not in ("command", "id")},
     )
+    if command in _OF_A_GUEST and "guest" in given:
+        if not _is_guest(given["guest"]):
+            raise RemoteProtocolError(f"{command} has no proper 'guest': {shown(given['guest'])}")
+        wanted = {**wanted, "guest": _is_guest}
     if unknown := given.keys() - wanted.keys():
         raise RemoteProtocolError(f"{command} takes no {shown(min(unknown))}")
     for name, fits in wanted.items():

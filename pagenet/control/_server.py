@@ -10,6 +10,7 @@ from functools import partial
 import trio
 
 from .. import __version__, transport
+from ..destination.hosting import Host
 from ..destination.pulling import Transfer
 from ..errors import ConnectionBroken, RemoteProtocolError, UsageError
 from ..events import EventHandler, ignore_events
@@ -21,7 +22,7 @@ from ..source.serving import Server
 from ..tcp import UnixTransport
 from ._channel import ControlChannel, address_of
 from ._protocol import COMMANDS, OLDEST_VERSION, VERSION, Fields, Request, decode_request
-from ._status import Rates, precopy_status, server_status, transfer_status
+from ._status import Rates, host_status, precopy_status, server_status, transfer_status
 
 __all__ = ["Control", "serve_control"]
 
@@ -35,7 +36,7 @@ class Control:
     def __init__(self, program: str, stop: Callable[[], None] | None) -> None:
         self._program = program
         self._stop = stop
-        self._subject: Transfer | Server | None = None
+        self._subject: Transfer | Server | Host | None = None
         self._rates: Rates | None = None
         #: the precopy, while it may be changed. May be set.
         self.precopy: Precopy | None = None
@@ -44,12 +45,13 @@ class Control:
         self._changed = trio.Event()
 
     @property
-    def subject(self) -> Transfer | Server | None:
-        """The transfer, or the server; None until there is one. May be set."""
+    def subject(self) -> Transfer | Server | Host | None:
+        """The transfer, the server, or the host of many transfers; None until there is one. May be
+        set."""
         return self._subject
 
     @subject.setter
-    def subject(self, subject: Transfer | Server | None) -> None:
+    def subject(self, subject: Transfer | Server | Host | None) -> None:
         self._subject = subject
         self._rates = Rates(subject) if isinstance(subject, Transfer) else None
         self._changed.set()
@@ -76,8 +78,13 @@ class Control:
     def _who(self) -> Fields:
         return {"program": self._program, "pid": os.getpid(), "release": __version__}
 
-    def status(self) -> Fields:
+    def status(self, guest: int | None = None) -> Fields:
+        if guest is not None:
+            transfer = self._transfers("status", guest)[0]
+            return {**self._who(), **transfer_status(transfer, Rates(transfer))}
         match self._subject:
+            case Host():
+                return {**self._who(), **host_status(self._subject)}
             case Transfer():
                 assert self._rates is not None
                 return {**self._who(), **transfer_status(self._subject, self._rates)}
@@ -92,7 +99,7 @@ class Control:
         done. ``stop`` is only checked here: call :meth:`stop` after the answer."""
         match request.command:
             case "status":
-                return self.status()
+                return self.status(request.arguments.get("guest"))
             case "stop":
                 if self._stop is None:
                     raise UsageError(f"{self._program} cannot be stopped over its control socket")
@@ -105,8 +112,22 @@ class Control:
                     raise UsageError("reclaim: no guest has been given away from here, yet")
                 self.reclaim()
                 return self.status()
-        self._change(self._running_transfer(request.command), request)
-        return self.status()
+            case "add" | "remove":
+                self._change_snapshots(request)
+                return self.status()
+        guest = request.arguments.get("guest")
+        for transfer in self._transfers(request.command, guest):
+            self._change(transfer, request)
+        return self.status(guest)
+
+    def _change_snapshots(self, request: Request) -> None:
+        if not isinstance(self._subject, Host):
+            raise UsageError(f"{request.command}: this daemon fills one memory (--many: many)")
+        arguments = request.arguments
+        if request.command == "add":
+            self._subject.add(arguments["name"], arguments["uri"], arguments["uffd_socket"])
+        else:
+            self._subject.remove(arguments["name"])
 
     def _change_precopy(self, request: Request) -> None:
         if self.precopy is None:
@@ -120,7 +141,20 @@ class Control:
         if self._stop is not None:
             self._stop()
 
+    def _transfers(self, command: str, guest: int | None) -> list[Transfer]:
+        """Those that a command is about: that of one guest, or (None) of all."""
+        if not isinstance(self._subject, Host):
+            if guest is not None:
+                raise UsageError(f"{command}: this daemon fills one memory, and has no guests")
+            return [self._running_transfer(command)]
+        guests = self._subject.guests.values() if guest is None else [self._subject.guest(guest)]
+        found = [one.transfer for one in guests if one.transfer and not one.transfer.is_over]
+        if guest is not None and not found:
+            raise UsageError(f"{command}: the transfer of guest {guest} has not begun, or is over")
+        return found
+
     def _running_transfer(self, command: str) -> Transfer:
+        assert not isinstance(self._subject, Host)
         if isinstance(self._subject, Server):
             raise UsageError(
                 f"{command}: this is a source; its destinations decide which pages come when"
@@ -204,7 +238,7 @@ class _Clients:
 
 @asynccontextmanager
 async def serve_control(
-    subject: Transfer | Server | None,
+    subject: Transfer | Server | Host | None,
     path: str | os.PathLike[str],
     *,
     program: str = "pagenet",

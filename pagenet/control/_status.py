@@ -9,18 +9,21 @@ from dataclasses import dataclass
 
 import trio
 
+from ..destination.hosting import Guest, Host
 from ..destination.pulling import Transfer
 from ..progress import rounded_share
 from ..source.precopy import Precopy, about_round
 from ..source.serving import Server
 from ..statistics import ClassStatistics, Histogram, TransferStatistics
 
-__all__ = ["Rates", "precopy_status", "server_status", "transfer_status"]
+__all__ = ["Rates", "host_status", "precopy_status", "server_status", "transfer_status"]
 
 # Rates are of the last WINDOW_SECONDS: steady enough to read, quick enough to show the effect of a
 # command.
 WINDOW_SECONDS = 2.0
 LOOKS = 8
+#: Guests in one status.
+MOST_GUESTS = 256
 
 
 def precopy_status(precopy: Precopy) -> dict[str, object]:
@@ -33,6 +36,41 @@ def precopy_status(precopy: Precopy) -> dict[str, object]:
         "rounds": precopy.rounds,
         "last": about_round(over[-1]) if over else None,
     }
+
+
+def host_status(host: Host) -> dict[str, object]:
+    """Many guests: few words about each. A message of the control protocol has room for so many."""
+    guests = list(host.guests.values())
+    return {
+        "state": "hosting",
+        "snapshots": [
+            {"name": each.name, "uri": each.uri, "uffd_socket": each.path}
+            for each in host.snapshots.values()
+        ],
+        "guests": [_about(guest) for guest in guests[:MOST_GUESTS]],
+        "guests_now": len(guests),
+        "guests_completed": host.completed,
+        "guests_gone": host.gone,
+        "guests_failed": host.failed,
+    }
+
+
+def _about(guest: Guest) -> dict[str, object]:
+    found: dict[str, object] = {
+        "guest": guest.number,
+        "snapshot": guest.snapshot,
+        "pid": guest.pid,
+        "state": "starting",
+    }
+    transfer = guest.transfer
+    if transfer is not None:
+        now = transfer.statistics()
+        found |= {
+            "state": _state(transfer),
+            "share": _share(now),
+            "faults": now.demand.faults,
+        }
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +129,7 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
         "bytes": now.size,
         "pages_resident": now.done,
         "bytes_resident": int(resident),
-        "share": round(now.here / now.pages, 6) if now.pages else 1.0,
+        "share": _share(now),
         "seconds": round(now.seconds, 3),
         "seconds_left": _seconds_left(now.size - resident, speed["bytes_per_s"]),
         **speed,
@@ -146,6 +184,10 @@ def _state(transfer: Transfer) -> str:
 def _page_size(now: TransferStatistics) -> float:
     """In bytes, on average: blocks may have pages of several sizes."""
     return now.size / now.pages if now.pages else 0.0
+
+
+def _share(now: TransferStatistics) -> float:
+    return round(now.here / now.pages, 6) if now.pages else 1.0
 
 
 def _seconds_left(rest: float, rate: float) -> float | None:

@@ -63,9 +63,17 @@ class LoopLanes:
 
     name = ""
 
-    def __init__(self, filling: Filling, wire: Region, background: Background, rings: int) -> None:
+    def __init__(
+        self,
+        filling: Filling,
+        wire: Region,
+        background: Background,
+        rings: int,
+        crew: _native.Crew | None = None,
+    ) -> None:
         assert isinstance(filling.target, UffdTarget)
         self._filling = filling
+        self._crew = crew
         self._background = background
         with ExitStack() as stack:
             self._stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -120,10 +128,31 @@ class LoopLanes:
             pass
 
     async def _run_idle_loop(self) -> None:
-        drive = partial(self._dest.run_lane, -1, self._stop_fd)
-        end = await trio.to_thread.run_sync(drive, abandon_on_cancel=False)
+        await self._drive("", -1)
+
+    async def _drive(
+        self,
+        peer: str,
+        sock: int,
+        ring: _native.Ring | None = None,
+        window: tuple[int, int, int] = (0, 0, 0),
+        chunk: int = 0,
+        tls: _native.Tls | None = None,
+        limiter: trio.CapacityLimiter | None = None,
+    ) -> None:
+        """Drive a connection with ``peer`` until the loop is stopped. Raises the error with which
+        it ends otherwise."""
+        what = (sock, self._stop_fd, ring, window, chunk, tls)
+        if self._crew is None:
+            drive = partial(self._dest.run_lane, *what)
+            end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
+        else:
+            lane = self._dest.start_lane(self._crew, *what)
+            with trio.CancelScope(shield=True):  # it is stopped by its descriptor
+                await trio.lowlevel.wait_readable(lane.fd)
+            end = lane.close()
         if end.kind != _native.END_STOPPED:
-            raise lane_error(end, "")
+            raise lane_error(end, peer)
 
     @asynccontextmanager
     async def _looping(
@@ -220,7 +249,8 @@ class LoopLanes:
 class NativeLanes(LoopLanes):
     """A demand lane and background lanes over detached sockets.
 
-    The first of ``connections`` is for demand. Owns the sockets.
+    The first of ``connections`` is for demand. Owns the sockets. ``crew``: threads that drive the
+    lanes of other transfers too; None: each lane has a thread.
     """
 
     name = "native"
@@ -231,11 +261,12 @@ class NativeLanes(LoopLanes):
         wire: Region,
         connections: Sequence[Connection],
         background: Background,
+        crew: _native.Crew | None = None,
     ) -> None:
         with ExitStack() as stack:
             self._connected = stack.enter_context(ExitStack())
             self._take(connections)
-            super().__init__(filling, wire, background, len(connections) - 1)
+            super().__init__(filling, wire, background, len(connections) - 1, crew)
             self._cleanup.push(stack.pop_all())
 
     def _take(self, connections: Sequence[Connection]) -> None:
@@ -254,18 +285,9 @@ class NativeLanes(LoopLanes):
     async def _run_lane(
         self, limiter: trio.CapacityLimiter, sock: DetachedSocket, ring: _native.Ring | None
     ) -> None:
-        drive = partial(
-            self._dest.run_lane,
-            sock.fd,
-            self._stop_fd,
-            ring,
-            _native.window_bytes(self._background.window),
-            self._background.chunk,
-            sock.tls,
-        )
-        end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
-        if end.kind != _native.END_STOPPED:
-            raise lane_error(end, self._peer)
+        window = _native.window_bytes(self._background.window)
+        chunk = self._background.chunk
+        await self._drive(self._peer, sock.fd, ring, window, chunk, sock.tls, limiter)
 
 
 def lane_error(end: _native.End, peer: str) -> PagenetError:

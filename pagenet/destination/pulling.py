@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from .._native import Crew
 from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
@@ -255,6 +256,8 @@ async def pull(
     reconnect_for: float = 0.0,
     on_stream: StreamHandler | None = None,
     on_loss: OnLoss = "wait",
+    crew: Crew | None = None,
+    progress: bool = True,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
     """Fill the memory of ``owner`` from the source at ``uri`` for as long as the block runs.
@@ -298,7 +301,9 @@ async def pull(
     and again; threads that touch missing pages wait; once it is back, what was in flight is asked
     for again. With 0 a source that goes away ends the transfer. ``on_stream``, with ``listen``:
     called with each stream that the source opens (:meth:`~pagenet.Server.open_stream`); its errors
-    end the transfer, and the connection is closed when the call returns.
+    end the transfer, and the connection is closed when the call returns. ``crew``: threads that
+    drive the lanes in C of many transfers; None: each lane has a thread. ``progress`` False: no
+    such events.
 
     ``on_loss``: what becomes of the owner when the source is lost for good, that is, when this
     raises :exc:`~pagenet.errors.SourceLost` after pages were first asked for. ``wait``: its threads
@@ -380,7 +385,9 @@ async def pull(
                         cleanup.callback(_save, recorder, *recording)
                     for_pages = connections[: len(pages_go_over)]
                     security = security_of(for_pages[0])
-                    lanes = _make_lanes(lane, filling, session.region, for_pages, plan, cleanup)
+                    lanes = _make_lanes(
+                        lane, filling, session.region, for_pages, plan, cleanup, crew
+                    )
                     connecting = Connecting(
                         sources, session, lanes, pages_go_over, filling, reconnect_for, on_event
                     )
@@ -404,7 +411,8 @@ async def pull(
                     tasks = _TransferTasks(
                         transfer, connecting, plan, start, copying, ending.arm, on_event
                     )
-                    nursery.start_soon(tasks.run)
+                    tells = progress and on_event is not ignore_events
+                    nursery.start_soon(tasks.run, tells)
                     yield transfer
                     nursery.cancel_scope.cancel()
             except (UsageError, HandshakeError, OwnerGone, Unsupported) as error:
@@ -507,7 +515,7 @@ class _TransferTasks:
         self._background = background
         self._start = start
 
-    async def run(self) -> None:
+    async def run(self, tells_progress: bool) -> None:
         """Fetch the pages, then let the owner go and say goodbye to the source."""
         async with open_failing_nursery() as nursery:
             if self._copying is not None:
@@ -518,7 +526,7 @@ class _TransferTasks:
                 self._connecting.run, self._transfer.wait_begun, self._wait_settled, on_round
             )
             nursery.start_soon(self._begin_background)
-            if self._on_event is not ignore_events:
+            if tells_progress:
                 nursery.start_soon(tell_progress, self._transfer, self._on_event)
             await self._filling.completed.wait()
             nursery.cancel_scope.cancel()
@@ -558,6 +566,7 @@ def _make_lanes(
     connections: Sequence[Connection],
     background: Background,
     cleanup: ExitStack,
+    crew: Crew | None,
 ) -> Lanes:
     first = connections[0]
     if isinstance(first, OneSided):
@@ -565,7 +574,7 @@ def _make_lanes(
         cleanup.callback(reading.close)
         return reading
     if lane != "trio" and can_run_natively(filling.target, connections):
-        native = NativeLanes(filling, wire, connections, background)
+        native = NativeLanes(filling, wire, connections, background, crew)
         cleanup.callback(native.close)
         return native
     if lane == "native":

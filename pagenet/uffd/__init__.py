@@ -5,7 +5,7 @@ from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
-from ._owners import OwnMemory, UffdSocket
+from ._owners import ConnectedOwner, OwnMemory, UffdListener, UffdSocket
 from ._process import Mapped, MappedPages, OtherProcess
 from ._target import UffdTarget
 from ._tracking import WriteTracker
@@ -14,6 +14,7 @@ from ._userfaultfd import Feature, Mode, Userfaultfd, check_poison, probe
 __all__ = [
     "AbandonedOwner",
     "AttachedOwner",
+    "ConnectedOwner",
     "Event",
     "Fault",
     "Feature",
@@ -26,6 +27,7 @@ __all__ = [
     "OwnMemory",
     "Remapped",
     "Removed",
+    "UffdListener",
     "UffdSocket",
     "UffdTarget",
     "Unmapped",

@@ -26,7 +26,15 @@ from ._process import OtherProcess, is_memory_file, is_watched, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
-__all__ = ["MAP_LINK", "OwnMemory", "Peer", "UffdSocket", "wait_memory_gone"]
+__all__ = [
+    "MAP_LINK",
+    "ConnectedOwner",
+    "OwnMemory",
+    "Peer",
+    "UffdListener",
+    "UffdSocket",
+    "wait_memory_gone",
+]
 
 HUGE_PAGE = 2 << 20
 #: the owner's memfd for the map of pages, in /proc/PID/fd
@@ -280,6 +288,71 @@ class Keeper(Protocol):
         ...
 
 
+class ConnectedOwner:
+    """An owner that has connected to a :class:`UffdListener`. Attach it once."""
+
+    def __init__(self, sock: trio.socket.SocketType, allocate: bool) -> None:
+        self._socket: trio.socket.SocketType | None = sock
+        self._allocate = allocate
+        #: the process that has connected; 0 if it is in a pid namespace that we do not see
+        self.pid: int = struct.unpack(
+            "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )[0]
+
+    async def wait_handshake(self) -> None:
+        """Return once it has sent something. :exc:`HandshakeError` if it does not within 5 s."""
+        assert self._socket is not None
+        with trio.move_on_after(HANDSHAKE_TIMEOUT):
+            await trio.lowlevel.wait_readable(self._socket)
+            return
+        raise _silent()
+
+    async def attach(self, region: Region) -> UffdTarget:
+        if self._socket is None:
+            raise UsageError("this owner was attached before")
+        sock, self._socket = self._socket, None
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT):
+                target = await _handshake(sock, region, None, resumes=False)
+        except trio.TooSlowError:
+            sock.close()
+            raise _silent() from None
+        except BaseException:
+            sock.close()
+            raise
+        if self._allocate:
+            await _allocate_all(target)
+        return target
+
+    def close(self) -> None:
+        """Turn it away, if it was not attached. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class UffdListener:
+    """A unix socket on which any number of owners hand over their memory, one after the other, as
+    on a :class:`UffdSocket`."""
+
+    def __init__(self, path: str | os.PathLike[str], *, allocate: bool = False) -> None:
+        self.path = Path(path)
+        self._allocate = allocate
+        self._file = UnixSocketFile(str(path), f"owners' socket {path}", socket.SOMAXCONN)
+
+    async def accept(self) -> ConnectedOwner:
+        """The next owner. :exc:`trio.ClosedResourceError` once it is closed."""
+        return ConnectedOwner((await self._file.socket.accept())[0], self._allocate)
+
+    def close(self) -> None:
+        """Idempotent. Owners that have connected stay."""
+        self._file.close()
+
+
+def _silent() -> HandshakeError:
+    return HandshakeError(f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s")
+
+
 class UffdSocket:
     """A unix socket on which an owner hands over its memory by Firecracker's UFFD handshake.
 
@@ -338,11 +411,7 @@ class UffdSocket:
                 break
             except trio.TooSlowError:
                 self._turn_away(sock)
-                self._on_refused(
-                    HandshakeError(
-                        f"an owner connected and sent no handshake for {HANDSHAKE_TIMEOUT:g} s"
-                    )
-                )
+                self._on_refused(_silent())
             except HandshakeError as error:
                 self._turn_away(sock)
                 self._on_refused(error)
@@ -350,11 +419,7 @@ class UffdSocket:
                 sock.close()
                 raise
         if self._allocate:
-            try:
-                await _allocate(target)
-            except BaseException:
-                target.close([Run(0, target.region.pages)])
-                raise
+            await _allocate_all(target)
         return target
 
     async def _accept(self, kept: int | None) -> trio.socket.SocketType:
@@ -377,6 +442,15 @@ class UffdSocket:
             self._file = None
             if self._keeper is not None:
                 self._keeper.forget("listener")
+
+
+async def _allocate_all(target: UffdTarget) -> None:
+    """As :func:`_allocate`, which closes the target if it fails."""
+    try:
+        await _allocate(target)
+    except BaseException:
+        target.close([Run(0, target.region.pages)])
+        raise
 
 
 async def _allocate(target: UffdTarget) -> None:

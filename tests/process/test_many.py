@@ -1,0 +1,226 @@
+"""pagenet-pull --many: one process, many guests, few threads. What goes wrong with one guest is
+that guest's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from processes import (
+    PAGE,
+    Process,
+    check_verified,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    serve_command,
+    write_pattern,
+)
+
+from pagenet.control import connect_control
+from pagenet.uffd import probe
+
+SIZE = 4 << 20
+PAGES = SIZE // PAGE
+KINDS = {
+    "anonymous": ("--memory", "anonymous"),
+    "memfd": ("--memory", "memfd"),
+    "memfd, gives memory up": ("--memory", "memfd", "--remove-share", "20"),
+    "anonymous, no uffd": ("--memory", "anonymous", "--close-uffd"),
+}
+
+
+@pytest.fixture(autouse=True)
+def uffd_permitted() -> None:
+    probe()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_pattern(tmp_path_factory.mktemp("many") / "source", SIZE, zero_every=8))
+
+
+@asynccontextmanager
+async def hosting(
+    source: str, directory: Path, *options: str, threads: int = 2
+) -> AsyncIterator[tuple[Process, Path]]:
+    """The daemon, and the socket of its owners. Its control socket is ``ctl``."""
+    path = directory / "owners"
+    more = ["--many", "--control", str(directory / "ctl"), "--threads", str(threads), *options]
+    async with run_server(source, "--max-sessions", "200") as (_, uri):
+        command = pull_command(uri, "--uffd-socket", str(path), *more, lane="native")
+        async with run(command) as daemon:
+            await daemon.event("added")
+            yield daemon, path
+
+
+def touching(kind: str, *options: str | int) -> Sequence[str | int]:
+    what = ("--size", SIZE, "--zero-every", 8, "--order", "random", "--wait-complete")
+    return (*KINDS[kind], *what, *options)
+
+
+def threads_of(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+async def count(daemon: Process, event: str, number: int) -> None:
+    for _ in range(number):
+        await daemon.event(event)
+
+
+async def told(daemon: Process, event: str, guest: int) -> dict[str, Any]:
+    """That event of that guest, whether it has come already or not."""
+    at = 0
+    while True:
+        for found in daemon.events[at:]:
+            if (found["event"], found.get("guest")) == (event, guest):
+                return found
+        at = len(daemon.events)
+        await daemon.event(event)
+
+
+async def test_guests_of_every_kind_at_once(source: str, tmp_path: Path) -> None:
+    """All bytes are right, and the number of threads and descriptors is that of before."""
+    async with hosting(source, tmp_path) as (daemon, path):
+        async with run_workload(path, *touching("memfd")) as first:
+            await check_verified(first)
+            await daemon.event("complete")
+        threads = threads_of(daemon.pid)
+        descriptors = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+        async with AsyncExitStack() as stack:
+            guests = [
+                await stack.enter_async_context(
+                    run_workload(path, *touching(kind, "--threads", 2, "--seed", 0))
+                )
+                for kind in KINDS
+                for _ in range(4)
+            ]
+            most = 0
+            for guest in guests:
+                await check_verified(guest)
+                most = max(most, threads_of(daemon.pid))
+            await count(daemon, "complete", len(guests))
+        assert most <= threads
+        with trio.fail_after(10):
+            while len(os.listdir(f"/proc/{daemon.pid}/fd")) > descriptors:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 143
+
+
+async def test_what_is_wrong_with_one_is_its_own(source: str, tmp_path: Path) -> None:
+    """One says nothing, one sends garbage, one is killed, one forks: another guest gets all of its
+    pages meanwhile, and so does one that comes later."""
+    async with hosting(source, tmp_path, "--background", "off") as (daemon, path):
+        with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as wrong:
+            silent.connect(str(path))
+            wrong.connect(str(path))
+            wrong.send(b"[{}]")
+            assert "has no proper" in (await daemon.event("refused"))["reason"]
+            slowly = ("--think-us", 100000)  # it is killed before it is done
+            async with run_workload(path, *touching("memfd")) as honest:
+                await told(daemon, "owner", 3)
+                async with run_workload(path, *touching("anonymous", *slowly)) as killed:
+                    await told(daemon, "owner", 4)
+                    await killed.kill()
+                    assert 0 < (await told(daemon, "gone", 4))["missing"] <= PAGES
+                await check_verified(honest)
+                await told(daemon, "complete", 3)
+            async with run_workload(path, *touching("memfd")) as later:
+                await check_verified(later)
+                await told(daemon, "complete", 5)
+
+
+async def test_source_goes_away_and_comes_back(source: str, tmp_path: Path) -> None:
+    path = tmp_path / "owners"
+    async with run_server(source) as (server, uri):
+        command = pull_command(
+            uri, "--uffd-socket", str(path), "--many", "--max-bandwidth", "4M", lane="native"
+        )
+        async with run(command) as daemon:
+            await daemon.event("added")
+            async with (
+                run_workload(path, *touching("memfd")) as one,
+                run_workload(path, *touching("anonymous")) as other,
+            ):
+                await count(daemon, "owner", 2)
+                await server.kill()
+                await count(daemon, "disconnected", 2)
+                async with run(serve_command(source, "--listen", uri)):
+                    await count(daemon, "reconnected", 2)
+                    await check_verified(one)
+                    await check_verified(other)
+                    await count(daemon, "complete", 2)
+
+
+async def test_control(source: str, tmp_path: Path) -> None:
+    """Guests are listed; one is paused, and not the other; another snapshot is added, and
+    removed."""
+    other = write_pattern(tmp_path / "other", SIZE, seed=1)
+    async with (
+        hosting(source, tmp_path, "--background", "off") as (daemon, path),
+        run_server(str(other)) as (_, uri),
+        connect_control(tmp_path / "ctl") as control,
+    ):
+        async with (
+            run_workload(path, *touching("memfd", "--touches", 8)) as one,
+            run_workload(path, *touching("memfd", "--touches", 8)) as two,
+        ):
+            await count(daemon, "owner", 2)
+            status = await control.command("status")
+            assert status["guests_now"] == 2
+            numbers = {guest["pid"]: guest["guest"] for guest in status["guests"]}
+            first, second = numbers[one.pid], numbers[two.pid]
+            assert (await control.command("pause", guest=first))["paused"]
+            assert not (await control.command("status", guest=second))["paused"]
+            for bad in ({"guest": 3}, {"guest": 0}, {"guest": "x"}):
+                with pytest.raises(Exception, match="guest"):
+                    async with connect_control(tmp_path / "ctl") as another:
+                        await another.command("status", **bad)
+            await control.command("schedule", name="linear")
+            await check_verified(two)
+            assert (await daemon.event("complete"))["guest"] == second
+            await control.command("resume", guest=first)
+            await check_verified(one)
+            await daemon.event("complete")
+        there = tmp_path / "more"
+        await control.command("add", name="other", uri=uri, uffd_socket=str(there))
+        async with run_workload(there, *touching("memfd", "--seed", 1, "--zero-every", 0)) as three:
+            await daemon.event("owner")
+            await control.command("schedule", name="linear", guest=3)
+            await check_verified(three)
+            await daemon.event("complete")
+        status = await control.command("remove", name="other")
+        assert [each["name"] for each in status["snapshots"]] == ["default"]
+        assert not there.exists()
+        assert (status["guests_now"], status["guests_completed"]) == (0, 3)
+        with pytest.raises(Exception, match="there is no snapshot 'other'"):
+            await control.command("remove", name="other")
+
+
+async def test_more_than_there_are_places_for_wait(source: str, tmp_path: Path) -> None:
+    async with (
+        hosting(source, tmp_path, "--max-guests", "2") as (daemon, path),
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(6):
+            await stack.enter_async_context(run_workload(path, *touching("memfd")))
+        await count(daemon, "complete", 6)
+
+
+def test_options(capsys: pytest.CaptureFixture[str]) -> None:
+    from pagenet.cli import pull
+
+    for wrong in (["--into", "x"], ["--uffd-socket", "x", "--listen"], ["--resume", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            pull.main(["tcp://127.0.0.1:1", "--many", *wrong])
+        assert ended.value.code == 2
+        assert "--many is for --uffd-socket" in capsys.readouterr().err
