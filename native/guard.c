@@ -11,8 +11,11 @@
  *   H NAME \0        hold the descriptors that come along under NAME, instead of those before
  *   F NAME \0        let them go
  *   G NAME \0        send them (D), if there are any
- *   A                accept one connection on what is held as "listener", hold it as "owner", and
- *                    answer when it has come; another request ends the wait
+ *   A NAME \0        accept one connection on what is held as "listener", or under a longer name
+ *                    that begins so. Hold it under NAME, and what comes behind "listener" in the
+ *                    listener's name. Answer when it has come, with its name; another request ends
+ *                    the wait
+ *   L                send the names of all that is held, each with a \0
  *   C [ARG \0]...    from now on, start this command if the daemon dies; none: end then
  *   Q                the daemon ends in good order: end
  *
@@ -37,12 +40,14 @@
 
 enum {
     DAEMON = 3, /* the descriptor of the socket, here and in a daemon that is started again */
-    SLOTS = 8,
-    FDS = 4, /* of one slot */
+    FDS = 4,    /* of one slot */
     NAME = 32,
+    LISTENERS = 256, /* that are watched at a time */
     MESSAGE = 64 << 10,
     ARGS = 1024,
 };
+
+#define LISTENER "listener"
 
 struct slot {
     char name[NAME]; /* empty: free */
@@ -50,16 +55,18 @@ struct slot {
     int count;
 };
 
-static struct slot slots[SLOTS];
+static struct slot *slots;
+static int slot_count;
 static char command[MESSAGE];
 static size_t command_size;
 static bool accepting;
+static char accept_as[NAME];
 static bool storing; /* what is held is in systemd's store too */
 
 /* ---- what is held ---- */
 
 static struct slot *find(const char *name) {
-    for (int i = 0; i < SLOTS; i++)
+    for (int i = 0; i < slot_count; i++)
         if (slots[i].name[0] && !strncmp(slots[i].name, name, NAME))
             return &slots[i];
     return NULL;
@@ -75,12 +82,24 @@ static void let_go(const char *name) {
         memset(slot, 0, sizeof *slot);
 }
 
+static struct slot *free_slot(void) {
+    for (int i = 0; i < slot_count; i++)
+        if (!slots[i].name[0])
+            return &slots[i];
+    int more = slot_count ? 2 * slot_count : 8;
+    struct slot *grown = realloc(slots, (size_t)more * sizeof *slots);
+    if (!grown)
+        return NULL;
+    memset(grown + slot_count, 0, (size_t)(more - slot_count) * sizeof *slots);
+    slots = grown;
+    struct slot *found = &slots[slot_count];
+    slot_count = more;
+    return found;
+}
+
 static bool hold(const char *name, const int *fds, int count) {
     let_go(name);
-    struct slot *slot = NULL;
-    for (int i = 0; i < SLOTS && !slot; i++)
-        if (!slots[i].name[0])
-            slot = &slots[i];
+    struct slot *slot = free_slot();
     if (!slot || !name[0] || count > FDS)
         return false;
     memcpy(slot->name, name, strnlen(name, NAME - 1));
@@ -92,19 +111,19 @@ static bool hold(const char *name, const int *fds, int count) {
 }
 
 static void let_all_go(void) {
-    for (int i = 0; i < SLOTS; i++)
+    for (int i = 0; i < slot_count; i++)
         if (slots[i].name[0])
             let_go(slots[i].name);
 }
 
 /* ---- messages ---- */
 
-static void answer(char what, const int *fds, int count) {
+static void answer_with(const char *data, size_t size, const int *fds, int count) {
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(FDS * sizeof(int))];
     } control = {0};
-    struct iovec part = {&what, 1};
+    struct iovec part = {(void *)data, size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     if (count) {
         message.msg_control = &control;
@@ -117,6 +136,21 @@ static void answer(char what, const int *fds, int count) {
     }
     /* If the daemon has died, that is noticed where the next message is received. */
     (void)!sendmsg(DAEMON, &message, MSG_NOSIGNAL);
+}
+
+static void answer(char what, const int *fds, int count) { answer_with(&what, 1, fds, count); }
+
+static void list_names(void) {
+    static char data[MESSAGE] = "L";
+    size_t size = 1;
+    for (int i = 0; i < slot_count; i++) {
+        size_t length = strnlen(slots[i].name, NAME) + 1;
+        if (length > 1 && size + length <= sizeof data) {
+            memcpy(data + size, slots[i].name, length);
+            size += length;
+        }
+    }
+    answer_with(data, size, NULL, 0);
 }
 
 /* The next message, and its descriptors. Its size, or 0: the daemon has died. */
@@ -144,14 +178,20 @@ static size_t receive(char *data, int *fds, int *count) {
     return got > 0 ? (size_t)got : 0;
 }
 
-static void accept_owner(void) {
-    struct slot *listener = find("listener");
-    int fd = listener ? accept4(listener->fds[0], NULL, NULL, SOCK_CLOEXEC) : -1;
+static bool is_listener(const struct slot *slot) {
+    return !strncmp(slot->name, LISTENER, sizeof LISTENER - 1);
+}
+
+static void accept_owner(const struct slot *listener) {
+    char said[1 + NAME];
+    int length =
+        snprintf(said, sizeof said, "D%s%s", accept_as, listener->name + sizeof LISTENER - 1);
+    int fd = accept4(listener->fds[0], NULL, NULL, SOCK_CLOEXEC);
     if (fd < 0)
         return;
     accepting = false;
-    if (hold("owner", &fd, 1))
-        answer('D', &fd, 1);
+    if (length < (int)sizeof said && hold(said + 1, &fd, 1))
+        answer_with(said, (size_t)length, &fd, 1);
     else
         close(fd);
 }
@@ -175,6 +215,10 @@ static bool act(const char *data, size_t size, const int *fds, int count) {
         return true;
     case 'A':
         accepting = true;
+        snprintf(accept_as, sizeof accept_as, "%.*s", NAME - 1, name);
+        return true;
+    case 'L':
+        list_names();
         return true;
     case 'C':
         memcpy(command, name, size - 1);
@@ -187,14 +231,23 @@ static bool act(const char *data, size_t size, const int *fds, int count) {
 
 /* ---- the daemon ---- */
 
-/* A descriptor that is readable: of the daemon, or of the listener while an owner is waited for. */
-static int wait_readable(void) {
-    struct slot *listener = accepting ? find("listener") : NULL;
-    struct pollfd watched[] = {{.fd = DAEMON, .events = POLLIN},
-                               {.fd = listener ? listener->fds[0] : -1, .events = POLLIN}};
-    while (poll(watched, 2, -1) < 0)
+/* A listener that is readable, while an owner is waited for; NULL: the daemon has said something,
+ * or there is nothing yet. */
+static const struct slot *wait_readable(void) {
+    struct pollfd watched[1 + LISTENERS] = {{.fd = DAEMON, .events = POLLIN}};
+    const struct slot *listeners[LISTENERS];
+    int count = 0;
+    for (int i = 0; accepting && i < slot_count && count < LISTENERS; i++)
+        if (is_listener(&slots[i])) {
+            listeners[count++] = &slots[i];
+            watched[count] = (struct pollfd){.fd = slots[i].fds[0], .events = POLLIN};
+        }
+    while (poll(watched, (nfds_t)(1 + count), -1) < 0)
         ;
-    return watched[0].revents ? DAEMON : watched[1].fd;
+    for (int i = 0; i < count && !watched[0].revents; i++)
+        if (watched[1 + i].revents)
+            return listeners[i];
+    return NULL;
 }
 
 /* Serves one daemon. False: it has ended in good order; true: it has died. */
@@ -202,8 +255,9 @@ static bool serve(void) {
     static char data[MESSAGE + 1];
     for (;;) {
         int fds[FDS], count;
-        if (wait_readable() != DAEMON) {
-            accept_owner();
+        const struct slot *listener = wait_readable();
+        if (listener) {
+            accept_owner(listener);
             continue;
         }
         size_t size = receive(data, fds, &count);

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import inf
 
@@ -56,6 +56,7 @@ _WORDS = {
 
 _MANY_WORDS = {
     **TLS_WORDS,
+    **GUARD_WORDS,
     "added": "snapshot {name} of {uri}: waiting for owners on {uffd_socket}",
     "removed": "snapshot {name}: no more owners",
     "guest": "guest {guest}: process {pid}, snapshot {snapshot}",
@@ -112,6 +113,16 @@ def make_parser() -> Parser:
         ),
     )
     parser.add_argument(
+        "--snapshot",
+        action="append",
+        nargs=3,
+        metavar=("NAME", "URI", "PATH"),
+        help=(
+            "with --many, instead of URI and --uffd-socket's PATH: fill the owners that connect to"
+            " PATH from the source at URI; may be repeated"
+        ),
+    )
+    parser.add_argument(
         "--max-guests",
         metavar="N",
         type=count,
@@ -140,17 +151,46 @@ def make_parser() -> Parser:
 
 
 async def _host(options: argparse.Namespace, report: Report, control: Control) -> None:
-    async with host(
-        threads=options.threads,
-        max_guests=options.max_guests,
-        allocate=options.allocate,
-        reconnect_for=reconnect_for(options, inf),
-        **pull_options(options),
-        on_event=report,
-    ) as hosting:
-        hosting.add(_SNAPSHOT, options.uri, options.uffd_socket)
-        control.subject = hosting
-        await trio.sleep_forever()
+    async with guarded(options, report) as guard:
+        snapshots: dict[str, tuple[str, str]] = {}
+
+        def on_event(event: str, /, **fields: object) -> None:
+            if event == "added":
+                snapshots[str(fields["name"])] = str(fields["uri"]), str(fields["uffd_socket"])
+            elif event == "removed":
+                del snapshots[str(fields["name"])]
+            if event in ("added", "removed") and guard is not None:
+                guard.restart_with(_hosting_again(options, snapshots))
+            report(event, **fields)
+
+        async with host(
+            threads=options.threads,
+            max_guests=options.max_guests,
+            allocate=options.allocate,
+            reconnect_for=reconnect_for(options, inf),
+            **pull_options(options),
+            keeper=guard,
+            on_event=on_event,
+        ) as hosting:
+            added = options.snapshot or [(_SNAPSHOT, options.uri, options.uffd_socket)]
+            for name, uri, path in added:
+                hosting.add(name, uri, path)
+            control.subject = hosting
+            await trio.sleep_forever()
+
+
+def _hosting_again(
+    options: argparse.Namespace, snapshots: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    """The command with which the guard starts this program again, with the snapshots that there
+    are now."""
+    words = list(options.words)
+    while "--snapshot" in words:
+        at = words.index("--snapshot")
+        del words[at : at + 4]
+    for name, (uri, path) in snapshots.items():
+        words += ["--snapshot", name, uri, path]
+    return module_command(_MODULE, *words)
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
@@ -256,7 +296,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.many:
         if options.uffd_socket is None or options.listen or options.missing:
             parser.error("--many is for --uffd-socket, without --listen and --missing")
-        report = Report("pagenet-pull", options.json, _MANY_WORDS)
+        options.words = list(sys.argv[1:] if argv is None else argv)
+        if options.guard:
+            follow(module_command(_MODULE, *options.words))
+        report = Report("pagenet-pull", options.json, _MANY_WORDS, ready=("added",))
         return run_controlled(_host, options, report)
     options.guard = options.guard and options.into is None  # nobody waits for a file
     options.words = list(sys.argv[1:] if argv is None else argv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from ..admission import Admission
 from ..errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
-from ..uffd import ConnectedOwner, UffdListener
+from ..uffd import ConnectedOwner, Keeper, Naming, UffdListener
 from .pulling import Transfer, pull
 
 __all__ = ["MAX_GUESTS", "Guest", "Host", "Snapshot", "host"]
@@ -50,6 +52,15 @@ class Snapshot:
     listener: UffdListener
     scope: trio.CancelScope
 
+    @property
+    def key(self) -> str:
+        """What the names end in under which a keeper holds what belongs to it."""
+        return _key_of(self.name)
+
+
+def _key_of(name: str) -> str:
+    return f".{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
 
 class Host:
     """Fills the memory of any number of owners. Made by :func:`host`.
@@ -63,10 +74,12 @@ class Host:
         crew: Crew,
         max_guests: int,
         options: Mapping[str, Any],
+        keeper: Keeper | None,
         on_event: EventHandler,
     ) -> None:
         self._nursery = nursery
         self._crew = crew
+        self._keeper = keeper
         self._options = dict(options)
         self._on_event = on_event
         self._places = Admission(max_guests)
@@ -86,11 +99,21 @@ class Host:
             raise UsageError(f"there is a snapshot {name!r} already")
         path = os.fspath(uffd_socket)
         allocate = bool(self._options.get("allocate", False))
-        listener = UffdListener(path, allocate=allocate)
+        kept = None if self._keeper is None else Naming(self._keeper, _key_of(name))
+        listener = UffdListener(path, allocate=allocate, keeper=kept)
         snapshot = Snapshot(name, uri, path, listener, trio.CancelScope())
         self.snapshots[name] = snapshot
-        self._nursery.start_soon(self._accept, snapshot)
         self._on_event("added", name=name, uri=uri, uffd_socket=path)
+        if self._keeper is None:
+            self._nursery.start_soon(self._accept, snapshot)
+        else:
+            self._resume(snapshot, self._keeper)
+
+    def _resume(self, snapshot: Snapshot, keeper: Keeper) -> None:
+        """Go on with the owners of a process that was killed."""
+        for name in keeper.names():
+            if name.startswith("owner.") and name.endswith(snapshot.key):
+                self._meet(keeper, name, None, resumes=True)
 
     def remove(self, name: str) -> None:
         """Take no more owners for that snapshot. Those that are here stay.
@@ -123,8 +146,37 @@ class Host:
                     await trio.sleep(_RETRY_SECONDS)
                     continue
                 self._last += 1
-                guest = Guest(self._last, snapshot.name, owner.pid)
-                self._nursery.start_soon(self._fill, guest, snapshot.uri, owner)
+                self._begin(Guest(self._last, snapshot.name, owner.pid), snapshot, owner)
+
+    async def accept_kept(self, keeper: Keeper) -> None:
+        """Meet the owners of all snapshots, which ``keeper`` accepts."""
+        while True:
+            await self._places.wait_place()
+            sock, name = await keeper.accept(f"owner.{self._last + 1}")
+            self._meet(keeper, name, sock, resumes=False)
+
+    def _meet(
+        self, keeper: Keeper, name: str, sock: socket.socket | None, *, resumes: bool
+    ) -> None:
+        """An owner whose connection ``keeper`` holds under ``name``: its number, and the key of its
+        snapshot."""
+        _, number, key = name.split(".")
+        self._last = max(self._last, int(number))
+        if sock is None:
+            sock = socket.socket(fileno=keeper.get(name)[0])
+        sock.setblocking(False)
+        found = [each for each in self.snapshots.values() if each.key == f".{key}"]
+        kept = Naming(keeper, f".{number}.{key}")
+        stream = trio.socket.from_stdlib_socket(sock)
+        allocate = bool(self._options.get("allocate", False))
+        owner = ConnectedOwner(stream, allocate, kept, resumes)
+        if not found:  # its snapshot was removed in this moment
+            owner.close()
+            return
+        self._begin(Guest(int(number), found[0].name, owner.pid), found[0], owner)
+
+    def _begin(self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner) -> None:
+        self._nursery.start_soon(self._fill, guest, snapshot.uri, owner)
 
     async def _fill(self, guest: Guest, uri: str, owner: ConnectedOwner) -> None:
         with self._places.connection():
@@ -184,6 +236,7 @@ async def host(
     *,
     threads: int | None = None,
     max_guests: int = MAX_GUESTS,
+    keeper: Keeper | None = None,
     on_event: EventHandler = ignore_events,
     **options: Any,
 ) -> AsyncIterator[Host]:
@@ -192,6 +245,8 @@ async def host(
 
     ``threads``: threads that answer faults, and as many for the background, whatever the number of
     guests; None: one for each processor. ``max_guests``: more wait until others have ended.
+    ``keeper``: keeps the sockets and the owners' connections, and has those of a process that was
+    killed: :meth:`Host.add` goes on with them.
     ``options``: those of :func:`pagenet.pull`, for each guest, and ``allocate`` of
     :class:`~pagenet.UffdSocket`. ``record`` names one file for each guest: FILE.1, FILE.2, and so
     on. ``reconnect_for`` is infinite unless it is given.
@@ -205,8 +260,10 @@ async def host(
     options.setdefault("reconnect_for", inf)
     try:
         async with open_failing_nursery() as nursery:
-            hosting = Host(nursery, crew, max_guests, options, on_event)
+            hosting = Host(nursery, crew, max_guests, options, keeper, on_event)
             try:
+                if keeper is not None:
+                    nursery.start_soon(hosting.accept_kept, keeper)
                 yield hosting
             finally:
                 hosting.close()

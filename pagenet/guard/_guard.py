@@ -25,7 +25,7 @@ _ANSWER_TIMEOUT = 5.0
 _MAX_FDS = 4
 _RETRY_SECONDS = 1.0
 # As in native/guard.c.
-_MAX_COMMAND, _MAX_WORDS = 60 << 10, 1024
+_MAX_COMMAND, _MAX_WORDS, _MAX_ANSWER = 60 << 10, 1024, 64 << 10
 # What systemd keeps of ours; a service may get other descriptors.
 _COMMAND = "command"
 _KEPT = (_COMMAND, "listener", "owner", "map")
@@ -40,8 +40,8 @@ class Guard:
         self.has_restarted = process is None
         self._held: dict[str, list[int]] = {}
         self._command: Sequence[str] = ()
-        self._accepting = False
-        self._accepted: socket.socket | None = None
+        self._accepting = ""  # the name for the connection that is waited for
+        self._accepted: tuple[socket.socket, str] | None = None
         self._news = trio.Event()
 
     # ---- what it holds ----
@@ -64,6 +64,11 @@ class Guard:
         self._keep(name, [os.dup(fd) for fd in fds] or None)
         return fds
 
+    def names(self) -> list[str]:
+        """The names of all that it holds."""
+        answer, _ = self._ask(b"L")
+        return [os.fsdecode(name) for name in answer[1:].split(b"\0") if name]
+
     def _keep(self, name: str, fds: list[int] | None) -> None:
         for fd in self._held.pop(name, []):
             os.close(fd)
@@ -80,23 +85,23 @@ class Guard:
     def _tell_command(self) -> None:
         self._ask(b"C" + _encoded(self._command))
 
-    async def accept(self) -> socket.socket:
-        """Accept a connection on what it holds as ``listener``. It holds it as ``owner`` from then
-        on."""
-        self._accepting = True
+    async def accept(self, name: str = "owner") -> tuple[socket.socket, str]:
+        """Accept a connection on what it holds as ``listener``, or as ``listener`` and more. It
+        holds it under ``name``, and that more, from then on: the name is returned too."""
+        self._accepting = name
         self._begin_accepting()
         try:
             while self._accepted is None:
                 self._news = trio.Event()
                 await self._news.wait()
         finally:
-            self._accepting = False
+            self._accepting = ""
         accepted, self._accepted = self._accepted, None
         return accepted
 
     def _begin_accepting(self) -> None:
         with suppress(OSError):  # its end is noticed by watch()
-            self._socket.send(b"A")
+            self._socket.send(b"A" + self._accepting.encode())
 
     # ---- messages ----
 
@@ -105,8 +110,8 @@ class Guard:
         for _ in range(2):
             try:
                 socket.send_fds(self._socket, [request], list(fds))
-                while (answer := self._receive())[0] == b"D" and self._accepting:
-                    self._note_accepted(answer[1])
+                while (answer := self._receive())[0][1:] and answer[0][:1] == b"D":
+                    self._note_accepted(*answer)
             except (OSError, EOFError):
                 if not self._replace():
                     break
@@ -116,17 +121,25 @@ class Guard:
             return answer
         return b"N", []  # there is none, now: watch() goes on trying
 
-    def _receive(self, flags: int = 0) -> tuple[bytes, list[int]]:
-        flags |= socket.MSG_CMSG_CLOEXEC
-        data, fds, _, _ = socket.recv_fds(self._socket, 1, _MAX_FDS, flags)
+    def _receive(self, timeout: float = _ANSWER_TIMEOUT) -> tuple[bytes, list[int]]:
+        """:exc:`BlockingIOError` if ``timeout`` is 0 and nothing is there."""
+        self._socket.settimeout(timeout)  # Python would wait for it in spite of MSG_DONTWAIT
+        try:
+            data, fds, _, _ = socket.recv_fds(
+                self._socket, _MAX_ANSWER, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        finally:
+            self._socket.settimeout(_ANSWER_TIMEOUT)
         if not data:
             raise EOFError
         return data, fds
 
-    def _note_accepted(self, fds: list[int]) -> None:
-        self._accepted = socket.socket(fileno=fds[0])
-        self._keep("owner", [os.dup(fds[0])])
-        self._accepting = False
+    def _note_accepted(self, answer: bytes, fds: list[int]) -> None:
+        """``answer``: that it has accepted a connection, and under which name it holds it."""
+        name = os.fsdecode(answer[1:])
+        self._accepted = socket.socket(fileno=fds[0]), name
+        self._keep(name, [os.dup(fds[0])])
+        self._accepting = ""
         self._news.set()
 
     async def watch(self) -> None:
@@ -135,15 +148,15 @@ class Guard:
             with suppress(trio.ClosedResourceError):  # it was replaced just now
                 await trio.lowlevel.wait_readable(self._socket)
             try:
-                answer, fds = self._receive(socket.MSG_DONTWAIT)
+                answer, fds = self._receive(timeout=0)
             except BlockingIOError:
                 continue  # _ask() has received it
             except (OSError, EOFError):
                 if not self._replace():
                     await trio.sleep(_RETRY_SECONDS)
                 continue
-            if answer == b"D" and self._accepting:
-                self._note_accepted(fds)
+            if answer[:1] == b"D":
+                self._note_accepted(answer, fds)
 
     # ---- life ----
 
@@ -155,12 +168,21 @@ class Guard:
         except PagenetError:
             return False
         trio.lowlevel.notify_closing(self._socket)
+        self._end_former()
         self._close_socket()
         self._socket, self._process = sock, process
         for name, fds in list(self._held.items()):
             self._ask(b"H" + name.encode(), fds)
         self._tell_command()
         return True
+
+    def _end_former(self) -> None:
+        """It may be stopped, or slow, and not dead: it must not start another process."""
+        if self._process is not None:
+            self._process.kill()
+        else:
+            with suppress(OSError):
+                self._socket.send(b"Q")
 
     def _close_socket(self) -> None:
         self._socket.close()
@@ -185,7 +207,7 @@ class _StoringGuard(Guard):
         kept = _service.take_descriptors()
         self.has_restarted = _COMMAND in kept
         for name, fds in kept.items():
-            if name in _KEPT:
+            if name.split(".")[0] in _KEPT:
                 self.hold(name, *fds)
             for fd in fds:
                 os.close(fd)

@@ -5,7 +5,7 @@ from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._handshake import Mapping, parse_mappings
-from ._owners import ConnectedOwner, OwnMemory, UffdListener, UffdSocket
+from ._owners import ConnectedOwner, Keeper, Naming, OwnMemory, UffdListener, UffdSocket
 from ._process import Mapped, MappedPages, OtherProcess
 from ._target import UffdTarget
 from ._tracking import WriteTracker
@@ -19,10 +19,12 @@ __all__ = [
     "Fault",
     "Feature",
     "Forked",
+    "Keeper",
     "Mapped",
     "MappedPages",
     "Mapping",
     "Mode",
+    "Naming",
     "OtherProcess",
     "OwnMemory",
     "Remapped",

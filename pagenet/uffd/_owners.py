@@ -29,6 +29,8 @@ from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 __all__ = [
     "MAP_LINK",
     "ConnectedOwner",
+    "Keeper",
+    "Naming",
     "OwnMemory",
     "Peer",
     "UffdListener",
@@ -283,17 +285,51 @@ class Keeper(Protocol):
     def hold(self, name: str, *fds: int) -> None: ...
     def forget(self, name: str) -> None: ...
     def get(self, name: str) -> list[int]: ...
-    async def accept(self) -> socket.socket:
-        """A connection on what it holds as ``listener``, which it holds as ``owner`` now."""
+    def names(self) -> list[str]: ...
+    async def accept(self, name: str = ...) -> tuple[socket.socket, str]:
+        """A connection on what it holds as ``listener``, or as ``listener`` and more, which it
+        holds under ``name``, and that more, now; and the whole name."""
         ...
 
 
-class ConnectedOwner:
-    """An owner that has connected to a :class:`UffdListener`. Attach it once."""
+class Naming:
+    """A keeper's names for one of many owners: each ends in ``suffix``."""
 
-    def __init__(self, sock: trio.socket.SocketType, allocate: bool) -> None:
+    def __init__(self, keeper: Keeper, suffix: str) -> None:
+        self._keeper, self._suffix = keeper, suffix
+
+    def hold(self, name: str, *fds: int) -> None:
+        self._keeper.hold(name + self._suffix, *fds)
+
+    def forget(self, name: str) -> None:
+        self._keeper.forget(name + self._suffix)
+
+    def get(self, name: str) -> list[int]:
+        return self._keeper.get(name + self._suffix)
+
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
+    async def accept(self, name: str = "owner") -> tuple[socket.socket, str]:
+        raise NotImplementedError
+
+
+class ConnectedOwner:
+    """An owner that has connected to a :class:`UffdListener`. Attach it once. ``keeper``: has its
+    connection, and keeps its map. ``resumes``: a process that was killed may have begun to fill its
+    memory."""
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        allocate: bool,
+        keeper: Keeper | None = None,
+        resumes: bool = False,
+    ) -> None:
         self._socket: trio.socket.SocketType | None = sock
         self._allocate = allocate
+        self._keeper = keeper
+        self._resumes = resumes
         #: the process that has connected; 0 if it is in a pid namespace that we do not see
         self.pid: int = struct.unpack(
             "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -313,10 +349,13 @@ class ConnectedOwner:
         sock, self._socket = self._socket, None
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
-                target = await _handshake(sock, region, None, resumes=False)
+                target = await _handshake(sock, region, self._keeper, self._resumes)
         except trio.TooSlowError:
-            sock.close()
+            self._turn_away(sock)
             raise _silent() from None
+        except HandshakeError:
+            self._turn_away(sock)
+            raise
         except BaseException:
             sock.close()
             raise
@@ -327,18 +366,34 @@ class ConnectedOwner:
     def close(self) -> None:
         """Turn it away, if it was not attached. Idempotent."""
         if self._socket is not None:
-            self._socket.close()
+            self._turn_away(self._socket)
             self._socket = None
+
+    def _turn_away(self, sock: trio.socket.SocketType) -> None:
+        sock.close()
+        if self._keeper is not None:
+            self._keeper.forget("owner")
 
 
 class UffdListener:
     """A unix socket on which any number of owners hand over their memory, one after the other, as
-    on a :class:`UffdSocket`."""
+    on a :class:`UffdSocket`. ``keeper``: keeps the socket, and accepts owners instead of
+    :meth:`accept`."""
 
-    def __init__(self, path: str | os.PathLike[str], *, allocate: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        allocate: bool = False,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.path = Path(path)
         self._allocate = allocate
-        self._file = UnixSocketFile(str(path), f"owners' socket {path}", socket.SOMAXCONN)
+        self._keeper = keeper
+        kept = [] if keeper is None else keeper.get("listener")
+        self._file = UnixSocketFile(str(path), f"owners' socket {path}", socket.SOMAXCONN, *kept)
+        if keeper is not None:
+            keeper.hold("listener", self._file.socket.fileno())
 
     async def accept(self) -> ConnectedOwner:
         """The next owner. :exc:`trio.ClosedResourceError` once it is closed."""
@@ -347,6 +402,9 @@ class UffdListener:
     def close(self) -> None:
         """Idempotent. Owners that have connected stay."""
         self._file.close()
+        if self._keeper is not None:
+            self._keeper.forget("listener")
+            self._keeper = None
 
 
 def _silent() -> HandshakeError:
@@ -426,7 +484,7 @@ class UffdSocket:
         assert self._file is not None
         if self._keeper is None:
             return (await self._file.socket.accept())[0]
-        sock = await self._keeper.accept() if kept is None else socket.socket(fileno=kept)
+        sock = (await self._keeper.accept())[0] if kept is None else socket.socket(fileno=kept)
         sock.setblocking(False)
         return trio.socket.from_stdlib_socket(sock)
 

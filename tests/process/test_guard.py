@@ -274,6 +274,27 @@ async def test_guard_is_killed(source: str, tmp_path: Path) -> None:
         await pulling.process.event("complete")
 
 
+async def test_guard_is_stopped(source: str, tmp_path: Path) -> None:
+    """One that does not answer is replaced, and starts nothing when it goes on."""
+    socket = tmp_path / "owner.sock"
+    before = set(guards())
+    async with (
+        run_server(source) as (_, uri),
+        guarded(uri, "--uffd-socket", str(socket), lane="native") as pulling,
+    ):
+        await pulling.process.event("waiting")
+        async with run_owner(socket, "anonymous, no uffd", "--touches", 64) as owner:
+            await pulling.process.event("owner")
+            [first] = set(guards()) - before
+            os.kill(first, signal.SIGSTOP)
+            await check_verified(owner)
+        await pulling.process.event("complete")
+        with suppress(ProcessLookupError):
+            os.kill(first, signal.SIGCONT)
+        assert await pulling.process.wait() == 0
+    assert "restarted" not in {event["event"] for event in pulling.process.events}
+
+
 async def test_destination_that_listens(source: str, tmp_path: Path) -> None:
     """On a port that the first one has chosen: the source finds the next one there."""
     socket = tmp_path / "owner.sock"

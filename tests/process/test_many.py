@@ -50,14 +50,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @asynccontextmanager
 async def hosting(
-    source: str, directory: Path, *options: str, threads: int = 2
+    source: str, directory: Path, *options: str, threads: int = 2, guard: bool = False
 ) -> AsyncIterator[tuple[Process, Path]]:
     """The daemon, and the socket of its owners. Its control socket is ``ctl``."""
     path = directory / "owners"
     more = ["--many", "--control", str(directory / "ctl"), "--threads", str(threads), *options]
     async with run_server(source, "--max-sessions", "200") as (_, uri):
-        command = pull_command(uri, "--uffd-socket", str(path), *more, lane="native")
-        async with run(command) as daemon:
+        to = (uri, "--uffd-socket", str(path), *more)
+        async with run(pull_command(*to, lane="native", guard=guard)) as daemon:
             await daemon.event("added")
             yield daemon, path
 
@@ -224,3 +224,35 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
             pull.main(["tcp://127.0.0.1:1", "--many", *wrong])
         assert ended.value.code == 2
         assert "--many is for --uffd-socket" in capsys.readouterr().err
+
+
+async def test_killed_again_and_again(source: str, tmp_path: Path) -> None:
+    """The guard starts the daemon again, which goes on with every guest, of a snapshot that was
+    added later too. No page of an owner without a userfaultfd of its own reads as zeros, and an
+    owner that comes meanwhile waits."""
+    there = tmp_path / "more"
+    async with hosting(source, tmp_path, "--max-bandwidth", "1M", guard=True) as (daemon, path):
+        async with connect_control(tmp_path / "ctl") as control:
+            [first] = (await control.command("status"))["snapshots"]
+            await control.command("add", name="o.ther", uri=first["uri"], uffd_socket=str(there))
+        async with AsyncExitStack() as stack:
+            guests = []
+            slowly = ("--think-us", 1000, "--threads", 2)
+            for kind in KINDS:
+                for where in (path, there):
+                    owner = run_workload(where, *touching(kind, *slowly))
+                    guests.append(await stack.enter_async_context(owner))
+            pid = daemon.pid
+            for _ in range(3):
+                await daemon.event("owner")
+                os.kill(pid, signal.SIGKILL)
+                pid = (await daemon.event("restarted"))["pid"]
+            owner = run_workload(there, *touching("anonymous, no uffd"))
+            guests.append(await stack.enter_async_context(owner))
+            for guest in guests:
+                await check_verified(guest)
+        async with connect_control(tmp_path / "ctl") as control:
+            status = await control.command("status")
+            assert [each["name"] for each in status["snapshots"]] == ["default", "o.ther"]
+            await control.command("stop")
+        await daemon.rest()  # of the last daemon: its output ends with it
