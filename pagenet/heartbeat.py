@@ -2,11 +2,14 @@
 connection.
 
 The kernel answers for a process that is stopped or hangs, and a path that swallows everything tells
-nobody. A beat comes from the program itself, so a side that hears none knows.
+nobody. A beat comes from the program itself, so a side that hears none knows. What comes on the
+session's lanes counts too: on a path that loses much, each connection alone stands still for
+seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 
 import trio
@@ -37,12 +40,18 @@ class Heartbeat:
 
     def __init__(self, stream: MessageStream, expects: bool) -> None:
         self._stream = stream
+        self._on_lanes: Callable[[], int] = lambda: 0
         self._expects = expects
         #: seconds since a byte of the peer came, without those in which this process stood still
         self.silent = 0.0
         self._silence = trio.Event()
         self._silent_at = -inf  # time of the last silence
         self._resumes = resumes_at_once(stream.connection)
+
+    def count_lanes(self, on_lanes: Callable[[], int]) -> None:
+        """Have a change of what ``on_lanes`` returns mean that something of the peer has come on
+        the session's lanes."""
+        self._on_lanes = on_lanes
 
     async def run(self) -> None:
         """Beat until cancelled. :exc:`ConnectionBroken` once the peer has sent nothing for
@@ -62,12 +71,12 @@ class Heartbeat:
                 return  # whoever receives on this connection learns it too, and knows why
 
     async def _listen(self) -> None:
-        heard, looked = self._stream.received, trio.current_time()
+        heard, looked = self._heard(), trio.current_time()
         while self.silent < PATIENCE:
             await trio.sleep(_LOOK)
             past, looked = trio.current_time() - looked, trio.current_time()
-            if heard != self._stream.received:
-                heard, self.silent = self._stream.received, 0.0
+            if heard != (heard := self._heard()):
+                self.silent = 0.0
                 if self._silence.is_set():
                     self._silence = trio.Event()
             else:
@@ -77,6 +86,9 @@ class Heartbeat:
                 self._silence.set()
         peer = self._stream.connection.peer
         raise ConnectionBroken(f"{peer} has sent nothing for {PATIENCE:g} s")
+
+    def _heard(self) -> tuple[int, int]:
+        return self._stream.received, self._on_lanes()
 
     @property
     def is_silent(self) -> bool:

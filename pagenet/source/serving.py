@@ -425,6 +425,7 @@ class Server:
         answered there and not here."""
         uri, session, hello = greeting.uri, greeting.session, greeting.hello
         heartbeat = _heartbeat(session, hello)
+        heartbeat.count_lanes(self._asked_for)  # there is no other session
         complete, successors = False, list[_Greeting]()
 
         async def serve_control() -> None:

@@ -74,6 +74,26 @@ async def test_silence(autojump_clock: trio.testing.MockClock) -> None:
     assert trio.current_time() - began == pytest.approx(6.5 + PATIENCE, abs=0.5)
 
 
+async def test_pages_are_no_silence(autojump_clock: trio.testing.MockClock) -> None:
+    """On a path that loses much, control may stand still while lanes do not."""
+    heart, _, _ = heartbeat()
+    pages = 0
+
+    def received() -> int:
+        return pages
+
+    heart.count_lanes(received)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heart.run)
+        for _ in range(30):
+            await trio.sleep(1)
+            pages += 1
+            assert not heart.is_silent
+        with trio.fail_after(SILENCE + 0.5):
+            await heart.wait_silent()
+        nursery.cancel_scope.cancel()
+
+
 async def test_our_own_stop_is_not_the_peers_silence(mock_clock: trio.testing.MockClock) -> None:
     """As if this process had been stopped for an hour."""
     heart, _, _ = heartbeat()
