@@ -20,13 +20,17 @@ from .protocol import Alive
 from .session import MessageStream
 from .transport import resumes_at_once
 
-__all__ = ["PATIENCE", "SILENCE", "Heartbeat"]
+__all__ = ["LONG_SILENCE", "PATIENCE", "SILENCE", "Heartbeat"]
 
 # Seconds between two beats.
 BEAT = 0.5
 #: Seconds without a byte after which the peer may have lost us, or we the peer: another session is
 #: tried beside this one. Three beats were lost by then, and TCP has repeated them.
 SILENCE = 1.5
+#: The same where the other session is in the place of this one as soon as it is answered, and TCP
+#: itself sends again within a second: a path that loses 30 % of its packets is silent for longer
+#: than SILENCE once a minute.
+LONG_SILENCE = 3.0
 #: Seconds without a byte after which the peer is lost.
 PATIENCE = 10.0
 # Seconds between two looks. If this process stands still for longer than two of them, that is not
@@ -36,9 +40,10 @@ _LOOK = 0.25
 
 class Heartbeat:
     """The beats on ``stream``, whose messages somebody else receives. ``expects``: the peer sends
-    beats, too; otherwise it is never silent."""
+    beats, too; otherwise it is never silent. ``replaced``: another session takes the place of this
+    one as soon as it is answered, and not only when its lanes are open."""
 
-    def __init__(self, stream: MessageStream, expects: bool) -> None:
+    def __init__(self, stream: MessageStream, expects: bool, replaced: bool = False) -> None:
         self._stream = stream
         self._on_lanes: Callable[[], int] = lambda: 0
         self._expects = expects
@@ -47,6 +52,7 @@ class Heartbeat:
         self._silence = trio.Event()
         self._silent_at = -inf  # time of the last silence
         self._resumes = resumes_at_once(stream.connection)
+        self._silence_seconds = LONG_SILENCE if replaced and self._resumes else SILENCE
 
     def count_lanes(self, on_lanes: Callable[[], int]) -> None:
         """Have a change of what ``on_lanes`` returns mean that something of the peer has come on
@@ -92,8 +98,8 @@ class Heartbeat:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come for ``SILENCE`` seconds."""
-        return self.silent >= SILENCE
+        """Whether nothing has come for ``SILENCE`` seconds, or ``LONG_SILENCE``."""
+        return self.silent >= self._silence_seconds
 
     @property
     def is_doubtful(self) -> bool:
@@ -103,7 +109,7 @@ class Heartbeat:
         return self.is_silent or (recently and not self._resumes)
 
     async def wait_silent(self) -> None:
-        """Return when nothing has come for ``SILENCE`` seconds."""
+        """Return when nothing has come for as long as :attr:`is_silent` has it."""
         while not self.is_silent:
             await self._silence.wait()
 

@@ -262,7 +262,7 @@ class AcceptedSources:
         if former is not None:
             wanted = tuple(channel for channel in wanted if channel is not Channel.STREAM)
         lanes = _Lanes(wanted)
-        session = SourceSession(stream, hello, lanes.open)
+        session = SourceSession(stream, hello, lanes.open, replaced=True)
         if former is not None:
             self._check_follows(session, former)
         self._session, before, self._lanes = session, self._lanes, lanes

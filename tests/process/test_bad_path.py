@@ -103,7 +103,7 @@ async def moving_rate(cable: Cable, source: str, socket: Path, lane: str, dials:
             seconds = time.monotonic() - began
             await check_verified(owner)
         assert await pulling.wait() == 0, pulling.stderr
-    assert "disconnected" not in [event["event"] for event in pulling.events]
+    assert not [event for event in pulling.events if event["event"] == "disconnected"]
     return size / seconds
 
 
