@@ -21,7 +21,7 @@ pytest: $(STAMP)
 	sh tools/bootstrap $(VENV) --tests
 	$(if $(TESTARGS),$(PY) -m pytest $(TESTARGS),$(PY) tools/test $(PARTS))
 
-# The figures of docs/reliability.md: make reliability ARGS="--faults 1000 --transfers 100"
+# The figures of docs/reliability.md: make reliability ARGS="--faults 1000 --transfers 100 --rdma 40"
 reliability: $(STAMP)
 	sh tools/bootstrap $(VENV) --tests
 	$(PY) tools/reliability.py $(ARGS)

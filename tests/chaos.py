@@ -5,6 +5,7 @@ What can be struck, and how, is the business of chaos_sites.py: here are only na
 
 from __future__ import annotations
 
+import array
 import random
 import time
 from collections import Counter
@@ -12,11 +13,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import trio
 
-__all__ = ["Fault", "Hand", "Record", "Stall", "Strike"]
+__all__ = ["Fault", "Hand", "Record", "Stall", "Strike", "read_stalls"]
 
 #: does something bad; returns when that is over
 Fault = Callable[[], Awaitable[None]]
@@ -29,6 +31,13 @@ class Stall(NamedTuple):
 
     end: float
     seconds: float
+
+
+def read_stalls(path: Path) -> list[Stall]:
+    """Those that a workload has written (--stalls-out)."""
+    found = array.array("Q")
+    found.frombytes(path.read_bytes())
+    return [Stall(end / 1e9, took / 1e9) for end, took in zip(found[::2], found[1::2], strict=True)]
 
 
 class Strike(NamedTuple):
@@ -49,12 +58,12 @@ class Record:
         """Count the strikes at one transfer, and what its owner noticed. A stall during which
         several faults came is that of the one that it lasted longest after."""
         self.faults.update(strike.name for strike in strikes)
-        ends = [strike.began for strike in strikes[1:]] + [inf]
+        ends = [*(strike.began for strike in strikes[1:]), inf]
         for stall in stalls:
             began = stall.end - stall.seconds
             shares = [
                 (min(stall.end, end) - max(began, strike.began), strike.name)
-                for strike, end in zip(strikes, ends, strict=True)
+                for strike, end in zip(strikes, ends, strict=False)
             ]
             share, name = max(shares, default=(0.0, ""))
             if share > 0:

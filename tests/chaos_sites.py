@@ -6,7 +6,6 @@ stood still. It fails unless every byte was right, and nobody had to type a word
 
 from __future__ import annotations
 
-import array
 import ctypes
 import itertools
 import json
@@ -22,8 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from cable import CUTS, Cable, Cut, plugged_cable
-from chaos import Fault, Hand, Stall
+from cable import CUTS, Cable, Cut, Host, plugged_cable
+from chaos import Fault, Hand, Stall, read_stalls
 from migrations import check_goes_on, migrate_command, run_incoming
 from processes import (
     LANES,
@@ -51,12 +50,11 @@ WITHOUT_MAP = (
     ("--memory", "anonymous", "--remove-share", "10"),
 )
 WITH_MAP = (("--memory", "memfd", "--keep-map", "--write-share", "30"),)
-# Of a guest, bytes; and how fast its pages may come, so that it is struck while it lacks some.
-_RAM, _WORK_MIB, _RATE = 48 << 20, 20, "24mbit"
+#: how fast a guest's pages may come, so that it is struck while it lacks some
+RATE = "24mbit"
 SLOWLY = ("--max-bandwidth", "2M", "--prefetch", "0,0", "--compress", "none")
 # Seconds without a heartbeat, which comes every 20 ms, that are a stall.
 _SILENT = 0.1
-_LATE = 60.0
 
 
 def name_of(pid: int) -> str:
@@ -121,6 +119,12 @@ class Daemon:
         kill(*guards_of(self.pid), self.pid)
 
 
+async def reset_at(host: Host) -> None:
+    """Reset all of its connections."""
+    killing = [*host.within, "ss", "-K", "-t", "state", "established"]
+    await trio.run_process(killing, capture_stdout=True, check=False)
+
+
 @dataclass
 class Site:
     """One transfer, and what the hand can reach of it. ``cable``: None over unix sockets."""
@@ -181,9 +185,7 @@ class Site:
             assert self.serving is not None
             shut_down(self.serving.pid, f"{self.directory}/link")
             return
-        host = self.chance.choice([self.cable.source, self.cable.destination])
-        killing = [*host.within, "ss", "-K", "-t", "state", "established"]
-        await trio.run_process(killing, capture_stdout=True, check=False)
+        await reset_at(self.chance.choice([self.cable.source, self.cable.destination]))
 
     async def kill_source(self) -> None:
         assert self.serving is not None
@@ -244,7 +246,7 @@ async def move_handshake(kinds: tuple[tuple[str, ...], ...], site: Site, hand: H
         assert site.pulling is not None
         async with hand.striking(site.faults()):
             await check_verified(owner)
-    return read_stalls(site.directory)
+    return read_stalls(site.directory / "stalls")
 
 
 @asynccontextmanager
@@ -277,12 +279,6 @@ async def handed_over(site: Site, kind: tuple[str, ...]) -> AsyncIterator[Proces
         yield owner
 
 
-def read_stalls(directory: Path) -> list[Stall]:
-    found = array.array("Q")
-    found.frombytes((directory / "stalls").read_bytes())
-    return [Stall(end / 1e9, took / 1e9) for end, took in zip(found[::2], found[1::2], strict=True)]
-
-
 async def move_own_memory(site: Site, hand: Hand) -> list[Stall]:
     """A program that pulls into memory of its own: if it is killed, so is the memory's owner."""
     source = str(write_pattern(site.directory / "source", SIZE))
@@ -306,18 +302,35 @@ async def move_own_memory(site: Site, hand: Hand) -> list[Stall]:
     return [Stall(stall["end"], stall["seconds"]) for stall in stalls]
 
 
+def machine(directory: Path, name: str, *extra: str) -> list[str]:
+    return bare_command(directory, name, memory=48 << 20, work=20, extra=extra)
+
+
 async def move_guest(site: Site, hand: Hand) -> list[Stall]:
-    """A guest of QEMU, struck once it runs at the destination. Over unix sockets it works on memory
-    that comes without a limit."""
-    if site.cable is not None:
-        await site.cable.limit(_RATE)
-    here = bare_command(site.directory, "a", memory=_RAM, work=_WORK_MIB)
-    there = bare_command(site.directory, "b", memory=_RAM, work=_WORK_MIB)
-    listen = [site.listener, "--plaintext", *SLOWLY]
+    """A guest of QEMU, struck once it runs at the destination."""
+    async with (
+        moved_guest(site) as (incoming, leaving, beats),
+        hand.striking(guest_faults(site, incoming, leaving)),
+    ):
+        await incoming.wait_complete()
+    return gaps(beats())
+
+
+@asynccontextmanager
+async def moved_guest(site: Site) -> AsyncIterator[tuple[Daemon, Daemon, Callable[[], list[Beat]]]]:
+    """A guest that has gone to the destination, without its pages. In the end it is well. The last
+    of what is yielded returns its heartbeats so far, on either machine."""
+    assert site.cable is not None
+    await site.cable.limit(RATE)
+    here, there = machine(site.directory, "a"), machine(site.directory, "b")
     async with (
         run_vm(here, site.directory, "a") as a,
         run_incoming(
-            site.directory, command=there, listen=listen, within=site.here, guard=True
+            site.directory,
+            command=there,
+            listen=[site.listener, "--plaintext", *SLOWLY],
+            within=site.here,
+            guard=True,
         ) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
@@ -328,15 +341,13 @@ async def move_guest(site: Site, hand: Hand) -> list[Stall]:
                 await leaving.event("resumed")
                 for side in sides:
                     nursery.start_soon(side.hear)
-                async with hand.striking(guest_faults(site, *sides)):
-                    await sides[0].wait_complete()
+                yield *sides, lambda: a.serial.beats + serial.beats
                 await check_goes_on(serial)
                 check_unbroken(a.serial, serial)
             finally:
                 for side in sides:
                     side.kill_all()
             nursery.cancel_scope.cancel()
-    return gaps(serial.beats)
 
 
 def guest_faults(site: Site, incoming: Daemon, leaving: Daemon) -> Mapping[str, Fault]:
@@ -431,4 +442,4 @@ async def outage_stall(site: Site, what: str, seconds: float) -> float:
 
         nursery.start_soon(strike)
         await check_verified(owner)
-    return max((stall.seconds for stall in read_stalls(site.directory)), default=0.0)
+    return max((stall.seconds for stall in read_stalls(site.directory / "stalls")), default=0.0)
