@@ -23,6 +23,7 @@ __all__ = ["METHODS", "OUTAGES", "stall_of"]
 
 #: what happens, and for how many seconds
 OUTAGES: list[tuple[str, float]] = [
+    ("nothing", 0.0),
     *[("swallowed", seconds) for seconds in (1.5, 6.5, 15.0)],
     ("down at the source", 7.0),
     ("reset", 0.0),
@@ -57,7 +58,7 @@ async def _strike(cable: Cable, what: str, seconds: float) -> None:
     await trio.sleep(_UNDISTURBED)
     if what in CUTS:
         await cut_for(cable, CUTS[CUTS.index(what)], seconds)
-    else:
+    elif what == "reset":
         await reset_at(cable.source)
 
 

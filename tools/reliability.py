@@ -22,9 +22,8 @@ from pathlib import Path
 
 import trio
 
-_TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(_TESTS / "rdma"))
-sys.path.insert(0, str(_TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "rdma"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import qemu_recovery
 from chaos import Hand, Record

@@ -60,6 +60,11 @@ def test_whose_stall_it_is() -> None:
         "transfers": {},
         "faults": {"cut": [1, 2.5], "guard killed": [1, 0.0], "reset": [1, 0.3]},
     }
+    record.merge({"a guest": 1}, {"cut": [2, 1.0], "reset": [1, 0.5]})
+    assert record.fields() == {
+        "transfers": {"a guest": 1},
+        "faults": {"cut": [3, 2.5], "guard killed": [1, 0.0], "reset": [2, 0.5]},
+    }
 
 
 @pytest.mark.soak
