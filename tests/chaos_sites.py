@@ -53,6 +53,7 @@ WITH_MAP = (("--memory", "memfd", "--keep-map", "--write-share", "30"),)
 #: how fast a guest's pages may come, so that it is struck while it lacks some
 RATE = "24mbit"
 SLOWLY = ("--max-bandwidth", "2M", "--prefetch", "0,0", "--compress", "none")
+_PIDFD_GETFD = 438
 # Seconds without a heartbeat, which comes every 20 ms, that are a stall.
 _SILENT = 0.1
 
@@ -218,19 +219,30 @@ class Site:
 
 def shut_down(pid: int, path: str) -> None:
     """End all connections of a process over the socket file ``path``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pidfd = os.pidfd_open(pid)
+    libc = ctypes.CDLL(None)
     try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            if (fd := libc.syscall(438, pidfd, int(number), 0)) < 0:  # pidfd_getfd
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
                 continue
-            with suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            with suppress(OSError), socket.socket(fileno=take_fd(libc, pidfd, int(name))) as sock:
                 listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if path in (sock.getsockname(), sock.getpeername()) and not listens:
+                if not listens and path in (sock.getsockname(), sock.getpeername()):
                     sock.shutdown(socket.SHUT_RDWR)
-            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended meanwhile, or has closed one
     finally:
         os.close(pidfd)
+
+
+def take_fd(libc: ctypes.CDLL, pidfd: int, number: int) -> int:
+    """A duplicate of another process's descriptor."""
+    if (fd := libc.syscall(_PIDFD_GETFD, pidfd, number, 0)) < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return int(fd)
 
 
 # ---- owners ----
