@@ -117,6 +117,12 @@ class Hand:
         self._strikes: list[Strike] = []
         self._decks: dict[str, list[Any]] = {}
 
+    def story(self) -> str:
+        """What it has done to the transfer that is under way, with the seconds since the first."""
+        strikes = self._strikes
+        told = [f"{strike.began - strikes[0].began:.1f} s {strike.name}" for strike in strikes]
+        return ", ".join(told)
+
     @property
     def is_done(self) -> bool:
         return self.record.faults.total() + len(self._strikes) >= self._most

@@ -408,7 +408,12 @@ async def transfer(kind: str, hand: Hand, directory: Path) -> None:
         lane = hand.draw("lanes", LANES)
         dials = kind.startswith("QEMU") or hand.draw("who dials", (False, True))
         site = Site(cable, directory, lane, chance, dials)
-        hand.note(kind, await move(site, hand))
+        try:
+            stalls = await move(site, hand)
+        except BaseException:
+            print(f"{kind}, lanes {lane}, source dials: {dials}; {hand.story()}", file=sys.stderr)
+            raise
+        hand.note(kind, stalls)
 
 
 # ---- one outage ----
