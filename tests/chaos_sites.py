@@ -113,7 +113,13 @@ class Daemon:
             await self._restarted.wait()
 
     async def kill_guard(self) -> None:
-        kill(*guards_of(self.pid))
+        """And wait until there is another: a daemon that is killed at the same time as its guard is
+        not started again."""
+        before = guards_of(self.pid)
+        kill(*before)
+        with trio.move_on_after(3):  # it may be complete, and need none
+            while set(guards_of(self.pid)) <= set(before):  # noqa: ASYNC110
+                await trio.sleep(0.005)
 
     def kill_all(self) -> None:
         """With its guard, so that nothing is started again."""

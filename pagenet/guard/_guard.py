@@ -64,6 +64,13 @@ class Guard:
         self._keep(name, [os.dup(fd) for fd in fds] or None)
         return fds
 
+    def share(self, names: Sequence[str]) -> None:
+        """Hold here, too, what it holds under ``names``: it may be killed before this process gets
+        to that."""
+        for name in names:
+            for fd in self.get(name):
+                os.close(fd)
+
     def _keep(self, name: str, fds: list[int] | None) -> None:
         for fd in self._held.pop(name, []):
             os.close(fd)
@@ -259,7 +266,9 @@ def dismiss() -> None:
 
 def _begin() -> Guard:
     if _VARIABLE in os.environ:
-        return Guard(*_take_over())
+        guard = Guard(*_take_over())
+        guard.share(_KEPT)
+        return guard
     sock, process, is_stored = _spawn()
     return _StoringGuard(sock, process) if is_stored else Guard(sock, process)
 
