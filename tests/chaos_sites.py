@@ -83,12 +83,24 @@ async def stop(pid: int, seconds: float) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+async def child_of(guards: list[int]) -> int:
+    """What one of them has started, once it has."""
+    while True:
+        for guard in guards:
+            for child in children_of(guard):
+                if name_of(child) != "pagenet-guard":
+                    return child
+        await trio.sleep(0.005)
+
+
 class Daemon:
     """One of pagenet's commands, which its guard may have started again. ``pid``: of the one that
-    runs now."""
+    runs now. ``replaced``: once killed, it is replaced by a pagenet-serve, which has that guard
+    alone, and says nothing of it."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, replaced: bool = False) -> None:
         self.process, self.pid = process, process.pid
+        self._replaced = replaced
         self._restarted = trio.Event()
         self._complete = trio.Event()
 
@@ -108,9 +120,17 @@ class Daemon:
     async def kill(self) -> None:
         """Kill it, and wait until its guard has started another."""
         self._restarted = trio.Event()
+        guards = guards_of(self.pid)
         kill(self.pid)
         with trio.move_on_after(3):  # it may be complete, and have ended just now
-            await self._restarted.wait()
+            if self._replaced:
+                self.pid = await child_of(guards)
+            else:
+                await self._restarted.wait()
+
+    @property
+    def makes_guards(self) -> bool:
+        return not self._replaced or self.pid == self.process.pid
 
     async def kill_guard(self) -> None:
         """And wait until there is another: a daemon that is killed at the same time as its guard is
@@ -354,7 +374,7 @@ async def moved_guest(site: Site) -> AsyncIterator[tuple[Daemon, Daemon, Callabl
         await a.serial.wait_sweeps(1)
         command = migrate_command(a.qmp, uri, "--precopy", "off", guard=True)
         async with run([*site.there, *command]) as leaving, trio.open_nursery() as nursery:
-            sides = Daemon(incoming), Daemon(leaving)
+            sides = Daemon(incoming), Daemon(leaving, replaced=True)
             try:
                 await leaving.event("resumed")
                 for side in sides:
@@ -362,6 +382,11 @@ async def moved_guest(site: Site) -> AsyncIterator[tuple[Daemon, Daemon, Callabl
                 yield *sides, lambda: a.serial.beats + serial.beats
                 await check_goes_on(serial)
                 check_unbroken(a.serial, serial)
+            except BaseException:
+                for side in sides:
+                    told = [said for said in side.process.events if said["event"] != "progress"]
+                    print(side.pid, told[-8:], side.process.stderr[-2000:], file=sys.stderr)
+                raise
             finally:
                 for side in sides:
                     side.kill_all()
@@ -370,7 +395,8 @@ async def moved_guest(site: Site) -> AsyncIterator[tuple[Daemon, Daemon, Callabl
 
 def guest_faults(site: Site, incoming: Daemon, leaving: Daemon) -> Mapping[str, Fault]:
     async def kill_guard() -> None:
-        await site.chance.choice([incoming, leaving]).kill_guard()
+        able = [side for side in (incoming, leaving) if side.makes_guards]
+        await site.chance.choice(able).kill_guard()
 
     async def stop_one(side: Daemon) -> None:
         await stop(side.pid, site.chance.uniform(0.1, 2.0))
