@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but make: tools/bootstrap finds or installs the rest.
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint pytest dist generate api clean
+.PHONY: demo test check lint pytest reliability dist generate api clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -20,6 +20,11 @@ test: lint pytest
 pytest: $(STAMP)
 	sh tools/bootstrap $(VENV) --tests
 	$(if $(TESTARGS),$(PY) -m pytest $(TESTARGS),$(PY) tools/test $(PARTS))
+
+# The figures of docs/reliability.md: make reliability ARGS="--faults 1000 --transfers 100 --rdma 40"
+reliability: $(STAMP)
+	sh tools/bootstrap $(VENV) --tests
+	$(PY) tools/reliability.py $(ARGS)
 
 # What takes no root and no other process: within a minute or two.
 check: lint

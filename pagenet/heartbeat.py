@@ -2,11 +2,14 @@
 connection.
 
 The kernel answers for a process that is stopped or hangs, and a path that swallows everything tells
-nobody. A beat comes from the program itself, so a side that hears none knows.
+nobody. A beat comes from the program itself, so a side that hears none knows. What comes on the
+session's lanes counts too: on a path that loses much, each connection alone stands still for
+seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 
 import trio
@@ -17,13 +20,17 @@ from .protocol import Alive
 from .session import MessageStream
 from .transport import resumes_at_once
 
-__all__ = ["PATIENCE", "SILENCE", "Heartbeat"]
+__all__ = ["LONG_SILENCE", "PATIENCE", "SILENCE", "Heartbeat"]
 
 # Seconds between two beats.
 BEAT = 0.5
 #: Seconds without a byte after which the peer may have lost us, or we the peer: another session is
 #: tried beside this one. Three beats were lost by then, and TCP has repeated them.
 SILENCE = 1.5
+#: The same where the other session is in the place of this one as soon as it is answered, and TCP
+#: itself sends again within a second: a path that loses 30 % of its packets is silent for longer
+#: than SILENCE once a minute.
+LONG_SILENCE = 3.0
 #: Seconds without a byte after which the peer is lost.
 PATIENCE = 10.0
 # Seconds between two looks. If this process stands still for longer than two of them, that is not
@@ -33,16 +40,24 @@ _LOOK = 0.25
 
 class Heartbeat:
     """The beats on ``stream``, whose messages somebody else receives. ``expects``: the peer sends
-    beats, too; otherwise it is never silent."""
+    beats, too; otherwise it is never silent. ``replaced``: another session takes the place of this
+    one as soon as it is answered, and not only when its lanes are open."""
 
-    def __init__(self, stream: MessageStream, expects: bool) -> None:
+    def __init__(self, stream: MessageStream, expects: bool, replaced: bool = False) -> None:
         self._stream = stream
+        self._on_lanes: Callable[[], int] = lambda: 0
         self._expects = expects
         #: seconds since a byte of the peer came, without those in which this process stood still
         self.silent = 0.0
         self._silence = trio.Event()
         self._silent_at = -inf  # time of the last silence
         self._resumes = resumes_at_once(stream.connection)
+        self._silence_seconds = LONG_SILENCE if replaced and self._resumes else SILENCE
+
+    def count_lanes(self, on_lanes: Callable[[], int]) -> None:
+        """Have a change of what ``on_lanes`` returns mean that something of the peer has come on
+        the session's lanes."""
+        self._on_lanes = on_lanes
 
     async def run(self) -> None:
         """Beat until cancelled. :exc:`ConnectionBroken` once the peer has sent nothing for
@@ -62,12 +77,12 @@ class Heartbeat:
                 return  # whoever receives on this connection learns it too, and knows why
 
     async def _listen(self) -> None:
-        heard, looked = self._stream.received, trio.current_time()
+        heard, looked = self._heard(), trio.current_time()
         while self.silent < PATIENCE:
             await trio.sleep(_LOOK)
             past, looked = trio.current_time() - looked, trio.current_time()
-            if heard != self._stream.received:
-                heard, self.silent = self._stream.received, 0.0
+            if heard != (heard := self._heard()):
+                self.silent = 0.0
                 if self._silence.is_set():
                     self._silence = trio.Event()
             else:
@@ -78,10 +93,13 @@ class Heartbeat:
         peer = self._stream.connection.peer
         raise ConnectionBroken(f"{peer} has sent nothing for {PATIENCE:g} s")
 
+    def _heard(self) -> tuple[int, int]:
+        return self._stream.received, self._on_lanes()
+
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come for ``SILENCE`` seconds."""
-        return self.silent >= SILENCE
+        """Whether nothing has come for ``SILENCE`` seconds, or ``LONG_SILENCE``."""
+        return self.silent >= self._silence_seconds
 
     @property
     def is_doubtful(self) -> bool:
@@ -91,7 +109,7 @@ class Heartbeat:
         return self.is_silent or (recently and not self._resumes)
 
     async def wait_silent(self) -> None:
-        """Return when nothing has come for ``SILENCE`` seconds."""
+        """Return when nothing has come for as long as :attr:`is_silent` has it."""
         while not self.is_silent:
             await self._silence.wait()
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 import trio
+from bad_path import BadPath
 from processes import Process, run
 
 needs_cable = pytest.mark.skipif(
@@ -77,8 +78,9 @@ class Cable:
 
 
 @asynccontextmanager
-async def plugged_cable() -> AsyncIterator[Cable]:
-    """The namespaces have no names, and end with the processes that hold them."""
+async def plugged_cable(path: BadPath | None = None) -> AsyncIterator[Cable]:
+    """The namespaces have no names, and end with the processes that hold them. ``path``: what takes
+    the cable's place."""
     async with AsyncExitStack() as stack:
         hosts = []
         for name, address in (("source", "10.77.0.1"), ("destination", "10.77.0.2")):
@@ -93,7 +95,12 @@ async def plugged_cable() -> AsyncIterator[Cable]:
             hosts.append(Host(name, address, within, ip))
             number = holder.pid
         source, destination = hosts
-        await source.tell(f"link add source type veth peer name destination netns {number}")
+        if path is None:
+            await source.tell(f"link add source type veth peer name destination netns {number}")
+        else:
+            relay = await stack.enter_async_context(run([*source.within, *path.command()]))
+            assert await relay.line() == "", relay.stderr
+            await source.tell(f"link set destination netns {number}")
         for host in hosts:
             await host.tell(
                 f"address add {host.address}/24 dev {host.name}",

@@ -154,6 +154,10 @@ class Command:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill it, if it still runs."""
         if self._status is None:
             self.kill()
         self._said.close()

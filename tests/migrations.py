@@ -169,6 +169,10 @@ async def run_out(control: Path) -> None:
 ALONE = ("--no-guard",)
 
 
+def alone(guard: bool) -> tuple[str, ...]:
+    return () if guard else ALONE
+
+
 def pagenet_qemu(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pagenet.cli.qemu", *arguments]
 
@@ -178,12 +182,15 @@ def attach_command(monitor: Path, *options: str) -> list[str]:
     return pagenet_qemu("incoming", "--json", *ALONE, "--qmp", str(monitor), *listen, *options)
 
 
-def incoming_command(uri: str, *options: str, command: Sequence[str]) -> list[str]:
-    return pagenet_qemu("incoming", "--json", *ALONE, "--listen", uri, *options, "--", *command)
+def incoming_command(
+    uri: str, *options: str, command: Sequence[str], guard: bool = False
+) -> list[str]:
+    listen = (*alone(guard), "--listen", uri, *options)
+    return pagenet_qemu("incoming", "--json", *listen, "--", *command)
 
 
-def migrate_command(monitor: Path, uri: str, *options: str) -> list[str]:
-    return pagenet_qemu("migrate", "--json", *ALONE, "--qmp", str(monitor), uri, *options)
+def migrate_command(monitor: Path, uri: str, *options: str, guard: bool = False) -> list[str]:
+    return pagenet_qemu("migrate", "--json", *alone(guard), "--qmp", str(monitor), uri, *options)
 
 
 def resume_command(uri: str, *options: str) -> list[str]:
@@ -198,17 +205,18 @@ async def run_incoming(
     command: Sequence[str] = (),
     listen: Sequence[str] = (),
     within: Sequence[str] = (),
+    guard: bool = False,
 ) -> AsyncIterator[tuple[Process, Serial, str]]:
     """``pagenet-qemu incoming``, its guest's output, and where it listens. At the end its QEMU is
     killed, whichever process is its parent. ``within``: the prefix of a command that runs it
-    somewhere else."""
+    somewhere else. ``guard``: it is started again if it is killed."""
     command = command or bare_command(directory, name)
     listen = listen or ["tcp://127.0.0.1:0"]
     serial = Serial(name)
     pid = 0
     try:
         async with (
-            run([*within, *incoming_command(*listen, command=command)]) as process,
+            run([*within, *incoming_command(*listen, command=command, guard=guard)]) as process,
             trio.open_nursery() as nursery,
         ):
             pid = (await process.event("qemu"))["pid"]

@@ -46,7 +46,7 @@
 
 enum { MAX_MAPPINGS = 64, MAX_THREADS = 4096, BUCKETS = 320 };
 enum { HUGE_PAGE = 2 << 20, GAP = HUGE_PAGE }; /* a gap keeps the alignment that huge pages need */
-enum { MS = 1000 * 1000, SLOW_NS = 5000, RECORDED_NS = 2000 };
+enum { MS = 1000 * 1000, SLOW_NS = 5000, RECORDED_NS = 2000, STALL_NS = 20 * MS };
 enum { CONNECT_MS = 5000, CLOSE_MS = 5000, TICK_MS = 1, PROGRESS_MS = 1000 };
 enum { ZIPF_NEIGHBOURS = 64, LONG_MESSAGE_ENTRIES = 10000 };
 
@@ -79,7 +79,7 @@ enum bad_handshake {
 
 /* Numbers of every kind are uint64_t, so the table can tell where each goes. */
 struct options {
-    const char *socket, *dir, *latency_out;
+    const char *socket, *dir, *latency_out, *stalls_out;
     uint64_t sizes[MAX_MAPPINGS], mappings;
     uint64_t memory, registration, remove_events;
     uint64_t threads, order, stride, touches, think_us, write_share, remove_share;
@@ -138,6 +138,9 @@ static const struct spec specs[] = {
      "keep no userfaultfd here: if the handler's is closed, missing pages read as zeros"},
     {"latency-out", TEXT, AT(latency_out), "FILE",
      "native uint64 ns of each touch that took more than 2 us"},
+    {"stalls-out", TEXT, AT(stalls_out), "FILE",
+     "write of each touch that took over 20 ms its end (CLOCK_MONOTONIC) and how long it took, two "
+     "64-bit numbers of ns"},
     {"gone-after", NUMBER, AT(gone_after), "MS",
      "_exit(9) that long after the handshake (0: never)"},
     {"bad-handshake", CHOICE, AT(bad_handshake), "no|json|nofd|overlap|past-end|empty|huge|long",
@@ -321,7 +324,7 @@ struct owner {
     int uffd, memory_fd, map_fd, socket, parent_fd;
     bool watched;
     pthread_t watcher;
-    FILE *latencies;
+    FILE *latencies, *stalls;
     _Atomic uint32_t *writes; /* of a page: announced before they are made */
     _Atomic uint8_t *marks;   /* of a page */
     _Atomic uint8_t *holes;   /* of a unit: written by the main thread alone */
@@ -958,6 +961,8 @@ static void record(struct toucher *toucher, uint64_t took) {
     atomic_fetch_add_explicit(&toucher->touches, 1, memory_order_relaxed);
     if (took > RECORDED_NS && toucher->owner->latencies)
         fwrite(&took, sizeof took, 1, toucher->owner->latencies);
+    if (took > STALL_NS && toucher->owner->stalls)
+        fwrite((uint64_t[]){now(), took}, 2 * sizeof took, 1, toucher->owner->stalls);
 }
 
 static void think(uint64_t microseconds) {
@@ -1236,17 +1241,19 @@ static uint64_t report(const struct owner *owner, const struct toucher *touchers
 
 /* ---- the program ---- */
 
-static int open_latencies(struct owner *owner) {
-    if (!owner->options.latency_out)
+static int open_output(const char *path, FILE **file) {
+    if (!path)
         return 0;
-    owner->latencies = fopen(owner->options.latency_out, "wbe");
-    return owner->latencies ? 0 : -errno;
+    *file = fopen(path, "wbe");
+    return *file ? 0 : -errno;
 }
 
 static int prepare(struct owner *owner) {
-    int error = open_latencies(owner);
+    int error = open_output(owner->options.latency_out, &owner->latencies);
     if (error)
         return complain(USAGE, "--latency-out", error);
+    if ((error = open_output(owner->options.stalls_out, &owner->stalls)))
+        return complain(USAGE, "--stalls-out", error);
     if ((error = map_memory(owner)))
         return complain(REFUSED, "memory", error);
     if ((error = open_uffd(owner)))
@@ -1295,6 +1302,8 @@ static void close_all(struct owner *owner) {
     stop_watching(owner);
     if (owner->latencies)
         fclose(owner->latencies);
+    if (owner->stalls)
+        fclose(owner->stalls);
     if (owner->reserved)
         munmap(owner->reserved, owner->reserved_bytes);
     close_if_open(owner->socket);

@@ -107,6 +107,7 @@ class Connecting:
     ) -> _Opening:
         """Run the lanes over this session. Returns the next session, with the same source, which
         answers there and not here, and its lanes."""
+        self.session.heartbeat.count_lanes(lambda: self._filling.received)
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self.session.watch, on_round)
             nursery.start_soon(self._run_lanes, begun)
@@ -119,13 +120,18 @@ class Connecting:
         return successor
 
     async def _successor(self) -> _Opening:
-        """Another session with its lanes. If this is cancelled, :meth:`_connect` goes on with it,
-        because the source may close the silent session first."""
+        """Another session with its lanes, if this one is still silent once they are open. If this
+        is cancelled, :meth:`_connect` goes on with it, because the source may close the silent
+        session first."""
         while True:
             if self._next is None:
                 self._next = _Opening(await self._sources.successor(self.session))
             with suppress(*NOT_NOW):
-                return await self._open_next(self._next)
+                opening = await self._open_next(self._next)
+                if self._sources.leave_former or self.session.may_be_followed:
+                    return opening
+                await opening.session.say_bye(complete=False)
+                opening.session.close()
 
     async def _open_next(self, opening: _Opening) -> _Opening:
         try:

@@ -520,6 +520,12 @@ class Filling:
             self.completed.set()
 
     @property
+    def received(self) -> int:
+        """Changes with what comes from the source."""
+        statistics = self.statistics()
+        return statistics.done + statistics.wire_bytes
+
+    @property
     def waiting_faults(self) -> int:
         return len(self._faulted_at)
 

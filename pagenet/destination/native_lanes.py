@@ -211,7 +211,8 @@ class LoopLanes:
         """Keep the ring filled with what the schedule names: fill it up each time that half of it
         is used up. ``sizes``: bytes of each run in it."""
         room, filled = RING_BYTES[0], trio.current_time()
-        if sizes:  # what former loops left in it
+        if sizes:  # what former loops left in it, which nobody has told this one of
+            ring.wake()
             await self._half_empty(ring, sizes)
         while True:
             run: Run | None = await self._background.next_run(room // RUNS_IN_RING)

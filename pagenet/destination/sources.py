@@ -38,7 +38,10 @@ _FEATURES = frozenset({ALIVE, TRACKED})
 
 
 class Sources(Protocol):
-    """Sessions with one source, one after the other."""
+    """Sessions with one source, one after the other. ``leave_former``: a source that gets another
+    session has left the one before."""
+
+    leave_former: bool
 
     async def meet(self) -> SourceSession:
         """The first session."""
@@ -72,6 +75,8 @@ def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
 
 class DialledSources:
     """:class:`Sources` by dialling ``uri``."""
+
+    leave_former = False
 
     def __init__(self, uri: str, tls: Tls | None) -> None:
         self._uri, self._tls = uri, tls
@@ -186,6 +191,8 @@ class AcceptedSources:
     opens unasked is for ``on_stream``.
     """
 
+    leave_former = True
+
     def __init__(
         self, channels: Sequence[Channel], on_stream: StreamHandler | None, on_event: EventHandler
     ) -> None:
@@ -255,7 +262,7 @@ class AcceptedSources:
         if former is not None:
             wanted = tuple(channel for channel in wanted if channel is not Channel.STREAM)
         lanes = _Lanes(wanted)
-        session = SourceSession(stream, hello, lanes.open)
+        session = SourceSession(stream, hello, lanes.open, replaced=True)
         if former is not None:
             self._check_follows(session, former)
         self._session, before, self._lanes = session, self._lanes, lanes

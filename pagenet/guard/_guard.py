@@ -69,6 +69,12 @@ class Guard:
         answer, _ = self._ask(b"L")
         return [os.fsdecode(name) for name in answer[1:].split(b"\0") if name]
 
+    def share(self) -> None:
+        """Hold here, too, all that it holds: it may be killed before this process gets to that."""
+        for name in self.names():
+            for fd in self.get(name):
+                os.close(fd)
+
     def _keep(self, name: str, fds: list[int] | None) -> None:
         for fd in self._held.pop(name, []):
             os.close(fd)
@@ -281,7 +287,9 @@ def dismiss() -> None:
 
 def _begin() -> Guard:
     if _VARIABLE in os.environ:
-        return Guard(*_take_over())
+        guard = Guard(*_take_over())
+        guard.share()
+        return guard
     sock, process, is_stored = _spawn()
     return _StoringGuard(sock, process) if is_stored else Guard(sock, process)
 

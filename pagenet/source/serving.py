@@ -100,8 +100,8 @@ class _Session:
             self.lane_count -= 1
 
 
-def _heartbeat(session: _Session, hello: Hello) -> Heartbeat:
-    return Heartbeat(session.control, ALIVE in hello.features)
+def _heartbeat(session: _Session, hello: Hello, replaced: bool = False) -> Heartbeat:
+    return Heartbeat(session.control, ALIVE in hello.features, replaced)
 
 
 class _Left(ConnectionBroken):
@@ -424,7 +424,8 @@ class Server:
         """Serve a destination until it is done. Returns the greeting of its next session, if it has
         answered there and not here."""
         uri, session, hello = greeting.uri, greeting.session, greeting.hello
-        heartbeat = _heartbeat(session, hello)
+        heartbeat = _heartbeat(session, hello, replaced=True)
+        heartbeat.count_lanes(self._asked_for)  # there is no other session
         complete, successors = False, list[_Greeting]()
 
         async def serve_control() -> None:

@@ -8,7 +8,6 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-import migrations
 import pytest
 from migrations import check_goes_on, migrate_command, run_incoming, run_out
 from processes import run
@@ -22,18 +21,15 @@ MEMORY = 128 << 20
 
 
 @pytest.mark.parametrize("victim", ["incoming", "migrate", "both"])
-async def test_killed_after_the_guest_has_moved(
-    victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(migrations, "ALONE", ())
+async def test_killed_after_the_guest_has_moved(victim: str, tmp_path: Path) -> None:
     there = bare_command(tmp_path, "b", memory=MEMORY, work=96)
     listen = ["tcp://127.0.0.1:0", *SLOWLY, "--control", str(tmp_path / "ctl")]
     async with (
         run_vm(bare_command(tmp_path, "a", memory=MEMORY, work=96), tmp_path, "a") as a,
-        run_incoming(tmp_path, command=there, listen=listen) as (incoming, serial, uri),
+        run_incoming(tmp_path, command=there, listen=listen, guard=True) as (incoming, serial, uri),
     ):
         await a.serial.wait_sweeps(1)
-        async with run(migrate_command(a.qmp, uri, "--precopy", "off")) as leaving:
+        async with run(migrate_command(a.qmp, uri, "--precopy", "off", guard=True)) as leaving:
             await leaving.event("resumed")
             pids = []
             if victim in ("incoming", "both"):

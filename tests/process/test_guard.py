@@ -17,6 +17,7 @@ from processes import (
     PAGE,
     Process,
     check_verified,
+    children_of,
     parent_of,
     pull_command,
     run,
@@ -119,6 +120,32 @@ async def test_killed_again_and_again(kind: str, lane: str, source: str, tmp_pat
             await check_verified(owner)
         await pulling.process.event("complete")
     assert not socket.exists()
+
+
+async def test_guard_is_killed_while_the_source_is_away(source: str, tmp_path: Path) -> None:
+    """A pagenet-pull that was started again has not got to its owner yet, and the guard was the
+    last that held it."""
+    socket, uri = tmp_path / "owner.sock", f"unix:{tmp_path / 'link'}"
+    listen = (uri, "--listen", "--uffd-socket", str(socket), *SLOWLY)
+    async with guarded(*listen, lane="native") as pulling:
+        await pulling.process.event("listening")
+        async with run(serve_command(source, "--connect", uri)) as serving:
+            await pulling.process.event("waiting")
+            touches = ("--threads", 4, "--think-us", 2000)
+            async with run_owner(socket, "anonymous, no uffd", *touches) as owner:
+                await pulling.process.event("owner")
+                await serving.kill()
+                await pulling.kill_and_wait()
+                await pulling.process.event("listening")
+                os.kill(parent_of(pulling.pid), signal.SIGKILL)
+                with trio.fail_after(10):
+                    while not children_of(pulling.pid):  # noqa: ASYNC110
+                        await trio.sleep(0.005)
+                await pulling.kill_and_wait()
+                await pulling.process.event("listening")
+                async with run(serve_command(source, "--connect", uri)):
+                    await check_verified(owner)
+                    await pulling.process.event("complete")
 
 
 #: Kills the process that has just read a removal from a userfaultfd, once for each file

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -33,6 +33,8 @@ SIZE = 32 << 20
 #: slow enough that the source never has sent everything before it is killed
 SLOWLY = ("--max-bandwidth", "20M")
 TOUCHES: tuple[str | int, ...] = ("--touches", 2 * SIZE // PAGE, "--wait-complete")
+#: four threads touch at most 16 MB in a second
+RARELY = ("--touches", SIZE // PAGE // 4, "--think-us", 1000, "--wait-complete")
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +55,19 @@ def run_owner(socket: Path, memory: str, *more: str | int) -> AbstractAsyncConte
 
 @asynccontextmanager
 async def filling(
-    uri: str, directory: Path, lane: str, memory: str, *more: str
+    uri: str,
+    directory: Path,
+    lane: str,
+    memory: str,
+    *more: str,
+    touches: Sequence[str | int] = TOUCHES,
 ) -> AsyncIterator[tuple[Process, Process]]:
     """A pagenet-pull, and an owner without a map, as Firecracker is one."""
     socket = directory / "owner.sock"
     command = pull_command(uri, "--uffd-socket", str(socket), *SLOWLY, *more, lane=lane)
     async with run(command) as pulling:
         await pulling.event("waiting")
-        async with run_owner(socket, memory, *TOUCHES, "--threads", 4) as owner:
+        async with run_owner(socket, memory, *touches, "--threads", 4) as owner:
             await pulling.event("owner")
             yield pulling, owner
 
@@ -128,9 +135,30 @@ async def test_connections_are_reset(lane: str, source: str, tmp_path: Path) -> 
     async with (
         run_server(source) as (_, uri),
         run_relay(uri, hold_after=1 << 40) as relay,
-        filling(relay.uri, tmp_path, lane, "memfd") as (pulling, owner),
+        filling(relay.uri, tmp_path, lane, "memfd", touches=RARELY) as (pulling, owner),
     ):
         for _ in range(5):
+            await trio.sleep(0.1)
+            await relay.cut()
+            await pulling.event("disconnected")
+            await pulling.event("reconnected")
+        await completes(pulling, owner)
+
+
+@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("schedule", ["hot", "follow", "linear"])
+async def test_untouched_pages_come_too(
+    schedule: str, lane: str, source: str, tmp_path: Path
+) -> None:
+    """No thread touches them: the background asks again for what it had asked for, and goes on."""
+    more = ("--background", schedule)
+    untouched = ("--order", "none", "--wait-complete")
+    async with (
+        run_server(source) as (_, uri),
+        run_relay(uri, hold_after=1 << 40) as relay,
+        filling(relay.uri, tmp_path, lane, "memfd", *more, touches=untouched) as (pulling, owner),
+    ):
+        for _ in range(3):
             await trio.sleep(0.1)
             await relay.cut()
             await pulling.event("disconnected")

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from pagenet import ConnectionBroken, SourceUnreachable, UsageError
-from pagenet.heartbeat import PATIENCE, SILENCE, Heartbeat
+from pagenet.heartbeat import LONG_SILENCE, PATIENCE, SILENCE, Heartbeat
 from pagenet.nurseries import open_failing_nursery, running_beside
 from pagenet.protocol import Alive, Failure, encode_message
 from pagenet.redialling import PAUSE, dial_again
@@ -72,6 +72,39 @@ async def test_silence(autojump_clock: trio.testing.MockClock) -> None:
         with pytest.raises(ConnectionBroken, match=r"has sent nothing for 10 s"):
             await heart.run()
     assert trio.current_time() - began == pytest.approx(6.5 + PATIENCE, abs=0.5)
+
+
+async def test_long_silence(autojump_clock: trio.testing.MockClock) -> None:
+    """Of a session that another one replaces at once, over a connection that resumes by itself."""
+    ours, _theirs = memory_pair()
+    heart = Heartbeat(MessageStream(ours), True, replaced=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heart.run)
+        await trio.sleep(LONG_SILENCE - 0.5)
+        assert not heart.is_silent
+        with trio.fail_after(1):
+            await heart.wait_silent()
+        nursery.cancel_scope.cancel()
+
+
+async def test_pages_are_no_silence(autojump_clock: trio.testing.MockClock) -> None:
+    """On a path that loses much, control may stand still while lanes do not."""
+    heart, _, _ = heartbeat()
+    pages = 0
+
+    def received() -> int:
+        return pages
+
+    heart.count_lanes(received)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heart.run)
+        for _ in range(30):
+            await trio.sleep(1)
+            pages += 1
+            assert not heart.is_silent
+        with trio.fail_after(SILENCE + 0.5):
+            await heart.wait_silent()
+        nursery.cancel_scope.cancel()
 
 
 async def test_our_own_stop_is_not_the_peers_silence(mock_clock: trio.testing.MockClock) -> None:
