@@ -143,13 +143,13 @@ async def test_source_goes_away_and_comes_back(source: str, tmp_path: Path) -> N
     path = tmp_path / "owners"
     async with run_server(source) as (server, uri):
         command = pull_command(
-            uri, "--uffd-socket", str(path), "--many", "--max-bandwidth", "4M", lane="native"
+            uri, "--uffd-socket", str(path), "--many", "--max-bandwidth", "1M", lane="native"
         )
         async with run(command) as daemon:
             await daemon.event("added")
             async with (
-                run_workload(path, *touching("memfd")) as one,
-                run_workload(path, *touching("anonymous")) as other,
+                run_workload(path, *touching("memfd", "--touches", 16)) as one,
+                run_workload(path, *touching("anonymous", "--touches", 16)) as other,
             ):
                 await count(daemon, "owner", 2)
                 await server.kill()
