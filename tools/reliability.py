@@ -124,7 +124,8 @@ def main() -> int:
         trio.run(strike, hand, kinds, options.transfers)
         if options.rdma:
             strike_rdma(hand.record, options.rdma, options.seed)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # so many there were until now
+        tell(hand.record, options.seed, options.json)
         return 130
     except Exception:
         print(f"--seed {options.seed}: failed after {hand.record.fields()}", file=sys.stderr)
