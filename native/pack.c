@@ -22,7 +22,8 @@ static uint64_t mix(uint64_t sum, uint64_t word) {
     return rotate(sum + word * PRIME_2, 31) * PRIME_1;
 }
 
-static uint64_t checksum(const uint8_t *bytes, uint64_t size) {
+uint64_t pn_checksum(const void *from, uint64_t size) {
+    const uint8_t *bytes = from;
     uint64_t sums[4] = {PRIME_1 + PRIME_2, PRIME_2, 0, -PRIME_1}, words[4];
     for (const uint8_t *end = bytes + size; bytes < end; bytes += sizeof words) {
         memcpy(words, bytes, sizeof words);
@@ -49,7 +50,7 @@ uint64_t pn_pack(void *state, const void *pages, uint64_t size, void *to) {
         LZ4_compress_fast_extState(state, pages, (char *)to + sizeof sum, (int)size, (int)most, 1);
     if (length <= 0)
         return 0;
-    sum = checksum(pages, size);
+    sum = pn_checksum(pages, size);
     memcpy(to, &sum, sizeof sum);
     return (uint64_t)length + sizeof sum;
 }
@@ -61,5 +62,5 @@ int pn_unpack(const void *from, uint64_t length, void *pages, uint64_t size) {
     memcpy(&sum, from, sizeof sum);
     int got = LZ4_decompress_safe((const char *)from + sizeof sum, pages,
                                   (int)(length - sizeof sum), (int)size);
-    return got >= 0 && (uint64_t)got == size && checksum(pages, size) == sum ? 0 : -EBADMSG;
+    return got >= 0 && (uint64_t)got == size && pn_checksum(pages, size) == sum ? 0 : -EBADMSG;
 }

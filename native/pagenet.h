@@ -461,6 +461,8 @@ int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struc
 
 /* Compressing is worth it if it saves at least one byte in this many. */
 enum { PN_LZ4_GAIN = 16 };
+/* The checksum: XXH64, with seed 0. size: a multiple of 32. */
+uint64_t pn_checksum(const void *bytes, uint64_t size);
 uint64_t pn_pack_state(void); /* bytes of memory, 8-byte aligned, that pn_pack works in */
 /* Compresses `size` bytes of pages (at most 2 MiB) into `to`, which has room for as many bytes.
  * Returns how many bytes they took, or 0 if too little would be saved. */
@@ -523,6 +525,41 @@ int pn_demand_choice_packs(const struct pn_demand_choice *choice);
 /* A page that was asked for that way (packs) took `ns` for each of its 4 KiB, from the request
  * until it was in place. Pages of zeros do not count. */
 void pn_demand_choice_came(struct pn_demand_choice *choice, int packs, uint64_t ns);
+
+/* ---- snapshot.c: the index of a snapshot (docs/snapshot-format.md) ---- */
+
+enum {
+    PN_ZERO_FRAME = 0xffffffff, /* as the frame of a run: its pages are zero */
+    PN_NO_RUN = 0xffffffff,
+};
+/* Columns with a value for each object, frame or run. A page has 4 KiB. */
+struct pn_snapshot {
+    uint64_t pages, objects, frames, runs; /* fewer than PN_NO_RUN pages, and runs */
+    const uint64_t *object_sizes;
+    const uint64_t *frame_offsets;
+    const uint32_t *frame_objects;
+    const uint32_t *frame_lengths; /* bytes in the object */
+    const uint16_t *frame_pages;
+    uint32_t *run_starts; /* before the check: the pages of each run; then its first page */
+    const uint32_t *run_frames;
+    const uint16_t *run_at; /* the run's first page within its frame */
+    /* Set by the check. The last run of each frame; of each run, the last one before it of the same
+     * frame, or PN_NO_RUN. */
+    uint32_t *frame_runs;
+    uint32_t *next_runs;
+};
+enum pn_snapshot_flaws {
+    PN_FLAW_NONE,
+    PN_FLAW_FRAME,  /* of no pages or too many, or not within its object */
+    PN_FLAW_RUN,    /* empty, past the last page, or not within its frame */
+    PN_FLAW_END,    /* the runs end before the last page */
+    PN_FLAW_UNUSED, /* no run is of this frame */
+};
+struct pn_snapshot_flaw {
+    int what;    /* enum pn_snapshot_flaws: the first that was found */
+    uint64_t at; /* the number of the frame or run */
+};
+struct pn_snapshot_flaw pn_snapshot_check(const struct pn_snapshot *snapshot);
 
 /* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ---- */
 

@@ -55,6 +55,7 @@ from .residency import (
     lock_map,
     seal_size,
 )
+from .snapshot import NO_RUN, ZERO_FRAME, SnapshotColumns, check_snapshot, checksum
 from .source import Links, SourceBlock, SourceLoop
 from .tls import BadCredentials, Pem, Tls, TlsContext, TlsRefused
 from .tracking import Track, borrow, track_probe
@@ -97,9 +98,11 @@ __all__ = [
     "MAP_NAME",
     "MAX_NOTE",
     "MOVE",
+    "NO_RUN",
     "POISON",
     "STATES",
     "ZERO",
+    "ZERO_FRAME",
     "BadCredentials",
     "Buffer",
     "Choice",
@@ -124,6 +127,7 @@ __all__ = [
     "RdmaLoop",
     "Ring",
     "SharedMap",
+    "SnapshotColumns",
     "SourceBlock",
     "SourceLoop",
     "Tls",
@@ -135,6 +139,8 @@ __all__ = [
     "before_sampled",
     "borrow",
     "buffer_address",
+    "check_snapshot",
+    "checksum",
     "copy_out",
     "find_map",
     "leading_alike",

@@ -213,6 +213,28 @@ class pn_demand_choice(Struct):
     left: int
 
 
+class pn_snapshot(Struct):
+    pages: int
+    objects: int
+    frames: int
+    runs: int
+    object_sizes: CData | Null
+    frame_offsets: CData | Null
+    frame_objects: CData | Null
+    frame_lengths: CData | Null
+    frame_pages: CData | Null
+    run_starts: CData | Null
+    run_frames: CData | Null
+    run_at: CData | Null
+    frame_runs: CData | Null
+    next_runs: CData | Null
+
+
+class pn_snapshot_flaw(Struct):
+    what: int
+    at: int
+
+
 class pn_rdma_block(Struct):
     first: int
     pages: int
@@ -457,6 +479,13 @@ class Library(Protocol):
     PN_END_PLACING: int
     PN_END_NO_MEMORY: int
     PN_LZ4_GAIN: int
+    PN_ZERO_FRAME: int
+    PN_NO_RUN: int
+    PN_FLAW_NONE: int
+    PN_FLAW_FRAME: int
+    PN_FLAW_RUN: int
+    PN_FLAW_END: int
+    PN_FLAW_UNUSED: int
     PN_TLS_NAME: int
     PN_TLS_NAMES: int
     PN_TLS_MEMORY: int
@@ -593,6 +622,7 @@ class Library(Protocol):
         ended_fd: int,
         /,
     ) -> int: ...
+    def pn_checksum(self, bytes: bytes | CData | Null, size: int, /) -> int: ...
     def pn_pack_state(self) -> int: ...
     def pn_pack(
         self, state: CData | Null, pages: bytes | CData | Null, size: int, to: CData | Null, /
@@ -616,6 +646,7 @@ class Library(Protocol):
     def pn_demand_choice_came(
         self, choice: pn_demand_choice | Null, packs: int, ns: int, /
     ) -> None: ...
+    def pn_snapshot_check(self, snapshot: pn_snapshot | Null, /) -> pn_snapshot_flaw: ...
     def pn_rdma_new(self, config: pn_rdma_config | Null, error: CData | Null, /) -> pn_rdma: ...
     def pn_rdma_free(self, rdma: pn_rdma | Null, /) -> None: ...
     def pn_rdma_number(self, rdma: pn_rdma | Null, queue_pair: int, /) -> int: ...

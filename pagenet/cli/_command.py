@@ -30,6 +30,7 @@ __all__ = [
     "RECONNECT_WORDS",
     "ROUND_WORDS",
     "TAKEN_OVER",
+    "CommandParser",
     "Parser",
     "Report",
     "add_lane_option",
@@ -99,6 +100,22 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
         self.add_argument(
             "--json", action="store_true", help="one JSON object a line, for machines"
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """``--json`` may stand on either side of the command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--json",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="one JSON object a line, for machines",
         )
 
     def error(self, message: str) -> None:  # type: ignore[override]

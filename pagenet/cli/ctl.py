@@ -17,6 +17,7 @@ from ..control import ControlClient, connect_control
 from ..errors import ConnectionBroken, RemoteProtocolError
 from ..protocol import printable
 from ._command import (
+    CommandParser,
     Parser,
     Report,
     background_order,
@@ -54,7 +55,7 @@ def make_parser() -> Parser:
     parser.epilog = _EXIT_CODES
     parser.add_argument("socket", metavar="SOCKET", help="control socket of the daemon (--control)")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
 
     def add(name: str, words: str, *, of_guest: bool = False) -> argparse.ArgumentParser:
@@ -122,22 +123,6 @@ def make_parser() -> Parser:
     removing.add_argument("name", metavar="NAME", help="name of the snapshot")
     add("stop", "End the daemon, as SIGTERM does.")
     return parser
-
-
-class _CommandParser(argparse.ArgumentParser):
-    """``--json`` may stand on either side of the command."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_argument(
-            "--json",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="one JSON object a line, for machines",
-        )
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message} (--help explains)\n")
 
 
 def _limit(text: str) -> int | None:

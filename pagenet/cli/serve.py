@@ -57,8 +57,8 @@ def make_parser() -> Parser:
         metavar="SOURCE",
         help=(
             "a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or"
-            " pid:PID:START+SIZE (addresses of that process); NAME=SOURCE names the block. Several"
-            " make one region, one block each."
+            " pid:PID:START+SIZE (addresses of that process), snapshot:DIR/NAME; NAME=SOURCE names"
+            " the block. Several make one region, one block each."
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)

@@ -1,4 +1,4 @@
-"""Where the pages are: files, memfds, other processes' memory.
+"""Where the pages are: files, memfds, other processes' memory, snapshots.
 
 A :class:`Source` is a region and a way to read it. It is checked when it is opened: readable, whole
 pages, known size.
@@ -26,6 +26,7 @@ from ..errors import SourceLost, UsageError
 from ..protocol import printable
 from ..region import Block, Region, Run
 from ..sizes import MAX_ADDRESS, split_range
+from ..snapshot.memory import SnapshotMemory
 
 __all__ = ["Source", "named_identity", "open_source"]
 
@@ -65,7 +66,7 @@ class _Piece(Protocol):
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         """The block as lanes in C see it: pages of ``page_size`` bytes, numbered from ``first``
-        on."""
+        on. :exc:`Unsupported` if only :meth:`read` has the bytes."""
         ...
 
     def check_unchanged(self) -> None:
@@ -113,8 +114,12 @@ class Source:
             self.check_unchanged()
             await trio.sleep(_WATCH_SECONDS)
 
+    def is_native(self) -> bool:
+        """Whether lanes in C can read it."""
+        return not any(isinstance(piece, SnapshotMemory) for piece in self._pieces)
+
     def native_blocks(self) -> list[_native.SourceBlock]:
-        """The blocks as lanes in C see them."""
+        """The blocks as lanes in C see them. :exc:`Unsupported` if these cannot read them."""
         firsts = self.region.first_pages[:-1]
         blocks = zip(firsts, self.region.blocks, self._pieces, strict=True)
         return [piece.native(first, block.page_size) for first, block, piece in blocks]
@@ -435,6 +440,7 @@ def _start_time(pid: int) -> str:
 
 
 _PROCESS = re.compile(r"pid:(\d+):(.+)")
+_SNAPSHOT = "snapshot:"
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
@@ -442,8 +448,8 @@ def open_source(*specs: str | os.PathLike[str]) -> Source:
     """Open the memory that ``specs`` name: one block for each, in that order.
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
-    ``pid:PID:START+SIZE`` (addresses of another process). ``NAME=`` in front gives the block a
-    name. Raises :exc:`UsageError` if a spec cannot be used.
+    ``pid:PID:START+SIZE`` (addresses of another process), or ``snapshot:DIR/NAME``. ``NAME=`` in
+    front gives the block a name. Raises :exc:`UsageError` if a spec cannot be used.
     """
     if not specs:
         raise UsageError("no source given")
@@ -466,6 +472,8 @@ def _split_name(spec: str) -> tuple[str, str]:
 
 
 def _open_piece(what: str) -> _Piece:
+    if what.startswith(_SNAPSHOT):
+        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT))
     if not what.startswith("pid:"):
         return _FilePiece(what)
     match = _PROCESS.fullmatch(what)

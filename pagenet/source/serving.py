@@ -683,7 +683,9 @@ async def serve(
         raise UsageError("a source either listens or connects")
     # after the nursery: its tasks use what is closed here
     with _opened(source) as opened, ExitStack() as cleanup:
-        native = None if lane == "trio" else NativeSourceLanes(opened)
+        if lane == "native" and not opened.is_native():
+            raise UsageError("loops in C cannot read a snapshot: --lane auto, or export it")
+        native = NativeSourceLanes(opened) if lane != "trio" and opened.is_native() else None
         if native is not None:
             cleanup.callback(native.close)
         server = Server(

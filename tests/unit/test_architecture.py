@@ -119,7 +119,7 @@ def test_nothing_below_the_command_line_imports_it() -> None:
         assert not within(graph[name], "pagenet.cli"), name
 
 
-@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl", "dirty"])
+@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl", "dirty", "snapshot"])
 def test_commands_do_without_what_tests_and_benches_need(command: str) -> None:
     needed = reach(graph_of(ROOT), f"pagenet.cli.{command}")
     assert not within(needed, "pagenet._native.testing", "pagenet.testing", "pagenet.bench")

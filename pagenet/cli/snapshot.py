@@ -1,0 +1,234 @@
+"""pagenet-snapshot: memory files as snapshots in layers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import trio
+
+from ..errors import SourceLost
+from ..region import Run
+from ..snapshot.creating import create_snapshot
+from ..snapshot.index import PAGE, ZERO_FRAME, Index
+from ..snapshot.opened import Snapshot, open_snapshot
+from ..snapshot.reading import compare_snapshots, export_snapshot, verify_snapshot
+from ..source.memory import open_source
+from ._command import CommandParser, Parser, Report, run_command
+
+__all__ = ["main", "make_parser"]
+
+_EXIT_CODES = """\
+exit codes:
+  0    done; of verify: the snapshot is whole; of diff: compared, with whatever result
+  1    failed in a way that has no code of its own: there is no room for what is written
+  2    bad usage: arguments, or what they name, cannot be used; a snapshot's index is broken
+  4    pages are missing: an object of a snapshot is missing or broken, or MEMFILE has changed
+  7    not possible here: a permission is missing
+  130  stopped by Ctrl-C (SIGINT)
+  143  stopped by SIGTERM
+"""
+_WORDS = {
+    "progress": "{share:6.1%}, {done:.0f} of {all:.0f} MiB, {rate:.0f} MiB/s",
+    "created": "created {target}, layer {layers}: {words}",
+    "snapshot": "{words}",
+    "verified": "whole: {frames} frames",
+    "exported": "exported {bytes} bytes to {file} in {seconds:.2f} s",
+    "differs": "{first:#x}+{length:#x}",
+    "compared": "{differ} of {pages} pages differ",
+}
+_MIB = 1 << 20
+_SAY_SECONDS = 1.0
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "pagenet-snapshot",
+        "Make snapshots of memory, in layers, and read them. pagenet-serve snapshot:DIR/NAME"
+        " serves one.",
+    )
+    parser.epilog = _EXIT_CODES
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
+
+    def add(name: str, words: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=words, description=words)
+
+    create = add("create", "Make a snapshot of memory.")
+    create.add_argument(
+        "memory",
+        metavar="MEMFILE",
+        help="a memory file, or anything else that pagenet-serve takes as one SOURCE",
+    )
+    create.add_argument(
+        "target",
+        metavar="TARGET",
+        help="DIR/NAME or file:///DIR/NAME: a name in a directory; objects are files in it",
+    )
+    create.add_argument(
+        "--base",
+        metavar="SNAPSHOT",
+        help="a snapshot in the same directory: store only the pages that differ from its pages",
+    )
+    info = add("info", "Show what a snapshot consists of, by its index alone.")
+    verify = add("verify", "Read all of a snapshot, and compare it with its checksums.")
+    export = add("export", "Write a snapshot as one memory file.")
+    for command in (info, verify, export):
+        command.add_argument("snapshot", metavar="SNAPSHOT", help="DIR/NAME")
+    export.add_argument("file", metavar="FILE", help="the file, which appears once it is whole")
+    diff = add("diff", "Show which pages of two snapshots differ.")
+    diff.add_argument("one", metavar="SNAPSHOT", help="DIR/NAME")
+    diff.add_argument("other", metavar="SNAPSHOT", help="DIR/NAME, of as much memory")
+    return parser
+
+
+class _Progress:
+    """Says how much of ``pages`` pages is done, once a second."""
+
+    def __init__(self, report: Report, pages: int) -> None:
+        self._report, self._pages = report, pages
+        self.began = self._said = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.began, 3)
+
+    def __call__(self, pages: int) -> None:
+        now = time.monotonic()
+        if now < self._said + _SAY_SECONDS:
+            return
+        self._said = now
+        done = pages * PAGE / _MIB
+        self._report(
+            "progress",
+            share=round(pages / self._pages, 4),
+            done=done,
+            all=self._pages * PAGE / _MIB,
+            rate=round(done / (now - self.began), 1),
+        )
+
+
+async def _create(options: argparse.Namespace, report: Report) -> None:
+    with open_source(options.memory) as source:
+        progress = _Progress(report, source.region.pages)
+        created = await create_snapshot(source, options.target, options.base, progress)
+    words = (
+        f"{created.new} of {created.pages} pages new, {created.same} as in its base,"
+        f" {created.zero} zero; {created.bytes} bytes written in {created.seconds:.2f} s"
+    )
+    fields = asdict(created) if report.as_json else {"layers": created.layers, "words": words}
+    report("created", target=options.target, **fields)
+
+
+async def _opened(spec: str) -> Snapshot:
+    return await trio.to_thread.run_sync(open_snapshot, spec)
+
+
+async def _info(options: argparse.Namespace, report: Report) -> None:
+    with await _opened(options.snapshot) as snapshot:
+        facts = await trio.to_thread.run_sync(_facts, snapshot.index)
+    if report.as_json:
+        report("snapshot", **facts)
+    else:
+        report("snapshot", words="\n".join(_fact_words(facts)))
+
+
+def _facts(index: Index) -> dict[str, object]:
+    columns = index.columns
+    zero = sum(
+        index.run(number).count
+        for number, frame in enumerate(columns.run_frames)
+        if frame == ZERO_FRAME
+    )
+    used: Counter[int] = Counter()
+    for object_, length in zip(columns.frame_objects, columns.frame_lengths, strict=True):
+        used[object_] += length
+    return {
+        "id": index.id.hex(),
+        "base": index.base.hex() if any(index.base) else None,
+        "layers": index.layers,
+        "bytes": index.size,
+        "pages": index.pages,
+        "zero": zero,
+        "runs": index.runs,
+        "frames": index.frames,
+        "objects": [
+            {"name": name, "bytes": columns.object_sizes[number], "used": used[number]}
+            for number, name in enumerate(index.objects)
+        ],
+    }
+
+
+def _fact_words(facts: dict[str, object]) -> list[str]:
+    objects = facts["objects"]
+    assert isinstance(objects, list)
+    stored = sum(found["used"] for found in objects)
+    return [
+        f"id        {facts['id']}",
+        f"layer     {facts['layers']}, base {facts['base'] or 'none'}",
+        f"memory    {facts['bytes']} bytes, {facts['pages']} pages, {facts['zero']} of them zero",
+        f"stored    {stored} bytes, {facts['runs']} runs in {facts['frames']} frames",
+        *(
+            f"object    {found['name']}: {found['used']} of {found['bytes']} bytes"
+            for found in objects
+        ),
+    ]
+
+
+async def _verify(options: argparse.Namespace, report: Report) -> None:
+    with await _opened(options.snapshot) as snapshot:
+        progress = _Progress(report, _stored_pages(snapshot.index))
+        flaws = await verify_snapshot(snapshot, progress)
+    if flaws.broken:
+        raise SourceLost(
+            f"{flaws.broken} of {flaws.frames} frames are missing or broken, with {flaws.pages}"
+            f" pages of the memory: {flaws.first}"
+        )
+    report("verified", frames=flaws.frames, seconds=progress.seconds)
+
+
+def _stored_pages(index: Index) -> int:
+    """At least 1, to divide by."""
+    return max(sum(index.columns.frame_pages), 1)
+
+
+async def _export(options: argparse.Namespace, report: Report) -> None:
+    with await _opened(options.snapshot) as snapshot:
+        progress = _Progress(report, _stored_pages(snapshot.index))
+        await export_snapshot(snapshot, options.file, progress)
+        size = snapshot.index.size
+    report("exported", file=options.file, bytes=size, seconds=progress.seconds)
+
+
+async def _diff(options: argparse.Namespace, report: Report) -> None:
+    def say(run: Run) -> None:
+        report("differs", first=run.first * PAGE, length=run.count * PAGE)
+
+    with await _opened(options.one) as one, await _opened(options.other) as other:
+        pages = one.index.pages
+        differ = await compare_snapshots(one, other, say, _Progress(report, pages))
+    report("compared", pages=pages, differ=differ)
+
+
+_COMMANDS = {
+    "create": _create,
+    "info": _info,
+    "verify": _verify,
+    "export": _export,
+    "diff": _diff,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    report = Report("pagenet-snapshot", options.json, _WORDS)
+    return run_command(lambda: _COMMANDS[options.command](options, report), report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Making a snapshot, whole or with what has changed since another."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import groupby
+
+import trio
+
+from .. import _native
+from ..errors import UsageError
+from ..region import Run
+from ..source.memory import Source
+from ..whole_file import WholeFile
+from .index import DIGEST_SIZE, FRAME_PAGES, PAGE, ZERO_FRAME, Index, Tables, encode_index
+from .memory import SnapshotMemory
+from .objects import locate
+from .opened import WORKERS, Snapshot, digest_of, in_threads, open_snapshot
+from .pieces import store_piece
+
+__all__ = ["Created", "create_snapshot"]
+
+# Frames that wait to be packed: packed together, in several threads.
+_MOST_WAITING = 2 * WORKERS
+# Marks of pages that are not stored.
+_ZERO, _SAME, _NEW = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """What was created: its ``pages``, of which so many are zero, the same as the base's, or new.
+    ``frames``: with the new pages; ``equal``: of them, those that were stored already. ``bytes``:
+    of new objects, the index included."""
+
+    id: str
+    layers: int
+    pages: int
+    zero: int
+    same: int
+    new: int
+    frames: int
+    equal: int
+    runs: int
+    bytes: int
+    seconds: float
+
+
+async def create_snapshot(
+    source: Source,
+    target: str,
+    base: str | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Created:
+    """Make the snapshot ``target`` (``DIR/NAME``) of a source of one block. ``base``: a snapshot of
+    as much memory in the same directory; pages that are as there are not stored again.
+    ``on_progress`` gets the number of pages that were looked at.
+
+    The snapshot appears whole, in place of one that had its name, or not at all.
+    :exc:`~pagenet.errors.UsageError`, :exc:`~pagenet.errors.SourceLost` if the source or the base
+    cannot be read or the source has changed, :exc:`~pagenet.errors.PagenetError` if there is no
+    room.
+    """
+    if len(source.region.blocks) != 1:
+        raise UsageError("a snapshot is of one block of memory")
+    directory, name = locate(target)
+    with ExitStack() as stack:
+        file = stack.enter_context(WholeFile(os.path.join(directory, name), "snapshot"))
+        layer = _Layer(directory, _opened_base(stack, base, directory, source.region.size))
+        stack.callback(layer.close)
+        await layer.take(source, on_progress)
+        source.check_unchanged()
+        return await layer.commit(file)
+
+
+def _opened_base(
+    stack: ExitStack, base: str | None, directory: str, size: int
+) -> tuple[Index, SnapshotMemory] | None:
+    if base is None:
+        return None
+    if os.path.realpath(locate(base)[0]) != os.path.realpath(directory):
+        raise UsageError(f"base {base} is not in the directory {directory}: a layer needs its base")
+    snapshot: Snapshot = open_snapshot(base)
+    stack.callback(snapshot.close)
+    if snapshot.index.size != size:
+        raise UsageError(f"base {base} has {snapshot.index.size} bytes, and the memory {size}")
+    memory = SnapshotMemory(snapshot)
+    stack.callback(memory.close)
+    return snapshot.index, memory
+
+
+class _Layer:
+    """A snapshot in the making."""
+
+    def __init__(self, directory: str, base: tuple[Index, SnapshotMemory] | None) -> None:
+        self._base: Index | None = None
+        self._base_memory: SnapshotMemory | None = None
+        if base is not None:
+            self._base, self._base_memory = base
+        self._tables = Tables()
+        self._object = _NewObject(directory)
+        #: of objects, by their names
+        self._numbers: dict[str, int] = {}
+        #: pages of the frame that is open, which has a number already
+        self._open = bytearray()
+        self._open_number = -1
+        self._waiting: list[tuple[int, bytearray]] = []
+        #: numbers of frames by their digests
+        self._stored: dict[bytes, int] = {}
+        #: those of the base, by their digests
+        self._of_base: dict[bytes, int] = {}
+        #: and the numbers that they have here
+        self._imported: dict[int, int] = {}
+        #: of frames that turned out to be equal to others, the number of the other
+        self._equal: dict[int, int] = {}
+        self._counts = [0, 0, 0]
+        self._packers: list[_native.Packer] = []
+        self._began = time.monotonic()
+        if self._base is not None:
+            self._of_base = {self._base.digest(frame): frame for frame in range(self._base.frames)}
+
+    def close(self) -> None:
+        """Idempotent. What was not committed is gone."""
+        self._object.close()
+
+    async def take(self, source: Source, on_progress: Callable[[int], None]) -> None:
+        pages = source.region.pages
+        for first in range(0, pages, FRAME_PAGES):
+            run = Run(first, min(FRAME_PAGES, pages - first))
+            slot = memoryview(bytearray(run.count * PAGE))
+            if await source.read_into(run, slot):
+                marks = await trio.to_thread.run_sync(self._mark, run, slot)
+                self._add(run, slot, marks)
+            else:
+                self._add(run, slot, [(_ZERO, 0, run.count)])
+            if len(self._waiting) >= _MOST_WAITING:
+                await self._store()
+            on_progress(run.end)
+        self._close_frame()
+        await self._store()
+
+    # ---- what has to be stored ----
+
+    def _mark(self, run: Run, slot: memoryview) -> list[tuple[int, int, int]]:
+        """Stretches of ``slot``, which is ``run``: each a mark, its first page in the slot, and
+        how many."""
+        base = None
+        if self._base_memory is not None:
+            base = bytearray(len(slot))
+            if not self._base_memory.is_hole(run.first * PAGE, len(slot)):
+                self._base_memory.read(run.first * PAGE, memoryview(base))
+            self._base_memory.forget(run.end * PAGE)
+        return list(_marks(bytes(slot), base))
+
+    def _add(self, run: Run, slot: memoryview, marks: list[tuple[int, int, int]]) -> None:
+        # The new pages of a slot are in one frame.
+        if len(self._open) // PAGE + sum(n for mark, _, n in marks if mark == _NEW) > FRAME_PAGES:
+            self._close_frame()
+        for mark, first, count in marks:
+            self._counts[mark] += count
+            if mark == _ZERO:
+                self._tables.add_run(count, ZERO_FRAME, 0)
+            elif mark == _SAME:
+                self._add_same(run.first + first, count)
+            else:
+                self._add_new(slot[first * PAGE : (first + count) * PAGE])
+
+    def _add_same(self, first: int, count: int) -> None:
+        assert self._base is not None
+        for stretch in self._base.stretches(first, count):
+            frame = stretch.frame
+            number = ZERO_FRAME if frame == ZERO_FRAME else self._import(frame)
+            self._tables.add_run(stretch.count, number, stretch.at)
+
+    def _import(self, frame: int) -> int:
+        """The number that a frame of the base has here."""
+        assert self._base is not None
+        if frame not in self._imported:
+            found = self._base.frame(frame)
+            columns = self._base.columns
+            object_ = self._number_of(
+                found.object, columns.object_sizes[columns.frame_objects[frame]]
+            )
+            self._imported[frame] = self._tables.add_frame(
+                object_, found.offset, found.length, found.pages, found.digest
+            )
+        return self._imported[frame]
+
+    def _number_of(self, object_: str, size: int) -> int:
+        if object_ not in self._numbers:
+            self._numbers[object_] = self._tables.add_object(object_, size)
+        return self._numbers[object_]
+
+    def _add_new(self, pages: memoryview) -> None:
+        if not self._open:
+            # where it is stored is set once it is
+            self._open_number = self._tables.add_frame(0, 0, 0, 0, bytes(DIGEST_SIZE))
+        self._tables.add_run(len(pages) // PAGE, self._open_number, len(self._open) // PAGE)
+        self._open += pages
+
+    def _close_frame(self) -> None:
+        if self._open:
+            self._waiting.append((self._open_number, self._open))
+            self._open = bytearray()
+
+    # ---- storing ----
+
+    async def _store(self) -> None:
+        packed: dict[int, tuple[bytes, bytes]] = {}
+
+        def pack(waiting: tuple[int, bytearray]) -> None:
+            number, pages = waiting
+            packed[number] = self._pack(memoryview(pages))
+
+        await in_threads(pack, self._waiting)
+        for number, pages in self._waiting:
+            digest, stored = packed[number]
+            if digest in self._stored:
+                self._equal[number] = self._stored[digest]
+            elif digest in self._of_base:
+                self._equal[number] = self._import(self._of_base[digest])
+            else:
+                self._stored[digest] = number
+                self._write(number, len(pages) // PAGE, digest, stored)
+        self._waiting.clear()
+
+    def _pack(self, pages: memoryview) -> tuple[bytes, bytes]:
+        """The digest, and the pages as they are stored: nothing if they are stored already."""
+        digest = digest_of(pages)
+        if digest in self._stored or digest in self._of_base:
+            return digest, b""
+        packer = self._packers.pop() if self._packers else _native.Packer()
+        stored = store_piece(packer, pages)
+        self._packers.append(packer)
+        return digest, stored
+
+    def _write(self, number: int, pages: int, digest: bytes, stored: bytes) -> None:
+        tables = self._tables
+        tables.frame_offsets[number] = self._object.append(stored)
+        object_ = tables.frame_objects[number] = self._number_of(self._object.name, 0)
+        tables.object_sizes[object_] = self._object.size
+        tables.frame_lengths[number] = len(stored)
+        tables.frame_pages[number] = pages
+        tables.frame_digests[number * len(digest) : (number + 1) * len(digest)] = digest
+
+    # ---- the end ----
+
+    async def commit(self, file: WholeFile) -> Created:
+        """Store the index, after the object that it needs."""
+        tables = _renumbered(self._tables, self._equal)
+        layers = 1 + (self._base.layers if self._base else 0)
+        id_ = secrets.token_bytes(16)
+        index = encode_index(id_, self._base.id if self._base else bytes(16), layers, tables)
+        await self._object.commit()
+        try:
+            file.write(index)
+            await file.wait_committed()
+        except BaseException:
+            self._object.remove()
+            raise
+        zero, same, new = self._counts
+        return Created(
+            id=id_.hex(),
+            layers=layers,
+            pages=tables.pages,
+            zero=zero,
+            same=same,
+            new=new,
+            frames=len(self._stored) + len(self._equal),
+            equal=len(self._equal),
+            runs=len(tables.run_frames),
+            bytes=self._object.size + len(index),
+            seconds=round(time.monotonic() - self._began, 3),
+        )
+
+
+def _marks(slot: bytes, base: bytearray | None) -> Iterator[tuple[int, int, int]]:
+    view, done, pages = memoryview(slot), 0, len(slot) // PAGE
+    while done < pages:
+        count, zero = _native.leading_alike(view[done * PAGE :], pages - done, PAGE)
+        if zero:
+            yield _ZERO, done, count
+        elif base is None:
+            yield _NEW, done, count
+        else:
+            yield from _compared(slot, base, done, done + count)
+        done += count
+
+
+def _compared(slot: bytes, base: bytearray, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def mark(page: int) -> int:
+        at = slice(page * PAGE, (page + 1) * PAGE)
+        return _SAME if slot[at] == base[at] else _NEW
+
+    for found, group in groupby(range(first, end), mark):
+        numbers = list(group)
+        yield found, numbers[0], len(numbers)
+
+
+def _renumbered(tables: Tables, equal: dict[int, int]) -> Tables:
+    """The same, with frames numbered in the order of their first use, and without those that are
+    equal to others."""
+    result = Tables(object_names=tables.object_names, object_sizes=tables.object_sizes)
+    numbers: dict[int, int] = {ZERO_FRAME: ZERO_FRAME}
+    for count, frame, at in zip(tables.run_starts, tables.run_frames, tables.run_at, strict=True):
+        old = equal.get(frame, frame)
+        if old not in numbers:
+            numbers[old] = result.add_frame(
+                tables.frame_objects[old],
+                tables.frame_offsets[old],
+                tables.frame_lengths[old],
+                tables.frame_pages[old],
+                bytes(tables.frame_digests[old * DIGEST_SIZE : (old + 1) * DIGEST_SIZE]),
+            )
+        result.add_run(count, numbers[old], at)
+    return result
+
+
+class _NewObject:
+    """The object that new frames go into. It is made when there is a frame."""
+
+    def __init__(self, directory: str) -> None:
+        #: new for each snapshot: an object never changes
+        self.name = f"{secrets.token_hex(16)}.frames"
+        self.size = 0
+        self._path = os.path.join(directory, self.name)
+        self._file: WholeFile | None = None
+
+    def append(self, stored: bytes) -> int:
+        """Where in the object it is."""
+        if self._file is None:
+            self._file = WholeFile(self._path, "snapshot's object")
+        offset = self.size
+        self._file.write(stored, offset)
+        self.size += len(stored)
+        return offset
+
+    async def commit(self) -> None:
+        if self._file is not None:
+            await self._file.wait_committed()
+
+    def remove(self) -> None:
+        """Take it back: the snapshot that it is of has come to nothing."""
+        with suppress(OSError):
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,159 @@
+"""A snapshot as memory to read.
+
+Frames are unpacked when a page of theirs is wanted first, into a file that is laid out as the
+memory is, with all their pages, wherever those are in the memory. So a frame is read and unpacked
+once, in whatever order pages are wanted and however many layers there are. The file has no name,
+has only the pages that were read, and is gone with its process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from concurrent.futures import Future
+
+from .. import _native
+from ..errors import SourceLost, Unsupported
+from .index import PAGE, ZERO_FRAME
+from .opened import Snapshot, open_snapshot
+
+__all__ = ["SnapshotMemory"]
+
+
+class SnapshotMemory:
+    """The memory of a snapshot. ``owns``: closes the snapshot too. :exc:`SourceLost`, in one line,
+    if there is no room for a file."""
+
+    #: of no process
+    owner: tuple[int, int | tuple[int, int]] | None = None
+
+    def __init__(self, snapshot: Snapshot, owns: bool = False) -> None:
+        self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns
+        self.size = self._index.size
+        self.identity = f"snapshot {self._index.id.hex()}"
+        self._directory = os.environ.get("TMPDIR") or "/var/tmp"
+        try:
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
+            self._file.truncate(self.size)
+        except OSError as error:
+            raise self._no_room(error) from None
+        self._lock = threading.Lock()
+        #: by frame: whether its pages are in the file
+        self._is_there = bytearray(self._index.frames)
+        self._loading: dict[int, Future[None]] = {}
+
+    @classmethod
+    def open(cls, spec: str) -> SnapshotMemory:
+        """That of the snapshot ``DIR/NAME``. :exc:`~pagenet.errors.UsageError` if there is none."""
+        snapshot = open_snapshot(spec)
+        try:
+            return cls(snapshot, owns=True)
+        except BaseException:
+            snapshot.close()
+            raise
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+        if self._owns:
+            self._snapshot.close()
+
+    def _no_room(self, error: OSError) -> SourceLost:
+        return self._snapshot.lost(
+            f"no room for its pages in {self._directory} (TMPDIR): {error.strerror}"
+        )
+
+    # ---- reading ----
+
+    def read_nowait(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into``, from byte ``offset`` on, if its frames are unpacked, and that waits for no
+        disk. False: it would; ``into`` may be overwritten."""
+        if not all(self._is_there[frame] for frame in self._frames(offset, len(into))):
+            return False
+        try:
+            count = os.preadv(self._file.fileno(), [into], offset, os.RWF_NOWAIT)
+        except OSError:
+            return False
+        return count == len(into)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read."""
+        for frame in self._frames(offset, len(into)):
+            if not self._is_there[frame]:
+                self._load(frame)
+        while into:
+            count = os.preadv(self._file.fileno(), [into], offset)
+            into, offset = into[count:], offset + count
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        stretches = self._index.stretches(offset // PAGE, length // PAGE)
+        return all(stretch.frame == ZERO_FRAME for stretch in stretches)
+
+    def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
+        if not self.is_hole(offset, pages * page_size):
+            return None
+        return ((1 << pages) - 1).to_bytes(-(-pages // 8), "little"), pages
+
+    def forget(self, end: int) -> None:
+        """Give up the first ``end`` bytes of the file: they are not read again."""
+        _native.punch(self._file.fileno(), end)
+
+    def _frames(self, offset: int, length: int) -> list[int]:
+        stretches = self._index.stretches(offset // PAGE, length // PAGE)
+        return [stretch.frame for stretch in stretches if stretch.frame != ZERO_FRAME]
+
+    # ---- unpacking ----
+
+    def _load(self, frame: int) -> None:
+        """Have the frame's pages in the file. Whoever comes first does it, and the others wait."""
+        with self._lock:
+            if self._is_there[frame]:
+                return
+            loading = self._loading.get(frame)
+            is_ours = loading is None
+            if loading is None:
+                loading = self._loading[frame] = Future()
+        if not is_ours:
+            return loading.result()
+        try:
+            self._place(frame)
+        except BaseException as error:
+            self._loaded(frame, False)
+            loading.set_exception(error)
+            raise
+        self._loaded(frame, True)
+        loading.set_result(None)
+
+    def _loaded(self, frame: int, is_there: bool) -> None:
+        with self._lock:
+            self._is_there[frame] = is_there
+            del self._loading[frame]
+
+    def _place(self, frame: int) -> None:
+        def place(pages: memoryview) -> None:
+            for run in self._index.runs_of(frame):
+                data = pages[run.at * PAGE : (run.at + run.count) * PAGE]
+                self._write(data, run.first * PAGE)
+
+        self._snapshot.read_frame(frame, place)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise self._no_room(error) from None
+
+    # ---- what sources are asked ----
+
+    def check_unchanged(self) -> None:
+        """Its objects never change."""
+
+    def native(self, first: int, page_size: int) -> _native.SourceBlock:
+        """:exc:`Unsupported`: loops in C read files and processes, and devices read memory."""
+        raise Unsupported(
+            f"snapshot {self._snapshot.name} is not memory that a device can read: serve it over"
+            " tcp:// or unix:, or export it and serve the file"
+        )
