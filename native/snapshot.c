@@ -20,47 +20,46 @@ static bool frame_fits(const struct pn_snapshot *snapshot, uint64_t frame) {
     return offset <= size && length <= size - offset;
 }
 
-static bool run_fits(const struct pn_snapshot *snapshot, uint64_t run, uint32_t pages) {
-    uint32_t frame = snapshot->run_frames[run], at = snapshot->run_at[run];
-    if (frame == PN_ZERO_FRAME)
-        return at == 0;
-    return frame < snapshot->frames && at < snapshot->frame_pages[frame] &&
-           pages <= snapshot->frame_pages[frame] - at;
-}
-
-/* Puts the run in front of those of its frame that came before. */
-static void link_run(const struct pn_snapshot *snapshot, uint32_t run) {
-    uint32_t frame = snapshot->run_frames[run];
-    if (frame == PN_ZERO_FRAME)
-        return;
-    snapshot->next_runs[run] = snapshot->frame_runs[frame];
-    snapshot->frame_runs[frame] = run;
-}
-
 static struct pn_snapshot_flaw flaw(int what, uint64_t at) {
     return (struct pn_snapshot_flaw){.what = what, .at = at};
 }
 
+static uint64_t mask(bool set) { return -(uint64_t)set; }
+
+/* Turns the lengths of runs into their first pages, and links each run in front of those of its
+ * frame that came before. An index may have millions, and which of them are zeros cannot be
+ * foreseen: so there are masks in place of branches, and the last of `frame_runs` is for zeros. */
+static struct pn_snapshot_flaw link_runs(const struct pn_snapshot *snapshot) {
+    static const uint16_t none;
+    uint32_t *restrict starts = snapshot->run_starts, *restrict last = snapshot->frame_runs;
+    uint32_t *restrict next = snapshot->next_runs;
+    const uint32_t *restrict frames = snapshot->run_frames, zeros = (uint32_t)snapshot->frames;
+    const uint16_t *restrict frame_pages = zeros ? snapshot->frame_pages : &none;
+    uint64_t first = 0;
+    for (uint32_t run = 0; run < snapshot->runs; run++) {
+        uint32_t pages = starts[run], frame = frames[run], at = snapshot->run_at[run];
+        uint64_t stored = mask(frame < zeros), zero = mask((frame == PN_ZERO_FRAME) & (at == 0));
+        uint64_t room = (frame_pages[frame & stored] & stored) | (snapshot->pages & zero);
+        if (!pages || at + (uint64_t)pages > room || pages > snapshot->pages - first)
+            return flaw(PN_FLAW_RUN, run);
+        starts[run] = (uint32_t)first;
+        first += pages;
+        uint64_t list = (frame & stored) | (zeros & ~stored);
+        next[run] = last[list];
+        last[list] = run;
+    }
+    return flaw(first == snapshot->pages ? PN_FLAW_NONE : PN_FLAW_END, snapshot->runs);
+}
+
 struct pn_snapshot_flaw pn_snapshot_check(const struct pn_snapshot *snapshot) {
-    for (uint64_t frame = 0; frame < snapshot->frames; frame++) {
+    for (uint64_t frame = 0; frame < snapshot->frames; frame++)
         if (!frame_fits(snapshot, frame))
             return flaw(PN_FLAW_FRAME, frame);
+    for (uint64_t frame = 0; frame <= snapshot->frames; frame++)
         snapshot->frame_runs[frame] = PN_NO_RUN;
-    }
-    uint64_t first = 0;
-    for (uint64_t run = 0; run < snapshot->runs; run++) {
-        uint32_t pages = snapshot->run_starts[run];
-        if (!pages || pages > snapshot->pages - first || !run_fits(snapshot, run, pages))
-            return flaw(PN_FLAW_RUN, run);
-        snapshot->run_starts[run] = (uint32_t)first;
-        snapshot->next_runs[run] = PN_NO_RUN;
-        link_run(snapshot, (uint32_t)run);
-        first += pages;
-    }
-    if (first != snapshot->pages)
-        return flaw(PN_FLAW_END, snapshot->runs);
-    for (uint64_t frame = 0; frame < snapshot->frames; frame++)
+    struct pn_snapshot_flaw found = link_runs(snapshot);
+    for (uint64_t frame = 0; frame < snapshot->frames && !found.what; frame++)
         if (snapshot->frame_runs[frame] == PN_NO_RUN)
-            return flaw(PN_FLAW_UNUSED, frame);
-    return flaw(PN_FLAW_NONE, 0);
+            found = flaw(PN_FLAW_UNUSED, frame);
+    return found;
 }

@@ -22,7 +22,8 @@ _FLAWS = {
 @dataclass(frozen=True, slots=True)
 class SnapshotColumns:
     """The columns of ``struct pn_snapshot``: views of memory that stays where it is. They are as
-    long as there are objects (of ``Q``), frames (``Q``, ``I``, ``H``) and runs (``I``, ``H``)."""
+    long as there are objects (of ``Q``), frames (``Q``, ``I``, ``H``) and runs (``I``, ``H``), and
+    ``frame_runs`` is one longer."""
 
     object_sizes: memoryview
     frame_offsets: memoryview

@@ -75,6 +75,14 @@ def make_parser() -> Parser:
         metavar="SNAPSHOT",
         help="a snapshot in the same directory: store only the pages that differ from its pages",
     )
+    create.add_argument(
+        "--sparse",
+        action="store_true",
+        help=(
+            "MEMFILE has only the pages that were written since the base, and holes between them,"
+            " as Firecracker's snapshots of type Diff"
+        ),
+    )
     info = add("info", "Show what a snapshot consists of, by its index alone.")
     verify = add("verify", "Read all of a snapshot, and compare it with its checksums.")
     export = add("export", "Write a snapshot as one memory file.")
@@ -116,7 +124,9 @@ class _Progress:
 async def _create(options: argparse.Namespace, report: Report) -> None:
     with open_source(options.memory) as source:
         progress = _Progress(report, source.region.pages)
-        created = await create_snapshot(source, options.target, options.base, progress)
+        created = await create_snapshot(
+            source, options.target, options.base, options.sparse, progress
+        )
     words = (
         f"{created.new} of {created.pages} pages new, {created.same} as in its base,"
         f" {created.zero} zero; {created.bytes} bytes written in {created.seconds:.2f} s"
@@ -141,7 +151,7 @@ async def _info(options: argparse.Namespace, report: Report) -> None:
 def _facts(index: Index) -> dict[str, object]:
     columns = index.columns
     zero = sum(
-        index.run(number).count
+        index.run(number).pages
         for number, frame in enumerate(columns.run_frames)
         if frame == ZERO_FRAME
     )

@@ -29,6 +29,8 @@ __all__ = ["Created", "create_snapshot"]
 _MOST_WAITING = 2 * WORKERS
 # Marks of pages that are not stored.
 _ZERO, _SAME, _NEW = range(3)
+# One of them, and the first page and the number of pages that it is for.
+Mark = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,13 @@ async def create_snapshot(
     source: Source,
     target: str,
     base: str | None = None,
+    sparse: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Created:
     """Make the snapshot ``target`` (``DIR/NAME``) of a source of one block. ``base``: a snapshot of
-    as much memory in the same directory; pages that are as there are not stored again.
+    as much memory in the same directory; pages that are as there are not stored again. ``sparse``:
+    the source has only what has changed since the base, and a hole everywhere else, as Firecracker
+    writes it; the base is not read then.
     ``on_progress`` gets the number of pages that were looked at.
 
     The snapshot appears whole, in place of one that had its name, or not at all.
@@ -67,12 +72,14 @@ async def create_snapshot(
     """
     if len(source.region.blocks) != 1:
         raise UsageError("a snapshot is of one block of memory")
+    if sparse and base is None:
+        raise UsageError("a sparse file has only what has changed since a base: name that too")
     directory, name = locate(target)
     with ExitStack() as stack:
         file = stack.enter_context(WholeFile(os.path.join(directory, name), "snapshot"))
         layer = _Layer(directory, _opened_base(stack, base, directory, source.region.size))
         stack.callback(layer.close)
-        await layer.take(source, on_progress)
+        await layer.take(source, sparse, on_progress)
         source.check_unchanged()
         return await layer.commit(file)
 
@@ -127,16 +134,17 @@ class _Layer:
         """Idempotent. What was not committed is gone."""
         self._object.close()
 
-    async def take(self, source: Source, on_progress: Callable[[int], None]) -> None:
+    async def take(self, source: Source, sparse: bool, on_progress: Callable[[int], None]) -> None:
         pages = source.region.pages
         for first in range(0, pages, FRAME_PAGES):
             run = Run(first, min(FRAME_PAGES, pages - first))
             slot = memoryview(bytearray(run.count * PAGE))
-            if await source.read_into(run, slot):
-                marks = await trio.to_thread.run_sync(self._mark, run, slot)
-                self._add(run, slot, marks)
+            if not await source.read_into(run, slot):
+                self._add(run, slot, [(_SAME if sparse else _ZERO, 0, run.count)])
+            elif sparse:
+                self._add(run, slot, list(_sparse_marks(slot, run, source.is_hole)))
             else:
-                self._add(run, slot, [(_ZERO, 0, run.count)])
+                self._add(run, slot, await trio.to_thread.run_sync(self._mark, run, slot))
             if len(self._waiting) >= _MOST_WAITING:
                 await self._store()
             on_progress(run.end)
@@ -145,7 +153,7 @@ class _Layer:
 
     # ---- what has to be stored ----
 
-    def _mark(self, run: Run, slot: memoryview) -> list[tuple[int, int, int]]:
+    def _mark(self, run: Run, slot: memoryview) -> list[Mark]:
         """Stretches of ``slot``, which is ``run``: each a mark, its first page in the slot, and
         how many."""
         base = None
@@ -154,9 +162,9 @@ class _Layer:
             if not self._base_memory.is_hole(run.first * PAGE, len(slot)):
                 self._base_memory.read(run.first * PAGE, memoryview(base))
             self._base_memory.forget(run.end * PAGE)
-        return list(_marks(bytes(slot), base))
+        return list(_marks(slot, base))
 
-    def _add(self, run: Run, slot: memoryview, marks: list[tuple[int, int, int]]) -> None:
+    def _add(self, run: Run, slot: memoryview, marks: list[Mark]) -> None:
         # The new pages of a slot are in one frame.
         if len(self._open) // PAGE + sum(n for mark, _, n in marks if mark == _NEW) > FRAME_PAGES:
             self._close_frame()
@@ -174,7 +182,7 @@ class _Layer:
         for stretch in self._base.stretches(first, count):
             frame = stretch.frame
             number = ZERO_FRAME if frame == ZERO_FRAME else self._import(frame)
-            self._tables.add_run(stretch.count, number, stretch.at)
+            self._tables.add_run(stretch.pages, number, stretch.at)
 
     def _import(self, frame: int) -> int:
         """The number that a frame of the base has here."""
@@ -278,25 +286,47 @@ class _Layer:
         )
 
 
-def _marks(slot: bytes, base: bytearray | None) -> Iterator[tuple[int, int, int]]:
-    view, done, pages = memoryview(slot), 0, len(slot) // PAGE
-    while done < pages:
-        count, zero = _native.leading_alike(view[done * PAGE :], pages - done, PAGE)
-        if zero:
-            yield _ZERO, done, count
-        elif base is None:
-            yield _NEW, done, count
+def _marks(slot: memoryview, base: bytearray | None) -> Iterator[Mark]:
+    for mark, first, count in _zero_marks(slot):
+        if mark == _ZERO or base is None:
+            yield mark, first, count
         else:
-            yield from _compared(slot, base, done, done + count)
+            yield from _compared(slot, base, first, first + count)
+
+
+def _zero_marks(slot: memoryview) -> Iterator[Mark]:
+    done, pages = 0, len(slot) // PAGE
+    while done < pages:
+        count, zero = _native.leading_alike(slot[done * PAGE :], pages - done, PAGE)
+        yield _ZERO if zero else _NEW, done, count
         done += count
 
 
-def _compared(slot: bytes, base: bytearray, first: int, end: int) -> Iterator[tuple[int, int, int]]:
-    def mark(page: int) -> int:
-        at = slice(page * PAGE, (page + 1) * PAGE)
-        return _SAME if slot[at] == base[at] else _NEW
+def _compared(slot: memoryview, base: bytearray, first: int, end: int) -> Iterator[Mark]:
+    pages = bytes(slot[first * PAGE : end * PAGE])  # memoryviews compare byte by byte
 
-    for found, group in groupby(range(first, end), mark):
+    def mark(page: int) -> int:
+        at = (page - first) * PAGE
+        return _SAME if pages[at : at + PAGE] == base[page * PAGE : (page + 1) * PAGE] else _NEW
+
+    yield from _alike(mark, first, end)
+
+
+def _sparse_marks(slot: memoryview, run: Run, is_hole: Callable[[Run], bool]) -> Iterator[Mark]:
+    def is_same(page: int) -> bool:
+        return is_hole(Run(run.first + page, 1))
+
+    for same, first, count in _alike(is_same, 0, run.count):
+        if same:
+            yield _SAME, first, count
+        else:
+            part = slot[first * PAGE : (first + count) * PAGE]
+            yield from ((mark, first + page, n) for mark, page, n in _zero_marks(part))
+
+
+def _alike(of: Callable[[int], int], first: int, end: int) -> Iterator[Mark]:
+    """Stretches of pages of which ``of`` returns the same."""
+    for found, group in groupby(range(first, end), of):
         numbers = list(group)
         yield found, numbers[0], len(numbers)
 

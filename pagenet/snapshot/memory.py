@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 from .. import _native
 from ..errors import SourceLost, Unsupported
-from .index import PAGE, ZERO_FRAME
+from .index import PAGE
 from .opened import Snapshot, open_snapshot
 
 __all__ = ["SnapshotMemory"]
@@ -69,7 +69,7 @@ class SnapshotMemory:
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` on, if its frames are unpacked, and that waits for no
         disk. False: it would; ``into`` may be overwritten."""
-        if not all(self._is_there[frame] for frame in self._frames(offset, len(into))):
+        if not all(map(self._is_there.__getitem__, self._frames(offset, len(into)))):
             return False
         try:
             count = os.preadv(self._file.fileno(), [into], offset, os.RWF_NOWAIT)
@@ -87,8 +87,7 @@ class SnapshotMemory:
             into, offset = into[count:], offset + count
 
     def is_hole(self, offset: int, length: int) -> bool:
-        stretches = self._index.stretches(offset // PAGE, length // PAGE)
-        return all(stretch.frame == ZERO_FRAME for stretch in stretches)
+        return not self._frames(offset, length)
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
         if not self.is_hole(offset, pages * page_size):
@@ -99,9 +98,8 @@ class SnapshotMemory:
         """Give up the first ``end`` bytes of the file: they are not read again."""
         _native.punch(self._file.fileno(), end)
 
-    def _frames(self, offset: int, length: int) -> list[int]:
-        stretches = self._index.stretches(offset // PAGE, length // PAGE)
-        return [stretch.frame for stretch in stretches if stretch.frame != ZERO_FRAME]
+    def _frames(self, offset: int, length: int) -> set[int]:
+        return self._index.frames_in(offset // PAGE, length // PAGE)
 
     # ---- unpacking ----
 
@@ -131,12 +129,9 @@ class SnapshotMemory:
             del self._loading[frame]
 
     def _place(self, frame: int) -> None:
-        def place(pages: memoryview) -> None:
-            for run in self._index.runs_of(frame):
-                data = pages[run.at * PAGE : (run.at + run.count) * PAGE]
-                self._write(data, run.first * PAGE)
-
-        self._snapshot.read_frame(frame, place)
+        self._snapshot.read_frame(
+            frame, lambda pages: self._index.scatter(frame, pages, self._write)
+        )
 
     def _write(self, data: memoryview, offset: int) -> None:
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from typing import Self, TypeVar
 
 import trio
@@ -103,15 +105,25 @@ def open_snapshot(spec: str) -> Snapshot:
     return Snapshot(spec, index, objects)
 
 
-async def in_threads(work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Call ``work`` with each item, in ``WORKERS`` threads. The first error ends it."""
-    left = iter(items)
+async def in_threads(
+    work: Callable[[T], None], items: Iterable[T], on_done: Callable[[T], None] = lambda item: None
+) -> None:
+    """Call ``work`` with each item, in ``WORKERS`` threads, and ``on_done`` after it, in the same
+    thread, but never in two at a time. The first error ends it."""
+    left, lock = iter(items), threading.Lock()
+
+    def take() -> list[T]:
+        with lock:
+            return list(islice(left, 1))
+
+    def run() -> None:
+        while taken := take():
+            trio.from_thread.check_cancelled()
+            work(taken[0])
+            with lock:
+                on_done(taken[0])
+
     limiter = trio.CapacityLimiter(WORKERS)
-
-    async def worker() -> None:
-        for item in left:
-            await trio.to_thread.run_sync(work, item, limiter=limiter)
-
     async with open_failing_nursery() as nursery:
         for _ in range(WORKERS):
-            nursery.start_soon(worker)
+            nursery.start_soon(partial(trio.to_thread.run_sync, run, limiter=limiter))

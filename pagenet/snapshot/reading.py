@@ -34,22 +34,19 @@ class Flaws:
 
 async def verify_snapshot(snapshot: Snapshot, on_progress: Progress = lambda done: None) -> Flaws:
     """Read every frame, and compare it with its checksum and its digest. ``on_progress`` gets the
-    number of pages that were checked."""
-    index, done = snapshot.index, 0
+    number of pages that were checked, in a thread."""
+    index = snapshot.index
     broken: dict[int, str] = {}
 
     def check(frame: int) -> None:
-        nonlocal done
         try:
             if snapshot.read_frame(frame, digest_of) != index.digest(frame):
                 raise snapshot.lost(f"frame {frame} is not the one that the index names (digest)")
         except SourceLost as error:
             broken[frame] = str(error)
-        done += index.columns.frame_pages[frame]
-        trio.from_thread.run_sync(on_progress, done)
 
-    await in_threads(check, range(index.frames))
-    pages = sum(run.count for frame in broken for run in index.runs_of(frame))
+    await in_threads(check, range(index.frames), _counted(index, on_progress))
+    pages = sum(run.pages for frame in broken for run in index.runs_of(frame))
     first = broken[min(broken)] if broken else ""
     return Flaws(index.frames, len(broken), pages, first)
 
@@ -58,29 +55,31 @@ async def export_snapshot(
     snapshot: Snapshot, path: str | os.PathLike[str], on_progress: Progress = lambda done: None
 ) -> None:
     """Write the memory of a snapshot as one file, whole or not at all; pages of zeros are holes.
-    ``on_progress`` gets the number of pages that were written.
+    ``on_progress`` gets the number of pages that were written, in a thread.
 
     :exc:`SourceLost` if a frame cannot be read, :exc:`~pagenet.errors.UsageError` or
     :exc:`~pagenet.errors.PagenetError` if the file cannot be written.
     """
-    index, done = snapshot.index, 0
+    index = snapshot.index
     with WholeFile(path, "memory") as file:
         file.resize(index.size)
 
         def place(frame: int) -> None:
-            nonlocal done
+            snapshot.read_frame(frame, lambda pages: index.scatter(frame, pages, file.write))
 
-            def write(pages: memoryview) -> None:
-                for run in index.runs_of(frame):
-                    data = pages[run.at * PAGE : (run.at + run.count) * PAGE]
-                    file.write(data, run.first * PAGE)
-
-            snapshot.read_frame(frame, write)
-            done += index.columns.frame_pages[frame]
-            trio.from_thread.run_sync(on_progress, done)
-
-        await in_threads(place, range(index.frames))
+        await in_threads(place, range(index.frames), _counted(index, on_progress))
         await file.wait_committed()
+
+
+def _counted(index: Index, on_progress: Progress) -> Callable[[int], None]:
+    done = 0
+
+    def count(frame: int) -> None:
+        nonlocal done
+        done += index.columns.frame_pages[frame]
+        on_progress(done)
+
+    return count
 
 
 async def compare_snapshots(
@@ -116,7 +115,7 @@ def _content(index: Index, slot: Run) -> list[tuple[int, bytes, int]]:
     """What is in the pages of ``slot``, as the index tells: equal if they are equal, but not only
     then."""
     return [
-        (run.count, b"" if run.frame == ZERO_FRAME else index.digest(run.frame), run.at)
+        (run.pages, b"" if run.frame == ZERO_FRAME else index.digest(run.frame), run.at)
         for run in index.stretches(slot.first, slot.count)
     ]
 

@@ -139,6 +139,12 @@ class Source:
             await trio.to_thread.run_sync(piece.read, offset, into)
         return True
 
+    def is_hole(self, run: Run) -> bool:
+        """Whether the pages of ``run`` are known to be zero without reading them."""
+        index = self.region.block_index(run.first)
+        offset = self.region.offset_of_page(run.first) - self.region.offsets[index]
+        return self._pieces[index].is_hole(offset, self.region.size_of(run))
+
     def zero_map(self, run: Run) -> tuple[bytes, int] | None:
         """A bitmap of the pages of ``run`` that are zero, and their number. None: that takes
         reading them, maybe from a disk.
