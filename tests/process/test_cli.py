@@ -601,7 +601,7 @@ print(*(f"/{name}." in maps for name in ("_pagenet", "_pagenet_testing")))
 """
 
 
-@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl"])
+@pytest.mark.parametrize("command", ["serve", "pull", "qemu", "ctl", "snapshot"])
 async def test_command_loads_nothing_of_the_tests(command: str) -> None:
     code, lines, _ = await ended([sys.executable, "-c", LOADED, f"pagenet.cli.{command}"])
     assert code == 0

@@ -77,6 +77,8 @@ printf '%s\\n' "${COMPREPLY[@]}"
     ("pagenet-qemu inc", {"incoming"}),
     ("pagenet-ctl /run/x ban", {"bandwidth"}),
     ("pagenet-dirty 1 --rec", {"--record"}),
+    ("pagenet-snapshot ex", {"export"}),
+    ("pagenet-snapshot create --sp", {"--sparse"}),
 ])  # fmt: skip
 def test_bash_completes(words: str, offered: set[str]) -> None:
     command = words.split()[0]

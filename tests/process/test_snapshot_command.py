@@ -1,0 +1,219 @@
+"""pagenet-snapshot, and pagenet-serve snapshot:DIR/NAME."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from fuzzing import is_one_line
+from processes import PAGE, pull_command, run, run_server, run_workload, write_pattern
+
+SIZE = 24 << 20
+
+
+def snapshot(*words: str | Path, code: int = 0, **options: Any) -> list[dict[str, Any]]:
+    """The events, but those of progress."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pagenet.cli.snapshot", "--json", *map(str, words)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+    assert done.returncode == code, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    if code:
+        line = done.stderr.removesuffix("\n")
+        assert is_one_line(line)
+        assert line.startswith("pagenet-snapshot: ")
+        assert events[-1:] == [] or events[-1]["exit_code"] == code
+    return [event for event in events if event["event"] != "progress"]
+
+
+def refused(*words: str | Path, code: int, **options: Any) -> str:
+    return str(snapshot(*words, code=code, **options)[-1]["message"])
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Path:
+    return write_pattern(tmp_path / "memory", SIZE, zero_every=64)
+
+
+@pytest.fixture
+def layers(memory: Path, tmp_path: Path) -> list[str]:
+    """Two, of memory and of memory as it is now."""
+    names = [str(tmp_path / "first"), str(tmp_path / "second")]
+    snapshot("create", memory, names[0])
+    draw = random.Random(1)
+    with memory.open("r+b") as file:
+        for page in (1, 2, 3, 4000):
+            file.seek(page * PAGE)
+            file.write(draw.randbytes(PAGE))
+    snapshot("create", memory, names[1], "--base", names[0])
+    return names
+
+
+def objects(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.frames"), key=lambda path: path.stat().st_size)
+
+
+def test_from_create_to_diff(layers: list[str], memory: Path, tmp_path: Path) -> None:
+    first, second = layers
+    [facts] = snapshot("info", second)
+    assert (facts["layers"], facts["pages"], facts["bytes"]) == (2, SIZE // PAGE, SIZE)
+    data = memory.read_bytes()
+    assert facts["zero"] == sum(data[at : at + PAGE] == bytes(PAGE) for at in range(0, SIZE, PAGE))
+    assert {found["name"] for found in facts["objects"]} == {
+        path.name for path in objects(tmp_path)
+    }
+    [base] = snapshot("info", first)
+    assert (base["base"], facts["base"]) == (None, base["id"])
+    [verified] = snapshot("verify", second)
+    assert verified["frames"] == facts["frames"]
+    assert (tmp_path / "out").exists() is False
+    snapshot("export", second, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == memory.read_bytes()
+    *differing, compared = snapshot("diff", first, second)
+    assert [(event["first"] // PAGE, event["length"] // PAGE) for event in differing] == [
+        (1, 3), (4000, 1),
+    ]  # fmt: skip
+    assert (compared["pages"], compared["differ"]) == (SIZE // PAGE, 4)
+
+
+def test_words_for_people(layers: list[str], tmp_path: Path) -> None:
+    def words(*args: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "pagenet.cli.snapshot", *args], capture_output=True, text=True
+        ).stdout
+
+    assert "of them zero" in words("info", layers[1])
+    assert words("verify", layers[1]).startswith("whole: ")
+    assert words("diff", *layers).splitlines() == [
+        "0x1000+0x3000", "0xfa0000+0x1000", f"4 of {SIZE // PAGE} pages differ",
+    ]  # fmt: skip
+    created = words("create", str(tmp_path / "memory"), str(tmp_path / "3"), "--base", layers[1])
+    assert "layer 3: 0 of 6144 pages new" in created
+
+
+def test_sparse_file_as_firecracker_writes_it(layers: list[str], tmp_path: Path) -> None:
+    changes, whole = tmp_path / "changes", bytearray((tmp_path / "memory").read_bytes())
+    with changes.open("wb") as file:
+        file.truncate(SIZE)
+        file.seek(77 * PAGE)
+        file.write(b"\1" * PAGE + bytes(PAGE))
+    whole[77 * PAGE : 79 * PAGE] = b"\1" * PAGE + bytes(PAGE)
+    third = tmp_path / "third"
+    [created] = snapshot("create", changes, third, "--base", layers[1], "--sparse")
+    assert (created["new"], created["zero"]) == (1, 1)
+    snapshot("export", third, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_refusals(layers: list[str], memory: Path, tmp_path: Path) -> None:
+    new, path = tmp_path / "new", Path(f"{layers[0]}.snapshot")
+    assert "cannot open snapshot" in refused("info", tmp_path / "none", code=2)
+    assert "cannot open /none" in refused("verify", "/none/none", code=2)
+    assert "cannot open source" in refused("create", tmp_path / "none", new, code=2)
+    assert "name that too" in refused("create", memory, new, "--sparse", code=2)
+    assert "a name has" in refused("create", memory, tmp_path / "..", code=2)
+    memory.with_name("short").write_bytes(bytes(PAGE))
+    assert "and the memory 4096" in refused(
+        "create", tmp_path / "short", new, "--base", layers[0], code=2
+    )
+    path.write_bytes(path.read_bytes() + b"x")
+    for words in (["info"], ["verify"], ["diff", layers[1]]):
+        assert "does not end at byte" in refused(*words, layers[0], code=2)
+    assert not new.with_name("new.snapshot").exists()
+    assert len(objects(tmp_path)) == 2
+
+
+def test_missing_and_broken_objects(layers: list[str], memory: Path, tmp_path: Path) -> None:
+    small, large = objects(tmp_path)
+    with large.open("r+b") as file:
+        file.seek(100)
+        byte = file.read(1)[0]
+        file.seek(100)
+        file.write(bytes([byte ^ 1]))
+    small.unlink()
+    said = refused("verify", layers[1], code=4)
+    assert said.startswith("2 of ")
+    assert "are missing or broken" in said
+    out = tmp_path / "out"
+    assert "cannot be read" in refused("export", layers[1], out, code=4)
+    assert not out.exists()
+    assert "cannot be read" in refused("diff", *layers, code=4)
+    assert snapshot("info", layers[1])  # reads the index alone
+
+
+def test_no_room(memory: Path, tmp_path: Path) -> None:
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 4, SIZE // 4))
+
+    said = refused("create", memory, tmp_path / "new", code=1, preexec_fn=limit)
+    assert "cannot write the snapshot" in said
+    assert os.listdir(tmp_path) == ["memory"]
+
+
+async def test_killed_at_any_moment(memory: Path, tmp_path: Path) -> None:
+    """It is there and whole, or it is not there; an object alone takes room, and no more."""
+    command = [sys.executable, "-m", "pagenet.cli.snapshot", "create", str(memory)]
+    for delay in (0.2, 0.3, 0.4):
+        async with run([*command, str(tmp_path / "new")]) as process:
+            await trio.sleep(delay)
+            await process.kill()
+        if (tmp_path / "new.snapshot").exists():
+            snapshot("verify", tmp_path / "new")
+    assert {path.suffix for path in tmp_path.iterdir()} <= {"", ".frames", ".snapshot"}
+
+
+# ---- as a source ----
+
+
+async def test_served_to_a_file(layers: list[str], memory: Path, tmp_path: Path) -> None:
+    async with run_server(f"snapshot:{layers[1]}") as (_, uri):
+        for name in ("one", "two"):
+            async with run(pull_command(uri, "--into", str(tmp_path / name), lane="native")) as it:
+                assert await it.wait() == 0
+            assert (tmp_path / name).read_bytes() == memory.read_bytes()
+
+
+async def test_served_to_an_owner(
+    memory: Path, tmp_path: Path, uffd_permitted: None, lane: str
+) -> None:
+    snapshot("create", memory, tmp_path / "one")
+    path = tmp_path / "uffd.sock"
+    async with (
+        run_server(f"snapshot:{tmp_path}/one") as (_, uri),
+        run(pull_command(uri, "--uffd-socket", str(path), lane=lane)) as puller,
+        run_workload(path, "--size", SIZE, "--zero-every", 64, "--wait-complete") as workload,
+    ):
+        verified = await workload.event("verified")
+        assert (verified["bad"], verified["poisoned"]) == (0, 0)
+        assert await workload.wait() == 0
+        assert await puller.wait() == 0
+
+
+async def test_object_that_goes_away_while_it_is_served(layers: list[str], tmp_path: Path) -> None:
+    async with run_server(f"snapshot:{layers[1]}") as (server, uri):
+        objects(tmp_path)[0].unlink()
+        async with run(pull_command(uri, "--into", str(tmp_path / "out"), lane="native")) as puller:
+            assert await puller.wait() == 4
+            assert "is missing" in puller.stderr
+        assert await server.wait() == 4
+        assert "is missing" in server.stderr
+    assert not (tmp_path / "out").exists()
+
+
+async def test_loops_in_c_are_refused(layers: list[str]) -> None:
+    command = [sys.executable, "-m", "pagenet.cli.serve", f"snapshot:{layers[0]}"]
+    async with run([*command, "--listen", "tcp://127.0.0.1:0", "--lane", "native"]) as server:
+        assert await server.wait() == 2
+        assert "cannot read a snapshot" in server.stderr
