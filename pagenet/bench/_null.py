@@ -171,6 +171,7 @@ class _NullPiece:
 
     identity = "null"
     owner: tuple[int, int | tuple[int, int]] | None = None
+    is_native = False
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import trio
 
@@ -27,6 +28,11 @@ __all__ = ["Created", "create_snapshot"]
 
 # Frames that wait to be packed: packed together, in several threads.
 _MOST_WAITING = 2 * WORKERS
+# A frame of which so few pages are used is small. Beyond so many of them, those are merged, so many
+# at a time at most: that takes 64 MiB of memory.
+_SMALL_PAGES = 64
+_MOST_SMALL = 64
+_MOST_MERGED = 256
 # Marks of pages that are not stored.
 _ZERO, _SAME, _NEW = range(3)
 # One of them, and the first page and the number of pages that it is for.
@@ -80,6 +86,7 @@ async def create_snapshot(
         layer = _Layer(directory, _opened_base(stack, base, directory, source.region.size))
         stack.callback(layer.close)
         await layer.take(source, sparse, on_progress)
+        await layer.merge()
         source.check_unchanged()
         return await layer.commit(file)
 
@@ -254,6 +261,58 @@ class _Layer:
         tables.frame_lengths[number] = len(stored)
         tables.frame_pages[number] = pages
         tables.frame_digests[number * len(digest) : (number + 1) * len(digest)] = digest
+
+    # ---- what the base has in small pieces ----
+
+    async def merge(self) -> None:
+        """Store anew what is left of small frames, if it has come to many of them.
+
+        Each layer has one such frame at least, and each frame costs a read. So as many as
+        ``_MOST_SMALL`` are read at most, however many layers there are, and a page is stored twice
+        at most while the frames that it comes in are small.
+        """
+        small = self._small_frames()
+        if len(small) <= _MOST_SMALL:
+            return
+        old = self._tables.take_runs()
+        kept = await trio.to_thread.run_sync(self._read_used, small, old)
+        for pages, frame, at in old:
+            number = self._equal.get(frame, frame)
+            if number not in small:
+                self._tables.add_run(pages, frame, at)
+                continue
+            if len(self._open) // PAGE + pages > FRAME_PAGES:
+                self._close_frame()
+            for page in range(at, at + pages):
+                self._add_new(memoryview(kept[number, page]))
+        self._close_frame()
+        await self._store()
+
+    def _small_frames(self) -> dict[int, int]:
+        """Frames of the base of which few pages are used here, and their numbers there."""
+        used: Counter[int] = Counter()
+        for pages, frame in zip(self._tables.run_starts, self._tables.run_frames, strict=True):
+            used[self._equal.get(frame, frame)] += pages
+        found = (
+            (number, frame)
+            for frame, number in self._imported.items()
+            if used[number] <= _SMALL_PAGES
+        )
+        return dict(islice(found, _MOST_MERGED))
+
+    def _read_used(self, small: dict[int, int], runs: list[Mark]) -> dict[tuple[int, int], bytes]:
+        """Their pages that are used, by frame and page in it."""
+        wanted: dict[int, set[int]] = {number: set() for number in small}
+        for pages, frame, at in runs:
+            number = self._equal.get(frame, frame)
+            if number in small:
+                wanted[number].update(range(at, at + pages))
+        kept: dict[tuple[int, int], bytes] = {}
+        assert self._base_memory is not None
+        for number, frame in small.items():
+            found = self._base_memory.pages_of(frame, sorted(wanted[number]))
+            kept.update(((number, page), content) for page, content in found.items())
+        return kept
 
     # ---- the end ----
 

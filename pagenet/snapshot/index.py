@@ -208,6 +208,14 @@ class Tables:
         self.run_frames.append(frame)
         self.run_at.append(at)
 
+    def take_runs(self) -> list[tuple[int, int, int]]:
+        """Remove all runs: pages, frame, page in it, of each."""
+        runs = list(zip(self.run_starts, self.run_frames, self.run_at, strict=True))
+        for column in (self.run_starts, self.run_frames, self.run_at):
+            del column[:]
+        self.pages = 0
+        return runs
+
     def _bytes_of(self, column: str) -> bytes:
         if column == "object_names":
             return b"".join(name.encode().ljust(_NAME_SIZE, b"\0") for name in self.object_names)

@@ -27,6 +27,7 @@ class SnapshotMemory:
 
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
+    is_native = False
 
     def __init__(self, snapshot: Snapshot, owns: bool = False) -> None:
         self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns
@@ -100,6 +101,13 @@ class SnapshotMemory:
 
     def _frames(self, offset: int, length: int) -> set[int]:
         return self._index.frames_in(offset // PAGE, length // PAGE)
+
+    def pages_of(self, frame: int, pages: list[int]) -> dict[int, bytes]:
+        """These pages of a frame. Blocks. :exc:`SourceLost`."""
+        return self._snapshot.read_frame(
+            frame,
+            lambda all_: {page: bytes(all_[page * PAGE : (page + 1) * PAGE]) for page in pages},
+        )
 
     # ---- unpacking ----
 

@@ -26,7 +26,6 @@ from ..errors import SourceLost, UsageError
 from ..protocol import printable
 from ..region import Block, Region, Run
 from ..sizes import MAX_ADDRESS, split_range
-from ..snapshot.memory import SnapshotMemory
 
 __all__ = ["Source", "named_identity", "open_source"]
 
@@ -43,6 +42,8 @@ class _Piece(Protocol):
     #: the process that has it, and the address there, or device and inode of the file that it has
     #: open; None: a stored file
     owner: tuple[int, int | tuple[int, int]] | None
+    #: whether :meth:`native` has an answer
+    is_native: bool
 
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` of the block on, if that does not wait for a disk.
@@ -116,7 +117,7 @@ class Source:
 
     def is_native(self) -> bool:
         """Whether lanes in C can read it."""
-        return not any(isinstance(piece, SnapshotMemory) for piece in self._pieces)
+        return all(piece.is_native for piece in self._pieces)
 
     def native_blocks(self) -> list[_native.SourceBlock]:
         """The blocks as lanes in C see them. :exc:`Unsupported` if these cannot read them."""
@@ -251,6 +252,8 @@ def _boot_id() -> str:
 class _FilePiece:
     """A regular or tmpfs file, or a memfd by way of /proc/PID/fd/N."""
 
+    is_native = True
+
     def __init__(self, path: str) -> None:
         try:
             self._fd = _open_file(path)
@@ -367,6 +370,8 @@ class _FilePiece:
 class _ProcessPiece:
     """An address range of another process, which is expected to stand still."""
 
+    is_native = True
+
     def __init__(self, pid: int, start: int, size: int) -> None:
         if size <= 0 or start % mmap.PAGESIZE or size % mmap.PAGESIZE:
             raise UsageError(
@@ -479,6 +484,8 @@ def _split_name(spec: str) -> tuple[str, str]:
 
 def _open_piece(what: str) -> _Piece:
     if what.startswith(_SNAPSHOT):
+        from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
+
         return SnapshotMemory.open(what.removeprefix(_SNAPSHOT))
     if not what.startswith("pid:"):
         return _FilePiece(what)

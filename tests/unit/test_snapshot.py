@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fuzzing import Fuzz, is_one_line
 
 from pagenet import PagenetError, SourceLost, Unsupported, UsageError
 from pagenet.region import Run
+from pagenet.snapshot import creating
 from pagenet.snapshot.creating import Created, create_snapshot
 from pagenet.snapshot.index import FRAME_PAGES, PAGE
 from pagenet.snapshot.memory import SnapshotMemory
@@ -86,8 +88,13 @@ def read_all(spec: str, step: int = 16) -> bytes:
 # ---- the same bytes ----
 
 
-async def test_any_chain_of_layers_reads_as_the_memory_was(fuzz: Fuzz, tmp_path: Path) -> None:
+async def test_any_chain_of_layers_reads_as_the_memory_was(
+    fuzz: Fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for pick in fuzz.rounds(12):
+        monkeypatch.setattr(creating, "_MOST_SMALL", pick.choice([0, 1, 64]))
+        monkeypatch.setattr(creating, "_SMALL_PAGES", pick.choice([1, 64, 512]))
+        monkeypatch.setattr(creating, "_MOST_MERGED", pick.choice([1, 2, 256]))
         directory = tmp_path / str(fuzz.done)
         directory.mkdir()
         guest = Guest(directory, pick.choice([1, 7, FRAME_PAGES, FRAME_PAGES * 2 + 100]), pick)
@@ -258,6 +265,68 @@ async def test_deep_layer_names_its_objects_itself(tmp_path: Path) -> None:
         objects.close()
     assert data == guest.memory
     assert len(reads) == len(set(reads)) <= 2 + 20
+
+
+async def test_many_layers_are_not_many_reads(tmp_path: Path) -> None:
+    """Frames of few pages are merged, so that there are 64 of them and one more at most."""
+    guest = Guest(tmp_path, 2 * FRAME_PAGES)
+    guest.fill()
+    await guest.take()
+    stored = 0
+    for _ in range(140):
+        written = sorted(guest.draw.sample(range(guest.pages), 2))
+        for page in written:
+            guest.write(page, guest.draw.randbytes(PAGE))
+        stored += (await guest.take(written)).frames
+        with open_snapshot(guest.path(len(guest.layers) - 1)) as snapshot:
+            assert snapshot.index.frames <= 2 + 140 // 64 + 65
+            assert (await verify_snapshot(snapshot)).broken == 0
+    assert stored == 140 + 2
+    assert read_all(guest.path(140)) == guest.memory
+    assert read_all(guest.path(70)) == guest.layers[70]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+async def test_chain_of_a_thousand_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First touch and restore of the last layer beside those of the first: the least of several,
+    in turns."""
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    guest = Guest(tmp_path, 128 * FRAME_PAGES)
+    guest.fill()
+    await guest.take()
+    for _ in range(999):
+        written = sorted(guest.draw.sample(range(guest.pages), 8))
+        for page in written:
+            guest.write(page)
+        await guest.take(written)
+        guest.layers[1:-1] = [b""] * (len(guest.layers) - 2)
+
+    def touch(spec: str) -> None:
+        into = memoryview(bytearray(PAGE))
+        memory = SnapshotMemory.open(spec)
+        memory.read(guest.draw.randrange(guest.pages) * PAGE, into)
+        memory.close()
+
+    taken: dict[tuple[str, int], float] = {}
+    for layer in [0, 999] * 10:
+        for name, work in (("touch", touch), ("restore", read_all)):
+            began = time.perf_counter()
+            work(guest.path(layer))
+            key = (name, layer)
+            taken[key] = min(taken.get(key, 1e9), time.perf_counter() - began)
+    with open_snapshot(guest.path(999)) as snapshot, capsys.disabled():
+        index = snapshot.index
+        print(
+            f"\n1,000 layers: {index.frames} frames in {len(index.objects)} objects,"
+            f" {index.runs} runs"
+        )
+        for name in ("touch", "restore"):
+            one, many = taken[name, 0], taken[name, 999]
+            print(f"{name}: {many * 1000:.1f} ms, of one layer {one * 1000:.1f} ms")
+    assert read_all(guest.path(999)) == guest.memory
 
 
 # ---- what is missing or broken ----
