@@ -28,7 +28,6 @@ exit codes:
   1    failed in a way that has no code of its own: there is no room for what is written
   2    bad usage: arguments, or what they name, cannot be used; a snapshot's index is broken
   4    pages are missing: an object of a snapshot is missing or broken, or MEMFILE has changed
-  7    not possible here: a permission is missing
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """

@@ -681,10 +681,14 @@ async def serve(
     """
     if (listen is None) == (connect is None):
         raise UsageError("a source either listens or connects")
+    uri = listen or connect or ""
     # after the nursery: its tasks use what is closed here
     with _opened(source) as opened, ExitStack() as cleanup:
-        if lane == "native" and not opened.is_native():
-            raise UsageError("loops in C cannot read a snapshot: --lane auto, or export it")
+        if not opened.is_native() and (lane == "native" or uri.startswith("rdma:")):
+            raise UsageError(
+                "loops in C, and RDMA, read files and processes, and no snapshot: serve it over"
+                " tcp:// or unix: with --lane auto, or export it"
+            )
         native = NativeSourceLanes(opened) if lane != "trio" and opened.is_native() else None
         if native is not None:
             cleanup.callback(native.close)

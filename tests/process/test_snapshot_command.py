@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import Any
 import pytest
 import trio
 from fuzzing import is_one_line
-from processes import PAGE, pull_command, run, run_server, run_workload, write_pattern
+from processes import (
+    PAGE,
+    pull_command,
+    run,
+    run_server,
+    run_workload,
+    serve_command,
+    write_pattern,
+)
 
 SIZE = 24 << 20
 
@@ -162,16 +171,24 @@ def test_no_room(memory: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["memory"]
 
 
-async def test_killed_at_any_moment(memory: Path, tmp_path: Path) -> None:
-    """It is there and whole, or it is not there; an object alone takes room, and no more."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+async def test_ended_at_any_moment(number: int, memory: Path, tmp_path: Path) -> None:
+    """It is there and whole, or it is not there. Only where it is killed may an object be left."""
     command = [sys.executable, "-m", "pagenet.cli.snapshot", "create", str(memory)]
     for delay in (0.2, 0.3, 0.4):
         async with run([*command, str(tmp_path / "new")]) as process:
             await trio.sleep(delay)
-            await process.kill()
-        if (tmp_path / "new.snapshot").exists():
+            process.send_signal(number)
+            await process.wait_end()
+        is_there = (tmp_path / "new.snapshot").exists()
+        if is_there:
             snapshot("verify", tmp_path / "new")
-    assert {path.suffix for path in tmp_path.iterdir()} <= {"", ".frames", ".snapshot"}
+        assert number == signal.SIGKILL or is_there or os.listdir(tmp_path) == ["memory"]
+        for path in tmp_path.glob("new*"):
+            path.unlink()
+        for path in objects(tmp_path):
+            path.unlink()
+    assert os.listdir(tmp_path) == ["memory"]
 
 
 # ---- as a source ----
@@ -212,8 +229,19 @@ async def test_object_that_goes_away_while_it_is_served(layers: list[str], tmp_p
     assert not (tmp_path / "out").exists()
 
 
-async def test_loops_in_c_are_refused(layers: list[str]) -> None:
-    command = [sys.executable, "-m", "pagenet.cli.serve", f"snapshot:{layers[0]}"]
-    async with run([*command, "--listen", "tcp://127.0.0.1:0", "--lane", "native"]) as server:
+@pytest.mark.parametrize("options", [
+    ["--listen", "tcp://127.0.0.1:0", "--lane", "native"],
+    ["--listen", "rdma://127.0.0.1:0"],
+    ["--connect", "rdma://127.0.0.1:1"],
+])  # fmt: skip
+async def test_what_cannot_serve_it(options: list[str], layers: list[str]) -> None:
+    async with run(serve_command(f"snapshot:{layers[0]}", *options)) as server:
         assert await server.wait() == 2
-        assert "cannot read a snapshot" in server.stderr
+        assert "and no snapshot: serve it over tcp:// or unix:" in server.stderr
+
+
+async def test_it_is_no_process_to_be_tracked(layers: list[str]) -> None:
+    options = ["--tracked", "--listen", "tcp://127.0.0.1:0"]
+    async with run(serve_command(f"snapshot:{layers[0]}", *options)) as server:
+        assert await server.wait() == 2
+        assert is_one_line(server.stderr.rstrip())
