@@ -163,8 +163,13 @@ class Index:
     ) -> None:
         """Call ``write`` with all of the frame's ``pages``, and the byte of the memory where they
         belong."""
-        for run in self.runs_of(frame):
-            write(pages[run.at * PAGE : (run.at + run.pages) * PAGE], run.first * PAGE)
+        columns, last = self.columns, self.runs - 1
+        starts, ats, number = columns.run_starts, columns.run_at, columns.frame_runs[frame]
+        while number != _native.NO_RUN:  # as runs_of, but a layer of scattered pages has many
+            first, at = starts[number], ats[number]
+            end = starts[number + 1] if number < last else self.pages
+            write(pages[at * PAGE : (at + end - first) * PAGE], first * PAGE)
+            number = columns.next_runs[number]
 
 
 @dataclass

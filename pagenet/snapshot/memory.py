@@ -37,6 +37,7 @@ class SnapshotMemory:
         try:
             self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
             self._file.truncate(self.size)
+            self._fd = self._file.fileno()
         except OSError as error:
             raise self._no_room(error) from None
         self._lock = threading.Lock()
@@ -57,6 +58,7 @@ class SnapshotMemory:
     def close(self) -> None:
         """Idempotent."""
         self._file.close()
+        self._fd = -1  # the number may be another file's by now
         if self._owns:
             self._snapshot.close()
 
@@ -73,7 +75,7 @@ class SnapshotMemory:
         if not all(map(self._is_there.__getitem__, self._frames(offset, len(into)))):
             return False
         try:
-            count = os.preadv(self._file.fileno(), [into], offset, os.RWF_NOWAIT)
+            count = os.preadv(self._fd, [into], offset, os.RWF_NOWAIT)
         except OSError:
             return False
         return count == len(into)
@@ -83,9 +85,13 @@ class SnapshotMemory:
         for frame in self._frames(offset, len(into)):
             if not self._is_there[frame]:
                 self._load(frame)
-        while into:
-            count = os.preadv(self._file.fileno(), [into], offset)
-            into, offset = into[count:], offset + count
+        try:
+            while into:
+                count = os.preadv(self._fd, [into], offset)
+                into, offset = into[count:], offset + count
+        except OSError as error:
+            why = f"its pages in {self._directory} (TMPDIR): {error.strerror}"
+            raise self._snapshot.lost(why) from None
 
     def is_hole(self, offset: int, length: int) -> bool:
         return not self._frames(offset, length)
@@ -97,7 +103,7 @@ class SnapshotMemory:
 
     def forget(self, end: int) -> None:
         """Give up the first ``end`` bytes of the file: they are not read again."""
-        _native.punch(self._file.fileno(), end)
+        _native.punch(self._fd, end)
 
     def _frames(self, offset: int, length: int) -> set[int]:
         return self._index.frames_in(offset // PAGE, length // PAGE)
@@ -143,8 +149,7 @@ class SnapshotMemory:
 
     def _write(self, data: memoryview, offset: int) -> None:
         try:
-            while data:
-                written = os.pwrite(self._file.fileno(), data, offset)
+            while (written := os.pwrite(self._fd, data, offset)) < len(data):
                 data, offset = data[written:], offset + written
         except OSError as error:
             raise self._no_room(error) from None
