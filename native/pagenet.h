@@ -543,8 +543,8 @@ struct pn_snapshot {
     uint32_t *run_starts; /* before the check: the pages of each run; then its first page */
     const uint32_t *run_frames;
     const uint16_t *run_at; /* the run's first page within its frame */
-    /* Set by the check. The last run of each frame, and behind those, the last run of zeros; of each
-     * run, the last one before it of the same frame; or PN_NO_RUN. */
+    /* Set by the check: the last run of each frame, and behind those, the last run of zeros; of
+     * each run, the last one before it of the same frame; or PN_NO_RUN. */
     uint32_t *frame_runs;
     uint32_t *next_runs;
 };

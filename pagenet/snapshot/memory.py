@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 
 from .. import _native
 from ..errors import SourceLost, Unsupported
@@ -36,9 +37,13 @@ class SnapshotMemory:
         self._directory = os.environ.get("TMPDIR") or "/var/tmp"
         try:
             self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
-            self._file.truncate(self.size)
-            self._fd = self._file.fileno()
         except OSError as error:
+            raise self._no_room(error) from None
+        self._fd = self._file.fileno()
+        try:
+            self._file.truncate(self.size)
+        except OSError as error:
+            self._file.close()
             raise self._no_room(error) from None
         self._lock = threading.Lock()
         #: by frame: whether its pages are in the file
@@ -102,8 +107,9 @@ class SnapshotMemory:
         return ((1 << pages) - 1).to_bytes(-(-pages // 8), "little"), pages
 
     def forget(self, end: int) -> None:
-        """Give up the first ``end`` bytes of the file: they are not read again."""
-        _native.punch(self._fd, end)
+        """Give up the room of the first ``end`` bytes of the file: they are not read again."""
+        with suppress(OSError):  # not every file system can
+            _native.punch(self._fd, end)
 
     def _frames(self, offset: int, length: int) -> set[int]:
         return self._index.frames_in(offset // PAGE, length // PAGE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -438,6 +439,14 @@ async def test_no_room_for_unpacked_pages(guest: Guest, monkeypatch: pytest.Monk
     monkeypatch.setenv("TMPDIR", "/dev/null")
     with pytest.raises(SourceLost, match="no room for its pages in /dev/null"):
         open_source(f"snapshot:{guest.path(0)}")
+    monkeypatch.setenv("TMPDIR", str(guest.directory))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, limits[1]))
+    try:
+        with pytest.raises(SourceLost, match=r"no room for its pages in .* File too large"):
+            open_source(f"snapshot:{guest.path(0)}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # ---- what cannot be made ----
