@@ -258,15 +258,15 @@ async def host(
     """
     crew = Crew(threads or len(os.sched_getaffinity(0)))
     options.setdefault("reconnect_for", inf)
+    hosting: Host | None = None
     try:
         async with open_failing_nursery() as nursery:
             hosting = Host(nursery, crew, max_guests, options, keeper, on_event)
-            try:
-                if keeper is not None:
-                    nursery.start_soon(hosting.accept_kept, keeper)
-                yield hosting
-            finally:
-                hosting.close()
+            if keeper is not None:
+                nursery.start_soon(hosting.accept_kept, keeper)
+            yield hosting
             nursery.cancel_scope.cancel()
-    finally:
+    finally:  # after the tasks that use them
+        if hosting is not None:
+            hosting.close()
         crew.close()
