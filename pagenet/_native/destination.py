@@ -230,6 +230,7 @@ class CrewedLane:
             raise
 
     def close(self) -> End:
+        os.read(self.fd, 8)
         os.close(self.fd)
         return end_of(self._end)
 
