@@ -686,6 +686,9 @@ struct pn_source_block {
     int fd;           /* file or memfd, or -1 */
     int pid;
     int pidfd;
+    /* Of a file that is filled while it is served: a byte for each piece, not 0 once the piece is
+     * there (see pn_pieces_came). NULL: all of it is there. */
+    const uint8_t *here;
 };
 struct pn_keys_config {
     const char *device;
@@ -725,6 +728,14 @@ void pn_reader_run(struct pn_reader *reader, int sock, struct pn_tls *tls, int s
 
 /* ---- source.c: the source's half: many connections, one loop ---- */
 
+enum { PN_PIECE_BYTES = 64 << 10 }; /* of pn_source_block.here */
+
+struct pn_lack {
+    uint64_t first; /* page number */
+    uint64_t count;
+    int class_;
+};
+
 struct pn_source;
 /* What the loops of a source tell each other about a destination's link: whether compressing pays
  * even for a page that a thread waits for. Destinations whose numbers are equal modulo 256 share an
@@ -750,6 +761,14 @@ void pn_source_run(struct pn_source *source, int background, struct pn_end *end)
 void pn_source_stop(struct pn_source *source);
 /* Reports a connection that has ended: 1, its id and the reason; or 0 if there is none. */
 int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end);
+/* Pages that a destination waits for and that are not all there: 1, and `lack` is set; 0 if there
+ * are no more. The eventfd pn_source_lacks_fd is written when there are. From one thread. */
+int pn_source_lacks(struct pn_source *source, struct pn_lack *lack);
+int pn_source_lacks_fd(const struct pn_source *source);
+/* Has the loop look again for the pieces that it waits for. From any thread. */
+void pn_source_look(struct pn_source *source);
+/* Says that pieces are there, and may be read from now on. From any thread. */
+void pn_pieces_came(uint8_t *here, uint64_t first, uint64_t count);
 /* Pages of that class that were asked for until now. From any thread. */
 uint64_t pn_source_asked(const struct pn_source *source, int class_);
 /* Pages that were answered as zeros until now. From any thread. */

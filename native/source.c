@@ -60,6 +60,12 @@ struct notice {
     struct pn_end end;
 };
 
+/* A request for pages that are not all there yet. */
+struct lack {
+    struct lack *next;
+    struct pn_lack lack;
+};
+
 struct conn {
     struct conn *next;
     uint64_t id;
@@ -67,8 +73,11 @@ struct conn {
     uint32_t events; /* what epoll watches it for */
     uint8_t in[REQUESTS * sizeof(struct pn_request)];
     size_t in_start, in_end;
-    struct pn_request request; /* being answered: pages from `first`, `count` of them are left */
-    uint8_t *kept;             /* bytes that the socket refused */
+    struct pn_request request;  /* being answered: pages from `first`, `count` of them are left */
+    struct pn_request *put_off; /* whose pages are not all there; room for REQUESTS */
+    size_t put_off_count;
+    bool looks;    /* some of those may be there by now */
+    uint8_t *kept; /* bytes that the socket refused */
     size_t kept_start, kept_size;
     /* Behind them, of the reply that was begun, `left` bytes of the block from byte `at` on. */
     const struct pn_source_block *block;
@@ -105,6 +114,9 @@ struct pn_source {
     pthread_mutex_t lock; /* commands, ended, stopped */
     struct command *commands, **last_command;
     struct notice *ended, **last_ended;
+    int lacks_fd;
+    struct lack *lacks, **last_lack; /* under the lock as well */
+    atomic_bool look;                /* pieces have come */
     struct conn *conns;
     /* Connections that could go on at once, in the order of their turns. */
     struct conn *waiting, **last_waiting;
@@ -156,6 +168,7 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
         .ended_fd = ended_fd,
         .epoll = epoll_create1(EPOLL_CLOEXEC),
         .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+        .lacks_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
         .buffer = new_buffer(),
         .packed = malloc(PN_MAX_LZ4_BYTES),
         .pack_state = malloc(pn_pack_state()),
@@ -163,11 +176,13 @@ struct pn_source *pn_source_new(const struct pn_source_block *blocks, uint64_t c
     };
     source->last_command = &source->commands;
     source->last_ended = &source->ended;
+    source->last_lack = &source->lacks;
     source->last_waiting = &source->waiting;
     pthread_mutex_init(&source->lock, NULL);
     struct epoll_event wake = {.events = EPOLLIN, .data.ptr = NULL};
-    if (source->epoll < 0 || source->wake_fd < 0 || !source->buffer || !source->packed ||
-        !source->pack_state || epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
+    if (source->epoll < 0 || source->wake_fd < 0 || source->lacks_fd < 0 || !source->buffer ||
+        !source->packed || !source->pack_state ||
+        epoll_ctl(source->epoll, EPOLL_CTL_ADD, source->wake_fd, &wake)) {
         pn_source_free(source);
         return NULL;
     }
@@ -179,6 +194,7 @@ static void free_conn(struct conn *conn) {
         pn_tls_free(conn->sock.tls, 1);
     close(conn->sock.fd);
     free(conn->kept);
+    free(conn->put_off);
     free(conn->notice);
     free(conn);
 }
@@ -198,6 +214,12 @@ void pn_source_free(struct pn_source *source) {
         next = notice->next;
         free(notice);
     }
+    for (struct lack *lack = source->lacks, *next; lack; lack = next) {
+        next = lack->next;
+        free(lack);
+    }
+    if (source->lacks_fd >= 0)
+        close(source->lacks_fd);
     if (source->epoll >= 0)
         close(source->epoll);
     if (source->wake_fd >= 0)
@@ -287,6 +309,31 @@ int pn_source_ended(struct pn_source *source, uint64_t *id, struct pn_end *end) 
     *end = notice->end;
     free(notice);
     return 1;
+}
+
+int pn_source_lacks(struct pn_source *source, struct pn_lack *lack) {
+    pthread_mutex_lock(&source->lock);
+    struct lack *first = source->lacks;
+    if (first && !(source->lacks = first->next))
+        source->last_lack = &source->lacks;
+    pthread_mutex_unlock(&source->lock);
+    if (!first)
+        return 0;
+    *lack = first->lack;
+    free(first);
+    return 1;
+}
+
+int pn_source_lacks_fd(const struct pn_source *source) { return source->lacks_fd; }
+
+void pn_source_look(struct pn_source *source) {
+    atomic_store(&source->look, true);
+    eventfd_write(source->wake_fd, 1);
+}
+
+void pn_pieces_came(uint8_t *here, uint64_t first, uint64_t count) {
+    for (uint64_t i = 0; i < count; i++)
+        atomic_store_explicit((_Atomic uint8_t *)&here[first + i], 1, memory_order_release);
 }
 
 /* ---- the end of a connection, or of the memory ---- */
@@ -826,11 +873,72 @@ static bool check_request(struct pn_source *source, struct conn *conn,
     return true;
 }
 
+/* ---- pages that are not there yet ---- */
+
+static bool is_here(const struct pn_source *source, const struct pn_request *request) {
+    const struct pn_source_block *block = block_of(source, request->first);
+    if (!block->here)
+        return true;
+    uint64_t at = offset_of(block, request->first),
+             last = (at + request->count * block->page_size - 1) / PN_PIECE_BYTES;
+    for (uint64_t piece = at / PN_PIECE_BYTES; piece <= last; piece++)
+        if (!atomic_load_explicit((const _Atomic uint8_t *)&block->here[piece],
+                                  memory_order_acquire))
+            return false;
+    return true;
+}
+
+static bool say_lack(struct pn_source *source, const struct pn_request *request) {
+    struct lack *lack = malloc(sizeof *lack);
+    if (!lack)
+        return false;
+    *lack = (struct lack){
+        .lack = {.first = request->first, .count = request->count, .class_ = request->class_}};
+    pthread_mutex_lock(&source->lock);
+    *source->last_lack = lack;
+    source->last_lack = &lack->next;
+    pthread_mutex_unlock(&source->lock);
+    eventfd_write(source->lacks_fd, 1);
+    return true;
+}
+
+/* Requests behind this one need not wait for its pages: replies may come in any order. */
+static void put_off(struct pn_source *source, struct conn *conn) {
+    if (!conn->put_off)
+        conn->put_off = malloc(REQUESTS * sizeof *conn->put_off);
+    if (!conn->put_off || !say_lack(source, &conn->request)) {
+        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
+        return;
+    }
+    conn->put_off[conn->put_off_count++] = conn->request;
+    conn->request.count = 0;
+}
+
+/* Takes up a request that was put off and whose pages have come. */
+static bool take_up(struct pn_source *source, struct conn *conn) {
+    for (size_t i = 0; conn->looks && i < conn->put_off_count; i++)
+        if (is_here(source, &conn->put_off[i])) {
+            conn->request = conn->put_off[i];
+            conn->put_off_count--;
+            memmove(&conn->put_off[i], &conn->put_off[i + 1],
+                    (conn->put_off_count - i) * sizeof *conn->put_off);
+            return true;
+        }
+    conn->looks = false;
+    return false;
+}
+
+/* ---- requests ---- */
+
+static bool has_request(const struct conn *conn) {
+    return conn->in_end - conn->in_start >= sizeof conn->request && conn->put_off_count < REQUESTS;
+}
+
 /* Whether there is a request to answer. */
 static bool next_request(struct pn_source *source, struct conn *conn) {
-    if (conn->request.count)
+    if (conn->request.count || take_up(source, conn))
         return true;
-    if (conn->in_end - conn->in_start < sizeof conn->request)
+    if (!has_request(conn))
         return false;
     memcpy(&conn->request, conn->in + conn->in_start, sizeof conn->request);
     conn->in_start += sizeof conn->request;
@@ -839,7 +947,10 @@ static bool next_request(struct pn_source *source, struct conn *conn) {
     atomic_fetch_add_explicit(&source->asked[conn->request.class_], conn->request.count,
                               memory_order_relaxed);
     source->work += REQUEST_WORK;
-    return true;
+    if (is_here(source, &conn->request))
+        return true;
+    put_off(source, conn);
+    return false;
 }
 
 uint64_t pn_source_zeros(const struct pn_source *source) {
@@ -884,8 +995,8 @@ static void receive(struct pn_source *source, struct conn *conn) {
 }
 
 static bool has_work(const struct conn *conn) {
-    return conn->kept || conn->left || conn->request.count || conn->sock.pending ||
-           conn->in_end - conn->in_start >= sizeof conn->request;
+    return conn->kept || conn->left || conn->request.count || conn->sock.pending || conn->looks ||
+           has_request(conn);
 }
 
 static bool can_go_on(const struct conn *conn) {
@@ -1005,9 +1116,21 @@ static void remove_by_id(struct pn_source *source, uint64_t id) {
         }
 }
 
+/* Pieces have come: who has put requests off looks for their pages in its turn. */
+static void look_again(struct pn_source *source) {
+    for (struct conn *conn = source->conns; conn; conn = conn->next)
+        if (conn->put_off_count && !conn->ended) {
+            conn->looks = true;
+            if (can_go_on(conn))
+                wait_for_turn(source, conn);
+        }
+}
+
 static bool obey(struct pn_source *source) {
     eventfd_t value;
     (void)!eventfd_read(source->wake_fd, &value);
+    if (atomic_exchange(&source->look, false))
+        look_again(source);
     pthread_mutex_lock(&source->lock);
     struct command *command = source->commands;
     source->commands = NULL;

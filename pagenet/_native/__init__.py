@@ -56,7 +56,7 @@ from .residency import (
     seal_size,
 )
 from .snapshot import NO_RUN, ZERO_FRAME, SnapshotColumns, check_snapshot, checksum
-from .source import Links, SourceBlock, SourceLoop
+from .source import PIECE, Here, Links, SourceBlock, SourceLoop
 from .tls import BadCredentials, Pem, Tls, TlsContext, TlsRefused
 from .tracking import Track, borrow, track_probe
 from .userfaultfd import (
@@ -99,6 +99,7 @@ __all__ = [
     "MAX_NOTE",
     "MOVE",
     "NO_RUN",
+    "PIECE",
     "POISON",
     "STATES",
     "ZERO",
@@ -113,6 +114,7 @@ __all__ = [
     "End",
     "FaultLog",
     "FoundMap",
+    "Here",
     "KeyReader",
     "Keys",
     "Links",

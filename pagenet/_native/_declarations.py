@@ -295,6 +295,7 @@ class pn_source_block(Struct):
     fd: int
     pid: int
     pidfd: int
+    here: CData | Null
 
 
 class pn_keys_config(Struct):
@@ -315,6 +316,12 @@ class pn_keys(Struct):
 
 class pn_reader(Struct):
     pass
+
+
+class pn_lack(Struct):
+    first: int
+    count: int
+    class_: int
 
 
 class pn_source(Struct):
@@ -495,6 +502,7 @@ class Library(Protocol):
     PN_TLS_KEY: int
     PN_TLS_SENDS: int
     PN_TLS_RECEIVES: int
+    PN_PIECE_BYTES: int
     pn_tunables: pn_pace_tunables
 
     def pn_uffd_open(self, device: bytes | CData | Null, user_mode_only: int, /) -> int: ...
@@ -723,6 +731,10 @@ class Library(Protocol):
     def pn_source_ended(
         self, source: pn_source | Null, id: CData | Null, end: pn_end | Null, /
     ) -> int: ...
+    def pn_source_lacks(self, source: pn_source | Null, lack: pn_lack | Null, /) -> int: ...
+    def pn_source_lacks_fd(self, source: pn_source | Null, /) -> int: ...
+    def pn_source_look(self, source: pn_source | Null, /) -> None: ...
+    def pn_pieces_came(self, here: CData | Null, first: int, count: int, /) -> None: ...
     def pn_source_asked(self, source: pn_source | Null, class_: int, /) -> int: ...
     def pn_source_zeros(self, source: pn_source | Null, /) -> int: ...
     def pn_source_kept(self, source: pn_source | Null, /) -> int: ...

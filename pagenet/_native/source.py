@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from ._declarations import pn_end, pn_links, pn_source, pn_source_block
+from ._declarations import pn_end, pn_lack, pn_links, pn_source, pn_source_block
 from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
 from ._pointers import CData
 from .ends import End, end_of
 from .tls import Tls, tls_struct
 
+#: bytes of a file that is filled while it is served: it has come piece by piece
+PIECE = lib.PN_PIECE_BYTES
+
+
+class Here:
+    """Which pieces of a file of ``size`` bytes are there; see ``here`` of ``struct
+    pn_source_block``. Loops read it while it is written to."""
+
+    def __init__(self, size: int) -> None:
+        self.pieces = -(-size // PIECE)
+        self.bytes = ffi.new("uint8_t[]", self.pieces)
+
+    def __contains__(self, pieces: range) -> bool:
+        """Whether all of ``pieces`` are there."""
+        return b"\0" not in ffi.buffer(self.bytes)[pieces.start : pieces.stop]
+
+    def came(self, pieces: range) -> None:
+        lib.pn_pieces_came(self.bytes, pieces.start, len(pieces))
+
 
 @dataclass(frozen=True, slots=True)
 class SourceBlock:
     """``struct pn_source_block``: pages of a file (``fd``, ``name``), or of a process (``pid``,
-    ``pidfd``, ``address``)."""
+    ``pidfd``, ``address``). ``here``: the file is filled while it is served."""
 
     first: int
     pages: int
@@ -26,6 +45,22 @@ class SourceBlock:
     fd: int
     pid: int
     pidfd: int
+    here: Here | None = None
+
+    def fields(self, name: CData) -> dict[str, object]:
+        """Its values in C."""
+        here = NULL if self.here is None else self.here.bytes
+        return {
+            "first": self.first,
+            "pages": self.pages,
+            "page_size": self.page_size,
+            "address": self.address,
+            "name": name,
+            "fd": self.fd,
+            "pid": self.pid,
+            "pidfd": self.pidfd,
+            "here": here,
+        }
 
 
 def source_blocks(blocks: Sequence[SourceBlock]) -> tuple[pn_source_block, list[CData]]:
@@ -33,7 +68,7 @@ def source_blocks(blocks: Sequence[SourceBlock]) -> tuple[pn_source_block, list[
     names = [ffi.new("char[]", block.name.encode(errors="replace")) for block in blocks]
     named = zip(blocks, names, strict=True)
     return (
-        new_array(pn_source_block, [{**asdict(block), "name": name} for block, name in named]),
+        new_array(pn_source_block, [block.fields(name) for block, name in named]),
         names,
     )
 
@@ -58,6 +93,7 @@ class SourceLoop:
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._last_asked = [0, 0, 0]
         self._blocks, self._names = source_blocks(blocks)
+        self._here = [block.here for block in blocks]  # which the blocks in C point to
         self._source: pn_source | None = lib.pn_source_new(
             self._blocks, len(blocks), self._links.links, self.ended_fd
         )
@@ -118,3 +154,20 @@ class SourceLoop:
         number, end = ffi.new("uint64_t *"), new_struct(pn_end)
         while lib.pn_source_ended(opened(self._source), number, end):
             yield int(number[0]), end_of(end)
+
+    @property
+    def lacks_fd(self) -> int:
+        """An eventfd: :meth:`lacks` has something."""
+        return lib.pn_source_lacks_fd(opened(self._source))
+
+    def lacks(self) -> Iterator[tuple[int, int, int]]:
+        """Pages that were asked for since the last call and that are not all there: the first one,
+        their number, their class. Each answer waits for :meth:`look`."""
+        lack = new_struct(pn_lack)
+        while lib.pn_source_lacks(opened(self._source), lack):
+            yield lack.first, lack.count, lack.class_
+
+    def look(self) -> None:
+        """Pages that are waited for may be there now. From any thread, but not after
+        :meth:`close`."""
+        lib.pn_source_look(opened(self._source))

@@ -14,12 +14,13 @@ from ..errors import UsageError
 from ..guard import dismiss
 from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
-from ..source.memory import Source, named_identity, open_source
+from ..source.memory import STORE_TIMEOUT, Source, named_identity, open_source_in_thread
 from ..source.precopy import Precopy
 from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
 from ..source.tracked import SourceOwner
 from ..uffd import WriteTracker
 from ._command import (
+    MAX_SECONDS,
     ROUND_WORDS,
     Parser,
     Report,
@@ -57,8 +58,9 @@ def make_parser() -> Parser:
         metavar="SOURCE",
         help=(
             "a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or"
-            " pid:PID:START+SIZE (addresses of that process), snapshot:DIR/NAME; NAME=SOURCE names"
-            " the block. Several make one region, one block each."
+            " pid:PID:START+SIZE (addresses of that process), snapshot:DIR/NAME, or an object:"
+            " s3://BUCKET/KEY, gs://BUCKET/KEY, az://CONTAINER/KEY, https://HOST/PATH; NAME=SOURCE"
+            " names the block. Several make one region, one block each."
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
@@ -90,6 +92,30 @@ def make_parser() -> Parser:
             " source of the same name is the same source on any host; 32 hexadecimal digits are the"
             " identity that pagenet-qemu migrate gave it (default: which file it is, and when it"
             " was last written to)"
+        ),
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help=(
+            "keep what was fetched of objects in that directory, for all processes of this host"
+            " (default: in a temporary file of this process)"
+        ),
+    )
+    parser.add_argument(
+        "--cache-size",
+        type=parse_size,
+        metavar="SIZE",
+        help="limit of what --cache keeps; objects not in use are removed for that (default: none)",
+    )
+    parser.add_argument(
+        "--store-timeout",
+        type=_seconds,
+        default=STORE_TIMEOUT,
+        metavar="SECONDS",
+        help=(
+            "how long a store that fails, or does not answer, is asked for the same bytes again"
+            " (default: 60)"
         ),
     )
     parser.add_argument(
@@ -149,11 +175,27 @@ def _identity(text: str) -> bytes:
     return named_identity(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
+    if options.cache_size is not None and options.cache is None:
+        raise UsageError("--cache-size limits --cache, which is not given")
     with ExitStack() as stack:
-        source = options.source
-        if options.identity is not None or options.tracked:
-            source = stack.enter_context(open_source(*options.source))
+        opened = await open_source_in_thread(
+            *options.source,
+            cache=options.cache,
+            cache_size=options.cache_size,
+            store_timeout=options.store_timeout,
+        )
+        source = stack.enter_context(opened)
         if options.identity is not None:
             source.identity = options.identity
         owner = tracker = None
@@ -165,7 +207,7 @@ async def _serve(options: argparse.Namespace, report: Report, control: Control) 
 
 
 async def _serve_source(
-    source: Source | list[str],
+    source: Source,
     owner: SourceOwner | None,
     tracker: WriteTracker | None,
     options: argparse.Namespace,

@@ -29,6 +29,8 @@ class SnapshotMemory:
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
     is_native = False
+    #: it is read from its directory
+    remote: None = None
 
     def __init__(self, snapshot: Snapshot, owns: bool = False) -> None:
         self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns

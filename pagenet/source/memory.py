@@ -1,4 +1,4 @@
-"""Where the pages are: files, memfds, other processes' memory, snapshots.
+"""Where the pages are: files, memfds, other processes' memory, snapshots, objects in stores.
 
 A :class:`Source` is a region and a way to read it. It is checked when it is opened: readable, whole
 pages, known size.
@@ -14,20 +14,28 @@ import os
 import re
 import select
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import trio
 
 from .. import _native
 from ..errors import SourceLost, UsageError
-from ..protocol import printable
+from ..protocol import Class, printable
 from ..region import Block, Region, Run
 from ..sizes import MAX_ADDRESS, split_range
 
-__all__ = ["Source", "named_identity", "open_source"]
+if TYPE_CHECKING:
+    from ..objects import RemoteObject
+
+__all__ = ["STORE_TIMEOUT", "Source", "named_identity", "open_source", "open_source_in_thread"]
+
+#: Seconds for which a store that does not give what is waited for is asked again.
+STORE_TIMEOUT = 60.0
 
 # Seconds between two checks whether a file was changed. A check is one fstat() of each file.
 _WATCH_SECONDS = 0.1
@@ -44,6 +52,11 @@ class _Piece(Protocol):
     owner: tuple[int, int | tuple[int, int]] | None
     #: whether :meth:`native` has an answer
     is_native: bool
+
+    @property
+    def remote(self) -> RemoteObject | None:
+        """What its bytes have to be fetched by before they are read; None: they are here."""
+        ...
 
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` of the block on, if that does not wait for a disk.
@@ -105,7 +118,7 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raise :exc:`SourceLost` if a stored file was written to since it was opened, as its size
-        and mtime tell."""
+        and mtime tell, or an object could not be fetched."""
         for piece in self._pieces:
             piece.check_unchanged()
 
@@ -125,15 +138,55 @@ class Source:
         blocks = zip(firsts, self.region.blocks, self._pieces, strict=True)
         return [piece.native(first, block.page_size) for first, block, piece in blocks]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether pages have to be fetched from a store before they can be read."""
+        return any(piece.remote is not None for piece in self._pieces)
+
+    def is_here(self, run: Run) -> bool:
+        """Whether the pages can be read without fetching them from a store."""
+        piece, offset = self._place(run)
+        return piece.remote is None or piece.remote.is_here(offset, self.region.size_of(run))
+
+    def want(self, run: Run, class_: Class) -> None:
+        """Have the pages fetched, if they are not here. Who listens hears of it."""
+        piece, offset = self._place(run)
+        if piece.remote is not None:
+            piece.remote.want(offset, self.region.size_of(run), class_)
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Call ``heard``, in another thread, whenever pages that were fetched are here, or cannot
+        be fetched, until :meth:`hush` returns."""
+        for piece in self._pieces:
+            if piece.remote is not None:
+                piece.remote.listen(heard)
+
+    def hush(self, heard: Callable[[], None]) -> None:
+        for piece in self._pieces:
+            if piece.remote is not None:
+                piece.remote.hush(heard)
+
+    async def fetch(self, run: Run, class_: Class) -> None:
+        """Return when the pages are here. :exc:`SourceLost` if they cannot be fetched."""
+        piece, offset = self._place(run)
+        if piece.remote is not None:
+            await piece.remote.fetch(offset, self.region.size_of(run), class_)
+
+    def _place(self, run: Run) -> tuple[_Piece, int]:
+        """The piece that has the run, and the offset of the run in it."""
+        index = self.region.block_index(run.first)
+        return self._pieces[index], self.region.offset_of_page(run.first) - self.region.offsets[
+            index
+        ]
+
     async def read_into(self, run: Run, into: memoryview) -> bool:
         """Fill ``into`` with the pages of ``run``. If they are known to be zero, leave it alone and
         return False.
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
-        index = self.region.block_index(run.first)
-        piece = self._pieces[index]
-        offset = self.region.offset_of_page(run.first) - self.region.offsets[index]
+        await self.fetch(run, Class.DEMAND)
+        piece, offset = self._place(run)
         if piece.is_hole(offset, len(into)):
             return False
         if not piece.read_nowait(offset, into):
@@ -152,9 +205,7 @@ class Source:
 
         :exc:`SourceLost` if the memory is gone or has become shorter.
         """
-        index = self.region.block_index(run.first)
-        piece = self._pieces[index]
-        offset = self.region.offset_of_page(run.first) - self.region.offsets[index]
+        piece, offset = self._place(run)
         return piece.zero_map(offset, run.count, self.region.size_of(run) // run.count)
 
 
@@ -253,6 +304,7 @@ class _FilePiece:
     """A regular or tmpfs file, or a memfd by way of /proc/PID/fd/N."""
 
     is_native = True
+    remote: RemoteObject | None = None
 
     def __init__(self, path: str) -> None:
         try:
@@ -284,11 +336,7 @@ class _FilePiece:
     def _check(self, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"source {self._path} is not a regular file, nor a memfd")
-        if status.st_size == 0 or status.st_size % mmap.PAGESIZE:
-            raise UsageError(
-                f"source {self._path} is {status.st_size} bytes long: not a whole number of"
-                f" {mmap.PAGESIZE}-byte pages, or none"
-            )
+        _check_size(self._path, status.st_size)
         try:
             os.pread(self._fd, 1, 0)
         except OSError as error:
@@ -367,10 +415,41 @@ class _FilePiece:
             self._fd = -1
 
 
+class _ObjectPiece(_FilePiece):
+    """An object in a store, which is fetched into a file as its bytes are asked for."""
+
+    def __init__(self, remote: RemoteObject) -> None:
+        self.remote: RemoteObject = remote
+        self._fd, self._path, self.size = remote.fd, printable(remote.uri), remote.size
+        self._is_in_memory, self.owner = False, None
+        self.identity = f"object {remote.uri} {remote.etag}"
+        _check_size(self._path, self.size)
+
+    def check_unchanged(self) -> None:
+        # Every read is of the content that was there when it was opened, or it fails.
+        self.remote.check()
+
+    def native(self, first: int, page_size: int) -> _native.SourceBlock:
+        return replace(super().native(first, page_size), here=self.remote.here)
+
+    def close(self) -> None:
+        self.remote.close()
+        self._fd = -1
+
+
+def _check_size(name: str, size: int) -> None:
+    if size == 0 or size % mmap.PAGESIZE:
+        raise UsageError(
+            f"source {name} is {size} bytes long: not a whole number of {mmap.PAGESIZE}-byte"
+            " pages, or none"
+        )
+
+
 class _ProcessPiece:
     """An address range of another process, which is expected to stand still."""
 
     is_native = True
+    remote: RemoteObject | None = None
 
     def __init__(self, pid: int, start: int, size: int) -> None:
         if size <= 0 or start % mmap.PAGESIZE or size % mmap.PAGESIZE:
@@ -455,20 +534,43 @@ _SNAPSHOT = "snapshot:"
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
-def open_source(*specs: str | os.PathLike[str]) -> Source:
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Where objects are kept, and how long their store is waited for."""
+
+    directory: str | os.PathLike[str] | None
+    size: int | None
+    timeout: float
+
+
+def open_source(
+    *specs: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
+    store_timeout: float = STORE_TIMEOUT,
+) -> Source:
     """Open the memory that ``specs`` name: one block for each, in that order.
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
-    ``pid:PID:START+SIZE`` (addresses of another process), or ``snapshot:DIR/NAME``. ``NAME=`` in
-    front gives the block a name. Raises :exc:`UsageError` if a spec cannot be used.
+    ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, or the URI of an
+    object: ``s3://``, ``gs://``, ``az://``, ``https://``. ``NAME=`` in front gives the block a
+    name.
+
+    Opening an object waits for its store, ``store_timeout`` seconds at most; so does each read.
+    ``cache``: a directory in which objects are kept, chunk by chunk, ``cache_size`` bytes at most,
+    for all processes of the host. None: in a file without a name, as long as the source is open.
+
+    Raises :exc:`UsageError` if a spec cannot be used; for objects also :exc:`SourceUnreachable`,
+    and :exc:`Unsupported` if obstore is not installed.
     """
     if not specs:
         raise UsageError("no source given")
+    store = _Cache(cache, cache_size, store_timeout)
     with ExitStack() as undo:
         pieces: list[tuple[str, _Piece]] = []
         for spec in specs:
             name, what = _split_name(os.fspath(spec))
-            piece = _open_piece(what)
+            piece = _open_piece(what, store)
             undo.callback(piece.close)
             pieces.append((name, piece))
         source = Source(list(_distinct(pieces)))
@@ -476,13 +578,58 @@ def open_source(*specs: str | os.PathLike[str]) -> Source:
         return source
 
 
+async def open_source_in_thread(
+    *specs: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
+    store_timeout: float = STORE_TIMEOUT,
+) -> Source:
+    """:func:`open_source`, which may be cancelled while it waits for a store."""
+    if not any(_is_object(_split_name(os.fspath(spec))[1]) for spec in specs):
+        return open_source(*specs)
+    is_cancelled = threading.Event()
+
+    def opened() -> Source:
+        source = open_source(
+            *specs, cache=cache, cache_size=cache_size, store_timeout=store_timeout
+        )
+        if is_cancelled.is_set():
+            source.close()
+        return source
+
+    try:
+        return await trio.to_thread.run_sync(opened, abandon_on_cancel=True)
+    except trio.Cancelled:
+        is_cancelled.set()
+        raise
+
+
 def _split_name(spec: str) -> tuple[str, str]:
     if (match := _NAMED.fullmatch(spec)) and not Path(spec).exists():
         return match[1], match[2]
+    spec = spec.rstrip("/") if _is_object(spec) else spec
     return os.fsencode(Path(spec).name).decode(errors="replace")[:200] or "block", spec
 
 
-def _open_piece(what: str) -> _Piece:
+def _is_object(what: str) -> bool:
+    scheme, found, _ = what.partition("://")
+    return bool(found) and scheme in ("s3", "gs", "az", "https", "http")
+
+
+def _open_object(what: str, store: _Cache) -> _Piece:
+    from ..objects import open_object  # not where no object is served: it takes a while
+
+    remote = open_object(what, cache=store.directory, cache_size=store.size, deadline=store.timeout)
+    try:
+        return _ObjectPiece(remote)
+    except BaseException:
+        remote.close()
+        raise
+
+
+def _open_piece(what: str, store: _Cache) -> _Piece:
+    if _is_object(what):
+        return _open_object(what, store)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
 

@@ -17,6 +17,7 @@ from .. import _native
 from ..errors import ConnectionBroken, ConnectionClosed, RemoteProtocolError, SourceLost
 from ..nurseries import open_failing_nursery
 from ..protocol import LANE_HEADER_SIZE, Channel, Class
+from ..region import Run
 from ..transport import Detachable
 from .memory import Source
 
@@ -41,6 +42,7 @@ class _Loop:
 
     def __init__(self, source: Source, background: bool, links: _native.Links) -> None:
         self._loop = _native.SourceLoop(source.native_blocks(), background, links)
+        self._source = source
         self._serving: dict[int, _Serving] = {}
         self._numbers = count()
 
@@ -57,6 +59,8 @@ class _Loop:
         async with open_failing_nursery() as nursery:
             nursery.start_soon(self._stop_when_cancelled)
             nursery.start_soon(self._hear_of_ends)
+            if self._source.is_remote:
+                nursery.start_soon(self._fetch_what_lacks)
             end = await trio.to_thread.run_sync(
                 self._loop.run, limiter=limiter, abandon_on_cancel=False
             )
@@ -78,6 +82,19 @@ class _Loop:
                 serving = self._serving.pop(number)
                 serving.end = end
                 serving.ended.set()
+
+    async def _fetch_what_lacks(self) -> None:
+        """Have pages fetched that were asked for and are not here. That one cannot be fetched is
+        for :meth:`Source.watch` to say."""
+        self._source.listen(self._loop.look)
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._loop.lacks_fd)
+                os.eventfd_read(self._loop.lacks_fd)
+                for first, pages, class_ in self._loop.lacks():
+                    self._source.want(Run(first, pages), Class(class_))
+        finally:
+            self._source.hush(self._loop.look)
 
     async def serve(self, connection: Detachable, unread: bytes, link: int) -> _native.End:
         """Drive ``connection`` until it ends."""

@@ -59,7 +59,7 @@ from ..statistics import ServingStatistics
 from ..tls import Tls
 from ..transport import LaneKind, StreamHandler
 from .lanes import PIN_LIMIT, OneSided, ReadableMemory
-from .memory import Source, open_source
+from .memory import Source, open_source_in_thread
 from .native_lanes import MAX_UNREAD, NativeSourceLanes
 from .rounds import Rounds, Tracker
 from .trio_lane import LARGE_UNITS, Counts, TrioSourceLane
@@ -673,9 +673,11 @@ async def serve(
     returns.
 
     Raises :exc:`~pagenet.errors.UsageError` for a source or URI that cannot be used;
-    :exc:`~pagenet.errors.SourceLost`, in the block, when the memory is gone, or a stored file was
-    written to; with ``connect`` also :exc:`~pagenet.errors.SourceUnreachable` and
-    :exc:`~pagenet.errors.ConnectionBroken`, and :exc:`~pagenet.errors.Unsupported` over RDMA.
+    :exc:`~pagenet.errors.SourceUnreachable` for an object whose store does not answer;
+    :exc:`~pagenet.errors.SourceLost`, in the block, when the memory is gone, a stored file was
+    written to, or an object was replaced or cannot be fetched; with ``connect`` also
+    :exc:`~pagenet.errors.SourceUnreachable` and :exc:`~pagenet.errors.ConnectionBroken`, and
+    :exc:`~pagenet.errors.Unsupported` over RDMA.
     Events: ``listening``, ``connected``, ``path`` (the RDMA device that pages go by), ``complete``,
     ``left``, ``lost``, ``refused``, ``waiting`` (for a destination that is lost).
     """
@@ -683,11 +685,15 @@ async def serve(
         raise UsageError("a source either listens or connects")
     uri = listen or connect or ""
     # after the nursery: its tasks use what is closed here
-    with _opened(source) as opened, ExitStack() as cleanup:
+    with await _opened(source) as opened, ExitStack() as cleanup:
         if not opened.is_native() and (lane == "native" or uri.startswith("rdma:")):
             raise UsageError(
                 "loops in C, and RDMA, read files and processes, and no snapshot: serve it over"
                 " tcp:// or unix: with --lane auto, or export it"
+            )
+        if opened.is_remote and uri.startswith("rdma:"):
+            raise UsageError(
+                "an object is not served over rdma://: use tcp:// or unix:, or copy it into a file"
             )
         native = NativeSourceLanes(opened) if lane != "trio" and opened.is_native() else None
         if native is not None:
@@ -725,7 +731,7 @@ async def serve(
             nursery.cancel_scope.cancel()
 
 
-def _opened(source: Source | str | Sequence[str]) -> nullcontext[Source] | Source:
+async def _opened(source: Source | str | Sequence[str]) -> nullcontext[Source] | Source:
     if isinstance(source, Source):
         return nullcontext(source)
-    return open_source(source) if isinstance(source, str) else open_source(*source)
+    return await open_source_in_thread(*([source] if isinstance(source, str) else source))

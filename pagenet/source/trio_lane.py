@@ -12,6 +12,7 @@ import trio
 
 from .. import _native, transport
 from ..errors import ConnectionBroken, ConnectionClosed, SourceLost
+from ..nurseries import open_failing_nursery
 from ..protocol import (
     MAX_LZ4_BYTES,
     MAX_REASON_BYTES,
@@ -34,6 +35,8 @@ _LZ4_BLOCK = 128 << 10
 #: Units larger than a chunk that may be kept to be compressed, for all lanes together: 2 MiB each.
 #: Further ones travel uncompressed.
 LARGE_UNITS = 8
+#: Requests of a lane whose pages are still to be fetched, while further ones are answered.
+_PUT_OFF = 128
 _SAMPLE = 32 << 10  # bytes compressed to measure what compressing would bring
 
 
@@ -46,7 +49,8 @@ class Counts:
 
 
 class TrioSourceLane:
-    """Requests in, pages out, one after the other: slow, and obviously right.
+    """Requests in, pages out, one after the other: slow, and obviously right. Only requests whose
+    pages have to be fetched first are put off.
 
     Where the source chooses, runs of the background are compressed if that is faster, and pages
     that a thread waits for are not.
@@ -62,6 +66,8 @@ class TrioSourceLane:
         self._connection = connection
         self._large_units = large_units or trio.Semaphore(LARGE_UNITS)
         self._next = Run(0, 0)  # the part of the current request that has no reply yet
+        self._turn = trio.Lock()  # of the request that is being answered
+        self._put_off = trio.Semaphore(_PUT_OFF)
         self._streaming = False  # a reply has begun that is sent in several pieces
         self._counts = counts or Counts()
         self._source = source
@@ -77,29 +83,52 @@ class TrioSourceLane:
         decoder = RequestDecoder(self._source.region)
         decoder.feed(unread)
         buffer = memoryview(bytearray(_RECEIVE_SIZE))
-        while True:
-            self._choice.resume(time.monotonic_ns())
-            for request in decoder.requests():
-                self._counts.asked[request.class_] += request.run.count
-                await self._answer(request)
-            count = await self._connection.receive_into(buffer)
-            if not count:
-                return decoder.check_eof()
-            decoder.feed(buffer[:count])
+        async with open_failing_nursery() as nursery:
+            while True:
+                self._choice.resume(time.monotonic_ns())
+                for request in decoder.requests():
+                    self._counts.asked[request.class_] += request.run.count
+                    if self._source.is_here(request.run):
+                        await self._answer(request)
+                    else:
+                        await self._put_off.acquire()
+                        nursery.start_soon(self._fetch_and_answer, request)
+                count = await self._connection.receive_into(buffer)
+                if not count:
+                    nursery.cancel_scope.cancel()
+                    return decoder.check_eof()
+                decoder.feed(buffer[:count])
+
+    async def _fetch_and_answer(self, request: Request) -> None:
+        try:
+            await self._source.fetch(request.run, request.class_)
+        except SourceLost as error:
+            async with self._turn:
+                self._next = request.run
+                await self._say_last_words(request, error)
+            raise
+        await self._answer(request)
+        self._put_off.release()
 
     async def _answer(self, request: Request) -> None:
-        try:
-            for run in self._chunks(request):
-                await self._answer_run(request, run)
-        except SourceLost as error:
-            # The source cannot go on, whether the peer is told or not. Shielded, because a peer
-            # that leaves at once would hide the cause.
-            with (
-                trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
-                suppress(ConnectionBroken, ConnectionClosed),
-            ):
-                await self._tell_lost(request, str(error))
-            raise
+        async with self._turn:
+            if self._streaming:  # a reply has broken off: what follows would be taken for pages
+                return
+            try:
+                for run in self._chunks(request):
+                    await self._answer_run(request, run)
+            except SourceLost as error:
+                await self._say_last_words(request, error)
+                raise
+
+    async def _say_last_words(self, request: Request, error: SourceLost) -> None:
+        # The source cannot go on, whether the peer is told or not. Shielded, because a peer that
+        # leaves at once would hide the cause.
+        with (
+            trio.move_on_after(LAST_WORDS_TIMEOUT, shield=True),
+            suppress(ConnectionBroken, ConnectionClosed),
+        ):
+            await self._tell_lost(request, str(error))
 
     def _chunks(self, request: Request) -> Iterator[Run]:
         """Split the request into runs of whole units: at most ``_CHUNK`` bytes, which is what is

@@ -1,0 +1,68 @@
+"""One thread, and asyncio in it: what obstore can be awaited from, unlike Trio.
+
+A request that is awaited can be given up at any point. One that a thread blocks in cannot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Loop"]
+
+T = TypeVar("T")
+
+
+class Loop:
+    """The thread runs while anything has it open: :meth:`open` it, and close that."""
+
+    _lock = threading.Lock()
+    _shared: Loop | None = None
+    _users = 0
+
+    @classmethod
+    def open(cls) -> Loop:
+        """The loop of this process."""
+        with cls._lock:
+            if cls._shared is None:
+                cls._shared = cls()
+            cls._users += 1
+            return cls._shared
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="pagenet objects", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Call once for each :meth:`open`. The last call ends the thread."""
+        with Loop._lock:
+            Loop._users -= 1
+            if Loop._users:
+                return
+            Loop._shared = None
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def call(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Have the thread call ``function``."""
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` in the thread, and wait for its result."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,284 @@
+"""An object as a file that is filled chunk by chunk, as its bytes are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, aclosing, suppress
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+
+import trio
+
+from .. import _native
+from ..errors import PagenetError, SourceLost, UsageError
+from ..protocol import Class, printable
+from ._cache import CacheFile, open_cache, open_temporary
+from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED
+from ._loop import Loop
+from ._store import Client, ObjectStat, Refused, Transient, unreachable, within
+from ._uri import Uri
+
+__all__ = ["RemoteObject", "open_object"]
+
+# The order of chunks that wait for their turn: that of classes, and last what is read ahead.
+_ORDER = {Class.DEMAND: 0, Class.PREFETCH: 1, Class.BACKGROUND: 2}
+_READ_AHEAD = 3
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A chunk that is being fetched, or waits for its turn."""
+
+    chunk: int
+    order: int
+    #: of time.monotonic; later with everybody who waits for it
+    deadline: float
+    #: somebody waits for it, and is told if it fails
+    is_waited_for: bool = False
+    task: asyncio.Task[None] | None = None
+    #: bytes of the chunk that are in the file
+    done: int = 0
+
+
+class RemoteObject:
+    """Made by :func:`open_object`. Methods may be called from any thread, unless they say
+    otherwise."""
+
+    def __init__(
+        self, client: Client, stat: ObjectStat, file: CacheFile, loop: Loop, deadline: float
+    ) -> None:
+        self.uri, self.size = str(client.uri), stat.size
+        self.etag = stat.etag
+        #: which pieces of the file are there: for lanes in C
+        self.here = _native.Here(stat.size)
+        self._client, self._stat, self._file = client, stat, file
+        self._loop, self._deadline = loop, deadline
+        #: why the object cannot be read any more
+        self._failure: PagenetError | None = None
+        self._listeners: set[Callable[[], None]] = set()
+        # The rest is for the loop's thread alone.
+        self._flights: dict[int, _Flight] = {}
+        self._queue: list[tuple[int, int, _Flight]] = []
+        self._numbers = count()
+        self._active = 0
+        self._is_closed = False
+        #: bytes that came from the store
+        self.fetched = 0
+
+    @property
+    def fd(self) -> int:
+        """The file. What is there of it, as ``here`` says, may be read."""
+        return self._file.fd
+
+    def close(self) -> None:
+        """Give up what is in flight. Idempotent."""
+        if self._file.fd >= 0:
+            self._loop.run(self._shut())
+            self._file.close()
+            self._loop.close()
+
+    def is_here(self, offset: int, length: int) -> bool:
+        first, last = offset // _native.PIECE, (offset + length - 1) // _native.PIECE
+        return range(first, last + 1) in self.here
+
+    def check(self) -> None:
+        """Raise why the object cannot be read any more, if that is so."""
+        if self._failure is not None:
+            raise self._failure
+
+    def want(self, offset: int, length: int, class_: Class) -> None:
+        """Have these bytes fetched. Listeners hear when some have come, or of a failure."""
+        self._loop.call(self._want, offset, length, class_)
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Call ``heard``, in a thread of ours, whenever bytes have come or the object has failed,
+        until :meth:`hush`."""
+        self._listeners.add(heard)
+
+    def hush(self, heard: Callable[[], None]) -> None:
+        """When this returns, ``heard`` is not called any more."""
+        self._listeners.discard(heard)
+        if not self._is_closed:
+            self._loop.run(_nothing())
+
+    async def fetch(self, offset: int, length: int, class_: Class) -> None:
+        """Return when these bytes are in the file. For Trio. Raises :exc:`SourceLost`."""
+        if self.is_here(offset, length):
+            return
+        came, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+        def heard() -> None:
+            if self._failure is not None or self.is_here(offset, length):
+                with suppress(trio.RunFinishedError):
+                    token.run_sync_soon(came.set)
+
+        self._listeners.add(heard)
+        try:
+            self.want(offset, length, class_)
+            await came.wait()
+        finally:
+            self._listeners.discard(heard)
+        self.check()
+
+    # ---- in the loop's thread ----
+
+    def _want(self, offset: int, length: int, class_: Class) -> None:
+        first, last = offset // CHUNK, (offset + length - 1) // CHUNK
+        for chunk in range(first, last + 1):
+            self._want_chunk(chunk, _ORDER[class_], is_waited_for=True)
+        if class_ is Class.BACKGROUND:
+            for chunk in range(last + 1, min(last + 1 + AHEAD, -(-self.size // CHUNK))):
+                self._want_chunk(chunk, _READ_AHEAD, is_waited_for=False)
+        self._start()
+        self._tell()  # it may all be there
+
+    def _want_chunk(self, chunk: int, order: int, is_waited_for: bool) -> None:
+        start = chunk * CHUNK
+        if self._is_closed or self.is_here(start, min(CHUNK, self.size - start)):
+            return
+        deadline = time.monotonic() + self._deadline
+        flight = self._flights.get(chunk)
+        if flight is None:
+            flight = self._flights[chunk] = _Flight(chunk, order, deadline)
+            heappush(self._queue, (order, next(self._numbers), flight))
+        elif order < flight.order and flight.task is None:
+            flight.order = order  # its earlier place in the queue does not count any more
+            heappush(self._queue, (order, next(self._numbers), flight))
+        if is_waited_for:
+            flight.deadline, flight.is_waited_for = deadline, True
+
+    def _start(self) -> None:
+        """Start as many as may be in flight."""
+        while self._queue and not self._is_closed:
+            order, _, flight = self._queue[0]
+            most = IN_FLIGHT if order <= _ORDER[Class.PREFETCH] else IN_FLIGHT - RESERVED
+            if flight.task is None and flight.order == order and self._active >= most:
+                return
+            heappop(self._queue)
+            if flight.task is None and flight.order == order:
+                self._active += 1
+                flight.task = asyncio.get_running_loop().create_task(self._fly(flight))
+
+    async def _fly(self, flight: _Flight) -> None:
+        try:
+            await within(lambda: flight.deadline, lambda: self._fetch(flight))
+        except Refused as error:
+            self._fail(flight, str(error))
+        except Transient as error:
+            self._fail(flight, str(unreachable(self._client.uri, self._deadline, error)))
+        except OSError as error:
+            self._fail(flight, f"cannot keep what {self.uri} has sent: {error.strerror}")
+        finally:
+            self._active -= 1
+            del self._flights[flight.chunk]
+            self._start()
+
+    async def _fetch(self, flight: _Flight) -> None:
+        start = flight.chunk * CHUNK
+        end = min(start + CHUNK, self.size)
+        while not self._file.is_whole(flight.chunk):
+            if self._file.claim(flight.chunk):
+                try:
+                    await self._read(flight, start, end)
+                finally:
+                    self._file.release(flight.chunk)
+            else:
+                await asyncio.sleep(LOOK)
+        self._came(start, end)
+
+    async def _read(self, flight: _Flight, start: int, end: int) -> None:
+        """Bring what is left of the chunk."""
+        if self._file.is_whole(flight.chunk):  # whoever had it claimed has fetched it
+            return
+        key, at = self._client.uri.key, start + flight.done
+        if at < end:
+            async with aclosing(self._client.read(key, at, end, self._stat)) as parts:
+                async for part in parts:
+                    self._write(at, memoryview(part))
+                    at += len(part)
+                    self.fetched += len(part)
+                    flight.done = at - start
+                    self._came(start, at)
+        self._file.finish(flight.chunk)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        """Zeros are not written: the file has them already, and stays sparse."""
+        while data:
+            pieces = len(data) // _native.PIECE
+            alike, zero = _native.leading_alike(data, pieces, _native.PIECE) if pieces else (0, 0)
+            size = alike * _native.PIECE or len(data)
+            if not zero:
+                self._file.write(offset, data[:size])
+            data, offset = data[size:], offset + size
+
+    def _came(self, start: int, end: int) -> None:
+        last = -(-end // _native.PIECE) if end == self.size else end // _native.PIECE
+        self.here.came(range(start // _native.PIECE, last))
+        self._tell()
+
+    def _fail(self, flight: _Flight, text: str) -> None:
+        if flight.is_waited_for and not self._is_closed:
+            self._failure = SourceLost(text)
+            self._tell()
+
+    def _tell(self) -> None:
+        for heard in list(self._listeners):
+            heard()
+
+    async def _shut(self) -> None:
+        self._is_closed = True
+        tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _nothing() -> None:
+    pass
+
+
+def open_object(
+    uri: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
+    deadline: float,
+) -> RemoteObject:
+    """Open the object that ``uri`` names, and ask its store for size and ETag: blocks for as long
+    as that takes, at most ``deadline`` seconds, which also limit the wait for each chunk.
+    ``cache``: a directory in which chunks are kept for all processes of the host, ``cache_size``
+    bytes at most. None: in a file without a name, for this process alone.
+
+    Raises :exc:`UsageError` if there is no such object, or the store refuses it,
+    :exc:`SourceUnreachable`, and :exc:`Unsupported` without obstore.
+    """
+    client = Client(Uri.parse(uri))
+    name = printable(str(client.uri))
+    end = time.monotonic() + deadline
+    with ExitStack() as undo:
+        loop = Loop.open()
+        undo.callback(loop.close)
+        try:
+            stat = loop.run(within(lambda: end, lambda: client.stat(client.uri.key)))
+        except Refused as error:
+            raise UsageError(str(error)) from None
+        except Transient as error:
+            raise unreachable(client.uri, deadline, error) from None
+        if not stat.etag or stat.etag.startswith("W/"):
+            raise UsageError(
+                f"{name}: its store does not say which content it is (no strong ETag), and a change"
+                " could not be noticed: copy it into a file"
+            )
+        if cache is None:
+            try:
+                file = open_temporary(stat.size)
+            except OSError as error:
+                raise UsageError(f"no room for {name}: {error.strerror}") from None
+        else:
+            file = open_cache(cache, str(client.uri), stat.etag, stat.size, cache_size)
+        undo.pop_all()
+        return RemoteObject(client, stat, file, loop, deadline)

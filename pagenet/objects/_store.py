@@ -1,0 +1,290 @@
+"""The seam to obstore: one request, checked; and the same with retries within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from ..errors import PagenetError, SourceLost, SourceUnreachable, Unsupported, UsageError
+from ..protocol import printable
+from ._constants import FIRST_PAUSE, LONGEST_PAUSE, PART, STALL
+from ._loop import Loop
+from ._uri import Uri
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore
+
+__all__ = ["Client", "ObjectStat", "Refused", "Store", "Transient", "open_store", "within"]
+
+T = TypeVar("T")
+
+# What a user may set in the environment for the client, as AWS_ALLOW_HTTP. obstore reads these only
+# where no options are given.
+_CLIENT_OPTIONS = (
+    "allow_http",
+    "allow_invalid_certificates",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "connect_timeout",
+)
+_PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+class Transient(Exception):
+    """A request has failed, and may be made again: busy, broken, cut off, wrong in a way that is
+    not the object's."""
+
+
+class Refused(Exception):
+    """A request has failed, and would fail again. ``is_absent``: there is no such object;
+    ``is_changed``: another one than before."""
+
+    def __init__(self, text: str, is_absent: bool = False, is_changed: bool = False) -> None:
+        super().__init__(text)
+        self.is_absent, self.is_changed = is_absent, is_changed
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStat:
+    size: int
+    #: as the store names this content; None: it does not
+    etag: str | None
+
+
+class Client:
+    """Requests to one store, each made once. Await them in a :class:`Loop`."""
+
+    def __init__(self, uri: Uri) -> None:
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise Unsupported(
+                f"{uri.scheme}:// takes obstore: pip install 'pagenet[objects]'"
+            ) from None
+        self._obstore, self.uri = obstore, uri
+        try:
+            self._store: ObjectStore = from_url(
+                uri.store, client_options=_client_options(uri), retry_config={"max_retries": 0}
+            )
+        except Exception as error:  # obstore has one for each scheme, and ValueError
+            raise UsageError(f"{printable(uri.store)}: {_first_line(error)}") from None
+
+    async def stat(self, key: str) -> ObjectStat:
+        try:
+            meta = await self._obstore.head_async(self._store, key)
+        except Exception as error:
+            raise self._translated(error, key) from None
+        return ObjectStat(meta["size"], meta["e_tag"])
+
+    async def read(
+        self, key: str, start: int, end: int, stat: ObjectStat | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes ``start`` to ``end`` of an object, part by part. ``stat``: of that very content, or
+        :exc:`Refused`. What is handed out is right even if the rest does not come."""
+        name = printable(f"{self.uri.store}/{key}")
+        try:
+            options = {"range": (start, end)}
+            if stat is not None and stat.etag is not None:
+                options["if_match"] = stat.etag  # type: ignore[assignment]
+            async with asyncio.timeout(STALL):
+                result = await self._obstore.get_async(self._store, key, options=options)  # type: ignore[arg-type]
+            if stat is not None and (result.meta["size"], result.meta["e_tag"]) != (
+                stat.size,
+                stat.etag,
+            ):
+                raise Refused(f"{name} is another object than before", is_changed=True)
+            if tuple(result.range) != (start, end):
+                raise Refused(f"{name}: the store answers with other bytes than asked for")
+            done = start
+            async for part in result.stream(min_chunk_size=PART):
+                done += len(part)
+                if done > end:
+                    raise Refused(f"{name}: the store answers with more bytes than asked for")
+                yield part
+            if done < end:
+                raise Transient(f"the store's answer ends {end - done} bytes early")
+        except (Refused, Transient):
+            raise
+        except TimeoutError:
+            raise Transient(f"the store has sent nothing for {STALL:g} s") from None
+        except Exception as error:
+            raise self._translated(error, key) from None
+
+    async def write(self, key: str, data: bytes | memoryview) -> None:
+        try:
+            await self._obstore.put_async(self._store, key, bytes(data))
+        except Exception as error:
+            raise self._translated(error, key) from None
+
+    def _translated(self, error: Exception, key: str) -> Refused | Transient:
+        """By what the caller can do. obstore tells an HTTP status only in its text."""
+        kind, name = type(error).__name__, printable(f"{self.uri.store}/{key}")
+        if isinstance(error, FileNotFoundError):
+            return Refused(f"{name}: there is no such object", is_absent=True)
+        if kind == "PreconditionError":
+            return Refused(f"{name} is another object than before", is_changed=True)
+        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+            names = _CREDENTIALS.get(self.uri.scheme)
+            hint = f": check the credentials ({names})" if names else ""
+            return Refused(f"{name}: the store refuses access ({_status(error)}){hint}")
+        if kind == "NotSupportedError" or "non-partial response" in str(error):
+            return Refused(f"{name}: the store does not serve ranges of objects")
+        if kind == "InvalidPathError":
+            return Refused(f"{name}: not the name of an object")
+        status = _status(error)
+        if status.startswith("4") and status[:3] not in ("408", "425", "429"):
+            return Refused(f"{name}: the store answers {status}")
+        if "Requested" in str(error) and ", got " in str(error):
+            return Refused(f"{name}: the store answers with other bytes than asked for")
+        if "builder error" in str(error):
+            return Refused(
+                f"{name}: the endpoint is not https:// (AWS_ALLOW_HTTP=true allows http://), or no"
+                " URL"
+            )
+        return Transient(f"the store answers {status}" if status else _first_line(error))
+
+
+def _client_options(uri: Uri) -> ClientConfig:
+    # The time of a whole request is limited by its deadline.
+    stall = f"{round(STALL * 1000)}ms"
+    options: dict[str, object] = {"timeout": "1h", "connect_timeout": "5s", "read_timeout": stall}
+    prefix = _PREFIXES.get(uri.scheme)
+    for name in _CLIENT_OPTIONS:
+        value = os.environ.get(f"{prefix}_{name.upper()}") if prefix else None
+        if value:
+            is_switch = name.startswith("allow_")
+            options[name] = value.lower() in ("1", "true", "yes", "on") if is_switch else value
+    if uri.scheme == "http":
+        options["allow_http"] = True
+    return options  # type: ignore[return-value]
+
+
+def _status(error: Exception) -> str:
+    """The HTTP status, with the store's own word for it if there is one; empty: no response came.
+    (``503 Service Unavailable, SlowDown``.)"""
+    text = str(error)
+    found = re.search(r"status code: (\d{3}(?: [A-Za-z ]+)?)", text)
+    if found is None:
+        return ""
+    code = re.search(r"<Code>(\w{1,60})</Code>", text)
+    return f"{found[1].strip()}, {code[1]}" if code else found[1].strip()
+
+
+def _first_line(error: Exception) -> str:
+    """What obstore says, without its nested structure, and without the addresses of requests."""
+    line = str(error).strip().partition("\n")[0]
+    return printable(line.rpartition(" - ")[2] or type(error).__name__)[:200]
+
+
+async def within(
+    deadline: Callable[[], float],
+    what: Callable[[], Awaitable[T]],
+    is_closed: Callable[[], bool] = lambda: False,
+) -> T:
+    """What ``what`` returns, which is called again after :exc:`Transient`, with ever longer pauses,
+    until the moment that ``deadline`` returns (of ``time.monotonic``).
+
+    Raises what it raised last.
+    """
+    pause = FIRST_PAUSE
+    last = Transient("the store has not answered in time")
+    while True:
+        left = deadline() - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left, 0)):
+                return await what()
+        except Transient as error:
+            last = error
+        except TimeoutError:
+            if deadline() <= time.monotonic():
+                raise last from None
+            continue  # somebody else waits longer
+        wait = pause * random.uniform(0.5, 1)
+        if is_closed() or time.monotonic() + wait > deadline():
+            raise last
+        await asyncio.sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class Store:
+    """Objects by name, from any thread. Every call blocks, and is retried within ``deadline``
+    seconds. Made by :func:`open_store`; close it, or use it as a context manager.
+
+    Raises :exc:`UsageError` for what the store refuses, :exc:`SourceLost` for an object that is not
+    there or is shorter, and :exc:`SourceUnreachable` after the deadline.
+    """
+
+    def __init__(self, client: Client, deadline: float) -> None:
+        self._client, self._deadline = client, deadline
+        self._loop: Loop | None = Loop.open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent. Not to be called while another thread waits for a call."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def size(self, name: str) -> int:
+        return self._run(lambda: self._client.stat(self._key(name))).size
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """``length`` bytes of the object ``name``, from byte ``offset`` on."""
+
+        async def whole() -> bytes:
+            parts = self._client.read(self._key(name), offset, offset + length)
+            return b"".join([part async for part in parts])
+
+        return self._run(whole) if length else b""
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Make, or replace, the object ``name``: it is whole, or it does not appear."""
+        self._run(lambda: self._client.write(self._key(name), data))
+
+    def _key(self, name: str) -> str:
+        prefix = self._client.uri.key.rstrip("/")
+        return f"{prefix}/{name}" if prefix else name
+
+    def _run(self, what: Callable[[], Awaitable[T]]) -> T:
+        if self._loop is None:
+            raise TypeError("it is closed")
+        end = time.monotonic() + self._deadline
+        try:
+            return self._loop.run(within(lambda: end, what))
+        except Refused as error:
+            raise (SourceLost if error.is_absent else UsageError)(str(error)) from None
+        except Transient as error:
+            raise unreachable(self._client.uri, self._deadline, error) from None
+
+
+def unreachable(uri: Uri, deadline: float, error: Transient) -> PagenetError:
+    return SourceUnreachable(
+        f"{printable(str(uri))}: the store has not answered for {deadline:g} s: {error}"
+    )
+
+
+def open_store(uri: str, deadline: float) -> Store:
+    """The objects whose names begin with ``uri``, such as ``s3://BUCKET/PREFIX``. Nothing is asked
+    of the store yet. ``deadline``: seconds for which each call is retried.
+
+    Raises :exc:`UsageError`, and :exc:`Unsupported` without obstore.
+    """
+    return Store(Client(Uri.parse(uri)), deadline)
