@@ -64,7 +64,7 @@ def snapshot() -> Snapshot:
         child_process={
             pid: pid for task in tasks for pid in _read(f"/proc/self/task/{task}/children").split()
         },
-        thread={task: task for task in tasks if not _is_cached_by_trio(task)},
+        thread={task: task for task in tasks if not _is_kept(task)},
         file_in_dev_shm={} if shared else _names("/dev/shm"),
         mount={} if shared else {line: line for line in _read("/proc/self/mountinfo").splitlines()},
         network_namespace={} if shared else _names("/run/netns"),
@@ -106,10 +106,10 @@ def _file_descriptors() -> dict[tuple[str, str], str]:
     return found
 
 
-def _is_cached_by_trio(task: str) -> bool:
-    """Trio keeps an idle worker thread for ten seconds, under this name. A thread that still works
-    has its function's name."""
-    return _read(f"/proc/self/task/{task}/comm").startswith("Trio thread")
+def _is_kept(task: str) -> bool:
+    """Trio keeps an idle worker thread for ten seconds, under this name; a thread that still works
+    has its function's name. obstore keeps the threads of its runtime, which are all named alike."""
+    return _read(f"/proc/self/task/{task}/comm").startswith(("Trio thread", "tokio-"))
 
 
 def _names(directory: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from typing import Self
 
 import trio
 
@@ -69,6 +70,12 @@ class RemoteObject:
         #: bytes that came from the store
         self.fetched = 0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def fd(self) -> int:
         """The file. What is there of it, as ``here`` says, may be read."""
@@ -79,6 +86,7 @@ class RemoteObject:
         if self._file.fd >= 0:
             self._loop.run(self._shut())
             self._file.close()
+            self._client.close()
             self._loop.close()
 
     def is_here(self, offset: int, length: int) -> bool:
@@ -195,15 +203,15 @@ class RemoteObject:
         if self._file.is_whole(flight.chunk):  # whoever had it claimed has fetched it
             return
         key, at = self._client.uri.key, start + flight.done
-        if at < end:
-            async with aclosing(self._client.read(key, at, end, self._stat)) as parts:
-                async for part in parts:
-                    self._write(at, memoryview(part))
-                    at += len(part)
-                    self.fetched += len(part)
-                    flight.done = at - start
-                    self._came(start, at)
-        self._file.finish(flight.chunk)
+        async with aclosing(self._client.read(key, at, end, self._stat)) as parts:
+            async for part in parts:
+                self._write(at, memoryview(part))
+                at += len(part)
+                self.fetched += len(part)
+                flight.done = at - start
+                if at == end:  # before anybody hears of it, and closes us
+                    self._file.finish(flight.chunk)
+                self._came(start, at)
 
     def _write(self, offset: int, data: memoryview) -> None:
         """Zeros are not written: the file has them already, and stays sparse."""
@@ -258,8 +266,11 @@ def open_object(
     """
     client = Client(Uri.parse(uri))
     name = printable(str(client.uri))
+    if not client.uri.key:
+        raise UsageError(f"{name} names no object, only where objects are")
     end = time.monotonic() + deadline
     with ExitStack() as undo:
+        undo.callback(client.close)
         loop = Loop.open()
         undo.callback(loop.close)
         try:

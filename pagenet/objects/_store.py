@@ -69,23 +69,34 @@ class Client:
     def __init__(self, uri: Uri) -> None:
         try:
             import obstore
+            from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError:
             raise Unsupported(
                 f"{uri.scheme}:// takes obstore: pip install 'pagenet[objects]'"
             ) from None
         self._obstore, self.uri = obstore, uri
+        self._errors = (BaseError, OSError, ValueError)
         try:
-            self._store: ObjectStore = from_url(
+            store = from_url(
                 uri.store, client_options=_client_options(uri), retry_config={"max_retries": 0}
             )
-        except Exception as error:  # obstore has one for each scheme, and ValueError
+        except self._errors as error:
             raise UsageError(f"{printable(uri.store)}: {_first_line(error)}") from None
+        self._connections: list[ObjectStore] = [store]  # empty: closed
+
+    def close(self) -> None:
+        """Drop the connections. Idempotent."""
+        self._connections.clear()
+
+    @property
+    def _store(self) -> ObjectStore:
+        return self._connections[0]
 
     async def stat(self, key: str) -> ObjectStat:
         try:
             meta = await self._obstore.head_async(self._store, key)
-        except Exception as error:
+        except self._errors as error:
             raise self._translated(error, key) from None
         return ObjectStat(meta["size"], meta["e_tag"])
 
@@ -120,13 +131,13 @@ class Client:
             raise
         except TimeoutError:
             raise Transient(f"the store has sent nothing for {STALL:g} s") from None
-        except Exception as error:
+        except self._errors as error:
             raise self._translated(error, key) from None
 
     async def write(self, key: str, data: bytes | memoryview) -> None:
         try:
             await self._obstore.put_async(self._store, key, bytes(data))
-        except Exception as error:
+        except self._errors as error:
             raise self._translated(error, key) from None
 
     def _translated(self, error: Exception, key: str) -> Refused | Transient:
@@ -142,7 +153,7 @@ class Client:
             return Refused(f"{name}: the store refuses access ({_status(error)}){hint}")
         if kind == "NotSupportedError" or "non-partial response" in str(error):
             return Refused(f"{name}: the store does not serve ranges of objects")
-        if kind == "InvalidPathError":
+        if isinstance(error, ValueError) or kind == "InvalidPathError":
             return Refused(f"{name}: not the name of an object")
         status = _status(error)
         if status.startswith("4") and status[:3] not in ("408", "425", "429"):
@@ -241,6 +252,7 @@ class Store:
         """Idempotent. Not to be called while another thread waits for a call."""
         if self._loop is not None:
             self._loop.close()
+            self._client.close()
             self._loop = None
 
     def size(self, name: str) -> int:

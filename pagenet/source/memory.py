@@ -607,7 +607,6 @@ async def open_source_in_thread(
 def _split_name(spec: str) -> tuple[str, str]:
     if (match := _NAMED.fullmatch(spec)) and not Path(spec).exists():
         return match[1], match[2]
-    spec = spec.rstrip("/") if _is_object(spec) else spec
     return os.fsencode(Path(spec).name).decode(errors="replace")[:200] or "block", spec
 
 
