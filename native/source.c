@@ -117,6 +117,7 @@ struct pn_source {
     int lacks_fd;
     struct lack *lacks, **last_lack; /* under the lock as well */
     atomic_bool look;                /* pieces have come */
+    _Atomic uint64_t put_off;        /* requests, of all connections */
     struct conn *conns;
     /* Connections that could go on at once, in the order of their turns. */
     struct conn *waiting, **last_waiting;
@@ -326,7 +327,11 @@ int pn_source_lacks(struct pn_source *source, struct pn_lack *lack) {
 
 int pn_source_lacks_fd(const struct pn_source *source) { return source->lacks_fd; }
 
+/* A request that is put off just now is not missed: it is reported, and what it lacks is looked for
+ * then. */
 void pn_source_look(struct pn_source *source) {
+    if (!atomic_load(&source->put_off))
+        return;
     atomic_store(&source->look, true);
     eventfd_write(source->wake_fd, 1);
 }
@@ -906,11 +911,12 @@ static bool say_lack(struct pn_source *source, const struct pn_request *request)
 static void put_off(struct pn_source *source, struct conn *conn) {
     if (!conn->put_off)
         conn->put_off = malloc(REQUESTS * sizeof *conn->put_off);
-    if (!conn->put_off || !say_lack(source, &conn->request)) {
-        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
-        return;
+    if (conn->put_off) {
+        conn->put_off[conn->put_off_count++] = conn->request;
+        atomic_fetch_add(&source->put_off, 1); /* before it is reported: see pn_source_look */
     }
-    conn->put_off[conn->put_off_count++] = conn->request;
+    if (!conn->put_off || !say_lack(source, &conn->request))
+        end_conn(source, conn, PN_END_NO_MEMORY, ENOMEM, "");
     conn->request.count = 0;
 }
 
@@ -920,6 +926,7 @@ static bool take_up(struct pn_source *source, struct conn *conn) {
         if (is_here(source, &conn->put_off[i])) {
             conn->request = conn->put_off[i];
             conn->put_off_count--;
+            atomic_fetch_sub(&source->put_off, 1);
             memmove(&conn->put_off[i], &conn->put_off[i + 1],
                     (conn->put_off_count - i) * sizeof *conn->put_off);
             return true;
@@ -1053,6 +1060,7 @@ static void forget(struct pn_source *source, struct conn *conn) {
         at = &(*at)->next;
     *at = conn->next;
     stop_waiting(source, conn);
+    atomic_fetch_sub(&source->put_off, conn->put_off_count);
     forget_kept(source, conn);
     /* Closing would do, but not while a child that was just forked, and has not yet become another
      * program, has a copy. */

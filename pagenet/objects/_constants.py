@@ -8,6 +8,9 @@ CHUNK = 2 << 20
 #: Bytes of a response that are handed on at a time: what is waited for is in place before the
 #: chunk is whole.
 PART = 256 << 10
+#: Bytes of a chunk before a page that a thread waits for, from which on the chunk is fetched with
+#: two requests: first from that page on, then what is before it.
+SPLIT = 512 << 10
 #: Chunks in flight for an object, and how many of those only chunks may be that a thread waits for.
 IN_FLIGHT = 16
 RESERVED = 4

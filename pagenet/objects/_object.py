@@ -18,7 +18,7 @@ from .. import _native
 from ..errors import PagenetError, SourceLost, UsageError
 from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
-from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED
+from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT
 from ._loop import Loop
 from ._store import Client, ObjectStat, Refused, Transient, unreachable, within
 from ._uri import Uri
@@ -30,19 +30,29 @@ _ORDER = {Class.DEMAND: 0, Class.PREFETCH: 1, Class.BACKGROUND: 2}
 _READ_AHEAD = 3
 
 
+@dataclass(slots=True)
+class _Span:
+    """Bytes of the object that one request is to bring, whole pieces. Those before ``at`` are in
+    the file."""
+
+    start: int
+    end: int
+    at: int
+
+
 @dataclass(eq=False, slots=True)
 class _Flight:
     """A chunk that is being fetched, or waits for its turn."""
 
     chunk: int
+    #: what of it is fetched, in this order
+    spans: list[_Span]
     order: int
     #: of time.monotonic; later with everybody who waits for it
     deadline: float
     #: somebody waits for it, and is told if it fails
     is_waited_for: bool = False
     task: asyncio.Task[None] | None = None
-    #: bytes of the chunk that are in the file
-    done: int = 0
 
 
 class RemoteObject:
@@ -137,24 +147,25 @@ class RemoteObject:
     def _want(self, offset: int, length: int, class_: Class) -> None:
         first, last = offset // CHUNK, (offset + length - 1) // CHUNK
         for chunk in range(first, last + 1):
-            self._want_chunk(chunk, _ORDER[class_], is_waited_for=True)
+            self._want_chunk(chunk, _ORDER[class_], is_waited_for=True, offset=offset)
         if class_ is Class.BACKGROUND:
             for chunk in range(last + 1, min(last + 1 + AHEAD, -(-self.size // CHUNK))):
                 self._want_chunk(chunk, _READ_AHEAD, is_waited_for=False)
         self._start()
         self._tell()  # it may all be there
 
-    def _want_chunk(self, chunk: int, order: int, is_waited_for: bool) -> None:
-        start = chunk * CHUNK
-        if self._is_closed or self.is_here(start, min(CHUNK, self.size - start)):
+    def _want_chunk(self, chunk: int, order: int, is_waited_for: bool, offset: int = 0) -> None:
+        """``offset``: of the first byte that is waited for, maybe before the chunk."""
+        start, end = chunk * CHUNK, min((chunk + 1) * CHUNK, self.size)
+        if self._is_closed or self.is_here(start, end - start):
             return
         deadline = time.monotonic() + self._deadline
         flight = self._flights.get(chunk)
         if flight is None:
-            flight = self._flights[chunk] = _Flight(chunk, order, deadline)
-            heappush(self._queue, (order, next(self._numbers), flight))
-        elif order < flight.order and flight.task is None:
+            flight = self._flights[chunk] = _Flight(chunk, [], _READ_AHEAD + 1, deadline)
+        if order < flight.order and flight.task is None:
             flight.order = order  # its earlier place in the queue does not count any more
+            flight.spans = _spans(start, end, offset if order == _ORDER[Class.DEMAND] else 0)
             heappush(self._queue, (order, next(self._numbers), flight))
         if is_waited_for:
             flight.deadline, flight.is_waited_for = deadline, True
@@ -186,32 +197,35 @@ class RemoteObject:
             self._start()
 
     async def _fetch(self, flight: _Flight) -> None:
-        start = flight.chunk * CHUNK
-        end = min(start + CHUNK, self.size)
         while not self._file.is_whole(flight.chunk):
             if self._file.claim(flight.chunk):
                 try:
-                    await self._read(flight, start, end)
+                    await self._read(flight)
                 finally:
                     self._file.release(flight.chunk)
             else:
                 await asyncio.sleep(LOOK)
-        self._came(start, end)
+        for span in flight.spans:
+            self._came(span.start, span.end)
 
-    async def _read(self, flight: _Flight, start: int, end: int) -> None:
+    async def _read(self, flight: _Flight) -> None:
         """Bring what is left of the chunk."""
         if self._file.is_whole(flight.chunk):  # whoever had it claimed has fetched it
             return
-        key, at = self._client.uri.key, start + flight.done
-        async with aclosing(self._client.read(key, at, end, self._stat)) as parts:
+        for span in flight.spans:
+            if span.at < span.end:
+                await self._read_span(flight, span)
+
+    async def _read_span(self, flight: _Flight, span: _Span) -> None:
+        key = self._client.uri.key
+        async with aclosing(self._client.read(key, span.at, span.end, self._stat)) as parts:
             async for part in parts:
-                self._write(at, memoryview(part))
-                at += len(part)
+                self._write(span.at, memoryview(part))
+                span.at += len(part)
                 self.fetched += len(part)
-                flight.done = at - start
-                if at == end:  # before anybody hears of it, and closes us
-                    self._file.finish(flight.chunk)
-                self._came(start, at)
+                if all(span.at == span.end for span in flight.spans):
+                    self._file.finish(flight.chunk)  # before anybody hears of it, and closes us
+                self._came(span.start, span.at)
 
     def _write(self, offset: int, data: memoryview) -> None:
         """Zeros are not written: the file has them already, and stays sparse."""
@@ -243,6 +257,15 @@ class RemoteObject:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _spans(start: int, end: int, wanted: int) -> list[_Span]:
+    """A chunk in the order in which it is fetched: from the piece on that is waited for, if that
+    is far from the beginning."""
+    first = wanted // _native.PIECE * _native.PIECE
+    if not start + SPLIT <= first < end:
+        return [_Span(start, end, start)]
+    return [_Span(first, end, first), _Span(start, first, start)]
 
 
 async def _nothing() -> None:
