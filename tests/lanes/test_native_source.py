@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -109,9 +109,11 @@ KINDS = ("file", "holes", "memfd", "memfd holes", "process")
 class Serving:
     """A loop in its thread."""
 
-    def __init__(self, *specs: str) -> None:
+    def __init__(self, *specs: str, here: _native.Here | None = None) -> None:
+        """``here``: the pieces of the file come one by one."""
         self.source: Source = open_source(*specs)
-        self.loop = _native.SourceLoop(self.source.native_blocks(), background=False)
+        blocks = [replace(block, here=here) for block in self.source.native_blocks()]
+        self.loop = _native.SourceLoop(blocks, background=False)
         self._numbers = 0
         self.thread = Call(self.loop.run)
         self.ends: dict[int, _native.End] = {}
@@ -233,8 +235,8 @@ MakeServing = Callable[..., Serving]
 def serve() -> Iterator[MakeServing]:
     with ExitStack() as stack:
 
-        def make(*memories: Sparse) -> Serving:
-            serving = Serving(*(memory.path for memory in memories))
+        def make(*memories: Sparse, here: _native.Here | None = None) -> Serving:
+            serving = Serving(*(memory.path for memory in memories), here=here)
             stack.callback(serving.close)
             return serving
 
@@ -923,3 +925,100 @@ def start_processes(stopped: threading.Event) -> int:
         subprocess.run(["/bin/true"], preexec_fn=lambda: time.sleep(0.002), check=True)
         count += 1
     return count
+
+
+# ---- pages that come while they are served ----
+
+PIECE_PAGES = _native.PIECE // PAGE
+
+
+class Filling:
+    """A file of which nothing is there yet."""
+
+    def __init__(self, serve: MakeServing, make_memory: MakeMemory) -> None:
+        self.memory = make_memory("file", pages=8 * PIECE_PAGES)
+        self.here = _native.Here(self.memory.pages * PAGE)
+        self.serving = serve(self.memory, here=self.here)
+        self.loop = self.serving.loop
+        self.lacks: list[tuple[int, int, int]] = []
+
+    def wait_lacks(self, count: int) -> None:
+        """Until as many requests have been put off."""
+
+        def told() -> bool:
+            self.lacks += self.loop.lacks()
+            return len(self.lacks) >= count
+
+        wait_until(told, "requests that are put off")
+        assert len(self.lacks) == count
+
+    def come(self, *pieces: int) -> None:
+        for piece in pieces:
+            self.here.came(range(piece, piece + 1))
+        self.loop.look()
+
+
+@pytest.fixture
+def filling(serve: MakeServing, make_memory: MakeMemory) -> Filling:
+    return Filling(serve, make_memory)
+
+
+def test_pages_that_are_here_do_not_wait_for_others(filling: Filling) -> None:
+    peer = filling.serving.connect()
+    late = peer.ask(PIECE_PAGES - 1, 2, Class.PREFETCH)  # of two pieces
+    filling.wait_lacks(1)
+    assert filling.lacks == [(PIECE_PAGES - 1, 2, Class.PREFETCH)]
+    filling.come(0)
+    peer.ask(3, 1)
+    assert peer.reply().run == Run(3, 1)
+    filling.come(1)
+    peer.fetch()
+    assert peer.replies[-1].request_id == late.request_id
+    check(peer, filling.memory, [3, PIECE_PAGES - 1, PIECE_PAGES])
+    filling.wait_lacks(1)
+
+
+def test_more_requests_than_are_put_off(filling: Filling) -> None:
+    """As many are read as the loop takes at a time; the others stay in the socket."""
+    peer, other = filling.serving.connect(), filling.serving.connect()
+    asked = [peer.ask(page % 64, 1) for page in range(300)]
+    filling.wait_lacks(128)
+    filling.come(7)
+    other.ask(7 * PIECE_PAGES, 1)
+    other.fetch()
+    filling.wait_lacks(128)
+    filling.come(*range(7))
+    peer.fetch()
+    assert len(peer.replies) == len(asked)
+    check(peer, filling.memory, range(64))
+
+
+@pytest.mark.parametrize("how", ["closes", "removed", "loop stops"])
+def test_connection_ends_while_its_requests_are_put_off(filling: Filling, how: str) -> None:
+    peer, other = filling.serving.connect(), filling.serving.connect()
+    for page in range(5):
+        peer.ask(page, 1)
+    filling.wait_lacks(5)
+    if how == "loop stops":
+        return
+    if how == "closes":
+        peer.sock.close()
+    else:
+        filling.loop.remove(peer.number)
+    filling.serving.wait_end(peer)
+    filling.come(0)
+    other.ask(0, 1)
+    other.fetch()
+    check(other, filling.memory, [0])
+
+
+def test_what_came_before_the_request_was_put_off_is_found(filling: Filling) -> None:
+    """A look before a request is put off says nothing to it: whoever hears of it looks again."""
+    peer = filling.serving.connect()
+    filling.loop.look()
+    peer.ask(0, 1)
+    filling.wait_lacks(1)
+    filling.loop.look()  # in vain
+    filling.come(0)
+    peer.fetch()
+    check(peer, filling.memory, [0])

@@ -143,7 +143,6 @@ async def test_a_file_and_an_object_are_one_region(store: HttpStore, tmp_path: P
 # ---- transfers ----
 
 
-@pytest.mark.native
 async def test_transfer(store: HttpStore, lane: str) -> None:
     memory = OwnMemory("memfd")
     async with serve(store.url, listen="tcp://127.0.0.1:0", lane=lane) as server:  # type: ignore[arg-type]
@@ -154,7 +153,6 @@ async def test_transfer(store: HttpStore, lane: str) -> None:
     assert store.fetched() == dict.fromkeys(range(CHUNKS), 1)
 
 
-@pytest.mark.native
 async def test_a_page_that_is_here_does_not_wait_for_one_that_is_not(
     store: HttpStore, lane: str
 ) -> None:
@@ -192,7 +190,6 @@ async def test_a_page_that_is_here_does_not_wait_for_one_that_is_not(
     assert store.fetched().keys() == {0, 3}
 
 
-@pytest.mark.native
 async def test_a_destination_is_told_why_pages_are_missing(
     store: HttpStore, lane: str, tmp_path: Path
 ) -> None:
