@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 CHUNK = 2 << 20
 #: seconds until a server that was started counts as broken
@@ -231,10 +232,18 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def http_store(content: bytes, etag: str | None = '"first"') -> Iterator[HttpStore]:
+def http_store(
+    content: bytes, etag: str | None = '"first"', certificate: trustme.LeafCert | None = None
+) -> Iterator[HttpStore]:
+    """``certificate``: it speaks TLS."""
     store, closing = HttpStore(content, etag), threading.Event()
     server = _Server(store, closing)
     store.url = f"http://127.0.0.1:{server.server_port}/snapshots/mem"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(context)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        store.url = store.url.replace("http://127.0.0.1", "https://localhost")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:

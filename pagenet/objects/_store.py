@@ -160,6 +160,11 @@ class Client:
             return Refused(f"{name}: the store answers {status}")
         if "Requested" in str(error) and ", got " in str(error):
             return Refused(f"{name}: the store answers with other bytes than asked for")
+        if found := re.search(r"InvalidCertificate\(\s*(\w+)", str(error)):
+            return Refused(
+                f"{name}: the store's certificate is not valid ({found[1]}): SSL_CERT_FILE names the"
+                " authorities that are trusted"
+            )
         if "builder error" in str(error):
             return Refused(
                 f"{name}: the endpoint is not https:// (AWS_ALLOW_HTTP=true allows http://), or no"
@@ -195,9 +200,12 @@ def _status(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What obstore says, without its nested structure, and without the addresses of requests."""
-    line = str(error).strip().partition("\n")[0]
-    return printable(line.rpartition(" - ")[2] or type(error).__name__)[:200]
+    """What obstore says, and the cause that it found innermost, without what is between them and
+    without the addresses of requests."""
+    text = str(error).strip() or type(error).__name__
+    line = text.partition("\n")[0].rpartition(" - ")[2]
+    causes = re.findall(r'(?:message|error): "([^"\n]+)"', text)
+    return printable(f"{line}: {causes[-1]}" if causes else line)[:200]
 
 
 async def within(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trustme
 from processes import PAGE
 from stores import CHUNK, Answer, Asked, HttpStore, http_store, nothing_wrong
 
@@ -407,7 +408,21 @@ def test_objects_of_part_of_a_page_are_refused() -> None:
 
 def test_a_store_that_is_not_there(store: HttpStore) -> None:
     store.url = "http://127.0.0.1:1/x"
-    assert isinstance(open_it(store), SourceUnreachable)
+    error = open_it(store)
+    assert isinstance(error, SourceUnreachable)
+    assert "Connection refused" in str(error)
+
+
+async def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = trustme.CA()
+    with http_store(CONTENT, certificate=authority.issue_cert("localhost")) as store:
+        error = open_it(store)
+        assert isinstance(error, UsageError)
+        assert "not valid (UnknownIssuer): SSL_CERT_FILE" in str(error)
+        authority.cert_pem.write_to_path(str(tmp_path / "authority"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority"))
+        with open_source(store.url) as source:
+            assert await read(source) == CONTENT
 
 
 @pytest.mark.parametrize(
