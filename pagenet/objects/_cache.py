@@ -46,6 +46,8 @@ class CacheFile:
         self.fd = fd
         self._map_fd = map_fd
         self._whole = bytearray(-(-size // CHUNK))
+        if map_fd is not None:
+            self._whole[:] = os.pread(map_fd, len(self._whole), _HEADER)
 
     def close(self) -> None:
         """Idempotent."""
@@ -55,9 +57,13 @@ class CacheFile:
                 os.close(self._map_fd)
             self.fd = -1
 
+    def whole(self) -> list[int]:
+        """The chunks that were there when it was opened, or are known to have come since."""
+        return [chunk for chunk, is_whole in enumerate(self._whole) if is_whole == 1]
+
     def is_whole(self, chunk: int) -> bool:
         """Whether the chunk is there. Raises :exc:`OSError`."""
-        if not self._whole[chunk] and self._map_fd is not None:
+        if self._whole[chunk] != 1 and self._map_fd is not None:
             self._whole[chunk] = os.pread(self._map_fd, 1, _HEADER + chunk) == b"\1"
         return self._whole[chunk] == 1
 
@@ -118,8 +124,9 @@ def open_cache(
             os.utime(map_)
             if limit is not None:
                 _make_room(place, base.name, size, limit)
+            file = CacheFile(data, size, map_)
             undo.pop_all()
-            return CacheFile(data, size, map_)
+            return file
     except OSError as error:
         raise UsageError(
             f"cannot use cache {printable(os.fspath(directory))}: {error.strerror}"

@@ -66,6 +66,9 @@ class RemoteObject:
         self.etag = stat.etag
         #: which pieces of the file are there: for lanes in C
         self.here = _native.Here(stat.size)
+        for chunk in file.whole():
+            start = chunk * CHUNK
+            self.here.came(_pieces(start, min(start + CHUNK, stat.size), stat.size))
         self._client, self._stat, self._file = client, stat, file
         self._loop, self._deadline = loop, deadline
         #: why the object cannot be read any more
@@ -191,6 +194,9 @@ class RemoteObject:
             self._fail(flight, str(unreachable(self._client.uri, self._deadline, error)))
         except OSError as error:
             self._fail(flight, f"cannot keep what {self.uri} has sent: {error.strerror}")
+        except Exception as error:  # a bug of ours: nobody may wait for ever because of it
+            self._fail(flight, f"cannot fetch {self.uri}: {error!r}")
+            raise
         finally:
             self._active -= 1
             del self._flights[flight.chunk]
@@ -238,8 +244,7 @@ class RemoteObject:
             data, offset = data[size:], offset + size
 
     def _came(self, start: int, end: int) -> None:
-        last = -(-end // _native.PIECE) if end == self.size else end // _native.PIECE
-        self.here.came(range(start // _native.PIECE, last))
+        self.here.came(_pieces(start, end, self.size))
         self._tell()
 
     def _fail(self, flight: _Flight, text: str) -> None:
@@ -257,6 +262,12 @@ class RemoteObject:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _pieces(start: int, end: int, size: int) -> range:
+    """The pieces that are whole with these bytes of an object of ``size`` bytes."""
+    last = -(-end // _native.PIECE) if end == size else end // _native.PIECE
+    return range(start // _native.PIECE, last)
 
 
 def _spans(start: int, end: int, wanted: int) -> list[_Span]:

@@ -147,23 +147,23 @@ class Client:
             return Refused(f"{name}: there is no such object", is_absent=True)
         if kind == "PreconditionError":
             return Refused(f"{name} is another object than before", is_changed=True)
-        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        status = _status(error)
+        if status.startswith(("401", "403")):  # also where credentials are asked for
             names = _CREDENTIALS.get(self.uri.scheme)
             hint = f": check the credentials ({names})" if names else ""
-            return Refused(f"{name}: the store refuses access ({_status(error)}){hint}")
+            return Refused(f"{name}: the store refuses access ({status}){hint}")
         if kind == "NotSupportedError" or "non-partial response" in str(error):
             return Refused(f"{name}: the store does not serve ranges of objects")
         if isinstance(error, ValueError) or kind == "InvalidPathError":
             return Refused(f"{name}: not the name of an object")
-        status = _status(error)
         if status.startswith("4") and status[:3] not in ("408", "425", "429"):
             return Refused(f"{name}: the store answers {status}")
         if "Requested" in str(error) and ", got " in str(error):
             return Refused(f"{name}: the store answers with other bytes than asked for")
         if found := re.search(r"InvalidCertificate\(\s*(\w+)", str(error)):
             return Refused(
-                f"{name}: the store's certificate is not valid ({found[1]}): SSL_CERT_FILE names the"
-                " authorities that are trusted"
+                f"{name}: the store's certificate is not valid ({found[1]}): SSL_CERT_FILE names"
+                " the authorities that are trusted"
             )
         if "builder error" in str(error):
             return Refused(

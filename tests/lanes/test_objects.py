@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def stall(answer: Answer) -> None:
 
 
 PASSING: dict[str, Callable[[Answer], None]] = {
-    **{str(code): partial(status, code) for code in (408, 429, 500, 502, 503, 504)},
+    **{str(code): partial(status, code) for code in (408, 425, 429, 500, 502, 503, 504)},
     "reset": reset,
     "truncated": truncate,
     "short, and says so": promise_less,
@@ -654,6 +655,28 @@ def test_caches_that_are_refused(store: HttpStore, tmp_path: Path) -> None:
     for name in ("file", "none/none", "linked"):
         with pytest.raises(UsageError, match="cannot use cache"):
             open_source(store.url, cache=tmp_path / name)
+
+
+async def test_what_is_cached_is_here_at_once(store: HttpStore, tmp_path: Path) -> None:
+    with open_source(store.url, cache=tmp_path) as source:
+        assert await read(source, PAGES - 1, 1) == CONTENT[-PAGE:]
+    with open_source(store.url, cache=tmp_path) as source:
+        assert source.is_here(Run(PAGES - 1, 1))
+        assert not source.is_here(Run(0, 1))
+
+
+async def test_a_disk_that_is_full(store: HttpStore, tmp_path: Path) -> None:
+    """One line, and no wrong page."""
+    with open_source(store.url, cache=tmp_path) as source:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3 * CHUNK, hard))
+            with pytest.raises(SourceLost, match=r"cannot keep what .* has sent: File too large"):
+                await read(source, 3 * CHUNK // PAGE, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
 
 
 # ---- a store, by name ----
