@@ -99,13 +99,14 @@ async def test_a_source_that_is_killed_comes_back(memory: bytes, tmp_path: Path)
     """The object is the same source; a part of it is in the cache."""
     cache, socket = ("--cache", str(tmp_path / "cache")), tmp_path / "owner"
     async with run_server(URI, *cache) as (server, uri):
-        options = ("--uffd-socket", str(socket), "--max-bandwidth", "10M")  # slower than we kill
+        options = ("--uffd-socket", str(socket), "--max-bandwidth", "5M")  # killed in the middle
         async with run(pull_command(uri, *options, lane="native")) as pulling:
             await pulling.event("waiting")
             workload = ("--size", str(SIZE), "--seed", SEED, "--zero-every", 16)
             touches = ("--touches", 64, "--wait-complete")
             async with run_workload(socket, *workload, *touches) as owner:
-                await pulling.event("owner")
+                while not (await pulling.event("progress"))["bytes"]:
+                    pass
                 await server.kill()
                 await pulling.event("disconnected")
                 async with run_server(URI, *cache, listen=uri):
