@@ -1,5 +1,7 @@
 """Post-copy memory migration: touched pages are fetched at once, the rest in the background."""
 
+from typing import TYPE_CHECKING, Any
+
 from .destination.hosting import Guest, Host, host
 from .destination.into_file import IntoFile
 from .destination.pulling import Transfer, pull
@@ -22,15 +24,17 @@ from .errors import (
     UsageError,
 )
 from .events import EventHandler
-from .rdma import RdmaTransport
 from .region import Block, Region, Run
 from .source.memory import Source, open_source
 from .source.serving import Server, serve
 from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
 from .tcp import TcpTransport, UnixTransport
 from .tls import Tls
-from .transport import register
+from .transport import Transport, register
 from .uffd import AbandonedOwner, Mapping, OwnMemory, UffdSocket, WriteTracker
+
+if TYPE_CHECKING:
+    from .rdma import RdmaTransport
 
 __version__ = "0.1.0"
 
@@ -79,6 +83,21 @@ __all__ = [
     "serve",
 ]
 
+
+def _rdma() -> Transport:
+    from .rdma import RdmaTransport  # later: most programs do without
+
+    return RdmaTransport(TcpTransport())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RdmaTransport":
+        from .rdma import RdmaTransport
+
+        return RdmaTransport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 register("tcp", TcpTransport())
 register("unix", UnixTransport())
-register("rdma", RdmaTransport(TcpTransport()))
+register("rdma", _rdma)

@@ -204,11 +204,12 @@ class TlsTransport(Protocol):
         ...
 
 
-_transports: dict[str, Transport] = {}
+_transports: dict[str, Transport | Callable[[], Transport]] = {}
 
 
-def register(scheme: str, transport: Transport) -> None:
-    """Make ``scheme://...`` mean ``transport`` from now on."""
+def register(scheme: str, transport: Transport | Callable[[], Transport]) -> None:
+    """Make ``scheme://...`` mean ``transport`` from now on: one, or a function that makes it when
+    it is first used."""
     _transports[scheme] = transport
 
 
@@ -227,7 +228,10 @@ def _transport_for(uri: str) -> tuple[Transport, SplitResult]:
             f"{uri!r}: no transport of that name (there are {known}; for example"
             " tcp://127.0.0.1:7000)"
         )
-    return _transports[split.scheme], split
+    found = _transports[split.scheme]
+    if callable(found):
+        found = _transports[split.scheme] = found()
+    return found, split
 
 
 async def dial(uri: str, tls: Tls | None = None) -> Connection:

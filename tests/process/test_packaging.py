@@ -181,3 +181,13 @@ def test_console_scripts(installed: Path) -> None:
     declared = run(installed, "-I", "-c", SCRIPTS, cwd=installed.parent).splitlines()
     assert dict(line.split(" = ") for line in declared) == PROJECT["scripts"]
     assert all((installed.parent / name).exists() for name in PROJECT["scripts"])
+
+
+def test_imports_what_is_needed_alone() -> None:
+    """A daemon that is started again has threads that wait for it."""
+    late = ("pagenet.rdma", "obstore", "rich", "matplotlib", "asyncio")
+    program = "import sys, pagenet.cli.pull, pagenet.cli.serve; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not [name for name in done.stdout.split() if name in late]
