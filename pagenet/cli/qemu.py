@@ -350,7 +350,8 @@ async def _go_on(
                 on_stream=returning.meet,
                 on_event=tell,
             ) as transfer:
-                control.subject = returning.transfer = transfer
+                returning.arrive(transfer)
+                control.subject = transfer
                 await show_until_complete(transfer, report)
     return 0
 

@@ -303,7 +303,7 @@ async def _arriving(
                 async with connect_qmp(monitor) as qmp:  # a monitor serves one client at a time
                     arriving = _Arriving(qemu, qmp, machine, transfer, guard, on_event)
                     await arriving.take_over()
-                returning.transfer = transfer
+                returning.arrive(transfer)
                 async with (
                     telling(tell_faults, transfer, on_event),
                     running_beside(_settle, transfer),
@@ -376,10 +376,13 @@ async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator
     which explains the other one."""
     watching = trio.CancelScope()
 
+    async def fail_at_its_end() -> None:
+        await qemu.wait()
+        raise _end_of(qemu, is_loading())
+
     async def watch() -> None:
         with watching:
-            await qemu.wait()
-            raise _end_of(qemu, is_loading())
+            await fail_at_its_end()
 
     async with open_failing_nursery() as nursery:
         nursery.start_soon(watch)
@@ -387,7 +390,7 @@ async def _watched(qemu: _Qemu, is_loading: Callable[[], bool]) -> AsyncIterator
             yield watching
         except OwnerGone:
             with trio.move_on_after(_END_TIMEOUT):
-                await watch()
+                await fail_at_its_end()
             raise
         nursery.cancel_scope.cancel()
 

@@ -83,8 +83,8 @@ async def reclaim(
 
     If it fails, the guest goes on at the destination, and needs ``server``:
     :exc:`~pagenet.errors.UsageError`, :exc:`MigrationRefused` (with the destination's reason),
-    :exc:`~pagenet.errors.PagenetError`. Events: ``reclaiming``, and ``reclaimed`` (``bytes`` of
-    pages that came, ``downtime_ms``).
+    :exc:`~pagenet.errors.PagenetError`. Events: ``reclaiming``, ``taken`` (the guest belongs here
+    again), and ``reclaimed`` (``bytes`` of pages that came, ``downtime_ms``).
     """
     async with connect_qmp(qmp_socket) as qmp:
         machine = await describe(qmp)
@@ -103,6 +103,7 @@ async def reclaim(
                 with trio.CancelScope(shield=True):  # what "taking" promises is done
                     await taking.talk.say("taking")
                     await guard.should_we_die("run")
+                    on_event("taken")
                     downtime = await taking.resume()
                     with suppress(PagenetError):
                         await taking.talk.say("running")

@@ -45,9 +45,17 @@ class Returning:
         self._monitor = monitor
         self._pid = pid
         self._on_event = on_event
-        #: the transfer that fills the guest's memory, once the guest runs here. May be set.
-        self.transfer: Transfer | None = None
+        self._transfer: Transfer | None = None
+        self._arrived = trio.Event()
         self._is_returning = False
+        # When the guest stopped, and the state of its devices, if it stands still since then,
+        # because it may be the source's. QEMU does not tell that twice.
+        self._told: tuple[QmpEvent, bytearray] | None = None
+
+    def arrive(self, transfer: Transfer) -> None:
+        """The guest runs here from now on, and ``transfer`` fills its memory."""
+        self._transfer = transfer
+        self._arrived.set()
 
     async def meet(self, connection: Connection) -> None:
         """Answer a source that has opened ``connection``. A guest that does not go back goes on
@@ -55,13 +63,15 @@ class Returning:
         talk = Talk(connection)
         try:
             await talk.hear("reclaim", ANSWER_TIMEOUT)
-            if self.transfer is None or self._is_returning:
+            with trio.move_on_after(ANSWER_TIMEOUT):  # the source may be quicker than our owner
+                await self._arrived.wait()
+            if self._transfer is None or self._is_returning:
                 raise UsageError("the guest has not arrived yet, or is leaving already")
             if self._monitor is None:
                 raise UsageError(_NO_MONITOR)
             self._is_returning = True
             try:
-                await self._return(talk, connection, self.transfer, self._monitor)
+                await self._return(talk, connection, self._transfer, self._monitor)
             finally:
                 self._is_returning = False
         except GuestReclaimed:
@@ -90,7 +100,9 @@ class Returning:
                 offer = Offer()
                 try:
                     await guard.should_we_die("resume")
-                    stop, state = await _stop(qmp, machine)
+                    if machine.status == "running" or self._told is None:
+                        self._told = await _stop(qmp, machine)
+                    stop, state = self._told
                     await talk.say("stopped", time=stop.time, state=len(state))
                     await talk.hear("send", ANSWER_TIMEOUT)
                     await _send(connection, state)

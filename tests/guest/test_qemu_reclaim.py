@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import migrations
 import pytest
 from cable import needs_cable, plugged_cable
 from devices import BLOCKS, echoing, wait_devices, with_devices
@@ -183,6 +185,84 @@ async def test_killed_half_way(victim: str, tmp_path: Path) -> None:
             beats = len(move.there.beats)
             await move.there.wait_beats(beats + 5)
             check_unbroken(move.before, move.there)
+
+
+async def test_destination_qemu_ends(tmp_path: Path) -> None:
+    """The guest is lost with it, and both sides say so."""
+    async with moved(tmp_path) as move:
+        await move.ask()
+        await move.incoming.event("returning")
+        os.kill(move.pid, signal.SIGKILL)
+        assert await move.incoming.wait() == 5, move.incoming.stderr
+        await move.leaving.event("not_reclaimed")
+        assert await status_of(move.a.qmp) in ("postmigrate", "paused")
+
+
+#: Takes a guest back, and at one moment gets no further.
+TAKING = """
+import os, signal, sys, trio
+from pagenet.qemu import _talk, reclaim_from
+
+uri, monitor, identity, moment = sys.argv[1:]
+say = _talk.Talk.say
+
+async def say_or_stop(talk, what, **fields):
+    if (what, moment) == ("taking", "before"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    await say(talk, what, **fields)
+
+def on_event(event, /, **fields):
+    if (event, moment) == ("taken", "after"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_talk.Talk.say = say_or_stop
+reclaim = lambda: reclaim_from(uri, monitor, identity=bytes.fromhex(identity), on_event=on_event)
+trio.run(reclaim)
+"""
+
+
+def taking(move: Moved, moment: str) -> list[str]:
+    return [sys.executable, "-c", TAKING, move.uri, str(move.a.qmp), move.identity, moment]
+
+
+async def test_killed_after_it_has_taken_the_guest(tmp_path: Path) -> None:
+    """Its guard process resumes the guest."""
+    async with moved(tmp_path) as move:
+        await move.leaving.kill()
+        async with run(taking(move, "after")) as killed:
+            assert await killed.wait() == -signal.SIGKILL
+        assert await move.incoming.wait() == 9
+        await move.check_is_back()
+
+
+#: pagenet-qemu, which waits for a second only for the other side to take a guest.
+IMPATIENT = """
+import sys
+from pagenet.cli import qemu
+from pagenet.qemu import _offer
+_offer._TAKE_TIMEOUT = 1.0
+sys.exit(qemu.main(sys.argv[1:]))
+"""
+
+
+async def test_in_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source does not say that it takes the guest: nobody runs it, and the destination says so.
+    It is taken back once more."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            migrations, "pagenet_qemu", lambda *words: [sys.executable, "-c", IMPATIENT, *words]
+        )
+        async with moved(tmp_path) as move:
+            await move.leaving.kill()
+            async with run(taking(move, "before")) as stopped:
+                await move.incoming.event("return_in_doubt")
+                await stopped.kill()
+                for monitor in (move.a.qmp, tmp_path / "b.qmp"):
+                    assert await status_of(monitor) in ("postmigrate", "paused")
+            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as reclaiming:
+                assert await reclaiming.wait() == 0, reclaiming.stderr
+            assert await move.incoming.wait() == 9
+            await move.check_is_back()
 
 
 async def test_devices_that_do_not_fit(tmp_path: Path) -> None:
