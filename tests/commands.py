@@ -10,9 +10,12 @@ import trio
 from pagenet import ConnectionBroken, SourceUnreachable, UsageError
 from pagenet.control import COMMANDS, ControlClient, connect_control
 
+#: commands that a transfer refuses
+NOT_FOR_A_TRANSFER = {"stop", "switch", "rounds", "reclaim", "add", "remove"}
+
 
 async def command_at_random(client: ControlClient, draw: random.Random, recording: Path) -> None:
-    match draw.choice(sorted(COMMANDS.keys() - {"stop", "switch", "rounds"})):
+    match draw.choice(sorted(COMMANDS.keys() - NOT_FOR_A_TRANSFER)):
         case "schedule":
             await client.command(
                 "schedule",
