@@ -92,16 +92,16 @@ async def reclaim(
         connection = await server.open_stream()
         try:
             on_event("reclaiming", peer=connection.peer)
-            with ram_of(qmp.pid, machine) as rams:
-                taking = _Taking(qmp, machine, rams, connection)
-                try:
-                    await taking.fetch()
-                except BaseException as error:
-                    await taking.refuse(error)
-                    raise
             async with guarding(qmp_socket, qmp.pid) as guard:
+                with ram_of(qmp.pid, machine) as rams:
+                    taking = _Taking(qmp, machine, rams, connection)
+                    try:
+                        await taking.fetch()
+                    except BaseException as error:
+                        await taking.refuse(error)
+                        raise
                 with trio.CancelScope(shield=True):  # what "taking" promises is done
-                    await taking.talk.say("taking")
+                    await taking.take()
                     await guard.should_we_die("run")
                     on_event("taken")
                     downtime = await taking.resume()
@@ -182,6 +182,15 @@ class _Taking:
         reason = str(error) if isinstance(error, PagenetError) else "the source gave up"
         with trio.move_on_after(1, shield=True), suppress(PagenetError):
             await self.talk.say("refuse", reason=reason)
+
+    async def take(self) -> None:
+        try:
+            await self.talk.say("taking")
+        except PagenetError as error:
+            raise PagenetError(
+                f"the destination may have been told that the guest is here ({error}): look there,"
+                " and only if it does not run, send cont to this QEMU"
+            ) from None
 
     async def resume(self) -> float:
         """Returns the seconds for which the guest stood still."""
