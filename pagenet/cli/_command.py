@@ -427,6 +427,12 @@ def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def _say(stream: TextIO, line: str) -> None:
+    """In one write, so that a process which is killed leaves no half line to the next one."""
+    stream.write(f"{line}\n")
+    stream.flush()
+
+
 class Report:
     """Reports events: as a JSON object a line, or in words. An event without ``words`` is for
     machines alone. An event with words in ``warnings`` goes to stderr too. ``to``: the stream to
@@ -453,15 +459,11 @@ class Report:
 
     def __call__(self, event: str, /, **fields: object) -> None:
         if event in self._warnings:
-            print(
-                f"{self.prog}: {self._warnings[event].format_map(fields)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(sys.stderr, f"{self.prog}: {self._warnings[event].format_map(fields)}")
         if self.as_json:
-            print(json.dumps({"event": event, **fields}), file=self._to, flush=True)
+            _say(self._to or sys.stdout, json.dumps({"event": event, **fields}))
         elif event in self._words:
-            print(self._words[event].format_map(fields), file=self._to, flush=True)
+            _say(self._to or sys.stdout, self._words[event].format_map(fields))
         if self.service is not None:
             self._tell(self.service, event, fields)
 
@@ -479,7 +481,7 @@ class Report:
     def error(self, error: PagenetError) -> None:
         if self.service is not None:
             self.service.say(str(error))
-        print(f"{self.prog}: {error}", file=sys.stderr, flush=True)
+        _say(sys.stderr, f"{self.prog}: {error}")
         if self.as_json:
             self("error", error=type(error).__name__, message=str(error), exit_code=error.exit_code)
 

@@ -4,6 +4,7 @@ they leave behind."""
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -40,6 +41,7 @@ from processes import (
 import pagenet
 from pagenet import __version__
 from pagenet.cli import pull, serve
+from pagenet.cli._command import Report
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -1067,3 +1069,20 @@ def test_error_is_told_although_a_signal_comes() -> None:
     command = [sys.executable, "-c", FAILING_BESIDE_A_SIGNAL]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stderr == "pagenet-pull: the source is gone\n"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_line_is_one_write(as_json: bool) -> None:
+    """A process that is killed between two writes would leave half a line to the next one."""
+
+    class Counting(io.StringIO):
+        writes = 0
+
+        def write(self, text: str, /) -> int:
+            self.writes += 1
+            return super().write(text)
+
+    stream = Counting()
+    Report("pagenet-pull", as_json, {"waiting": "waiting"}, to=stream)("waiting")
+    assert stream.writes == 1
+    assert stream.getvalue().endswith("\n")
