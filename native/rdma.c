@@ -433,8 +433,8 @@ static void came(struct pn_rdma *rdma, struct under_way *read) {
 static void failed(struct pn_rdma *rdma, const struct ibv_wc *completion) {
     if (completion->status == IBV_WC_RETRY_EXC_ERR)
         pn_lane_end(&rdma->lane, PN_END_BROKEN, ETIMEDOUT, "");
-    else
-        pn_lane_end(&rdma->lane, PN_END_FAILED, 0, "a READ of its memory failed: %s",
+    else /* a source that is killed loses its keys before its queue pairs */
+        pn_lane_end(&rdma->lane, PN_END_BROKEN, 0, "a READ of its memory failed: %s",
                     rdma->verbs.wc_status_str(completion->status));
 }
 

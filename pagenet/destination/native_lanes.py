@@ -297,7 +297,8 @@ def lane_error(end: _native.End, peer: str) -> PagenetError:
         case _native.END_CLOSED:
             return SourceDisconnected(f"the source is gone: {peer} closed the connection")
         case _native.END_BROKEN:
-            return SourceDisconnected(f"the source is gone: {peer}: {os.strerror(end.error)}")
+            reason = os.strerror(end.error) if end.error else printable(end.text)
+            return SourceDisconnected(f"the source is gone: {peer}: {reason}")
         case _native.END_FAILED:
             return SourceLost(f"the source cannot go on: {printable(end.text)}")
         case _native.END_PROTOCOL:

@@ -329,8 +329,9 @@ class _Device:
         if status == enums.IBV_WC_RETRY_EXC_ERR:
             raise SourceDisconnected("the source is gone: it does not answer READs")
         if status != enums.IBV_WC_SUCCESS:
-            raise SourceLost(
-                f"the source cannot go on: a READ of its memory failed (status {status})"
+            # a source that is killed loses its keys before its queue pairs
+            raise SourceDisconnected(
+                f"the source is gone: a READ of its memory failed (status {status})"
             )
 
     async def _completion(self) -> int:
