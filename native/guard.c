@@ -40,7 +40,6 @@
 
 enum {
     DAEMON = 3, /* the descriptor of the socket, here and in a daemon that is started again */
-    FDS = 4,    /* of one slot */
     NAME = 32,
     LISTENERS = 256, /* that are watched at a time */
     MESSAGE = 64 << 10,
@@ -119,23 +118,10 @@ static void let_all_go(void) {
 /* ---- messages ---- */
 
 static void answer_with(const char *data, size_t size, const int *fds, int count) {
-    union {
-        struct cmsghdr header;
-        char bytes[CMSG_SPACE(FDS * sizeof(int))];
-    } control = {0};
     struct iovec part = {(void *)data, size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (count) {
-        message.msg_control = &control;
-        message.msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
-        struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
-        rights->cmsg_level = SOL_SOCKET;
-        rights->cmsg_type = SCM_RIGHTS;
-        rights->cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
-        memcpy(CMSG_DATA(rights), fds, (size_t)count * sizeof(int));
-    }
     /* If the daemon has died, that is noticed where the next message is received. */
-    (void)!sendmsg(DAEMON, &message, MSG_NOSIGNAL);
+    send_with(DAEMON, &message, fds, count);
 }
 
 static void answer(char what, const int *fds, int count) { answer_with(&what, 1, fds, count); }

@@ -12,34 +12,37 @@
 #include "store.h"
 
 enum {
-    FDS = 4, /* in one message */
     BARRIER_MS = 2000,
 };
 
 static struct sockaddr_un manager;
 static socklen_t manager_size;
 
-static void tell(const char *words, const int *fds, int count) {
+void send_with(int sock, struct msghdr *message, const int *fds, int count) {
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(FDS * sizeof(int))];
     } control = {0};
-    struct iovec part = {(void *)words, strlen(words)};
-    struct msghdr message = {
-        .msg_name = &manager, .msg_namelen = manager_size, .msg_iov = &part, .msg_iovlen = 1};
     if (count) {
-        message.msg_control = &control;
-        message.msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
-        struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+        message->msg_control = &control;
+        message->msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
+        struct cmsghdr *rights = CMSG_FIRSTHDR(message);
         rights->cmsg_level = SOL_SOCKET;
         rights->cmsg_type = SCM_RIGHTS;
         rights->cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
         memcpy(CMSG_DATA(rights), fds, (size_t)count * sizeof(int));
     }
+    (void)!sendmsg(sock, message, MSG_NOSIGNAL);
+}
+
+static void tell(const char *words, const int *fds, int count) {
+    struct iovec part = {(void *)words, strlen(words)};
+    struct msghdr message = {
+        .msg_name = &manager, .msg_namelen = manager_size, .msg_iov = &part, .msg_iovlen = 1};
     int sock = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (sock < 0)
         return;
-    (void)!sendmsg(sock, &message, MSG_NOSIGNAL);
+    send_with(sock, &message, fds, count);
     close(sock);
 }
 

@@ -5,6 +5,12 @@
 #define PN_STORE_H
 
 #include <stdbool.h>
+#include <sys/socket.h>
+
+enum { FDS = 4 }; /* under one name, and in one message */
+
+/* Sends the message, and descriptors with it, FDS at most. An error is not told. */
+void send_with(int sock, struct msghdr *message, const int *fds, int count);
 
 /* Whether there is a manager, and it keeps what this process sends. Call it first. */
 bool store_open(void);

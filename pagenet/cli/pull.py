@@ -4,7 +4,6 @@ moved here."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -220,12 +219,7 @@ async def _pull_guarded(
 
 
 def _has_kept_owner(guard: Guard | None) -> bool:
-    if guard is None or not guard.has_restarted:
-        return False
-    kept = guard.get("owner")
-    for fd in kept:
-        os.close(fd)
-    return bool(kept)
+    return guard is not None and guard.has_restarted and "owner" in guard.names()
 
 
 async def _pull_once(

@@ -73,6 +73,7 @@ class Host:
         nursery: trio.Nursery,
         crew: Crew,
         max_guests: int,
+        allocate: bool,
         options: Mapping[str, Any],
         keeper: Keeper | None,
         on_event: EventHandler,
@@ -80,7 +81,8 @@ class Host:
         self._nursery = nursery
         self._crew = crew
         self._keeper = keeper
-        self._options = dict(options)
+        self._allocate = allocate
+        self._options = options
         self._on_event = on_event
         self._places = Admission(max_guests)
         self._last = 0
@@ -98,9 +100,8 @@ class Host:
         if name in self.snapshots:
             raise UsageError(f"there is a snapshot {name!r} already")
         path = os.fspath(uffd_socket)
-        allocate = bool(self._options.get("allocate", False))
         kept = None if self._keeper is None else Naming(self._keeper, _key_of(name))
-        listener = UffdListener(path, allocate=allocate, keeper=kept)
+        listener = UffdListener(path, allocate=self._allocate, keeper=kept)
         snapshot = Snapshot(name, uri, path, listener, trio.CancelScope())
         self.snapshots[name] = snapshot
         self._on_event("added", name=name, uri=uri, uffd_socket=path)
@@ -168,8 +169,7 @@ class Host:
         found = [each for each in self.snapshots.values() if each.key == f".{key}"]
         kept = Naming(keeper, f".{number}.{key}")
         stream = trio.socket.from_stdlib_socket(sock)
-        allocate = bool(self._options.get("allocate", False))
-        owner = ConnectedOwner(stream, allocate, kept, resumes)
+        owner = ConnectedOwner(stream, self._allocate, kept, resumes)
         if not found:  # its snapshot was removed in this moment
             owner.close()
             return
@@ -202,7 +202,7 @@ class Host:
         with self._places.stranger():
             await owner.wait_handshake()
         on_event("guest", snapshot=guest.snapshot, pid=guest.pid)
-        options = {name: self._options[name] for name in self._options if name != "allocate"}
+        options = dict(self._options)
         if (record := options.pop("record", None)) is not None:
             options["record"] = f"{os.fspath(record)}.{guest.number}"
         async with pull(
@@ -236,6 +236,7 @@ async def host(
     *,
     threads: int | None = None,
     max_guests: int = MAX_GUESTS,
+    allocate: bool = False,
     keeper: Keeper | None = None,
     on_event: EventHandler = ignore_events,
     **options: Any,
@@ -261,7 +262,7 @@ async def host(
     hosting: Host | None = None
     try:
         async with open_failing_nursery() as nursery:
-            hosting = Host(nursery, crew, max_guests, options, keeper, on_event)
+            hosting = Host(nursery, crew, max_guests, allocate, options, keeper, on_event)
             if keeper is not None:
                 nursery.start_soon(hosting.accept_kept, keeper)
             yield hosting

@@ -22,6 +22,8 @@ __all__ = [
     "Ram",
     "check_leaving",
     "describe",
+    "files_of",
+    "host_address",
     "ram_of",
     "ram_sources",
     "source_specs",
@@ -244,11 +246,18 @@ async def _addresses(qmp: Qmp, names: set[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for start, path in _FIRST_BYTE.findall(await qmp.monitor("info mtree -f")):
         name = path.rpartition("/")[2]  # a path or a name, by the machine type
-        if name in names - found.keys() and (
-            told := _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))
-        ):
-            found[name] = int(told[1], 16)
+        if name in names - found.keys():
+            address = await host_address(qmp, start)
+            if address is not None:
+                found[name] = address
     return found
+
+
+async def host_address(qmp: Qmp, start: str) -> int | None:
+    """The address in QEMU of the guest's memory at ``start``, in hexadecimal; None: QEMU does not
+    say."""
+    told = _HOST_ADDRESS.search(await qmp.monitor(f"gpa2hva 0x{start}"))
+    return int(told[1], 16) if told else None
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -269,6 +278,14 @@ class Ram:
     def close(self) -> None:
         if self.file is not None:
             os.close(self.file)
+
+
+def files_of(rams: Sequence[Ram]) -> list[int]:
+    """The files behind ``rams``. :exc:`~pagenet.errors.UsageError` if QEMU holds none open."""
+    files = [ram.file for ram in rams if ram.file is not None]
+    if len(files) < len(rams):
+        raise UsageError("QEMU holds no descriptor of the guest's RAM")
+    return files
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from ._half import Memory, receive_half
 from ._qcow2 import TAG, snapshot_image
 from ._talk import ANSWER_TIMEOUT, Talk
 from .devices import STEP_TIMEOUT
-from .machine import Machine, Ram, describe, ram_of, ram_sources
+from .machine import Machine, Ram, describe, files_of, host_address, ram_of, ram_sources
 from .qmp import Qmp, connect_qmp
 from .returning import MAX_STATE_BYTES
 
@@ -57,7 +57,6 @@ _NODE = "pagenet-devices"
 _JOB = "pagenet-load"
 # A ROM that belongs into RAM, in the output of "info roms".
 _ROM_IN_RAM = re.compile(r"^addr=([0-9a-f]+) size=0x([0-9a-f]+) mem=ram ", re.MULTILINE)
-_HOST_ADDRESS = re.compile(r"is 0x([0-9a-f]+)")
 
 
 async def _check(qmp: Qmp, machine: Machine) -> None:
@@ -152,9 +151,7 @@ class _Taking:
 
     async def fetch(self) -> None:
         """Have the guest stop there, and get everything that it needs here, up to "run"."""
-        files = [ram.file for ram in self._rams if ram.file is not None]
-        if len(files) < len(self._rams):
-            raise UsageError("this QEMU holds no descriptor of its RAM")
+        files = files_of(self._rams)
         await self.talk.say("reclaim")
         there = await self.talk.hear("machine", STEP_TIMEOUT)
         if difference := self._machine.difference(there):
@@ -211,12 +208,12 @@ class _Taking:
         """What is in the guest's RAM where a reset writes ROMs: address in QEMU, bytes."""
         found = []
         for start, size in _ROM_IN_RAM.findall(await self._qmp.monitor("info roms")):
-            told = _HOST_ADDRESS.search(await self._qmp.monitor(f"gpa2hva 0x{start}"))
-            if told is None:
+            address = await host_address(self._qmp, start)
+            if address is None:
                 raise PagenetError(f"QEMU does not say where its ROM at {start} is")
             content = bytearray(int(size, 16))
-            _native.read_process(self._qmp.pid, int(told[1], 16), memoryview(content))
-            found.append((int(told[1], 16), bytes(content)))
+            _native.read_process(self._qmp.pid, address, memoryview(content))
+            found.append((address, bytes(content)))
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ._half import send_half
 from ._offer import Given, Offer
 from ._talk import ANSWER_TIMEOUT, MigrationRefused, Talk
 from .devices import STEP_TIMEOUT, Migration, Saved, Way, check_way
-from .machine import Machine, Ram, describe, ram_of
+from .machine import Machine, describe, files_of, ram_of
 from .qmp import Qmp, QmpEvent, connect_qmp
 
 __all__ = ["MAX_STATE_BYTES", "Returning", "ending_when_reclaimed"]
@@ -91,7 +91,7 @@ class Returning:
             machine = await describe(qmp)
             await check_way(qmp, machine)
             with ram_of(self._pid, machine) as rams:
-                files = _files(rams)
+                files = files_of(rams)
                 await talk.say("machine", **machine.as_message())
                 await talk.hear("leave", ANSWER_TIMEOUT)
                 self._on_event("returning", peer=connection.peer)
@@ -124,14 +124,6 @@ class Returning:
                     raise
         self._on_event("returned", bytes=sent)
         raise GuestReclaimed("the guest has gone back to its source")
-
-
-def _files(rams: Sequence[Ram]) -> list[int]:
-    """The files behind the guest's RAM. :exc:`UsageError` if QEMU holds none open."""
-    files = [ram.file for ram in rams if ram.file is not None]
-    if len(files) < len(rams):
-        raise UsageError("the destination's QEMU holds no descriptor of its RAM")
-    return files
 
 
 class _Collected:

@@ -188,7 +188,7 @@ class Peer:
 
     @classmethod
     def of(cls, sock: trio.socket.SocketType) -> Peer:
-        pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        pid = _pid_of(sock)
         try:
             return cls(pid, _pidfd_of(sock, pid) if pid > 0 else -1)
         except ProcessLookupError:
@@ -237,6 +237,12 @@ class Peer:
     def close(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
+
+
+def _pid_of(sock: trio.socket.SocketType) -> int:
+    """The process that has connected; 0 if it is in a pid namespace that we do not see."""
+    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
 
 
 def _pidfd_of(sock: trio.socket.SocketType, pid: int) -> int:
@@ -331,9 +337,7 @@ class ConnectedOwner:
         self._keeper = keeper
         self._resumes = resumes
         #: the process that has connected; 0 if it is in a pid namespace that we do not see
-        self.pid: int = struct.unpack(
-            "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        )[0]
+        self.pid = _pid_of(sock)
 
     async def wait_handshake(self) -> None:
         """Return once it has sent something. :exc:`HandshakeError` if it does not within 5 s."""

@@ -12,16 +12,10 @@ from processes import check_verified, run_server, run_workload, write_pattern
 
 import pagenet
 from pagenet import _native
-from pagenet.uffd import probe
 
 SIZE = 1 << 20
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    probe()
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("uffd_permitted")]
 
 
 @pytest.fixture(scope="module")

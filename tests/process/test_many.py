@@ -26,7 +26,8 @@ from processes import (
 )
 
 from pagenet.control import connect_control
-from pagenet.uffd import probe
+
+pytestmark = pytest.mark.usefixtures("uffd_permitted")
 
 SIZE = 4 << 20
 PAGES = SIZE // PAGE
@@ -36,11 +37,6 @@ KINDS = {
     "memfd, gives memory up": ("--memory", "memfd", "--remove-share", "20"),
     "anonymous, no uffd": ("--memory", "anonymous", "--close-uffd"),
 }
-
-
-@pytest.fixture(autouse=True)
-def uffd_permitted() -> None:
-    probe()
 
 
 @pytest.fixture(scope="module")
