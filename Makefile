@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 # gets one of its own instead of quietly running the original's code.
 STAMP := $(VENV)/installed-$(shell pwd | cksum | cut -d' ' -f1)
 PUBLIC := pagenet pagenet.errors pagenet.control pagenet.dirty pagenet.qemu pagenet.testing
-C_FILES := $(wildcard native/*.[ch] native/testing/*.[ch] tools/guest/*.[ch])
+C_FILES := $(wildcard native/*.[ch] native/testing/*.[ch] tools/guest/*.[ch] examples/*.c)
 BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.[ch] native/*.py native/testing/*.[ch])
 
 demo: $(STAMP)

@@ -17,7 +17,8 @@ HERE = Path("native")  # setuptools runs in the project's root and wants relativ
 SOURCES = [
     "uffd.c", "attach.c", "track.c", "place.c", "residency.c", "memory.c", "thread.c",
     "window.c", "pack.c", "choice.c", "demand_choice.c", "pace.c",
-    "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c", "crew.c",
+    "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
+    "cache.c", "cached.c", "crew.c",
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "sock.c", "tls.c", "snapshot.c",
 ]  # fmt: skip
 TESTING_SOURCES = [

@@ -1,8 +1,8 @@
-/* A crew: a few threads that drive the lanes of many transfers. Each lane has an epoll of its own,
+/* A crew: a few threads that drive the lanes of many guests. Each lane has an epoll of its own,
  * and a thread waits by an epoll of theirs: it lets a lane act when that has something to do, or
  * when the time is over for which it would have waited. */
 #define _GNU_SOURCE
-#include "lane.h"
+#include "cached.h"
 #include "thread.h"
 
 #include <errno.h>
@@ -17,7 +17,7 @@ enum { READY = 64 };
 /* A lane that a worker drives. */
 struct member {
     struct pn_lane_config config;
-    struct stream stream;
+    struct cached cached;
     int ended_fd;
     uint64_t due;         /* ns: when it is to act, whatever happens; UINT64_MAX: never */
     struct member *next;  /* in the inbox */
@@ -78,9 +78,9 @@ static bool time_it(struct worker *worker, struct member *member, uint64_t due) 
 
 static void leave(struct worker *worker, struct member *member) {
     untime(worker, member);
-    if (member->stream.lane.epoll >= 0)
-        epoll_ctl(worker->epoll, EPOLL_CTL_DEL, member->stream.lane.epoll, NULL);
-    pn_stream_clean_up(&member->stream);
+    if (member->cached.lane.epoll >= 0)
+        epoll_ctl(worker->epoll, EPOLL_CTL_DEL, member->cached.lane.epoll, NULL);
+    pn_cached_clean_up(&member->cached);
     int ended_fd = member->ended_fd;
     free(member);
     atomic_fetch_sub(&worker->members, 1);
@@ -91,26 +91,24 @@ static void leave(struct worker *worker, struct member *member) {
 }
 
 static void act(struct worker *worker, struct member *member) {
-    struct stream *stream = &member->stream;
-    if (!stream->lane.ended)
-        pn_stream_step(stream, false);
-    if (!stream->lane.ended) {
-        uint64_t wait = pn_lane_time_to_wait(&stream->lane);
+    struct cached *cached = &member->cached;
+    if (!cached->lane.ended)
+        pn_cached_step(cached);
+    if (!cached->lane.ended) {
+        uint64_t wait = pn_cached_time_to_wait(cached);
         if (time_it(worker, member, wait == UINT64_MAX ? UINT64_MAX : pn_now() + wait))
             return;
-        pn_lane_end(&stream->lane, PN_END_NO_MEMORY, ENOMEM, "");
+        pn_lane_end(&cached->lane, PN_END_NO_MEMORY, ENOMEM, "");
     }
     leave(worker, member);
 }
 
 static void join(struct worker *worker, struct member *member) {
-    struct stream *stream = &member->stream;
+    struct lane *lane = &member->cached.lane;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = member};
-    if (!pn_stream_prepare(stream) ||
-        epoll_ctl(worker->epoll, EPOLL_CTL_ADD, stream->lane.epoll, &event))
-        pn_lane_end(&stream->lane, PN_END_NO_MEMORY, ENOMEM, "");
-    else
-        pn_stream_begin(stream);
+    if (!pn_cached_prepare(&member->cached) ||
+        epoll_ctl(worker->epoll, EPOLL_CTL_ADD, lane->epoll, &event))
+        pn_lane_end(lane, PN_END_NO_MEMORY, ENOMEM, "");
     act(worker, member);
 }
 
@@ -168,7 +166,7 @@ static void work(void *argument) {
 
 /* ---- the crew ---- */
 
-static int hire(struct worker *worker, struct pn_crew *crew, int background) {
+static int hire(struct worker *worker, struct pn_crew *crew) {
     worker->crew = crew;
     pthread_mutex_init(&worker->lock, NULL);
     worker->epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -177,7 +175,7 @@ static int hire(struct worker *worker, struct pn_crew *crew, int background) {
     if (worker->epoll < 0 || worker->wake_fd < 0 ||
         epoll_ctl(worker->epoll, EPOLL_CTL_ADD, worker->wake_fd, &event))
         return -errno;
-    return pn_start_loop(&worker->thread, background, work, worker);
+    return pn_start_loop(&worker->thread, 0, work, worker);
 }
 
 static void dismiss(struct worker *worker, bool hired) {
@@ -196,12 +194,12 @@ static void dismiss(struct worker *worker, bool hired) {
     free(worker->timed);
 }
 
-struct pn_crew *pn_crew_new(int count, int background) {
+struct pn_crew *pn_crew_new(int count) {
     struct pn_crew *crew = calloc(1, sizeof *crew + (size_t)count * sizeof crew->workers[0]);
     for (int i = 0; crew && i < count; i++) {
         struct worker *worker = &crew->workers[i];
         worker->epoll = worker->wake_fd = -1;
-        int error = hire(worker, crew, background);
+        int error = hire(worker, crew);
         if (error) {
             dismiss(worker, false);
             pn_crew_free(crew);
@@ -234,7 +232,7 @@ int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struc
         return -ENOMEM;
     member->config = *config;
     member->ended_fd = ended_fd;
-    pn_stream_init(&member->stream, &member->config, end);
+    pn_cached_init(&member->cached, &member->config, end);
     struct worker *worker = least_busy(crew);
     atomic_fetch_add(&worker->members, 1);
     pthread_mutex_lock(&worker->lock);

@@ -1,6 +1,7 @@
 /* What the destination's lanes share: which page lies where, which faults wait for which page, and
  * the one way into place. */
 #define _GNU_SOURCE
+#include "cache.h"
 #include "dest.h"
 
 #include <errno.h>
@@ -242,6 +243,8 @@ static struct pn_placed place_bytes(struct pn_dest *dest, const struct pn_piece 
                                     uint64_t first, uint64_t count, const void *bytes) {
     const struct pn_dest_config *config = &dest->config;
     uint64_t to = piece->address + (first - piece->first) * piece->page_size;
+    if (config->fills) /* nobody sees it there */
+        return (struct pn_placed){.placed = count * piece->page_size};
     if (piece->second)
         return pn_place(config->uffd, PN_CONTINUE, to, NULL, count * piece->page_size,
                         piece->page_size);
@@ -290,6 +293,8 @@ static int put_some(struct pn_dest *dest, int class_, const struct pn_piece *pie
     if (placed.existed)
         pn_stats_add(map, class_, PN_EXISTED, placed.existed / piece->page_size);
     pn_take_waiters(dest, first, *done, true);
+    if (dest->config.fills)
+        pn_cache_came(dest->config.fills, first, *done, false);
     return placed.error;
 }
 
@@ -371,8 +376,9 @@ int pn_put(struct pn_dest *dest, int class_, uint64_t first, uint64_t count, con
         uint64_t at = first + *done, here = 0;
         uint64_t placing = pn_map_span(dest->config.map, at, first + count, PN_PLACING);
         const char *from = bytes ? (const char *)bytes + *done * piece->page_size : NULL;
-        uint64_t before =
-            class_ == PN_PREFETCH && piece->second ? pn_before_sampled(at, placing) : placing;
+        uint64_t before = class_ == PN_PREFETCH && piece->second && !dest->config.fills
+                              ? pn_before_sampled(at, placing)
+                              : placing;
         if (before < placing)
             placing = before ? before : 1;
         if (placing && !before && hold(dest, at, zero))
@@ -427,8 +433,23 @@ static bool leave_hole(struct pn_dest *dest, int class_, const struct pn_piece *
     return true;
 }
 
+/* Zeros of a host cache take no memory, and are told from other pages by their state. */
+static bool note_zeros(struct pn_dest *dest, int class_, uint64_t first, uint64_t count) {
+    struct pn_map *map = dest->config.map;
+    if (pn_cache_punch(dest->config.fills, first, count))
+        return false;
+    pn_map_replace(map, first, count, PN_PLACING, PN_REMOVED);
+    pn_stats_add(map, class_, PN_PAGES, count);
+    pn_stats_add(map, class_, PN_ZERO_PAGES, count);
+    pn_take_waiters(dest, first, count, true);
+    pn_cache_came(dest->config.fills, first, count, true);
+    return true;
+}
+
 bool pn_leave_zeros(struct pn_dest *dest, int class_, const struct pn_piece *piece, uint64_t first,
                     uint64_t count) {
+    if (dest->config.fills)
+        return note_zeros(dest, class_, first, count);
     uint64_t to = piece->address + (first - piece->first) * piece->page_size;
     if (!piece->second || dest->config.file < 0 ||
         (!atomic_load(&dest->withheld) &&

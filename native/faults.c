@@ -1,12 +1,14 @@
 /* What the uffd reports (removals, faults), the window around faults, pages that are late, and
  * faults that are answered later. */
 #define _GNU_SOURCE
+#include "cache.h"
 #include "lane.h"
 #include "thread.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 
 static bool can_ask(struct lane *lane, uint32_t runs) {
     return lane->faults.asking->can_ask(lane, runs);
@@ -73,8 +75,10 @@ static void settle(struct lane *lane, const struct pn_event *fault, const struct
     enum { FAULT_MINOR = 4 };
     const struct pn_dest *dest = lane->dest;
     uint64_t to = piece->address + (page - piece->first) * piece->page_size;
+    /* What the page cache has of shared memory is the cache's, and not what the owner gave up. */
+    int minor = !dest->config.shares && fault->flags & FAULT_MINOR;
     struct pn_placed placed =
-        pn_settle(dest->config.uffd, to, fault->flags & FAULT_MINOR, dest->zeros, piece->page_size);
+        pn_settle(dest->config.uffd, to, minor, dest->zeros, piece->page_size);
     if (placed.error == -EAGAIN)
         put_off(lane, fault);
     else if (placed.error == -ESRCH)
@@ -139,6 +143,42 @@ static void demand_late(struct lane *lane) {
         pn_lane_flush(lane);
 }
 
+enum found { ASKED_FOR, NO_ROOM, AWAITED, SETTLED };
+
+/* Sees to it that a page comes which somebody waits for since `now`. */
+static enum found await(struct lane *lane, const struct pn_piece *piece, uint64_t page,
+                        uint64_t now) {
+    int state = pn_map_state(lane->dest->config.map, page);
+    if (lane->dest->config.faults && state != PN_RESIDENT && state != PN_REMOVED)
+        pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
+    switch (state) {
+    case PN_MISSING:
+        if (!can_ask(lane, 1))
+            return NO_ROOM;
+        pn_wait(lane->dest, page, now);
+        if (demand(lane, piece, page, PN_MISSING))
+            return ASKED_FOR;
+        __attribute__((fallthrough)); /* another lane was faster */
+    case PN_COMING:
+        wait_for(lane, page, now);
+        expect(lane, piece, page, now);
+        return AWAITED;
+    case PN_REQUESTED:
+    case PN_PLACING:
+    case PN_READY:
+    case PN_REMOVING:
+        wait_for(lane, page, now);
+        return AWAITED;
+    case PN_RESIDENT:
+    case PN_REMOVED:
+    case PN_POISONED:
+        return SETTLED;
+    default:
+        pn_lane_end(lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)page);
+        return AWAITED;
+    }
+}
+
 /* Deals with one fault. True: prefetch around the page. */
 static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t now) {
     const struct pn_piece *piece = pn_piece_at(lane->dest, fault->start);
@@ -148,39 +188,14 @@ static bool on_fault(struct lane *lane, const struct pn_event *fault, uint64_t n
         return false;
     }
     uint64_t page = piece->first + (fault->start - piece->address) / piece->page_size;
-    int state = pn_map_state(lane->dest->config.map, page);
-    if (lane->dest->config.faults && state != PN_RESIDENT && state != PN_REMOVED)
-        pn_fault_log_write(lane->dest->config.faults, page, lane->dest->config.faults_fd);
-    switch (state) {
-    case PN_MISSING:
-        if (!can_ask(lane, 1)) {
-            /* Events had to be read, even without room for a request: let it fault again. */
-            pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
-            return false;
-        }
-        pn_wait(lane->dest, page, now);
-        if (demand(lane, piece, page, PN_MISSING))
-            return true;
-        __attribute__((fallthrough)); /* another lane was faster */
-    case PN_COMING:
-        wait_for(lane, page, now);
-        expect(lane, piece, page, now);
-        return false;
-    case PN_REQUESTED:
-    case PN_PLACING:
-    case PN_READY:
-    case PN_REMOVING:
-        wait_for(lane, page, now);
-        return false;
-    case PN_RESIDENT:
-    case PN_REMOVED:
-    case PN_POISONED:
+    if (lane->dest->config.shares) /* it has left the cache since */
+        pn_map_claim(lane->dest->config.map, page, 1, PN_RESIDENT, PN_MISSING);
+    enum found found = await(lane, piece, page, now);
+    if (found == NO_ROOM) /* events had to be read, even without room: let it fault again */
+        pn_uffd_wake(lane->dest->config.uffd, fault->start & ~4095ull, 4096);
+    else if (found == SETTLED)
         settle(lane, fault, piece, page);
-        return false;
-    default:
-        pn_lane_end(lane, PN_END_OWNER_WRONG, 0, PN_WROTE, (unsigned long long)page);
-        return false;
-    }
+    return found == ASKED_FOR;
 }
 
 /* Marks a page as given up. Each change is one step, so a lane that takes the page meanwhile has
@@ -252,6 +267,21 @@ static int read_events(struct lane *lane, struct pn_event *events) {
     return got;
 }
 
+static uint64_t page_at(const struct pn_dest *dest, uint64_t address) {
+    const struct pn_piece *piece = pn_piece_at(dest, address);
+    return piece->first + (address - piece->address) / piece->page_size;
+}
+
+/* Prefetches around pages that have just been asked for. */
+static void prefetch_around(struct lane *lane, const uint64_t *pages, int count) {
+    /* Pages that threads wait for go first: the window around them is asked for while they
+     * travel. */
+    pn_lane_flush(lane);
+    for (int i = 0; i < count && can_ask(lane, 2); i++)
+        prefetch(lane, pn_piece_of_page(lane->dest, pages[i]), pages[i]);
+    pn_lane_prefetch_more(lane);
+}
+
 static void answer_faults(struct lane *lane, const struct pn_event *events, int got) {
     uint64_t missing[EVENTS], now = pn_now();
     int missing_count = 0, faults = 0;
@@ -262,7 +292,7 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
                 continue;
             faults++;
             if (on_fault(lane, &events[i], now))
-                missing[missing_count++] = events[i].start;
+                missing[missing_count++] = page_at(lane->dest, events[i].start);
         } else if (events[i].kind == PN_EVENT_FORK || events[i].kind == PN_EVENT_REMAP) {
             pn_lane_end(lane, PN_END_OWNER_WRONG, 0,
                         "the owner forked, or moved memory, while it was being filled");
@@ -271,14 +301,32 @@ static void answer_faults(struct lane *lane, const struct pn_event *events, int 
         pn_pace_faulted(&lane->dest->pace, now);
         pn_lane_count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)faults);
     }
-    /* Pages that threads wait for go first: the window around them is asked for while they
-     * travel. */
-    pn_lane_flush(lane);
-    for (int i = 0; i < missing_count && can_ask(lane, 2); i++) {
-        const struct pn_piece *piece = pn_piece_at(lane->dest, missing[i]);
-        prefetch(lane, piece, piece->first + (missing[i] - piece->address) / piece->page_size);
-    }
-    pn_lane_prefetch_more(lane);
+    prefetch_around(lane, missing, missing_count);
+}
+
+bool pn_lane_has_faults_room(struct lane *lane) { return can_ask(lane, 3 * EVENTS); }
+
+bool pn_lane_is_wanted_fd(const struct lane *lane, int fd) {
+    const struct pn_cache *cache = lane->dest->config.fills;
+    return cache && pn_cache_wanted_fd(cache) == fd;
+}
+
+bool pn_lane_watch_wanted(struct lane *lane, bool full) {
+    const struct pn_cache *cache = lane->dest->config.fills;
+    return !cache ||
+           pn_lane_watch(lane, pn_cache_wanted_fd(cache), full ? 0 : EPOLLIN, &lane->wanted_events);
+}
+
+void pn_lane_take_wanted(struct lane *lane) {
+    uint64_t pages[EVENTS], now = pn_now();
+    int asked = 0, count = pn_cache_take_wanted(lane->dest->config.fills, pages, EVENTS);
+    for (int i = 0; i < count; i++)
+        if (await(lane, pn_piece_of_page(lane->dest, pages[i]), pages[i], now) == ASKED_FOR)
+            pages[asked++] = pages[i];
+    if (count)
+        pn_pace_faulted(&lane->dest->pace, now);
+    pn_lane_count(lane, PN_DEMAND, PN_FAULTS, (uint64_t)count);
+    prefetch_around(lane, pages, asked);
 }
 
 bool pn_lane_take_faults(struct lane *lane) {

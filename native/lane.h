@@ -86,7 +86,7 @@ struct lane {
     uint8_t *outbox;
     size_t out_start, out_end;
     int epoll;
-    uint32_t sock_events, work_events; /* what epoll watches for */
+    uint32_t sock_events, work_events, wanted_events; /* what epoll watches for */
     struct pn_pace pace;
     uint64_t pause; /* ns until the background may ask again; UINT64_MAX: until something happens */
     struct faults faults;
@@ -148,6 +148,15 @@ static inline bool pn_stream_may_choose(const struct stream *stream) {
 
 /* Reads the uffd, and asks for what is missing. False: there was no event. */
 bool pn_lane_take_faults(struct lane *lane);
+/* Asks for the pages that guests of the cache want which this transfer fills. */
+void pn_lane_take_wanted(struct lane *lane);
+/* Whether all that the events of one read may want can be asked for. */
+bool pn_lane_has_faults_room(struct lane *lane);
+/* Has epoll watch for what guests want of the cache that is filled, if one is, and (full) there is
+ * room to ask for it. */
+bool pn_lane_watch_wanted(struct lane *lane, bool full);
+/* Whether the descriptor tells what guests want. */
+bool pn_lane_is_wanted_fd(const struct lane *lane, int fd);
 /* Asks for what the window wants, as far as there is room for it in flight. */
 void pn_lane_prefetch_more(struct lane *lane);
 /* Asks for the pages that threads have waited for since before this lane began, the longest wait
@@ -201,15 +210,6 @@ int pn_epoll_wait(int epoll, struct epoll_event *ready, int room, uint64_t wait)
 /* epoll_wait, until something happens, the lane's pause is over, or it has faults to look at
  * again. */
 int pn_lane_wait(struct lane *lane, struct epoll_event *ready, int room);
-/* A lane over a socket, step by step, as pn_lane_run does it: init, prepare (false: no memory, or
- * no descriptor), begin, step until it has ended, clean_up. `waits`: a step waits until there is
- * something to do; otherwise it does what there is, and the lane's epoll tells when there is
- * more. */
-void pn_stream_init(struct stream *stream, const struct pn_lane_config *config, struct pn_end *end);
-bool pn_stream_prepare(struct stream *stream);
-void pn_stream_begin(struct stream *stream);
-void pn_stream_step(struct stream *stream, bool waits);
-void pn_stream_clean_up(struct stream *stream);
 void pn_drain_eventfd(int fd);
 
 /* ---- ring.c ---- */

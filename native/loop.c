@@ -65,11 +65,11 @@ static void init_pace(struct lane *lane) {
 
 bool pn_lane_prepare(struct lane *lane) {
     lane->epoll = epoll_create1(EPOLL_CLOEXEC);
-    lane->outbox = malloc(OUTBOX);
-    lane->sock_events = lane->work_events = UNWATCHED;
+    lane->outbox = lane->config->cache ? NULL : malloc(OUTBOX);
+    lane->sock_events = lane->work_events = lane->wanted_events = UNWATCHED;
     lane->pause = UINT64_MAX;
     init_pace(lane);
-    return lane->epoll >= 0 && lane->outbox;
+    return lane->epoll >= 0 && (lane->outbox || lane->config->cache);
 }
 
 void pn_lane_clean_up(struct lane *lane) {
@@ -94,10 +94,11 @@ static bool watch_all(struct stream *stream) {
     struct lane *lane = &stream->lane;
     uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
     /* No more requests can be opened: the faults stay in the uffd until then. */
-    bool full = pn_stream_is_demand(stream) && !pn_stream_can_ask(lane, 3 * EVENTS);
+    bool full = pn_stream_is_demand(stream) && !pn_lane_has_faults_room(lane);
     return (is_away(lane) ||
             pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events)) &&
            pn_lane_watch(lane, work_fd(stream), full ? 0 : EPOLLIN, &lane->work_events) &&
+           (!pn_stream_is_demand(stream) || pn_lane_watch_wanted(lane, full)) &&
            pn_lane_watch(lane, lane->config->stop_fd, EPOLLIN, &stream->stop_events);
 }
 
@@ -109,8 +110,10 @@ static void act(struct stream *stream, const struct epoll_event *event) {
     struct lane *lane = &stream->lane;
     if (event->data.fd == lane->config->stop_fd)
         pn_lane_end(lane, PN_END_STOPPED, 0, "");
-    else if (event->data.fd != lane->config->sock && pn_stream_is_demand(stream))
+    else if (event->data.fd == lane->dest->config.uffd)
         pn_lane_take_faults(lane);
+    else if (pn_lane_is_wanted_fd(lane, event->data.fd))
+        pn_lane_take_wanted(lane);
     else if (event->data.fd != lane->config->sock)
         pn_drain_eventfd(lane->config->work_fd);
     else if (event->events & ~(uint32_t)EPOLLOUT && !lane->sock.pending)
@@ -135,16 +138,12 @@ static void watch(struct stream *stream) {
         pn_lane_end(&stream->lane, PN_END_BROKEN, errno, "");
 }
 
-void pn_stream_step(struct stream *stream, bool waits) {
+static void step(struct stream *stream) {
     struct lane *lane = &stream->lane;
-    struct epoll_event ready[3];
+    struct epoll_event ready[4];
     watch(stream);
-    if (lane->ended)
-        return;
-    int count = waits ? pn_lane_wait(lane, ready, 3) : epoll_wait(lane->epoll, ready, 3, 0);
-    act_on_all(stream, ready, count);
-    if (!waits && !lane->ended) /* somebody else waits next, by the lane's epoll */
-        watch(stream);
+    if (!lane->ended)
+        act_on_all(stream, ready, pn_lane_wait(lane, ready, 4));
 }
 
 static const struct asking requests = {pn_stream_ask, pn_stream_can_ask};
@@ -187,13 +186,13 @@ static bool prepare_slots(struct stream *stream) {
     return true;
 }
 
-bool pn_stream_prepare(struct stream *stream) {
+static bool prepare(struct stream *stream) {
     stream->stop_events = UNWATCHED;
     pn_demand_choice_init(&stream->choice);
     return pn_lane_prepare(&stream->lane) && prepare_stage(stream) && prepare_slots(stream);
 }
 
-void pn_stream_begin(struct stream *stream) {
+static void begin(struct stream *stream) {
     struct lane *lane = &stream->lane;
     if (is_away(lane)) {
         lane->faults.asking = &nobody;
@@ -204,7 +203,7 @@ void pn_stream_begin(struct stream *stream) {
     }
 }
 
-void pn_stream_clean_up(struct stream *stream) {
+static void clean_up(struct stream *stream) {
     pn_lane_clean_up(&stream->lane);
     if (stream->stage != MAP_FAILED)
         munmap(stream->stage, stream->stage_room);
@@ -216,14 +215,13 @@ void pn_stream_clean_up(struct stream *stream) {
 
 static void loop(void *argument) {
     struct stream *stream = argument;
-    pn_stream_begin(stream);
+    begin(stream);
     while (!stream->lane.ended)
-        pn_stream_step(stream, true);
+        step(stream);
 }
 
-void pn_stream_init(struct stream *stream, const struct pn_lane_config *config,
-                    struct pn_end *end) {
-    *stream = (struct stream){
+void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
+    struct stream stream = {
         .lane = {.config = config,
                  .dest = config->dest,
                  .end = end,
@@ -232,12 +230,7 @@ void pn_stream_init(struct stream *stream, const struct pn_lane_config *config,
         .stage = MAP_FAILED,
         .unpacked = MAP_FAILED,
     };
-}
-
-void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end) {
-    struct stream stream;
-    pn_stream_init(&stream, config, end);
-    if (!pn_stream_prepare(&stream) || pn_run_loop(!pn_stream_is_demand(&stream), loop, &stream))
+    if (!prepare(&stream) || pn_run_loop(!pn_stream_is_demand(&stream), loop, &stream))
         pn_lane_end(&stream.lane, PN_END_NO_MEMORY, ENOMEM, "");
-    pn_stream_clean_up(&stream);
+    clean_up(&stream);
 }

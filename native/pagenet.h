@@ -367,7 +367,27 @@ struct pn_dest_config {
     struct pn_fault_log *faults; /* NULL: there is no reader */
     int faults_fd;               /* eventfd of its reader */
     int encodings;               /* encodings that are asked for, a bit each */
+    struct pn_cache *fills; /* the host cache whose pages these are; NULL: they are a guest's */
+    /* The memory is a private mapping of a host cache's file: pages that the guest has not written
+     * to may leave it. */
+    int shares;
 };
+
+/* ---- cache.c: the host cache, of which guests are filled ---- */
+
+struct pn_cache_config {
+    struct pn_map *map; /* which pages of the file are here; REMOVED ones are zeros */
+    uint64_t pages;
+    uint64_t page_size;
+    uint64_t memory; /* address of a mapping of the file: page after page, without gaps */
+    int file;
+    uint64_t most; /* pages that may take memory, about; 0: all. Of others some leave. */
+};
+struct pn_cache;
+/* NULL: errno says why not. Borrows all that config points to. */
+struct pn_cache *pn_cache_new(const struct pn_cache_config *config);
+void pn_cache_free(struct pn_cache *cache);               /* no lane may run */
+uint64_t pn_cache_resident(const struct pn_cache *cache); /* pages that take memory */
 
 struct pn_dest;
 /* NULL: no memory. Borrows all that config points to. */
@@ -429,6 +449,9 @@ struct pn_lane_config {
     /* Background: where its runs come from. NULL makes it the demand lane, which reads the uffd. */
     struct pn_ring *ring;
     int sock; /* non-blocking; -1: the source is away, so a demand lane asks for nothing */
+    /* For a lane of a crew: where its pages come from, instead of over a socket. It may have a
+     * ring, and reads the uffd nevertheless. */
+    struct pn_cache *cache;
     /* NULL: what goes over the socket is not encrypted. */
     struct pn_tls *tls;
     int stop_fd; /* eventfd */
@@ -443,12 +466,11 @@ struct pn_lane_config {
 /* Runs the lane until it ends. *end gets the reason. */
 void pn_lane_run(const struct pn_lane_config *config, struct pn_end *end);
 
-/* ---- crew.c: threads that drive the lanes of many transfers ---- */
+/* ---- crew.c: threads that drive the lanes of many guests, which have a cache ---- */
 
 struct pn_crew;
-/* Starts `count` threads, which give way to others (background) or come first. NULL: errno says
- * why not. */
-struct pn_crew *pn_crew_new(int count, int background);
+/* Starts `count` threads. NULL: errno says why not. */
+struct pn_crew *pn_crew_new(int count);
 /* Ends the threads. No lane may run. */
 void pn_crew_free(struct pn_crew *crew);
 /* Has one of the threads run the lane until it ends. *end gets the reason then, and ended_fd, an

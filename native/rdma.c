@@ -495,6 +495,8 @@ static void act(struct pn_rdma *rdma, int fd) {
         pn_lane_end(&rdma->lane, PN_END_STOPPED, 0, "");
     else if (fd == rdma->lane.dest->config.uffd)
         pn_lane_take_faults(&rdma->lane);
+    else if (pn_lane_is_wanted_fd(&rdma->lane, fd))
+        pn_lane_take_wanted(&rdma->lane);
     else if (fd == config->sock)
         pn_chunks_receive(&rdma->chunks);
     else if (fd == rdma->channel->fd)
@@ -565,8 +567,9 @@ static void turn(struct pn_rdma *rdma) {
     (atomic_load(&rdma->gives_back) ? give_back_keys : begin_all)(rdma);
     uint32_t out = lane->out_start < lane->out_end ? EPOLLOUT : 0;
     pn_lane_watch(lane, lane->config->sock, EPOLLIN | out, &lane->sock_events);
-    pn_lane_watch(lane, lane->dest->config.uffd, can_want(lane, 3 * EVENTS) ? EPOLLIN : 0,
-                  &lane->work_events);
+    bool full = !pn_lane_has_faults_room(lane);
+    pn_lane_watch(lane, lane->dest->config.uffd, full ? 0 : EPOLLIN, &lane->work_events);
+    pn_lane_watch_wanted(lane, full);
     busy = spin(rdma) || arm(rdma) || busy;
     if (lane->ended)
         return;

@@ -149,11 +149,17 @@ class Process:
 
     async def event(self, name: str) -> Event:
         """The next event of that name. Those before it are in ``events``."""
-        while (line := await self.line()) is not None:
-            self.events.append(json.loads(line))
-            if self.events[-1]["event"] == name:
-                return self.events[-1]
+        while (found := await self.next_event()) is not None:
+            if found["event"] == name:
+                return found
         raise AssertionError(f"no {name!r} event, but {self.events} and: {self.stderr}")
+
+    async def next_event(self) -> Event | None:
+        """None: there are no more."""
+        if (line := await self.line()) is None:
+            return None
+        self.events.append(json.loads(line))
+        return self.events[-1]
 
     async def wait(self) -> int:
         """Its exit code, or minus the number of the signal that ended it. What it still prints goes

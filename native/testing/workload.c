@@ -62,7 +62,7 @@ enum status {
 
 /* ---- options: one table for parsing, defaults and --help ---- */
 
-enum memory { ANONYMOUS, MEMFD, TMPFS, HUGETLB };
+enum memory { ANONYMOUS, MEMFD, TMPFS, HUGETLB, SHARED, SHARED_HUGETLB };
 enum registration { REGISTER_MISSING, REGISTER_MINOR, REGISTER_BOTH, REGISTER_DEFAULT };
 enum order { ZIPF, RANDOM, SEQUENTIAL, STRIDED, NONE };
 enum verify { VERIFY_ALL, VERIFY_NONE, VERIFY_TOUCHED };
@@ -74,7 +74,8 @@ enum bad_handshake {
     BAD_PAST_END,
     BAD_EMPTY,
     BAD_HUGE,
-    BAD_LONG
+    BAD_LONG,
+    BAD_UNSHARED
 };
 
 /* Numbers of every kind are uint64_t, so the table can tell where each goes. */
@@ -105,8 +106,9 @@ static const struct spec specs[] = {
      "the handler's unix socket; waits up to 5 s for it to appear"},
     {"size", SIZES, AT(sizes), "BYTES[,BYTES...]",
      "one mapping each, apart in the address space; suffixes K M G"},
-    {"memory", CHOICE, AT(memory), "anonymous|memfd|tmpfs|hugetlb",
-     "hugetlb: a memfd of 2 MiB pages (anonymous)"},
+    {"memory", CHOICE, AT(memory), "anonymous|memfd|tmpfs|hugetlb|shared|shared-hugetlb",
+     "hugetlb: a memfd of 2 MiB pages; shared: a private mapping of the handler's cache, of pages "
+     "of 4 KiB\n        or 2 MiB (anonymous)"},
     {"dir", TEXT, AT(dir), "DIR", "where tmpfs memory has its file, unlinked at once (/dev/shm)"},
     {"register", CHOICE, AT(registration), "missing|minor|both|default",
      "default: missing if anonymous, else both, or missing if the kernel refuses"},
@@ -143,10 +145,12 @@ static const struct spec specs[] = {
      "64-bit numbers of ns"},
     {"gone-after", NUMBER, AT(gone_after), "MS",
      "_exit(9) that long after the handshake (0: never)"},
-    {"bad-handshake", CHOICE, AT(bad_handshake), "no|json|nofd|overlap|past-end|empty|huge|long",
+    {"bad-handshake", CHOICE, AT(bad_handshake),
+     "no|json|nofd|overlap|past-end|empty|huge|long|unshared",
      "send that instead: half of the JSON; no descriptor; one region twice; an offset that wraps; "
      "no\n"
-     "        region; a region of 2^60 bytes; a message of 1 MB (no)"},
+     "        region; a region of 2^60 bytes; a message of 1 MB; after a request for the handler's "
+     "cache,\n        other memory (no)"},
     {"no-pdeathsig", FLAG, AT(no_pdeathsig), "",
      "live on when the process that started this one dies"},
     {"help", HELP, 0, "", "print this"},
@@ -242,7 +246,9 @@ static int parse_option(const struct spec *spec, const char *text, struct option
 }
 
 static uint64_t memory_page_size(const struct options *options) {
-    return options->memory == HUGETLB ? HUGE_PAGE : (uint64_t)sysconf(_SC_PAGESIZE);
+    return options->memory == HUGETLB || options->memory == SHARED_HUGETLB
+               ? HUGE_PAGE
+               : (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
 static uint64_t unit_size(const struct options *options) {
@@ -359,6 +365,65 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     fflush(stdout);
 }
 
+/* ---- connecting ---- */
+
+static int connect_once(const char *path) {
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof to.sun_path)
+        return -ENAMETOOLONG;
+    strcpy(to.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    if (!connect(fd, (struct sockaddr *)&to, sizeof to))
+        return fd;
+    int error = -errno;
+    close(fd);
+    return error;
+}
+
+static int connect_patiently(const char *path) {
+    uint64_t until = now() + (uint64_t)CONNECT_MS * MS;
+    int fd = connect_once(path);
+    while ((fd == -ENOENT || fd == -ECONNREFUSED) && now() < until) {
+        poll(NULL, 0, 10);
+        fd = connect_once(path);
+    }
+    return fd;
+}
+
+/* A descriptor that comes with a line of text, or -errno. */
+static int receive_descriptor(int socket) {
+    char line[256];
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+    struct iovec bytes = {.iov_base = line, .iov_len = sizeof line};
+    struct msghdr message = {.msg_iov = &bytes,
+                             .msg_iovlen = 1,
+                             .msg_control = control,
+                             .msg_controllen = sizeof control};
+    ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+    if (got <= 0)
+        return got ? -errno : -EPIPE;
+    const struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    if (!header || header->cmsg_type != SCM_RIGHTS || line[got - 1] != '\n')
+        return -EPROTO;
+    int fd;
+    memcpy(&fd, CMSG_DATA(header), sizeof fd);
+    return fd;
+}
+
+/* The file of the handler's cache, or -errno. */
+static int ask_for_file(struct owner *owner) {
+    static const char request[] = "{\"want\": \"file\"}";
+    int fd = connect_patiently(owner->options.socket);
+    if (fd < 0)
+        return fd;
+    owner->socket = fd;
+    if (send(fd, request, sizeof request - 1, MSG_NOSIGNAL) < 0)
+        return -errno;
+    return receive_descriptor(fd);
+}
+
 /* ---- memory ---- */
 
 static int open_tmpfs(const char *dir) {
@@ -370,6 +435,10 @@ static int open_tmpfs(const char *dir) {
         return -errno;
     unlink(path);
     return fd;
+}
+
+static bool is_shared(const struct options *options) {
+    return options->memory == SHARED || options->memory == SHARED_HUGETLB;
 }
 
 static int open_memory(const struct options *options) {
@@ -384,17 +453,25 @@ static int back_memory(struct owner *owner) {
     if (owner->options.keep_map &&
         (owner->map_fd = memfd_create(PN_MAP_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING)) < 0)
         return -errno;
+    if (owner->options.bad_handshake == BAD_UNSHARED) {
+        int unused = ask_for_file(owner);
+        return unused < 0 ? unused : close(unused);
+    }
     if (owner->options.memory == ANONYMOUS)
         return 0;
-    int fd = open_memory(&owner->options);
+    int fd = is_shared(&owner->options) ? ask_for_file(owner) : open_memory(&owner->options);
     if (fd < 0)
         return fd;
     owner->memory_fd = fd;
+    if (is_shared(&owner->options))
+        return 0;
     return ftruncate(fd, (off_t)owner->total) ? -errno : 0;
 }
 
 static int map_one(struct owner *owner, struct mapping *mapping) {
-    int kind = owner->memory_fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
+    int kind = is_shared(&owner->options) ? MAP_PRIVATE | MAP_NORESERVE
+               : owner->memory_fd < 0     ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+                                          : MAP_SHARED;
     void *at = mmap(mapping->base, mapping->size, PROT_READ | PROT_WRITE, kind | MAP_FIXED,
                     owner->memory_fd, owner->memory_fd < 0 ? 0 : (off_t)mapping->offset);
     return at == MAP_FAILED ? -errno : 0;
@@ -579,31 +656,6 @@ static char *write_regions(const struct owner *owner) {
     return text;
 }
 
-static int connect_once(const char *path) {
-    struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof to.sun_path)
-        return -ENAMETOOLONG;
-    strcpy(to.sun_path, path);
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        return -errno;
-    if (!connect(fd, (struct sockaddr *)&to, sizeof to))
-        return fd;
-    int error = -errno;
-    close(fd);
-    return error;
-}
-
-static int connect_patiently(const char *path) {
-    uint64_t until = now() + (uint64_t)CONNECT_MS * MS;
-    int fd = connect_once(path);
-    while ((fd == -ENOENT || fd == -ECONNREFUSED) && now() < until) {
-        poll(NULL, 0, 10);
-        fd = connect_once(path);
-    }
-    return fd;
-}
-
 static void attach_descriptors(struct msghdr *message, void *control, size_t room, const int *fds,
                                size_t count) {
     message->msg_control = control;
@@ -623,7 +675,7 @@ static int send_handshake(const struct owner *owner, char *text) {
     struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
     int fds[3] = {owner->uffd};
     size_t count = 1;
-    if (owner->memory_fd >= 0)
+    if (owner->memory_fd >= 0 && !is_shared(&owner->options))
         fds[count++] = owner->memory_fd;
     if (owner->map_fd >= 0)
         fds[count++] = owner->map_fd;
@@ -644,7 +696,7 @@ static void close_if_open(int fd) {
  * end. So if the handler is lost, the threads below stall; if its copy were the last, the kernel
  * would unregister the memory and feed them zeros. */
 static int shake_hands(struct owner *owner) {
-    int fd = connect_patiently(owner->options.socket);
+    int fd = owner->socket < 0 ? connect_patiently(owner->options.socket) : owner->socket;
     if (fd < 0)
         return fd;
     owner->socket = fd;
@@ -1020,7 +1072,8 @@ static void set_holes(struct owner *owner, uint64_t first, uint64_t end, int sta
  * zero. */
 static int remove_units(struct owner *owner, uint64_t first, uint64_t end) {
     uint64_t unit = unit_size(&owner->options);
-    int advice = owner->options.memory == ANONYMOUS ? MADV_DONTNEED : MADV_REMOVE;
+    bool is_private = owner->options.memory == ANONYMOUS || is_shared(&owner->options);
+    int advice = is_private ? MADV_DONTNEED : MADV_REMOVE;
     set_holes(owner, first, end, REMOVING);
     if (madvise(address_of(owner, first * unit), (end - first) * unit, advice))
         return -errno;

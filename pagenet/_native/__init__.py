@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .compression import Choice, DemandChoice, Packer, unpack
 from .destination import (
+    Cache,
     Crew,
     CrewedLane,
     Destination,
@@ -106,6 +107,7 @@ __all__ = [
     "ZERO_FRAME",
     "BadCredentials",
     "Buffer",
+    "Cache",
     "Choice",
     "Crew",
     "CrewedLane",

@@ -138,6 +138,21 @@ class pn_dest_config(Struct):
     faults: pn_fault_log | Null
     faults_fd: int
     encodings: int
+    fills: pn_cache | Null
+    shares: int
+
+
+class pn_cache_config(Struct):
+    map: pn_map | Null
+    pages: int
+    page_size: int
+    memory: int
+    file: int
+    most: int
+
+
+class pn_cache(Struct):
+    pass
 
 
 class pn_dest(Struct):
@@ -166,6 +181,7 @@ class pn_lane_config(Struct):
     dest: pn_dest | Null
     ring: pn_ring | Null
     sock: int
+    cache: pn_cache | Null
     tls: pn_tls | Null
     stop_fd: int
     work_fd: int
@@ -610,6 +626,9 @@ class Library(Protocol):
     def pn_fault_log_write(
         self, log: pn_fault_log | Null, page: int, reader_fd: int, /
     ) -> None: ...
+    def pn_cache_new(self, config: pn_cache_config | Null, /) -> pn_cache: ...
+    def pn_cache_free(self, cache: pn_cache | Null, /) -> None: ...
+    def pn_cache_resident(self, cache: pn_cache | Null, /) -> int: ...
     def pn_dest_new(self, config: pn_dest_config | Null, /) -> pn_dest: ...
     def pn_dest_free(self, dest: pn_dest | Null, /) -> None: ...
     def pn_before_sampled(self, first: int, count: int, /) -> int: ...
@@ -620,7 +639,7 @@ class Library(Protocol):
     def pn_ring_used(self, ring: pn_ring | Null, /) -> int: ...
     def pn_ring_wake_at(self, ring: pn_ring | Null, runs: int, /) -> None: ...
     def pn_lane_run(self, config: pn_lane_config | Null, end: pn_end | Null, /) -> None: ...
-    def pn_crew_new(self, count: int, background: int, /) -> pn_crew: ...
+    def pn_crew_new(self, count: int, /) -> pn_crew: ...
     def pn_crew_free(self, crew: pn_crew | Null, /) -> None: ...
     def pn_crew_run(
         self,

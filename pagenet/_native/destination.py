@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass
 from typing import cast
 
 from ._declarations import (
+    pn_cache,
+    pn_cache_config,
     pn_crew,
     pn_dest,
     pn_dest_config,
@@ -80,13 +82,15 @@ class Destination:
         window: Window,
         faults: FaultLog | None = None,
         encodings: int,
+        fills: Cache | None = None,
+        shares: bool = False,
     ) -> None:
         self._pieces = new_array(pn_piece, [astuple(piece) for piece in pieces])
         order = sorted(range(len(pieces)), key=lambda index: pieces[index].address)
         self._by_address = ffi.new("uint32_t[]", order)
         config = new_struct(pn_dest_config)
         config.map, config.pieces, config.by_address = shared.map, self._pieces, self._by_address
-        config.scope = shared.scope
+        config.scope = 2**64 - 1 if shares else shared.scope  # it is never complete
         config.piece_count = len(pieces)
         config.max_page_size = max(piece.page_size for piece in pieces)
         config.uffd, config.how, config.file, config.removes, config.done_fd = (
@@ -102,6 +106,8 @@ class Destination:
         self._faults = faults
         config.faults, config.faults_fd = (NULL, -1) if faults is None else (faults.log, faults.fd)
         config.encodings = encodings
+        self._fills = fills  # it must outlive the lanes
+        config.fills, config.shares = NULL if fills is None else fills.cache, shares
         self._dest: pn_dest | None = lib.pn_dest_new(config)
         if self._dest == NULL:
             raise MemoryError("no memory for a transfer's lanes")
@@ -146,23 +152,19 @@ class Destination:
     ) -> End:
         """Drive one connection until it ends, as the demand lane, or with a ``ring`` as a
         background lane. Call it in a thread."""
-        config = self._lane_config(sock, stop_fd, ring, window, chunk, tls)
+        config = self._lane_config(sock, stop_fd, ring, window, chunk)
+        config.tls = tls_struct(tls)
         end = new_struct(pn_end)
         lib.pn_lane_run(config, end)
         return end_of(end)
 
     def start_lane(
-        self,
-        crew: Crew,
-        sock: int,
-        stop_fd: int,
-        ring: Ring | None = None,
-        window: tuple[int, int, int] = (0, 0, 0),
-        chunk: int = 0,
-        tls: Tls | None = None,
+        self, crew: Crew, cache: Cache, stop_fd: int, ring: Ring | None, chunk: int
     ) -> CrewedLane:
-        """The same, by a thread of ``crew``."""
-        return CrewedLane(crew, self._lane_config(sock, stop_fd, ring, window, chunk, tls))
+        """Have a thread of ``crew`` fill the memory from ``cache``: what faults want, and what is
+        in the ``ring``."""
+        window = (chunk, chunk, chunk)
+        return CrewedLane(crew, cache, self._lane_config(-1, stop_fd, ring, window, chunk))
 
     def _lane_config(
         self,
@@ -171,60 +173,87 @@ class Destination:
         ring: Ring | None,
         window: tuple[int, int, int],
         chunk: int,
-        tls: Tls | None,
     ) -> pn_lane_config:
         config = new_struct(pn_lane_config)
         config.dest, config.sock, config.stop_fd = self.dest, sock, stop_fd
-        config.tls = tls_struct(tls)
         config.ring = NULL if ring is None else ring.ring
         config.work_fd, config.room_fd = (-1, -1) if ring is None else (ring.work_fd, ring.room_fd)
         config.window_least, config.window_min, config.window_max, config.chunk = *window, chunk
         return config
 
 
-class Crew:
-    """``struct pn_crew``: ``threads`` that drive the demand lanes of many transfers, and as many
-    for their background lanes. Close it when no lane runs. :exc:`OSError` if they cannot be
-    started."""
+class Cache:
+    """``struct pn_cache``: the host cache that one transfer fills, and guests are filled from.
+    ``shared``: its map of pages; ``pages``: their number; ``address``: of a mapping of ``file``;
+    ``most``: pages that may take memory (0: all). Borrows all of them. Close it when no lane runs.
+    """
 
-    def __init__(self, threads: int) -> None:
-        self._demand: pn_crew | None = _hired(threads, background=False)
-        try:
-            self._background: pn_crew | None = _hired(threads, background=True)
-        except BaseException:
-            lib.pn_crew_free(opened(self._demand))
-            raise
+    def __init__(
+        self,
+        shared: SharedMap,
+        pages: int,
+        page_size: int,
+        *,
+        address: int,
+        file: int,
+        most: int = 0,
+    ) -> None:
+        config = new_struct(pn_cache_config)
+        config.map, config.pages, config.page_size = shared.map, pages, page_size
+        config.memory, config.file, config.most = address, file, most
+        self._cache: pn_cache | None = lib.pn_cache_new(config)
+        if self._cache == NULL:
+            check(-ffi.errno)
 
-    def of(self, *, background: bool) -> pn_crew:
-        """The threads for such lanes. :exc:`TypeError` once it is closed."""
-        return opened(self._background if background else self._demand)
+    @property
+    def cache(self) -> pn_cache:
+        """The struct. :exc:`TypeError` once it is closed."""
+        return opened(self._cache)
+
+    @property
+    def resident(self) -> int:
+        """The pages that take memory."""
+        return lib.pn_cache_resident(self.cache)
 
     def close(self) -> None:
         """Idempotent."""
-        if self._demand is not None:
-            lib.pn_crew_free(self.of(background=False))
-            lib.pn_crew_free(self.of(background=True))
-            self._demand = self._background = None
+        if self._cache is not None:
+            lib.pn_cache_free(self.cache)
+            self._cache = None
 
 
-def _hired(threads: int, *, background: bool) -> pn_crew:
-    crew = lib.pn_crew_new(threads, background)
-    if crew == NULL:
-        check(-ffi.errno)
-    return crew
+class Crew:
+    """``struct pn_crew``: ``threads`` that drive the lanes of many guests. Close it when no lane
+    runs. :exc:`OSError` if they cannot be started."""
+
+    def __init__(self, threads: int) -> None:
+        self._crew: pn_crew | None = lib.pn_crew_new(threads)
+        if self._crew == NULL:
+            check(-ffi.errno)
+
+    @property
+    def crew(self) -> pn_crew:
+        """The struct. :exc:`TypeError` once it is closed."""
+        return opened(self._crew)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._crew is not None:
+            lib.pn_crew_free(self.crew)
+            self._crew = None
 
 
 class CrewedLane:
     """A lane that a thread of ``crew`` drives. ``fd`` becomes readable when it has ended. Then
     close it, and not before."""
 
-    def __init__(self, crew: Crew, config: pn_lane_config) -> None:
+    def __init__(self, crew: Crew, cache: Cache, config: pn_lane_config) -> None:
+        config.cache = cache.cache
         self._config = config  # it keeps alive what it points to
         self._end = new_struct(pn_end)
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        threads = crew.of(background=config.ring != NULL)
         try:
-            check(lib.pn_crew_run(threads, config, self._end, self.fd))
+            check(lib.pn_crew_run(crew.crew, config, self._end, self.fd))
         except BaseException:
             os.close(self.fd)
             raise

@@ -291,12 +291,17 @@ def _many(status: dict[str, Any]) -> list[tuple[str, str]]:
     )  # fmt: skip
     return [
         ("guests", counts),
-        *(
-            (f"snapshot {each['name']}", f"{each['uri']}, owners on {each['uffd_socket']}")
-            for each in status["snapshots"]
-        ),
+        *((f"snapshot {each['name']}", _about_snapshot(each)) for each in status["snapshots"]),
         *((f"guest {each['guest']}", _about_guest(each)) for each in status["guests"]),
     ]
+
+
+def _about_snapshot(snapshot: dict[str, Any]) -> str:
+    words = f"{snapshot['uri']}, owners on {snapshot['uffd_socket']}"
+    if (cache := snapshot.get("cache")) is None:
+        return f"{words}, its source is not there"
+    taken = f"{cache['bytes_resident'] / 2**20:.1f} MiB of memory"
+    return f"{words}, {cache['share']:.1%} in the cache, {taken}, {cache['state']}"
 
 
 def _about_guest(guest: dict[str, Any]) -> str:

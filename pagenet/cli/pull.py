@@ -8,17 +8,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import inf
+from typing import get_args
 
 import trio
 
 from ..children import module_command
 from ..control import Control
+from ..destination.caching import Fill
 from ..destination.hosting import MAX_GUESTS, host
 from ..destination.into_file import IntoFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
 from ..guard import Guard, follow
+from ..nurseries import open_failing_nursery
 from ..redialling import NOT_NOW, PAUSE
+from ..sizes import parse_size
 from ..target import Owner
 from ..uffd import AbandonedOwner, UffdSocket
 from ._command import (
@@ -62,8 +66,10 @@ _MANY_WORDS = {
     "complete": "guest {guest}: every page is there",
     "gone": "guest {guest}: its process has ended; {missing} pages were missing",
     "failed": "guest {guest}: {reason}; {missing} pages are missing",
-    "disconnected": "guest {guest}: the source is away ({reason}): waiting for it",
-    "reconnected": "guest {guest}: the source is back after {seconds} s",
+    "cached": "snapshot {snapshot}: every page is in the cache",
+    "lost": "snapshot {snapshot}: {reason}: trying again",
+    "disconnected": "snapshot {snapshot}: the source is away ({reason}): waiting for it",
+    "reconnected": "snapshot {snapshot}: the source is back after {seconds} s",
     "refused": "{peer}: refused: {reason}",
 }
 # The name of the snapshot on the command line.
@@ -132,10 +138,30 @@ def make_parser() -> Parser:
         "--threads",
         metavar="N",
         type=count,
+        help="with --many: threads that fill guests (one for each processor)",
+    )
+    parser.add_argument(
+        "--fill",
+        choices=get_args(Fill),
+        default="all",
         help=(
-            "with --many: threads that answer faults, and as many for the background (one for each"
-            " processor)"
+            "with --many: what each guest gets: all pages as they come into the host's cache, or"
+            " those that it touches, and pages around them (%(default)s)"
         ),
+    )
+    parser.add_argument(
+        "--cache-memory",
+        metavar="SIZE",
+        type=parse_size,
+        help=(
+            "with --many: memory that the cache of each snapshot may take; beyond that, pages leave"
+            " it that were not used for long (default: as much as the snapshot has)"
+        ),
+    )
+    parser.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="with --many: keep the cache in huge pages (2 MiB)",
     )
     parser.add_argument(
         "--listen",
@@ -151,7 +177,8 @@ def make_parser() -> Parser:
 
 async def _host(options: argparse.Namespace, report: Report, control: Control) -> None:
     async with guarded(options, report) as guard:
-        snapshots: dict[str, tuple[str, str]] = {}
+        given = options.snapshot or [(_SNAPSHOT, options.uri, options.uffd_socket)]
+        snapshots = {name: (uri, path) for name, uri, path in given}
 
         def on_event(event: str, /, **fields: object) -> None:
             if event == "added":
@@ -162,18 +189,23 @@ async def _host(options: argparse.Namespace, report: Report, control: Control) -
                 guard.restart_with(_hosting_again(options, snapshots))
             report(event, **fields)
 
+        of_caches = pull_options(options)
+        del of_caches["lane"]
         async with host(
             threads=options.threads,
             max_guests=options.max_guests,
             allocate=options.allocate,
+            fill=options.fill,
+            huge=options.huge_pages,
+            cache_memory=options.cache_memory,
             reconnect_for=reconnect_for(options, inf),
-            **pull_options(options),
+            **of_caches,
             keeper=guard,
             on_event=on_event,
         ) as hosting:
-            added = options.snapshot or [(_SNAPSHOT, options.uri, options.uffd_socket)]
-            for name, uri, path in added:
-                hosting.add(name, uri, path)
+            async with open_failing_nursery() as nursery:
+                for name, uri, path in given:
+                    nursery.start_soon(hosting.add, name, uri, path)
             control.subject = hosting
             await trio.sleep_forever()
 
@@ -290,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.many:
         if options.uffd_socket is None or options.listen or options.missing:
             parser.error("--many is for --uffd-socket, without --listen and --missing")
+        if options.lane == "trio":
+            parser.error("--many has lanes in C alone")
         options.words = list(sys.argv[1:] if argv is None else argv)
         if options.guard:
             follow(module_command(_MODULE, *options.words))

@@ -94,7 +94,7 @@ class Control:
             return {**self._who(), **precopy_status(self.precopy)}
         return {**self._who(), "state": "starting"}
 
-    def execute(self, request: Request) -> Fields:
+    async def execute(self, request: Request) -> Fields:
         """Execute ``request``: the result for the answer. :exc:`UsageError` for what cannot be
         done. ``stop`` is only checked here: call :meth:`stop` after the answer."""
         match request.command:
@@ -113,19 +113,19 @@ class Control:
                 self.reclaim()
                 return self.status()
             case "add" | "remove":
-                self._change_snapshots(request)
+                await self._change_snapshots(request)
                 return self.status()
         guest = request.arguments.get("guest")
         for transfer in self._transfers(request.command, guest):
             self._change(transfer, request)
         return self.status(guest)
 
-    def _change_snapshots(self, request: Request) -> None:
+    async def _change_snapshots(self, request: Request) -> None:
         if not isinstance(self._subject, Host):
             raise UsageError(f"{request.command}: this daemon fills one memory (--many: many)")
         arguments = request.arguments
         if request.command == "add":
-            self._subject.add(arguments["name"], arguments["uri"], arguments["uffd_socket"])
+            await self._subject.add(arguments["name"], arguments["uri"], arguments["uffd_socket"])
         else:
             self._subject.remove(arguments["name"])
 
@@ -142,13 +142,18 @@ class Control:
             self._stop()
 
     def _transfers(self, command: str, guest: int | None) -> list[Transfer]:
-        """Those that a command is about: that of one guest, or (None) of all."""
+        """Those that a command is about: that of one guest, or (None) of all, and those that fill
+        caches."""
         if not isinstance(self._subject, Host):
             if guest is not None:
                 raise UsageError(f"{command}: this daemon fills one memory, and has no guests")
             return [self._running_transfer(command)]
-        guests = self._subject.guests.values() if guest is None else [self._subject.guest(guest)]
+        host = self._subject
+        guests = host.guests.values() if guest is None else [host.guest(guest)]
         found = [one.transfer for one in guests if one.transfer and not one.transfer.is_over]
+        if guest is None:
+            caches = [each.cache for each in host.snapshots.values() if each.cache]
+            found += [one.transfer for one in caches if not one.transfer.is_over]
         if guest is not None and not found:
             raise UsageError(f"{command}: the transfer of guest {guest} has not begun, or is over")
         return found
@@ -218,7 +223,7 @@ class _Clients:
         while (fields := await channel.receive()) is not None:
             request = decode_request(fields)
             try:
-                result = self._control.execute(request)
+                result = await self._control.execute(request)
             except UsageError as error:
                 await channel.send(
                     {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
+from ..destination.caching import HostCache
 from ..destination.hosting import Guest, Host
 from ..destination.pulling import Transfer
 from ..progress import rounded_share
@@ -44,7 +45,12 @@ def host_status(host: Host) -> dict[str, object]:
     return {
         "state": "hosting",
         "snapshots": [
-            {"name": each.name, "uri": each.uri, "uffd_socket": each.path}
+            {
+                "name": each.name,
+                "uri": each.uri,
+                "uffd_socket": each.path,
+                "cache": None if each.cache is None else _about_cache(each.cache),
+            }
             for each in host.snapshots.values()
         ],
         "guests": [_about(guest) for guest in guests[:MOST_GUESTS]],
@@ -52,6 +58,18 @@ def host_status(host: Host) -> dict[str, object]:
         "guests_completed": host.completed,
         "guests_gone": host.gone,
         "guests_failed": host.failed,
+    }
+
+
+def _about_cache(cache: HostCache) -> dict[str, object]:
+    now = cache.transfer.statistics()
+    return {
+        "state": _state(cache.transfer),
+        "share": _share(now),
+        "bytes_resident": cache.bytes_resident,
+        "bytes_wire": now.wire_bytes,
+        "faults": now.demand.faults,
+        "disconnected": _disconnected(cache.transfer),
     }
 
 

@@ -83,6 +83,8 @@ class Ending:
         self._is_told = True
         blocks = [(block.name, block.size, block.page_size) for block in filling.region.blocks]
         runs = missing_of(filling)
+        if not runs:  # an owner that shares pages may have all, and is never complete
+            return
         self._on_event("missing", pages=sum(run[2] for run in runs), runs=runs, blocks=blocks)
 
     def _deal_with_owner(self) -> None:

@@ -52,12 +52,14 @@ _MOST_HELD = 4096
 class Filling:
     """Fills ``target``, from empty to complete. Owns ``target`` and its residency map.
 
-    ``source``: the identity of the source. Raises :exc:`~pagenet.errors.UsageError` if the target
+    ``source``: the identity of the source. ``is_endless``: pages that are in place may have to be
+    placed again, so it is never complete. Raises :exc:`~pagenet.errors.UsageError` if the target
     was begun with another source.
     """
 
-    def __init__(self, target: Target, source: bytes = b"") -> None:
+    def __init__(self, target: Target, source: bytes = b"", *, is_endless: bool = False) -> None:
         self.target = target
+        self._is_endless = is_endless
         self.region = target.region
         self._two_steps = target if isinstance(target, Recoverable) else None
         self.residency = (
@@ -514,7 +516,7 @@ class Filling:
         :exc:`~pagenet.errors.HandshakeError` if the map only claims that, because the owner has
         written to it.
         """
-        if self._seconds is None and self.residency.complete:
+        if self._seconds is None and self.residency.complete and not self._is_endless:
             self.residency.check_complete()
             self._seconds = time.monotonic() - self._started
             self.completed.set()

@@ -1,4 +1,5 @@
-"""Many owners in one process: each that connects is a guest of its own, with its own transfer."""
+"""Many owners in one process: each that connects is a guest of its own. Those of one snapshot are
+filled from one host cache."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -18,14 +19,24 @@ from ..admission import Admission
 from ..errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolError, UsageError
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
-from ..uffd import ConnectedOwner, Keeper, Naming, UffdListener
-from .pulling import Transfer, pull
+from ..redialling import PAUSE
+from ..target import OnLoss
+from ..uffd import CacheMemory, ConnectedOwner, Keeper, Naming, UffdListener
+from .caching import Fill, HostCache, caching
+from .pulling import Transfer
 
 __all__ = ["MAX_GUESTS", "Guest", "Host", "Snapshot", "host"]
 
 #: Default limit of the guests at a time. Each takes about twenty file descriptors here, and a
 #: session with its source.
 MAX_GUESTS = 1024
+# What the names begin with under which a keeper holds the connections of owners.
+_OWNER = "owner."
+# Events of the transfer that fills a cache, as a host reports them.
+_OF_A_CACHE = {
+    **{name: name for name in ("lost", "disconnected", "reconnecting", "reconnected")},
+    "complete": "cached",
+}
 # Seconds: from the moment when another guest cannot be accepted (no descriptors) to the next try.
 _RETRY_SECONDS = 0.1
 
@@ -49,13 +60,35 @@ class Snapshot:
     name: str
     uri: str
     path: str
-    listener: UffdListener
-    scope: trio.CancelScope
+    listener: UffdListener | None = None
+    #: of the task that accepts owners
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: None while there is none: its source has not been met yet
+    cache: HostCache | None = None
+    _met: trio.Event = field(default_factory=trio.Event)
+    #: no more owners come
+    removed: trio.Event = field(default_factory=trio.Event)
 
     @property
     def key(self) -> str:
         """What the names end in under which a keeper holds what belongs to it."""
         return _key_of(self.name)
+
+    def set_cache(self, cache: HostCache | None) -> None:
+        self.cache = cache
+        if cache is None:
+            self._met = trio.Event()
+        else:
+            self._met.set()
+
+    async def wait_cached(self) -> None:
+        """Return when every page is in the cache."""
+        await (await self.wait_cache()).transfer.wait_complete()
+
+    async def wait_cache(self) -> HostCache:
+        while self.cache is None:
+            await self._met.wait()
+        return self.cache
 
 
 def _key_of(name: str) -> str:
@@ -74,6 +107,9 @@ class Host:
         crew: Crew,
         max_guests: int,
         allocate: bool,
+        huge: bool,
+        most: int | None,
+        guest_options: Mapping[str, Any],
         options: Mapping[str, Any],
         keeper: Keeper | None,
         on_event: EventHandler,
@@ -81,11 +117,14 @@ class Host:
         self._nursery = nursery
         self._crew = crew
         self._keeper = keeper
-        self._allocate = allocate
+        self._allocate, self._huge, self._most = allocate, huge, most
+        self._guest_options = guest_options
         self._options = options
         self._on_event = on_event
         self._places = Admission(max_guests)
-        self._last = 0
+        #: the highest number that a guest has
+        self._last = 0 if keeper is None else _last_number(keeper)
+        self._removed_keys = set[str]()
         #: by name
         self.snapshots: dict[str, Snapshot] = {}
         #: by number; those that are here now
@@ -93,42 +132,52 @@ class Host:
         #: guests that got every page; whose process ended before that; and whose transfer failed
         self.completed = self.gone = self.failed = 0
 
-    def add(self, name: str, uri: str, uffd_socket: str | os.PathLike[str]) -> None:
-        """Fill the memory of each owner that connects to ``uffd_socket`` from the source at
-        ``uri``, from now on. :exc:`~pagenet.errors.UsageError` if there is a snapshot of that name
-        already, or no socket can be made there."""
+    async def add(self, name: str, uri: str, uffd_socket: str | os.PathLike[str]) -> None:
+        """Dial the source at ``uri``, and fill the memory of each owner that connects to
+        ``uffd_socket`` from it, from now on. A source that does not answer is dialled again and
+        again. :exc:`~pagenet.errors.UsageError` if there is a snapshot of that name already, or no
+        socket can be made there, or the source can never be dialled."""
         if name in self.snapshots:
             raise UsageError(f"there is a snapshot {name!r} already")
-        path = os.fspath(uffd_socket)
-        kept = None if self._keeper is None else Naming(self._keeper, _key_of(name))
-        listener = UffdListener(path, allocate=self._allocate, keeper=kept)
-        snapshot = Snapshot(name, uri, path, listener, trio.CancelScope())
-        self.snapshots[name] = snapshot
-        self._on_event("added", name=name, uri=uri, uffd_socket=path)
+        snapshot = self.snapshots[name] = Snapshot(name, uri, os.fspath(uffd_socket))
+        try:
+            await self._nursery.start(self._keep_cache, snapshot)
+            kept = None if self._keeper is None else Naming(self._keeper, _key_of(name))
+            snapshot.listener = UffdListener(snapshot.path, allocate=self._allocate, keeper=kept)
+        except BaseException:
+            del self.snapshots[name]
+            snapshot.removed.set()
+            raise
+        self._removed_keys.discard(snapshot.key[1:])
+        self._on_event("added", name=name, uri=uri, uffd_socket=snapshot.path)
         if self._keeper is None:
-            self._nursery.start_soon(self._accept, snapshot)
+            self._nursery.start_soon(self._accept, snapshot, snapshot.listener)
         else:
             self._resume(snapshot, self._keeper)
 
     def _resume(self, snapshot: Snapshot, keeper: Keeper) -> None:
         """Go on with the owners of a process that was killed."""
         for name in keeper.names():
-            if name.startswith("owner.") and name.endswith(snapshot.key):
+            if name.startswith(_OWNER) and name.endswith(snapshot.key):
                 self._meet(keeper, name, None, resumes=True)
 
     def remove(self, name: str) -> None:
         """Take no more owners for that snapshot. Those that are here stay.
         :exc:`~pagenet.errors.UsageError` if there is none of that name."""
-        snapshot = self.snapshots.pop(name, None)
-        if snapshot is None:
+        snapshot = self.snapshots.get(name)
+        if snapshot is None or snapshot.listener is None:
             raise UsageError(f"there is no snapshot {name!r}")
+        del self.snapshots[name]
         snapshot.scope.cancel()
         snapshot.listener.close()
+        snapshot.removed.set()
+        self._removed_keys.add(snapshot.key[1:])
         self._on_event("removed", name=name)
 
     def close(self) -> None:
         for snapshot in self.snapshots.values():
-            snapshot.listener.close()
+            if snapshot.listener is not None:
+                snapshot.listener.close()
 
     def guest(self, number: int) -> Guest:
         """:exc:`~pagenet.errors.UsageError` if it is not here (any more)."""
@@ -136,12 +185,56 @@ class Host:
             raise UsageError(f"there is no guest {number}")
         return self.guests[number]
 
-    async def _accept(self, snapshot: Snapshot) -> None:
+    async def _keep_cache(
+        self, snapshot: Snapshot, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Keep a cache of the snapshot until it is removed, and its last guest has gone. Has
+        started once its source was met, or was not to be had. :exc:`~pagenet.errors.UsageError`
+        before that if it can never be met."""
+
+        def on_event(event: str, /, **fields: object) -> None:
+            if (told := _OF_A_CACHE.get(event)) is not None:
+                self._on_event(told, snapshot=snapshot.name, **fields)
+
+        failure = ""
+        has_started = False
+        while not snapshot.removed.is_set():
+            kept = self._keeper and Naming(self._keeper, f".cache{snapshot.key}")
+            memory = CacheMemory(huge=self._huge, most=self._most, keeper=kept)
+            try:
+                async with caching(
+                    snapshot.uri, memory, self._crew, **self._options, on_event=on_event
+                ) as cache:
+                    snapshot.set_cache(cache)
+                    if not has_started:
+                        task_status.started()
+                    has_started, failure = True, ""
+                    await snapshot.removed.wait()
+                    await cache.wait_unused()
+            except PagenetError as error:
+                if not has_started and isinstance(error, UsageError):
+                    memory.forget()
+                    raise
+                if snapshot.cache is not None:
+                    memory.forget()  # nobody maps it any more
+                if str(error) != failure:
+                    failure = str(error)
+                    on_event("lost", error=type(error).__name__, reason=failure)
+                if not has_started:
+                    task_status.started()
+                has_started = True
+                snapshot.set_cache(None)
+                with trio.move_on_after(PAUSE):
+                    await snapshot.removed.wait()
+            if snapshot.removed.is_set():
+                memory.forget()
+
+    async def _accept(self, snapshot: Snapshot, listener: UffdListener) -> None:
         with snapshot.scope:
             while True:
                 await self._places.wait_place()
                 try:
-                    owner = await snapshot.listener.accept()
+                    owner = await listener.accept()
                 except OSError as error:  # no descriptors, or no memory: others will end
                     self._on_event("refused", peer=snapshot.path, reason=error.strerror)
                     await trio.sleep(_RETRY_SECONDS)
@@ -166,7 +259,14 @@ class Host:
         if sock is None:
             sock = socket.socket(fileno=keeper.get(name)[0])
         sock.setblocking(False)
-        found = [each for each in self.snapshots.values() if each.key == f".{key}"]
+        found = [
+            each
+            for each in self.snapshots.values()
+            if each.key == f".{key}" and each.listener is not None
+        ]
+        if not found and key not in self._removed_keys:
+            sock.close()  # the keeper has it until its snapshot is added
+            return
         kept = Naming(keeper, f".{number}.{key}")
         stream = trio.socket.from_stdlib_socket(sock)
         owner = ConnectedOwner(stream, self._allocate, kept, resumes)
@@ -176,13 +276,13 @@ class Host:
         self._begin(Guest(int(number), found[0].name, owner.pid), found[0], owner)
 
     def _begin(self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner) -> None:
-        self._nursery.start_soon(self._fill, guest, snapshot.uri, owner)
+        self._nursery.start_soon(self._fill, guest, snapshot, owner)
 
-    async def _fill(self, guest: Guest, uri: str, owner: ConnectedOwner) -> None:
+    async def _fill(self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner) -> None:
         with self._places.connection():
             self.guests[guest.number] = guest
             try:
-                await self._pull(guest, uri, owner)
+                await self._fill_from_cache(guest, snapshot, owner)
                 self.completed += 1
             except OwnerGone:
                 self.gone += 1
@@ -194,20 +294,20 @@ class Host:
                 owner.close()
                 del self.guests[guest.number]
 
-    async def _pull(self, guest: Guest, uri: str, owner: ConnectedOwner) -> None:
+    async def _fill_from_cache(
+        self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner
+    ) -> None:
         def on_event(event: str, /, **fields: object) -> None:
             self._on_event(event, guest=guest.number, **fields)
 
-        # A stranger that connects and says nothing does not get a session with the source.
         with self._places.stranger():
             await owner.wait_handshake()
         on_event("guest", snapshot=guest.snapshot, pid=guest.pid)
-        options = dict(self._options)
+        options = dict(self._guest_options)
         if (record := options.pop("record", None)) is not None:
             options["record"] = f"{os.fspath(record)}.{guest.number}"
-        async with pull(
-            uri, owner, **options, crew=self._crew, progress=False, on_event=on_event
-        ) as transfer:
+        cache = await snapshot.wait_cache()
+        async with cache.fill(owner, **options, on_event=on_event) as transfer:
             guest.transfer = transfer
             await transfer.wait_complete()
 
@@ -224,6 +324,11 @@ class Host:
         )
 
 
+def _last_number(keeper: Keeper) -> int:
+    numbers = [name.split(".")[1] for name in keeper.names() if name.startswith(_OWNER)]
+    return max(map(int, numbers), default=0)
+
+
 def _missing(guest: Guest) -> int | None:
     """The pages that it lacks; None: it had not handed over its memory yet."""
     if guest.transfer is None:
@@ -237,6 +342,12 @@ async def host(
     threads: int | None = None,
     max_guests: int = MAX_GUESTS,
     allocate: bool = False,
+    fill: Fill = "all",
+    huge: bool = False,
+    cache_memory: int | None = None,
+    record: str | os.PathLike[str] | None = None,
+    on_loss: OnLoss = "wait",
+    prefetch: tuple[int, int] | None = None,
     keeper: Keeper | None = None,
     on_event: EventHandler = ignore_events,
     **options: Any,
@@ -244,25 +355,49 @@ async def host(
     """Fill the memory of any number of owners for as long as the block runs: of those that connect
     to the sockets of :meth:`Host.add`.
 
-    ``threads``: threads that answer faults, and as many for the background, whatever the number of
-    guests; None: one for each processor. ``max_guests``: more wait until others have ended.
-    ``keeper``: keeps the sockets and the owners' connections, and has those of a process that was
-    killed: :meth:`Host.add` goes on with them.
-    ``options``: those of :func:`pagenet.pull`, for each guest, and ``allocate`` of
-    :class:`~pagenet.UffdSocket`. ``record`` names one file for each guest: FILE.1, FILE.2, and so
-    on. ``reconnect_for`` is infinite unless it is given.
+    All guests of one snapshot are filled from one cache in this host's memory, so each page is
+    fetched once, whoever asks for it, and however many wait. A guest that maps the cache's file
+    privately shares the pages that it does not write to (:mod:`pagenet.uffd`); others get copies.
 
-    Over RDMA each lane still has a thread. Events: ``added`` and ``removed`` (snapshots), ``guest``
+    ``threads``: threads that fill guests, whatever their number; None: one for each processor.
+    ``max_guests``: more wait until others have ended. ``fill``: what each guest gets: ``all`` pages
+    as they come into the cache, or those that its threads ``touched``, and pages around them.
+    ``huge``: the caches are of huge pages (2 MiB). ``cache_memory``: bytes that the cache of each
+    snapshot may take, about; None: as many as the snapshot has. Beyond that, pages leave it that
+    were not used for long, and are fetched again when they are touched. ``keeper``: keeps the
+    sockets, the owners' connections and the caches, and has those of a process that was killed:
+    :meth:`Host.add` goes on with them.
+    ``options``: those of :func:`pagenet.pull`, for the transfer that fills each cache. Those for
+    each guest are ``prefetch`` (for the caches, too), ``on_loss``, ``record`` (one file for each
+    guest: FILE.1, FILE.2, and so on), and ``allocate`` of :class:`~pagenet.UffdSocket`.
+    ``reconnect_for`` is infinite unless it is given.
+
+    Events: ``added`` and ``removed`` (snapshots), ``lost`` (the source of a snapshot does not
+    answer, or not any more: its guests have lost it, and it is tried again for others), ``guest``
     (its number, its ``snapshot``, and its process ``pid``), ``gone`` (its process has ended) and
-    ``failed`` (with the ``reason``), both with the number of ``missing`` pages, ``refused``, and
-    those of :func:`pagenet.pull` but ``progress``, with the number of the ``guest``.
+    ``failed`` (with the ``reason``), both with the number of ``missing`` pages, ``refused``,
+    and of :func:`pagenet.pull` ``owner``, ``complete``, ``missing``, ``poisoned`` and ``killed``,
+    with the number of the ``guest``, and ``disconnected``, ``reconnecting`` and ``reconnected``,
+    with the name of the ``snapshot``; ``cached``: every page of the ``snapshot`` is in its cache.
     """
     crew = Crew(threads or len(os.sched_getaffinity(0)))
-    options.setdefault("reconnect_for", inf)
+    options = {"reconnect_for": inf, "prefetch": prefetch, **options}
+    guest_options = {"fill": fill, "record": record, "on_loss": on_loss, "prefetch": prefetch}
     hosting: Host | None = None
     try:
         async with open_failing_nursery() as nursery:
-            hosting = Host(nursery, crew, max_guests, allocate, options, keeper, on_event)
+            hosting = Host(
+                nursery,
+                crew,
+                max_guests,
+                allocate,
+                huge,
+                cache_memory,
+                guest_options,
+                options,
+                keeper,
+                on_event,
+            )
             if keeper is not None:
                 nursery.start_soon(hosting.accept_kept, keeper)
             yield hosting

@@ -69,11 +69,9 @@ class LoopLanes:
         wire: Region,
         background: Background,
         rings: int,
-        crew: _native.Crew | None = None,
     ) -> None:
         assert isinstance(filling.target, UffdTarget)
         self._filling = filling
-        self._crew = crew
         self._background = background
         with ExitStack() as stack:
             self._stop_fd = owned(stack, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -98,6 +96,8 @@ class LoopLanes:
                 window=filling.window,
                 faults=self._faults,
                 encodings=filling.encodings,
+                fills=memory.fills,
+                shares=memory.shares,
             )
             stack.callback(self._dest.close)
             stack.enter_context(background.telling(self._limit))
@@ -142,15 +142,8 @@ class LoopLanes:
     ) -> None:
         """Drive a connection with ``peer`` until the loop is stopped. Raises the error with which
         it ends otherwise."""
-        what = (sock, self._stop_fd, ring, window, chunk, tls)
-        if self._crew is None:
-            drive = partial(self._dest.run_lane, *what)
-            end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
-        else:
-            lane = self._dest.start_lane(self._crew, *what)
-            with trio.CancelScope(shield=True):  # it is stopped by its descriptor
-                await trio.lowlevel.wait_readable(lane.fd)
-            end = lane.close()
+        drive = partial(self._dest.run_lane, sock, self._stop_fd, ring, window, chunk, tls)
+        end = await trio.to_thread.run_sync(drive, limiter=limiter, abandon_on_cancel=False)
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, peer)
 
@@ -250,8 +243,7 @@ class LoopLanes:
 class NativeLanes(LoopLanes):
     """A demand lane and background lanes over detached sockets.
 
-    The first of ``connections`` is for demand. Owns the sockets. ``crew``: threads that drive the
-    lanes of other transfers too; None: each lane has a thread.
+    The first of ``connections`` is for demand. Owns the sockets.
     """
 
     name = "native"
@@ -262,12 +254,11 @@ class NativeLanes(LoopLanes):
         wire: Region,
         connections: Sequence[Connection],
         background: Background,
-        crew: _native.Crew | None = None,
     ) -> None:
         with ExitStack() as stack:
             self._connected = stack.enter_context(ExitStack())
             self._take(connections)
-            super().__init__(filling, wire, background, len(connections) - 1, crew)
+            super().__init__(filling, wire, background, len(connections) - 1)
             self._cleanup.push(stack.pop_all())
 
     def _take(self, connections: Sequence[Connection]) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 
 import trio
 
-from .._native import Crew
 from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
@@ -52,7 +51,7 @@ from .source_session import SourceSession
 from .sources import accepted_sources, dialled_sources
 from .trio_lanes import TrioLanes
 
-__all__ = ["Transfer", "pull"]
+__all__ = ["Transfer", "pull", "recording_to", "save"]
 
 # The owner may leave this many of the source's pages unmapped (1 TiB of 4 KiB pages). Each costs
 # a byte of the map at once, and the source alone decides how many there are: so there is a limit.
@@ -141,6 +140,16 @@ class Transfer:
         """Wait no longer for a source that is away, now or later: the transfer then ends with
         :exc:`~pagenet.errors.SourceLost`."""
         self._connecting.give_up()
+
+    @property
+    def connecting(self) -> Connecting:
+        """The connections to the source."""
+        return self._connecting
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether the source's memory changed while pages came."""
+        return self._copying is not None
 
     @property
     def is_over(self) -> bool:
@@ -256,7 +265,6 @@ async def pull(
     reconnect_for: float = 0.0,
     on_stream: StreamHandler | None = None,
     on_loss: OnLoss = "wait",
-    crew: Crew | None = None,
     progress: bool = True,
     on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[Transfer]:
@@ -301,8 +309,7 @@ async def pull(
     and again; threads that touch missing pages wait; once it is back, what was in flight is asked
     for again. With 0 a source that goes away ends the transfer. ``on_stream``, with ``listen``:
     called with each stream that the source opens (:meth:`~pagenet.Server.open_stream`); its errors
-    end the transfer, and the connection is closed when the call returns. ``crew``: threads that
-    drive the lanes in C of many transfers; None: each lane has a thread. ``progress`` False: no
+    end the transfer, and the connection is closed when the call returns. ``progress`` False: no
     such events.
 
     ``on_loss``: what becomes of the owner when the source is lost for good, that is, when this
@@ -348,7 +355,7 @@ async def pull(
     )
     async with (
         Ending(on_loss, on_event) as ending,
-        _recording_to(record) as recording,
+        recording_to(record) as recording,
         meeting as sources,
     ):
         session = await sources.meet()
@@ -382,12 +389,10 @@ async def pull(
                     if recording is not None:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
-                        cleanup.callback(_save, recorder, *recording)
+                        cleanup.callback(save, recorder, *recording)
                     for_pages = connections[: len(pages_go_over)]
                     security = security_of(for_pages[0])
-                    lanes = _make_lanes(
-                        lane, filling, session.region, for_pages, plan, cleanup, crew
-                    )
+                    lanes = _make_lanes(lane, filling, session.region, for_pages, plan, cleanup)
                     connecting = Connecting(
                         sources, session, lanes, pages_go_over, filling, reconnect_for, on_event
                     )
@@ -470,7 +475,7 @@ def _schedule(background: str, filling: Filling) -> Schedule | None:
 
 
 @asynccontextmanager
-async def _recording_to(
+async def recording_to(
     path: str | os.PathLike[str] | None,
 ) -> AsyncIterator[tuple[Recording | None, WholeFile] | None]:
     """The recording of earlier runs, and the file that replaces it.
@@ -488,7 +493,7 @@ def _earlier(path: str | os.PathLike[str]) -> Recording | None:
     return load_recording(path) if os.path.exists(path) else None
 
 
-def _save(recorder: Recorder, earlier: Recording | None, file: WholeFile) -> None:
+def save(recorder: Recorder, earlier: Recording | None, file: WholeFile) -> None:
     now = recorder.recording()
     (now if earlier is None else earlier.merge(now)).write(file)
 
@@ -566,7 +571,6 @@ def _make_lanes(
     connections: Sequence[Connection],
     background: Background,
     cleanup: ExitStack,
-    crew: Crew | None,
 ) -> Lanes:
     first = connections[0]
     if isinstance(first, OneSided):
@@ -574,7 +578,7 @@ def _make_lanes(
         cleanup.callback(reading.close)
         return reading
     if lane != "trio" and can_run_natively(filling.target, connections):
-        native = NativeLanes(filling, wire, connections, background, crew)
+        native = NativeLanes(filling, wire, connections, background)
         cleanup.callback(native.close)
         return native
     if lane == "native":

@@ -4,6 +4,7 @@ placement."""
 from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
+from ._cache_memory import CacheMemory
 from ._handshake import Mapping, parse_mappings
 from ._owners import ConnectedOwner, Keeper, Naming, OwnMemory, UffdListener, UffdSocket
 from ._process import Mapped, MappedPages, OtherProcess
@@ -14,6 +15,7 @@ from ._userfaultfd import Feature, Mode, Userfaultfd, check_poison, probe
 __all__ = [
     "AbandonedOwner",
     "AttachedOwner",
+    "CacheMemory",
     "ConnectedOwner",
     "Event",
     "Fault",

@@ -6,6 +6,12 @@ optional and in any order. One is the memfd, or file of tmpfs or hugetlbfs, that
 flat byte ``offset`` of the region is at file offset ``offset``. The other is an empty memfd of the
 name ``pagenet-residency``, of which the owner keeps a descriptor: the map of pages is in there, and
 outlives the destination.
+
+Where a host cache fills the memory, an owner may share the cache's pages. It first sends the JSON
+object ``{"want": "file"}`` and gets one, on a line, with the ``size`` of a file and its
+``page_size``, in bytes, and the file as SCM_RIGHTS. It maps the file privately (flat byte
+``offset`` of the region is at file offset ``offset``), lets its userfaultfd watch that (MISSING),
+and goes on with its handshake, on the same connection.
 """
 
 from __future__ import annotations
@@ -25,6 +31,8 @@ __all__ = [
     "Mapping",
     "Note",
     "check_mappings",
+    "check_request",
+    "first_object",
     "mapping_pieces",
     "parse_handshake",
     "parse_mappings",
@@ -32,6 +40,30 @@ __all__ = [
 
 # Firecracker sends one or two mappings of about 100 bytes each; for QEMU there are tens.
 MAX_HANDSHAKE_BYTES = 64 << 10
+
+
+#: what an owner sends that wants the file of a host cache
+_REQUEST = {"want": "file"}
+
+
+def first_object(message: bytes | bytearray) -> bytes | None:
+    """The JSON object that the message begins with, and what is before it; None: it does not begin
+    with one, or not all of it is there."""
+    text = message.decode("latin-1")  # a byte stays a character
+    start = len(text) - len(text.lstrip())
+    if text[start : start + 1] != "{":
+        return None
+    try:
+        return bytes(message[: json.JSONDecoder().raw_decode(text, start)[1]])
+    except (ValueError, RecursionError):
+        return None
+
+
+def check_request(request: bytes) -> None:
+    """:exc:`HandshakeError` if this object, which an owner has sent, is not a request for the file
+    of a host cache."""
+    if json.loads(request) != _REQUEST:
+        raise HandshakeError("the owner's handshake begins with an object that asks for no file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import json
 import mmap
 import os
 import signal
@@ -21,20 +22,32 @@ from .. import _native
 from ..errors import HandshakeError, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
-from ._handshake import MAX_HANDSHAKE_BYTES, Mapping, Note, parse_handshake
+from ._handshake import (
+    MAX_HANDSHAKE_BYTES,
+    Mapping,
+    Note,
+    check_request,
+    first_object,
+    parse_handshake,
+)
 from ._process import OtherProcess, is_memory_file, is_watched, is_writable
 from ._target import UffdTarget
 from ._userfaultfd import Feature, Mode, Userfaultfd, probe
 
 __all__ = [
+    "HUGE_PAGE",
     "MAP_LINK",
     "ConnectedOwner",
     "Keeper",
     "Naming",
     "OwnMemory",
     "Peer",
+    "SharedFile",
     "UffdListener",
     "UffdSocket",
+    "close_all",
+    "kept_map",
+    "note_in",
     "wait_memory_gone",
 ]
 
@@ -111,7 +124,7 @@ class OwnMemory:
                 wait_gone=trio.sleep_forever,
             )
         except BaseException:
-            _close_all([fd for fd in (uffd.fd, shared_fd) if fd is not None])
+            close_all([fd for fd in (uffd.fd, shared_fd) if fd is not None])
             self.close()
             raise
         if self._allocate:
@@ -276,7 +289,7 @@ def taking_from(process: OtherProcess) -> Iterator[tuple[Peer, list[int]]]:
         yield peer, fds
     except BaseException as error:
         peer.close()
-        _close_all(fds)
+        close_all(fds)
         if isinstance(error, HandshakeError):
             raise UsageError(
                 f"the memory of process {process.pid} cannot be filled from this source: {error}"
@@ -320,6 +333,21 @@ class Naming:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """A file of pages that owners may map, privately: ``size`` bytes in pages of ``page_size``. Its
+    descriptor ``fd`` cannot be written by."""
+
+    fd: int
+    size: int
+    page_size: int
+
+    @property
+    def offer(self) -> bytes:
+        """What an owner is told that asks for it."""
+        return json.dumps({"size": self.size, "page_size": self.page_size}).encode() + b"\n"
+
+
 class ConnectedOwner:
     """An owner that has connected to a :class:`UffdListener`. Attach it once. ``keeper``: has its
     connection, and keeps its map. ``resumes``: a process that was killed may have begun to fill its
@@ -347,13 +375,14 @@ class ConnectedOwner:
             return
         raise _silent()
 
-    async def attach(self, region: Region) -> UffdTarget:
+    async def attach(self, region: Region, shared: SharedFile | None = None) -> UffdTarget:
+        """``shared``: the file that it may map."""
         if self._socket is None:
             raise UsageError("this owner was attached before")
         sock, self._socket = self._socket, None
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
-                target = await _handshake(sock, region, self._keeper, self._resumes)
+                target = await _handshake(sock, region, self._keeper, self._resumes, shared)
         except trio.TooSlowError:
             self._turn_away(sock)
             raise _silent() from None
@@ -531,22 +560,30 @@ async def _allocate(target: UffdTarget) -> None:
 
 
 async def _handshake(
-    sock: trio.socket.SocketType, region: Region, keeper: Keeper | None, resumes: bool
+    sock: trio.socket.SocketType,
+    region: Region,
+    keeper: Keeper | None,
+    resumes: bool,
+    shared: SharedFile | None = None,
 ) -> UffdTarget:
-    """``resumes``: a destination that was killed may have begun to fill this owner's memory."""
+    """``resumes``: a destination that was killed may have begun to fill this owner's memory.
+    ``shared``: a file that it may ask for."""
     peek = None if keeper is None else _Peeking(sock)
-    message, fds = await _receive_handshake(peek or sock)
+    hands = _Hands(sock, peek or sock, shared)
+    message, fds = await hands.receive()
     try:
         mappings, outside_is_zero = parse_handshake(message)
         uffd = _uffd_of(fds)
         shared_fd, map_fd = _more_of(fds)
+        if hands.has_shared and shared_fd is not None:
+            raise HandshakeError("the owner asked for a file, and its handshake carries another")
         if map_fd is None and keeper is not None:
-            map_fd = _kept_map(keeper)
+            map_fd = kept_map(keeper)
             fds.append(map_fd)
-        recover = _note_in(map_fd, resumes) if map_fd is not None else None
+        recover = note_in(map_fd, resumes) if map_fd is not None else None
         peer = Peer.of(sock)
     except BaseException:
-        _close_all(fds)
+        close_all(fds)
         raise
 
     def let_go() -> None:
@@ -565,13 +602,14 @@ async def _handshake(
             map_fd=map_fd,
             recover=recover,
             outside_is_zero=outside_is_zero,
+            shares=hands.has_shared,
             keeps_uffd=lambda: peer.keeps(uffd.fd),
             wait_gone=lambda: wait_memory_gone(target, peer),
             process=peer,
             on_close=let_go,
         )
     except BaseException:
-        _close_all(fds)
+        close_all(fds)
         peer.close()
         raise
     return target
@@ -611,7 +649,7 @@ def _more_of(fds: list[int]) -> tuple[int | None, int | None]:
     return fds[files[0]] if files else None, fds[maps[0]] if maps else None
 
 
-def _note_in(map_fd: int, resumes: bool) -> Note | None:
+def note_in(map_fd: int, resumes: bool) -> Note | None:
     """What a destination that was killed has noted in the map; None: the map is empty."""
     if not os.fstat(map_fd).st_size:
         return None
@@ -626,7 +664,7 @@ def _note_in(map_fd: int, resumes: bool) -> Note | None:
     return Note.decode(found.note)
 
 
-def _kept_map(keeper: Keeper) -> int:
+def kept_map(keeper: Keeper) -> int:
     """A map of the keeper's, for an owner that has none."""
     kept = keeper.get("map")
     if not kept:
@@ -636,7 +674,7 @@ def _kept_map(keeper: Keeper) -> int:
     try:
         return _native.lock_map(kept[0])
     finally:
-        _close_all(kept)
+        close_all(kept)
 
 
 class _Peeking:
@@ -659,51 +697,87 @@ class _Peeking:
                 await trio.sleep(_PEEK_SECONDS)  # it is readable because of what was peeked at
 
 
-async def _receive_handshake(
-    sock: trio.socket.SocketType | _Peeking,
-) -> tuple[bytes, list[int]]:
-    """Receive the message and its descriptors. A stream socket may split the message; the
-    descriptors come with its first piece."""
-    message = bytearray()
-    fds: list[int] = []
-    try:
-        while not _is_whole(message):
-            room = MAX_HANDSHAKE_BYTES + 1 - len(message)
-            data, control, flags, _ = await sock.recvmsg(
-                room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
+class _Hands:
+    """The handshake of an owner, as it comes out of ``source``: ``sock``, or what peeks at it."""
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        source: trio.socket.SocketType | _Peeking,
+        shared: SharedFile | None,
+    ) -> None:
+        self._sock, self._source, self._shared = sock, source, shared
+        self._message = bytearray()
+        self._fds: list[int] = []
+        #: the owner has asked for the shared file, and got it
+        self.has_shared = False
+
+    async def receive(self) -> tuple[bytes, list[int]]:
+        """The message and its descriptors. A stream socket may split the message; the descriptors
+        come with its first piece."""
+        try:
+            while not _is_whole(self._message):
+                await self._receive_some()
+                while (request := first_object(self._message)) is not None:
+                    await self._share(request)
+        except BaseException as error:
+            close_all(self._fds)
+            if isinstance(error, OSError):
+                raise HandshakeError(f"the owner's socket: {error.strerror}") from None
+            raise
+        return bytes(self._message), self._fds
+
+    async def _receive_some(self) -> None:
+        room = MAX_HANDSHAKE_BYTES + 1 - len(self._message)
+        data, control, flags, _ = await self._source.recvmsg(
+            room, socket.CMSG_SPACE(8 * 4), socket.MSG_CMSG_CLOEXEC
+        )
+        self._fds += _descriptors(control)
+        self._message += data
+        if flags & socket.MSG_CTRUNC or len(self._fds) > 2 + any(map(_is_map, self._fds)):
+            raise HandshakeError(
+                "the owner's handshake carries more than two descriptors, and a map of its pages"
             )
-            fds += _descriptors(control)
-            message += data
-            if flags & socket.MSG_CTRUNC or len(fds) > 2 + any(map(_is_map, fds)):
-                raise HandshakeError(
-                    "the owner's handshake carries more than two descriptors, and a map of its"
-                    " pages"
-                )
-            if not data:
-                raise HandshakeError(
-                    f"the owner closed its socket after {len(message)} bytes of its handshake"
-                )
-            if len(message) > MAX_HANDSHAKE_BYTES:
-                raise HandshakeError(
-                    f"the owner's handshake is longer than {MAX_HANDSHAKE_BYTES} bytes"
-                )
-    except BaseException as error:
-        _close_all(fds)
-        if isinstance(error, OSError):
-            raise HandshakeError(f"the owner's socket: {error.strerror}") from None
-        raise
-    return bytes(message), fds
+        if not data:
+            raise HandshakeError(
+                f"the owner closed its socket after {len(self._message)} bytes of its handshake"
+            )
+        if len(self._message) > MAX_HANDSHAKE_BYTES:
+            raise HandshakeError(
+                f"the owner's handshake is longer than {MAX_HANDSHAKE_BYTES} bytes"
+            )
+
+    async def _share(self, request: bytes) -> None:
+        """Give the owner the file that it asks for. A process that was killed may have done so
+        already: an owner reads one answer."""
+        check_request(request)
+        if self._shared is None:
+            raise HandshakeError("the owner asks for a file of pages, and here is none to share")
+        if self.has_shared:
+            raise HandshakeError("the owner asks for the file of pages a second time")
+        del self._message[: len(request)]
+        await _send_with(self._sock, self._shared.offer, self._shared.fd)
+        self.has_shared = True
 
 
-def _close_all(fds: list[int]) -> None:
+async def _send_with(sock: trio.socket.SocketType, message: bytes, fd: int) -> None:
+    """Send a short message and a descriptor. An owner that does not read has room for both."""
+    with socket.socket(fileno=os.dup(sock.fileno())) as plain:
+        plain.setblocking(False)
+        socket.send_fds(plain, [message], [fd])
+    await trio.lowlevel.checkpoint()
+
+
+def close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
 
 
 def _is_whole(message: bytearray) -> bool:
-    """Whether the JSON array is whole. Other text counts as whole: the parser refuses it."""
+    """Whether the JSON array is whole. Other text counts as whole, because the parser refuses it,
+    but an object, which may be a request."""
     text = message.strip()
-    return bool(text) and (text[:1] != b"[" or text[-1:] == b"]")
+    return text[:1] != b"{" and bool(text) and (text[:1] != b"[" or text[-1:] == b"]")
 
 
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:

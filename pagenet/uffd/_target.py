@@ -35,7 +35,12 @@ __all__ = ["UffdTarget"]
 
 # The words are those of native/lane.c.
 _NOT_THERE = "the owner made its memory file shorter, or it is not the one that it has mapped"
-_HOW = {"copy": _native.COPY, "move": _native.MOVE, "continue": _native.CONTINUE}
+_HOW = {
+    "copy": _native.COPY,
+    "move": _native.MOVE,
+    "continue": _native.CONTINUE,
+    "share": _native.CONTINUE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +59,9 @@ class _Piece:
         return self.address + (page - self.run.first) * self.page_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NativeMemory:
-    """A target as lanes in C see it."""
+    """A target as lanes in C see it. ``fills``: the host cache whose memory it is."""
 
     uffd: int
     how: int
@@ -65,6 +70,8 @@ class NativeMemory:
     outside_is_zero: bool
     removes: bool
     pieces: list[_native.Piece]
+    shares: bool
+    fills: _native.Cache | None = None
 
 
 class OwnerProcess(Protocol):
@@ -91,8 +98,9 @@ class UffdTarget:
     it, with that note. ``keeps_uffd`` tells whether the owner has a descriptor of its own for
     ``uffd``, so that its threads go on waiting when ours is closed. ``wait_gone`` returns once the
     owner is gone. ``process``: the owner. ``on_close`` runs when everything is released. ``own``:
-    the memory is this process's. ``outside_is_zero``: what the owner announced nothing about reads
-    as zero; otherwise it is poisoned.
+    the memory is this process's. ``shares``: it is a private mapping of a host cache's file, and
+    never complete: a page may leave the cache. ``outside_is_zero``: what the owner announced
+    nothing about reads as zero; otherwise it is poisoned.
 
     Raises :exc:`HandshakeError` if mappings, file or userfaultfd do not fit the region, or each
     other.
@@ -108,6 +116,7 @@ class UffdTarget:
         map_fd: int | None = None,
         recover: Note | None = None,
         own: bool = False,
+        shares: bool = False,
         outside_is_zero: bool = False,
         keeps_uffd: Callable[[], bool],
         wait_gone: Callable[[], Awaitable[None]],
@@ -116,6 +125,7 @@ class UffdTarget:
     ) -> None:
         self._uffd = uffd
         self._shared_fd = shared_fd
+        self.shares = shares
         self._keeps_uffd = keeps_uffd
         self._wait_gone = wait_gone
         self._process = process
@@ -157,16 +167,24 @@ class UffdTarget:
         and a userfaultfd that is not set up.
         """
         self._can_poison = True
+        mode = Mode.MISSING | Mode.MINOR if self.shares else Mode.MISSING
         for piece in self._pieces:
             try:
-                self._can_poison &= self._uffd.register(piece.address, piece.size, Mode.MISSING)
+                self._can_poison &= self._uffd.register(piece.address, piece.size, mode)
             except OSError as error:
+                if error.errno == errno.EINVAL and self.shares:
+                    raise HandshakeError(
+                        f"the owner asked for a file to share, and its memory at"
+                        f" {piece.address:#x} is not that"
+                    ) from None
                 if error.errno == errno.ESRCH:
                     raise HandshakeError("the owner of the memory is gone") from None
                 what = f"the owner's userfaultfd does not watch its memory at {piece.address:#x}"
                 raise HandshakeError(f"{what}: {error.strerror}") from None
 
     def _choose_placement(self, own: bool) -> str:
+        if self.shares:
+            return "share"
         if self._shared_fd is not None:
             return "continue" if self._map_shared(self._shared_fd) else "copy"
         return "move" if own and Feature.MOVE in self._uffd.features else "copy"
@@ -311,6 +329,7 @@ class UffdTarget:
             outside_is_zero=self._outside_is_zero,
             removes=bool(self._uffd.features & (Feature.EVENT_REMOVE | Feature.EVENT_UNMAP)),
             pieces=[self._native_piece(piece, wire) for piece in self._pieces],
+            shares=self.shares,
         )
 
     def _native_piece(self, piece: _Piece, wire: Region) -> _native.Piece:
@@ -435,6 +454,8 @@ class UffdTarget:
         """
         if self._uffd.fd < 0:
             return
+        if self.shares:  # nobody keeps the pages of the cache any more
+            missing = self.scope()
         if not missing:
             self._unregister()
         elif not self._keeps_uffd() and self._can_poison:

@@ -3,7 +3,10 @@ that guest's own."""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -36,6 +39,9 @@ KINDS = {
     "memfd": ("--memory", "memfd"),
     "memfd, gives memory up": ("--memory", "memfd", "--remove-share", "20"),
     "anonymous, no uffd": ("--memory", "anonymous", "--close-uffd"),
+    "shared": ("--memory", "shared", "--write-share", "30"),
+    "shared, gives memory up": ("--memory", "shared", "--remove-share", "20"),
+    "shared, no uffd": ("--memory", "shared", "--close-uffd"),
 }
 
 
@@ -58,9 +64,18 @@ async def hosting(
             yield daemon, path
 
 
+MANY: dict[str, tuple[str | int, ...]] = {
+    kind: (*what, "--size", SIZE, "--zero-every", 8, "--order", "random")
+    for kind, what in KINDS.items()
+    if kind in ("anonymous", "memfd", "shared")
+}
+
+
 def touching(kind: str, *options: str | int) -> Sequence[str | int]:
-    what = ("--size", SIZE, "--zero-every", 8, "--order", "random", "--wait-complete")
-    return (*KINDS[kind], *what, *options)
+    """Guests that share pages are never complete."""
+    what = ("--size", SIZE, "--zero-every", 8, "--order", "random")
+    end = () if kind.startswith("shared") else ("--wait-complete",)
+    return (*KINDS[kind], *what, *end, *options)
 
 
 def threads_of(pid: int) -> int:
@@ -70,6 +85,13 @@ def threads_of(pid: int) -> int:
 async def count(daemon: Process, event: str, number: int) -> None:
     for _ in range(number):
         await daemon.event(event)
+
+
+async def ended(daemon: Process, number: int) -> None:
+    """Return when so many guests have ended, well."""
+    while sum(found["event"] in ("complete", "gone") for found in daemon.events) < number:
+        assert await daemon.next_event() is not None, daemon.events
+    assert not [found for found in daemon.events if found["event"] in ("failed", "lost")]
 
 
 async def told(daemon: Process, event: str, guest: int) -> dict[str, Any]:
@@ -103,7 +125,7 @@ async def test_guests_of_every_kind_at_once(source: str, tmp_path: Path) -> None
             for guest in guests:
                 await check_verified(guest)
                 most = max(most, threads_of(daemon.pid))
-            await count(daemon, "complete", len(guests))
+            await ended(daemon, 1 + len(guests))
         assert most <= threads
         with trio.fail_after(10):
             while len(os.listdir(f"/proc/{daemon.pid}/fd")) > descriptors:  # noqa: ASYNC110
@@ -149,9 +171,9 @@ async def test_source_goes_away_and_comes_back(source: str, tmp_path: Path) -> N
             ):
                 await count(daemon, "owner", 2)
                 await server.kill()
-                await count(daemon, "disconnected", 2)
+                await daemon.event("disconnected")
                 async with run(serve_command(source, "--listen", uri)):
-                    await count(daemon, "reconnected", 2)
+                    await daemon.event("reconnected")
                     await check_verified(one)
                     await check_verified(other)
                     await count(daemon, "complete", 2)
@@ -202,6 +224,119 @@ async def test_control(source: str, tmp_path: Path) -> None:
             await control.command("remove", name="other")
 
 
+async def test_each_page_comes_once(source: str, tmp_path: Path) -> None:
+    """However many guests want it at the same time, and whatever their memory is."""
+    path = tmp_path / "owners"
+    async with run_server(source) as (_, uri):
+        command = pull_command(
+            *(uri, "--uffd-socket", str(path), "--many", "--control", str(tmp_path / "ctl")),
+            *("--background", "off", "--prefetch", "0,0", "--fill", "touched"),
+            lane="native",
+        )
+        async with run(command) as daemon, AsyncExitStack() as stack:
+            await daemon.event("added")
+            guests = [
+                await stack.enter_async_context(run_workload(path, *MANY[kind], "--seed", 0))
+                for kind in MANY
+                for _ in range(3)
+            ]
+            for guest in guests:
+                await check_verified(guest)
+            async with connect_control(tmp_path / "ctl") as control:
+                [about] = (await control.command("status"))["snapshots"]
+            content = Path(source).read_bytes()
+            pages = [content[at : at + PAGE] for at in range(0, SIZE, PAGE)]
+            taken = sum(page != bytes(PAGE) for page in pages) * PAGE
+            assert about["cache"]["share"] == 1
+            assert taken <= about["cache"]["bytes_wire"] < taken * 1.02
+            assert about["cache"]["bytes_resident"] == taken  # zeros take no memory
+            assert [found["event"] for found in daemon.events if found["event"] == "failed"] == []
+
+
+async def test_cache_with_less_memory_than_the_snapshot(tmp_path: Path) -> None:
+    """Pages leave it, of guests that share them, too, and come again when they are touched. What a
+    guest has written stays its own."""
+    size, most = 64 << 20, 16 << 20
+    large = write_pattern(tmp_path / "large", size)
+    options = ("--cache-memory", "16M", "--fill", "touched")
+    touching = ("--size", size, "--order", "random", "--touches", 3 * size // PAGE)
+    async with hosting(str(large), tmp_path, *options) as (daemon, path):
+        async with (
+            run_workload(path, *touching, *KINDS["shared"], "--threads", 2) as one,
+            run_workload(path, *touching, *KINDS["shared, gives memory up"]) as two,
+            run_workload(path, *touching, *KINDS["anonymous"]) as three,
+        ):
+            for guest in (one, two, three):
+                await check_verified(guest)
+            async with connect_control(tmp_path / "ctl") as control:
+                [about] = (await control.command("status"))["snapshots"]
+        assert about["cache"]["bytes_wire"] > size
+        assert about["cache"]["bytes_resident"] <= most + (2 << 20)
+        await ended(daemon, 3)
+
+
+async def test_file_that_guests_share_cannot_be_written_to(source: str, tmp_path: Path) -> None:
+    async with hosting(source, tmp_path) as (daemon, path):
+        with socket.socket(socket.AF_UNIX) as owner:
+            owner.connect(str(path))
+            owner.send(b'{"want": "file"}')
+            text, [fd], _, _ = await trio.to_thread.run_sync(socket.recv_fds, owner, 256, 1)
+            offer = json.loads(text)
+            assert offer == {"size": SIZE, "page_size": PAGE}
+            assert os.fstat(fd).st_size == SIZE
+            assert os.fstat(fd).st_mode & 0o777 == 0o400  # nor opened again, by another user
+            for wrong in (
+                lambda: os.pwrite(fd, b"x", 0),
+                lambda: os.ftruncate(fd, 0),
+                lambda: mmap.mmap(fd, SIZE, mmap.MAP_SHARED, mmap.PROT_WRITE),
+                lambda: os.posix_fallocate(fd, 0, SIZE),
+            ):
+                with pytest.raises(OSError, match=r"denied|Invalid|Bad file"):
+                    wrong()
+            os.close(fd)
+            owner.send(b"[{}]")
+            assert "has no proper" in (await daemon.event("refused"))["reason"]
+
+
+async def test_example_of_an_owner_that_shares(source: str, tmp_path: Path) -> None:
+    program = tmp_path / "owner"
+    example = Path(__file__).parents[2] / "examples" / "shared_owner.c"
+    await trio.run_process(["cc", "-Wall", "-Wextra", "-Werror", "-o", program, example])
+    async with hosting(source, tmp_path) as (daemon, path):
+        for _ in range(2):  # the first has not written into what the second gets
+            done = await trio.run_process([program, path], capture_stdout=True)
+            assert int(done.stdout) == sum(Path(source).read_bytes())
+        await ended(daemon, 2)
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b'{"want": "money"}', "asks for no file"),
+        (b'{"want": "file"}{"want": "file"}', "a second time"),
+        (b'{"want": "file"', "within 5 s|no handshake"),
+    ],
+)
+async def test_bad_requests_for_the_file(
+    sent: bytes, why: str, source: str, tmp_path: Path
+) -> None:
+    async with hosting(source, tmp_path) as (daemon, path):
+        with socket.socket(socket.AF_UNIX) as owner:
+            owner.connect(str(path))
+            owner.send(sent)
+            assert re.search(why, (await daemon.event("refused"))["reason"])
+
+
+async def test_owner_that_shares_something_else(source: str, tmp_path: Path) -> None:
+    """It asks for the file, and hands over memory that is not a mapping of it: its own affair."""
+    async with (
+        hosting(source, tmp_path) as (daemon, path),
+        run_workload(path, "--size", SIZE, "--bad-handshake", "unshared") as owner,
+    ):
+        assert "is not that" in (await daemon.event("refused"))["reason"]
+        assert await owner.wait() == 0
+
+
 async def test_more_than_there_are_places_for_wait(source: str, tmp_path: Path) -> None:
     async with (
         hosting(source, tmp_path, "--max-guests", "2") as (daemon, path),
@@ -249,6 +384,6 @@ async def test_killed_again_and_again(source: str, tmp_path: Path) -> None:
                 await check_verified(guest)
         async with connect_control(tmp_path / "ctl") as control:
             status = await control.command("status")
-            assert [each["name"] for each in status["snapshots"]] == ["default", "o.ther"]
+            assert {each["name"] for each in status["snapshots"]} == {"default", "o.ther"}
             await control.command("stop")
         await daemon.rest()  # of the last daemon: its output ends with it

@@ -16,6 +16,8 @@ from pagenet.uffd._handshake import (
     Mapping,
     Note,
     check_mappings,
+    check_request,
+    first_object,
     mapping_pieces,
     parse_handshake,
     parse_mappings,
@@ -28,6 +30,42 @@ GOOD = {"base_host_virt_addr": BASE, "size": 2 * MIB, "offset": 0, "page_size": 
 
 def text(*entries: Any) -> bytes:
     return json.dumps(entries).encode()
+
+
+# ---- the request for a file ----
+
+REQUEST = b'{"want": "file"}'
+
+
+@pytest.mark.parametrize("before", [b"", b" \n"])
+@pytest.mark.parametrize("after", [b"", b"[", b"{", b"\xff", REQUEST])
+def test_request_before_the_handshake(before: bytes, after: bytes) -> None:
+    found = first_object(before + REQUEST + after)
+    assert found == before + REQUEST
+    check_request(found)
+
+
+@pytest.mark.parametrize("length", range(len(REQUEST)))
+def test_part_of_a_request(length: int) -> None:
+    assert first_object(REQUEST[:length]) is None
+
+
+@pytest.mark.parametrize("wrong", ["{}", '{"want": "page"}', '{"want": "file", "more": 1}'])
+def test_wrong_request(wrong: str) -> None:
+    with pytest.raises(HandshakeError, match="asks for no file"):
+        check_request(wrong.encode())
+
+
+@given(st.binary(max_size=64) | st.text(alphabet='{}[]":, awntfile', max_size=40).map(str.encode))
+def test_whatever_an_owner_sends_first(message: bytes) -> None:
+    found = first_object(message)
+    if found is not None:
+        assert message.startswith(found)
+        assert found.strip()[:1] == b"{"
+
+
+def test_deep_request() -> None:
+    assert first_object(b'{"a":' * 10000) is None
 
 
 # ---- the text ----

@@ -1,0 +1,190 @@
+"""A host cache: the pages of one source, fetched once, of which many guests are filled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import Any, Literal
+
+import trio
+
+from .._native import Crew
+from ..background.pacing import Background
+from ..background.recording import Recorder
+from ..background.schedule import make_schedule
+from ..errors import HandshakeError, OwnerGone, SourceLost, Unsupported, UsageError
+from ..events import EventHandler, ignore_events
+from ..nurseries import open_failing_nursery
+from ..progress import complete_fields
+from ..target import OnLoss
+from ..uffd import CacheMemory, ConnectedOwner
+from .cached_lanes import CachedLanes
+from .ending import Ending
+from .filling import Filling
+from .pulling import Transfer, pull, recording_to, save
+
+__all__ = ["Fill", "HostCache", "caching"]
+
+#: what of its memory a guest gets: the pages that its threads touch, and those around them; or all
+Fill = Literal["touched", "all"]
+
+
+class HostCache:
+    """Pages of a source in this host's memory. Made by :func:`caching`."""
+
+    def __init__(
+        self, transfer: Transfer, memory: CacheMemory, crew: Crew, background: str
+    ) -> None:
+        #: what fills it
+        self.transfer = transfer
+        self._memory, self._crew, self._background = memory, crew, background
+        self._users = 0
+        self._unused = trio.Event()
+        self._unused.set()
+        self._over = trio.Event()
+
+    @property
+    def bytes_resident(self) -> int:
+        """What its pages take of this host's memory."""
+        return self._memory.cache.resident * self._memory.page_size
+
+    async def wait_unused(self) -> None:
+        """Return when no guest is filled from it."""
+        await self._unused.wait()
+
+    def end(self) -> None:
+        """Note that no more pages come into it: guests that miss some have lost their source."""
+        self._over.set()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        if not self._users:
+            self._unused = trio.Event()
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+
+    @asynccontextmanager
+    async def fill(
+        self,
+        owner: ConnectedOwner,
+        *,
+        fill: Fill = "all",
+        prefetch: tuple[int, int] | None = None,
+        record: str | os.PathLike[str] | None = None,
+        on_loss: OnLoss = "wait",
+        on_event: EventHandler = ignore_events,
+    ) -> AsyncIterator[Transfer]:
+        """Fill the memory of ``owner`` for as long as the block runs: as :func:`pagenet.pull` does,
+        but from the cache. If it maps the cache's file, its pages are shared, and it is never
+        complete."""
+        with self._in_use():
+            async with Ending(on_loss, on_event) as ending, recording_to(record) as recording:
+                with ExitStack() as cleanup:
+                    target = await owner.attach(self.transfer.region, self._memory.shared)
+                    try:
+                        identity = self.transfer.connecting.session.identity
+                        filling = Filling(target, identity, is_endless=target.shares)
+                    except BaseException:
+                        target.close(target.scope())
+                        raise
+                    cleanup.callback(filling.close)
+                    ending.begin(filling, is_still=True)
+                    cleanup.callback(ending.deal_with_loss)
+                    filling.prefetch = prefetch
+                    plan = Background(
+                        make_schedule(
+                            self._background if fill == "all" else "off",
+                            filling.region,
+                            filling.residency,
+                        )
+                    )
+                    if recording is not None:
+                        recorder = Recorder(filling.region)
+                        plan.observers.append(recorder.note)
+                        cleanup.callback(save, recorder, *recording)
+                    lanes = CachedLanes(
+                        filling, self.transfer.region, plan, self._memory.cache, self._crew
+                    )
+                    cleanup.callback(lanes.close)
+                    pages, placement = filling.residency.scope, target.placement
+                    on_event("owner", placement=placement, lane=lanes.name, pages=pages)
+                    transfer = Transfer(
+                        filling,
+                        self.transfer.peer,
+                        lanes.name,
+                        [],
+                        plan,
+                        None,
+                        self.transfer.connecting,
+                    )
+                    transfer.release()
+                    ending.arm()
+                    try:
+                        async with open_failing_nursery() as nursery:
+                            nursery.start_soon(self._fill_all, transfer, lanes, on_event)
+                            yield transfer
+                            nursery.cancel_scope.cancel()
+                    except SourceLost:
+                        ending.lose()
+                        raise
+
+    async def _fill_all(
+        self, transfer: Transfer, lanes: CachedLanes, on_event: EventHandler
+    ) -> None:
+        filling = transfer.filling
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(_watch_owner, filling)
+            nursery.start_soon(self._watch_source)
+            nursery.start_soon(lanes.run)
+            await filling.completed.wait()
+            nursery.cancel_scope.cancel()
+        filling.finish()
+        filling.residency.finish()
+        on_event("complete", **complete_fields(filling.statistics()))
+        transfer.finished.set()
+
+    async def _watch_source(self) -> None:
+        await self._over.wait()
+        away = self.transfer.disconnected
+        raise SourceLost("the source is lost" + ("" if away is None else f": {away[1]}"))
+
+
+async def _watch_owner(filling: Filling) -> None:
+    await filling.target.wait_gone()
+    filling.check_complete()
+    if not filling.completed.is_set():
+        raise OwnerGone("the owner of the memory is gone")
+
+
+@asynccontextmanager
+async def caching(
+    uri: str, memory: CacheMemory, crew: Crew, *, background: str = "hot", **options: Any
+) -> AsyncIterator[HostCache]:
+    """A host cache of the source at ``uri``, for as long as the block runs, and until no guest is
+    filled from it. ``crew``: threads that fill them. ``options``: of :func:`pagenet.pull`, which
+    fills ``memory``. It raises what that raises; :exc:`~pagenet.errors.UsageError` for the memory
+    of a machine that still runs."""
+    cache: HostCache | None = None
+    try:
+        async with pull(
+            uri, memory, lane="native", background=background, progress=False, **options
+        ) as transfer:
+            if transfer.is_tracked:
+                raise UsageError("the source's memory is still in use: it is no snapshot")
+            cache = HostCache(transfer, memory, crew, background)
+            try:
+                yield cache
+            finally:
+                cache.end()
+                with trio.CancelScope(shield=True):
+                    await cache.wait_unused()
+    except (HandshakeError, Unsupported) as error:
+        raise UsageError(f"cannot keep the pages in this host's memory: {error}") from None
+    finally:
+        memory.close()
