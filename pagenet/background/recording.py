@@ -23,20 +23,23 @@ from ..whole_file import WholeFile, read_whole
 __all__ = [
     "FORMAT",
     "MOST_PAGES",
+    "UNIT",
     "VERSION",
     "Recorder",
     "Recording",
+    "blocks_of",
     "load_fields",
     "load_recording",
     "recording_file",
     "recording_of",
+    "units_of",
     "write_fields",
 ]
 
 Collected = TypeVar("Collected", list[Any], dict[Any, Any])
 
 FORMAT, VERSION = "pagenet-touches", 1
-_UNIT = 4096
+UNIT = 4096
 # Pages that are remembered: 4 GiB of them. A larger working set is not worth an order.
 MOST_PAGES = 1 << 20
 # A file with more bytes or more values than this was not written by pagenet, and is refused. The
@@ -87,7 +90,7 @@ class Recording:
         starts = dict(_starts(blocks))
         sizes = dict(blocks)
         moves = [
-            (start, start + min(size, sizes[name]) // _UNIT, starts[name] - start)
+            (start, start + min(size, sizes[name]) // UNIT, starts[name] - start)
             for (name, size), (_, start) in zip(self.blocks, _starts(self.blocks), strict=True)
             if name in sizes
         ]
@@ -107,8 +110,8 @@ class Recording:
     def pages_in(self, region: Region) -> list[int]:
         """The recorded pages, in order, as ``region`` numbers them: its blocks may have other sizes
         and larger pages."""
-        moved = self._moved_to(_blocks_of(region))
-        return list(dict.fromkeys(region.page_at_offset(page * _UNIT) for page in moved.order))
+        moved = self._moved_to(blocks_of(region))
+        return list(dict.fromkeys(region.page_at_offset(page * UNIT) for page in moved.order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file at ``path``, or replace it, whole or not at all. :exc:`PagenetError` if it
@@ -140,12 +143,14 @@ class Recorder:
             self._pages.update(dict.fromkeys(pages))
 
     def recording(self) -> Recording:
-        units = [unit for page in self._pages for unit in self._units_of(page)][:MOST_PAGES]
-        return Recording(_blocks_of(self._region), tuple(units), (1,) * len(units))
+        units = [unit for page in self._pages for unit in units_of(self._region, page)][:MOST_PAGES]
+        return Recording(blocks_of(self._region), tuple(units), (1,) * len(units))
 
-    def _units_of(self, page: int) -> range:
-        first = self._region.offset_of_page(page) // _UNIT
-        return range(first, first + self._region.page_size_at(page) // _UNIT)
+
+def units_of(region: Region, page: int) -> range:
+    """The flat numbers of the pages of 4 KiB that ``page`` of ``region`` has."""
+    first = region.offset_of_page(page) // UNIT
+    return range(first, first + region.page_size_at(page) // UNIT)
 
 
 def recording_file(path: str | os.PathLike[str]) -> WholeFile:
@@ -279,8 +284,8 @@ def _starts(blocks: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     start = 0
     for name, size in blocks:
         yield name, start
-        start += size // _UNIT
+        start += size // UNIT
 
 
-def _blocks_of(region: Region) -> tuple[tuple[str, int], ...]:
+def blocks_of(region: Region) -> tuple[tuple[str, int], ...]:
     return tuple((block.name, block.size) for block in region.blocks)

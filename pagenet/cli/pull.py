@@ -7,8 +7,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import inf
+from pathlib import Path
 from typing import get_args
+from urllib.parse import quote
 
 import trio
 
@@ -17,6 +20,7 @@ from ..control import Control
 from ..destination.caching import Fill
 from ..destination.hosting import MAX_GUESTS, host
 from ..destination.into_file import IntoFile
+from ..destination.learning import LearnedFile
 from ..destination.pulling import pull
 from ..errors import HandshakeError
 from ..guard import Guard, follow
@@ -66,6 +70,7 @@ _MANY_WORDS = {
     "complete": "guest {guest}: every page is there",
     "gone": "guest {guest}: its process has ended; {missing} pages were missing",
     "failed": "guest {guest}: {reason}; {missing} pages are missing",
+    "unkept": "snapshot {snapshot}: what was learned of its guests is lost: {reason}",
     "cached": "snapshot {snapshot}: every page is in the cache",
     "lost": "snapshot {snapshot}: {reason}: trying again",
     "disconnected": "snapshot {snapshot}: the source is away ({reason}): waiting for it",
@@ -159,6 +164,14 @@ def make_parser() -> Parser:
         ),
     )
     parser.add_argument(
+        "--learn",
+        metavar="DIR",
+        help=(
+            "with --many: learn what guests wait for, keep that in DIR, in a file for each"
+            " snapshot, and bring it to the next guests at once"
+        ),
+    )
+    parser.add_argument(
         "--huge-pages",
         action="store_true",
         help="with --many: keep the cache in huge pages (2 MiB)",
@@ -198,6 +211,7 @@ async def _host(options: argparse.Namespace, report: Report, control: Control) -
             fill=options.fill,
             huge=options.huge_pages,
             cache_memory=options.cache_memory,
+            learn=None if options.learn is None else partial(_learned, options.learn),
             reconnect_for=reconnect_for(options, inf),
             **of_caches,
             keeper=guard,
@@ -208,6 +222,10 @@ async def _host(options: argparse.Namespace, report: Report, control: Control) -
                     nursery.start_soon(hosting.add, name, uri, path)
             control.subject = hosting
             await trio.sleep_forever()
+
+
+def _learned(directory: str, name: str, uri: str) -> LearnedFile:
+    return LearnedFile(Path(directory, quote(name, safe="") + ".learned"))
 
 
 def _hosting_again(
@@ -322,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.many:
         if options.uffd_socket is None or options.listen or options.missing:
             parser.error("--many is for --uffd-socket, without --listen and --missing")
+        if options.learn is not None and not Path(options.learn).is_dir():
+            parser.error(f"--learn: there is no directory {options.learn}")
         if options.lane == "trio":
             parser.error("--many has lanes in C alone")
         options.words = list(sys.argv[1:] if argv is None else argv)

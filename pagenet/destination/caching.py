@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, Literal
 
 import trio
 
 from .._native import Crew
+from ..background.learned import StartUp
 from ..background.pacing import Background
 from ..background.recording import Recorder
 from ..background.schedule import make_schedule
 from ..errors import HandshakeError, OwnerGone, SourceLost, Unsupported, UsageError
 from ..events import EventHandler, ignore_events
-from ..nurseries import open_failing_nursery
+from ..nurseries import open_failing_nursery, running_beside
 from ..progress import complete_fields
 from ..target import OnLoss
 from ..uffd import CacheMemory, ConnectedOwner
 from .cached_lanes import CachedLanes
 from .ending import Ending
 from .filling import Filling
+from .learning import LearnedPlace, Learning, Restoring
 from .pulling import Transfer, pull, recording_to, save
 
 __all__ = ["Fill", "HostCache", "caching"]
@@ -34,11 +36,17 @@ class HostCache:
     """Pages of a source in this host's memory. Made by :func:`caching`."""
 
     def __init__(
-        self, transfer: Transfer, memory: CacheMemory, crew: Crew, background: str
+        self,
+        transfer: Transfer,
+        memory: CacheMemory,
+        crew: Crew,
+        background: str,
+        learning: Learning | None,
     ) -> None:
         #: what fills it
         self.transfer = transfer
         self._memory, self._crew, self._background = memory, crew, background
+        self._learning = learning
         self._users = 0
         self._unused = trio.Event()
         self._unused.set()
@@ -97,13 +105,20 @@ class HostCache:
                     ending.begin(filling, is_still=True)
                     cleanup.callback(ending.deal_with_loss)
                     filling.prefetch = prefetch
-                    plan = Background(
-                        make_schedule(
-                            self._background if fill == "all" else "off",
-                            filling.region,
-                            filling.residency,
-                        )
+                    schedule = make_schedule(
+                        self._background if fill == "all" else "off",
+                        filling.region,
+                        filling.residency,
                     )
+                    restoring: Restoring | None = None
+                    if self._learning is not None:
+                        restoring = cleanup.enter_context(self._learning.restore(filling))
+                        schedule = StartUp(
+                            filling.region, filling.residency, restoring.units, schedule
+                        )
+                    plan = Background(schedule)
+                    if restoring is not None:
+                        plan.observers.append(restoring.note)
                     if recording is not None:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
@@ -128,6 +143,8 @@ class HostCache:
                     try:
                         async with open_failing_nursery() as nursery:
                             nursery.start_soon(self._fill_all, transfer, lanes, on_event)
+                            if self._learning is not None and restoring is not None:
+                                nursery.start_soon(self._learning.end_later, restoring)
                             yield transfer
                             nursery.cancel_scope.cancel()
                     except SourceLost:
@@ -163,11 +180,34 @@ async def _watch_owner(filling: Filling) -> None:
 
 
 @asynccontextmanager
+async def _learning(
+    place: LearnedPlace | None, transfer: Transfer, on_unkept: Callable[[str], None]
+) -> AsyncIterator[Learning | None]:
+    if place is None:
+        yield None
+        return
+    learning = Learning(place, transfer.region, on_unkept)
+    await learning.load()
+    transfer.bring_first(learning.known.order())
+    async with running_beside(learning.keep):
+        yield learning
+
+
+@asynccontextmanager
 async def caching(
-    uri: str, memory: CacheMemory, crew: Crew, *, background: str = "hot", **options: Any
+    uri: str,
+    memory: CacheMemory,
+    crew: Crew,
+    *,
+    background: str = "hot",
+    learn: LearnedPlace | None = None,
+    on_unkept: Callable[[str], None] = lambda reason: None,
+    **options: Any,
 ) -> AsyncIterator[HostCache]:
     """A host cache of the source at ``uri``, for as long as the block runs, and until no guest is
-    filled from it. ``crew``: threads that fill them. ``options``: of :func:`pagenet.pull`, which
+    filled from it. ``crew``: threads that fill them. ``learn``: where to keep what guests wait for,
+    which is brought first; ``on_unkept`` is called with the reason when it cannot be kept.
+    ``options``: of :func:`pagenet.pull`, which
     fills ``memory``. It raises what that raises; :exc:`~pagenet.errors.UsageError` for the memory
     of a machine that still runs."""
     cache: HostCache | None = None
@@ -177,13 +217,14 @@ async def caching(
         ) as transfer:
             if transfer.is_tracked:
                 raise UsageError("the source's memory is still in use: it is no snapshot")
-            cache = HostCache(transfer, memory, crew, background)
-            try:
-                yield cache
-            finally:
-                cache.end()
-                with trio.CancelScope(shield=True):
-                    await cache.wait_unused()
+            async with _learning(learn, transfer, on_unkept) as learning:
+                cache = HostCache(transfer, memory, crew, background, learning)
+                try:
+                    yield cache
+                finally:
+                    cache.end()
+                    with trio.CancelScope(shield=True):
+                        await cache.wait_unused()
     except (HandshakeError, Unsupported) as error:
         raise UsageError(f"cannot keep the pages in this host's memory: {error}") from None
     finally:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -23,6 +23,7 @@ from ..redialling import PAUSE
 from ..target import OnLoss
 from ..uffd import CacheMemory, ConnectedOwner, Keeper, Naming, UffdListener
 from .caching import Fill, HostCache, caching
+from .learning import LearnedPlace
 from .pulling import Transfer
 
 __all__ = ["MAX_GUESTS", "Guest", "Host", "Snapshot", "host"]
@@ -109,6 +110,7 @@ class Host:
         allocate: bool,
         huge: bool,
         most: int | None,
+        learn: Callable[[str, str], LearnedPlace] | None,
         guest_options: Mapping[str, Any],
         options: Mapping[str, Any],
         keeper: Keeper | None,
@@ -118,6 +120,7 @@ class Host:
         self._crew = crew
         self._keeper = keeper
         self._allocate, self._huge, self._most = allocate, huge, most
+        self._learn = learn
         self._guest_options = guest_options
         self._options = options
         self._on_event = on_event
@@ -196,6 +199,10 @@ class Host:
             if (told := _OF_A_CACHE.get(event)) is not None:
                 self._on_event(told, snapshot=snapshot.name, **fields)
 
+        def on_unkept(reason: str) -> None:
+            self._on_event("unkept", snapshot=snapshot.name, reason=reason)
+
+        place = None if self._learn is None else self._learn(snapshot.name, snapshot.uri)
         failure = ""
         has_started = False
         while not snapshot.removed.is_set():
@@ -203,7 +210,13 @@ class Host:
             memory = CacheMemory(huge=self._huge, most=self._most, keeper=kept)
             try:
                 async with caching(
-                    snapshot.uri, memory, self._crew, **self._options, on_event=on_event
+                    snapshot.uri,
+                    memory,
+                    self._crew,
+                    learn=place,
+                    on_unkept=on_unkept,
+                    **self._options,
+                    on_event=on_event,
                 ) as cache:
                     snapshot.set_cache(cache)
                     if not has_started:
@@ -345,6 +358,7 @@ async def host(
     fill: Fill = "all",
     huge: bool = False,
     cache_memory: int | None = None,
+    learn: Callable[[str, str], LearnedPlace] | None = None,
     record: str | os.PathLike[str] | None = None,
     on_loss: OnLoss = "wait",
     prefetch: tuple[int, int] | None = None,
@@ -364,7 +378,10 @@ async def host(
     as they come into the cache, or those that its threads ``touched``, and pages around them.
     ``huge``: the caches are of huge pages (2 MiB). ``cache_memory``: bytes that the cache of each
     snapshot may take, about; None: as many as the snapshot has. Beyond that, pages leave it that
-    were not used for long, and are fetched again when they are touched. ``keeper``: keeps the
+    were not used for long, and are fetched again when they are touched. ``learn``: called with the
+    name and the URI of each snapshot; returns where to keep what its guests wait for. Those pages
+    are brought to the next guests at once, and the others that guests wait for later are fetched
+    into the cache. ``keeper``: keeps the
     sockets, the owners' connections and the caches, and has those of a process that was killed:
     :meth:`Host.add` goes on with them.
     ``options``: those of :func:`pagenet.pull`, for the transfer that fills each cache. Those for
@@ -373,7 +390,8 @@ async def host(
     ``reconnect_for`` is infinite unless it is given.
 
     Events: ``added`` and ``removed`` (snapshots), ``lost`` (the source of a snapshot does not
-    answer, or not any more: its guests have lost it, and it is tried again for others), ``guest``
+    answer, or not any more: its guests have lost it, and it is tried again for others), ``unkept``
+    (what was learned of a ``snapshot`` cannot be kept, and the ``reason``), ``guest``
     (its number, its ``snapshot``, and its process ``pid``), ``gone`` (its process has ended) and
     ``failed`` (with the ``reason``), both with the number of ``missing`` pages, ``refused``,
     and of :func:`pagenet.pull` ``owner``, ``complete``, ``missing``, ``poisoned`` and ``killed``,
@@ -393,6 +411,7 @@ async def host(
                 allocate,
                 huge,
                 cache_memory,
+                learn,
                 guest_options,
                 options,
                 keeper,

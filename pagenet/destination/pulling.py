@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from ..background.learned import StartUp
 from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
 from ..background.schedule import Schedule, check_schedule, make_schedule
@@ -182,6 +183,14 @@ class Transfer:
             self._copying.schedule = partial(_schedule, name, self.filling)
         else:
             self._background.set_schedule(_schedule(name, self.filling))
+
+    def bring_first(self, units: Sequence[int]) -> None:
+        """Fetch these pages before those that the order of the background names: flat numbers of
+        pages of 4 KiB."""
+        background, filling = self._background, self.filling
+        background.set_schedule(
+            StartUp(filling.region, filling.residency, units, background.schedule)
+        )
 
     @property
     def background_paused(self) -> bool:

@@ -28,6 +28,7 @@ from processes import (
     write_pattern,
 )
 
+from pagenet.background.learned import load_learned
 from pagenet.control import connect_control
 
 pytestmark = pytest.mark.usefixtures("uffd_permitted")
@@ -273,6 +274,43 @@ async def test_cache_with_less_memory_than_the_snapshot(tmp_path: Path) -> None:
         assert about["cache"]["bytes_wire"] > size
         assert about["cache"]["bytes_resident"] <= most + (2 << 20)
         await ended(daemon, 3)
+
+
+async def test_learns_what_guests_wait_for(source: str, tmp_path: Path) -> None:
+    """The next guest gets at once what the first has waited for, but for a few pages: that it does
+    not want them is learned, too. All of it outlasts the daemon."""
+    learned = tmp_path / "default.learned"
+    options = ("--learn", str(tmp_path), "--fill", "touched", "--prefetch", "0,0")
+    touching = ("--order", "random", "--touches", 200, "--verify", "touched", "--seed", 0)
+    first = ("--size", SIZE, "--zero-every", 8, *touching)
+    async with hosting(source, tmp_path, *options) as (daemon, path):
+        async with run_workload(path, *first, *KINDS["anonymous"]) as guest:
+            await check_verified(guest)
+        await daemon.event("gone")
+        daemon.send_signal(signal.SIGTERM)
+        await daemon.wait()
+    known = load_learned(learned)
+    assert (known.restores, len(known.pages)) == (1, 200)
+    start_up = known.order(start_up=True)
+    brought = len(set(start_up) - known.probes())
+    idle = ("--size", SIZE, "--order", "none", "--wait-complete")
+    async with hosting(source, tmp_path, *options) as (daemon, path):
+        async with run_workload(path, *idle, *KINDS["shared"]) as guest:
+            number = (await daemon.event("owner"))["guest"]
+            with trio.fail_after(20):
+                async with connect_control(tmp_path / "ctl") as control:
+                    status = await control.command("status", guest=number)
+                    while status["classes"]["background"]["pages"] < brought:
+                        await trio.sleep(0.01)
+                        status = await control.command("status", guest=number)
+            assert status["pages_resident"] == brought
+            await guest.kill()
+        await daemon.event("gone")
+        daemon.send_signal(signal.SIGTERM)
+        await daemon.wait()
+    again = load_learned(learned)
+    assert again.restores == 2
+    assert sum(page.misses for page in again.pages.values()) == 200 - brought
 
 
 async def test_file_that_guests_share_cannot_be_written_to(source: str, tmp_path: Path) -> None:
