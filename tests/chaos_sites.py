@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from cable import CUTS, Cable, Cut, Host, plugged_cable
+from cable import CUTS, Cable, Cut, plugged_cable
 from chaos import Fault, Hand, Stall, read_stalls
 from migrations import check_goes_on, migrate_command, run_incoming
 from processes import (
@@ -146,12 +146,6 @@ class Daemon:
         kill(*guards_of(self.pid), self.pid)
 
 
-async def reset_at(host: Host) -> None:
-    """Reset all of its connections."""
-    killing = [*host.within, "ss", "-K", "-t", "state", "established"]
-    await trio.run_process(killing, capture_stdout=True, check=False)
-
-
 @dataclass
 class Site:
     """One transfer, and what the hand can reach of it. ``cable``: None over unix sockets."""
@@ -212,7 +206,7 @@ class Site:
             assert self.serving is not None
             shut_down(self.serving.pid, f"{self.directory}/link")
             return
-        await reset_at(self.chance.choice([self.cable.source, self.cable.destination]))
+        await self.chance.choice([self.cable.source, self.cable.destination]).reset()
 
     async def kill_source(self) -> None:
         assert self.serving is not None
