@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -39,17 +40,47 @@ class Host:
     async def tell(self, *commands: str) -> None:
         await self.ip.send("".join(f"{command}\n" for command in commands))
 
+    @property
+    def sent(self) -> int:
+        """Bytes that have gone into the cable."""
+        lines = Path(f"/proc/{self.ip.pid}/net/dev").read_text().splitlines()
+        (counts,) = (line.split(":")[1] for line in lines if line.strip().startswith(self.name))
+        return int(counts.split()[8])
+
+    async def wait_sent(self, count: int) -> None:
+        """Wait, by looking again and again, until it has sent so many bytes more."""
+        until = self.sent + count
+        while self.sent < until:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+    async def wait_acknowledged(self) -> None:
+        """The same until the other host has everything that was sent over TCP."""
+        while True:
+            asking = [*self.within, "ss", "-Htn", "state", "established"]
+            said = (await trio.run_process(asking, capture_stdout=True)).stdout.decode()
+            if all(int(line.split()[1]) == 0 for line in said.splitlines()):
+                return
+            await trio.sleep(0.01)
+
+    async def reset(self) -> None:
+        """Reset all of its connections."""
+        killing = [*self.within, "ss", "-K", "-t", "state", "established"]
+        await trio.run_process(killing, capture_stdout=True, check=False)
+
 
 @dataclass(frozen=True)
 class Cable:
     source: Host
     destination: Host
 
-    async def limit(self, rate: str) -> None:
-        """Limit what the source sends from now on; ``rate`` as tc has it."""
-        device = self.source.name
-        shape = f"tc qdisc add dev {device} root tbf rate {rate} burst 128kb latency 50ms".split()
-        await trio.run_process([*self.source.within, *shape])
+    async def limit(self, rate: str, host: Host | None = None) -> None:
+        """Limit what ``host``, or else the source, sends from now on; ``rate`` as tc has it."""
+        host = host or self.source
+        shape = f"tc qdisc add dev {host.name} root tbf rate {rate} burst 128kb latency 50ms"
+        await trio.run_process([*host.within, *shape.split()])
+
+    async def unlimit(self, host: Host) -> None:
+        await trio.run_process([*host.within, *f"tc qdisc del dev {host.name} root".split()])
 
     async def cut(self, how: Cut) -> None:
         """Nothing gets through any more. No host is told, except one whose own end goes down."""

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from cable import CUTS, Cable, Cut, Host, plugged_cable
+from cable import CUTS, Cable, Cut, plugged_cable
 from chaos import Fault, Hand, Stall, read_stalls
 from migrations import check_goes_on, migrate_command, run_incoming
 from processes import (
@@ -146,12 +146,6 @@ class Daemon:
         kill(*guards_of(self.pid), self.pid)
 
 
-async def reset_at(host: Host) -> None:
-    """Reset all of its connections."""
-    killing = [*host.within, "ss", "-K", "-t", "state", "established"]
-    await trio.run_process(killing, capture_stdout=True, check=False)
-
-
 @dataclass
 class Site:
     """One transfer, and what the hand can reach of it. ``cable``: None over unix sockets."""
@@ -212,7 +206,7 @@ class Site:
             assert self.serving is not None
             shut_down(self.serving.pid, f"{self.directory}/link")
             return
-        await reset_at(self.chance.choice([self.cable.source, self.cable.destination]))
+        await self.chance.choice([self.cable.source, self.cable.destination]).reset()
 
     async def kill_source(self) -> None:
         assert self.serving is not None
@@ -358,15 +352,16 @@ async def move_guest(site: Site, hand: Hand) -> list[Stall]:
 async def moved_guest(site: Site) -> AsyncIterator[tuple[Daemon, Daemon, Callable[[], list[Beat]]]]:
     """A guest that has gone to the destination, without its pages. In the end it is well. The last
     of what is yielded returns its heartbeats so far, on either machine."""
-    assert site.cable is not None
-    await site.cable.limit(RATE)
+    if site.cable is not None:
+        await site.cable.limit(RATE)
+    where = [site.listener, *([] if site.cable is None else ["--plaintext"])]
     here, there = machine(site.directory, "a"), machine(site.directory, "b")
     async with (
         run_vm(here, site.directory, "a") as a,
         run_incoming(
             site.directory,
             command=there,
-            listen=[site.listener, "--plaintext", *SLOWLY],
+            listen=[*where, *SLOWLY],
             within=site.here,
             guard=True,
         ) as (incoming, serial, uri),
@@ -401,9 +396,15 @@ def guest_faults(site: Site, incoming: Daemon, leaving: Daemon) -> Mapping[str, 
     async def stop_one(side: Daemon) -> None:
         await stop(side.pid, site.chance.uniform(0.1, 2.0))
 
-    network = {} if site.cable is None else site.network_faults()
+    async def reset() -> None:
+        if site.cable is None:
+            shut_down(leaving.pid, f"{site.directory}/link")
+        else:
+            await site.reset()
+
     return {
-        **network,
+        **site.network_faults(),
+        "reset": reset,
         "source killed": leaving.kill,
         "source stopped": partial(stop_one, leaving),
         "destination killed": incoming.kill,
@@ -425,6 +426,7 @@ KINDS: dict[str, tuple[Owner, bool]] = {
     "handshake without map, TCP": (partial(move_handshake, WITHOUT_MAP), True),
     "handshake with map, TCP": (partial(move_handshake, WITH_MAP), True),
     "QEMU guest, TCP": (move_guest, True),
+    "QEMU guest, unix": (move_guest, False),
     "own memory, TCP": (move_own_memory, True),
     "handshake without map, unix": (partial(move_handshake, WITHOUT_MAP), False),
     "handshake with map, unix": (partial(move_handshake, WITH_MAP), False),

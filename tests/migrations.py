@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from processes import Process, run, wait_in_faults
 from vm import Serial, bare_command, rams_of
@@ -246,3 +247,56 @@ def command_of(pid: int) -> bytes:
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+# ---- commands that get no further ----
+
+
+#: pagenet-qemu, which at one moment gets no further, and waits for a second only until the other
+#: side takes a guest, or runs it.
+UNTIL = """
+import os, signal, sys
+from pagenet.cli import _command, qemu
+from pagenet.qemu import _offer, _talk, returning
+
+number, *moment = sys.argv.pop(1).split()
+_offer._TAKE_TIMEOUT = returning._RUN_TIMEOUT = 1.0
+say, make, report = _talk.Talk.say, _offer.Offer.make, _command.Report.__call__
+
+def reach(*here):
+    if list(here) == moment:
+        os.kill(os.getpid(), signal.Signals[number])
+
+async def say_until(talk, what, **fields):
+    reach("before", what)
+    await say(talk, what, **fields)
+    reach("after", what)
+
+async def make_until(offer, talk, guard):
+    await make(offer, talk, guard)
+    reach("after", "offer")
+
+def report_until(self, event, /, **fields):
+    report(self, event, **fields)
+    reach("at", event)
+
+_talk.Talk.say, _offer.Offer.make, _command.Report.__call__ = say_until, make_until, report_until
+sys.exit(qemu.main(sys.argv[1:]))
+"""
+
+
+def until(moment: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", UNTIL, moment, *words]
+
+
+@contextmanager
+def limited(command: str, moment: str) -> Iterator[None]:
+    """In this block that command of pagenet-qemu gets no further than ``moment``: a signal, and
+    "before" or "after" a message to the other side, "after offer", or "at" an event."""
+
+    def pagenet_qemu(*words: str) -> list[str]:
+        return until(moment if words[0] == command else "none", *words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "pagenet_qemu", pagenet_qemu)
+        yield

@@ -291,6 +291,11 @@ async def wait_in_faults(pid: int, threads: int) -> None:
 async def stop_process(process: Process) -> None:
     """Stop it, as if its machine had died."""
     process.send_signal(signal.SIGSTOP)
+    await wait_stopped(process)
+
+
+async def wait_stopped(process: Process) -> None:
+    """Wait, by looking again and again, until it is stopped."""
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC110
         await trio.sleep(0.001)
 

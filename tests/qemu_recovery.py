@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 from cable import CUTS, Cable, plugged_cable
-from chaos_sites import RATE, Site, cut_for, gaps, machine, moved_guest, reset_at
+from chaos_sites import RATE, Site, cut_for, gaps, machine, moved_guest
 from vm import VM, Beat, check_unbroken, run_vm
 
 from pagenet import PagenetError
@@ -59,7 +59,7 @@ async def _strike(cable: Cable, what: str, seconds: float) -> None:
     if what in CUTS:
         await cut_for(cable, CUTS[CUTS.index(what)], seconds)
     elif what == "reset":
-        await reset_at(cable.source)
+        await cable.source.reset()
 
 
 def _longest(beats: list[Beat]) -> float:

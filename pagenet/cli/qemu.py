@@ -257,7 +257,7 @@ def _guarded_arrival(
     options: argparse.Namespace, report: Report, guard: Guard | None
 ) -> EventHandler:
     """Reports events. Once the guest is taken, a killed ``incoming`` is followed by one that
-    resumes."""
+    resumes; once it has gone back, by nothing."""
     known: dict[str, object] = {}
 
     def on_event(event: str, /, **fields: object) -> None:
@@ -267,7 +267,18 @@ def _guarded_arrival(
             guard.restart_with(_resuming(options, str(known["pid"]), str(known["uri"]), monitor))
         report(event, **fields)
 
-    return on_event
+    return _unless("returned", guard, on_event)
+
+
+def _unless(last: str, guard: Guard | None, on_event: EventHandler) -> EventHandler:
+    """Nothing is started in the place of this process once that event has come."""
+
+    def on_any(event: str, /, **fields: object) -> None:
+        if event == last and guard is not None:
+            guard.restart_with([])
+        on_event(event, **fields)
+
+    return on_any
 
 
 def _resuming(options: argparse.Namespace, pid: str, uri: str, monitor: str | None) -> list[str]:
@@ -339,7 +350,7 @@ async def _go_on(
             identity=owner.source.hex(),
         )
         monitor = None if options.qmp is None else Path(options.qmp)
-        returning = Returning(monitor, owner.pid, report)
+        returning = Returning(monitor, owner.pid, _unless("returned", guard, report))
         with telling_missing(options, report) as tell, ending_when_reclaimed(owner.pid):
             async with pull(
                 options.listen,
@@ -365,7 +376,7 @@ def _guarded_leaving(
     options: argparse.Namespace, report: Report, guard: Guard | None
 ) -> EventHandler:
     """Reports events. Once the guest is given away, a killed ``migrate`` is followed by a
-    pagenet-serve of the pages that QEMU still has."""
+    pagenet-serve of the pages that QEMU still has; once it is back, by nothing."""
 
     def on_event(event: str, /, **fields: object) -> None:
         if event == "switchover" and guard is not None:
@@ -375,7 +386,7 @@ def _guarded_leaving(
             guard.restart_with(module_command("pagenet.cli.serve", *source, *where, *words))
         report(event, **fields)
 
-    return on_event
+    return _unless("taken", guard, on_event)
 
 
 async def _leave(
@@ -397,7 +408,7 @@ async def _leave(
         control.precopy = None
         control.subject = server
         nursery.start_soon(make_progress(report), server)
-        nursery.start_soon(_reclaim_when_told, server, options.qmp, report, control)
+        nursery.start_soon(_reclaim_when_told, server, options.qmp, on_event, control)
         await server.wait_complete()
         control.reclaim = None
         nursery.cancel_scope.cancel()
@@ -405,16 +416,16 @@ async def _leave(
 
 
 async def _reclaim_when_told(
-    server: Server, qmp_socket: str, report: Report, control: Control
+    server: Server, qmp_socket: str, on_event: EventHandler, control: Control
 ) -> None:
     while True:
         told = trio.Event()
         control.reclaim = told.set
         await told.wait()
         try:
-            await reclaim(server, qmp_socket, on_event=report)
+            await reclaim(server, qmp_socket, on_event=on_event)
         except PagenetError as error:
-            report("not_reclaimed", reason=str(error))
+            on_event("not_reclaimed", reason=str(error))
         else:
             raise GuestReclaimed("the guest was reclaimed: it runs here again")
 

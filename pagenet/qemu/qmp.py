@@ -268,9 +268,24 @@ async def connect_qmp(path: str | Path, *, wait: float = 0.0) -> AsyncIterator[Q
     # Not `async with stream`: if the task is cancelled, closing the stream that way would lose the
     # error that the block ends with.
     with stream.socket:
-        async with open_failing_nursery() as nursery:
-            qmp = Qmp(stream, str(path))
-            nursery.start_soon(qmp.read_forever)
+        qmp = Qmp(stream, str(path))
+        async with _reading(qmp):
             await qmp.greet()
             yield qmp
-            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _reading(qmp: Qmp) -> AsyncIterator[None]:
+    """Read until the block ends, even if it was cancelled: it may have a guest go on first."""
+    reading = trio.CancelScope(shield=True)
+
+    async def read() -> None:
+        with reading:
+            await qmp.read_forever()
+
+    async with open_failing_nursery() as nursery:
+        nursery.start_soon(read)
+        try:
+            yield
+        finally:
+            reading.cancel()

@@ -30,6 +30,8 @@ __all__ = ["MAX_STATE_BYTES", "Returning", "ending_when_reclaimed"]
 MAX_STATE_BYTES = 1 << 30
 # In seconds: for the source's QEMU to load the devices' state.
 _LOAD_TIMEOUT = 60.0
+# In seconds: for the guest to run there, before QEMU is ended here.
+_RUN_TIMEOUT = 10.0
 
 _NO_MONITOR = (
     "that guest's pagenet-qemu does not know QEMU's monitor: start it with incoming --resume --qmp"
@@ -47,7 +49,7 @@ class Returning:
         self._on_event = on_event
         self._transfer: Transfer | None = None
         self._arrived = trio.Event()
-        self._is_returning = False
+        self._returning = trio.Lock()
         # When the guest stopped, and the state of its devices, if it stands still since then,
         # because it may be the source's. QEMU does not tell that twice.
         self._told: tuple[QmpEvent, bytearray] | None = None
@@ -63,17 +65,10 @@ class Returning:
         talk = Talk(connection)
         try:
             await talk.hear("reclaim", ANSWER_TIMEOUT)
-            with trio.move_on_after(ANSWER_TIMEOUT):  # the source may be quicker than our owner
-                await self._arrived.wait()
-            if self._transfer is None or self._is_returning:
-                raise UsageError("the guest has not arrived yet, or is leaving already")
-            if self._monitor is None:
-                raise UsageError(_NO_MONITOR)
-            self._is_returning = True
-            try:
-                await self._return(talk, connection, self._transfer, self._monitor)
-            finally:
-                self._is_returning = False
+            async with self._turn() as transfer:
+                if self._monitor is None:
+                    raise UsageError(_NO_MONITOR)
+                await self._return(talk, connection, transfer, self._monitor)
         except GuestReclaimed:
             raise
         except PagenetError as error:
@@ -81,6 +76,21 @@ class Returning:
                 with trio.move_on_after(1, shield=True), suppress(PagenetError):
                     await talk.say("refuse", reason=str(error))
             self._on_event("not_reclaimed", reason=str(error))
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[Transfer]:
+        """The source may be quicker than our owner. And an earlier attempt that has failed may not
+        be over: QEMU stops the guest, and lets it go on, only once each of its threads has the page
+        that it waits for, and that comes over the session of this attempt."""
+        with trio.move_on_after(ANSWER_TIMEOUT) as waiting:
+            await self._arrived.wait()
+            await self._returning.acquire()
+        if waiting.cancelled_caught or self._transfer is None:
+            raise UsageError("the guest has not arrived yet, or is leaving already")
+        try:
+            yield self._transfer
+        finally:
+            self._returning.release()
 
     async def _return(
         self, talk: Talk, connection: Connection, transfer: Transfer, monitor: Path
@@ -111,8 +121,6 @@ class Returning:
                     )
                     await talk.hear("loaded", _LOAD_TIMEOUT)
                     await offer.make(talk, guard)
-                    with suppress(PagenetError):
-                        await talk.hear("running", ANSWER_TIMEOUT)
                 except BaseException as error:
                     with trio.CancelScope(shield=True):
                         if offer.given is Given.PERHAPS:
@@ -122,8 +130,12 @@ class Returning:
                     if not was_paused:
                         transfer.resume_background()
                     raise
-        self._on_event("returned", bytes=sent)
-        raise GuestReclaimed("the guest has gone back to its source")
+                with trio.CancelScope(shield=True):  # the guest is never to run here again
+                    await guard.should_we_die("kill")
+                    self._on_event("returned", bytes=sent)
+                    with suppress(PagenetError):
+                        await talk.hear("running", _RUN_TIMEOUT)
+                    raise GuestReclaimed("the guest has gone back to its source")
 
 
 class _Collected:

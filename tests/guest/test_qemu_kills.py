@@ -20,8 +20,15 @@ from pathlib import Path
 import pytest
 import trio
 from cable import CUTS, Cable, Cut, needs_cable, plugged_cable
-from migrations import check_goes_on, command_of, migrate_command, run_incoming, status_of
-from processes import Process, children_of, run
+from migrations import (
+    check_goes_on,
+    command_of,
+    limited,
+    migrate_command,
+    run_incoming,
+    status_of,
+)
+from processes import Process, children_of, run, wait_stopped
 from vm import VM, Serial, bare_command, check_unbroken, needs_migration, run_vm
 
 pytestmark = needs_migration
@@ -240,6 +247,19 @@ async def test_destination_stops(tmp_path: Path) -> None:
         # If it was stopped later than was meant, the devices' state has yet to be loaded, which may
         # take longer.
         assert " for 10 s\n" in move.leaving.stderr or " for 30 s\n" in move.leaving.stderr
+
+
+async def test_told_to_end_while_the_guest_stands_still(tmp_path: Path) -> None:
+    """It goes on at the source."""
+    with limited("incoming", "SIGSTOP before serving"):
+        async with moving(tmp_path) as move:
+            await wait_stopped(move.incoming)
+            move.leaving.send_signal(signal.SIGTERM)
+            assert await move.leaving.wait_end() == 128 + signal.SIGTERM
+            move.incoming.send_signal(signal.SIGCONT)
+            assert await settled(move) == ("running", "gone")
+            await check_goes_on(move.a.serial)
+            check_unbroken(move.a.serial)
 
 
 @needs_cable

@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import migrations
 import pytest
-from cable import needs_cable, plugged_cable
+from cable import Cable, needs_cable, plugged_cable
 from devices import BLOCKS, echoing, wait_devices, with_devices
 from migrations import (
     check_goes_on,
     destination,
+    limited,
     migrate_command,
     pagenet_qemu,
     resume_command,
     run_incoming,
     stand_still,
     status_of,
+    until,
 )
-from processes import Process, run
+from processes import Process, run, wait_stopped
 from vm import (
     VM,
     Serial,
@@ -52,6 +52,10 @@ def guest(directory: Path, name: str) -> list[str]:
 
 def reclaim_command(monitor: Path, uri: str, identity: str) -> list[str]:
     return pagenet_qemu("reclaim", "--json", "--qmp", str(monitor), uri, "--identity", identity)
+
+
+def at_source(cable: Cable | None) -> list[str]:
+    return [] if cable is None else cable.source.within
 
 
 @dataclass
@@ -93,21 +97,27 @@ class Moved:
 
 @asynccontextmanager
 async def moved(
-    directory: Path, command: Callable[[Path, str], list[str]] = guest
+    directory: Path,
+    command: Callable[[Path, str], list[str]] = guest,
+    cable: Cable | None = None,
+    guard: bool = False,
 ) -> AsyncIterator[Moved]:
+    """``cable``: between the two sides. ``guard``: both have one."""
     control = directory / "ctl"
-    listen = ["tcp://127.0.0.1:0", *SLOWLY]
+    where = "127.0.0.1" if cable is None else cable.destination.address
+    within = [] if cable is None else cable.destination.within
+    listen = [f"tcp://{where}:0", "--plaintext", *SLOWLY]
+    receive = run_incoming(
+        directory, command=command(directory, "b"), listen=listen, within=within, guard=guard
+    )
     async with (
         run_vm(command(directory, "a"), directory, "a") as a,
-        run_incoming(directory, command=command(directory, "b"), listen=listen) as (
-            incoming,
-            there,
-            uri,
-        ),
+        receive as (incoming, there, uri),
     ):
         await a.serial.wait_sweeps(1)
         options = ["--precopy", "off", "--control", str(control)]
-        async with run(migrate_command(a.qmp, uri, *options)) as leaving:
+        leave = migrate_command(a.qmp, uri, *options, guard=guard)
+        async with run([*at_source(cable), *leave]) as leaving:
             identity = (await leaving.event("switchover"))["identity"]
             await leaving.event("resumed")
             before = a.serial.take()
@@ -144,8 +154,8 @@ async def test_after_everything_was_killed(tmp_path: Path) -> None:
         monitor = str(tmp_path / "b.qmp")
         async with run(resume_command(move.uri, "--qmp", monitor, *SLOWLY)) as resuming:
             await resuming.event("listening")
-            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as reclaiming:
-                assert await reclaiming.wait() == 0, reclaiming.stderr
+            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as again:
+                assert await again.wait() == 0, again.stderr
             assert await resuming.wait() == 9
         await move.check_is_back()
         async with (
@@ -176,9 +186,10 @@ async def test_killed_half_way(victim: str, tmp_path: Path) -> None:
                 assert (await move.leaving.wait(), await resuming.wait()) == (9, 9)
             await move.check_is_back()
         elif victim == "migrate":
-            await move.incoming.event("not_reclaimed")
-            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as reclaiming:
-                assert await reclaiming.wait() == 0, reclaiming.stderr
+            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as again:
+                assert await again.wait() == 0, again.stderr
+            assert await move.incoming.wait() == 9
+            assert "not_reclaimed" in {event["event"] for event in move.incoming.events}
             await move.check_is_back()
         else:
             await move.leaving.event("not_reclaimed")
@@ -198,71 +209,174 @@ async def test_destination_qemu_ends(tmp_path: Path) -> None:
         assert await status_of(move.a.qmp) in ("postmigrate", "paused")
 
 
-#: Takes a guest back, and at one moment gets no further.
-TAKING = """
-import os, signal, sys, trio
-from pagenet.qemu import _talk, reclaim_from
-
-uri, monitor, identity, moment = sys.argv[1:]
-say = _talk.Talk.say
-
-async def say_or_stop(talk, what, **fields):
-    if (what, moment) == ("taking", "before"):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    await say(talk, what, **fields)
-
-def on_event(event, /, **fields):
-    if (event, moment) == ("taken", "after"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-_talk.Talk.say = say_or_stop
-reclaim = lambda: reclaim_from(uri, monitor, identity=bytes.fromhex(identity), on_event=on_event)
-trio.run(reclaim)
-"""
+def reclaiming(move: Moved, moment: str, cable: Cable | None = None) -> list[str]:
+    command = reclaim_command(move.a.qmp, move.uri, move.identity)
+    return [*at_source(cable), *until(moment, *command[command.index("reclaim") :])]
 
 
-def taking(move: Moved, moment: str) -> list[str]:
-    return [sys.executable, "-c", TAKING, move.uri, str(move.a.qmp), move.identity, moment]
+@asynccontextmanager
+async def taken_until(
+    moment: str, by: str, directory: Path, guard: bool = False
+) -> AsyncIterator[Moved]:
+    """A guest that is taken back ``by`` migrate or reclaim, which is killed at that moment."""
+    with limited("migrate", moment):
+        async with moved(directory, guard=guard) as move:
+            if by == "migrate":
+                await move.ask()
+                assert await move.leaving.wait() == -signal.SIGKILL
+            else:
+                await move.leaving.kill()
+                async with run(reclaiming(move, moment)) as killed:
+                    assert await killed.wait() == -signal.SIGKILL
+            yield move
 
 
-async def test_killed_after_it_has_taken_the_guest(tmp_path: Path) -> None:
-    """Its guard process resumes the guest."""
-    async with moved(tmp_path) as move:
-        await move.leaving.kill()
-        async with run(taking(move, "after")) as killed:
-            assert await killed.wait() == -signal.SIGKILL
+@pytest.mark.parametrize("by", ["reclaim", "migrate"])
+async def test_killed_after_it_has_taken_the_guest(by: str, tmp_path: Path) -> None:
+    """Its guard process resumes the guest. The guard of ``migrate`` starts nothing that serves its
+    pages: that would have the output still."""
+    async with taken_until("SIGKILL at taken", by, tmp_path, guard=by == "migrate") as move:
         assert await move.incoming.wait() == 9
         await move.check_is_back()
 
 
-#: pagenet-qemu, which waits for a second only for the other side to take a guest.
-IMPATIENT = """
-import sys
-from pagenet.cli import qemu
-from pagenet.qemu import _offer
-_offer._TAKE_TIMEOUT = 1.0
-sys.exit(qemu.main(sys.argv[1:]))
-"""
+@pytest.mark.parametrize("by", ["reclaim", "migrate"])
+async def test_killed_when_it_says_taking(by: str, tmp_path: Path) -> None:
+    """The guest stands still at the source, which has all of it."""
+    async with taken_until("SIGKILL after taking", by, tmp_path) as move:
+        assert await move.incoming.wait() == 9
+        assert await status_of(tmp_path / "b.qmp") == "gone"
+        assert await status_of(move.a.qmp) in ("postmigrate", "paused")
+        async with connect_qmp(move.a.qmp) as qmp:
+            await qmp.command("cont")
+        await move.check_is_back()
 
 
-async def test_in_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source does not say that it takes the guest: nobody runs it, and the destination says so.
-    It is taken back once more."""
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            migrations, "pagenet_qemu", lambda *words: [sys.executable, "-c", IMPATIENT, *words]
-        )
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [("SIGKILL after offer", ("postmigrate", "paused")), ("SIGKILL at returned", ("gone",))],
+)
+async def test_incoming_killed_once_the_guest_is_given_back(
+    moment: str, left: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The guest runs at the source. Once the destination's guards know, one ends QEMU there, and
+    the other starts nothing."""
+    with limited("incoming", moment):
+        async with moved(tmp_path, guard=moment == "SIGKILL at returned") as move:
+            await move.ask()
+            assert (await move.leaving.wait(), await move.incoming.wait_end()) == (9, -9)
+            await move.check_is_back()
+            assert await status_of(tmp_path / "b.qmp") in left
+            if "gone" not in left:
+                os.kill(move.pid, signal.SIGKILL)
+            await move.incoming.rest()  # nobody has the output any more
+
+
+async def test_incoming_told_to_end_half_way(tmp_path: Path) -> None:
+    """It has the guest go on there."""
+    with limited("migrate", "SIGSTOP before loaded"):
+        async with moved(tmp_path) as move:
+            await move.ask()
+            await wait_stopped(move.leaving)
+            move.incoming.send_signal(signal.SIGTERM)
+            assert await move.incoming.wait_end() == 128 + signal.SIGTERM
+            assert await status_of(tmp_path / "b.qmp") == "running"
+            move.leaving.send_signal(signal.SIGCONT)
+            await move.leaving.event("not_reclaimed")
+            async with run(resume_command(move.uri, "--pid", str(move.pid), *SLOWLY)) as resuming:
+                await resuming.event("owner")
+                await move.check_goes_on_there()
+
+
+async def test_incoming_told_to_end_once_the_guest_is_given_back(tmp_path: Path) -> None:
+    """It does not have the guest go on there."""
+    with limited("incoming", "none"):
         async with moved(tmp_path) as move:
             await move.leaving.kill()
-            async with run(taking(move, "before")) as stopped:
+            async with run(reclaiming(move, "SIGSTOP at taken")) as stopped:
+                await move.incoming.event("returned")
+                move.incoming.send_signal(signal.SIGTERM)
+                assert await move.incoming.wait() == 9
+                stopped.send_signal(signal.SIGCONT)
+                assert await stopped.wait() == 0, stopped.stderr
+            await move.check_is_back()
+
+
+async def test_in_doubt(tmp_path: Path) -> None:
+    """The source does not say that it takes the guest: nobody runs it, and the destination says so.
+    It is taken back once more."""
+    with limited("incoming", "none"):
+        async with moved(tmp_path) as move:
+            await move.leaving.kill()
+            async with run(reclaiming(move, "SIGSTOP before taking")) as stopped:
                 await move.incoming.event("return_in_doubt")
                 await stopped.kill()
                 for monitor in (move.a.qmp, tmp_path / "b.qmp"):
                     assert await status_of(monitor) in ("postmigrate", "paused")
-            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as reclaiming:
-                assert await reclaiming.wait() == 0, reclaiming.stderr
+            async with run(reclaim_command(move.a.qmp, move.uri, move.identity)) as again:
+                assert await again.wait() == 0, again.stderr
             assert await move.incoming.wait() == 9
             await move.check_is_back()
+
+
+# ---- the link ----
+
+
+@needs_cable
+@pytest.mark.parametrize("how", ["reset", "swallowed"])
+async def test_link_breaks_half_way(how: str, tmp_path: Path) -> None:
+    """The guest goes on at the destination. Once the link is back it can go back."""
+    async with plugged_cable() as cable, moved(tmp_path, cable=cable) as move:
+        await cable.limit("40mbit", cable.destination)
+        await move.ask()
+        await move.incoming.event("returning")
+        await cable.destination.wait_sent(1 << 20)
+        if how == "reset":
+            await cable.destination.reset()
+        else:
+            await cable.cut("swallowed")
+        await move.incoming.event("not_reclaimed")
+        if how == "swallowed":
+            await cable.mend("swallowed")
+        await cable.unlimit(cable.destination)
+        await move.leaving.event("not_reclaimed")
+        await move.check_goes_on_there()
+        await move.ask()
+        assert (await move.leaving.wait(), await move.incoming.wait()) == (9, 9)
+        await move.check_is_back()
+
+
+@needs_cable
+async def test_link_breaks_after_taking(tmp_path: Path) -> None:
+    """The guest runs at the source, and the destination ends its QEMU."""
+    with limited("incoming", "none"):
+        async with plugged_cable() as cable, moved(tmp_path, cable=cable) as move:
+            await move.leaving.kill()
+            async with run(reclaiming(move, "SIGSTOP at taken", cable)) as stopped:
+                await stopped.event("taken")
+                await cable.source.wait_acknowledged()
+                await cable.cut("swallowed")
+                stopped.send_signal(signal.SIGCONT)
+                assert await stopped.wait() == 0, stopped.stderr
+            assert await move.incoming.wait() == 9
+            await move.check_is_back()
+            assert await status_of(tmp_path / "b.qmp") == "gone"
+
+
+@needs_cable
+async def test_link_breaks_before_taking(tmp_path: Path) -> None:
+    """The source runs the guest; the destination cannot know that, and leaves it stopped."""
+    with limited("incoming", "none"):
+        async with plugged_cable() as cable, moved(tmp_path, cable=cable) as move:
+            await move.leaving.kill()
+            async with run(reclaiming(move, "SIGSTOP before taking", cable)) as stopped:
+                await wait_stopped(stopped)
+                await cable.cut("swallowed")
+                await move.incoming.event("return_in_doubt")
+                stopped.send_signal(signal.SIGCONT)
+                assert await stopped.wait() == 0, stopped.stderr
+            await move.check_is_back()
+            assert await status_of(tmp_path / "b.qmp") in ("postmigrate", "paused")
 
 
 async def test_devices_that_do_not_fit(tmp_path: Path) -> None:
