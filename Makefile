@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but make: tools/bootstrap finds or installs the rest.
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint pytest reliability dist generate api clean
+.PHONY: demo demo-restore test check lint pytest reliability dist generate api clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,6 +13,10 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard native/*.[ch] native/*.py nativ
 
 demo: $(STAMP)
 	$(PY) tools/demo.py $(DEMOARGS)
+
+# Guests restored out of a real S3 server.
+demo-restore: $(STAMP)
+	$(PY) tools/demo_restore.py $(DEMOARGS)
 
 # Everything, in parts, several at a time; or, in one piece, what TESTARGS says.
 test: lint pytest

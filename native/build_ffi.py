@@ -23,7 +23,7 @@ SOURCES = [
 ]  # fmt: skip
 TESTING_SOURCES = [
     "testing/pattern.c", "testing/workload.c", "testing/bench.c", "testing/relay.c",
-    "testing/tls.c",
+    "testing/tls.c", "testing/handshake.c", "testing/restore.c",
     "uffd.c", "residency.c", "memory.c",
 ]  # fmt: skip
 

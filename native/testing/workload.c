@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include "testing.h"
 #include "clock.h"
+#include "handshake.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -36,7 +37,6 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -367,61 +367,23 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
 
 /* ---- connecting ---- */
 
-static int connect_once(const char *path) {
-    struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof to.sun_path)
-        return -ENAMETOOLONG;
-    strcpy(to.sun_path, path);
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        return -errno;
-    if (!connect(fd, (struct sockaddr *)&to, sizeof to))
-        return fd;
-    int error = -errno;
-    close(fd);
-    return error;
-}
-
 static int connect_patiently(const char *path) {
     uint64_t until = now() + (uint64_t)CONNECT_MS * MS;
-    int fd = connect_once(path);
+    int fd = connect_to(path);
     while ((fd == -ENOENT || fd == -ECONNREFUSED) && now() < until) {
         poll(NULL, 0, 10);
-        fd = connect_once(path);
+        fd = connect_to(path);
     }
-    return fd;
-}
-
-/* A descriptor that comes with a line of text, or -errno. */
-static int receive_descriptor(int socket) {
-    char line[256];
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
-    struct iovec bytes = {.iov_base = line, .iov_len = sizeof line};
-    struct msghdr message = {.msg_iov = &bytes,
-                             .msg_iovlen = 1,
-                             .msg_control = control,
-                             .msg_controllen = sizeof control};
-    ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
-    if (got <= 0)
-        return got ? -errno : -EPIPE;
-    const struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    if (!header || header->cmsg_type != SCM_RIGHTS || line[got - 1] != '\n')
-        return -EPROTO;
-    int fd;
-    memcpy(&fd, CMSG_DATA(header), sizeof fd);
     return fd;
 }
 
 /* The file of the handler's cache, or -errno. */
 static int ask_for_file(struct owner *owner) {
-    static const char request[] = "{\"want\": \"file\"}";
     int fd = connect_patiently(owner->options.socket);
     if (fd < 0)
         return fd;
     owner->socket = fd;
-    if (send(fd, request, sizeof request - 1, MSG_NOSIGNAL) < 0)
-        return -errno;
-    return receive_descriptor(fd);
+    return receive_file(fd);
 }
 
 /* ---- memory ---- */
@@ -656,35 +618,15 @@ static char *write_regions(const struct owner *owner) {
     return text;
 }
 
-static void attach_descriptors(struct msghdr *message, void *control, size_t room, const int *fds,
-                               size_t count) {
-    message->msg_control = control;
-    message->msg_controllen = CMSG_SPACE(count * sizeof *fds);
-    memset(control, 0, room);
-    struct cmsghdr *header = CMSG_FIRSTHDR(message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(count * sizeof *fds);
-    memcpy(CMSG_DATA(header), fds, count * sizeof *fds);
-}
-
-/* One message: descriptors travel with bytes, and the handler expects them with the first. */
-static int send_handshake(const struct owner *owner, char *text) {
-    _Alignas(struct cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))];
-    struct iovec bytes = {.iov_base = text, .iov_len = strlen(text)};
-    struct msghdr message = {.msg_iov = &bytes, .msg_iovlen = 1};
+static int send_handshake(const struct owner *owner, const char *text) {
     int fds[3] = {owner->uffd};
     size_t count = 1;
     if (owner->memory_fd >= 0 && !is_shared(&owner->options))
         fds[count++] = owner->memory_fd;
     if (owner->map_fd >= 0)
         fds[count++] = owner->map_fd;
-    if (owner->options.bad_handshake != BAD_NO_FD)
-        attach_descriptors(&message, control, sizeof control, fds, count);
-    ssize_t sent = sendmsg(owner->socket, &message, MSG_NOSIGNAL);
-    if (sent < 0)
-        return -errno;
-    return (size_t)sent < bytes.iov_len ? -EPIPE : 0;
+    return send_with(owner->socket, text, fds,
+                     owner->options.bad_handshake == BAD_NO_FD ? 0 : count);
 }
 
 static void close_if_open(int fd) {

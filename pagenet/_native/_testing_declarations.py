@@ -27,6 +27,21 @@ class pn_play(Struct):
     until_complete: int
 
 
+class pn_guest(Struct):
+    socket: bytes | CData | Null
+    size: int
+    seed: int
+    touches: int
+    pages: CData | Null
+    ended: CData | Null
+    took: CData | Null
+    connected: int
+    wrong: int
+    address: int
+    uffd: int
+    sock: int
+
+
 class Library(Protocol):
     def pn_pattern_fill(
         self,
@@ -101,5 +116,18 @@ class Library(Protocol):
         self, sock: int, directory: bytes | CData | Null, length: int, chunk: int, /
     ) -> int: ...
     def pn_bench_relay(
-        self, listener: int, host: bytes | CData | Null, port: int, delay_ns: int, stop_fd: int, /
+        self,
+        listener: int,
+        host: bytes | CData | Null,
+        port: int,
+        delay_ns: int,
+        rate: int,
+        stop_fd: int,
+        answered: CData | Null,
+        /,
+    ) -> int: ...
+    def pn_bench_guest_prepare(self, guest: pn_guest | Null, /) -> int: ...
+    def pn_bench_guest_arrive(self, guest: pn_guest | Null, /) -> int: ...
+    def pn_bench_handler(
+        self, listener: int, memory: bytes | CData | Null, size: int, stop_fd: int, /
     ) -> int: ...

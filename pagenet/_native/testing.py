@@ -19,7 +19,7 @@ from .._pagenet_testing import lib as _lib
 from ._library import check
 from ._library import lib as core
 from ._pointers import CData
-from ._testing_declarations import Library, pn_map, pn_play
+from ._testing_declarations import Library, pn_guest, pn_map, pn_play
 from .memory import Mapped
 from .residency import SharedMap
 
@@ -190,10 +190,57 @@ def bench_receive(
     check(lib.pn_bench_receive(sock, length, chunk, uffd, address, second, file))
 
 
-def bench_relay(listener: int, host: str, port: int, delay: float, stop_fd: int) -> None:
+def bench_relay(
+    listener: int, host: str, port: int, delay: float, stop_fd: int, rate: int = 0
+) -> int:
     """Join each connection that ``listener`` takes to one to that IPv4 address, with ``delay``
-    seconds on the way in each direction, until ``stop_fd`` is readable. Call it in a thread."""
-    check(lib.pn_bench_relay(listener, host.encode(), port, round(delay * 1e9), stop_fd))
+    seconds on the way and ``rate`` bytes a second (0: as fast as can be) in each direction, until
+    ``stop_fd`` is readable. Returns how many bytes came from there. Call it in a thread."""
+    answered, ns = array("Q", [0]), round(delay * 1e9)
+    to = ffi.from_buffer("uint64_t[]", answered)
+    check(lib.pn_bench_relay(listener, host.encode(), port, ns, rate, stop_fd, to))
+    return answered[0]
+
+
+class Guest:
+    """``struct pn_guest``: memory that a handler restores. ``pages``: which it touches;
+    ``touches``: memory for what comes of that, two words of 64 bits for each: when it was over, in
+    ns of CLOCK_MONOTONIC, and how long it took."""
+
+    def __init__(
+        self, socket: str, size: int, seed: int, pages: memoryview, touches: memoryview
+    ) -> None:
+        self._socket = ffi.new("char[]", socket.encode())
+        self._pages = ffi.from_buffer("uint64_t[]", pages)
+        self._touches = ffi.from_buffer("uint64_t[]", touches, require_writable=True)
+        self._guest = cast(pn_guest, ffi.new("struct pn_guest *"))
+        self._guest.socket, self._guest.pages = self._socket, self._pages
+        self._guest.size, self._guest.seed, self._guest.touches = size, seed, len(pages)
+        self._guest.ended, self._guest.took = self._touches, self._touches + len(pages)
+
+    def prepare(self) -> None:
+        """Make the memory, in which everything is missing. :exc:`OSError`."""
+        check(lib.pn_bench_guest_prepare(self._guest))
+
+    def arrive(self) -> None:
+        """Connect, hand the memory over, and touch it. :exc:`OSError`."""
+        check(lib.pn_bench_guest_arrive(self._guest))
+
+    @property
+    def connected(self) -> int:
+        """When it began to connect, in ns."""
+        return self._guest.connected
+
+    @property
+    def wrong(self) -> int:
+        """Touched pages that are not what they should be."""
+        return self._guest.wrong
+
+
+def bench_handler(listener: int, memory: int, size: int, stop_fd: int) -> None:
+    """Take guests at ``listener``, and answer each of their faults with one COPY from ``memory``,
+    until ``stop_fd`` is readable."""
+    check(lib.pn_bench_handler(listener, ffi.cast("void *", memory), size, stop_fd))
 
 
 def bench_answer_pings(sock: int, directory: str, size: int) -> None:

@@ -34,6 +34,9 @@ from .qemu._qemu import Migration, QemuOptions, QemuResult, Target, measure_qemu
 from .qemu._qemu_guest import find_guest
 from .qemu._qemu_methods import METHODS as QEMU_METHODS
 from .qemu._qemu_methods import USUAL as USUAL_QEMU_METHODS
+from .restore._plot import plot_restore
+from .restore._restore import RestoreResult, measure_restore
+from .restore._what import RESTORE_ROWS, Figure, RestoreOptions
 from .workload._least import Least
 from .workload._traces import TRACES
 from .workload._tracing import DATA, trace_program
@@ -62,6 +65,7 @@ __all__ = [
     "PACE_WINDOWS",
     "PLACEMENTS",
     "QEMU_METHODS",
+    "RESTORE_ROWS",
     "SOURCES",
     "TRACES",
     "USUAL_QEMU_METHODS",
@@ -73,6 +77,7 @@ __all__ = [
     "EncodingTarget",
     "FaultOptions",
     "FaultResult",
+    "Figure",
     "GuardOptions",
     "GuardResult",
     "HostileOptions",
@@ -85,6 +90,8 @@ __all__ = [
     "QemuResult",
     "RdmaOptions",
     "RdmaResult",
+    "RestoreOptions",
+    "RestoreResult",
     "Sample",
     "ScaleOptions",
     "ScaleResult",
@@ -111,6 +118,7 @@ __all__ = [
     "measure_pace",
     "measure_qemu",
     "measure_rdma",
+    "measure_restore",
     "measure_scale",
     "measure_streams",
     "measure_tls",
@@ -118,6 +126,7 @@ __all__ = [
     "measure_workload",
     "median",
     "plot_latencies",
+    "plot_restore",
     "plot_work",
     "plot_workload",
     "serve_floors",

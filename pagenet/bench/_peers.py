@@ -8,16 +8,18 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import trio
 
 from .._native.testing import pattern_differs
 from ..children import module_command
 from ..errors import PagenetError, UsageError
+from ..nurseries import open_failing_nursery
 from ..protocol import printable
 from ..tcp import assume_near, tune
 from ..testing.pattern import write_pattern
@@ -26,10 +28,12 @@ from .peer import peer_command
 
 __all__ = [
     "MemoryFile",
+    "Relay",
     "Served",
     "Source",
     "connected_peer",
     "memory_holder",
+    "relayed",
     "running",
     "served",
     "served_at",
@@ -113,6 +117,12 @@ class Child:
             line += more
         return line.decode()
 
+    async def discard(self) -> None:
+        """Read all that it says: it would wait once the pipe is full."""
+        assert self.process.stdout is not None
+        async for _ in self.process.stdout:
+            pass
+
     def _complaint(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
@@ -120,8 +130,10 @@ class Child:
 
 
 @asynccontextmanager
-async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncIterator[Child]:
-    """A process, which is killed when the block ends."""
+async def running(
+    command: Sequence[str], fds: Sequence[int] = (), *, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Child]:
+    """A process, which is killed when the block ends. ``env``: more of its environment."""
     with tempfile.TemporaryFile() as errors:
         process = await trio.lowlevel.open_process(
             list(command),
@@ -129,6 +141,7 @@ async def running(command: Sequence[str], fds: Sequence[int] = ()) -> AsyncItera
             stdout=subprocess.PIPE,
             stderr=errors,
             pass_fds=fds,
+            env={**os.environ, **(env or {})},
         )
         try:
             yield Child(process, errors)
@@ -162,19 +175,52 @@ async def served(spec: str, transport: str, lane: LaneKind) -> AsyncIterator[Ser
 
 @asynccontextmanager
 async def served_at(
-    listen: str, spec: str, *options: str, inside: Sequence[str] = ()
+    listen: str,
+    spec: str,
+    *options: str,
+    inside: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Served]:
     """The same, which listens at ``listen``, with these options; ``inside``: a prefix of its
-    command."""
+    command; ``env``: more of its environment."""
     command = [
         *inside,
         *module_command("pagenet.cli.serve", spec, "--listen", listen, *options, "--json"),
     ]
-    async with running(command) as server:
+    async with running(command, env=env) as server, open_failing_nursery() as nursery:
         event = json.loads(await server.first_line())
         if event["event"] != "listening":
             raise UsageError(event.get("message", "pagenet-serve did not start"))
+        nursery.start_soon(server.discard)
         yield Served(event["uri"], server.process.pid)
+        nursery.cancel_scope.cancel()
+
+
+class Relay:
+    """A relay that the bench started, on loopback. Made by :func:`relayed`."""
+
+    def __init__(self, child: Child, port: int) -> None:
+        self._child = child
+        self.port = port
+
+    async def answered(self) -> int:
+        """End it. Returns how many bytes have come from where it leads."""
+        assert self._child.process.stdin is not None
+        await self._child.process.stdin.aclose()
+        return int(await self._child.first_line())
+
+
+@asynccontextmanager
+async def relayed(
+    to: str, seconds: float, rate: int = 0, *, inside: Sequence[str] = ()
+) -> AsyncIterator[Relay]:
+    """A relay to the URL ``to`` (a host and a port), with so many seconds on the way in each
+    direction, and ``rate`` bytes a second in each direction of each connection (0: as fast as can
+    be). ``inside``: a prefix of its command."""
+    target = urlsplit(to)
+    words = (str(target.hostname), str(target.port), str(seconds), str(rate))
+    async with running([*inside, *module_command("pagenet.bench.pace.relay", *words)]) as child:
+        yield Relay(child, int(await child.first_line()))
 
 
 @asynccontextmanager

@@ -28,7 +28,7 @@ from ._figures import Sample
 from ._peers import Served, served
 from .workload._toucher import Toucher
 
-__all__ = ["ScaleOptions", "ScaleResult", "measure_scale"]
+__all__ = ["ScaleOptions", "ScaleResult", "held_by", "measure_scale"]
 
 # Seconds after which a touch loop ends, whatever is left.
 _LIMIT_SECONDS = 5.0
@@ -115,16 +115,16 @@ async def _weigh(source: _Source, result: ScaleResult, options: ScaleOptions) ->
     memory = OwnMemory()
     moved = len(source.pages) * mmap.PAGESIZE  # what is zero takes no memory
     try:
-        source_before, destination_before = _held_by(source.served.pid), _held_by(os.getpid())
+        source_before, destination_before = held_by(source.served.pid), held_by(os.getpid())
         async with pull(source.served.uri, memory, lane=options.lane, prefetch=(0, 0)) as transfer:
             await transfer.wait_complete()
-            result.source_bytes = max(0, _held_by(source.served.pid) - source_before)
-            result.destination_bytes = max(0, _held_by(os.getpid()) - destination_before - moved)
+            result.source_bytes = max(0, held_by(source.served.pid) - source_before)
+            result.destination_bytes = max(0, held_by(os.getpid()) - destination_before - moved)
     finally:
         memory.close()
 
 
-def _held_by(pid: int) -> int:
+def held_by(pid: int) -> int:
     """Resident bytes of the process: its anonymous memory, and the shared memory that it has mapped
     (the map of pages)."""
     fields = dict(

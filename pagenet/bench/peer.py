@@ -6,7 +6,9 @@ that memory. Over its unix socket it takes connections, each with an order (how 
 chunks of which size), and sends the bytes over them. ``memory MEMFD SIZE`` keeps a copy in private
 memory, prints its address, and waits for the end of its input. ``pings SOCKET DIRECTORY SIZE``
 answers pings with that many bytes, and ``stream SOCKET DIRECTORY LENGTH CHUNK`` sends bytes once:
-with TLS and the certificates in DIRECTORY, or, if it is empty, without.
+with TLS and the certificates in DIRECTORY, or, if it is empty, without. ``handler SOCKET MEMFD
+SIZE`` fills the memory of the owners that connect to the unix socket at that path, with as little
+as that takes, until the end of its input; it prints a line once they may.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from contextlib import suppress
 from .. import _native
 from .._native.testing import (
     bench_answer_pings,
+    bench_handler,
     bench_memcpy,
     bench_page_server,
     bench_send,
@@ -71,9 +74,21 @@ def _hold_memory(memfd: int, size: int) -> None:
     os.read(0, 1)
 
 
+def _handle(path: str, memfd: int, size: int) -> None:
+    memory = _native.Mapped(size, memfd)
+    _native.populate(memory.address, size)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1024)
+        listener.setblocking(False)
+        print(flush=True)
+        bench_handler(listener.fileno(), memory.address, size, 0)
+
+
 _ROLES: dict[str, Callable[..., None]] = {
     "pages": _send_pages,
     "bytes": _send_bytes,
+    "handler": _handle,
     "memory": _hold_memory,
     "pings": bench_answer_pings,
     "stream": bench_tls_send,

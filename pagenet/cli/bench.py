@@ -52,6 +52,7 @@ from ..sizes import parse_size
 from ._bench_guard import bench_guard
 from ._bench_pace import add_pace_options, bench_pace
 from ._bench_qemu import add_qemu_options, bench_qemu
+from ._bench_restore import add_restore_options, bench_restore
 from ._bench_tls import bench_tls
 from ._bench_trace import add_trace_options, bench_trace, trace_report
 from ._bench_track import bench_track
@@ -104,6 +105,10 @@ _SUITES = {
     ),
     "tls": "The cost of encryption: a page, and the background, beside bare loops of OpenSSL.",
     "guard": "The cost of the guard, and how long a thread waits when its destination is killed.",
+    "restore": (
+        "Guests restored by one daemon, out of memory and out of a store: latency, memory, bytes,"
+        " each beside its floor."
+    ),
     "null": "The cost of pagenet's machinery with no memory, no bytes and no network behind it.",
     "peer": "The other side of the floors, on the host that --uri is on: runs until it is stopped.",
     "qemu": (
@@ -133,6 +138,7 @@ _ROUNDS = {
     "qemu": 3,
     "workload": 1,
     "pace": 3,
+    "restore": 3,
 }
 _SIZES = {"all": 256 << 20, "fault": 512 << 20, "stream": 512 << 20}
 _SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
@@ -176,7 +182,9 @@ def make_parser() -> Parser:
             add_qemu_options(suite)
         if name == "track":
             _add_track_options(suite)
-        if name in ("guard", "hostile", "null", "qemu", "tls", "track"):
+        if name == "restore":
+            add_restore_options(suite)
+        if name in ("guard", "hostile", "null", "qemu", "restore", "tls", "track"):
             continue
         add_lane_option(suite)
         suite.set_defaults(lane="native")
@@ -435,6 +443,8 @@ async def _bench(options: argparse.Namespace, report: Report) -> int:
         summary["tls"] = await bench_tls(options, report)
     if options.suite == "qemu":
         summary["qemu"] = await bench_qemu(options, report)
+    if options.suite == "restore":
+        summary["restore"] = await bench_restore(options, report)
     if options.suite == "workload":
         summary["workload"] = await bench_workload(options, report)
     if options.suite == "pace":

@@ -17,15 +17,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import trio
 
-from ...children import module_command
 from ...errors import UsageError
 from ...transport import LaneKind
 from .._environment import available_memory
-from .._peers import Source, running, served_at
+from .._peers import Source, relayed, served_at
 from .._site import Link, inside, open_link
 from .._task import worked
 from ..workload._traces import make_trace
@@ -188,11 +186,8 @@ async def _served(source: Source, link: Link, trip: float, lane: LaneKind) -> As
         if not trip:
             yield server.uri
             return
-        target = urlsplit(server.uri)
-        arguments = [str(target.hostname), str(target.port), str(trip / 2000)]
-        command = [*inside(link.source), *module_command("pagenet.bench.pace.relay", *arguments)]
-        async with running(command) as relay:
-            yield f"tcp://127.0.0.1:{int(await relay.first_line())}"
+        async with relayed(server.uri, trip / 2000, inside=inside(link.source)) as relay:
+            yield f"tcp://127.0.0.1:{relay.port}"
 
 
 async def _measure(

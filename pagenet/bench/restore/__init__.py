@@ -1,0 +1,1 @@
+"""Guests restored by one daemon: out of its source's memory, and out of a store."""

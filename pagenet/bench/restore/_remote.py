@@ -1,0 +1,239 @@
+"""The rows for which pages come out of a store."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from .._figures import Sample, median
+from .._peers import Source, served_at
+from ._arrival import Host, Touched, Weight, arriving, hosting, pss_of
+from ._store import Bare, Span, Store, spans_of
+from ._what import PAGE, Curve, Figure, RestoreOptions, beside, curve_of, pieces_of
+
+__all__ = ["clones", "recorded", "store"]
+
+#: of what a source asks its store for
+CHUNK = 2 << 20
+_KEY = "memory"
+_TOUCHED_ONLY = ("--background", "off")
+# Guests of each round of ``store`` that come alone.
+_ALONE = 8
+# Seconds on the way in each direction, and bytes a second of a connection.
+_FAR, _RATE = 0.01, 100_000_000
+# What bare obstore asks for at a time.
+_LADDER = tuple(64 << 10 << step for step in range(8))
+
+
+class _Restoring(NamedTuple):
+    host: Host
+    source_pid: int
+
+
+@asynccontextmanager
+async def _restoring(store: Store, uri: str, *options: str) -> AsyncIterator[_Restoring]:
+    """A source of the object with an empty cache, and a daemon."""
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-", dir="/dev/shm") as name:
+        directory = Path(name)
+        cache = ("--cache", str(directory / "cache"))
+        async with (
+            served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
+            hosting(server.uri, directory, *options) as host,
+        ):
+            yield _Restoring(host, server.pid)
+
+
+# ---- a page that is in the store ----
+
+
+async def store(options: RestoreOptions, at: Store) -> list[Figure]:
+    """From connecting to the first touch, of a page whose chunk was never asked for: one guest, and
+    many at once that touch the same page. Each beside a GET of that chunk."""
+    chunks = options.rounds * (_ALONE + 1) + 1
+    alone, bare, together = Sample(), Sample(), Sample()
+    with Source(chunks * CHUNK) as source:
+        uri = await at.put(_KEY, source)
+        client = Bare(at.environment)
+        async with _restoring(at, uri, *_TOUCHED_ONLY) as restoring:
+            guests = _Guests(restoring.host, source.size, restoring.host.weight())
+            free = iter(range(chunks))
+            await guests.touch(next(free), 1)  # begins the sessions
+            for number in range(options.rounds):
+                ours, theirs = list[int](), list[int]()
+                for turn in range(_ALONE):
+                    chunk = next(free)
+                    span = Span(chunk * CHUNK, CHUNK)
+                    # by turns the first: the store remembers what it has just read
+                    for who in (number + turn, number + turn + 1):
+                        if who % 2:
+                            ours += await guests.touch(chunk, 1)
+                        else:
+                            theirs.append(await trio.to_thread.run_sync(client.get, _KEY, span))
+                alone.add(ours)
+                bare.add(theirs)
+                together.add(await guests.touch(next(free), options.guests))
+    crowd = f"{options.guests} at once, the same page"
+    return [
+        beside("store", "first touch, p50", alone, bare, 0.5, 1.2),
+        beside("store", "first touch, p99", alone, bare, 0.99, 1.2),
+        beside("store", f"{crowd}, p50", together, bare, 0.5, 1.2),
+        beside("store", f"{crowd}, p99", together, bare, 0.99, 1.2),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Guests:
+    host: Host
+    size: int
+    #: what the daemon has without guests
+    empty: Weight
+
+    async def touch(self, chunk: int, count: int) -> list[int]:
+        """``count`` guests that touch the first page of a chunk: how long each waited, in ns."""
+        pages = [[chunk * CHUNK // PAGE]] * count
+        async with arriving(self.host.socket, self.size, pages) as arrival:
+            waited = [guest.first for guest in await arrival.go()]
+        await self.host.settled(self.empty)
+        return waited
+
+
+# ---- clones ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    touched: Sequence[Touched]
+    curve: Curve
+    fetched: int
+    #: of daemons and guests, in bytes
+    memory: int
+    weight: Weight
+
+    @property
+    def seconds(self) -> float:
+        """Until the last guest had touched all of its pages."""
+        return max(guest.last for guest in self.touched) / 1e9
+
+
+async def clones(options: RestoreOptions, at: Store) -> tuple[list[Figure], list[Curve]]:
+    """One guest, and then many, of the same memory, each time with an empty cache."""
+    with Source(options.size) as source:
+        uri = await at.put(_KEY, source)
+    pages = pieces_of(options.size, options.working_set, options.piece)
+    found: dict[int, list[_Restored]] = {1: [], options.clones: []}
+    for _ in range(options.rounds):
+        for count, restored in found.items():
+            name = f"{count} clones" if count > 1 else "1 clone"
+            restored.append(await _restored(at, uri, options.size, [pages] * count, name))
+    one, many = (_Typical(restored) for restored in found.values())
+    shared = options.kind != "anonymous"
+    limit = (options.size + (options.clones * 8 << 20)) / (1 << 20) if shared else None
+    each = round((many.mib_in_memory - one.mib_in_memory) / max(options.clones - 1, 1), 2)
+    figures = [
+        Figure("clones", "from the store", many.mib_fetched, "MiB", one.mib_fetched, 1.02),
+        Figure("clones", "memory of all", many.mib_in_memory, "MiB", limit=limit),
+        Figure("clones", "memory of one more", each, "MiB"),
+        Figure("clones", "threads", many.threads, limit=16),
+        Figure("clones", "last set there", many.seconds, "s", one.seconds, 1.3),
+    ]
+    return figures, [one.curve, many.curve]
+
+
+class _Typical:
+    """Medians."""
+
+    def __init__(self, rounds: Sequence[_Restored]) -> None:
+        self.mib_fetched = round(median(each.fetched for each in rounds) / (1 << 20), 2)
+        self.mib_in_memory = round(median(each.memory for each in rounds) / (1 << 20), 2)
+        self.threads = max(each.weight.threads for each in rounds)
+        self.seconds = round(median(each.seconds for each in rounds), 3)
+        self.curve = min(rounds, key=lambda each: abs(each.seconds - self.seconds)).curve
+
+
+async def _restored(
+    at: Store, uri: str, size: int, pages: Sequence[Sequence[int]], name: str
+) -> _Restored:
+    async with (
+        at.farther(0) as (counted, relay),
+        _restoring(counted, uri, *_TOUCHED_ONLY) as restoring,
+        arriving(restoring.host.socket, size, pages) as arrival,
+    ):
+        pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
+        before = await trio.to_thread.run_sync(pss_of, arrival.pids)
+        touched = await arrival.go()
+        memory = await trio.to_thread.run_sync(pss_of, pids)
+        curve = curve_of("clones", name, arrival, touched, size)
+        # what a process of the bench has before it is a guest is not a guest's
+        weight = restoring.host.weight()
+        return _Restored(touched, curve, await relay.answered(), memory - before, weight)
+    raise AssertionError("cancelled without a reason")
+
+
+# ---- a recorded set ----
+
+
+async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], list[Curve]]:
+    """A guest that touches what was recorded, from a store that is far away: with the recording,
+    without, and by demand alone. Beside them the same bytes by bare obstore."""
+    pages = pieces_of(options.memory, options.recorded, options.piece)
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as name:
+        recording = Path(name) / "recording"
+        with Source(options.memory) as source:
+            uri = await at.put(_KEY, source)
+            await _record(source, pages, recording)
+        orders = {
+            "recorded": f"recorded={recording}.1",
+            "demand only": "off",
+            "hot": "hot",
+        }
+        seconds: dict[str, list[float]] = {order: [] for order in orders}
+        bare: dict[int, list[float]] = {chunk: [] for chunk in _LADDER}
+        curves = list[Curve]()
+        async with at.farther(_FAR, _RATE) as (far, _):
+            for number in range(options.rounds):
+                await _climb(far, pages, options.memory, bare)
+                for order, background in orders.items():
+                    async with (
+                        _restoring(far, uri, "--background", background) as restoring,
+                        arriving(restoring.host.socket, options.memory, [pages]) as arrival,
+                    ):
+                        touched = await arrival.go()
+                        seconds[order].append(touched[0].last / 1e9)
+                        if not number:
+                            drawn = curve_of("recorded", order, arrival, touched, options.memory)
+                            curves.append(drawn)
+    ours, demand, hot = (round(median(found), 3) for found in seconds.values())
+    best, chunk = min((round(median(found), 3), chunk) for chunk, found in bare.items())
+    figures = [
+        Figure("recorded", f"set there (bare: {chunk >> 10} KiB)", ours, "s", best, 1.3),
+        Figure("recorded", "demand only over it", demand, "s", ours, 20, at_least=True),
+        Figure("recorded", "hot over it", hot, "s", ours, 3, at_least=True),
+    ]
+    return figures, curves
+
+
+async def _record(source: Source, pages: Sequence[int], file: Path) -> None:
+    """``FILE.1``: a recording of a guest that waits for each of ``pages``."""
+    options = (*_TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
+    async with (
+        served_at(f"unix:{file.parent}/source", source.spec) as server,
+        hosting(server.uri, file.parent, *options) as host,
+    ):
+        before = host.weight()
+        async with arriving(host.socket, source.size, [pages]) as arrival:
+            await arrival.go()
+        await host.settled(before)
+
+
+async def _climb(at: Store, pages: Sequence[int], size: int, bare: dict[int, list[float]]) -> None:
+    """Add the seconds that bare obstore takes for all those pages, in chunks of each size."""
+    client = Bare(at.environment)
+    for chunk, found in bare.items():
+        spans = spans_of(pages, PAGE, chunk, size)
+        found.append(await trio.to_thread.run_sync(client.get_all, _KEY, spans) / 1e9)
