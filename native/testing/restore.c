@@ -26,6 +26,9 @@ enum { PAGE = 4096, MESSAGE = 4096, EVENTS = 64 };
 
 static int watch_memory(struct pn_guest *guest) {
     uint64_t features, ioctls;
+    uint64_t mode = UFFDIO_REGISTER_MODE_MISSING;
+    if (guest->shares)
+        mode |= UFFDIO_REGISTER_MODE_MINOR;
     guest->uffd = pn_uffd_open("/dev/userfaultfd", 0);
     if (guest->uffd == -EPERM)
         guest->uffd = pn_uffd_open("/dev/userfaultfd", 1);
@@ -33,19 +36,32 @@ static int watch_memory(struct pn_guest *guest) {
         return guest->uffd;
     int error = pn_uffd_api(guest->uffd, 0, &features);
     return error ? error
-                 : pn_uffd_register(guest->uffd, guest->address, guest->size,
-                                    UFFDIO_REGISTER_MODE_MISSING, &ioctls);
+                 : pn_uffd_register(guest->uffd, guest->address, guest->size, mode, &ioctls);
 }
 
-int pn_bench_guest_prepare(struct pn_guest *guest) {
-    void *at = mmap(NULL, guest->size, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+/* file: the handler's; -1: anonymous memory. */
+static int make_memory(struct pn_guest *guest, int file) {
+    int kind = MAP_PRIVATE | MAP_NORESERVE | (file < 0 ? MAP_ANONYMOUS : 0);
+    void *at = mmap(NULL, guest->size, PROT_READ | PROT_WRITE, kind, file, 0);
     if (at == MAP_FAILED)
         return -errno;
-    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a touch that is never answered keeps no process */
     madvise(at, guest->size, MADV_NOHUGEPAGE);
     guest->address = (uintptr_t)at;
     return watch_memory(guest);
+}
+
+static int make_shared_memory(struct pn_guest *guest) {
+    int file = receive_file(guest->sock);
+    if (file < 0)
+        return file;
+    int error = make_memory(guest, file);
+    close(file);
+    return error;
+}
+
+int pn_bench_guest_prepare(struct pn_guest *guest) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a touch that is never answered keeps no process */
+    return guest->shares ? 0 : make_memory(guest, -1);
 }
 
 static int hand_over(const struct pn_guest *guest) {
@@ -73,7 +89,8 @@ static void touch_all(struct pn_guest *guest) {
 int pn_bench_guest_arrive(struct pn_guest *guest) {
     guest->connected = now();
     guest->sock = connect_to(guest->socket);
-    int error = guest->sock < 0 ? guest->sock : hand_over(guest);
+    int error = guest->sock < 0 ? guest->sock : guest->shares ? make_shared_memory(guest) : 0;
+    error = error ? error : hand_over(guest);
     if (error)
         return error;
     touch_all(guest);

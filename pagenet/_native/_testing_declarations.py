@@ -38,6 +38,7 @@ class pn_guest(Struct):
     connected: int
     wrong: int
     address: int
+    shares: int
     uffd: int
     sock: int
 

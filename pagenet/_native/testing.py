@@ -203,12 +203,20 @@ def bench_relay(
 
 
 class Guest:
-    """``struct pn_guest``: memory that a handler restores. ``pages``: which it touches;
+    """``struct pn_guest``: memory that a handler restores. ``shares``: it maps the handler's file.
+    ``pages``: which it touches;
     ``touches``: memory for what comes of that, two words of 64 bits for each: when it was over, in
     ns of CLOCK_MONOTONIC, and how long it took."""
 
     def __init__(
-        self, socket: str, size: int, seed: int, pages: memoryview, touches: memoryview
+        self,
+        socket: str,
+        size: int,
+        seed: int,
+        pages: memoryview,
+        touches: memoryview,
+        *,
+        shares: bool,
     ) -> None:
         self._socket = ffi.new("char[]", socket.encode())
         self._pages = ffi.from_buffer("uint64_t[]", pages)
@@ -217,6 +225,7 @@ class Guest:
         self._guest.socket, self._guest.pages = self._socket, self._pages
         self._guest.size, self._guest.seed, self._guest.touches = size, seed, len(pages)
         self._guest.ended, self._guest.took = self._touches, self._touches + len(pages)
+        self._guest.shares = shares
 
     def prepare(self) -> None:
         """Make the memory, in which everything is missing. :exc:`OSError`."""

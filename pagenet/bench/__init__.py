@@ -36,7 +36,7 @@ from .qemu._qemu_methods import METHODS as QEMU_METHODS
 from .qemu._qemu_methods import USUAL as USUAL_QEMU_METHODS
 from .restore._plot import plot_restore
 from .restore._restore import RestoreResult, measure_restore
-from .restore._what import RESTORE_ROWS, Figure, RestoreOptions
+from .restore._what import RESTORE_ROWS, Figure, GuestKind, RestoreOptions
 from .workload._least import Least
 from .workload._traces import TRACES
 from .workload._tracing import DATA, trace_program
@@ -80,6 +80,7 @@ __all__ = [
     "Figure",
     "GuardOptions",
     "GuardResult",
+    "GuestKind",
     "HostileOptions",
     "HostileResult",
     "Least",

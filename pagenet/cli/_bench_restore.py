@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from ..bench import RESTORE_ROWS, Figure, RestoreOptions, measure_restore, plot_restore
+from ..bench import RESTORE_ROWS, Figure, GuestKind, RestoreOptions, measure_restore, plot_restore
 from ..sizes import parse_size, size_text
 from ._command import Parser, Report, count, names
 from ._tables import make_console, make_table, shown
@@ -46,9 +46,9 @@ def add_restore_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--kind",
-        choices=["anonymous"],
+        choices=get_args(GuestKind),
         default=usual["kind"],
-        help="memory of the guests (%(default)s)",
+        help="memory of the guests: their own, or shared with the host's cache (%(default)s)",
     )
     for name, words in _COUNTS.items():
         parser.add_argument(

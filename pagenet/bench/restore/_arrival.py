@@ -94,20 +94,21 @@ def _touched(words: array[int]) -> Touched:
 
 @asynccontextmanager
 async def arriving(
-    socket: Path,
+    where: Host | Path,
     size: int,
     pages: Sequence[Sequence[int]],
     *,
     in_turn: bool = False,
 ) -> AsyncIterator[Arrival]:
-    """Guests of ``size`` bytes for the handler at ``socket``, each of which touches a sequence of
-    ``pages``, all of them as long. They end with the block."""
+    """Guests of ``size`` bytes for a host, or the handler at a socket, each of which touches a
+    sequence of ``pages``, all of them as long. They end with the block."""
     touches = array("Q", (page for each in pages for page in each))
     numbers = FACTS * len(pages) + 2 * len(touches)
     wanted, results = _memfd(touches.tobytes()), _memfd(bytes(numbers * WORD))
     try:
         task = {
-            "socket": str(socket),
+            "socket": str(where.socket if isinstance(where, Host) else where),
+            "shares": isinstance(where, Host) and where.shares,
             "size": size,
             "seed": 0,
             "count": len(pages),
@@ -143,9 +144,10 @@ class Weight(NamedTuple):
 
 
 class Host:
-    """``pagenet-pull --many``. Made by :func:`hosting`."""
+    """``pagenet-pull --many``. Made by :func:`hosting`. ``shares``: its guests share pages."""
 
-    def __init__(self, daemon: Daemon, socket: Path) -> None:
+    def __init__(self, daemon: Daemon, socket: Path, shares: bool) -> None:
+        self.shares = shares
         self._daemon = daemon
         self.pid = daemon.process.pid
         self.socket = socket
@@ -165,7 +167,9 @@ class Host:
 
 
 @asynccontextmanager
-async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Host]:
+async def hosting(
+    uri: str, directory: Path, *options: str, shares: bool = False
+) -> AsyncIterator[Host]:
     """``pagenet-pull --many`` of a source, with these options. Its socket is in ``directory``."""
     socket, complaints = directory / "owners", directory / "pagenet-pull.stderr"
     words = (uri, "--uffd-socket", str(socket), "--many", "--json", *options)
@@ -182,7 +186,7 @@ async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Hos
         async with open_failing_nursery() as nursery:
             nursery.start_soon(daemon.read, process.stdout)
             await daemon.event("added", _DEADLINE)
-            yield Host(daemon, socket)
+            yield Host(daemon, socket, shares)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):

@@ -30,21 +30,23 @@ _CHAIN_SIZE, _WRITTEN = 16 << 20, 4
 
 
 @asynccontextmanager
-async def _hosted(spec: str, *options: str) -> AsyncIterator[tuple[Host, Path]]:
+async def _hosted(
+    spec: str, *options: str, shares: bool = False
+) -> AsyncIterator[tuple[Host, Path]]:
     """A daemon that restores guests from ``spec``, and the directory of its sockets."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as name:
         directory = Path(name)
         listen = (f"unix:{directory}/source", spec, "--max-sessions", "2000")
         async with (
             served_at(*listen) as server,
-            hosting(server.uri, directory, *options) as host,
+            hosting(server.uri, directory, *options, shares=shares) as host,
         ):
             yield host, directory
 
 
-async def _touch(socket: Path, size: int, pages: Sequence[int], count: int) -> list[int]:
+async def _touch(where: Host | Path, size: int, pages: Sequence[int], count: int) -> list[int]:
     """``count`` guests at once: how long each waited for the first of ``pages``, in ns."""
-    async with arriving(socket, size, [pages] * count) as arrival:
+    async with arriving(where, size, [pages] * count) as arrival:
         return [guest.first for guest in await arrival.go()]
 
 
@@ -57,15 +59,15 @@ async def warm(options: RestoreOptions) -> list[Figure]:
     page = [_SIZE // PAGE // 2]
     with Source(_SIZE) as source:
         async with (
-            _hosted(source.spec, *_TOUCHED_ONLY) as (host, directory),
+            _hosted(source.spec, *_TOUCHED_ONLY, shares=options.shares) as (host, directory),
             bare_handler(source, directory) as bare,
         ):
             before = host.weight()
-            for socket in (host.socket, bare):
-                await _touch(socket, _SIZE, page, 1)
+            for where in (host, bare):
+                await _touch(where, _SIZE, page, 1)
             for _ in range(options.rounds):
                 floor.add(await _touch(bare, _SIZE, page, options.guests))
-                ours.add(await _touch(host.socket, _SIZE, page, options.guests))
+                ours.add(await _touch(host, _SIZE, page, options.guests))
                 await host.settled(before)
     crowd = f"{options.guests} at once, first touch"
     return [
@@ -88,7 +90,7 @@ async def chain(options: RestoreOptions) -> list[Figure]:
             for which in first:
                 async with _hosted(f"snapshot:{name}/{which}") as (host, _):
                     pages = range(_CHAIN_SIZE // PAGE)
-                    async with arriving(host.socket, _CHAIN_SIZE, [pages]) as arrival:
+                    async with arriving(host, _CHAIN_SIZE, [pages]) as arrival:
                         [guest] = await arrival.go()
                     first[which].append(guest.first)
                     last[which].append(guest.last)
@@ -144,7 +146,8 @@ async def many(options: RestoreOptions) -> list[Figure]:
     """Guests one after the other, and then many at once: what the daemon has afterwards, beside
     what it had before. With ``hostile``, how long they wait beside a hostile guest."""
     with Source(_SIZE) as source:
-        async with _hosted(source.spec, *_TOUCHED_ONLY, "--max-guests", "2000") as (host, _):
+        settings = (*_TOUCHED_ONLY, "--max-guests", "2000")
+        async with _hosted(source.spec, *settings, shares=options.shares) as (host, _):
             crowd = _Crowd(host, options, host.weight())
             for _ in range(2):  # what it keeps for later it has from then on
                 await crowd.at_once()
@@ -168,12 +171,12 @@ class _Crowd:
     empty: Weight | None
 
     async def at_once(self) -> list[int]:
-        waited = await _touch(self.host.socket, _SIZE, [0], self.options.at_once)
+        waited = await _touch(self.host, _SIZE, [0], self.options.at_once)
         await self.settle()
         return waited
 
     async def in_turn(self, count: int) -> list[int]:
-        async with arriving(self.host.socket, _SIZE, [[0]] * count, in_turn=True) as arrival:
+        async with arriving(self.host, _SIZE, [[0]] * count, in_turn=True) as arrival:
             waited = [guest.first for guest in await arrival.go()]
         await self.settle()
         return waited

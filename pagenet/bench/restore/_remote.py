@@ -37,14 +37,16 @@ class _Restoring(NamedTuple):
 
 
 @asynccontextmanager
-async def _restoring(store: Store, uri: str, *options: str) -> AsyncIterator[_Restoring]:
+async def _restoring(
+    store: Store, uri: str, *options: str, shares: bool = False
+) -> AsyncIterator[_Restoring]:
     """A source of the object with an empty cache, and a daemon."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-", dir="/dev/shm") as name:
         directory = Path(name)
         cache = ("--cache", str(directory / "cache"))
         async with (
             served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
-            hosting(server.uri, directory, *options) as host,
+            hosting(server.uri, directory, *options, shares=shares) as host,
         ):
             yield _Restoring(host, server.pid)
 
@@ -60,7 +62,7 @@ async def store(options: RestoreOptions, at: Store) -> list[Figure]:
     with Source(chunks * CHUNK) as source:
         uri = await at.put(_KEY, source)
         client = Bare(at.environment)
-        async with _restoring(at, uri, *_TOUCHED_ONLY) as restoring:
+        async with _restoring(at, uri, *_TOUCHED_ONLY, shares=options.shares) as restoring:
             guests = _Guests(restoring.host, source.size, restoring.host.weight())
             free = iter(range(chunks))
             await guests.touch(next(free), 1)  # begins the sessions
@@ -97,7 +99,7 @@ class _Guests:
     async def touch(self, chunk: int, count: int) -> list[int]:
         """``count`` guests that touch the first page of a chunk: how long each waited, in ns."""
         pages = [[chunk * CHUNK // PAGE]] * count
-        async with arriving(self.host.socket, self.size, pages) as arrival:
+        async with arriving(self.host, self.size, pages) as arrival:
             waited = [guest.first for guest in await arrival.go()]
         await self.host.settled(self.empty)
         return waited
@@ -130,10 +132,9 @@ async def clones(options: RestoreOptions, at: Store) -> tuple[list[Figure], list
     for _ in range(options.rounds):
         for count, restored in found.items():
             name = f"{count} clones" if count > 1 else "1 clone"
-            restored.append(await _restored(at, uri, options.size, [pages] * count, name))
+            restored.append(await _restored(at, uri, options, [pages] * count, name))
     one, many = (_Typical(restored) for restored in found.values())
-    shared = options.kind != "anonymous"
-    limit = (options.size + (options.clones * 8 << 20)) / (1 << 20) if shared else None
+    limit = (options.size + (options.clones * 8 << 20)) / (1 << 20) if options.shares else None
     each = round((many.mib_in_memory - one.mib_in_memory) / max(options.clones - 1, 1), 2)
     figures = [
         Figure("clones", "from the store", many.mib_fetched, "MiB", one.mib_fetched, 1.02),
@@ -157,18 +158,18 @@ class _Typical:
 
 
 async def _restored(
-    at: Store, uri: str, size: int, pages: Sequence[Sequence[int]], name: str
+    at: Store, uri: str, options: RestoreOptions, pages: Sequence[Sequence[int]], name: str
 ) -> _Restored:
     async with (
         at.farther(0) as (counted, relay),
-        _restoring(counted, uri, *_TOUCHED_ONLY) as restoring,
-        arriving(restoring.host.socket, size, pages) as arrival,
+        _restoring(counted, uri, *_TOUCHED_ONLY, shares=options.shares) as restoring,
+        arriving(restoring.host, options.size, pages) as arrival,
     ):
         pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
         before = await trio.to_thread.run_sync(pss_of, arrival.pids)
         touched = await arrival.go()
         memory = await trio.to_thread.run_sync(pss_of, pids)
-        curve = curve_of("clones", name, arrival, touched, size)
+        curve = curve_of("clones", name, arrival, touched, options.size)
         # what a process of the bench has before it is a guest is not a guest's
         weight = restoring.host.weight()
         return _Restored(touched, curve, await relay.answered(), memory - before, weight)
@@ -201,7 +202,7 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
                 for order, background in orders.items():
                     async with (
                         _restoring(far, uri, "--background", background) as restoring,
-                        arriving(restoring.host.socket, options.memory, [pages]) as arrival,
+                        arriving(restoring.host, options.memory, [pages]) as arrival,
                     ):
                         touched = await arrival.go()
                         seconds[order].append(touched[0].last / 1e9)
@@ -226,7 +227,7 @@ async def _record(source: Source, pages: Sequence[int], file: Path) -> None:
         hosting(server.uri, file.parent, *options) as host,
     ):
         before = host.weight()
-        async with arriving(host.socket, source.size, [pages]) as arrival:
+        async with arriving(host, source.size, [pages]) as arrival:
             await arrival.go()
         await host.settled(before)
 

@@ -25,8 +25,8 @@ __all__ = [
 
 PAGE = 4096
 RESTORE_ROWS = ("warm", "store", "clones", "recorded", "chain", "many", "start")
-#: what the memory of a guest is
-GuestKind = Literal["anonymous"]
+#: what the memory of a guest is: its own, or a private mapping of the host's cache
+GuestKind = Literal["anonymous", "shared"]
 # ns. A touch that takes as long is drawn as a stall.
 _STALL = 1_000_000
 
@@ -52,6 +52,10 @@ class RestoreOptions:
     in_turn: int = 1000
     at_once: int = 256
     hostile: bool = False
+
+    @property
+    def shares(self) -> bool:
+        return self.kind == "shared"
 
     def check(self) -> None:
         """:exc:`UsageError` if sizes make no sense."""

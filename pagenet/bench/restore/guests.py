@@ -2,7 +2,8 @@
 alone.
 
 Its one argument is a JSON object: ``socket`` (of the handler), ``size`` and ``seed`` of the memory,
-how many guests there are (``count``), ``in_turn`` or all at once, a memfd with the numbers of the
+how many guests there are (``count``), ``in_turn`` or all at once, whether they share pages of the
+handler's file (``shares``), a memfd with the numbers of the
 pages that they touch (``pages``), and one for what comes of it (``results``). Each guest is a
 process.
 
@@ -44,6 +45,7 @@ class _Task:
     seed: int
     count: int
     in_turn: bool
+    shares: bool
     pages: int
     results: int
 
@@ -138,6 +140,7 @@ class _Guests:
             task.seed,
             self._pages[number * touches : (number + 1) * touches],
             self._results[number * mine + FACTS : (number + 1) * mine],
+            shares=task.shares,
         )
         try:
             guest.prepare()
