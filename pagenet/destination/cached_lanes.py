@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +19,8 @@ __all__ = ["CachedLanes"]
 
 
 class CachedLanes(LoopLanes):
-    """Fills ``filling`` from ``cache``: what its threads touch, and what ``background`` names."""
+    """Fills ``filling`` from ``cache``: what its threads touch, from now on, and what
+    ``background`` names, while :meth:`run` runs."""
 
     name = "cached"
 
@@ -30,7 +33,11 @@ class CachedLanes(LoopLanes):
         crew: _native.Crew,
     ) -> None:
         super().__init__(filling, wire, background, 1)
-        self._cache, self._crew = cache, crew
+        # At once, and not by a task: many guests may arrive at a time.
+        self._lane: _native.CrewedLane | None = self._dest.start_lane(
+            crew, cache, self._stop_fd, self._rings[0], background.chunk
+        )
+        self._cleanup.callback(self._end)
 
     def resume(self, connections: Sequence[Any]) -> None:
         raise NotImplementedError("a host cache does not go away")
@@ -39,11 +46,18 @@ class CachedLanes(LoopLanes):
         nursery.start_soon(self._run_lane)
 
     async def _run_lane(self) -> None:
-        lane = self._dest.start_lane(
-            self._crew, self._cache, self._stop_fd, self._rings[0], self._background.chunk
-        )
+        assert self._lane is not None, "a lane runs once"
         with trio.CancelScope(shield=True):  # it is stopped by its descriptor
-            await trio.lowlevel.wait_readable(lane.fd)
+            await trio.lowlevel.wait_readable(self._lane.fd)
+        lane, self._lane = self._lane, None
         end = lane.close()
         if end.kind != _native.END_STOPPED:
             raise lane_error(end, "the cache")
+
+    def _end(self) -> None:
+        """End a lane that nothing has run: it does so at once."""
+        if self._lane is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            select.select([self._lane.fd], [], [])
+            self._lane.close()
+            self._lane = None
