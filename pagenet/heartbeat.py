@@ -18,21 +18,22 @@ from .errors import ConnectionBroken, ConnectionClosed
 from .nurseries import open_failing_nursery
 from .protocol import Alive
 from .session import MessageStream
-from .transport import resumes_at_once
+from .transport import is_near, resumes_at_once
 
-__all__ = ["LONG_SILENCE", "PATIENCE", "SILENCE", "Heartbeat"]
+__all__ = ["PATIENCE", "SHORT_SILENCE", "SILENCE", "Heartbeat"]
 
 # Seconds between two beats.
 BEAT = 0.5
 #: Seconds without a byte after which the peer may have lost us, or we the peer: another session is
 #: tried beside this one. Three beats were lost by then, and TCP has repeated them.
 SILENCE = 1.5
-#: The same where the other session is in the place of this one as soon as it is answered, and TCP
-#: itself sends again within a second: a path that loses 30 % of its packets is silent for longer
-#: than SILENCE once a minute.
-LONG_SILENCE = 3.0
+#: The same on a short path. It is down: a long one may only have lost many packets.
+SHORT_SILENCE = 1.0
 #: Seconds without a byte after which the peer is lost.
 PATIENCE = 10.0
+# Seconds within which TCP sends again on each connection, once the path is back: at most one, and a
+# round trip.
+_RESUMING = 1.25
 # Seconds between two looks. If this process stands still for longer than two of them, that is not
 # the peer's silence.
 _LOOK = 0.25
@@ -40,10 +41,9 @@ _LOOK = 0.25
 
 class Heartbeat:
     """The beats on ``stream``, whose messages somebody else receives. ``expects``: the peer sends
-    beats, too; otherwise it is never silent. ``replaced``: another session takes the place of this
-    one as soon as it is answered, and not only when its lanes are open."""
+    beats, too; otherwise it is never silent."""
 
-    def __init__(self, stream: MessageStream, expects: bool, replaced: bool = False) -> None:
+    def __init__(self, stream: MessageStream, expects: bool) -> None:
         self._stream = stream
         self._on_lanes: Callable[[], int] = lambda: 0
         self._expects = expects
@@ -51,8 +51,9 @@ class Heartbeat:
         self.silent = 0.0
         self._silence = trio.Event()
         self._silent_at = -inf  # time of the last silence
+        self._lanes_then = 0
         self._resumes = resumes_at_once(stream.connection)
-        self._silence_seconds = LONG_SILENCE if replaced and self._resumes else SILENCE
+        self._is_near = is_near(stream.connection)
 
     def count_lanes(self, on_lanes: Callable[[], int]) -> None:
         """Have a change of what ``on_lanes`` returns mean that something of the peer has come on
@@ -88,7 +89,7 @@ class Heartbeat:
             else:
                 self.silent += min(past, 2 * _LOOK)
             if self.is_silent:
-                self._silent_at = looked
+                self._silent_at, self._lanes_then = looked, self._on_lanes()
                 self._silence.set()
         peer = self._stream.connection.peer
         raise ConnectionBroken(f"{peer} has sent nothing for {PATIENCE:g} s")
@@ -98,15 +99,23 @@ class Heartbeat:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come for ``SILENCE`` seconds, or ``LONG_SILENCE``."""
-        return self.silent >= self._silence_seconds
+        """Whether nothing has come for ``SILENCE`` seconds, or ``SHORT_SILENCE``."""
+        return self.silent >= (SHORT_SILENCE if self._is_near else SILENCE)
 
     @property
     def is_doubtful(self) -> bool:
         """Whether another session would be better: this one is silent, or was so a short while ago,
-        and its other connections may stand still for as long again as the path was down."""
-        recently = trio.current_time() - self._silent_at < PATIENCE
-        return self.is_silent or (recently and not self._resumes)
+        and its lanes, which are other connections, may stand still for as long again as the path
+        was down; for a second where TCP resumes at once. Where such a path is long, they may have
+        lost packets as this connection has, and are left their time."""
+        since = trio.current_time() - self._silent_at
+        if not self._resumes:
+            has_resumed = since >= PATIENCE
+        elif self._is_near:
+            has_resumed = since >= _RESUMING or self._on_lanes() != self._lanes_then
+        else:
+            has_resumed = True
+        return self.is_silent or not has_resumed
 
     async def wait_silent(self) -> None:
         """Return when nothing has come for as long as :attr:`is_silent` has it."""

@@ -35,6 +35,7 @@ __all__ = [
     "Transport",
     "dial",
     "identity_of",
+    "is_near",
     "listen",
     "register",
     "resumes_at_once",
@@ -135,6 +136,15 @@ class Resuming(Protocol):
     def resumes_at_once(self) -> bool:
         """Whether what was lost is sent again within a second after the path is back."""
         ...
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a round trip takes less than ten milliseconds."""
+        ...
+
+
+def is_near(connection: Connection) -> bool:
+    return not isinstance(connection, Resuming) or connection.is_near
 
 
 def resumes_at_once(connection: Connection) -> bool:

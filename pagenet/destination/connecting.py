@@ -128,10 +128,9 @@ class Connecting:
                 self._next = _Opening(await self._sources.successor(self.session))
             with suppress(*NOT_NOW):
                 opening = await self._open_next(self._next)
-                if self._sources.leave_former or self.session.may_be_followed:
+                if self.session.may_be_followed:
                     return opening
-                await opening.session.say_bye(complete=False)
-                opening.session.close()
+                await self._sources.decline(opening.session)
 
     async def _open_next(self, opening: _Opening) -> _Opening:
         try:

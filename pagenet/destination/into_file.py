@@ -67,7 +67,7 @@ class FileTarget:
         raise NotImplementedError("a file has no faults")
 
     def wake(self, run: Run) -> None:
-        raise NotImplementedError("no thread waits for a file")
+        pass  # no thread waits for a file
 
     def discard(self, run: Run) -> None:
         raise NotImplementedError("a file has no owner that gives up pages")

@@ -38,8 +38,7 @@ def _sizes(region: Region) -> list[tuple[int, int]]:
 
 class SourceSession:
     """A source that has said hello. ``open_lane`` opens a connection for a channel of it. Owns the
-    connections of the session, that of ``stream`` first. ``replaced``: as of
-    :class:`~pagenet.heartbeat.Heartbeat`.
+    connections of the session, that of ``stream`` first.
 
     :exc:`~pagenet.errors.RemoteProtocolError` if the source's hello is none of a source.
     """
@@ -49,7 +48,6 @@ class SourceSession:
         stream: MessageStream,
         hello: Hello,
         open_lane: Callable[[SourceSession, Channel], Awaitable[Connection]],
-        replaced: bool = False,
     ) -> None:
         if hello.region is None:
             raise RemoteProtocolError("the source's hello has no block table")
@@ -62,7 +60,7 @@ class SourceSession:
         self.peer = stream.connection.peer
         #: the source's names, where it is authenticated
         self.names = transport.identity_of(stream.connection)
-        self.heartbeat = Heartbeat(stream, ALIVE in hello.features, replaced)
+        self.heartbeat = Heartbeat(stream, ALIVE in hello.features)
         self.connections = [stream.connection]
         #: it was closed
         self.is_over = False

@@ -24,7 +24,7 @@ from ..errors import (
 from ..events import EventHandler
 from ..nurseries import open_failing_nursery
 from ..protocol import ALIVE, STREAMS, TRACKED, Channel, Hello, Role
-from ..redialling import dial_again, dial_beside
+from ..redialling import PAUSE, dial_again, dial_beside
 from ..session import MessageStream, accept_forever, greet, telling
 from ..tls import Tls
 from ..transport import Connection, StreamHandler
@@ -34,14 +34,13 @@ __all__ = ["Sources", "accepted_sources", "dial_source", "dialled_sources"]
 
 # The source dials its lanes at once: this is as long as a dial may take.
 LANE_TIMEOUT = 10.0
+# Seconds between two looks whether a source's session may be followed.
+_LOOK = 0.05
 _FEATURES = frozenset({ALIVE, TRACKED})
 
 
 class Sources(Protocol):
-    """Sessions with one source, one after the other. ``leave_former``: a source that gets another
-    session has left the one before."""
-
-    leave_former: bool
+    """Sessions with one source, one after the other."""
 
     async def meet(self) -> SourceSession:
         """The first session."""
@@ -57,6 +56,10 @@ class Sources(Protocol):
     async def successor(self, session: SourceSession) -> SourceSession:
         """Another session with the source of ``session``, once that is silent and the source
         answers all the same."""
+        ...
+
+    async def decline(self, session: SourceSession) -> None:
+        """Close a session that is not needed: the one before it is heard again."""
         ...
 
 
@@ -75,8 +78,6 @@ def _lane_stream(hello: Hello, stream: MessageStream) -> Connection:
 
 class DialledSources:
     """:class:`Sources` by dialling ``uri``."""
-
-    leave_former = False
 
     def __init__(self, uri: str, tls: Tls | None) -> None:
         self._uri, self._tls = uri, tls
@@ -133,6 +134,10 @@ class DialledSources:
 
     async def successor(self, session: SourceSession) -> SourceSession:
         return await dial_beside(session.heartbeat, partial(self._dial_after, session))
+
+    async def decline(self, session: SourceSession) -> None:
+        await session.say_bye(complete=False)
+        session.close()
 
 
 @asynccontextmanager
@@ -191,25 +196,25 @@ class AcceptedSources:
     opens unasked is for ``on_stream``.
     """
 
-    leave_former = True
-
     def __init__(
         self, channels: Sequence[Channel], on_stream: StreamHandler | None, on_event: EventHandler
     ) -> None:
         self._on_event = on_event
         self._on_stream = on_stream
         self._features = _FEATURES if on_stream is None else _FEATURES | {STREAMS}
-        self._session: SourceSession | None = None
         self._on_failure: Callable[[str], None] | None = None
-        self._is_awaited = False  # somebody waits for the next session
         self._met_in, self._met = trio.open_memory_channel[SourceSession](1)
         self._wanted = tuple(channels)
-        self._lanes = _Lanes(channels)
+        self._is_first = True
+        self._is_answering = False
+        self._former: SourceSession | None = None  # somebody waits for the one after it
+        #: by their numbers: the session in use, and one that may follow it
+        self._sessions: dict[bytes, tuple[SourceSession, _Lanes]] = {}
         self.admission = Admission(spare_descriptors())
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        for session, _ in self._sessions.values():
+            session.close()
 
     async def meet(self) -> SourceSession:
         return await self._met.receive()
@@ -219,19 +224,19 @@ class AcceptedSources:
     ) -> SourceSession:
         self._on_failure = on_failure
         try:
-            return await self._meet_next()
+            return await self.successor(former)
         finally:
             self._on_failure = None
 
     async def successor(self, session: SourceSession) -> SourceSession:
-        return await self._meet_next()
-
-    async def _meet_next(self) -> SourceSession:
-        self._is_awaited = True
+        self._former = session
         try:
             return await self._met.receive()
         finally:
-            self._is_awaited = False
+            self._former = None
+
+    async def decline(self, session: SourceSession) -> None:
+        session.close()  # without goodbye: the source goes on with the session before
 
     async def meet_peer(self, connection: Connection) -> None:
         stream = MessageStream(connection)
@@ -258,39 +263,58 @@ class AcceptedSources:
     async def _welcome_source(self, hello: Hello, stream: MessageStream) -> None:
         if hello.region is None or not hello.session:
             raise RemoteProtocolError("the source's hello has no block table or no session")
-        former, wanted = self._session, self._wanted
-        if former is not None:
+        is_first, wanted = self._is_first and not self._is_answering, self._wanted
+        if not is_first:
             wanted = tuple(channel for channel in wanted if channel is not Channel.STREAM)
         lanes = _Lanes(wanted)
-        session = SourceSession(stream, hello, lanes.open, replaced=True)
-        if former is not None:
-            self._check_follows(session, former)
-        self._session, before, self._lanes = session, self._lanes, lanes
+        session = SourceSession(stream, hello, lanes.open)
+        if not is_first:
+            self._check_follows(session, await self._followed())
+        self._keep(session, lanes)
         answer = Hello(
             Role.DESTINATION, Channel.CONTROL, hello.session, lanes=wanted, features=self._features
         )
+        self._is_answering = True
         try:
             await stream.send(answer)
         except BaseException:
-            self._session, self._lanes = former, before  # it is gone: another one may try
+            session.close()  # it is gone: another one may try
             raise
+        finally:
+            self._is_answering = False
+        self._is_first, self._former = False, None
         await self._met_in.send(session)
 
+    async def _followed(self) -> SourceSession:
+        """The session that another one may follow now. :exc:`RemoteProtocolError` if there is none
+        within ``PAUSE`` seconds: the source may notice a silence a little earlier."""
+        with trio.move_on_after(PAUSE):
+            while True:
+                former = self._former
+                if former is not None and former.may_be_followed and not self._is_answering:
+                    return former
+                await trio.sleep(_LOOK)
+        raise RemoteProtocolError("another source is being pulled from here already")
+
     def _check_follows(self, session: SourceSession, former: SourceSession) -> None:
-        if not (self._is_awaited and former.may_be_followed):
-            raise RemoteProtocolError("another source is being pulled from here already")
         try:
             session.check_follows(former)
         except SourceLost as error:
             raise RemoteProtocolError(str(error)) from None
 
+    def _keep(self, session: SourceSession, lanes: _Lanes) -> None:
+        """Accept lanes of it."""
+        known = self._sessions.items()
+        self._sessions = {number: kept for number, kept in known if not kept[0].is_over}
+        self._sessions[session.session_id] = session, lanes
+
     async def _welcome_lane(self, hello: Hello, stream: MessageStream) -> None:
-        session = self._session
-        # Whose it is counts, not who knows its number.
         names = transport.identity_of(stream.connection)
-        if session is None or (hello.session, names) != (session.session_id, session.names):
+        session, lanes = self._sessions.get(hello.session, (None, None))
+        # Whose it is counts, not who knows its number.
+        if session is None or lanes is None or session.is_over or session.names != names:
             raise RemoteProtocolError("the source opens a lane for a session that does not exist")
-        lanes, handler = self._lanes, None
+        handler = None
         if not lanes.expect(hello.channel):
             handler = self._on_stream if hello.channel is Channel.STREAM else None
             if handler is None:

@@ -25,6 +25,7 @@ from ..transport import (
     TlsTransport,
     Transport,
     identity_of,
+    is_near,
     resumes_at_once,
     security_of,
 )
@@ -81,6 +82,10 @@ class RdmaConnection:
     @property
     def resumes_at_once(self) -> bool:
         return resumes_at_once(self.carrier)
+
+    @property
+    def is_near(self) -> bool:
+        return is_near(self.carrier)
 
     def find_path(self) -> str:
         return str(self.path)

@@ -100,21 +100,37 @@ class _Session:
             self.lane_count -= 1
 
 
-def _heartbeat(session: _Session, hello: Hello, replaced: bool = False) -> Heartbeat:
-    return Heartbeat(session.control, ALIVE in hello.features, replaced)
+def _heartbeat(session: _Session, hello: Hello) -> Heartbeat:
+    return Heartbeat(session.control, ALIVE in hello.features)
+
+
+async def _wait_any(*events: trio.Event) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        for event in events:
+            nursery.start_soon(wait, event)
 
 
 class _Left(ConnectionBroken):
     """The destination has said goodbye, and lacks pages."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Greeting:
-    """A destination that we have dialled has said hello."""
+@dataclass(eq=False)
+class _Dialled:
+    """A session with a destination that we have dialled, and that has said hello. Once it has
+    ended: ``complete``, or because of ``error``."""
 
     uri: str
     session: _Session
     hello: Hello
+    heartbeat: Heartbeat
+    ended: trio.Event = field(default_factory=trio.Event)
+    complete: bool = False
+    error: PagenetError | None = None
 
     def close(self) -> None:
         self.session.control.connection.close()
@@ -152,8 +168,8 @@ class Server:
         self._sessions: dict[bytes, _Session] = {}
         self._completed = trio.Event()
         self._persists = False
-        self._greeting: _Greeting | None = None  # of the destination that was dialled last
-        self._greeted = trio.Event()
+        self._dialled: _Dialled | None = None  # the session in use with a destination
+        self._news = trio.Event()  # there is one
         self._redials = trio.Event()  # a lost destination is dialled again
         if reconnect_for > 0:
             self._redials.set()
@@ -362,12 +378,12 @@ class Server:
         For a server that dials. :exc:`~pagenet.errors.UsageError` if that destination takes no
         streams (``on_stream`` of :func:`pagenet.pull`); :exc:`SourceUnreachable`,
         :exc:`ConnectionBroken`, :exc:`RemoteProtocolError`."""
-        while (greeting := self._greeting) is None:
-            await self._greeted.wait()
-        if STREAMS not in greeting.hello.features:
-            peer = greeting.session.control.connection.peer
+        while (dialled := self._dialled) is None:
+            await self._news.wait()
+        if STREAMS not in dialled.hello.features:
+            peer = dialled.session.control.connection.peer
             raise UsageError(f"the destination {peer} takes no streams: bring pagenet up to date")
-        return (await self._open_lane(greeting.uri, Channel.STREAM, greeting.session)).rest()
+        return (await self._open_lane(dialled.uri, Channel.STREAM, dialled.session)).rest()
 
     async def dial(self, uri: str) -> None:
         """Serve the one destination that listens on ``uri``, until it is done.
@@ -375,20 +391,23 @@ class Server:
         A destination that is lost is dialled again: after :meth:`persist` always, and otherwise
         for ``reconnect_for`` seconds, unless it has said goodbye. :exc:`ConnectionBroken`.
         """
-        greeting: _Greeting | None = await self._greet(uri)
-        while greeting is not None:
-            try:
-                greeting = await self._serve_dialled(greeting)
-            except (ConnectionBroken, ProtocolError, SourceUnreachable, Unsupported) as error:
-                if not self._may_redial(error):
-                    raise
-                greeting = await self._redial(uri, error)
+        async with open_failing_nursery() as nursery:
+            dialled = await self._greet(uri)
+            while True:
+                nursery.start_soon(self._serve_dialled, dialled)
+                dialled = await self._last(dialled, nursery)
+                if dialled.error is None:
+                    break
+                if not self._may_redial(dialled.error):
+                    raise dialled.error
+                dialled = await self._redial(uri, dialled.error)
+            nursery.cancel_scope.cancel()
 
     def _may_redial(self, error: PagenetError) -> bool:
         is_lost = isinstance(error, ConnectionBroken) and not isinstance(error, _Left)
         return self._persists or (is_lost and self._is_at_rest and self._reconnect_for > 0)
 
-    async def _redial(self, uri: str, error: PagenetError) -> _Greeting:
+    async def _redial(self, uri: str, error: PagenetError) -> _Dialled:
         told = ""
 
         def tell(reason: str) -> None:
@@ -404,11 +423,47 @@ class Server:
             f"the destination does not come back within {self._reconnect_for:g} s: {told}"
         )
 
-    async def _successor(self, uri: str, heartbeat: Heartbeat) -> _Greeting:
-        await self._redials.wait()
-        return await dial_beside(heartbeat, partial(self._greet, uri))
+    async def _last(self, dialled: _Dialled, nursery: trio.Nursery) -> _Dialled:
+        """That session, or one that has followed it, when it has ended. ``nursery``: serves them.
 
-    async def _greet(self, uri: str) -> _Greeting:
+        The destination decides: it closes one of two, unless that breaks. It leaves a session that
+        is silent once the lanes of the other one are open, and that one if this is heard again."""
+        self._use(dialled)
+        try:
+            while (follower := await self._successor(dialled)) is not None:
+                nursery.start_soon(self._serve_dialled, follower)
+                await _wait_any(dialled.ended, follower.ended)
+                if follower.complete or dialled.error is not None:
+                    dialled = follower
+                    self._use(dialled)
+            return dialled
+        finally:
+            self._dialled, self._news = None, trio.Event()
+
+    def _use(self, dialled: _Dialled) -> None:
+        self._dialled = dialled
+        self._news.set()
+        dialled.heartbeat.count_lanes(self._asked_for)  # nobody asks in another session
+        self._on_event("connected", peer=dialled.session.control.connection.peer)
+
+    async def _successor(self, dialled: _Dialled) -> _Dialled | None:
+        """Another session with the destination of ``dialled``, if it answers there and not here.
+        None: this one has ended before."""
+        found: _Dialled | None = None
+
+        async def dial() -> None:
+            nonlocal found
+            await self._redials.wait()
+            found = await dial_beside(dialled.heartbeat, partial(self._greet, dialled.uri))
+            nursery.cancel_scope.cancel()
+
+        async with open_failing_nursery() as nursery:
+            nursery.start_soon(dial)
+            await dialled.ended.wait()
+            nursery.cancel_scope.cancel()
+        return found
+
+    async def _greet(self, uri: str) -> _Dialled:
         """Dial the destination that listens on ``uri``, and exchange hellos."""
         connection = await transport.dial(uri, self._tls)
         try:
@@ -418,42 +473,26 @@ class Server:
         except BaseException:
             connection.close()
             raise
-        return _Greeting(uri, session, hello)
+        return _Dialled(uri, session, hello, _heartbeat(session, hello))
 
-    async def _serve_dialled(self, greeting: _Greeting) -> _Greeting | None:
-        """Serve a destination until it is done. Returns the greeting of its next session, if it has
-        answered there and not here."""
-        uri, session, hello = greeting.uri, greeting.session, greeting.hello
-        heartbeat = _heartbeat(session, hello, replaced=True)
-        heartbeat.count_lanes(self._asked_for)  # there is no other session
-        complete, successors = False, list[_Greeting]()
-
-        async def serve_control() -> None:
-            nonlocal complete
-            complete = await self._serve_control(session, heartbeat)
-            nursery.cancel_scope.cancel()
-
+    async def _serve_dialled(self, dialled: _Dialled) -> None:
+        """Serve a destination until it is done, or lost."""
+        session, hello = dialled.session, dialled.hello
         try:
             with self._registered(session):
                 self._begin_rounds(session, hello)
-                self._on_event("connected", peer=session.control.connection.peer)
-                self._greeting = greeting
-                self._greeted.set()
                 async with open_failing_nursery() as nursery:
-                    nursery.start_soon(serve_control)
                     for channel in hello.lanes:
-                        nursery.start_soon(self._dial_lane, uri, channel, session)
-                    # A destination answers there only if it hears nothing here either.
-                    successors.append(await self._successor(uri, heartbeat))
+                        nursery.start_soon(self._dial_lane, dialled.uri, channel, session)
+                    dialled.complete = await self._serve_control(session, dialled.heartbeat)
                     nursery.cancel_scope.cancel()
+            if not dialled.complete:
+                raise _Left("the destination left before it had every page")
+        except (ConnectionBroken, ProtocolError, SourceUnreachable, Unsupported) as error:
+            dialled.error = None if dialled.complete else error
         finally:
-            self._greeting, self._greeted = None, trio.Event()
-            greeting.close()
-        if successors:
-            return successors[0]
-        if not complete:
-            raise _Left("the destination left before it had every page")
-        return None
+            dialled.close()
+            dialled.ended.set()
 
     async def _dial_lane(self, uri: str, channel: Channel, session: _Session) -> None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ import trio
 from ..errors import ConnectionBroken, ConnectionBusy, ConnectionClosed
 from ..one_task import OneTask
 from ..transport import Buffer, DetachedSocket
-from ._constants import IOV_MAX, TCP_RTO_MAX_MS
+from ._constants import IOV_MAX, MIN_RTT_AT, SHORT_US, TCP_RTO_MAX_MS
 
 
 class SocketConnection:
@@ -105,6 +106,13 @@ class SocketConnection:
         except OSError:
             return False
         return True
+
+    @property
+    def is_near(self) -> bool:
+        if self._socket.family == socket.AF_UNIX:
+            return True
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_AT + 4)
+        return int.from_bytes(info[MIN_RTT_AT:], sys.byteorder) < SHORT_US
 
     def detach(self) -> DetachedSocket:
         """As :meth:`pagenet.transport.Detachable.detach`. :exc:`~pagenet.errors.ConnectionBusy`

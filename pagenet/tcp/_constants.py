@@ -36,6 +36,11 @@ KEEPALIVE_PROBES = 3
 TCP_RTO_MAX_MS = 44  # of <linux/tcp.h>; Python does not name it
 RTO_MAX_MS = 1000
 
+# A path whose round trip is shorter does not lose so many packets that nothing comes for a second,
+# unless it is down.
+SHORT_US = 10_000
+MIN_RTT_AT = 148  # in struct tcp_info
+
 # Bytes that the kernel takes from us before it can send them (TCP_NOTSENT_LOWAT). With this limit,
 # pages are read as late as possible, and a source with hundreds of connections does not keep
 # megabytes for each. Over loopback the rate is the same with 64 KiB, 512 KiB or no limit. SO_SNDBUF
