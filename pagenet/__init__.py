@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .destination.hosting import Guest, Host, host
 from .destination.into_file import IntoFile
 from .destination.pulling import Transfer, pull
+from .direct import direct_source
 from .errors import (
     ConnectionBroken,
     ConnectionBusy,
@@ -76,6 +77,7 @@ __all__ = [
     "Untrusted",
     "UsageError",
     "WriteTracker",
+    "direct_source",
     "host",
     "open_source",
     "pull",

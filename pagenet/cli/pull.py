@@ -22,9 +22,11 @@ from ..destination.hosting import MAX_GUESTS, host
 from ..destination.into_file import IntoFile
 from ..destination.learning import LearnedFile
 from ..destination.pulling import pull
-from ..errors import HandshakeError
+from ..direct import direct_source, is_direct
+from ..errors import HandshakeError, UsageError
 from ..guard import Guard, follow
 from ..nurseries import open_failing_nursery
+from ..protocol import printable
 from ..redialling import NOT_NOW, PAUSE
 from ..sizes import parse_size
 from ..target import Owner
@@ -42,6 +44,7 @@ from ._control import add_common_options, run_controlled
 from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import show_until_complete
+from ._stores import add_store_options, store_options
 from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
@@ -89,7 +92,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "uri",
         metavar="URI",
-        help="where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH",
+        help=(
+            "where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH; or the source"
+            " itself, as pagenet-serve takes it: s3://BUCKET/KEY, gs://BUCKET/KEY,"
+            " az://CONTAINER/KEY, https://HOST/PATH, snapshot:DIR/NAME, or a file"
+        ),
     )
     into = parser.add_mutually_exclusive_group(required=True)
     into.add_argument(
@@ -182,6 +189,7 @@ def make_parser() -> Parser:
         help="wait at URI for the source to dial (pagenet-serve --connect)",
     )
     add_pull_options(parser)
+    add_store_options(parser)
     add_guard_option(parser)
     add_missing_option(parser)
     add_common_options(parser)
@@ -243,6 +251,11 @@ def _hosting_again(
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
+    if is_direct(options.uri) and (options.listen or options.tls is not None):
+        raise UsageError(
+            f"{printable(options.uri)} is read by this process: --listen and TLS are for a source"
+            " that is connected"
+        )
     async with guarded(options, report) as guard:
         if guard is not None:
             guard.restart_with(_restarting(options, options.uri))
@@ -286,14 +299,17 @@ async def _pull_once(
         if isinstance(owner, AbandonedOwner) and owner.is_finished:
             report("finished", pid=owner.pid, pages=owner.pages)
             return
-        async with pull(
-            options.uri,
-            owner,
-            listen=options.listen,
-            reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
-            **pull_options(options),
-            on_event=tell,
-        ) as transfer:
+        async with (
+            direct_source(options.uri, **store_options(options)) as uri,
+            pull(
+                uri,
+                owner,
+                listen=options.listen,
+                reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
+                **pull_options(options),
+                on_event=tell,
+            ) as transfer,
+        ):
             control.subject = transfer
             await show_until_complete(transfer, report)
 

@@ -14,13 +14,12 @@ from ..errors import UsageError
 from ..guard import dismiss
 from ..sizes import parse_size
 from ..source.lanes import PIN_LIMIT
-from ..source.memory import STORE_TIMEOUT, Source, named_identity, open_source_in_thread
+from ..source.memory import Source, named_identity, open_source_in_thread
 from ..source.precopy import Precopy
 from ..source.serving import MAX_LANES, MAX_SESSIONS, Server, serve
 from ..source.tracked import SourceOwner
 from ..uffd import WriteTracker
 from ._command import (
-    MAX_SECONDS,
     ROUND_WORDS,
     Parser,
     Report,
@@ -31,6 +30,7 @@ from ._command import (
     round_count,
 )
 from ._control import add_common_options, run_controlled
+from ._stores import add_store_options, store_options
 from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
@@ -95,30 +95,6 @@ def make_parser() -> Parser:
         ),
     )
     parser.add_argument(
-        "--cache",
-        metavar="DIR",
-        help=(
-            "keep what was fetched of objects in that directory, for all processes of this host"
-            " (default: in a temporary file of this process)"
-        ),
-    )
-    parser.add_argument(
-        "--cache-size",
-        type=parse_size,
-        metavar="SIZE",
-        help="limit of what --cache keeps; objects not in use are removed for that (default: none)",
-    )
-    parser.add_argument(
-        "--store-timeout",
-        type=_seconds,
-        default=STORE_TIMEOUT,
-        metavar="SECONDS",
-        help=(
-            "how long a store that fails, or does not answer, is asked for the same bytes again"
-            " (default: 60)"
-        ),
-    )
-    parser.add_argument(
         "--rdma-pin-limit",
         type=parse_size,
         default=PIN_LIMIT,
@@ -163,6 +139,7 @@ def make_parser() -> Parser:
         help="with --tracked: rounds before the process is stopped (auto)",
     )
     add_lane_option(parser)
+    add_store_options(parser)
     add_common_options(parser)
     return parser
 
@@ -175,26 +152,9 @@ def _identity(text: str) -> bytes:
     return named_identity(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
-    if options.cache_size is not None and options.cache is None:
-        raise UsageError("--cache-size limits --cache, which is not given")
     with ExitStack() as stack:
-        opened = await open_source_in_thread(
-            *options.source,
-            cache=options.cache,
-            cache_size=options.cache_size,
-            store_timeout=options.store_timeout,
-        )
+        opened = await open_source_in_thread(*options.source, **store_options(options))
         source = stack.enter_context(opened)
         if options.identity is not None:
             source.identity = options.identity

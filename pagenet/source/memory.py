@@ -32,7 +32,14 @@ from ..sizes import MAX_ADDRESS, split_range
 if TYPE_CHECKING:
     from ..objects import RemoteObject
 
-__all__ = ["STORE_TIMEOUT", "Source", "named_identity", "open_source", "open_source_in_thread"]
+__all__ = [
+    "STORE_TIMEOUT",
+    "Source",
+    "is_object",
+    "named_identity",
+    "open_source",
+    "open_source_in_thread",
+]
 
 #: Seconds for which a store that does not give what is waited for is asked again.
 STORE_TIMEOUT = 60.0
@@ -585,7 +592,7 @@ async def open_source_in_thread(
     store_timeout: float = STORE_TIMEOUT,
 ) -> Source:
     """:func:`open_source`, which may be cancelled while it waits for a store."""
-    if not any(_is_object(_split_name(os.fspath(spec))[1]) for spec in specs):
+    if not any(is_object(_split_name(os.fspath(spec))[1]) for spec in specs):
         return open_source(*specs)
     is_cancelled = threading.Event()
 
@@ -610,7 +617,8 @@ def _split_name(spec: str) -> tuple[str, str]:
     return os.fsencode(Path(spec).name).decode(errors="replace")[:200] or "block", spec
 
 
-def _is_object(what: str) -> bool:
+def is_object(what: str) -> bool:
+    """Whether it is the URI of an object in a store."""
     scheme, found, _ = what.partition("://")
     return bool(found) and scheme in ("s3", "gs", "az", "https", "http")
 
@@ -627,7 +635,7 @@ def _open_object(what: str, store: _Cache) -> _Piece:
 
 
 def _open_piece(what: str, store: _Cache) -> _Piece:
-    if _is_object(what):
+    if is_object(what):
         return _open_object(what, store)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one

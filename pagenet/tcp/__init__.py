@@ -8,12 +8,14 @@
     _listener.py     SocketListener: accept, whatever else happens
     _tcp.py          TcpTransport: names, addresses, the options of a TCP socket
     _unix.py         UnixTransport: socket files, their modes and their leftovers
+    _pair.py         PairTransport: connections within this process
 """
 
 from __future__ import annotations
 
+from ._pair import PairTransport
 from ._tcp import TcpTransport, assume_near, tune
 from ._unix import UnixTransport
 from ._uri import unix_uri
 
-__all__ = ["TcpTransport", "UnixTransport", "assume_near", "tune", "unix_uri"]
+__all__ = ["PairTransport", "TcpTransport", "UnixTransport", "assume_near", "tune", "unix_uri"]

@@ -115,6 +115,21 @@ async def test_a_source_that_is_killed_comes_back(memory: bytes, tmp_path: Path)
                     assert await pulling.wait() == 0
 
 
+async def test_a_destination_without_a_source_that_is_killed(memory: bytes, tmp_path: Path) -> None:
+    """Its guard starts it again, and it opens the object again."""
+    socket, cache = tmp_path / "owner", ("--cache", str(tmp_path / "cache"))
+    options = ("--uffd-socket", str(socket), *cache, "--max-bandwidth", "5M")
+    async with run(pull_command(URI, *options, lane="native", guard=True)) as pulling:
+        await pulling.event("waiting")
+        workload = ("--size", str(SIZE), "--seed", SEED, "--zero-every", 16)
+        async with run_workload(socket, *workload, "--touches", 64, "--wait-complete") as owner:
+            while not (await pulling.event("progress"))["bytes"]:
+                pass
+            os.kill(pulling.pid, signal.SIGKILL)
+            await pulling.event("complete")
+            await check_verified(owner, pages=SIZE // PAGE)
+
+
 async def test_an_object_that_is_replaced_ends_both_sides(memory: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     async with run_server(URI) as (server, uri):

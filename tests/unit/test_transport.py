@@ -11,7 +11,7 @@ import pytest
 
 from pagenet import transport
 from pagenet.errors import SourceUnreachable, UsageError
-from pagenet.tcp import TcpTransport, UnixTransport
+from pagenet.tcp import PairTransport, TcpTransport, UnixTransport
 from pagenet.testing import MemoryTransport, check_transport
 
 
@@ -55,6 +55,10 @@ async def test_tcp_conforms(host: str) -> None:
 
 async def test_unix_conforms(unix_uri: Callable[[], str]) -> None:
     await check_transport(UnixTransport(), unix_uri)
+
+
+async def test_pairs_conform() -> None:
+    await check_transport(PairTransport(), lambda: "inside:s3%3A//bucket/mem")
 
 
 @pytest.mark.parametrize("capacity", [4096, 1 << 20])
