@@ -1,7 +1,7 @@
 """Objects in stores: S3, Google Cloud Storage, Azure, HTTP, all by obstore.
 
 :func:`open_object` is an object as a file that is filled chunk by chunk, as its bytes are asked
-for. :func:`open_store` reads and writes whole objects and ranges of them, by name.
+for; they may come from another :class:`Origin` than a store. :func:`open_store` reads and writes whole objects and ranges of them, by name.
 
 obstore is needed once a URI is opened, and not before (``pip install 'pagenet[objects]'``).
 """
@@ -9,6 +9,16 @@ obstore is needed once a URI is opened, and not before (``pip install 'pagenet[o
 from __future__ import annotations
 
 from ._object import RemoteObject, open_object
+from ._origin import ObjectStat, Origin, Refused, Transient
 from ._store import Store, open_store
 
-__all__ = ["RemoteObject", "Store", "open_object", "open_store"]
+__all__ = [
+    "ObjectStat",
+    "Origin",
+    "Refused",
+    "RemoteObject",
+    "Store",
+    "Transient",
+    "open_object",
+    "open_store",
+]

@@ -20,8 +20,8 @@ from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
 from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT
 from ._loop import Loop
-from ._store import Client, ObjectStat, Refused, Transient, unreachable, within
-from ._uri import Uri
+from ._origin import ObjectStat, Origin, Refused, Transient, unreachable
+from ._store import StoredObject, within
 
 __all__ = ["RemoteObject", "open_object"]
 
@@ -60,16 +60,16 @@ class RemoteObject:
     otherwise."""
 
     def __init__(
-        self, client: Client, stat: ObjectStat, file: CacheFile, loop: Loop, deadline: float
+        self, origin: Origin, stat: ObjectStat, file: CacheFile, loop: Loop, deadline: float
     ) -> None:
-        self.uri, self.size = str(client.uri), stat.size
+        self.uri, self.size = origin.name, stat.size
         self.etag = stat.etag
         #: which pieces of the file are there: for lanes in C
         self.here = _native.Here(stat.size)
         for chunk in file.whole():
             start = chunk * CHUNK
             self.here.came(_pieces(start, min(start + CHUNK, stat.size), stat.size))
-        self._client, self._stat, self._file = client, stat, file
+        self._origin, self._stat, self._file = origin, stat, file
         self._loop, self._deadline = loop, deadline
         #: why the object cannot be read any more
         self._failure: PagenetError | None = None
@@ -99,7 +99,7 @@ class RemoteObject:
         if self._file.fd >= 0:
             self._loop.run(self._shut())
             self._file.close()
-            self._client.close()
+            self._origin.close()
             self._loop.close()
 
     def is_here(self, offset: int, length: int) -> bool:
@@ -191,7 +191,7 @@ class RemoteObject:
         except Refused as error:
             self._fail(flight, str(error))
         except Transient as error:
-            self._fail(flight, str(unreachable(self._client.uri, self._deadline, error)))
+            self._fail(flight, str(self._unreachable(error)))
         except OSError as error:
             self._fail(flight, f"cannot keep what {self.uri} has sent: {error.strerror}")
         except Exception as error:  # a bug of ours: nobody may wait for ever because of it
@@ -223,8 +223,9 @@ class RemoteObject:
                 await self._read_span(flight, span)
 
     async def _read_span(self, flight: _Flight, span: _Span) -> None:
-        key = self._client.uri.key
-        async with aclosing(self._client.read(key, span.at, span.end, self._stat)) as parts:
+        is_urgent = flight.order <= _ORDER[Class.PREFETCH]
+        reading = self._origin.read(span.at, span.end, self._stat, is_urgent)
+        async with aclosing(reading) as parts:
             async for part in parts:
                 self._write(span.at, memoryview(part))
                 span.at += len(part)
@@ -251,6 +252,9 @@ class RemoteObject:
         if flight.is_waited_for and not self._is_closed:
             self._failure = SourceLost(text)
             self._tell()
+
+    def _unreachable(self, error: Transient) -> PagenetError:
+        return unreachable(self.uri, self._origin.kind, self._deadline, error)
 
     def _tell(self) -> None:
         for heard in list(self._listeners):
@@ -284,35 +288,34 @@ async def _nothing() -> None:
 
 
 def open_object(
-    uri: str,
+    uri: str | Origin,
     *,
     cache: str | os.PathLike[str] | None = None,
     cache_size: int | None = None,
     deadline: float,
 ) -> RemoteObject:
-    """Open the object that ``uri`` names, and ask its store for size and ETag: blocks for as long
-    as that takes, at most ``deadline`` seconds, which also limit the wait for each chunk.
-    ``cache``: a directory in which chunks are kept for all processes of the host, ``cache_size``
-    bytes at most. None: in a file without a name, for this process alone.
+    """Open the object that ``uri`` names, or a source of its bytes, which it owns. Its size and
+    ETag are asked for: blocks for as long as that takes, at most ``deadline`` seconds, which also
+    limit the wait for each chunk. ``cache``: a directory in which chunks are kept for all processes
+    of the host, ``cache_size`` bytes at most. None: in a file without a name, for this process
+    alone.
 
     Raises :exc:`UsageError` if there is no such object, or the store refuses it,
     :exc:`SourceUnreachable`, and :exc:`Unsupported` without obstore.
     """
-    client = Client(Uri.parse(uri))
-    name = printable(str(client.uri))
-    if not client.uri.key:
-        raise UsageError(f"{name} names no object, only where objects are")
+    origin = StoredObject(uri) if isinstance(uri, str) else uri
+    name = printable(origin.name)
     end = time.monotonic() + deadline
     with ExitStack() as undo:
-        undo.callback(client.close)
+        undo.callback(origin.close)
         loop = Loop.open()
         undo.callback(loop.close)
         try:
-            stat = loop.run(within(lambda: end, lambda: client.stat(client.uri.key)))
+            stat = loop.run(within(lambda: end, origin.stat))
         except Refused as error:
             raise UsageError(str(error)) from None
         except Transient as error:
-            raise unreachable(client.uri, deadline, error) from None
+            raise unreachable(name, origin.kind, deadline, error) from None
         if not stat.etag or stat.etag.startswith("W/"):
             raise UsageError(
                 f"{name}: its store does not say which content it is (no strong ETag), and a change"
@@ -324,6 +327,6 @@ def open_object(
             except OSError as error:
                 raise UsageError(f"no room for {name}: {error.strerror}") from None
         else:
-            file = open_cache(cache, str(client.uri), stat.etag, stat.size, cache_size)
+            file = open_cache(cache, origin.name, stat.etag, stat.size, cache_size)
         undo.pop_all()
-        return RemoteObject(client, stat, file, loop, deadline)
+        return RemoteObject(origin, stat, file, loop, deadline)

@@ -8,19 +8,19 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from ..errors import PagenetError, SourceLost, SourceUnreachable, Unsupported, UsageError
+from ..errors import SourceLost, Unsupported, UsageError
 from ..protocol import printable
 from ._constants import FIRST_PAUSE, LONGEST_PAUSE, PART, STALL
 from ._loop import Loop
+from ._origin import ObjectStat, Refused, Transient, unreachable
 from ._uri import Uri
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore
 
-__all__ = ["Client", "ObjectStat", "Refused", "Store", "Transient", "open_store", "within"]
+__all__ = ["Client", "Store", "StoredObject", "open_store", "within"]
 
 T = TypeVar("T")
 
@@ -40,27 +40,6 @@ _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
 }
-
-
-class Transient(Exception):
-    """A request has failed, and may be made again: busy, broken, cut off, wrong in a way that is
-    not the object's."""
-
-
-class Refused(Exception):
-    """A request has failed, and would fail again. ``is_absent``: there is no such object;
-    ``is_changed``: another one than before."""
-
-    def __init__(self, text: str, is_absent: bool = False, is_changed: bool = False) -> None:
-        super().__init__(text)
-        self.is_absent, self.is_changed = is_absent, is_changed
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectStat:
-    size: int
-    #: as the store names this content; None: it does not
-    etag: str | None
 
 
 class Client:
@@ -219,7 +198,7 @@ async def within(
     Raises what it raised last.
     """
     pause = FIRST_PAUSE
-    last = Transient("the store has not answered in time")
+    last = Transient("no answer came in time")
     while True:
         left = deadline() - time.monotonic()
         try:
@@ -236,6 +215,31 @@ async def within(
             raise last
         await asyncio.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class StoredObject:
+    """The object that ``uri`` names: an :class:`Origin`. :exc:`UsageError` if it names none, and
+    :exc:`Unsupported` without obstore."""
+
+    kind = "store"
+
+    def __init__(self, uri: str) -> None:
+        parsed = Uri.parse(uri)
+        if not parsed.key:
+            raise UsageError(f"{printable(uri)} names no object, only where objects are")
+        self.name, self._key = str(parsed), parsed.key
+        self._client = Client(parsed)
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def stat(self) -> ObjectStat:
+        return await self._client.stat(self._key)
+
+    def read(
+        self, start: int, end: int, stat: ObjectStat, is_urgent: bool
+    ) -> AsyncGenerator[bytes, None]:
+        return self._client.read(self._key, start, end, stat)
 
 
 class Store:
@@ -292,13 +296,7 @@ class Store:
         except Refused as error:
             raise (SourceLost if error.is_absent else UsageError)(str(error)) from None
         except Transient as error:
-            raise unreachable(self._client.uri, self._deadline, error) from None
-
-
-def unreachable(uri: Uri, deadline: float, error: Transient) -> PagenetError:
-    return SourceUnreachable(
-        f"{printable(str(uri))}: the store has not answered for {deadline:g} s: {error}"
-    )
+            raise unreachable(str(self._client.uri), "store", self._deadline, error) from None
 
 
 def open_store(uri: str, deadline: float) -> Store:
