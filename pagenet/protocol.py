@@ -88,6 +88,8 @@ TRACKED = "tracked"
 ALIVE = "alive"
 #: The feature of a destination that takes streams which the source that dials it opens unasked.
 STREAMS = "streams"
+#: The feature of a source that can be asked for what it has itself, and of a lane on which it is.
+HELD = "held"
 #: Limit of the bits of one message about stale pages.
 MAX_STALE_BYTES = 1 << 20
 
@@ -120,6 +122,7 @@ class Encoding(IntEnum):
     RAW = 0
     ZERO = 1
     LZ4 = 2
+    ABSENT = 254
     FAILED = 255
 
 
@@ -615,13 +618,18 @@ class OutstandingRequests:
     """The destination's side of a lane: which requests are open, and whether a reply fits one.
 
     Request ids are given out here; an id is used again only 2**32 requests later.
+    ``may_be_absent``: on a lane where the source is asked for what it has itself.
     """
 
     def __init__(
-        self, region: Region, encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO
+        self,
+        region: Region,
+        encodings: int = 1 << Encoding.RAW | 1 << Encoding.ZERO,
+        may_be_absent: bool = False,
     ) -> None:
         self._region = region
         self._encodings = encodings
+        self._may_be_absent = may_be_absent
         self._open: dict[int, _Outstanding] = {}
         self._next_id = 0
 
@@ -659,10 +667,13 @@ class OutstandingRequests:
             raise RemoteProtocolError("the peer compresses with lz4, which was not asked for")
         if reply.encoding is Encoding.FAILED:
             self._check_failure(reply)
+        elif reply.encoding is Encoding.ABSENT:
+            self._check_absence(reply, outstanding)
         else:
             self._check_pages(reply, outstanding)
             outstanding.next = reply.run.end
-        if reply.encoding is Encoding.FAILED or outstanding.next == outstanding.run.end:
+        is_last = reply.encoding in (Encoding.FAILED, Encoding.ABSENT)
+        if is_last or outstanding.next == outstanding.run.end:
             del self._open[request_id]
         return reply
 
@@ -675,6 +686,13 @@ class OutstandingRequests:
             raise RemoteProtocolError(
                 f"the peer announces a reason of {reply.length} bytes (limit {MAX_REASON_BYTES})"
             )
+
+    def _check_absence(self, reply: Reply, outstanding: _Outstanding) -> None:
+        if not self._may_be_absent:
+            raise RemoteProtocolError(f"the peer names encoding {reply.encoding}, which is unknown")
+        is_whole = reply.run == outstanding.run and outstanding.next == reply.run.first
+        if not is_whole or reply.length:
+            raise RemoteProtocolError("the peer says that a part of what was asked for is absent")
 
     def _check_pages(self, reply: Reply, outstanding: _Outstanding) -> None:
         first, count, unit = reply.run.first, reply.run.count, outstanding.unit

@@ -59,8 +59,9 @@ def make_parser() -> Parser:
         help=(
             "a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or"
             " pid:PID:START+SIZE (addresses of that process), snapshot:DIR/NAME, or an object:"
-            " s3://BUCKET/KEY, gs://BUCKET/KEY, az://CONTAINER/KEY, https://HOST/PATH; NAME=SOURCE"
-            " names the block. Several make one region, one block each."
+            " s3://BUCKET/KEY, gs://BUCKET/KEY, az://CONTAINER/KEY, https://HOST/PATH; or another"
+            " source: tcp://HOST:PORT, unix:PATH; NAME=SOURCE names the block. Several make one"
+            " region, one block each."
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)
@@ -154,7 +155,9 @@ def _identity(text: str) -> bytes:
 
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
     with ExitStack() as stack:
-        opened = await open_source_in_thread(*options.source, **store_options(options))
+        opened = await open_source_in_thread(
+            *options.source, **store_options(options), tls=options.tls
+        )
         source = stack.enter_context(opened)
         if options.identity is not None:
             source.identity = options.identity

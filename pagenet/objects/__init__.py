@@ -1,7 +1,8 @@
 """Objects in stores: S3, Google Cloud Storage, Azure, HTTP, all by obstore.
 
 :func:`open_object` is an object as a file that is filled chunk by chunk, as its bytes are asked
-for; they may come from another :class:`Origin` than a store. :func:`open_store` reads and writes whole objects and ranges of them, by name.
+for; they may come from another :class:`Origin` than a store. :func:`open_store` reads and writes
+whole objects and ranges of them, by name.
 
 obstore is needed once a URI is opened, and not before (``pip install 'pagenet[objects]'``).
 """

@@ -16,7 +16,7 @@ import select
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -30,7 +30,8 @@ from ..region import Block, Region, Run
 from ..sizes import MAX_ADDRESS, split_range
 
 if TYPE_CHECKING:
-    from ..objects import RemoteObject
+    from ..objects import Origin, RemoteObject
+    from ..tls import Tls
 
 __all__ = [
     "STORE_TIMEOUT",
@@ -423,7 +424,8 @@ class _FilePiece:
 
 
 class _ObjectPiece(_FilePiece):
-    """An object in a store, which is fetched into a file as its bytes are asked for."""
+    """An object in a store, or a block of another source, which is fetched into a file as its bytes
+    are asked for."""
 
     def __init__(self, remote: RemoteObject) -> None:
         self.remote: RemoteObject = remote
@@ -542,12 +544,13 @@ _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class _Cache:
-    """Where objects are kept, and how long their store is waited for."""
+class _Fetching:
+    """Where what is fetched is kept, how long it is waited for, and how sources are dialled."""
 
     directory: str | os.PathLike[str] | None
     size: int | None
     timeout: float
+    tls: Tls | None
 
 
 def open_source(
@@ -555,32 +558,42 @@ def open_source(
     cache: str | os.PathLike[str] | None = None,
     cache_size: int | None = None,
     store_timeout: float = STORE_TIMEOUT,
+    tls: Tls | None = None,
 ) -> Source:
     """Open the memory that ``specs`` name: one block for each, in that order.
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
-    ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, or the URI of an
-    object: ``s3://``, ``gs://``, ``az://``, ``https://``. ``NAME=`` in front gives the block a
-    name.
+    ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, the URI of an
+    object: ``s3://``, ``gs://``, ``az://``, ``https://``, or that of another source: ``tcp://``,
+    ``unix:``. ``NAME=`` in front gives the block a name. Another source has one block or several,
+    and if it is the only spec, this source has its identity.
 
-    Opening an object waits for its store, ``store_timeout`` seconds at most; so does each read.
-    ``cache``: a directory in which objects are kept, chunk by chunk, ``cache_size`` bytes at most,
-    for all processes of the host. None: in a file without a name, as long as the source is open.
+    Opening an object waits for its store, ``store_timeout`` seconds at most; so does each read; and
+    so it is with another source, which is dialled with ``tls``. ``cache``: a directory in which
+    what was fetched is kept, chunk by chunk, ``cache_size`` bytes at most, for all processes of the
+    host. None: in a file without a name, as long as the source is open.
 
     Raises :exc:`UsageError` if a spec cannot be used; for objects also :exc:`SourceUnreachable`,
-    and :exc:`Unsupported` if obstore is not installed.
+    and :exc:`Unsupported` if obstore is not installed; for another source what dialling it raises.
     """
     if not specs:
         raise UsageError("no source given")
-    store = _Cache(cache, cache_size, store_timeout)
+    fetching = _Fetching(cache, cache_size, store_timeout, tls)
     with ExitStack() as undo:
         pieces: list[tuple[str, _Piece]] = []
-        for spec in specs:
-            name, what = _split_name(os.fspath(spec))
-            piece = _open_piece(what, store)
-            undo.callback(piece.close)
-            pieces.append((name, piece))
+        identity = None
+        for spec in [os.fspath(spec) for spec in specs]:
+            if _is_elsewhere(_split_name(spec)[1]):
+                identity, opened = _open_elsewhere(spec, fetching)
+            else:
+                name, what = _split_name(spec)
+                opened = [(name, _open_piece(what, fetching))]
+            for _, piece in opened:
+                undo.callback(piece.close)
+            pieces += opened
         source = Source(list(_distinct(pieces)))
+        if identity is not None and len(specs) == 1:
+            source.identity = identity
         undo.pop_all()
         return source
 
@@ -590,15 +603,17 @@ async def open_source_in_thread(
     cache: str | os.PathLike[str] | None = None,
     cache_size: int | None = None,
     store_timeout: float = STORE_TIMEOUT,
+    tls: Tls | None = None,
 ) -> Source:
-    """:func:`open_source`, which may be cancelled while it waits for a store."""
-    if not any(is_object(_split_name(os.fspath(spec))[1]) for spec in specs):
+    """:func:`open_source`, which may be cancelled while it waits for a store or a source."""
+    names = [_split_name(os.fspath(spec))[1] for spec in specs]
+    if not any(is_object(name) or _is_elsewhere(name) for name in names):
         return open_source(*specs)
     is_cancelled = threading.Event()
 
     def opened() -> Source:
         source = open_source(
-            *specs, cache=cache, cache_size=cache_size, store_timeout=store_timeout
+            *specs, cache=cache, cache_size=cache_size, store_timeout=store_timeout, tls=tls
         )
         if is_cancelled.is_set():
             source.close()
@@ -623,10 +638,43 @@ def is_object(what: str) -> bool:
     return bool(found) and scheme in ("s3", "gs", "az", "https", "http")
 
 
-def _open_object(what: str, store: _Cache) -> _Piece:
+def _is_elsewhere(what: str) -> bool:
+    """Whether it is the URI of another source."""
+    return what.startswith(("tcp://", "rdma://", "unix:"))
+
+
+def _open_elsewhere(spec: str, fetching: _Fetching) -> tuple[bytes, list[tuple[str, _Piece]]]:
+    """The identity of another source, and its blocks."""
+    from ..peers import PeerSource  # it takes a while, and few need it
+
+    name, uri = _split_name(spec)
+    if uri.startswith("rdma://"):
+        raise UsageError(f"{printable(uri)}: another source is read over tcp:// or unix:")
+    pieces: list[tuple[str, _Piece]] = []
+    with (
+        closing(PeerSource(uri, fetching.tls if uri.startswith("tcp://") else None)) as peer,
+        ExitStack() as undo,
+    ):
+        identity, region = peer.open(fetching.timeout)
+        for index, block in enumerate(region.blocks):
+            if block.page_size != mmap.PAGESIZE:
+                raise UsageError(
+                    f"{printable(uri)} has pages of {block.page_size} bytes, and what is served to"
+                    f" others has pages of {mmap.PAGESIZE}"
+                )
+            piece = _open_object(peer.block(index), fetching)
+            undo.callback(piece.close)
+            pieces.append((block.name if uri == spec else name, piece))
+        undo.pop_all()
+    return identity, pieces
+
+
+def _open_object(what: str | Origin, fetching: _Fetching) -> _Piece:
     from ..objects import open_object  # not where no object is served: it takes a while
 
-    remote = open_object(what, cache=store.directory, cache_size=store.size, deadline=store.timeout)
+    remote = open_object(
+        what, cache=fetching.directory, cache_size=fetching.size, deadline=fetching.timeout
+    )
     try:
         return _ObjectPiece(remote)
     except BaseException:
@@ -634,9 +682,9 @@ def _open_object(what: str, store: _Cache) -> _Piece:
         raise
 
 
-def _open_piece(what: str, store: _Cache) -> _Piece:
+def _open_piece(what: str, fetching: _Fetching) -> _Piece:
     if is_object(what):
-        return _open_object(what, store)
+        return _open_object(what, fetching)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
 

@@ -35,6 +35,7 @@ from ..heartbeat import Heartbeat
 from ..nurseries import open_failing_nursery, running_beside
 from ..protocol import (
     ALIVE,
+    HELD,
     LZ4,
     MAX_DESTINATION_MESSAGE,
     STREAMS,
@@ -210,7 +211,7 @@ class Server:
             return Hello(Role.SOURCE, channel, session.session_id)
         source = self._source
         session_id, identity, region = session.session_id, source.identity, source.region
-        features = frozenset({ALIVE, LZ4} if self._is_at_rest else {ALIVE, LZ4, TRACKED})
+        features = frozenset({ALIVE, LZ4, HELD if self._is_at_rest else TRACKED})
         return Hello(Role.SOURCE, channel, session_id, identity, region, features=features)
 
     def rest(self) -> None:
@@ -298,7 +299,7 @@ class Server:
         else:
             with session.lane():
                 await stream.answer(self._hello(hello.channel, session))
-                await self._serve_lane(hello.channel, stream, session)
+                await self._serve_lane(hello.channel, stream, session, HELD in hello.features)
 
     def _session_of(self, hello: Hello, connection: transport.Connection) -> _Session | None:
         if hello.channel is Channel.CONTROL:
@@ -525,14 +526,18 @@ class Server:
             case Alive() | Pause() | Paused() | Stale():
                 raise RemoteProtocolError("the peer speaks of rounds, and there are none")
 
-    async def _serve_lane(self, channel: Channel, stream: MessageStream, session: _Session) -> None:
+    async def _serve_lane(
+        self, channel: Channel, stream: MessageStream, session: _Session, held: bool = False
+    ) -> None:
+        """``held``: nothing is fetched for it."""
         if session.session_id not in self._sessions:
             return  # it ended while our hello was in flight
         with trio.CancelScope() as lane:
             session.lanes.add(lane)
             try:
                 if channel is not Channel.STREAM:
-                    await self._run_lane(channel, stream.connection, stream.unread(), session)
+                    unread = stream.unread()
+                    await self._run_lane(channel, stream.connection, unread, session, held)
                 elif self._on_stream is None:
                     raise RemoteProtocolError(
                         "the destination opens a stream, and this source has no use for one"
@@ -543,21 +548,27 @@ class Server:
                 session.lanes.discard(lane)
 
     async def _run_lane(
-        self, channel: Channel, connection: transport.Connection, unread: bytes, session: _Session
+        self,
+        channel: Channel,
+        connection: transport.Connection,
+        unread: bytes,
+        session: _Session,
+        held: bool,
     ) -> None:
         if isinstance(connection, OneSided):
             await self._serve_reads(connection, unread, session)
         elif (
             self._native is not None
+            and not held
             and isinstance(connection, transport.Detachable)
             and len(unread) <= MAX_UNREAD
         ):
             await self._native.serve(channel, connection, unread, link=session.session_id[0])
         else:
             async with self._telling_if_lost():
-                await TrioSourceLane(connection, self._source, self._counts, self._large_units).run(
-                    unread
-                )
+                await TrioSourceLane(
+                    connection, self._source, self._counts, self._large_units, held
+                ).run(unread)
 
     async def _serve_reads(self, connection: OneSided, unread: bytes, session: _Session) -> None:
         try:

@@ -62,8 +62,10 @@ class TrioSourceLane:
         source: Source,
         counts: Counts | None = None,
         large_units: trio.Semaphore | None = None,
+        held: bool = False,
     ) -> None:
-        self._connection = connection
+        """``held``: pages that have to be fetched first are said to be absent."""
+        self._connection, self._held = connection, held
         self._large_units = large_units or trio.Semaphore(LARGE_UNITS)
         self._next = Run(0, 0)  # the part of the current request that has no reply yet
         self._turn = trio.Lock()  # of the request that is being answered
@@ -90,6 +92,11 @@ class TrioSourceLane:
                     self._counts.asked[request.class_] += request.run.count
                     if self._source.is_here(request.run):
                         await self._answer(request)
+                    elif self._held:
+                        async with self._turn:
+                            await self._connection.send(
+                                _reply(request, Encoding.ABSENT, request.run, 0)
+                            )
                     else:
                         await self._put_off.acquire()
                         nursery.start_soon(self._fetch_and_answer, request)

@@ -116,6 +116,12 @@ def test_the_sides_do_not_know_each_other() -> None:
         assert not within(reach(graph, name), "pagenet.source"), name
 
 
+def test_what_fetches_pages_knows_neither_side() -> None:
+    graph = graph_of(ROOT)
+    for name in within(set(graph), "pagenet.objects", "pagenet.peers"):
+        assert not within(reach(graph, name), *SIDES, *SURFACE), name
+
+
 def test_nothing_below_the_command_line_imports_it() -> None:
     graph = graph_of(ROOT)
     for name in set(graph) - within(set(graph), "pagenet.cli"):

@@ -672,6 +672,22 @@ def test_requests_are_answered_in_any_order() -> None:
     assert len(outstanding) == 0
 
 
+def test_a_run_is_absent_as_a_whole_where_it_may_be() -> None:
+    outstanding = OutstandingRequests(REGION, may_be_absent=True)
+    for _ in range(3):
+        outstanding.open(Class.BACKGROUND, Run(0, 4))
+    assert outstanding.reply(reply(encoding=Encoding.ABSENT)).run == Run(0, 4)
+    assert not outstanding.is_open(0)
+    text = "a part of what was asked for is absent"
+    outstanding.reply(reply(0, 1, request_id=1))
+    for wrong in (
+        reply(1, 3, request_id=1, encoding=Encoding.ABSENT),
+        reply(0, 3, request_id=2, encoding=Encoding.ABSENT),
+        reply(request_id=2, encoding=Encoding.ABSENT, length=1),
+    ):
+        check_refused(text, partial(outstanding.reply, wrong))
+
+
 def test_request_ids_begin_again_after_the_last() -> None:
     outstanding = OutstandingRequests(REGION)
     outstanding._next_id = 2**32 - 1
