@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import quote
 
@@ -13,10 +13,12 @@ import trio
 
 from . import transport
 from .errors import PagenetError
+from .events import EventHandler, ignore_events
 from .nurseries import open_failing_nursery
 from .source.memory import STORE_TIMEOUT, Source, is_object, open_source_in_thread
 from .source.serving import serve
 from .tcp import PairTransport
+from .tls import Tls
 
 __all__ = ["direct_source", "is_direct"]
 
@@ -40,6 +42,9 @@ async def direct_source(
     cache: str | os.PathLike[str] | None = None,
     cache_size: int | None = None,
     store_timeout: float = STORE_TIMEOUT,
+    tls: Tls | None = None,
+    peers: Sequence[str] = (),
+    on_event: EventHandler = ignore_events,
 ) -> AsyncIterator[str]:
     """A URI from which :func:`pagenet.pull` and :func:`pagenet.host` get the pages of ``uri`` in
     this Trio run, for as long as the block runs: of any number of destinations.
@@ -55,7 +60,13 @@ async def direct_source(
         yield uri
         return
     opened = await open_source_in_thread(
-        uri, cache=cache, cache_size=cache_size, store_timeout=store_timeout
+        uri,
+        cache=cache,
+        cache_size=cache_size,
+        store_timeout=store_timeout,
+        tls=tls,
+        peers=peers,
+        on_event=on_event,
     )
     with opened as source:
         async with open_failing_nursery() as nursery:

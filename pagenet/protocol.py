@@ -13,6 +13,7 @@ subtraction.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,11 @@ class Encoding(IntEnum):
 #: ``auto``: where the link and the processor make it faster; ``lz4``: all data that becomes
 #: smaller; ``none``
 Compress = Literal["auto", "lz4", "none"]
+
+
+def content_identity(text: str) -> bytes:
+    """The identity (16 bytes) of the content that ``text`` describes."""
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def encodings_for(compress: Compress, features: frozenset[str]) -> int:

@@ -10,7 +10,7 @@ from ..sizes import parse_size
 from ..source.memory import STORE_TIMEOUT
 from ._command import MAX_SECONDS, Parser
 
-__all__ = ["add_store_options", "store_options"]
+__all__ = ["PEER_WORDS", "add_store_options", "store_options"]
 
 
 def add_store_options(parser: Parser) -> None:
@@ -39,13 +39,29 @@ def add_store_options(parser: Parser) -> None:
             " (default: 60)"
         ),
     )
+    group.add_argument(
+        "--peer",
+        dest="peers",
+        action="append",
+        default=[],
+        metavar="URI",
+        help=(
+            "a pagenet-serve that may have the same object or snapshot, tcp://HOST:PORT or"
+            " unix:PATH: it is asked for what it holds, before the store is; may be given several"
+            " times. For an object, only with TLS"
+        ),
+    )
+
+
+#: of the events of sources that have peers
+PEER_WORDS = {"peer": "peer {uri} is asked no more: {reason}"}
 
 
 def store_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that are arguments of :func:`pagenet.open_source`. :exc:`UsageError`."""
     if options.cache_size is not None and options.cache is None:
         raise UsageError("--cache-size limits --cache, which is not given")
-    names = ("cache", "cache_size", "store_timeout")
+    names = ("cache", "cache_size", "store_timeout", "tls", "peers")
     return {name: getattr(options, name) for name in names}
 
 

@@ -44,7 +44,7 @@ from ._control import add_common_options, run_controlled
 from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import show_until_complete
-from ._stores import add_store_options, store_options
+from ._stores import PEER_WORDS, add_store_options, store_options
 from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
@@ -58,6 +58,7 @@ _WORDS = {
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
     "waiting": "waiting for the owner of the memory on {uffd_socket}",
     **MISSING_WORDS,
+    **PEER_WORDS,
     **RECONNECT_WORDS,
     **GUARD_WORDS,
     "owner": "filling {pages} pages (placement: {placement}, lanes: {lane})",
@@ -251,15 +252,25 @@ def _hosting_again(
 
 
 async def _pull(options: argparse.Namespace, report: Report, control: Control) -> None:
-    if is_direct(options.uri) and (options.listen or options.tls is not None):
-        raise UsageError(
-            f"{printable(options.uri)} is read by this process: --listen and TLS are for a source"
-            " that is connected"
-        )
+    _check_source(options)
     async with guarded(options, report) as guard:
         if guard is not None:
             guard.restart_with(_restarting(options, options.uri))
         await _pull_guarded(options, report, control, guard)
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    uri = printable(options.uri)
+    if not is_direct(options.uri):
+        if options.cache is not None or options.peers:
+            raise UsageError(
+                f"--cache and --peer are for what this process reads itself, and {uri} is a source:"
+                " give them to its pagenet-serve"
+            )
+    elif options.listen:
+        raise UsageError(f"--listen waits for a source, and {uri} is read by this process")
+    elif options.tls is not None and not options.peers:
+        raise UsageError(f"{uri} is read by this process: TLS is for connections to others")
 
 
 async def _pull_guarded(
@@ -300,13 +311,13 @@ async def _pull_once(
             report("finished", pid=owner.pid, pages=owner.pages)
             return
         async with (
-            direct_source(options.uri, **store_options(options)) as uri,
+            direct_source(options.uri, **store_options(options), on_event=report) as uri,
             pull(
                 uri,
                 owner,
                 listen=options.listen,
                 reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
-                **pull_options(options),
+                **{**pull_options(options), "tls": None if is_direct(options.uri) else options.tls},
                 on_event=tell,
             ) as transfer,
         ):

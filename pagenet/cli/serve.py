@@ -30,13 +30,14 @@ from ._command import (
     round_count,
 )
 from ._control import add_common_options, run_controlled
-from ._stores import add_store_options, store_options
+from ._stores import PEER_WORDS, add_store_options, store_options
 from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _WORDS = {
     **TLS_WORDS,
+    **PEER_WORDS,
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",
     "path": "pages go by {path}",
@@ -156,7 +157,7 @@ def _identity(text: str) -> bytes:
 async def _serve(options: argparse.Namespace, report: Report, control: Control) -> None:
     with ExitStack() as stack:
         opened = await open_source_in_thread(
-            *options.source, **store_options(options), tls=options.tls
+            *options.source, **store_options(options), on_event=report
         )
         source = stack.enter_context(opened)
         if options.identity is not None:

@@ -10,8 +10,8 @@ obstore is needed once a URI is opened, and not before (``pip install 'pagenet[o
 from __future__ import annotations
 
 from ._object import RemoteObject, open_object
-from ._origin import ObjectStat, Origin, Refused, Transient
-from ._store import Store, open_store
+from ._origin import ObjectStat, Origin, Refused, Transient, object_identity
+from ._store import Store, StoredObject, open_store
 
 __all__ = [
     "ObjectStat",
@@ -19,7 +19,9 @@ __all__ = [
     "Refused",
     "RemoteObject",
     "Store",
+    "StoredObject",
     "Transient",
+    "object_identity",
     "open_object",
     "open_store",
 ]

@@ -20,7 +20,7 @@ from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
 from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT
 from ._loop import Loop
-from ._origin import ObjectStat, Origin, Refused, Transient, unreachable
+from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
 from ._store import StoredObject, within
 
 __all__ = ["RemoteObject", "open_object"]
@@ -63,7 +63,7 @@ class RemoteObject:
         self, origin: Origin, stat: ObjectStat, file: CacheFile, loop: Loop, deadline: float
     ) -> None:
         self.uri, self.size = origin.name, stat.size
-        self.etag = stat.etag
+        self.identity = object_identity(origin.name, stat.etag)
         #: which pieces of the file are there: for lanes in C
         self.here = _native.Here(stat.size)
         for chunk in file.whole():
@@ -105,6 +105,15 @@ class RemoteObject:
     def is_here(self, offset: int, length: int) -> bool:
         first, last = offset // _native.PIECE, (offset + length - 1) // _native.PIECE
         return range(first, last + 1) in self.here
+
+    def holds(self, offset: int, length: int) -> bool:
+        """As :meth:`is_here`, with what other processes of the host have fetched meanwhile."""
+        for chunk in range(offset // CHUNK, (offset + length - 1) // CHUNK + 1):
+            start, end = chunk * CHUNK, min((chunk + 1) * CHUNK, self.size)
+            with suppress(OSError):
+                if not self.is_here(start, end - start) and self._file.is_whole(chunk):
+                    self.here.came(_pieces(start, end, self.size))
+        return self.is_here(offset, length)
 
     def check(self) -> None:
         """Raise why the object cannot be read any more, if that is so."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from ..errors import PagenetError, SourceUnreachable
 from ..protocol import printable
 
-__all__ = ["ObjectStat", "Origin", "Refused", "Transient", "unreachable"]
+__all__ = ["ObjectStat", "Origin", "Refused", "Transient", "object_identity", "unreachable"]
 
 
 class Transient(Exception):
@@ -59,6 +59,11 @@ class Origin(Protocol):
     def close(self) -> None:
         """Drop the connections. Idempotent."""
         ...
+
+
+def object_identity(name: str, etag: str | None) -> str:
+    """What distinguishes its content from that of any other object."""
+    return f"object {name} {etag}"
 
 
 def unreachable(origin: str, kind: str, deadline: float, error: Transient) -> PagenetError:

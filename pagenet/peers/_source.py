@@ -15,8 +15,8 @@ from ..errors import (
     ConnectionBroken,
     ConnectionClosed,
     PagenetError,
+    RemoteProtocolError,
     SourceDisconnected,
-    SourceLost,
     SourceUnreachable,
 )
 from ..objects import ObjectStat, Refused, Transient
@@ -40,17 +40,21 @@ _STALL = 10.0
 
 class PeerSource:
     """The source that listens on ``uri``, with one session at a time, and the same pages in each.
-    ``held``: as of :class:`Session`. ``identity``: what it must be; None: as in the first session.
+    ``held``: as of :class:`Session`. ``expected``: the identity and the sizes of the blocks that it
+    must have; None: those of the first session.
 
     Close it. It ends with the last of its blocks. Methods that are asynchronous are for its
     thread."""
 
     def __init__(
-        self, uri: str, tls: Tls | None, held: bool = False, identity: bytes | None = None
+        self,
+        uri: str,
+        tls: Tls | None,
+        held: bool = False,
+        expected: tuple[bytes, Region] | None = None,
     ) -> None:
         self.uri, self._tls, self._held = uri, tls, held
-        self.identity = identity
-        self.region: Region | None = None
+        self._expected = expected
         self.thread = TrioThread.open()
         self._session: Session | None = None
         self._scope = trio.CancelScope()
@@ -75,8 +79,8 @@ class PeerSource:
             await self._ended.wait()
 
     async def meet(self) -> Session:
-        """The session, or a new one. :exc:`~pagenet.errors.SourceLost` if this is another source
-        than before, and other errors of pagenet's."""
+        """The session, or a new one. :exc:`~pagenet.errors.RemoteProtocolError` if it is with
+        another source than expected, and other errors of pagenet's."""
         if self._session is None or self._session.error is not None:
             self._session = Session(self.uri, self._tls, self._held)
             self._scope, self._ended = trio.CancelScope(), trio.Event()
@@ -98,13 +102,15 @@ class PeerSource:
             ended.set()
 
     def _check(self, session: Session) -> None:
-        if self.identity is None:
-            self.identity = session.identity
-        if self.region is None:
-            self.region = session.region
-        if (self.identity, _sizes(self.region)) != (session.identity, _sizes(session.region)):
-            was, now = self.identity.hex()[:8], session.identity.hex()[:8]
-            raise SourceLost(f"another source answers, or it has other pages now: {now}, not {was}")
+        if self._expected is None:
+            self._expected = session.identity, session.region
+        identity, region = self._expected
+        if (identity, _sizes(region)) != (session.identity, _sizes(session.region)):
+            was, now = identity.hex()[:8], session.identity.hex()[:8]
+            raise RemoteProtocolError(
+                "another source answers, or it has other pages now"
+                + (f": {now} instead of {was}" if was != now else "")
+            )
 
     def leave(self) -> None:
         """End the session. The next read begins another."""

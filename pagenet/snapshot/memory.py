@@ -11,20 +11,27 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 from .. import _native
 from ..errors import SourceLost, Unsupported
 from .index import PAGE
 from .opened import Snapshot, open_snapshot
+from .peered import PeeredFrames
+
+if TYPE_CHECKING:
+    from ..peers import Peers
 
 __all__ = ["SnapshotMemory"]
 
 
 class SnapshotMemory:
-    """The memory of a snapshot. ``owns``: closes the snapshot too. :exc:`SourceLost`, in one line,
-    if there is no room for a file."""
+    """The memory of a snapshot. ``owns``: closes the snapshot too. ``peers``: asked for frames
+    before they are read from their objects; closed too. :exc:`SourceLost`, in one line, if there is
+    no room for a file."""
 
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
@@ -32,10 +39,13 @@ class SnapshotMemory:
     #: it is read from its directory
     remote: None = None
 
-    def __init__(self, snapshot: Snapshot, owns: bool = False) -> None:
+    def __init__(
+        self, snapshot: Snapshot, owns: bool = False, peers: PeeredFrames | None = None
+    ) -> None:
         self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns
+        self._peers = peers
         self.size = self._index.size
-        self.identity = f"snapshot {self._index.id.hex()}"
+        self.identity = snapshot.identity
         self._directory = os.environ.get("TMPDIR") or "/var/tmp"
         try:
             self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
@@ -53,19 +63,28 @@ class SnapshotMemory:
         self._loading: dict[int, Future[None]] = {}
 
     @classmethod
-    def open(cls, spec: str) -> SnapshotMemory:
-        """That of the snapshot ``DIR/NAME``. :exc:`~pagenet.errors.UsageError` if there is none."""
-        snapshot = open_snapshot(spec)
-        try:
-            return cls(snapshot, owns=True)
-        except BaseException:
-            snapshot.close()
-            raise
+    def open(
+        cls, spec: str, find_peers: Callable[[str, int], Peers] | None = None
+    ) -> SnapshotMemory:
+        """That of the snapshot ``DIR/NAME``. ``find_peers``: peers of memory of that identity and
+        size. :exc:`~pagenet.errors.UsageError` if there is none."""
+        with ExitStack() as undo:
+            snapshot = undo.enter_context(open_snapshot(spec))
+            peers = None
+            if find_peers is not None:
+                found = find_peers(snapshot.identity, snapshot.index.size)
+                peers = PeeredFrames(snapshot.index, found)
+                undo.callback(peers.close)
+            memory = cls(snapshot, owns=True, peers=peers)
+            undo.pop_all()
+            return memory
 
     def close(self) -> None:
         """Idempotent."""
         self._file.close()
         self._fd = -1  # the number may be another file's by now
+        if self._peers is not None:
+            self._peers.close()
         if self._owns:
             self._snapshot.close()
 
@@ -151,6 +170,9 @@ class SnapshotMemory:
             del self._loading[frame]
 
     def _place(self, frame: int) -> None:
+        if self._peers is not None and (pages := self._peers.read(frame)) is not None:
+            self._index.scatter(frame, pages, self._write)
+            return
         self._snapshot.read_frame(
             frame, lambda pages: self._index.scatter(frame, pages, self._write)
         )

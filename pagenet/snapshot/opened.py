@@ -52,6 +52,11 @@ class Snapshot:
         """Idempotent."""
         self._objects.close()
 
+    @property
+    def identity(self) -> str:
+        """What distinguishes its content from that of any other snapshot."""
+        return f"snapshot {self.index.id.hex()}"
+
     def read_frame(self, number: int, use: Callable[[memoryview], T]) -> T:
         """What ``use`` returns for the pages of a frame, which are valid until then.
 

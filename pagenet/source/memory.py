@@ -25,12 +25,14 @@ import trio
 
 from .. import _native
 from ..errors import SourceLost, UsageError
-from ..protocol import Class, printable
+from ..events import EventHandler, ignore_events
+from ..protocol import Class, content_identity, printable
 from ..region import Block, Region, Run
 from ..sizes import MAX_ADDRESS, split_range
 
 if TYPE_CHECKING:
     from ..objects import Origin, RemoteObject
+    from ..peers import Peers
     from ..tls import Tls
 
 __all__ = [
@@ -111,7 +113,7 @@ class Source:
         #: 16 bytes: the same each time the same memory is opened, and different for other memory
         #: and for a stored file that was written to since. :func:`named_identity` makes them from a
         #: name that an operator gives the content.
-        self.identity = hashlib.sha256(identity.encode()).digest()[:16]
+        self.identity = content_identity(identity)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +157,11 @@ class Source:
         """Whether the pages can be read without fetching them from a store."""
         piece, offset = self._place(run)
         return piece.remote is None or piece.remote.is_here(offset, self.region.size_of(run))
+
+    def holds(self, run: Run) -> bool:
+        """As :meth:`is_here`, where a look into the cache of the host may be worth it."""
+        piece, offset = self._place(run)
+        return piece.remote is None or piece.remote.holds(offset, self.region.size_of(run))
 
     def want(self, run: Run, class_: Class) -> None:
         """Have the pages fetched, if they are not here. Who listens hears of it."""
@@ -431,7 +438,7 @@ class _ObjectPiece(_FilePiece):
         self.remote: RemoteObject = remote
         self._fd, self._path, self.size = remote.fd, printable(remote.uri), remote.size
         self._is_in_memory, self.owner = False, None
-        self.identity = f"object {remote.uri} {remote.etag}"
+        self.identity = remote.identity
         _check_size(self._path, self.size)
 
     def check_unchanged(self) -> None:
@@ -551,6 +558,13 @@ class _Fetching:
     size: int | None
     timeout: float
     tls: Tls | None
+    peers: Sequence[str]
+    on_event: EventHandler
+
+    def find_peers(self, identity: str, size: int) -> Peers:
+        from ..peers import Peers  # it takes a while, and few have any
+
+        return Peers(self.peers, self.tls, content_identity(identity), size, self.on_event)
 
 
 def open_source(
@@ -559,6 +573,8 @@ def open_source(
     cache_size: int | None = None,
     store_timeout: float = STORE_TIMEOUT,
     tls: Tls | None = None,
+    peers: Sequence[str] = (),
+    on_event: EventHandler = ignore_events,
 ) -> Source:
     """Open the memory that ``specs`` name: one block for each, in that order.
 
@@ -573,12 +589,17 @@ def open_source(
     what was fetched is kept, chunk by chunk, ``cache_size`` bytes at most, for all processes of the
     host. None: in a file without a name, as long as the source is open.
 
+    ``peers``: URIs of sources that may have the same object or snapshot, which are asked for what
+    they hold before the store or the directory is read. Frames of a snapshot are compared with
+    their digests; for an object they must be authenticated (``tls``). Event, in another thread:
+    ``peer`` (its ``uri``, and the ``reason`` why it is not asked any more).
+
     Raises :exc:`UsageError` if a spec cannot be used; for objects also :exc:`SourceUnreachable`,
     and :exc:`Unsupported` if obstore is not installed; for another source what dialling it raises.
     """
     if not specs:
         raise UsageError("no source given")
-    fetching = _Fetching(cache, cache_size, store_timeout, tls)
+    fetching = _Fetching(cache, cache_size, store_timeout, tls, tuple(peers), on_event)
     with ExitStack() as undo:
         pieces: list[tuple[str, _Piece]] = []
         identity = None
@@ -604,16 +625,24 @@ async def open_source_in_thread(
     cache_size: int | None = None,
     store_timeout: float = STORE_TIMEOUT,
     tls: Tls | None = None,
+    peers: Sequence[str] = (),
+    on_event: EventHandler = ignore_events,
 ) -> Source:
     """:func:`open_source`, which may be cancelled while it waits for a store or a source."""
     names = [_split_name(os.fspath(spec))[1] for spec in specs]
     if not any(is_object(name) or _is_elsewhere(name) for name in names):
-        return open_source(*specs)
+        return open_source(*specs, tls=tls, peers=peers, on_event=on_event)
     is_cancelled = threading.Event()
 
     def opened() -> Source:
         source = open_source(
-            *specs, cache=cache, cache_size=cache_size, store_timeout=store_timeout, tls=tls
+            *specs,
+            cache=cache,
+            cache_size=cache_size,
+            store_timeout=store_timeout,
+            tls=tls,
+            peers=peers,
+            on_event=on_event,
         )
         if is_cancelled.is_set():
             source.close()
@@ -650,6 +679,8 @@ def _open_elsewhere(spec: str, fetching: _Fetching) -> tuple[bytes, list[tuple[s
     name, uri = _split_name(spec)
     if uri.startswith("rdma://"):
         raise UsageError(f"{printable(uri)}: another source is read over tcp:// or unix:")
+    if fetching.peers:
+        raise UsageError(f"source {printable(uri)}: peers are asked for objects and snapshots")
     pieces: list[tuple[str, _Piece]] = []
     with (
         closing(PeerSource(uri, fetching.tls if uri.startswith("tcp://") else None)) as peer,
@@ -669,6 +700,15 @@ def _open_elsewhere(spec: str, fetching: _Fetching) -> tuple[bytes, list[tuple[s
     return identity, pieces
 
 
+def _origin_of(uri: str, fetching: _Fetching) -> str | Origin:
+    if not fetching.peers:
+        return uri
+    from ..objects import StoredObject
+    from ..peers import PeeredObject
+
+    return PeeredObject(StoredObject(uri), fetching.peers, fetching.tls, fetching.on_event)
+
+
 def _open_object(what: str | Origin, fetching: _Fetching) -> _Piece:
     from ..objects import open_object  # not where no object is served: it takes a while
 
@@ -684,11 +724,14 @@ def _open_object(what: str | Origin, fetching: _Fetching) -> _Piece:
 
 def _open_piece(what: str, fetching: _Fetching) -> _Piece:
     if is_object(what):
-        return _open_object(what, fetching)
+        return _open_object(_origin_of(what, fetching), fetching)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
 
-        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT))
+        find_peers = fetching.find_peers if fetching.peers else None
+        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT), find_peers)
+    if fetching.peers:
+        raise UsageError(f"source {what}: peers are asked for objects and snapshots")
     if not what.startswith("pid:"):
         return _FilePiece(what)
     match = _PROCESS.fullmatch(what)

@@ -90,7 +90,7 @@ class TrioSourceLane:
                 self._choice.resume(time.monotonic_ns())
                 for request in decoder.requests():
                     self._counts.asked[request.class_] += request.run.count
-                    if self._source.is_here(request.run):
+                    if self._is_here(request.run):
                         await self._answer(request)
                     elif self._held:
                         async with self._turn:
@@ -105,6 +105,9 @@ class TrioSourceLane:
                     nursery.cancel_scope.cancel()
                     return decoder.check_eof()
                 decoder.feed(buffer[:count])
+
+    def _is_here(self, run: Run) -> bool:
+        return self._source.holds(run) if self._held else self._source.is_here(run)
 
     async def _fetch_and_answer(self, request: Request) -> None:
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from certificates import Authority
+from hostile_source import PAYLOAD, Answer, hostile_source, say
 from processes import (
     PAGE,
     check_verified,
@@ -24,19 +22,8 @@ from processes import (
 )
 
 import pagenet
-from pagenet import Block, IntoFile, Region, Run, Source, SourceLost, transport
-from pagenet.protocol import (
-    ALIVE,
-    LANE_HEADER_SIZE,
-    LZ4,
-    Channel,
-    Encoding,
-    Hello,
-    Reply,
-    RequestDecoder,
-    Role,
-)
-from pagenet.session import MessageStream
+from pagenet import IntoFile, Run, Source, SourceLost, transport
+from pagenet.protocol import Encoding
 from pagenet.source.memory import open_source_in_thread
 from pagenet.uffd import probe
 
@@ -200,67 +187,6 @@ async def test_another_source_in_its_place(memory: Path, tmp_path: Path) -> None
 
 # ---- a hostile source ----
 
-Answer = Callable[[transport.Connection, Run, int, int], Awaitable[None]]
-
-
-@asynccontextmanager
-async def hostile(answer: Answer) -> AsyncIterator[str]:
-    """A source of 4 pages that answers each request as ``answer`` has it."""
-    region, session = Region([Block("mem", 4 * PAGE, PAGE)]), bytes(range(16))
-
-    async def meet(connection: transport.Connection) -> None:
-        stream = MessageStream(connection)
-        theirs = await stream.receive_hello(Role.DESTINATION)
-        ours = Hello(Role.SOURCE, theirs.channel, session, features=frozenset({ALIVE, LZ4}))
-        if theirs.channel is Channel.CONTROL:
-            ours = Hello(Role.SOURCE, theirs.channel, session, b"1" * 16, region)
-        await stream.answer(ours)
-        if theirs.channel is Channel.CONTROL:
-            while await stream.receive() is not None:
-                pass
-        else:
-            await serve_lane(connection)
-
-    async def serve_lane(connection: transport.Connection) -> None:
-        decoder, buffer = RequestDecoder(region), memoryview(bytearray(LANE_HEADER_SIZE))
-        while count := await connection.receive_into(buffer):
-            decoder.feed(buffer[:count])
-            for request in decoder.requests():
-                await answer(connection, request.run, request.request_id, request.class_)
-
-    async def accept() -> None:
-        while True:
-            nursery.start_soon(quietly, await listener.accept())
-
-    async def quietly(connection: transport.Connection) -> None:
-        with closing(connection), suppress(pagenet.PagenetError):
-            await meet(connection)
-
-    with await transport.listen("tcp://127.0.0.1:0") as listener:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept)
-            yield listener.uri
-            nursery.cancel_scope.cancel()
-
-
-PAYLOAD = random.Random(1).randbytes(4 * PAGE)
-
-
-async def say(
-    encoding: int,
-    length: int,
-    payload: bytes,
-    shift: int,
-    connection: transport.Connection,
-    run: Run,
-    number: int,
-    class_: int,
-) -> None:
-    run = Run(run.first + shift, run.count)
-    reply = Reply(number, class_, Encoding.RAW, run, length).encode()  # type: ignore[arg-type]
-    await connection.send(reply[:5] + bytes([encoding]) + reply[6:], payload)
-
-
 LIES: dict[str, Answer] = {
     "other pages": partial(say, Encoding.RAW, 4 * PAGE, PAYLOAD, 1),
     "fewer bytes": partial(say, Encoding.RAW, 3 * PAGE, PAYLOAD[PAGE:], 0),
@@ -272,7 +198,7 @@ LIES: dict[str, Answer] = {
 
 @pytest.mark.parametrize("lie", LIES)
 async def test_a_source_that_lies(lie: str) -> None:
-    async with hostile(LIES[lie]) as uri:
+    async with hostile_source(LIES[lie]) as uri:
         with (
             await open_source_in_thread(uri, store_timeout=5) as source,
             pytest.raises(SourceLost, match=re.escape(uri)),
@@ -294,7 +220,7 @@ async def test_a_reply_that_breaks_off_is_asked_for_again() -> None:
         else:
             await say(Encoding.RAW, 4 * PAGE, PAYLOAD, 0, connection, run, number, class_)
 
-    async with hostile(answer) as uri:
+    async with hostile_source(answer) as uri:
         with await open_source_in_thread(uri, store_timeout=20) as source:
             assert await read(source, 0, 4) == PAYLOAD
     assert turns == 2
