@@ -96,7 +96,8 @@ def make_parser() -> Parser:
         help=(
             "where the source listens: tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH; or the source"
             " itself, as pagenet-serve takes it: s3://BUCKET/KEY, gs://BUCKET/KEY,"
-            " az://CONTAINER/KEY, https://HOST/PATH, snapshot:DIR/NAME, or a file"
+            " az://CONTAINER/KEY, https://HOST/PATH, nbd://HOST/EXPORT, snapshot:DIR/NAME, or a"
+            " file"
         ),
     )
     into = parser.add_mutually_exclusive_group(required=True)

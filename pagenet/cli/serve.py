@@ -60,9 +60,9 @@ def make_parser() -> Parser:
         help=(
             "a file, a tmpfs file, /proc/PID/fd/N (a memfd of that process), pid:PID:START-END or"
             " pid:PID:START+SIZE (addresses of that process), snapshot:DIR/NAME, or an object:"
-            " s3://BUCKET/KEY, gs://BUCKET/KEY, az://CONTAINER/KEY, https://HOST/PATH; or another"
-            " source: tcp://HOST:PORT, unix:PATH; NAME=SOURCE names the block. Several make one"
-            " region, one block each."
+            " s3://BUCKET/KEY, gs://BUCKET/KEY, az://CONTAINER/KEY, https://HOST/PATH,"
+            " nbd://HOST/EXPORT; or another source: tcp://HOST:PORT, unix:PATH; NAME=SOURCE"
+            " names the block. Several make one region, one block each."
         ),
     )
     where = parser.add_mutually_exclusive_group(required=True)

@@ -20,10 +20,11 @@ from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
 from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT
 from ._loop import Loop
+from ._nbd import NbdExport, is_export
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
 from ._store import StoredObject, within
 
-__all__ = ["RemoteObject", "open_object"]
+__all__ = ["RemoteObject", "open_object", "origin_of"]
 
 # The order of chunks that wait for their turn: that of classes, and last what is read ahead.
 _ORDER = {Class.DEMAND: 0, Class.PREFETCH: 1, Class.BACKGROUND: 2}
@@ -296,6 +297,13 @@ async def _nothing() -> None:
     pass
 
 
+def origin_of(uri: str) -> Origin:
+    """Where the bytes of the object that ``uri`` names come from. Nothing is asked yet. Raises
+    :exc:`UsageError`, and :exc:`~pagenet.errors.Unsupported` if what that takes is not
+    installed."""
+    return NbdExport(uri) if is_export(uri) else StoredObject(uri)
+
+
 def open_object(
     uri: str | Origin,
     *,
@@ -312,7 +320,7 @@ def open_object(
     Raises :exc:`UsageError` if there is no such object, or the store refuses it,
     :exc:`SourceUnreachable`, and :exc:`Unsupported` without obstore.
     """
-    origin = StoredObject(uri) if isinstance(uri, str) else uri
+    origin = origin_of(uri) if isinstance(uri, str) else uri
     name = printable(origin.name)
     end = time.monotonic() + deadline
     with ExitStack() as undo:
@@ -329,6 +337,11 @@ def open_object(
             raise UsageError(
                 f"{name}: its store does not say which content it is (no strong ETag), and a change"
                 " could not be noticed: copy it into a file"
+            )
+        if cache is not None and not origin.names_content:
+            raise UsageError(
+                f"{name}: its server does not say which content it is, and a cache could mix it"
+                " with another: leave --cache out, or copy it into a file"
             )
         if cache is None:
             try:

@@ -47,6 +47,11 @@ class Origin(Protocol):
         """What answers, for people: ``store``."""
         ...
 
+    @property
+    def names_content(self) -> bool:
+        """Whether another content has another ETag."""
+        ...
+
     async def stat(self) -> ObjectStat: ...
 
     def read(

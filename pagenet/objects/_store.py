@@ -222,6 +222,7 @@ class StoredObject:
     :exc:`Unsupported` without obstore."""
 
     kind = "store"
+    names_content = True
 
     def __init__(self, uri: str) -> None:
         parsed = Uri.parse(uri)

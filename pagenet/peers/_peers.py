@@ -163,6 +163,7 @@ class PeeredObject:
         self._uris, self._tls = uris, tls
         self._peers: Peers | None = None
         self.name, self.kind = origin.name, origin.kind
+        self.names_content = origin.names_content
         check_peers(uris)
         plain = [uri for uri in uris if tls is None or not uri.startswith("tcp://")]
         if plain:

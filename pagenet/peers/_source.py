@@ -149,6 +149,7 @@ class PeerBlock:
     the place of an ETag. A user of the source."""
 
     kind = "source"
+    names_content = True
 
     def __init__(self, source: PeerSource, index: int) -> None:
         self._source, self._index = source, index

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
 from typing import Any
 
 from ..errors import Unsupported
+from ..system_packages import make_importable
 
 __all__ = ["is_limit", "load", "locked_memory_hint", "registering", "translated"]
-
-# A virtual environment does not look here, and PyPI has no pyverbs for the libibverbs of most
-# systems.
-SYSTEM_PACKAGES = "/usr/lib/python3/dist-packages"
 
 
 def load(name: str) -> Any:
     """Import ``pyverbs.NAME``. :exc:`Unsupported` if there is no pyverbs for this Python."""
-    _find_package()
     try:
+        make_importable("pyverbs")
         return importlib.import_module(f"pyverbs.{name}")
     except ImportError as error:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -33,16 +28,6 @@ def load(name: str) -> Any:
             f"RDMA takes pyverbs for this Python {version}, and it cannot be imported ({error}): "
             "install it (Debian: apt install python3-pyverbs ibverbs-providers)"
         ) from None
-
-
-def _find_package() -> None:
-    if "pyverbs" in sys.modules or importlib.util.find_spec("pyverbs") is not None:
-        return
-    spec = PathFinder.find_spec("pyverbs", [SYSTEM_PACKAGES])
-    if spec is not None and spec.loader is not None:
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["pyverbs"] = module
-        spec.loader.exec_module(module)
 
 
 @contextmanager

@@ -547,6 +547,7 @@ def _start_time(pid: int) -> str:
 
 _PROCESS = re.compile(r"pid:(\d+):(.+)")
 _SNAPSHOT = "snapshot:"
+_OBJECTS = ("s3", "gs", "az", "https", "http", "nbd", "nbds", "nbd+unix", "nbds+unix")
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
@@ -580,7 +581,7 @@ def open_source(
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
     ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, the URI of an
-    object: ``s3://``, ``gs://``, ``az://``, ``https://``, or that of another source: ``tcp://``,
+    object: ``s3://``, ``gs://``, ``az://``, ``https://``, ``nbd://``, or that of another source: ``tcp://``,
     ``unix:``. ``NAME=`` in front gives the block a name. Another source has one block or several,
     and if it is the only spec, this source has its identity.
 
@@ -664,7 +665,7 @@ def _split_name(spec: str) -> tuple[str, str]:
 def is_object(what: str) -> bool:
     """Whether it is the URI of an object in a store."""
     scheme, found, _ = what.partition("://")
-    return bool(found) and scheme in ("s3", "gs", "az", "https", "http")
+    return bool(found) and scheme in _OBJECTS
 
 
 def _is_elsewhere(what: str) -> bool:
@@ -703,10 +704,10 @@ def _open_elsewhere(spec: str, fetching: _Fetching) -> tuple[bytes, list[tuple[s
 def _origin_of(uri: str, fetching: _Fetching) -> str | Origin:
     if not fetching.peers:
         return uri
-    from ..objects import StoredObject
+    from ..objects import origin_of
     from ..peers import PeeredObject
 
-    return PeeredObject(StoredObject(uri), fetching.peers, fetching.tls, fetching.on_event)
+    return PeeredObject(origin_of(uri), fetching.peers, fetching.tls, fetching.on_event)
 
 
 def _open_object(what: str | Origin, fetching: _Fetching) -> _Piece:

@@ -27,8 +27,8 @@ from pagenet import (
     SourceUnreachable,
     Unsupported,
     UsageError,
+    system_packages,
 )
-from pagenet.rdma import _pyverbs
 from pagenet.rdma._path import Wanted, check_device
 from pagenet.rdma._transport import _wanted
 from pagenet.rdma._wire import (
@@ -163,7 +163,7 @@ def test_no_pyverbs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pyverbs_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pyverbs, "SYSTEM_PACKAGES", "/nowhere")
+    monkeypatch.setattr(system_packages, "SYSTEM_PACKAGES", "/nowhere")
     for name in [name for name in sys.modules if name.split(".")[0] == "pyverbs"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(Unsupported, match=r"No module named 'pyverbs'"):
