@@ -37,6 +37,18 @@ async def read(source: Source, first: int = 0, count: int = PAGES) -> bytes:
     return bytes(into)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer may be as slow as this machine."""
+    monkeypatch.setattr(_peers, "_PATIENCE", 60.0)
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is silent is left alone soon, and for the rest of the test."""
+    monkeypatch.setattr(_peers, "_PATIENCE", 0.5)
+    monkeypatch.setattr(_peers, "_FIRST_REST", 1000.0)
+
+
 class Told:
     """Events, as they are told."""
 
@@ -134,8 +146,14 @@ BAD: dict[str, tuple[Answer, str]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 async def test_a_bad_peer_of_a_snapshot(
-    kind: str, snapshot: str, content: Callable[[], bytes], told: Told
+    kind: str,
+    snapshot: str,
+    content: Callable[[], bytes],
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if kind == "says nothing":
+        hurry(monkeypatch)
     answer, reason = BAD[kind]
     asked = 0
 
@@ -265,6 +283,8 @@ async def test_the_store_answers_where_a_peer_does_not(
     kind: str, tls: pagenet.Tls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = random.Random(4).randbytes(SIZE)
+    if kind == "says nothing":
+        hurry(monkeypatch)
     dial = transport.dial
 
     async def without_tls(uri: str, tls: pagenet.Tls | None = None) -> transport.Connection:
@@ -307,9 +327,10 @@ async def test_peers_that_are_refused(snapshot: str, tmp_path: Path) -> None:
         assert (code, reason in line) == (2, True), line
 
 
-async def test_a_clone_without_the_objects(snapshot: str, index: str, tmp_path: Path) -> None:
+async def test_a_clone_by_a_peer(snapshot: str, tmp_path: Path) -> None:
     async with pagenet.serve(snapshot, listen=LISTEN) as peer:
         options = ("--peer", peer.uri, "--into", str(tmp_path / "out"))
-        async with run(pull_command(index, *options, lane="native")) as pulling:
+        async with run(pull_command(snapshot, *options, lane="native")) as pulling:
             assert await pulling.wait() == 0
+        assert peer.statistics().asked
     assert (tmp_path / "out").read_bytes() == (tmp_path / "mem").read_bytes()
