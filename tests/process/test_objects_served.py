@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
+from urllib.request import Request, urlopen
 
 import pytest
 import trio
@@ -23,7 +24,7 @@ from processes import (
     serve_command,
     write_pattern,
 )
-from stores import CHUNK, http_store, s3_server
+from stores import CHUNK, gcs_server, http_store, s3_server
 
 import pagenet
 
@@ -141,6 +142,33 @@ async def test_an_object_that_is_replaced_ends_both_sides(memory: bytes, tmp_pat
                 assert f"{URI} is another object than before" in process.stderr
                 assert len(process.stderr.splitlines()) == 1
     assert not out.exists()
+
+
+async def test_google_cloud_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: None
+) -> None:
+    """Read, and another content under the same name is noticed."""
+    content = os.urandom(5 * CHUNK // 2 // PAGE * PAGE)
+    with gcs_server(tmp_path) as (url, environment):
+
+        def put(content: bytes) -> None:
+            where = f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name=snapshots/mem"
+            headers = {"Content-Type": "application/octet-stream"}
+            urlopen(Request(where, content, headers), timeout=60).close()
+
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        put(content)
+        for is_replaced in (False, True):
+            with open_object("gs://bucket/snapshots/mem", deadline=60) as remote:
+                await remote.fetch(0, PAGE, Class.DEMAND)
+                if is_replaced:
+                    put(content[::-1])
+                    with pytest.raises(pagenet.SourceLost, match="another object than before"):
+                        await remote.fetch(len(content) - PAGE, PAGE, Class.DEMAND)
+                else:
+                    await remote.fetch(0, len(content), Class.BACKGROUND)
+                    assert os.pread(remote.fd, len(content), 0) == content
 
 
 async def refused(*args: str, seconds: float = 30) -> tuple[int, str]:
