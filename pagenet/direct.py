@@ -51,7 +51,7 @@ async def direct_source(
 
     That is ``uri`` itself if a source listens there (``tcp://``, ``rdma://``, ``unix:``). Otherwise
     ``uri`` and the options are what :func:`pagenet.open_source` takes: an object, a snapshot, a
-    file. No other process can reach it; destinations dial it without TLS.
+    file. No other process can reach it; credentials that a destination dials with are not used.
 
     Raises what :func:`pagenet.open_source` raises. :exc:`~pagenet.errors.SourceLost`, in the block,
     if the source is lost and the block has not ended within 10 s: its destinations are told first.

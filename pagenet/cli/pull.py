@@ -318,7 +318,7 @@ async def _pull_once(
                 owner,
                 listen=options.listen,
                 reconnect_for=reconnect_for(options, inf if options.into is None else 0.0),
-                **{**pull_options(options), "tls": None if is_direct(options.uri) else options.tls},
+                **pull_options(options),
                 on_event=tell,
             ) as transfer,
         ):
@@ -370,6 +370,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--many is for --uffd-socket, without --listen and --missing")
         if options.learn is not None and not Path(options.learn).is_dir():
             parser.error(f"--learn: there is no directory {options.learn}")
+        if options.cache is not None or options.peers:
+            parser.error(
+                "--many fills guests from sources that listen: give them --cache and --peer"
+            )
         if options.lane == "trio":
             parser.error("--many has lanes in C alone")
         options.words = list(sys.argv[1:] if argv is None else argv)

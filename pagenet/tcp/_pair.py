@@ -16,6 +16,7 @@ import trio
 
 from ..errors import ConnectionClosed, SourceUnreachable, UsageError
 from ..one_task import OneTask
+from ..tls import Tls
 from ._connection import SocketConnection, reason
 
 __all__ = ["PairTransport"]
@@ -25,7 +26,8 @@ _numbers = count(1)
 
 class PairTransport:
     """A :class:`~pagenet.transport.Transport` within one process, for the tasks of one Trio run.
-    NAME is what each end calls the other; in it, ``%XX`` stands for the byte XX."""
+    NAME is what each end calls the other; in it, ``%XX`` stands for the byte XX. Nobody is between
+    the ends: credentials are not used."""
 
     def __init__(self) -> None:
         self._listeners: dict[str, _PairListener] = {}
@@ -52,6 +54,12 @@ class PairTransport:
             raise UsageError(f"{here}: cannot listen: there is a listener already")
         self._listeners[here] = listener = _PairListener(here, self._listeners)
         return listener
+
+    async def dial_tls(self, uri: SplitResult, tls: Tls) -> SocketConnection:
+        return await self.dial(uri)
+
+    async def listen_tls(self, uri: SplitResult, tls: Tls) -> _PairListener:
+        return await self.listen(uri)
 
     def is_private(self, uri: SplitResult) -> bool:
         return True

@@ -327,6 +327,20 @@ async def test_peers_that_are_refused(snapshot: str, tmp_path: Path) -> None:
         assert (code, reason in line) == (2, True), line
 
 
+@pytest.mark.usefixtures("runtime")
+async def test_a_destination_with_trusted_peers(tls: pagenet.Tls, tmp_path: Path) -> None:
+    memory = random.Random(4).randbytes(SIZE)
+    with http_store(memory) as store:
+        async with pagenet.serve(store.url, listen=LISTEN, tls=tls) as peer:
+            await peer._source.fetch(Run(0, PAGES), Class.DEMAND)
+            options = ("--peer", peer.uri, "--tls-dir", str(tmp_path / "tls"))
+            into = ("--into", str(tmp_path / "out"))
+            async with run(pull_command(store.url, *options, *into, lane="native")) as pulling:
+                assert await pulling.wait() == 0
+            assert (tmp_path / "out").read_bytes() == memory
+            assert peer.statistics().asked
+
+
 async def test_a_clone_by_a_peer(snapshot: str, tmp_path: Path) -> None:
     async with pagenet.serve(snapshot, listen=LISTEN) as peer:
         options = ("--peer", peer.uri, "--into", str(tmp_path / "out"))
