@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
-from concurrent.futures import Future
 from contextlib import suppress
 
 from .. import _native
-from ..errors import SourceLost, Unsupported
+from ..errors import SourceLost
+from ..protocol import printable
 from .index import PAGE
 from .opened import Snapshot, open_snapshot
 
@@ -28,7 +27,8 @@ class SnapshotMemory:
 
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
-    is_native = False
+    is_native = True
+    is_filled = True
     #: it is read from its directory
     remote: None = None
 
@@ -47,10 +47,7 @@ class SnapshotMemory:
         except OSError as error:
             self._file.close()
             raise self._no_room(error) from None
-        self._lock = threading.Lock()
-        #: by frame: whether its pages are in the file
-        self._is_there = bytearray(self._index.frames)
-        self._loading: dict[int, Future[None]] = {}
+        self._frames = snapshot.unpacked_into(self._fd, self._directory)
 
     @classmethod
     def open(cls, spec: str) -> SnapshotMemory:
@@ -63,7 +60,8 @@ class SnapshotMemory:
             raise
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. Not to be called while anybody reads."""
+        self._frames.close()
         self._file.close()
         self._fd = -1  # the number may be another file's by now
         if self._owns:
@@ -79,7 +77,7 @@ class SnapshotMemory:
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` on, if its frames are unpacked, and that waits for no
         disk. False: it would; ``into`` may be overwritten."""
-        if not all(map(self._is_there.__getitem__, self._frames(offset, len(into)))):
+        if not self._frames.are_there(offset, len(into)):
             return False
         try:
             count = os.preadv(self._fd, [into], offset, os.RWF_NOWAIT)
@@ -89,9 +87,10 @@ class SnapshotMemory:
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read."""
-        for frame in self._frames(offset, len(into)):
-            if not self._is_there[frame]:
-                self._load(frame)
+        try:
+            self._frames.need(offset, len(into))
+        except LookupError as error:
+            raise SourceLost(str(error)) from None
         try:
             while into:
                 count = os.preadv(self._fd, [into], offset)
@@ -101,7 +100,7 @@ class SnapshotMemory:
             raise self._snapshot.lost(why) from None
 
     def is_hole(self, offset: int, length: int) -> bool:
-        return not self._frames(offset, length)
+        return self._frames.are_zero(offset, length)
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
         if not self.is_hole(offset, pages * page_size):
@@ -113,9 +112,6 @@ class SnapshotMemory:
         with suppress(OSError):  # not every file system can
             _native.punch(self._fd, end)
 
-    def _frames(self, offset: int, length: int) -> set[int]:
-        return self._index.frames_in(offset // PAGE, length // PAGE)
-
     def pages_of(self, frame: int, pages: list[int]) -> dict[int, bytes]:
         """These pages of a frame. Blocks. :exc:`SourceLost`."""
         return self._snapshot.read_frame(
@@ -123,53 +119,20 @@ class SnapshotMemory:
             lambda all_: {page: bytes(all_[page * PAGE : (page + 1) * PAGE]) for page in pages},
         )
 
-    # ---- unpacking ----
-
-    def _load(self, frame: int) -> None:
-        """Have the frame's pages in the file. Whoever comes first does it, and the others wait."""
-        with self._lock:
-            if self._is_there[frame]:
-                return
-            loading = self._loading.get(frame)
-            is_ours = loading is None
-            if loading is None:
-                loading = self._loading[frame] = Future()
-        if not is_ours:
-            return loading.result()
-        try:
-            self._place(frame)
-        except BaseException as error:
-            self._loaded(frame, False)
-            loading.set_exception(error)
-            raise
-        self._loaded(frame, True)
-        loading.set_result(None)
-
-    def _loaded(self, frame: int, is_there: bool) -> None:
-        with self._lock:
-            self._is_there[frame] = is_there
-            del self._loading[frame]
-
-    def _place(self, frame: int) -> None:
-        self._snapshot.read_frame(
-            frame, lambda pages: self._index.scatter(frame, pages, self._write)
-        )
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        try:
-            while (written := os.pwrite(self._fd, data, offset)) < len(data):
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise self._no_room(error) from None
-
     # ---- what sources are asked ----
 
     def check_unchanged(self) -> None:
         """Its objects never change."""
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
-        """:exc:`Unsupported`: loops in C read files and processes, and devices read memory."""
-        raise Unsupported(
-            f"snapshot {self._snapshot.name} is not memory that a device can read: serve it over"
-            " tcp:// or unix:, or export it and serve the file"
+        return _native.SourceBlock(
+            first,
+            self.size // page_size,
+            page_size,
+            0,
+            printable(self._snapshot.name),
+            fd=self._fd,
+            pid=0,
+            pidfd=-1,
+            frames=self._frames,
         )

@@ -23,6 +23,11 @@ _LONGEST = 64 - len(_INDEX)
 class Objects(Protocol):
     """Objects by name, which never change once they are there. Any thread may read."""
 
+    @property
+    def fd(self) -> int:
+        """The directory that has them as files, or -1."""
+        ...
+
     def read(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on; fewer, or none, where the object ends before.
 
@@ -42,7 +47,7 @@ class Directory:
 
     def __init__(self, path: str) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot open {path}: {_reason(error)}") from None
 
@@ -55,7 +60,7 @@ class Directory:
     def read(self, name: str, offset: int, length: int) -> bytes:
         # Non-blocking: opening a FIFO would wait for its writer.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        fd = os.open(name, flags, dir_fd=self._fd)
+        fd = os.open(name, flags, dir_fd=self.fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
@@ -64,9 +69,9 @@ class Directory:
             os.close(fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _reason(error: OSError | ValueError) -> str:

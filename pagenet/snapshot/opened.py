@@ -12,8 +12,10 @@ from typing import Self, TypeVar
 
 import trio
 
+from .. import _native
 from ..errors import SourceLost, UsageError
 from ..nurseries import open_failing_nursery
+from ..protocol import printable
 from .index import DIGEST_SIZE, PAGE, Index, decode_index
 from .objects import Objects, locate, open_objects
 from .pieces import restore_piece
@@ -51,6 +53,20 @@ class Snapshot:
     def close(self) -> None:
         """Idempotent."""
         self._objects.close()
+
+    def unpacked_into(self, file: int, place: str) -> _native.Frames:
+        """Its frames, unpacked into a file of its size, which is in ``place``, as they are needed.
+        It is to be closed before the snapshot is."""
+        index = self.index
+        return _native.Frames(
+            index.pages,
+            index.columns,
+            index.names,
+            self._objects.fd,
+            file,
+            printable(self.name),
+            printable(place),
+        )
 
     def read_frame(self, number: int, use: Callable[[memoryview], T]) -> T:
         """What ``use`` returns for the pages of a frame, which are valid until then.

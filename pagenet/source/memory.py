@@ -52,6 +52,8 @@ class _Piece(Protocol):
     owner: tuple[int, int | tuple[int, int]] | None
     #: whether :meth:`native` has an answer
     is_native: bool
+    #: whether pages come into its file as they are asked for, so that no device can read them
+    is_filled: bool
 
     @property
     def remote(self) -> RemoteObject | None:
@@ -131,6 +133,11 @@ class Source:
     def is_native(self) -> bool:
         """Whether lanes in C can read it."""
         return all(piece.is_native for piece in self._pieces)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether pages come into a file as they are asked for, so that no device can read them."""
+        return any(piece.is_filled for piece in self._pieces)
 
     def native_blocks(self) -> list[_native.SourceBlock]:
         """The blocks as lanes in C see them. :exc:`Unsupported` if these cannot read them."""
@@ -304,6 +311,7 @@ class _FilePiece:
     """A regular or tmpfs file, or a memfd by way of /proc/PID/fd/N."""
 
     is_native = True
+    is_filled = False
     remote: RemoteObject | None = None
 
     def __init__(self, path: str) -> None:
@@ -418,6 +426,8 @@ class _FilePiece:
 class _ObjectPiece(_FilePiece):
     """An object in a store, which is fetched into a file as its bytes are asked for."""
 
+    is_filled = True
+
     def __init__(self, remote: RemoteObject) -> None:
         self.remote: RemoteObject = remote
         self._fd, self._path, self.size = remote.fd, printable(remote.uri), remote.size
@@ -449,6 +459,7 @@ class _ProcessPiece:
     """An address range of another process, which is expected to stand still."""
 
     is_native = True
+    is_filled = False
     remote: RemoteObject | None = None
 
     def __init__(self, pid: int, start: int, size: int) -> None:
