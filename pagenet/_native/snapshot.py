@@ -110,13 +110,13 @@ class Frames:
         """Have all of these bytes in the file."""
         text = ffi.new("char[]", _REASON)
         if lib.pn_frames_need(self.struct, offset, size, text, _REASON):
-            raise LookupError(ffi.string(text).decode(errors="replace"))
+            raise LookupError(_words(text))
 
     def place(self, frame: int, fd: int, at: int) -> None:
         """Unpack a frame into the file; its stored bytes are in ``fd`` from ``at`` on."""
         text = ffi.new("char[]", _REASON)
         if lib.pn_frames_place(self.struct, frame, fd, at, text, _REASON):
-            raise LookupError(ffi.string(text).decode(errors="replace"))
+            raise LookupError(_words(text))
 
     def are_there(self, offset: int, size: int) -> bool:
         """Whether all of these bytes are in the file, or are zero."""
@@ -136,6 +136,10 @@ class Frames:
             count = lib.pn_frames_lacking(self.struct, at, end - at, numbers, room, next_)
             found.update(numbers[0:count])
         return found
+
+
+def _words(text: CData) -> str:
+    return bytes(ffi.buffer(text)).partition(b"\0")[0].decode(errors="replace")
 
 
 def checksum(data: Buffer) -> bytes:

@@ -15,9 +15,9 @@ from ..errors import SourceLost
 from ..region import Run
 from ..snapshot.creating import create_snapshot
 from ..snapshot.index import PAGE, ZERO_FRAME, Index
-from ..snapshot.opened import Snapshot, open_snapshot
+from ..snapshot.opened import open_snapshot_in_thread
 from ..snapshot.reading import compare_snapshots, export_snapshot, verify_snapshot
-from ..source.memory import open_source
+from ..source.memory import open_source_in_thread
 from ._command import CommandParser, Parser, Report, run_command
 
 __all__ = ["main", "make_parser"]
@@ -27,6 +27,7 @@ exit codes:
   0    done; of verify: the snapshot is whole; of diff: compared, with whatever result
   1    failed in a way that has no code of its own: there is no room for what is written
   2    bad usage: arguments, or what they name, cannot be used; a snapshot's index is broken
+  3    a store does not answer
   4    pages are missing: an object of a snapshot is missing or broken, or MEMFILE has changed
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
@@ -40,6 +41,7 @@ _WORDS = {
     "differs": "{first:#x}+{length:#x}",
     "compared": "{differ} of {pages} pages differ",
 }
+_SNAPSHOT = "DIR/NAME or s3://BUCKET/PREFIX/NAME"
 _MIB = 1 << 20
 _SAY_SECONDS = 1.0
 
@@ -67,12 +69,15 @@ def make_parser() -> Parser:
     create.add_argument(
         "target",
         metavar="TARGET",
-        help="DIR/NAME or file:///DIR/NAME: a name in a directory; objects are files in it",
+        help=(
+            "DIR/NAME or file:///DIR/NAME: a name in a directory, where objects are files; or"
+            " s3://BUCKET/PREFIX/NAME, or gs://, az://, https://: a name in a store"
+        ),
     )
     create.add_argument(
         "--base",
         metavar="SNAPSHOT",
-        help="a snapshot in the same directory: store only the pages that differ from its pages",
+        help="a snapshot in the same place: store only the pages that differ from its pages",
     )
     create.add_argument(
         "--sparse",
@@ -86,11 +91,11 @@ def make_parser() -> Parser:
     verify = add("verify", "Read all of a snapshot, and compare it with its checksums.")
     export = add("export", "Write a snapshot as one memory file.")
     for command in (info, verify, export):
-        command.add_argument("snapshot", metavar="SNAPSHOT", help="DIR/NAME")
+        command.add_argument("snapshot", metavar="SNAPSHOT", help=_SNAPSHOT)
     export.add_argument("file", metavar="FILE", help="the file, which appears once it is whole")
     diff = add("diff", "Show which pages of two snapshots differ.")
-    diff.add_argument("one", metavar="SNAPSHOT", help="DIR/NAME")
-    diff.add_argument("other", metavar="SNAPSHOT", help="DIR/NAME, of as much memory")
+    diff.add_argument("one", metavar="SNAPSHOT", help=_SNAPSHOT)
+    diff.add_argument("other", metavar="SNAPSHOT", help=f"{_SNAPSHOT}, of as much memory")
     return parser
 
 
@@ -121,7 +126,7 @@ class _Progress:
 
 
 async def _create(options: argparse.Namespace, report: Report) -> None:
-    with open_source(options.memory) as source:
+    with await open_source_in_thread(options.memory) as source:
         progress = _Progress(report, source.region.pages)
         created = await create_snapshot(
             source, options.target, options.base, options.sparse, progress
@@ -134,12 +139,8 @@ async def _create(options: argparse.Namespace, report: Report) -> None:
     report("created", target=options.target, **fields)
 
 
-async def _opened(spec: str) -> Snapshot:
-    return await trio.to_thread.run_sync(open_snapshot, spec)
-
-
 async def _info(options: argparse.Namespace, report: Report) -> None:
-    with await _opened(options.snapshot) as snapshot:
+    with await open_snapshot_in_thread(options.snapshot) as snapshot:
         facts = await trio.to_thread.run_sync(_facts, snapshot.index)
     if report.as_json:
         report("snapshot", **facts)
@@ -190,7 +191,7 @@ def _fact_words(facts: dict[str, object]) -> list[str]:
 
 
 async def _verify(options: argparse.Namespace, report: Report) -> None:
-    with await _opened(options.snapshot) as snapshot:
+    with await open_snapshot_in_thread(options.snapshot) as snapshot:
         progress = _Progress(report, _stored_pages(snapshot.index))
         flaws = await verify_snapshot(snapshot, progress)
     if flaws.broken:
@@ -207,7 +208,7 @@ def _stored_pages(index: Index) -> int:
 
 
 async def _export(options: argparse.Namespace, report: Report) -> None:
-    with await _opened(options.snapshot) as snapshot:
+    with await open_snapshot_in_thread(options.snapshot) as snapshot:
         progress = _Progress(report, _stored_pages(snapshot.index))
         await export_snapshot(snapshot, options.file, progress)
         size = snapshot.index.size
@@ -218,7 +219,10 @@ async def _diff(options: argparse.Namespace, report: Report) -> None:
     def say(run: Run) -> None:
         report("differs", first=run.first * PAGE, length=run.count * PAGE)
 
-    with await _opened(options.one) as one, await _opened(options.other) as other:
+    with (
+        await open_snapshot_in_thread(options.one) as one,
+        await open_snapshot_in_thread(options.other) as other,
+    ):
         pages = one.index.pages
         differ = await compare_snapshots(one, other, say, _Progress(report, pages))
     report("compared", pages=pages, differ=differ)

@@ -8,7 +8,7 @@ obstore is needed once a URI is opened, and not before (``pip install 'pagenet[o
 
 from __future__ import annotations
 
-from ._object import RemoteObject, open_object
+from ._object import RemoteObject, open_object, open_part
 from ._store import Store, open_store
 
-__all__ = ["RemoteObject", "Store", "open_object", "open_store"]
+__all__ = ["RemoteObject", "Store", "open_object", "open_part", "open_store"]

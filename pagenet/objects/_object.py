@@ -23,7 +23,7 @@ from ._loop import Loop
 from ._store import Client, ObjectStat, Refused, Transient, unreachable, within
 from ._uri import Uri
 
-__all__ = ["RemoteObject", "open_object"]
+__all__ = ["RemoteObject", "open_object", "open_part"]
 
 # The order of chunks that wait for their turn: that of classes, and last what is read ahead.
 _ORDER = {Class.DEMAND: 0, Class.PREFETCH: 1, Class.BACKGROUND: 2}
@@ -318,12 +318,43 @@ def open_object(
                 f"{name}: its store does not say which content it is (no strong ETag), and a change"
                 " could not be noticed: copy it into a file"
             )
-        if cache is None:
-            try:
-                file = open_temporary(stat.size)
-            except OSError as error:
-                raise UsageError(f"no room for {name}: {error.strerror}") from None
-        else:
-            file = open_cache(cache, str(client.uri), stat.etag, stat.size, cache_size)
+        file = _open_file(client, stat, cache, cache_size)
         undo.pop_all()
         return RemoteObject(client, stat, file, loop, deadline)
+
+
+def open_part(
+    client: Client,
+    size: int,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
+    deadline: float,
+) -> RemoteObject:
+    """Open an object whose size is known, and whose bytes are checked by who reads them: nothing is
+    asked of its store yet. ``client``: of that object, which then owns it; otherwise as
+    :func:`open_object`.
+    """
+    stat = ObjectStat(size, "", is_pinned=False)
+    with ExitStack() as undo:
+        undo.callback(client.close)
+        loop = Loop.open()
+        undo.callback(loop.close)
+        file = _open_file(client, stat, cache, cache_size)
+        undo.pop_all()
+        return RemoteObject(client, stat, file, loop, deadline)
+
+
+def _open_file(
+    client: Client,
+    stat: ObjectStat,
+    cache: str | os.PathLike[str] | None,
+    cache_size: int | None,
+) -> CacheFile:
+    if cache is not None:
+        return open_cache(cache, str(client.uri), stat.etag or "", stat.size, cache_size)
+    try:
+        return open_temporary(stat.size)
+    except OSError as error:
+        name = printable(str(client.uri))
+        raise UsageError(f"no room for {name}: {error.strerror}") from None

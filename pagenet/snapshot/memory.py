@@ -14,25 +14,25 @@ from contextlib import suppress
 
 from .. import _native
 from ..errors import SourceLost
-from ..protocol import printable
+from ..protocol import Class, printable
 from .index import PAGE
+from .objects import StoreObjects
 from .opened import Snapshot, open_snapshot
+from .remote import Cache, RemoteFrames
 
 __all__ = ["SnapshotMemory"]
 
 
 class SnapshotMemory:
-    """The memory of a snapshot. ``owns``: closes the snapshot too. :exc:`SourceLost`, in one line,
-    if there is no room for a file."""
+    """The memory of a snapshot. ``owns``: closes the snapshot too. ``cache``: where objects of a
+    store are kept. :exc:`SourceLost`, in one line, if there is no room for a file."""
 
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
     is_native = True
     is_filled = True
-    #: it is read from its directory
-    remote: None = None
 
-    def __init__(self, snapshot: Snapshot, owns: bool = False) -> None:
+    def __init__(self, snapshot: Snapshot, owns: bool = False, cache: Cache | None = None) -> None:
         self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns
         self.size = self._index.size
         self.identity = f"snapshot {self._index.id.hex()}"
@@ -48,19 +48,29 @@ class SnapshotMemory:
             self._file.close()
             raise self._no_room(error) from None
         self._frames = snapshot.unpacked_into(self._fd, self._directory)
+        #: what fetches frames from a store; None: they are in a directory
+        self.remote: RemoteFrames | None = None
+        if isinstance(snapshot.objects, StoreObjects):
+            self.remote = RemoteFrames(
+                snapshot.index, self._frames, snapshot.objects, cache or Cache()
+            )
 
     @classmethod
-    def open(cls, spec: str) -> SnapshotMemory:
-        """That of the snapshot ``DIR/NAME``. :exc:`~pagenet.errors.UsageError` if there is none."""
-        snapshot = open_snapshot(spec)
+    def open(cls, spec: str, cache: Cache | None = None) -> SnapshotMemory:
+        """That of the snapshot ``DIR/NAME`` or ``s3://BUCKET/PREFIX/NAME``. Raises what
+        :func:`open_snapshot` does."""
+        cache = cache or Cache()
+        snapshot = open_snapshot(spec, cache.timeout)
         try:
-            return cls(snapshot, owns=True)
+            return cls(snapshot, owns=True, cache=cache)
         except BaseException:
             snapshot.close()
             raise
 
     def close(self) -> None:
         """Idempotent. Not to be called while anybody reads."""
+        if self.remote is not None:
+            self.remote.close()
         self._frames.close()
         self._file.close()
         self._fd = -1  # the number may be another file's by now
@@ -85,8 +95,15 @@ class SnapshotMemory:
             return False
         return count == len(into)
 
+    async def fetch(self, offset: int, length: int) -> None:
+        """Have these bytes fetched from a store, before :meth:`read`. Bytes are fetched ahead.
+        :exc:`SourceLost` if they cannot be."""
+        if self.remote is not None:
+            await self.remote.fetch(offset, length, Class.BACKGROUND)
+
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read."""
+        """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read, or was not
+        fetched."""
         try:
             self._frames.need(offset, len(into))
         except LookupError as error:
@@ -122,7 +139,9 @@ class SnapshotMemory:
     # ---- what sources are asked ----
 
     def check_unchanged(self) -> None:
-        """Its objects never change."""
+        """Its objects never change. :exc:`SourceLost` if one could not be fetched."""
+        if self.remote is not None:
+            self.remote.check()
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
         return _native.SourceBlock(

@@ -31,6 +31,7 @@ from ..sizes import MAX_ADDRESS, split_range
 
 if TYPE_CHECKING:
     from ..objects import RemoteObject
+    from ..snapshot.remote import RemoteFrames
 
 __all__ = ["STORE_TIMEOUT", "Source", "named_identity", "open_source", "open_source_in_thread"]
 
@@ -56,7 +57,7 @@ class _Piece(Protocol):
     is_filled: bool
 
     @property
-    def remote(self) -> RemoteObject | None:
+    def remote(self) -> RemoteObject | RemoteFrames | None:
         """What its bytes have to be fetched by before they are read; None: they are here."""
         ...
 
@@ -563,9 +564,9 @@ def open_source(
     """Open the memory that ``specs`` name: one block for each, in that order.
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
-    ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, or the URI of an
-    object: ``s3://``, ``gs://``, ``az://``, ``https://``. ``NAME=`` in front gives the block a
-    name.
+    ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, the URI of an
+    object (``s3://``, ``gs://``, ``az://``, ``https://``), or ``snapshot:s3://BUCKET/PREFIX/NAME``.
+    ``NAME=`` in front gives the block a name.
 
     Opening an object waits for its store, ``store_timeout`` seconds at most; so does each read.
     ``cache``: a directory in which objects are kept, chunk by chunk, ``cache_size`` bytes at most,
@@ -596,7 +597,7 @@ async def open_source_in_thread(
     store_timeout: float = STORE_TIMEOUT,
 ) -> Source:
     """:func:`open_source`, which may be cancelled while it waits for a store."""
-    if not any(_is_object(_split_name(os.fspath(spec))[1]) for spec in specs):
+    if not any(_is_in_store(_split_name(os.fspath(spec))[1]) for spec in specs):
         return open_source(*specs)
     is_cancelled = threading.Event()
 
@@ -626,6 +627,10 @@ def _is_object(what: str) -> bool:
     return bool(found) and scheme in ("s3", "gs", "az", "https", "http")
 
 
+def _is_in_store(what: str) -> bool:
+    return _is_object(what.removeprefix(_SNAPSHOT))
+
+
 def _open_object(what: str, store: _Cache) -> _Piece:
     from ..objects import open_object  # not where no object is served: it takes a while
 
@@ -642,8 +647,10 @@ def _open_piece(what: str, store: _Cache) -> _Piece:
         return _open_object(what, store)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
+        from ..snapshot.remote import Cache
 
-        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT))
+        cache = Cache(store.directory, store.size, store.timeout)
+        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT), cache)
     if not what.startswith("pid:"):
         return _FilePiece(what)
     match = _PROCESS.fullmatch(what)

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from processes import (
     serve_command,
     write_pattern,
 )
-from stores import CHUNK, http_store, s3_server
+from stores import CHUNK, http_store
 
 import pagenet
 
@@ -38,20 +37,6 @@ if TYPE_CHECKING:
 SIZE = 16 << 20
 SEED = 7
 URI = "s3://bucket/snapshots/mem"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A real S3 server, and the environment of its users."""
-    with (
-        s3_server(tmp_path_factory.mktemp("weed")) as environment,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with open_store("s3://bucket", 60) as store:  # the runtime that stays is no test's
-            store.write("first", b"1")
-        yield
 
 
 @pytest.fixture
