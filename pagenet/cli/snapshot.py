@@ -11,14 +11,16 @@ from dataclasses import asdict
 
 import trio
 
-from ..errors import SourceLost
+from ..errors import SourceLost, UsageError
 from ..region import Run
-from ..snapshot.creating import create_snapshot
+from ..snapshot.creating import Created, create_snapshot
 from ..snapshot.index import PAGE, ZERO_FRAME, Index
 from ..snapshot.opened import open_snapshot_in_thread
 from ..snapshot.reading import compare_snapshots, export_snapshot, verify_snapshot
+from ..snapshot.running import create_running
 from ..source.memory import open_source_in_thread
-from ._command import CommandParser, Parser, Report, run_command
+from ._command import ROUND_WORDS, CommandParser, Parser, Report, run_command
+from ._running import open_running
 
 __all__ = ["main", "make_parser"]
 
@@ -33,6 +35,8 @@ exit codes:
   143  stopped by SIGTERM
 """
 _WORDS = {
+    "round": ROUND_WORDS,
+    "resumed": "stood still for {downtime_ms} ms, while {pages} pages were copied",
     "progress": "{share:6.1%}, {done:.0f} of {all:.0f} MiB, {rate:.0f} MiB/s",
     "created": "created {target}, layer {layers}: {words}",
     "snapshot": "{words}",
@@ -87,6 +91,15 @@ def make_parser() -> Parser:
             " as Firecracker's snapshots of type Diff"
         ),
     )
+    create.add_argument(
+        "--running",
+        action="store_true",
+        help=(
+            "MEMFILE is memory that is written to, pid:PID:START+SIZE or /proc/PID/fd/N, or"
+            " qmp:PATH, the RAM of the guest of the QEMU with that monitor: copy it while its owner"
+            " runs, and stop that only for what was written in the end"
+        ),
+    )
     info = add("info", "Show what a snapshot consists of, by its index alone.")
     verify = add("verify", "Read all of a snapshot, and compare it with its checksums.")
     export = add("export", "Write a snapshot as one memory file.")
@@ -126,11 +139,14 @@ class _Progress:
 
 
 async def _create(options: argparse.Namespace, report: Report) -> None:
-    with await open_source_in_thread(options.memory) as source:
-        progress = _Progress(report, source.region.pages)
-        created = await create_snapshot(
-            source, options.target, options.base, options.sparse, progress
-        )
+    if options.running:
+        created = await _create_running(options, report)
+    else:
+        with await open_source_in_thread(options.memory) as source:
+            progress = _Progress(report, source.region.pages)
+            created = await create_snapshot(
+                source, options.target, options.base, options.sparse, progress
+            )
     words = (
         f"{created.new} of {created.pages} pages new, {created.same} as in its base,"
         f" {created.zero} zero; {created.bytes} bytes written in {created.seconds:.2f} s"
@@ -226,6 +242,21 @@ async def _diff(options: argparse.Namespace, report: Report) -> None:
         pages = one.index.pages
         differ = await compare_snapshots(one, other, say, _Progress(report, pages))
     report("compared", pages=pages, differ=differ)
+
+
+async def _create_running(options: argparse.Namespace, report: Report) -> Created:
+    if options.sparse:
+        raise UsageError("--sparse is of a file, and --running of memory that is written to")
+    async with open_running(options.memory) as (source, owner, tracker):
+        return await create_running(
+            source,
+            owner,
+            tracker,
+            options.target,
+            options.base,
+            report,
+            _Progress(report, source.region.pages),
+        )
 
 
 _COMMANDS = {

@@ -24,7 +24,7 @@ from .opened import WORKERS, Snapshot, digest_of, in_threads, open_snapshot_in_t
 from .pieces import store_piece
 from .storing import Sink, open_sink
 
-__all__ = ["Created", "create_snapshot"]
+__all__ = ["Created", "check_creatable", "create_snapshot"]
 
 # Frames that wait to be packed: packed together, in several threads.
 _MOST_WAITING = 2 * WORKERS
@@ -76,10 +76,9 @@ async def create_snapshot(
     cannot be read or the source has changed, :exc:`~pagenet.errors.SourceUnreachable` if a store
     does not answer, :exc:`~pagenet.errors.PagenetError` if there is no room.
     """
-    if len(source.region.blocks) != 1:
-        raise UsageError("a snapshot is of one block of memory")
     if sparse and base is None:
         raise UsageError("a sparse file has only what has changed since a base: name that too")
+    _check_blocks(source)
     where, name = locate(target)
     with ExitStack() as stack:
         sink = open_sink(where, name)
@@ -92,6 +91,20 @@ async def create_snapshot(
             return await layer.commit()
         finally:
             await sink.close()
+
+
+async def check_creatable(source: Source, target: str, base: str | None) -> None:
+    """Raise what :func:`create_snapshot` would raise at its beginning."""
+    _check_blocks(source)
+    where, name = locate(target)
+    with ExitStack() as stack:
+        await open_sink(where, name).close()
+        await _opened_base(stack, base, where, source.region.size)
+
+
+def _check_blocks(source: Source) -> None:
+    if len(source.region.blocks) != 1:
+        raise UsageError("a snapshot is of one block of memory")
 
 
 async def _opened_base(
