@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from ..region import Run
 from ..snapshot.creating import Created, create_snapshot
 from ..snapshot.index import PAGE, ZERO_FRAME, Index
 from ..snapshot.opened import open_snapshot_in_thread
+from ..snapshot.pruning import SAFE_AGE, prune
 from ..snapshot.reading import compare_snapshots, export_snapshot, verify_snapshot
 from ..snapshot.running import create_running
 from ..source.memory import open_source_in_thread
@@ -43,6 +45,11 @@ _WORDS = {
     "verified": "whole: {frames} frames",
     "exported": "exported {bytes} bytes to {file} in {seconds:.2f} s",
     "differs": "{first:#x}+{length:#x}",
+    "unused": "{name} {bytes}",
+    "pruned": (
+        "{objects} objects of {bytes} bytes {verb}; {young} more are too young; {snapshots}"
+        " snapshots were looked at"
+    ),
     "compared": "{differ} of {pages} pages differ",
 }
 _SNAPSHOT = "DIR/NAME or s3://BUCKET/PREFIX/NAME"
@@ -106,10 +113,32 @@ def make_parser() -> Parser:
     for command in (info, verify, export):
         command.add_argument("snapshot", metavar="SNAPSHOT", help=_SNAPSHOT)
     export.add_argument("file", metavar="FILE", help="the file, which appears once it is whole")
+    prune = add("prune", "Show, or remove, objects that no snapshot in their place names.")
+    prune.add_argument("place", metavar="PLACE", help="DIR or s3://BUCKET/PREFIX")
+    prune.add_argument(
+        "--delete", action="store_true", help="remove them (by default they are shown only)"
+    )
+    prune.add_argument(
+        "--older-than",
+        type=_seconds,
+        default=SAFE_AGE,
+        metavar="SECONDS",
+        help=(
+            "leave objects that are younger, as they may be of a snapshot that is being created"
+            " (default: %(default)g, a day)"
+        ),
+    )
     diff = add("diff", "Show which pages of two snapshots differ.")
     diff.add_argument("one", metavar="SNAPSHOT", help=_SNAPSHOT)
     diff.add_argument("other", metavar="SNAPSHOT", help=f"{_SNAPSHOT}, of as much memory")
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return seconds
 
 
 class _Progress:
@@ -259,12 +288,28 @@ async def _create_running(options: argparse.Namespace, report: Report) -> Create
         )
 
 
+async def _prune(options: argparse.Namespace, report: Report) -> None:
+    found = await prune(options.place, options.older_than, removes=options.delete)
+    for entry in found.unused:
+        report("unused", name=entry.name, bytes=entry.size)
+    report(
+        "pruned",
+        verb="removed" if options.delete else "could be removed (--delete)",
+        removed=options.delete,
+        objects=len(found.unused),
+        bytes=sum(entry.size for entry in found.unused),
+        young=found.young,
+        snapshots=found.indexes,
+    )
+
+
 _COMMANDS = {
     "create": _create,
     "info": _info,
     "verify": _verify,
     "export": _export,
     "diff": _diff,
+    "prune": _prune,
 }
 
 

@@ -118,6 +118,8 @@ async def _opened_base(
     stack.callback(snapshot.close)
     if snapshot.index.size != size:
         raise UsageError(f"base {base} has {snapshot.index.size} bytes, and the memory {size}")
+    # so that they stay if somebody deletes the base and prunes while this layer has no index yet
+    snapshot.objects.refresh(snapshot.index.objects)
     memory = SnapshotMemory(snapshot)
     stack.callback(memory.close)
     return snapshot, memory

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
@@ -80,6 +80,10 @@ class Objects(Protocol):
         """Remove an object, if it is there. Blocks."""
         ...
 
+    def refresh(self, names: Iterable[str]) -> None:
+        """Have these objects be as if they were written now, where that is possible. Blocks."""
+        ...
+
     def give_up(self) -> None:
         """Have what other threads wait for end now, with an error. Only :meth:`close` may
         follow."""
@@ -137,6 +141,11 @@ class Directory:
                 os.unlink(name, dir_fd=self.fd)
         except OSError as error:
             raise UsageError(f"cannot remove {name}: {error.strerror}") from None
+
+    def refresh(self, names: Iterable[str]) -> None:
+        for name in names:
+            with suppress(OSError):  # another user's; or it is missing, as who reads it will see
+                os.utime(name, dir_fd=self.fd, follow_symlinks=False)
 
     def give_up(self) -> None:
         pass  # a disk answers
@@ -198,6 +207,9 @@ class StoreObjects:
 
     def remove(self, name: str) -> None:
         self.store.remove(name)
+
+    def refresh(self, names: Iterable[str]) -> None:
+        pass  # a store has no way but to write them again
 
     def give_up(self) -> None:
         self.store.give_up()

@@ -236,6 +236,66 @@ async def test_ended_at_any_moment(number: int, memory: Path, tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["memory"]
 
 
+# ---- what no snapshot names ----
+
+
+def prune(where: str | Path, *words: str, code: int = 0) -> tuple[set[str], dict[str, Any]]:
+    *unused, pruned = snapshot("prune", where, *words, code=code)
+    return {event["name"] for event in unused}, pruned
+
+
+def test_objects_that_no_snapshot_names(layers: list[str], memory: Path, tmp_path: Path) -> None:
+    small, large = (path.name for path in objects(tmp_path))
+    (tmp_path / "other.frames").write_bytes(b"not ours")
+    unused, pruned = prune(tmp_path, "--older-than", "0")
+    assert (unused, pruned["objects"], pruned["snapshots"]) == (set(), 0, 2)
+    (tmp_path / "second.snapshot").unlink()
+    unused, pruned = prune(tmp_path)
+    assert (unused, pruned["young"], pruned["snapshots"]) == (set(), 1, 1)
+    os.utime(tmp_path / small, (1, 1))
+    assert prune(tmp_path)[0] == {small}
+    assert (tmp_path / small).exists()
+    unused, pruned = prune(tmp_path, "--delete")
+    assert (unused, pruned["removed"], pruned["objects"]) == ({small}, True, 1)
+    assert not (tmp_path / small).exists()
+    snapshot("verify", layers[0])
+    # a base whose index is deleted while a layer is made of it
+    os.utime(tmp_path / large, (1, 1))
+    snapshot("create", memory, tmp_path / "third", "--base", layers[0])
+    (tmp_path / "first.snapshot").unlink()
+    (tmp_path / "third.snapshot").unlink()
+    assert prune(tmp_path, "--delete")[1]["young"] == 2
+    unused, _ = prune(tmp_path, "--delete", "--older-than", "0")
+    assert large in unused
+    assert {path.name for path in tmp_path.iterdir()} == {"memory", "other.frames"}
+
+
+def test_nothing_is_removed_beside_an_index_that_cannot_be_read(
+    layers: list[str], tmp_path: Path
+) -> None:
+    for path in objects(tmp_path):
+        os.utime(path, (1, 1))
+    (tmp_path / "first.snapshot").unlink()
+    index = tmp_path / "second.snapshot"
+    index.write_bytes(index.read_bytes()[:-1])
+    assert "is broken" in refused("prune", tmp_path, "--delete", code=2)
+    assert "cannot open /none" in refused("prune", "/none", code=2)
+    assert len(objects(tmp_path)) == 2
+
+
+def test_objects_in_a_store_that_no_snapshot_names(stored: list[str]) -> None:
+    where = stored[0].rpartition("/")[0]
+    with open_store(where, 60) as store:
+        store.remove("second.snapshot")
+        before = {name for name, _, _ in store.list()}
+        assert prune(where)[1]["young"] == 1
+        assert {name for name, _, _ in store.list()} == before
+        unused, _ = prune(where, "--delete", "--older-than", "0")
+        assert {name for name, _, _ in store.list()} == before - unused
+    assert len(unused) == 1
+    snapshot("verify", stored[0])
+
+
 # ---- as a source ----
 
 
@@ -255,11 +315,13 @@ async def test_served_to_an_owner(
     async with (
         run_server(f"snapshot:{tmp_path}/one") as (_, uri),
         run(pull_command(uri, "--uffd-socket", str(path), lane=lane)) as puller,
-        run_workload(path, "--size", SIZE, "--zero-every", 64, "--wait-complete") as workload,
     ):
-        verified = await workload.event("verified")
-        assert (verified["bad"], verified["poisoned"]) == (0, 0)
-        assert await workload.wait() == 0
+        await puller.event("waiting")
+        workload = ("--size", SIZE, "--zero-every", 64, "--wait-complete")
+        async with run_workload(path, *workload) as owner:
+            verified = await owner.event("verified")
+            assert (verified["bad"], verified["poisoned"]) == (0, 0)
+            assert await owner.wait() == 0
         assert await puller.wait() == 0
 
 
@@ -303,11 +365,13 @@ async def test_store_to_an_owner(
     async with (
         run_server(f"snapshot:{stored[0]}", *options) as (_, uri),
         run(pull_command(uri, "--uffd-socket", str(path), lane=lane)) as puller,
-        run_workload(path, "--size", SIZE, "--zero-every", 64, "--wait-complete") as workload,
     ):
-        verified = await workload.event("verified")
-        assert (verified["bad"], verified["poisoned"]) == (0, 0)
-        assert await workload.wait() == 0
+        await puller.event("waiting")
+        workload = ("--size", SIZE, "--zero-every", 64, "--wait-complete")
+        async with run_workload(path, *workload) as owner:
+            verified = await owner.event("verified")
+            assert (verified["bad"], verified["poisoned"]) == (0, 0)
+            assert await owner.wait() == 0
         assert await puller.wait() == 0
     with open_store(stored[0].rpartition("/")[0], 60) as store:
         for name, _, _ in store.list():
@@ -320,38 +384,32 @@ async def test_store_to_an_owner(
     assert out.stat().st_size == SIZE
 
 
-@pytest.mark.parametrize("how", ["missing", "changed", "shorter"])
+@pytest.mark.parametrize(("how", "lane"), [
+    ("missing", "native"), ("changed", "native"), ("shorter", "trio"),
+])  # fmt: skip
 async def test_store_whose_objects_change(
-    how: str, stored: list[str], tmp_path: Path, lane: str
+    how: str, lane: str, stored: list[str], tmp_path: Path
 ) -> None:
+    out = tmp_path / "out"
     async with run_server(f"snapshot:{stored[1]}", "--lane", lane) as (server, uri):
         with open_store(stored[0].rpartition("/")[0], 60) as store:
             for name, size, _ in store.list():
-                if not name.endswith(".frames"):
-                    continue
-                store.remove(name)
-                if how != "missing":
+                if name.endswith(".frames") and how == "missing":
+                    store.remove(name)
+                elif name.endswith(".frames"):
                     store.write(name, bytes(size - (how == "shorter")))
-        async with run(pull_command(uri, "--into", str(tmp_path / "out"), lane="native")) as puller:
+        async with run(pull_command(uri, "--into", str(out), lane="native")) as puller:
             assert await puller.wait() == 4
         assert await server.wait() == 4
         assert is_one_line(server.stderr.rstrip())
         words = {"missing": "no such object", "changed": "are not what was written"}
         assert words.get(how, "is another object than before") in server.stderr
-    assert not (tmp_path / "out").exists()
-    said = refused("verify", stored[1], code=4)
-    assert "are missing or broken" in said
-    assert "cannot be read" in refused("export", stored[1], tmp_path / "out", code=4)
-    # with frames of the base read to be merged, or compared
-    code = snapshot_code("create", tmp_path / "memory", stored[0] + "3", "--base", stored[1])
-    assert code == 4
-
-
-def snapshot_code(*words: str | Path) -> int:
-    command = [sys.executable, "-m", "pagenet.cli.snapshot", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert is_one_line(done.stderr.rstrip()), done.stderr
-    return done.returncode
+    if how == "changed":
+        assert "are missing or broken" in refused("verify", stored[1], code=4)
+        assert "cannot be read" in refused("export", stored[1], out, code=4)
+        new = stored[0].replace("first", "new")
+        refused("create", tmp_path / "memory", new, "--base", stored[1], code=4)
+    assert not out.exists()
 
 
 def test_refusals_of_a_store(stored: list[str], memory: Path, tmp_path: Path) -> None:
