@@ -168,6 +168,25 @@ async def test_ctrl_c_while_a_store_is_waited_for() -> None:
                 assert await server.wait() == 130
 
 
+async def test_a_process_that_ends_right_after_a_request(s3: None) -> None:
+    """It ends in good order, though threads of obstore have just done something."""
+    code = (
+        "from pagenet.objects import open_store\n"
+        "with open_store('s3://bucket', 60) as store:\n"
+        "    store.write('last', bytes(1000))"
+    )
+    ended: list[int] = []
+
+    async def end() -> None:
+        async with run([sys.executable, "-c", code]) as process:
+            ended.append(await process.wait())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(end)
+    assert ended == [0] * 12
+
+
 # ---- what it costs ----
 
 
