@@ -33,6 +33,8 @@ exit codes:
   2    bad usage: arguments, or what they name, cannot be used; a snapshot's index is broken
   3    a store does not answer
   4    pages are missing: an object of a snapshot is missing or broken, or MEMFILE has changed
+  5    --running: the process has ended
+  7    --running: this kernel or user cannot track its memory; or obstore is not installed
   130  stopped by Ctrl-C (SIGINT)
   143  stopped by SIGTERM
 """
