@@ -199,23 +199,18 @@ async def test_a_peer_with_other_memory(
 
 
 async def test_a_peer_that_comes_back(
-    index: str, snapshot: str, content: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+    snapshot: str, content: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After its rest it is asked again."""
     monkeypatch.setattr(_peers, "_FIRST_REST", 0.0)
     monkeypatch.setattr(_peers, "_LONGEST_REST", 0.0)
     async with pagenet.serve(snapshot, listen=LISTEN) as peer:
         uri = peer.uri
-        source = await open_source_in_thread(index, peers=[uri])
-        first = await read(source, 0, 1)
-    with source, pytest.raises(pagenet.SourceLost):
-        await read(source, PAGES - 2, 1)
-    source = await open_source_in_thread(index, peers=[uri])
-    with source:
-        with pytest.raises(pagenet.SourceLost):
-            await read(source, 0, 1)
-        async with pagenet.serve(snapshot, listen=uri):
-            assert await read(source, 0, 1) == first == content()[:PAGE]
+    with await open_source_in_thread(snapshot, peers=[uri]) as source:
+        assert await read(source, 0, 1) == content()[:PAGE]
+        async with pagenet.serve(snapshot, listen=uri) as peer:
+            assert await read(source) == content()
+            assert peer.statistics().asked
 
 
 # ---- objects ----
