@@ -20,6 +20,7 @@ SOURCES = [
     "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
     "cache.c", "cached.c", "crew.c",
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "sock.c", "tls.c", "snapshot.c",
+    "frames.c",
 ]  # fmt: skip
 TESTING_SOURCES = [
     "testing/pattern.c", "testing/workload.c", "testing/bench.c", "testing/relay.c",

@@ -583,6 +583,38 @@ struct pn_snapshot_flaw {
 };
 struct pn_snapshot_flaw pn_snapshot_check(const struct pn_snapshot *snapshot);
 
+/* ---- frames.c: a snapshot's frames, unpacked into a file that is laid out as the memory ---- */
+
+struct pn_frames;
+/* Borrows the columns, which must have been checked, the names of objects (64 bytes each, padded
+ * with zeros), and both descriptors. objects: the directory that has the objects, or -1: frames are
+ * there only once they were placed by pn_frames_place. file: as long as the memory, and nothing but
+ * a hole. name, of the snapshot, and place, of the file: for messages. NULL: no memory. */
+struct pn_frames *pn_frames_new(const struct pn_snapshot *snapshot, const uint8_t *names,
+                                int objects, int file, const char *name, const char *place);
+/* Not to be called while another thread uses it. */
+void pn_frames_free(struct pn_frames *frames);
+/* Has all of these bytes in the file: unpacks frames that are not there yet, or waits until another
+ * thread has. 0, or -1: they cannot be had, and `text` (of `room` bytes) says why. From any
+ * thread. */
+int pn_frames_need(struct pn_frames *frames, uint64_t offset, uint64_t size, char *text, int room);
+/* Unpacks one frame, whose stored bytes are in `fd` from `at` on, into the file. As above. */
+int pn_frames_place(struct pn_frames *frames, uint64_t frame, int fd, uint64_t at, char *text,
+                    int room);
+/* Puts the pages of one frame into the file. As above. */
+int pn_frames_put(struct pn_frames *frames, uint64_t frame, const uint8_t *pages, char *text,
+                  int room);
+/* Whether frames that are not there yet have to be brought by pn_frames_place. */
+int pn_frames_are_brought(const struct pn_frames *frames);
+/* Whether all of these bytes are in the file, or are zero. From any thread. */
+int pn_frames_are_there(const struct pn_frames *frames, uint64_t offset, uint64_t size);
+/* Whether these bytes are zero by the index. */
+int pn_frames_are_zero(const struct pn_frames *frames, uint64_t offset, uint64_t size);
+/* Frames of these bytes that are not in the file: up to `room` numbers of them, each once for each
+ * of their runs in a row. *end is where to go on: offset + size, if that was all. */
+int pn_frames_lacking(const struct pn_frames *frames, uint64_t offset, uint64_t size,
+                      uint32_t *numbers, int room, uint64_t *end);
+
 /* ---- rdma.c: the destination's lanes over RDMA: pages are READ out of the source's memory ---- */
 
 /* Pages of the region, as numbered on the wire. chunk: the number of the first of their chunks. */
@@ -711,6 +743,7 @@ struct pn_source_block {
     /* Of a file that is filled while it is served: a byte for each piece, not 0 once the piece is
      * there (see pn_pieces_came). NULL: all of it is there. */
     const uint8_t *here;
+    struct pn_frames *frames; /* of a file that frames are unpacked into; or NULL */
 };
 struct pn_keys_config {
     const char *device;

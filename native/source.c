@@ -41,8 +41,9 @@ enum {
      * them; and where no thread does, or there are no others. */
     TURN = CHUNK,
     LONG_TURN = 4 * CHUNK,
-    PACK_WORK = 3,      /* the work of compressing a byte; reading and sending it is 1 */
-    REQUEST_WORK = 512, /* the work of a request, whatever it asks for, in bytes */
+    PACK_WORK = 3,        /* the work of compressing a byte; reading and sending it is 1 */
+    REQUEST_WORK = 512,   /* the work of a request, whatever it asks for, in bytes */
+    FRAME_WORK = 4 << 20, /* the work of unpacking frames of a snapshot */
     MAX_RUNS = CHUNK / 4096,
     LZ4_BLOCK = 128 << 10, /* compressed at a time: both sides have it in the cache then */
     PAGE = 4096,
@@ -392,8 +393,23 @@ static void lose_end(struct pn_source *source, const struct pn_source_block *blo
          (unsigned long long)at, (unsigned long long)(block->pages * block->page_size));
 }
 
+/* Has these bytes in the file, if it is one that frames are unpacked into. */
+static bool unpack_frames(struct pn_source *source, const struct pn_source_block *block,
+                          uint64_t at, size_t size) {
+    char text[sizeof source->end->text];
+    if (!block->frames || pn_frames_are_there(block->frames, at, size))
+        return true;
+    source->work += FRAME_WORK;
+    if (!pn_frames_need(block->frames, at, size, text, sizeof text))
+        return true;
+    lose(source, "%s", text);
+    return false;
+}
+
 static bool read_file(struct pn_source *source, const struct pn_source_block *block, uint64_t at,
                       uint8_t *into, size_t size) {
+    if (!unpack_frames(source, block, at, size))
+        return false;
     while (size) {
         ssize_t got = pread(block->fd, into, size, (off_t)at);
         if (got < 0 && errno == EINTR)
@@ -434,6 +450,8 @@ static bool read_bytes(struct pn_source *source, const struct pn_source_block *b
 
 /* Whether `pages` pages from this one on are nothing but a hole. */
 static bool is_hole(const struct pn_source_block *block, uint64_t page, uint64_t pages) {
+    if (block->frames) /* what is a hole in its file may only not be there yet */
+        return pn_frames_are_zero(block->frames, offset_of(block, page), pages * block->page_size);
     return block->pid <= 0 &&
            pn_is_hole(block->fd, offset_of(block, page), pages * block->page_size);
 }
@@ -537,6 +555,8 @@ static bool send_kept(struct pn_source *source, struct conn *conn) {
 
 static void send_from_file(struct pn_source *source, struct conn *conn, size_t size) {
     off_t at = (off_t)conn->at;
+    if (!unpack_frames(source, conn->block, conn->at, size))
+        return;
     ssize_t sent = pn_sock_send_file(&conn->sock, conn->block->fd, &at, size);
     if (sent < 0)
         end_socket(source, conn);
@@ -882,10 +902,12 @@ static bool check_request(struct pn_source *source, struct conn *conn,
 
 static bool is_here(const struct pn_source *source, const struct pn_request *request) {
     const struct pn_source_block *block = block_of(source, request->first);
+    uint64_t at = offset_of(block, request->first);
+    if (block->frames && pn_frames_are_brought(block->frames))
+        return pn_frames_are_there(block->frames, at, request->count * block->page_size);
     if (!block->here)
         return true;
-    uint64_t at = offset_of(block, request->first),
-             last = (at + request->count * block->page_size - 1) / PN_PIECE_BYTES;
+    uint64_t last = (at + request->count * block->page_size - 1) / PN_PIECE_BYTES;
     for (uint64_t piece = at / PN_PIECE_BYTES; piece <= last; piece++)
         if (!atomic_load_explicit((const _Atomic uint8_t *)&block->here[piece],
                                   memory_order_acquire))

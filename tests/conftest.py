@@ -160,6 +160,25 @@ def uffd_permitted() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A real S3 server with an empty bucket ``bucket``, and the environment of its users."""
+    pytest.importorskip("obstore")
+    from stores import s3_server  # few tests need it
+
+    from pagenet.objects import open_store
+
+    with (
+        s3_server(tmp_path_factory.mktemp("weed")) as environment,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with open_store("s3://bucket", 60) as store:  # the runtime that stays is no test's
+            store.write("first", b"1")
+        yield
+
+
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Fuzz:
     """Rounds of a fuzzer. With ``--soak`` all fuzzers share the time."""

@@ -56,7 +56,7 @@ from .residency import (
     lock_map,
     seal_size,
 )
-from .snapshot import NO_RUN, ZERO_FRAME, SnapshotColumns, check_snapshot, checksum
+from .snapshot import NO_RUN, ZERO_FRAME, Frames, SnapshotColumns, check_snapshot, checksum
 from .source import PIECE, Here, Links, SourceBlock, SourceLoop
 from .tls import BadCredentials, Pem, Tls, TlsContext, TlsRefused
 from .tracking import Track, borrow, track_probe
@@ -116,6 +116,7 @@ __all__ = [
     "End",
     "FaultLog",
     "FoundMap",
+    "Frames",
     "Here",
     "KeyReader",
     "Keys",

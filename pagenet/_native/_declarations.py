@@ -251,6 +251,10 @@ class pn_snapshot_flaw(Struct):
     at: int
 
 
+class pn_frames(Struct):
+    pass
+
+
 class pn_rdma_block(Struct):
     first: int
     pages: int
@@ -312,6 +316,7 @@ class pn_source_block(Struct):
     pid: int
     pidfd: int
     here: CData | Null
+    frames: pn_frames | Null
 
 
 class pn_keys_config(Struct):
@@ -674,6 +679,52 @@ class Library(Protocol):
         self, choice: pn_demand_choice | Null, packs: int, ns: int, /
     ) -> None: ...
     def pn_snapshot_check(self, snapshot: pn_snapshot | Null, /) -> pn_snapshot_flaw: ...
+    def pn_frames_new(
+        self,
+        snapshot: pn_snapshot | Null,
+        names: CData | Null,
+        objects: int,
+        file: int,
+        name: bytes | CData | Null,
+        place: bytes | CData | Null,
+        /,
+    ) -> pn_frames: ...
+    def pn_frames_free(self, frames: pn_frames | Null, /) -> None: ...
+    def pn_frames_need(
+        self, frames: pn_frames | Null, offset: int, size: int, text: CData | Null, room: int, /
+    ) -> int: ...
+    def pn_frames_place(
+        self,
+        frames: pn_frames | Null,
+        frame: int,
+        fd: int,
+        at: int,
+        text: CData | Null,
+        room: int,
+        /,
+    ) -> int: ...
+    def pn_frames_put(
+        self,
+        frames: pn_frames | Null,
+        frame: int,
+        pages: CData | Null,
+        text: CData | Null,
+        room: int,
+        /,
+    ) -> int: ...
+    def pn_frames_are_brought(self, frames: pn_frames | Null, /) -> int: ...
+    def pn_frames_are_there(self, frames: pn_frames | Null, offset: int, size: int, /) -> int: ...
+    def pn_frames_are_zero(self, frames: pn_frames | Null, offset: int, size: int, /) -> int: ...
+    def pn_frames_lacking(
+        self,
+        frames: pn_frames | Null,
+        offset: int,
+        size: int,
+        numbers: CData | Null,
+        room: int,
+        end: CData | Null,
+        /,
+    ) -> int: ...
     def pn_rdma_new(self, config: pn_rdma_config | Null, error: CData | Null, /) -> pn_rdma: ...
     def pn_rdma_free(self, rdma: pn_rdma | Null, /) -> None: ...
     def pn_rdma_number(self, rdma: pn_rdma | Null, queue_pair: int, /) -> int: ...

@@ -10,6 +10,7 @@ from ._declarations import pn_end, pn_lack, pn_links, pn_source, pn_source_block
 from ._library import NULL, check, ffi, lib, new_array, new_struct, opened
 from ._pointers import CData
 from .ends import End, end_of
+from .snapshot import Frames
 from .tls import Tls, tls_struct
 
 #: bytes of a file that is filled while it is served: it has come piece by piece
@@ -35,7 +36,8 @@ class Here:
 @dataclass(frozen=True, slots=True)
 class SourceBlock:
     """``struct pn_source_block``: pages of a file (``fd``, ``name``), or of a process (``pid``,
-    ``pidfd``, ``address``). ``here``: the file is filled while it is served."""
+    ``pidfd``, ``address``). ``here``: the file is filled while it is served; ``frames``: with the
+    frames of a snapshot."""
 
     first: int
     pages: int
@@ -46,6 +48,7 @@ class SourceBlock:
     pid: int
     pidfd: int
     here: Here | None = None
+    frames: Frames | None = None
 
     def fields(self, name: CData) -> dict[str, object]:
         """Its values in C."""
@@ -60,6 +63,7 @@ class SourceBlock:
             "pid": self.pid,
             "pidfd": self.pidfd,
             "here": here,
+            "frames": NULL if self.frames is None else self.frames.struct,
         }
 
 
@@ -93,7 +97,7 @@ class SourceLoop:
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._last_asked = [0, 0, 0]
         self._blocks, self._names = source_blocks(blocks)
-        self._here = [block.here for block in blocks]  # which the blocks in C point to
+        self._filled = [(block.here, block.frames) for block in blocks]  # blocks in C point to it
         self._source: pn_source | None = lib.pn_source_new(
             self._blocks, len(blocks), self._links.links, self.ended_fd
         )

@@ -172,6 +172,7 @@ class _NullPiece:
     identity = "null"
     owner: tuple[int, int | tuple[int, int]] | None = None
     is_native = False
+    is_filled = False
     remote: None = None
 
     def __init__(self, size: int) -> None:

@@ -11,9 +11,9 @@ before.
 
 from __future__ import annotations
 
-from ._object import RemoteObject, open_object, origin_of
+from ._object import RemoteObject, open_object, open_part, origin_of
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity
-from ._store import Store, open_store
+from ._store import Store, StoredObject, open_store
 
 __all__ = [
     "ObjectStat",
@@ -21,9 +21,11 @@ __all__ = [
     "Refused",
     "RemoteObject",
     "Store",
+    "StoredObject",
     "Transient",
     "object_identity",
     "open_object",
+    "open_part",
     "open_store",
     "origin_of",
 ]

@@ -24,7 +24,7 @@ from ._nbd import NbdExport, is_export
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
 from ._store import StoredObject, within
 
-__all__ = ["RemoteObject", "open_object", "origin_of"]
+__all__ = ["RemoteObject", "open_object", "open_part", "origin_of"]
 
 # The order of chunks that wait for their turn: that of classes, and last what is read ahead.
 _ORDER = {Class.DEMAND: 0, Class.PREFETCH: 1, Class.BACKGROUND: 2}
@@ -301,7 +301,7 @@ def origin_of(uri: str) -> Origin:
     """Where the bytes of the object that ``uri`` names come from. Nothing is asked yet. Raises
     :exc:`UsageError`, and :exc:`~pagenet.errors.Unsupported` if what that takes is not
     installed."""
-    return NbdExport(uri) if is_export(uri) else StoredObject(uri)
+    return NbdExport(uri) if is_export(uri) else StoredObject.of(uri)
 
 
 def open_object(
@@ -343,12 +343,40 @@ def open_object(
                 f"{name}: its server does not say which content it is, and a cache could mix it"
                 " with another: leave --cache out, or copy it into a file"
             )
-        if cache is None:
-            try:
-                file = open_temporary(stat.size)
-            except OSError as error:
-                raise UsageError(f"no room for {name}: {error.strerror}") from None
-        else:
-            file = open_cache(cache, origin.name, stat.etag, stat.size, cache_size)
+        file = _open_file(origin, stat, cache, cache_size)
         undo.pop_all()
         return RemoteObject(origin, stat, file, loop, deadline)
+
+
+def open_part(
+    origin: Origin,
+    size: int,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    cache_size: int | None = None,
+    deadline: float,
+) -> RemoteObject:
+    """Open an object whose size is known, and whose bytes are checked by who reads them: nothing is
+    asked of its store yet. It owns ``origin``; otherwise as :func:`open_object`."""
+    stat = ObjectStat(size, "", is_pinned=False)
+    with ExitStack() as undo:
+        undo.callback(origin.close)
+        loop = Loop.open()
+        undo.callback(loop.close)
+        file = _open_file(origin, stat, cache, cache_size)
+        undo.pop_all()
+        return RemoteObject(origin, stat, file, loop, deadline)
+
+
+def _open_file(
+    origin: Origin,
+    stat: ObjectStat,
+    cache: str | os.PathLike[str] | None,
+    cache_size: int | None,
+) -> CacheFile:
+    if cache is not None:
+        return open_cache(cache, origin.name, stat.etag or "", stat.size, cache_size)
+    try:
+        return open_temporary(stat.size)
+    except OSError as error:
+        raise UsageError(f"no room for {printable(origin.name)}: {error.strerror}") from None

@@ -31,6 +31,12 @@ class ObjectStat:
     size: int
     #: as the store names this content; None: it does not
     etag: str | None
+    #: whether another ETag is another object: not so where bytes are checked otherwise
+    is_pinned: bool = True
+
+    def is_of(self, size: int, etag: str | None) -> bool:
+        """Whether an object of that size and ETag is the one."""
+        return self.size == size and (not self.is_pinned or self.etag == etag)
 
 
 class Origin(Protocol):

@@ -8,9 +8,12 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Self, TypeVar
+from concurrent.futures import CancelledError, Future
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ..errors import SourceLost, Unsupported, UsageError
+from ..errors import SourceLost, SourceUnreachable, Unsupported, UsageError
 from ..protocol import printable
 from ._constants import FIRST_PAUSE, LONGEST_PAUSE, PART, STALL
 from ._loop import Loop
@@ -72,6 +75,12 @@ class Client:
     def _store(self) -> ObjectStore:
         return self._connections[0]
 
+    def at(self, key: str) -> Client:
+        """For another object of the store, by the same connections."""
+        other = copy(self)
+        other.uri, other._connections = replace(self.uri, key=key), list(self._connections)
+        return other
+
     async def stat(self, key: str) -> ObjectStat:
         try:
             meta = await self._obstore.head_async(self._store, key)
@@ -87,14 +96,11 @@ class Client:
         name = printable(f"{self.uri.store}/{key}")
         try:
             options = {"range": (start, end)}
-            if stat is not None and stat.etag is not None:
+            if stat is not None and stat.is_pinned and stat.etag is not None:
                 options["if_match"] = stat.etag  # type: ignore[assignment]
             async with asyncio.timeout(STALL):
                 result = await self._obstore.get_async(self._store, key, options=options)  # type: ignore[arg-type]
-            if stat is not None and (result.meta["size"], result.meta["e_tag"]) != (
-                stat.size,
-                stat.etag,
-            ):
+            if stat is not None and not stat.is_of(result.meta["size"], result.meta["e_tag"]):
                 raise Refused(f"{name} is another object than before", is_changed=True)
             if tuple(result.range) != (start, end):
                 raise Refused(f"{name}: the store answers with other bytes than asked for")
@@ -118,6 +124,26 @@ class Client:
             await self._obstore.put_async(self._store, key, bytes(data))
         except self._errors as error:
             raise self._translated(error, key) from None
+
+    async def list(self, prefix: str) -> list[tuple[str, int, float]]:
+        """The objects whose keys are ``prefix``, a slash, and a name without one: name, bytes, and
+        when each was written, in seconds since 1970."""
+        try:
+            found = await self._obstore.list_with_delimiter_async(self._store, prefix or None)
+        except self._errors as error:
+            raise self._translated(error, prefix) from None
+        return [
+            (meta["path"].rpartition("/")[2], meta["size"], meta["last_modified"].timestamp())
+            for meta in found["objects"]
+        ]
+
+    async def remove(self, key: str) -> None:
+        try:
+            await self._obstore.delete_async(self._store, key)
+        except self._errors as error:
+            refused = self._translated(error, key)
+            if not (isinstance(refused, Refused) and refused.is_absent):
+                raise refused from None
 
     def _translated(self, error: Exception, key: str) -> Refused | Transient:
         """By what the caller can do. obstore tells an HTTP status only in its text."""
@@ -218,18 +244,23 @@ async def within(
 
 
 class StoredObject:
-    """The object that ``uri`` names: an :class:`Origin`. :exc:`UsageError` if it names none, and
-    :exc:`Unsupported` without obstore."""
+    """The object that ``client`` is of: an :class:`Origin`, which owns it. :exc:`UsageError` if it
+    is of none."""
 
     kind = "store"
     names_content = True
 
-    def __init__(self, uri: str) -> None:
-        parsed = Uri.parse(uri)
-        if not parsed.key:
-            raise UsageError(f"{printable(uri)} names no object, only where objects are")
-        self.name, self._key = str(parsed), parsed.key
-        self._client = Client(parsed)
+    def __init__(self, client: Client) -> None:
+        self.name, self._key = str(client.uri), client.uri.key
+        if not self._key:
+            raise UsageError(f"{printable(self.name)} names no object, only where objects are")
+        self._client = client
+
+    @classmethod
+    def of(cls, uri: str) -> Self:
+        """The object that ``uri`` names. Raises :exc:`UsageError`, and :exc:`Unsupported` without
+        obstore."""
+        return cls(Client(Uri.parse(uri)))
 
     def close(self) -> None:
         self._client.close()
@@ -252,8 +283,10 @@ class Store:
     """
 
     def __init__(self, client: Client, deadline: float) -> None:
-        self._client, self._deadline = client, deadline
+        self.client, self.deadline = client, deadline
         self._loop: Loop | None = Loop.open()
+        self._calls: set[Future[Any]] = set()
+        self._is_given_up = False
 
     def __enter__(self) -> Self:
         return self
@@ -265,39 +298,67 @@ class Store:
         """Idempotent. Not to be called while another thread waits for a call."""
         if self._loop is not None:
             self._loop.close()
-            self._client.close()
+            self.client.close()
             self._loop = None
 
     def size(self, name: str) -> int:
-        return self._run(lambda: self._client.stat(self._key(name))).size
+        return self._run(lambda: self.client.stat(self.key(name))).size
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes of the object ``name``, from byte ``offset`` on."""
 
         async def whole() -> bytes:
-            parts = self._client.read(self._key(name), offset, offset + length)
+            parts = self.client.read(self.key(name), offset, offset + length)
             return b"".join([part async for part in parts])
 
         return self._run(whole) if length else b""
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Make, or replace, the object ``name``: it is whole, or it does not appear."""
-        self._run(lambda: self._client.write(self._key(name), data))
+        self._run(lambda: self.client.write(self.key(name), data))
 
-    def _key(self, name: str) -> str:
-        prefix = self._client.uri.key.rstrip("/")
+    def list(self) -> list[tuple[str, int, float]]:
+        """The objects, without those that have a slash in their name: name, bytes, and when each
+        was written, in seconds since 1970."""
+        return self._run(lambda: self.client.list(self.client.uri.key.rstrip("/")))
+
+    def remove(self, name: str) -> None:
+        """Remove the object, if it is there."""
+        self._run(lambda: self.client.remove(self.key(name)))
+
+    def give_up(self) -> None:
+        """Have calls that other threads wait for end now, with :exc:`SourceUnreachable`, as all
+        calls from now on."""
+        self._is_given_up = True
+        for call in list(self._calls):
+            call.cancel()
+
+    def key(self, name: str) -> str:
+        """The key of the object ``name``."""
+        prefix = self.client.uri.key.rstrip("/")
         return f"{prefix}/{name}" if prefix else name
 
     def _run(self, what: Callable[[], Awaitable[T]]) -> T:
         if self._loop is None:
             raise TypeError("it is closed")
-        end = time.monotonic() + self._deadline
+        end = time.monotonic() + self.deadline
+        call = self._loop.start(within(lambda: end, what))
+        self._calls.add(call)
         try:
-            return self._loop.run(within(lambda: end, what))
+            if self._is_given_up:
+                call.cancel()
+            return call.result()
+        except CancelledError:
+            raise SourceUnreachable(f"{printable(str(self.client.uri))}: given up") from None
         except Refused as error:
             raise (SourceLost if error.is_absent else UsageError)(str(error)) from None
         except Transient as error:
-            raise unreachable(str(self._client.uri), "store", self._deadline, error) from None
+            raise unreachable(str(self.client.uri), "store", self.deadline, error) from None
+        except BaseException:
+            call.cancel()
+            raise
+        finally:
+            self._calls.discard(call)
 
 
 def open_store(uri: str, deadline: float) -> Store:

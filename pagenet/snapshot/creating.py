@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -17,14 +17,14 @@ from .. import _native
 from ..errors import UsageError
 from ..region import Run
 from ..source.memory import Source
-from ..whole_file import WholeFile
 from .index import DIGEST_SIZE, FRAME_PAGES, PAGE, ZERO_FRAME, Index, Tables, encode_index
 from .memory import SnapshotMemory
-from .objects import locate
-from .opened import WORKERS, Snapshot, digest_of, in_threads, open_snapshot
+from .objects import giving_up, is_store, locate
+from .opened import WORKERS, Snapshot, digest_of, in_threads, open_snapshot_in_thread
 from .pieces import store_piece
+from .storing import Sink, open_sink
 
-__all__ = ["Created", "create_snapshot"]
+__all__ = ["Created", "check_creatable", "create_snapshot"]
 
 # Frames that wait to be packed: packed together, in several threads.
 _MOST_WAITING = 2 * WORKERS
@@ -65,58 +65,84 @@ async def create_snapshot(
     sparse: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Created:
-    """Make the snapshot ``target`` (``DIR/NAME``) of a source of one block. ``base``: a snapshot of
-    as much memory in the same directory; pages that are as there are not stored again. ``sparse``:
-    the source has only what has changed since the base, and a hole everywhere else, as Firecracker
-    writes it; the base is not read then.
-    ``on_progress`` gets the number of pages that were looked at.
+    """Make the snapshot ``target`` (``DIR/NAME`` or ``s3://BUCKET/PREFIX/NAME``) of a source of one
+    block. ``base``: a snapshot of as much memory in the same place; pages that are as there are not
+    stored again. ``sparse``: the source has only what has changed since the base, and a hole
+    everywhere else, as Firecracker writes it; the base is not read then. ``on_progress`` gets
+    the number of pages that were looked at.
 
     The snapshot appears whole, in place of one that had its name, or not at all.
     :exc:`~pagenet.errors.UsageError`, :exc:`~pagenet.errors.SourceLost` if the source or the base
-    cannot be read or the source has changed, :exc:`~pagenet.errors.PagenetError` if there is no
-    room.
+    cannot be read or the source has changed, :exc:`~pagenet.errors.SourceUnreachable` if a store
+    does not answer, :exc:`~pagenet.errors.PagenetError` if there is no room.
     """
-    if len(source.region.blocks) != 1:
-        raise UsageError("a snapshot is of one block of memory")
     if sparse and base is None:
         raise UsageError("a sparse file has only what has changed since a base: name that too")
-    directory, name = locate(target)
+    _check_blocks(source)
+    where, name = locate(target)
     with ExitStack() as stack:
-        file = stack.enter_context(WholeFile(os.path.join(directory, name), "snapshot"))
-        layer = _Layer(directory, _opened_base(stack, base, directory, source.region.size))
-        stack.callback(layer.close)
-        await layer.take(source, sparse, on_progress)
-        await layer.merge()
-        source.check_unchanged()
-        return await layer.commit(file)
+        sink = open_sink(where, name)
+        try:
+            found = await _opened_base(stack, base, where, source.region.size)
+            layer = _Layer(sink, found)
+            await layer.take(source, sparse, on_progress)
+            await layer.merge()
+            source.check_unchanged()
+            return await layer.commit()
+        finally:
+            await sink.close()
 
 
-def _opened_base(
-    stack: ExitStack, base: str | None, directory: str, size: int
-) -> tuple[Index, SnapshotMemory] | None:
+async def check_creatable(source: Source, target: str, base: str | None) -> None:
+    """Raise what :func:`create_snapshot` would raise at its beginning."""
+    _check_blocks(source)
+    where, name = locate(target)
+    with ExitStack() as stack:
+        await open_sink(where, name).close()
+        await _opened_base(stack, base, where, source.region.size)
+
+
+def _check_blocks(source: Source) -> None:
+    if len(source.region.blocks) != 1:
+        raise UsageError("a snapshot is of one block of memory")
+
+
+async def _opened_base(
+    stack: ExitStack, base: str | None, where: str, size: int
+) -> tuple[Snapshot, SnapshotMemory] | None:
     if base is None:
         return None
-    if os.path.realpath(locate(base)[0]) != os.path.realpath(directory):
-        raise UsageError(f"base {base} is not in the directory {directory}: a layer needs its base")
-    snapshot: Snapshot = open_snapshot(base)
+    if not _is_same_place(locate(base)[0], where):
+        raise UsageError(f"base {base} is not in {where}: a layer needs its base beside it")
+    snapshot = await open_snapshot_in_thread(base)
     stack.callback(snapshot.close)
     if snapshot.index.size != size:
         raise UsageError(f"base {base} has {snapshot.index.size} bytes, and the memory {size}")
+    # so that they stay if somebody deletes the base and prunes while this layer has no index yet
+    snapshot.objects.refresh(snapshot.index.objects)
     memory = SnapshotMemory(snapshot)
     stack.callback(memory.close)
-    return snapshot.index, memory
+    return snapshot, memory
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    if is_store(one) or is_store(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 class _Layer:
     """A snapshot in the making."""
 
-    def __init__(self, directory: str, base: tuple[Index, SnapshotMemory] | None) -> None:
+    def __init__(self, sink: Sink, base: tuple[Snapshot, SnapshotMemory] | None) -> None:
+        self._snapshot: Snapshot | None = None
         self._base: Index | None = None
         self._base_memory: SnapshotMemory | None = None
         if base is not None:
-            self._base, self._base_memory = base
+            self._snapshot, self._base_memory = base
+            self._base = self._snapshot.index
         self._tables = Tables()
-        self._object = _NewObject(directory)
+        self._sink = sink
         #: of objects, by their names
         self._numbers: dict[str, int] = {}
         #: pages of the frame that is open, which has a number already
@@ -137,10 +163,6 @@ class _Layer:
         if self._base is not None:
             self._of_base = {self._base.digest(frame): frame for frame in range(self._base.frames)}
 
-    def close(self) -> None:
-        """Idempotent. What was not committed is gone."""
-        self._object.close()
-
     async def take(self, source: Source, sparse: bool, on_progress: Callable[[int], None]) -> None:
         pages = source.region.pages
         for first in range(0, pages, FRAME_PAGES):
@@ -151,6 +173,8 @@ class _Layer:
             elif sparse:
                 self._add(run, slot, list(_sparse_marks(slot, run, source.is_hole)))
             else:
+                if self._base_memory is not None:
+                    await self._base_memory.fetch(run.first * PAGE, len(slot))
                 self._add(run, slot, await trio.to_thread.run_sync(self._mark, run, slot))
             if len(self._waiting) >= _MOST_WAITING:
                 await self._store()
@@ -240,7 +264,7 @@ class _Layer:
                 self._equal[number] = self._import(self._of_base[digest])
             else:
                 self._stored[digest] = number
-                self._write(number, len(pages) // PAGE, digest, stored)
+                await self._write(number, len(pages) // PAGE, digest, stored)
         self._waiting.clear()
 
     def _pack(self, pages: memoryview) -> tuple[bytes, bytes]:
@@ -253,11 +277,11 @@ class _Layer:
         self._packers.append(packer)
         return digest, stored
 
-    def _write(self, number: int, pages: int, digest: bytes, stored: bytes) -> None:
+    async def _write(self, number: int, pages: int, digest: bytes, stored: bytes) -> None:
         tables = self._tables
-        tables.frame_offsets[number] = self._object.append(stored)
-        object_ = tables.frame_objects[number] = self._number_of(self._object.name, 0)
-        tables.object_sizes[object_] = self._object.size
+        name, tables.frame_offsets[number] = await self._sink.append(stored)
+        object_ = tables.frame_objects[number] = self._number_of(name, 0)
+        tables.object_sizes[object_] = self._sink.sizes[name]
         tables.frame_lengths[number] = len(stored)
         tables.frame_pages[number] = pages
         tables.frame_digests[number * len(digest) : (number + 1) * len(digest)] = digest
@@ -275,7 +299,9 @@ class _Layer:
         if len(small) <= _MOST_SMALL:
             return
         old = self._tables.take_runs()
-        kept = await trio.to_thread.run_sync(self._read_used, small, old)
+        assert self._snapshot is not None
+        async with giving_up(self._snapshot.objects):
+            kept = await trio.to_thread.run_sync(self._read_used, small, old)
         for pages, frame, at in old:
             number = self._equal.get(frame, frame)
             if number not in small:
@@ -316,19 +342,13 @@ class _Layer:
 
     # ---- the end ----
 
-    async def commit(self, file: WholeFile) -> Created:
-        """Store the index, after the object that it needs."""
+    async def commit(self) -> Created:
+        """Store the index, after the objects that it needs."""
         tables = _renumbered(self._tables, self._equal)
         layers = 1 + (self._base.layers if self._base else 0)
         id_ = secrets.token_bytes(16)
         index = encode_index(id_, self._base.id if self._base else bytes(16), layers, tables)
-        await self._object.commit()
-        try:
-            file.write(index)
-            await file.wait_committed()
-        except BaseException:
-            self._object.remove()
-            raise
+        await self._sink.commit(index)
         zero, same, new = self._counts
         return Created(
             id=id_.hex(),
@@ -340,7 +360,7 @@ class _Layer:
             frames=len(self._stored) + len(self._equal),
             equal=len(self._equal),
             runs=len(tables.run_frames),
-            bytes=self._object.size + len(index),
+            bytes=sum(self._sink.sizes.values()) + len(index),
             seconds=round(time.monotonic() - self._began, 3),
         )
 
@@ -407,37 +427,3 @@ def _renumbered(tables: Tables, equal: dict[int, int]) -> Tables:
             )
         result.add_run(count, numbers[old], at)
     return result
-
-
-class _NewObject:
-    """The object that new frames go into. It is made when there is a frame."""
-
-    def __init__(self, directory: str) -> None:
-        #: new for each snapshot: an object never changes
-        self.name = f"{secrets.token_hex(16)}.frames"
-        self.size = 0
-        self._path = os.path.join(directory, self.name)
-        self._file: WholeFile | None = None
-
-    def append(self, stored: bytes) -> int:
-        """Where in the object it is."""
-        if self._file is None:
-            self._file = WholeFile(self._path, "snapshot's object")
-        offset = self.size
-        self._file.write(stored, offset)
-        self.size += len(stored)
-        return offset
-
-    async def commit(self) -> None:
-        if self._file is not None:
-            await self._file.wait_committed()
-
-    def remove(self) -> None:
-        """Take it back: the snapshot that it is of has come to nothing."""
-        with suppress(OSError):
-            os.unlink(self._path)
-
-    def close(self) -> None:
-        """Idempotent."""
-        if self._file is not None:
-            self._file.close()

@@ -100,6 +100,8 @@ class Index:
     pages: int
     layers: int
     objects: tuple[str, ...]
+    #: of objects, as in the file
+    names: memoryview
     columns: _native.SnapshotColumns
     digests: memoryview
 
@@ -144,12 +146,6 @@ class Index:
             is_zero = run.frame == ZERO_FRAME
             yield Stretch(first, until - first, run.frame, 0 if is_zero else run.at + skip)
             first, number = until, number + 1
-
-    def frames_in(self, first: int, count: int) -> set[int]:
-        """The frames that pages ``first`` to ``first + count`` are of: none, if they are zeros."""
-        starts = self.columns.run_starts
-        low, high = bisect_right(starts, first) - 1, bisect_right(starts, first + count - 1)
-        return set(self.columns.run_frames[low:high]) - {ZERO_FRAME}
 
     def runs_of(self, frame: int) -> Iterator[Stretch]:
         """Where the pages of ``frame`` are in the memory."""
@@ -291,7 +287,8 @@ def _decode(read: Callable[[int, int], bytes], name: str) -> Index:
     body = memoryview(bytearray(_body_size(head.counts)))
     _read_body(read, head.lengths, body)
     columns = _cut(head.counts, body)
-    objects = _object_names(columns.pop("object_names"))
+    names = columns.pop("object_names")
+    objects = _object_names(names)
     digests = columns.pop("frame_digests")
     checked = _native.SnapshotColumns(
         frame_runs=memoryview(bytearray(4 * head.counts["frames"] + 4)).cast("I"),
@@ -300,7 +297,7 @@ def _decode(read: Callable[[int, int], bytes], name: str) -> Index:
     )
     if flaw := _native.check_snapshot(head.pages, checked):
         raise _Broken(flaw)
-    return Index(head.id, head.base, head.pages, head.layers, objects, checked, digests)
+    return Index(head.id, head.base, head.pages, head.layers, objects, names, checked, digests)
 
 
 def _decode_header(header: bytes, name: str) -> _Head:
@@ -325,7 +322,7 @@ def _decode_header(header: bytes, name: str) -> _Head:
     if page != PAGE or not pages or blocks != -(-_body_size(counts) // MOST_BYTES):
         raise _Broken("its header makes no sense")
     lengths = struct.unpack_from(f"<{blocks}I", header, _HEADER.size)
-    if any(header[_HEADER.size + 4 * blocks :]):
+    if header[_HEADER.size + 4 * blocks :].strip(b"\0"):
         raise _Broken("its header makes no sense")
     return _Head(id_, base, pages, layers, counts, lengths)
 
@@ -361,7 +358,7 @@ def _cut(counts: dict[str, int], body: memoryview) -> dict[str, memoryview]:
         column = body[at : at + size]
         columns[name] = _as_numbers(column, format_)
         at += size
-    if any(body[at:]):
+    if bytes(body[at:]).strip(b"\0"):
         raise _Broken("there is something behind its last column")
     return columns
 

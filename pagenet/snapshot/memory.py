@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from .. import _native
-from ..errors import SourceLost, Unsupported
+from ..errors import SourceLost
+from ..protocol import Class, printable
 from .index import PAGE
+from .objects import StoreObjects
 from .opened import Snapshot, open_snapshot
 from .peered import PeeredFrames
+from .remote import Cache, RemoteFrames
 
 if TYPE_CHECKING:
     from ..peers import Peers
@@ -29,18 +30,21 @@ __all__ = ["SnapshotMemory"]
 
 
 class SnapshotMemory:
-    """The memory of a snapshot. ``owns``: closes the snapshot too. ``peers``: asked for frames
-    before they are read from their objects; closed too. :exc:`SourceLost`, in one line, if there is
-    no room for a file."""
+    """The memory of a snapshot. ``owns``: closes the snapshot too. ``cache``: where objects of a
+    store are kept. ``peers``: asked for frames before their objects are read; closed too.
+    :exc:`SourceLost`, in one line, if there is no room for a file."""
 
     #: of no process
     owner: tuple[int, int | tuple[int, int]] | None = None
-    is_native = False
-    #: it is read from its directory
-    remote: None = None
+    is_native = True
+    is_filled = True
 
     def __init__(
-        self, snapshot: Snapshot, owns: bool = False, peers: PeeredFrames | None = None
+        self,
+        snapshot: Snapshot,
+        owns: bool = False,
+        cache: Cache | None = None,
+        peers: PeeredFrames | None = None,
     ) -> None:
         self._snapshot, self._index, self._owns = snapshot, snapshot.index, owns
         self._peers = peers
@@ -57,34 +61,43 @@ class SnapshotMemory:
         except OSError as error:
             self._file.close()
             raise self._no_room(error) from None
-        self._lock = threading.Lock()
-        #: by frame: whether its pages are in the file
-        self._is_there = bytearray(self._index.frames)
-        self._loading: dict[int, Future[None]] = {}
+        is_brought = peers is not None or isinstance(snapshot.objects, StoreObjects)
+        self._frames = snapshot.unpacked_into(self._fd, self._directory, is_brought)
+        #: what brings frames from a store or from peers; None: they are in a directory
+        self.remote: RemoteFrames | None = None
+        if is_brought:
+            self.remote = RemoteFrames(snapshot, self._frames, cache or Cache(), peers)
 
     @classmethod
     def open(
-        cls, spec: str, find_peers: Callable[[str, int], Peers] | None = None
+        cls,
+        spec: str,
+        cache: Cache | None = None,
+        find_peers: Callable[[str, int], Peers] | None = None,
     ) -> SnapshotMemory:
-        """That of the snapshot ``DIR/NAME``. ``find_peers``: peers of memory of that identity and
-        size. :exc:`~pagenet.errors.UsageError` if there is none."""
+        """That of the snapshot ``DIR/NAME`` or ``s3://BUCKET/PREFIX/NAME``. ``find_peers``: peers
+        of memory of that identity and size. Raises what :func:`open_snapshot` does."""
+        cache = cache or Cache()
         with ExitStack() as undo:
-            snapshot = undo.enter_context(open_snapshot(spec))
+            snapshot = undo.enter_context(open_snapshot(spec, cache.timeout))
             peers = None
             if find_peers is not None:
                 found = find_peers(snapshot.identity, snapshot.index.size)
                 peers = PeeredFrames(snapshot.index, found)
                 undo.callback(peers.close)
-            memory = cls(snapshot, owns=True, peers=peers)
+            memory = cls(snapshot, owns=True, cache=cache, peers=peers)
             undo.pop_all()
             return memory
 
     def close(self) -> None:
-        """Idempotent."""
-        self._file.close()
-        self._fd = -1  # the number may be another file's by now
+        """Idempotent. Not to be called while anybody reads."""
         if self._peers is not None:
             self._peers.close()
+        if self.remote is not None:
+            self.remote.close()
+        self._frames.close()
+        self._file.close()
+        self._fd = -1  # the number may be another file's by now
         if self._owns:
             self._snapshot.close()
 
@@ -98,7 +111,7 @@ class SnapshotMemory:
     def read_nowait(self, offset: int, into: memoryview) -> bool:
         """Fill ``into``, from byte ``offset`` on, if its frames are unpacked, and that waits for no
         disk. False: it would; ``into`` may be overwritten."""
-        if not all(map(self._is_there.__getitem__, self._frames(offset, len(into)))):
+        if not self._frames.are_there(offset, len(into)):
             return False
         try:
             count = os.preadv(self._fd, [into], offset, os.RWF_NOWAIT)
@@ -106,11 +119,19 @@ class SnapshotMemory:
             return False
         return count == len(into)
 
+    async def fetch(self, offset: int, length: int) -> None:
+        """Have these bytes fetched from a store, before :meth:`read`. Bytes are fetched ahead.
+        :exc:`SourceLost` if they cannot be."""
+        if self.remote is not None:
+            await self.remote.fetch(offset, length, Class.BACKGROUND)
+
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read."""
-        for frame in self._frames(offset, len(into)):
-            if not self._is_there[frame]:
-                self._load(frame)
+        """Fill ``into``. Blocks. :exc:`SourceLost` if a frame cannot be read, or was not
+        fetched."""
+        try:
+            self._frames.need(offset, len(into))
+        except LookupError as error:
+            raise SourceLost(str(error)) from None
         try:
             while into:
                 count = os.preadv(self._fd, [into], offset)
@@ -120,7 +141,7 @@ class SnapshotMemory:
             raise self._snapshot.lost(why) from None
 
     def is_hole(self, offset: int, length: int) -> bool:
-        return not self._frames(offset, length)
+        return self._frames.are_zero(offset, length)
 
     def zero_map(self, offset: int, pages: int, page_size: int) -> tuple[bytes, int] | None:
         if not self.is_hole(offset, pages * page_size):
@@ -132,9 +153,6 @@ class SnapshotMemory:
         with suppress(OSError):  # not every file system can
             _native.punch(self._fd, end)
 
-    def _frames(self, offset: int, length: int) -> set[int]:
-        return self._index.frames_in(offset // PAGE, length // PAGE)
-
     def pages_of(self, frame: int, pages: list[int]) -> dict[int, bytes]:
         """These pages of a frame. Blocks. :exc:`SourceLost`."""
         return self._snapshot.read_frame(
@@ -142,56 +160,22 @@ class SnapshotMemory:
             lambda all_: {page: bytes(all_[page * PAGE : (page + 1) * PAGE]) for page in pages},
         )
 
-    # ---- unpacking ----
-
-    def _load(self, frame: int) -> None:
-        """Have the frame's pages in the file. Whoever comes first does it, and the others wait."""
-        with self._lock:
-            if self._is_there[frame]:
-                return
-            loading = self._loading.get(frame)
-            is_ours = loading is None
-            if loading is None:
-                loading = self._loading[frame] = Future()
-        if not is_ours:
-            return loading.result()
-        try:
-            self._place(frame)
-        except BaseException as error:
-            self._loaded(frame, False)
-            loading.set_exception(error)
-            raise
-        self._loaded(frame, True)
-        loading.set_result(None)
-
-    def _loaded(self, frame: int, is_there: bool) -> None:
-        with self._lock:
-            self._is_there[frame] = is_there
-            del self._loading[frame]
-
-    def _place(self, frame: int) -> None:
-        if self._peers is not None and (pages := self._peers.read(frame)) is not None:
-            self._index.scatter(frame, pages, self._write)
-            return
-        self._snapshot.read_frame(
-            frame, lambda pages: self._index.scatter(frame, pages, self._write)
-        )
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        try:
-            while (written := os.pwrite(self._fd, data, offset)) < len(data):
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise self._no_room(error) from None
-
     # ---- what sources are asked ----
 
     def check_unchanged(self) -> None:
-        """Its objects never change."""
+        """Its objects never change. :exc:`SourceLost` if one could not be fetched."""
+        if self.remote is not None:
+            self.remote.check()
 
     def native(self, first: int, page_size: int) -> _native.SourceBlock:
-        """:exc:`Unsupported`: loops in C read files and processes, and devices read memory."""
-        raise Unsupported(
-            f"snapshot {self._snapshot.name} is not memory that a device can read: serve it over"
-            " tcp:// or unix:, or export it and serve the file"
+        return _native.SourceBlock(
+            first,
+            self.size // page_size,
+            page_size,
+            0,
+            printable(self._snapshot.name),
+            fd=self._fd,
+            pid=0,
+            pidfd=-1,
+            frames=self._frames,
         )

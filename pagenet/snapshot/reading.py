@@ -14,7 +14,7 @@ from ..region import Run
 from ..whole_file import WholeFile
 from .index import FRAME_PAGES, PAGE, ZERO_FRAME, Index
 from .memory import SnapshotMemory
-from .opened import Snapshot, digest_of, in_threads
+from .opened import Snapshot, digest_of
 
 __all__ = ["Flaws", "compare_snapshots", "export_snapshot", "verify_snapshot"]
 
@@ -45,7 +45,7 @@ async def verify_snapshot(snapshot: Snapshot, on_progress: Progress = lambda don
         except SourceLost as error:
             broken[frame] = str(error)
 
-    await in_threads(check, range(index.frames), _counted(index, on_progress))
+    await snapshot.each_frame(check, _counted(index, on_progress))
     pages = sum(run.pages for frame in broken for run in index.runs_of(frame))
     first = broken[min(broken)] if broken else ""
     return Flaws(index.frames, len(broken), pages, first)
@@ -67,7 +67,7 @@ async def export_snapshot(
         def place(frame: int) -> None:
             snapshot.read_frame(frame, lambda pages: index.scatter(frame, pages, file.write))
 
-        await in_threads(place, range(index.frames), _counted(index, on_progress))
+        await snapshot.each_frame(place, _counted(index, on_progress))
         await file.wait_committed()
 
 
@@ -103,6 +103,8 @@ async def compare_snapshots(
         for first in range(0, pages, FRAME_PAGES):
             slot = Run(first, min(FRAME_PAGES, pages - first))
             if _content(one.index, slot) != _content(other.index, slot):
+                for memory in (left, right):
+                    await memory.fetch(slot.first * PAGE, slot.count * PAGE)
                 for run in await trio.to_thread.run_sync(_differing, left, right, slot):
                     differ += run.count
                     on_run(run)

@@ -33,6 +33,7 @@ from ..sizes import MAX_ADDRESS, split_range
 if TYPE_CHECKING:
     from ..objects import Origin, RemoteObject
     from ..peers import Peers
+    from ..snapshot.remote import RemoteFrames
     from ..tls import Tls
 
 __all__ = [
@@ -62,9 +63,11 @@ class _Piece(Protocol):
     owner: tuple[int, int | tuple[int, int]] | None
     #: whether :meth:`native` has an answer
     is_native: bool
+    #: whether pages come into its file as they are asked for, so that no device can read them
+    is_filled: bool
 
     @property
-    def remote(self) -> RemoteObject | None:
+    def remote(self) -> RemoteObject | RemoteFrames | None:
         """What its bytes have to be fetched by before they are read; None: they are here."""
         ...
 
@@ -141,6 +144,11 @@ class Source:
     def is_native(self) -> bool:
         """Whether lanes in C can read it."""
         return all(piece.is_native for piece in self._pieces)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether pages come into a file as they are asked for, so that no device can read them."""
+        return any(piece.is_filled for piece in self._pieces)
 
     def native_blocks(self) -> list[_native.SourceBlock]:
         """The blocks as lanes in C see them. :exc:`Unsupported` if these cannot read them."""
@@ -319,6 +327,7 @@ class _FilePiece:
     """A regular or tmpfs file, or a memfd by way of /proc/PID/fd/N."""
 
     is_native = True
+    is_filled = False
     remote: RemoteObject | None = None
 
     def __init__(self, path: str) -> None:
@@ -434,6 +443,8 @@ class _ObjectPiece(_FilePiece):
     """An object in a store, or a block of another source, which is fetched into a file as its bytes
     are asked for."""
 
+    is_filled = True
+
     def __init__(self, remote: RemoteObject) -> None:
         self.remote: RemoteObject = remote
         self._fd, self._path, self.size = remote.fd, printable(remote.uri), remote.size
@@ -465,6 +476,7 @@ class _ProcessPiece:
     """An address range of another process, which is expected to stand still."""
 
     is_native = True
+    is_filled = False
     remote: RemoteObject | None = None
 
     def __init__(self, pid: int, start: int, size: int) -> None:
@@ -581,9 +593,10 @@ def open_source(
 
     A spec is ``PATH`` (a file, a tmpfs file, ``/proc/PID/fd/N``), ``pid:PID:START-END`` or
     ``pid:PID:START+SIZE`` (addresses of another process), ``snapshot:DIR/NAME``, the URI of an
-    object: ``s3://``, ``gs://``, ``az://``, ``https://``, ``nbd://``, or that of another source: ``tcp://``,
-    ``unix:``. ``NAME=`` in front gives the block a name. Another source has one block or several,
-    and if it is the only spec, this source has its identity.
+    object (``s3://``, ``gs://``, ``az://``, ``https://``, ``nbd://``),
+    ``snapshot:s3://BUCKET/PREFIX/NAME``, or the URI of another source: ``tcp://``, ``unix:``.
+    ``NAME=`` in front gives the block a name. Another source has one block or several, and if it is
+    the only spec, this source has its identity.
 
     Opening an object waits for its store, ``store_timeout`` seconds at most; so does each read; and
     so it is with another source, which is dialled with ``tls``. ``cache``: a directory in which
@@ -631,7 +644,7 @@ async def open_source_in_thread(
 ) -> Source:
     """:func:`open_source`, which may be cancelled while it waits for a store or a source."""
     names = [_split_name(os.fspath(spec))[1] for spec in specs]
-    if not any(is_object(name) or _is_elsewhere(name) for name in names):
+    if not any(_is_in_store(name) or _is_elsewhere(name) for name in names):
         return open_source(*specs, tls=tls, peers=peers, on_event=on_event)
     is_cancelled = threading.Event()
 
@@ -666,6 +679,10 @@ def is_object(what: str) -> bool:
     """Whether it is the URI of an object in a store."""
     scheme, found, _ = what.partition("://")
     return bool(found) and scheme in _OBJECTS
+
+
+def _is_in_store(what: str) -> bool:
+    return is_object(what.removeprefix(_SNAPSHOT))
 
 
 def _is_elsewhere(what: str) -> bool:
@@ -728,9 +745,11 @@ def _open_piece(what: str, fetching: _Fetching) -> _Piece:
         return _open_object(_origin_of(what, fetching), fetching)
     if what.startswith(_SNAPSHOT):
         from ..snapshot.memory import SnapshotMemory  # it takes a while, and few serve one
+        from ..snapshot.remote import Cache
 
+        cache = Cache(fetching.directory, fetching.size, fetching.timeout)
         find_peers = fetching.find_peers if fetching.peers else None
-        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT), find_peers)
+        return SnapshotMemory.open(what.removeprefix(_SNAPSHOT), cache, find_peers)
     if fetching.peers:
         raise UsageError(f"source {what}: peers are asked for objects and snapshots")
     if not what.startswith("pid:"):

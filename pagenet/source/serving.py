@@ -736,14 +736,10 @@ async def serve(
     uri = listen or connect or ""
     # after the nursery: its tasks use what is closed here
     with await _opened(source) as opened, ExitStack() as cleanup:
-        if not opened.is_native() and (lane == "native" or uri.startswith("rdma:")):
+        if opened.is_filled and uri.startswith("rdma:"):
             raise UsageError(
-                "loops in C, and RDMA, read files and processes, and no snapshot: serve it over"
-                " tcp:// or unix: with --lane auto, or export it"
-            )
-        if opened.is_remote and uri.startswith("rdma:"):
-            raise UsageError(
-                "an object is not served over rdma://: use tcp:// or unix:, or copy it into a file"
+                "an object or a snapshot is not served over rdma://: use tcp:// or unix:, or copy"
+                " or export it into a file"
             )
         native = NativeSourceLanes(opened) if lane != "trio" and opened.is_native() else None
         if native is not None:

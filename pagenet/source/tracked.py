@@ -82,6 +82,15 @@ class SourceOwner:
         :class:`~pagenet.WriteTracker` does. It takes a few ms for each GiB."""
         return WriteTracker(self.pid, self._mappings, region)
 
+    def is_stopped(self) -> bool:
+        """Whether none of its threads runs, as it was stopped by a signal. :exc:`OSError` if it has
+        ended."""
+        states = set()
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            text = Path(f"/proc/{self.pid}/task/{thread}/stat").read_text()
+            states.add(text.rpartition(")")[2].split()[0])
+        return states <= {"T", "t", "Z", "X"}
+
     async def stop(self) -> None:
         """Stop the process (SIGSTOP). Returns when none of its threads runs.
 
@@ -91,20 +100,13 @@ class SourceOwner:
         try:
             signal.pidfd_send_signal(self._process.pidfd, signal.SIGSTOP)
             with trio.move_on_after(_STOP_SECONDS):
-                while not self._is_stopped():  # noqa: ASYNC110
+                while not self.is_stopped():  # noqa: ASYNC110
                     await trio.sleep(_LOOK_SECONDS)
                 return
         except OSError:
             raise OwnerGone(f"process {self.pid} has ended") from None
         self.go_on()
         raise PagenetError(f"process {self.pid} did not stop for {_STOP_SECONDS:g} s")
-
-    def _is_stopped(self) -> bool:
-        states = set()
-        for thread in os.listdir(f"/proc/{self.pid}/task"):
-            text = Path(f"/proc/{self.pid}/task/{thread}/stat").read_text()
-            states.add(text.rpartition(")")[2].split()[0])
-        return states <= {"T", "t", "Z", "X"}
 
     def go_on(self) -> None:
         """Let the process run again (SIGCONT), if it is there."""

@@ -22,6 +22,7 @@ from lanes import PAGE, PATIENCE, RAW_OR_ZERO, Call, wait_until
 
 from pagenet import Run, _native, open_source
 from pagenet.protocol import LANE_HEADER_SIZE, Class, Encoding, OutstandingRequests, Reply, Request
+from pagenet.snapshot.creating import create_snapshot
 from pagenet.source.memory import Source
 from pagenet.source.trio_lane import TrioSourceLane
 from pagenet.tcp._connection import SocketConnection
@@ -68,12 +69,28 @@ def write(fd: int, zeros: frozenset[int], pages: int, holes: bool) -> None:
             os.pwrite(fd, content(page, zeros), page * PAGE)
 
 
+def make_layers(directory: Path, zeros: frozenset[int], pages: int) -> str:
+    """A snapshot of three layers: each has every third page, among those of the layers before."""
+    directory.mkdir()
+    base = None
+    for layer in range(3):
+        with (directory / "memory").open("w+b") as file:
+            write(file.fileno(), zeros, pages, holes=True)
+            for page in set(range(pages)) - set(range(0, pages, 3 - layer)):
+                os.pwrite(file.fileno(), bytes([layer + 1]) * PAGE, page * PAGE)
+        with open_source(directory / "memory") as source:
+            trio.run(create_snapshot, source, str(directory / str(layer)), base)
+        base = str(directory / str(layer))
+    return f"snapshot:{base}"
+
+
 MakeMemory = Callable[..., Sparse]
 
 
 @pytest.fixture
 def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
-    """``make_memory(kind, seed, pages)``; kinds: file, holes, memfd, memfd holes, process."""
+    """``make_memory(kind, seed, pages)``; kinds: file, holes, memfd, memfd holes, process,
+    snapshot."""
     with ExitStack() as stack:
 
         def make(kind: str, seed: int = 0, pages: int = PAGES) -> Sparse:
@@ -87,6 +104,8 @@ def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
                 return Sparse(
                     f"pid:{os.getpid()}:{mapped.address:#x}+{mapped.size:#x}", zeros, pages
                 )
+            if kind == "snapshot":
+                return Sparse(make_layers(tmp_path / f"layers-{seed}", zeros, pages), zeros, pages)
             if kind.startswith("memfd"):
                 fd = os.memfd_create("test", os.MFD_CLOEXEC)
                 path = f"/proc/self/fd/{fd}"
@@ -100,7 +119,7 @@ def make_memory(tmp_path: Path) -> Iterator[MakeMemory]:
         yield make
 
 
-KINDS = ("file", "holes", "memfd", "memfd holes", "process")
+KINDS = ("file", "holes", "memfd", "memfd holes", "process", "snapshot")
 
 
 # ---- the loop, and a destination's end of a connection ----
@@ -865,6 +884,66 @@ def test_file_that_becomes_shorter(
         # If the new end of the file divides a page, the rest of that page reads as zeros, in a
         # mapping and by sendfile.
         assert data == content(page, memory.zeros) or page == length // PAGE, f"page {page}"
+
+
+@pytest.mark.parametrize("how", ["missing", "shorter", "changed", "a FIFO"])
+def test_object_of_a_snapshot_that_changes(
+    how: str, make_memory: MakeMemory, serve: MakeServing, tmp_path: Path
+) -> None:
+    """What was unpacked before is served on; after that, there is a reason, and no wrong byte."""
+    memory = make_memory("snapshot", 9, 4096)
+    serving = serve(memory)
+    peer = serving.connect()
+    peer.ask(0, 64)
+    peer.fetch()
+    for path in (tmp_path / "layers-9").glob("*.frames"):
+        if how == "shorter":
+            os.truncate(path, 100)
+        elif how == "changed":
+            path.write_bytes(bytes([1]) * path.stat().st_size)
+        else:
+            path.unlink()
+            if how == "a FIFO":
+                os.mkfifo(path)
+    peer.ask(0, 64)
+    peer.fetch()
+    peer.ask(4000, 64)
+    failed = peer.reply()
+    end = serving.end()
+    words = {"missing": "is missing", "shorter": "ends at byte", "changed": "are not what was"}
+    assert failed.encoding is Encoding.FAILED
+    assert end.kind == _native.END_FAILED
+    assert words.get(how, "it is not a regular file") in end.text
+    check(peer, memory, range(64))
+
+
+def test_frames_by_many_loops_at_once(make_memory: MakeMemory) -> None:
+    """Each frame is unpacked by one of them, and the others wait for it."""
+    memory = make_memory("snapshot", 4, 4096)
+    with open_source(memory.path) as source:
+        loops = [
+            _native.SourceLoop(source.native_blocks(), background) for background in (True, False)
+        ]
+        threads, peers = [Call(loop.run) for loop in loops], []
+        for number, loop in enumerate(loops * 3):
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            loop.add(ours.detach(), number, b"")
+            peers.append(Peer(theirs, source, number))
+        for number, peer in enumerate(peers):
+            pieces = list(range(0, 4096, 32))
+            random.Random(number % 2).shuffle(pieces)
+            for first in pieces:
+                peer.ask(first, 32)
+        for call in [Call(peer.fetch) for peer in peers]:
+            call.join()
+        for loop, thread in zip(loops, threads, strict=True):
+            loop.stop()
+            thread.join()
+            loop.close()
+        for peer in peers:
+            check(peer, memory, range(4096))
+            peer.sock.close()
 
 
 def test_process_that_ends(serve: MakeServing) -> None:

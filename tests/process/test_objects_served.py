@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from processes import (
     serve_command,
     write_pattern,
 )
-from stores import CHUNK, gcs_server, http_store, s3_server
+from stores import CHUNK, gcs_server, http_store
 
 import pagenet
 
@@ -39,20 +38,6 @@ if TYPE_CHECKING:
 SIZE = 16 << 20
 SEED = 7
 URI = "s3://bucket/snapshots/mem"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A real S3 server, and the environment of its users."""
-    with (
-        s3_server(tmp_path_factory.mktemp("weed")) as environment,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with open_store("s3://bucket", 60) as store:  # the runtime that stays is no test's
-            store.write("first", b"1")
-        yield
 
 
 @pytest.fixture
@@ -224,6 +209,25 @@ async def test_ctrl_c_while_a_store_is_waited_for() -> None:
             server.send_signal(signal.SIGINT)
             with trio.fail_after(10):
                 assert await server.wait() == 130
+
+
+async def test_a_process_that_ends_right_after_a_request(s3: None) -> None:
+    """It ends in good order, though threads of obstore have just done something."""
+    code = (
+        "from pagenet.objects import open_store\n"
+        "with open_store('s3://bucket', 60) as store:\n"
+        "    store.write('last', bytes(1000))"
+    )
+    ended: list[int] = []
+
+    async def end() -> None:
+        async with run([sys.executable, "-c", code]) as process:
+            ended.append(await process.wait())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(end)
+    assert ended == [0] * 12
 
 
 # ---- what it costs ----

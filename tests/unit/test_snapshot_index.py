@@ -103,15 +103,11 @@ def test_what_was_written_is_read() -> None:
         (99, 1, 0, 99), (100, 5, ZERO_FRAME, 0), (105, 2, 1, 1), (107, 2, 0, 100),
     ]  # fmt: skip
     assert sorted(tuple(run) for run in index.runs_of(0)) == [(0, 100, 0, 0), (107, 412, 0, 100)]
-    assert index.frames_in(100, 5) == set()
-    assert index.frames_in(99, 2) == {0}
-    assert index.frames_in(104, 4) == {0, 1}
 
 
 def test_memory_of_zeros_has_no_frames() -> None:
     index = decode(encoded([(1 << 22, ZERO_FRAME, 0)], [], []))
     assert [tuple(run) for run in index.stretches(5, 1)] == [(5, 1, ZERO_FRAME, 0)]
-    assert index.frames_in(0, 1 << 22) == set()
 
 
 def test_runs_that_continue_each_other_are_one() -> None:
