@@ -49,7 +49,8 @@ int send_with(int sock, const char *text, const int *fds, size_t count) {
     return (size_t)sent < bytes.iov_len ? -EPIPE : 0;
 }
 
-int receive_file(int sock) {
+/* A descriptor that comes with a line of text, or -errno. */
+static int receive_descriptor(int sock) {
     char line[256];
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))];
     struct iovec bytes = {.iov_base = line, .iov_len = sizeof line};
@@ -57,9 +58,6 @@ int receive_file(int sock) {
                              .msg_iovlen = 1,
                              .msg_control = control,
                              .msg_controllen = sizeof control};
-    int error = send_with(sock, "{\"want\": \"file\"}", NULL, 0);
-    if (error)
-        return error;
     ssize_t got = recvmsg(sock, &message, MSG_CMSG_CLOEXEC);
     if (got <= 0)
         return got ? -errno : -EPIPE;
@@ -69,4 +67,9 @@ int receive_file(int sock) {
     int fd;
     memcpy(&fd, CMSG_DATA(header), sizeof fd);
     return fd;
+}
+
+int want_file(int sock) {
+    int error = send_with(sock, "{\"want\": \"file\"}", NULL, 0);
+    return error ? error : receive_descriptor(sock);
 }

@@ -24,44 +24,40 @@ enum { PAGE = 4096, MESSAGE = 4096, EVENTS = 64 };
 
 /* ---- a guest ---- */
 
-static int watch_memory(struct pn_guest *guest) {
-    uint64_t features, ioctls;
-    uint64_t mode = UFFDIO_REGISTER_MODE_MISSING;
-    if (guest->shares)
-        mode |= UFFDIO_REGISTER_MODE_MINOR;
+static int open_uffd(struct pn_guest *guest) {
+    uint64_t features;
     guest->uffd = pn_uffd_open("/dev/userfaultfd", 0);
     if (guest->uffd == -EPERM)
         guest->uffd = pn_uffd_open("/dev/userfaultfd", 1);
-    if (guest->uffd < 0)
-        return guest->uffd;
-    int error = pn_uffd_api(guest->uffd, 0, &features);
-    return error ? error
-                 : pn_uffd_register(guest->uffd, guest->address, guest->size, mode, &ioctls);
+    return guest->uffd < 0 ? guest->uffd : pn_uffd_api(guest->uffd, 0, &features);
 }
 
-/* file: the handler's; -1: anonymous memory. */
-static int make_memory(struct pn_guest *guest, int file) {
+/* file -1: anonymous memory. */
+static int map_memory(struct pn_guest *guest, int file) {
     int kind = MAP_PRIVATE | MAP_NORESERVE | (file < 0 ? MAP_ANONYMOUS : 0);
     void *at = mmap(NULL, guest->size, PROT_READ | PROT_WRITE, kind, file, 0);
     if (at == MAP_FAILED)
         return -errno;
     madvise(at, guest->size, MADV_NOHUGEPAGE);
     guest->address = (uintptr_t)at;
-    return watch_memory(guest);
-}
-
-static int make_shared_memory(struct pn_guest *guest) {
-    int file = receive_file(guest->sock);
-    if (file < 0)
-        return file;
-    int error = make_memory(guest, file);
-    close(file);
-    return error;
+    uint64_t ioctls, minor = file < 0 ? 0 : UFFDIO_REGISTER_MODE_MINOR;
+    return pn_uffd_register(guest->uffd, guest->address, guest->size,
+                            UFFDIO_REGISTER_MODE_MISSING | minor, &ioctls);
 }
 
 int pn_bench_guest_prepare(struct pn_guest *guest) {
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a touch that is never answered keeps no process */
-    return guest->shares ? 0 : make_memory(guest, -1);
+    int error = open_uffd(guest);
+    return error || guest->shared ? error : map_memory(guest, -1);
+}
+
+static int map_cache(struct pn_guest *guest) {
+    int file = want_file(guest->sock);
+    if (file < 0)
+        return file;
+    int error = map_memory(guest, file);
+    close(file);
+    return error;
 }
 
 static int hand_over(const struct pn_guest *guest) {
@@ -89,7 +85,7 @@ static void touch_all(struct pn_guest *guest) {
 int pn_bench_guest_arrive(struct pn_guest *guest) {
     guest->connected = now();
     guest->sock = connect_to(guest->socket);
-    int error = guest->sock < 0 ? guest->sock : guest->shares ? make_shared_memory(guest) : 0;
+    int error = guest->sock < 0 ? guest->sock : guest->shared ? map_cache(guest) : 0;
     error = error ? error : hand_over(guest);
     if (error)
         return error;

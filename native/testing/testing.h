@@ -94,23 +94,23 @@ int pn_bench_relay(int listener, const char *host, int port, uint64_t delay_ns, 
 
 /* ---- restore.c: guests that are restored, and the least that can restore them ---- */
 
-/* A guest: `size` bytes of memory in which everything is missing, anonymous or (shares) a private
- * mapping of the handler's file, which is made once it has connected. It touches `pages` in their
- * order. Times are in ns of CLOCK_MONOTONIC. */
+/* A guest: `size` bytes of memory in which everything is missing: anonymous, or (shared) a private
+ * mapping of the handler's cache. It touches `pages` in their order. Times are in ns of
+ * CLOCK_MONOTONIC. */
 struct pn_guest {
     const char *socket;
+    int shared;
     uint64_t size, seed, touches;
     const uint64_t *pages;
     uint64_t *ended;    /* of each touch: when it was over */
     uint64_t *took;     /* and how long it was */
     uint64_t connected; /* when the guest began to connect */
     uint64_t wrong;     /* touched pages without the pattern's first word */
-    uint64_t address;   /* of the memory, from pn_bench_guest_prepare on */
-    int shares;
+    uint64_t address;
     int uffd, sock;
 };
-/* Makes the memory and its userfaultfd, unless it shares pages. The process ends with the thread
- * that has started it. 0 or -errno. */
+/* Makes the memory, unless it is shared, and its userfaultfd. The process ends with the thread that
+ * has started it. 0 or -errno. */
 int pn_bench_guest_prepare(struct pn_guest *guest);
 /* Connects to the handler, hands the memory over, and touches it. 0 or -errno. */
 int pn_bench_guest_arrive(struct pn_guest *guest);

@@ -383,7 +383,7 @@ static int ask_for_file(struct owner *owner) {
     if (fd < 0)
         return fd;
     owner->socket = fd;
-    return receive_file(fd);
+    return want_file(fd);
 }
 
 /* ---- memory ---- */

@@ -29,6 +29,7 @@ class pn_play(Struct):
 
 class pn_guest(Struct):
     socket: bytes | CData | Null
+    shared: int
     size: int
     seed: int
     touches: int
@@ -38,7 +39,6 @@ class pn_guest(Struct):
     connected: int
     wrong: int
     address: int
-    shares: int
     uffd: int
     sock: int
 

@@ -203,10 +203,10 @@ def bench_relay(
 
 
 class Guest:
-    """``struct pn_guest``: memory that a handler restores. ``shares``: it maps the handler's file.
-    ``pages``: which it touches;
-    ``touches``: memory for what comes of that, two words of 64 bits for each: when it was over, in
-    ns of CLOCK_MONOTONIC, and how long it took."""
+    """``struct pn_guest``: memory that a handler restores; ``shared``: a private mapping of the
+    handler's cache, and not anonymous. ``pages``: which it touches; ``touches``: memory for what
+    comes of that, two words of 64 bits for each: when it was over, in ns of CLOCK_MONOTONIC, and
+    how long it took."""
 
     def __init__(
         self,
@@ -215,17 +215,16 @@ class Guest:
         seed: int,
         pages: memoryview,
         touches: memoryview,
-        *,
-        shares: bool,
+        shared: bool = False,
     ) -> None:
         self._socket = ffi.new("char[]", socket.encode())
         self._pages = ffi.from_buffer("uint64_t[]", pages)
         self._touches = ffi.from_buffer("uint64_t[]", touches, require_writable=True)
         self._guest = cast(pn_guest, ffi.new("struct pn_guest *"))
         self._guest.socket, self._guest.pages = self._socket, self._pages
+        self._guest.shared = shared
         self._guest.size, self._guest.seed, self._guest.touches = size, seed, len(pages)
         self._guest.ended, self._guest.took = self._touches, self._touches + len(pages)
-        self._guest.shares = shares
 
     def prepare(self) -> None:
         """Make the memory, in which everything is missing. :exc:`OSError`."""

@@ -48,7 +48,10 @@ def add_restore_options(parser: Parser) -> None:
         "--kind",
         choices=get_args(GuestKind),
         default=usual["kind"],
-        help="memory of the guests: their own, or shared with the host's cache (%(default)s)",
+        help=(
+            "memory of the guests: anonymous, or a private mapping of the daemon's cache"
+            " (%(default)s)"
+        ),
     )
     for name, words in _COUNTS.items():
         parser.add_argument(

@@ -82,11 +82,6 @@ class Snapshot:
         """What distinguishes its content from that of any other snapshot."""
         return f"snapshot {self.index.id.hex()}"
 
-    @property
-    def identity(self) -> str:
-        """What distinguishes its content from that of any other snapshot."""
-        return f"snapshot {self.index.id.hex()}"
-
     def read_frame(self, number: int, use: Callable[[memoryview], T]) -> T:
         """What ``use`` returns for the pages of a frame, which are valid until then.
 

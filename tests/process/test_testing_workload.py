@@ -220,9 +220,7 @@ def test_help() -> None:
     assert result.stdout.startswith(
         "usage: python -m pagenet.testing.workload --socket PATH --size BYTES [options]\n"
     )
-    assert (
-        "--bad-handshake no|json|nofd|overlap|past-end|empty|huge|long|unshared\n" in result.stdout
-    )
+    assert "--bad-handshake no|json|nofd|overlap|past-end|empty|huge|long\n" in result.stdout
 
 
 @pytest.mark.parametrize(

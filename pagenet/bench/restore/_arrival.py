@@ -17,6 +17,7 @@ from typing import NamedTuple
 import trio
 
 from ...children import module_command
+from ...control import connect_control
 from ...errors import PagenetError
 from ...nurseries import open_failing_nursery
 from .._peers import Child, Source, running
@@ -28,8 +29,8 @@ __all__ = ["Arrival", "Host", "Touched", "Weight", "arriving", "bare_handler", "
 
 # Seconds for anything at all, and more for each guest of an arrival.
 _DEADLINE, _MORE = 300.0, 1.0
-# Seconds that guests have to be noticed as gone.
-_SETTLE = 20.0
+# Seconds between two questions whether guests have left.
+_PAUSE = 0.02
 
 
 # ---- guests ----
@@ -94,24 +95,26 @@ def _touched(words: array[int]) -> Touched:
 
 @asynccontextmanager
 async def arriving(
-    where: Host | Path,
+    socket: Path,
     size: int,
     pages: Sequence[Sequence[int]],
     *,
+    shared: bool = False,
     in_turn: bool = False,
 ) -> AsyncIterator[Arrival]:
-    """Guests of ``size`` bytes for a host, or the handler at a socket, each of which touches a
-    sequence of ``pages``, all of them as long. They end with the block."""
+    """Guests of ``size`` bytes for the handler at ``socket``, each of which touches a sequence of
+    ``pages``, all of them as long. Their memory is anonymous, or (``shared``) a private mapping of
+    the handler's cache. They end with the block."""
     touches = array("Q", (page for each in pages for page in each))
     numbers = FACTS * len(pages) + 2 * len(touches)
     wanted, results = _memfd(touches.tobytes()), _memfd(bytes(numbers * WORD))
     try:
         task = {
-            "socket": str(where.socket if isinstance(where, Host) else where),
-            "shares": isinstance(where, Host) and where.shares,
+            "socket": str(socket),
             "size": size,
             "seed": 0,
             "count": len(pages),
+            "shared": shared,
             "in_turn": in_turn,
             "pages": wanted,
             "results": results,
@@ -144,12 +147,11 @@ class Weight(NamedTuple):
 
 
 class Host:
-    """``pagenet-pull --many``. Made by :func:`hosting`. ``shares``: its guests share pages."""
+    """``pagenet-pull --many``. Made by :func:`hosting`."""
 
-    def __init__(self, daemon: Daemon, socket: Path, shares: bool) -> None:
-        self.shares = shares
-        self._daemon = daemon
-        self.pid = daemon.process.pid
+    def __init__(self, pid: int, socket: Path, control: Path) -> None:
+        self.pid = pid
+        self._control = control
         self.socket = socket
 
     def weight(self) -> Weight:
@@ -158,24 +160,26 @@ class Host:
         descriptors = len(os.listdir(f"/proc/{self.pid}/fd"))
         return Weight(kib << 10, descriptors, len(os.listdir(f"/proc/{self.pid}/task")))
 
-    async def settled(self, before: Weight) -> Weight:
-        """What it has once it has no more descriptors than ``before``, or some seconds later."""
-        with trio.move_on_after(_SETTLE):
-            while self.weight().descriptors > before.descriptors:  # noqa: ASYNC110
-                await trio.sleep(0.05)
-        return self.weight()
+    async def empty(self) -> None:
+        """Return once the daemon has noticed that all guests have left. :exc:`PagenetError` if it
+        does not."""
+        with trio.move_on_after(_DEADLINE):
+            async with connect_control(self._control) as control:
+                while (await control.command("status"))["guests_now"]:  # noqa: ASYNC110
+                    await trio.sleep(_PAUSE)
+            return
+        raise PagenetError("guests of the bench have left, and their daemon does not notice")
 
 
 @asynccontextmanager
-async def hosting(
-    uri: str, directory: Path, *options: str, shares: bool = False
-) -> AsyncIterator[Host]:
+async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Host]:
     """``pagenet-pull --many`` of a source, with these options. Its socket is in ``directory``."""
     socket, complaints = directory / "owners", directory / "pagenet-pull.stderr"
-    words = (uri, "--uffd-socket", str(socket), "--many", "--json", *options)
+    control = directory / "control"
+    words = (uri, "--uffd-socket", str(socket), "--many", "--control", str(control), "--json")
     with complaints.open("wb") as errors:
         process = await trio.lowlevel.open_process(
-            module_command("pagenet.cli.pull", *words),
+            module_command("pagenet.cli.pull", *words, *options),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -186,7 +190,7 @@ async def hosting(
         async with open_failing_nursery() as nursery:
             nursery.start_soon(daemon.read, process.stdout)
             await daemon.event("added", _DEADLINE)
-            yield Host(daemon, socket, shares)
+            yield Host(process.pid, socket, control)
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):

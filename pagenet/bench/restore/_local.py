@@ -18,11 +18,10 @@ from ...source.memory import open_source
 from .._figures import Sample, median
 from .._peers import MemoryFile, Source, running, served_at
 from ._arrival import Host, Weight, arriving, bare_handler, hosting
-from ._what import PAGE, Figure, RestoreOptions, beside
+from ._what import PAGE, TOUCHED_ONLY, Figure, RestoreOptions, beside
 
 __all__ = ["chain", "many", "start", "warm"]
 
-_TOUCHED_ONLY = ("--background", "off")
 # Bytes of the memory that is restored.
 _SIZE = 64 << 20
 # Of that of the chain, and pages that are written in each layer.
@@ -30,23 +29,21 @@ _CHAIN_SIZE, _WRITTEN = 16 << 20, 4
 
 
 @asynccontextmanager
-async def _hosted(
-    spec: str, *options: str, shares: bool = False
-) -> AsyncIterator[tuple[Host, Path]]:
+async def _hosted(spec: str, *options: str) -> AsyncIterator[tuple[Host, Path]]:
     """A daemon that restores guests from ``spec``, and the directory of its sockets."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as name:
         directory = Path(name)
         listen = (f"unix:{directory}/source", spec, "--max-sessions", "2000")
         async with (
             served_at(*listen) as server,
-            hosting(server.uri, directory, *options, shares=shares) as host,
+            hosting(server.uri, directory, *options) as host,
         ):
             yield host, directory
 
 
-async def _touch(where: Host | Path, size: int, pages: Sequence[int], count: int) -> list[int]:
-    """``count`` guests at once: how long each waited for the first of ``pages``, in ns."""
-    async with arriving(where, size, [pages] * count) as arrival:
+async def _touch(socket: Path, page: int, count: int, shared: bool = False) -> list[int]:
+    """``count`` guests at once: how long each waited for ``page``, in ns."""
+    async with arriving(socket, _SIZE, [[page]] * count, shared=shared) as arrival:
         return [guest.first for guest in await arrival.go()]
 
 
@@ -56,19 +53,18 @@ async def _touch(where: Host | Path, size: int, pages: Sequence[int], count: int
 async def warm(options: RestoreOptions) -> list[Figure]:
     """Many guests at once, which touch a page that others have touched before."""
     ours, floor = Sample(), Sample()
-    page = [_SIZE // PAGE // 2]
+    page = _SIZE // PAGE // 2
     with Source(_SIZE) as source:
         async with (
-            _hosted(source.spec, *_TOUCHED_ONLY, shares=options.shares) as (host, directory),
+            _hosted(source.spec, *TOUCHED_ONLY) as (host, directory),
             bare_handler(source, directory) as bare,
         ):
-            before = host.weight()
-            for where in (host, bare):
-                await _touch(where, _SIZE, page, 1)
+            for socket in (host.socket, bare):
+                await _touch(socket, page, 1)
             for _ in range(options.rounds):
-                floor.add(await _touch(bare, _SIZE, page, options.guests))
-                ours.add(await _touch(host, _SIZE, page, options.guests))
-                await host.settled(before)
+                floor.add(await _touch(bare, page, options.guests))
+                ours.add(await _touch(host.socket, page, options.guests, options.shared))
+                await host.empty()
     crowd = f"{options.guests} at once, first touch"
     return [
         beside("warm", f"{crowd}, p50", ours, floor, 0.5, 3.0),
@@ -90,7 +86,9 @@ async def chain(options: RestoreOptions) -> list[Figure]:
             for which in first:
                 async with _hosted(f"snapshot:{name}/{which}") as (host, _):
                     pages = range(_CHAIN_SIZE // PAGE)
-                    async with arriving(host, _CHAIN_SIZE, [pages]) as arrival:
+                    async with arriving(
+                        host.socket, _CHAIN_SIZE, [pages], shared=options.shared
+                    ) as arrival:
                         [guest] = await arrival.go()
                     first[which].append(guest.first)
                     last[which].append(guest.last)
@@ -146,9 +144,8 @@ async def many(options: RestoreOptions) -> list[Figure]:
     """Guests one after the other, and then many at once: what the daemon has afterwards, beside
     what it had before. With ``hostile``, how long they wait beside a hostile guest."""
     with Source(_SIZE) as source:
-        settings = (*_TOUCHED_ONLY, "--max-guests", "2000")
-        async with _hosted(source.spec, *settings, shares=options.shares) as (host, _):
-            crowd = _Crowd(host, options, host.weight())
+        async with _hosted(source.spec, *TOUCHED_ONLY, "--max-guests", "2000") as (host, _):
+            crowd = _Crowd(host, options)
             for _ in range(2):  # what it keeps for later it has from then on
                 await crowd.at_once()
             before, figures = host.weight(), list[Figure]()
@@ -163,27 +160,29 @@ async def many(options: RestoreOptions) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True)
 class _Crowd:
-    """Guests of one daemon, which had ``empty`` when it had none. Both methods return how long each
-    waited, in ns, once the daemon has noticed that all have left; None: at once."""
+    """Guests of one daemon. Both methods return how long each waited, in ns; unless ``beside`` is
+    set, once the daemon has noticed that all have left."""
 
     host: Host
     options: RestoreOptions
-    empty: Weight | None
+    beside: bool = False
 
     async def at_once(self) -> list[int]:
-        waited = await _touch(self.host, _SIZE, [0], self.options.at_once)
+        waited = await _touch(self.host.socket, 0, self.options.at_once, self.options.shared)
         await self.settle()
         return waited
 
     async def in_turn(self, count: int) -> list[int]:
-        async with arriving(self.host, _SIZE, [[0]] * count, in_turn=True) as arrival:
+        async with arriving(
+            self.host.socket, _SIZE, [[0]] * count, in_turn=True, shared=self.options.shared
+        ) as arrival:
             waited = [guest.first for guest in await arrival.go()]
         await self.settle()
         return waited
 
     async def settle(self) -> None:
-        if self.empty is not None:
-            await self.host.settled(self.empty)
+        if not self.beside:
+            await self.host.empty()
 
 
 def _growth(name: str, after: Weight, before: Weight) -> list[Figure]:
@@ -203,7 +202,7 @@ async def _beside_a_hostile_one(crowd: _Crowd) -> list[Figure]:
         await _add_to(alone, crowd)
         async with running(hostile) as child:
             await child.first_line()
-            await _add_to(attacked, replace(crowd, empty=None))
+            await _add_to(attacked, replace(crowd, beside=True))
         await crowd.settle()
     return [
         beside("many", f"{name} beside a hostile one, {quantile}", ours, floor, share, 1.1)

@@ -15,14 +15,13 @@ from .._figures import Sample, median
 from .._peers import Source, served_at
 from ._arrival import Host, Touched, Weight, arriving, hosting, pss_of
 from ._store import Bare, Span, Store, spans_of
-from ._what import PAGE, Curve, Figure, RestoreOptions, beside, curve_of, pieces_of
+from ._what import PAGE, TOUCHED_ONLY, Curve, Figure, RestoreOptions, beside, curve_of, pieces_of
 
 __all__ = ["clones", "recorded", "store"]
 
 #: of what a source asks its store for
 CHUNK = 2 << 20
 _KEY = "memory"
-_TOUCHED_ONLY = ("--background", "off")
 # Guests of each round of ``store`` that come alone.
 _ALONE = 8
 # Seconds on the way in each direction, and bytes a second of a connection.
@@ -37,16 +36,14 @@ class _Restoring(NamedTuple):
 
 
 @asynccontextmanager
-async def _restoring(
-    store: Store, uri: str, *options: str, shares: bool = False
-) -> AsyncIterator[_Restoring]:
+async def _restoring(store: Store, uri: str, *options: str) -> AsyncIterator[_Restoring]:
     """A source of the object with an empty cache, and a daemon."""
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-", dir="/dev/shm") as name:
         directory = Path(name)
         cache = ("--cache", str(directory / "cache"))
         async with (
             served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
-            hosting(server.uri, directory, *options, shares=shares) as host,
+            hosting(server.uri, directory, *options) as host,
         ):
             yield _Restoring(host, server.pid)
 
@@ -62,8 +59,8 @@ async def store(options: RestoreOptions, at: Store) -> list[Figure]:
     with Source(chunks * CHUNK) as source:
         uri = await at.put(_KEY, source)
         client = Bare(at.environment)
-        async with _restoring(at, uri, *_TOUCHED_ONLY, shares=options.shares) as restoring:
-            guests = _Guests(restoring.host, source.size, restoring.host.weight())
+        async with _restoring(at, uri, *TOUCHED_ONLY) as restoring:
+            guests = _Guests(restoring.host, source.size, options.shared)
             free = iter(range(chunks))
             await guests.touch(next(free), 1)  # begins the sessions
             for number in range(options.rounds):
@@ -93,15 +90,14 @@ async def store(options: RestoreOptions, at: Store) -> list[Figure]:
 class _Guests:
     host: Host
     size: int
-    #: what the daemon has without guests
-    empty: Weight
+    shared: bool
 
     async def touch(self, chunk: int, count: int) -> list[int]:
         """``count`` guests that touch the first page of a chunk: how long each waited, in ns."""
         pages = [[chunk * CHUNK // PAGE]] * count
-        async with arriving(self.host, self.size, pages) as arrival:
+        async with arriving(self.host.socket, self.size, pages, shared=self.shared) as arrival:
             waited = [guest.first for guest in await arrival.go()]
-        await self.host.settled(self.empty)
+        await self.host.empty()
         return waited
 
 
@@ -134,7 +130,8 @@ async def clones(options: RestoreOptions, at: Store) -> tuple[list[Figure], list
             name = f"{count} clones" if count > 1 else "1 clone"
             restored.append(await _restored(at, uri, options, [pages] * count, name))
     one, many = (_Typical(restored) for restored in found.values())
-    limit = (options.size + (options.clones * 8 << 20)) / (1 << 20) if options.shares else None
+    most = (options.size + (options.clones * 8 << 20)) / (1 << 20)
+    limit = most if options.shared else None
     each = round((many.mib_in_memory - one.mib_in_memory) / max(options.clones - 1, 1), 2)
     figures = [
         Figure("clones", "from the store", many.mib_fetched, "MiB", one.mib_fetched, 1.02),
@@ -162,8 +159,8 @@ async def _restored(
 ) -> _Restored:
     async with (
         at.farther(0) as (counted, relay),
-        _restoring(counted, uri, *_TOUCHED_ONLY, shares=options.shares) as restoring,
-        arriving(restoring.host, options.size, pages) as arrival,
+        _restoring(counted, uri, *TOUCHED_ONLY) as restoring,
+        arriving(restoring.host.socket, options.size, pages, shared=options.shared) as arrival,
     ):
         pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
         before = await trio.to_thread.run_sync(pss_of, arrival.pids)
@@ -189,9 +186,9 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
             uri = await at.put(_KEY, source)
             await _record(source, pages, recording)
         orders = {
-            "recorded": f"recorded={recording}.1",
-            "demand only": "off",
-            "hot": "hot",
+            "recorded": ("--background", f"recorded={recording}.1"),
+            "demand only": TOUCHED_ONLY,
+            "hot": ("--background", "hot"),
         }
         seconds: dict[str, list[float]] = {order: [] for order in orders}
         bare: dict[int, list[float]] = {chunk: [] for chunk in _LADDER}
@@ -199,10 +196,12 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
         async with at.farther(_FAR, _RATE) as (far, _):
             for number in range(options.rounds):
                 await _climb(far, pages, options.memory, bare)
-                for order, background in orders.items():
+                for order, wanted in orders.items():
                     async with (
-                        _restoring(far, uri, "--background", background) as restoring,
-                        arriving(restoring.host, options.memory, [pages]) as arrival,
+                        _restoring(far, uri, *wanted) as restoring,
+                        arriving(
+                            restoring.host.socket, options.memory, [pages], shared=options.shared
+                        ) as arrival,
                     ):
                         touched = await arrival.go()
                         seconds[order].append(touched[0].last / 1e9)
@@ -221,15 +220,14 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
 
 async def _record(source: Source, pages: Sequence[int], file: Path) -> None:
     """``FILE.1``: a recording of a guest that waits for each of ``pages``."""
-    options = (*_TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
+    options = (*TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
     async with (
         served_at(f"unix:{file.parent}/source", source.spec) as server,
         hosting(server.uri, file.parent, *options) as host,
     ):
-        before = host.weight()
-        async with arriving(host, source.size, [pages]) as arrival:
+        async with arriving(host.socket, source.size, [pages]) as arrival:
             await arrival.go()
-        await host.settled(before)
+        await host.empty()
 
 
 async def _climb(at: Store, pages: Sequence[int], size: int, bare: dict[int, list[float]]) -> None:

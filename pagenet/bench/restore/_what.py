@@ -14,6 +14,7 @@ from ._arrival import Arrival, Touched
 __all__ = [
     "PAGE",
     "RESTORE_ROWS",
+    "TOUCHED_ONLY",
     "Curve",
     "Figure",
     "GuestKind",
@@ -24,8 +25,10 @@ __all__ = [
 ]
 
 PAGE = 4096
+#: of pagenet-pull: nothing comes that no guest has touched, but for the pages around it
+TOUCHED_ONLY = ("--fill", "touched", "--background", "off")
 RESTORE_ROWS = ("warm", "store", "clones", "recorded", "chain", "many", "start")
-#: what the memory of a guest is: its own, or a private mapping of the host's cache
+#: what the memory of a guest is: its own, or a private mapping of the daemon's cache
 GuestKind = Literal["anonymous", "shared"]
 # ns. A touch that takes as long is drawn as a stall.
 _STALL = 1_000_000
@@ -54,7 +57,7 @@ class RestoreOptions:
     hostile: bool = False
 
     @property
-    def shares(self) -> bool:
+    def shared(self) -> bool:
         return self.kind == "shared"
 
     def check(self) -> None:

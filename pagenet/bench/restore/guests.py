@@ -2,8 +2,8 @@
 alone.
 
 Its one argument is a JSON object: ``socket`` (of the handler), ``size`` and ``seed`` of the memory,
-how many guests there are (``count``), ``in_turn`` or all at once, whether they share pages of the
-handler's file (``shares``), a memfd with the numbers of the
+which is a mapping of the handler's cache (``shared``) or anonymous, how many guests there are
+(``count``), ``in_turn`` or all at once, a memfd with the numbers of the
 pages that they touch (``pages``), and one for what comes of it (``results``). Each guest is a
 process.
 
@@ -44,8 +44,8 @@ class _Task:
     size: int
     seed: int
     count: int
+    shared: bool
     in_turn: bool
-    shares: bool
     pages: int
     results: int
 
@@ -140,7 +140,7 @@ class _Guests:
             task.seed,
             self._pages[number * touches : (number + 1) * touches],
             self._results[number * mine + FACTS : (number + 1) * mine],
-            shares=task.shares,
+            task.shared,
         )
         try:
             guest.prepare()

@@ -46,7 +46,7 @@ def _die_half_way(path: str) -> None:
         try:
             pages = memoryview(array("Q", range(_SIZE // 4096)))
             touches = memoryview(bytearray(16 * len(pages))).cast("Q")
-            guest = Guest(path, _SIZE, 0, pages, touches, shares=False)
+            guest = Guest(path, _SIZE, 0, pages, touches)
             guest.prepare()
             guest.arrive()
         finally:
