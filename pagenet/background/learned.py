@@ -21,12 +21,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
+
 from ..errors import UsageError
 from ..region import Block, Region, Run
 from ..residency import Residency, State
-from ..whole_file import WholeFile
+from ..whole_file import read_whole
 from ._schedule import Schedule
-from .recording import UNIT, blocks_of, load_fields, units_of, write_fields
+from .recording import MOST_BYTES, UNIT, blocks_of, fields_of, units_of
 
 __all__ = [
     "Learned",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "pagenet-learned", 1
+_WHAT = "learned set"
 #: pages of 4 KiB that a set has at most: 1 GiB of them
 MOST_PAGES = 1 << 18
 #: milliseconds: what guests wait for sooner, on average, is brought to them at once; the rest only
@@ -125,18 +128,17 @@ class LearnedSet:
             by_use = sorted(self.pages.items(), key=lambda each: (-_share(each[1]), each[1].ms))
             self.pages = dict(by_use[:MOST_PAGES])
 
-    def write(self, file: WholeFile) -> None:
-        """Write the set as the whole content of ``file``."""
-        write_fields(file, self.fields())
-
-    def fields(self) -> dict[str, Any]:
-        return {
+    def encode(self) -> bytes:
+        """The content of a file."""
+        fields = {
             "format": FORMAT,
             "version": VERSION,
             "restores": self.restores,
             "blocks": [list(block) for block in self.blocks],
             "pages": list(_packed(self.pages)),
         }
+        encoded: bytes = msgpack.packb(fields)
+        return encoded
 
 
 def _share(it: Learned) -> float:
@@ -171,16 +173,16 @@ def _numbers(it: Learned) -> tuple[int, int, int]:
 def load_learned(path: str | os.PathLike[str]) -> LearnedSet:
     """The set at ``path``. :exc:`UsageError`, in one line, if there is none, or it is foreign,
     broken, or of a version that is not known."""
-    return learned_of(load_fields(path, {FORMAT: VERSION}, "learned set"), path)
+    return learned_of(read_whole(path, MOST_BYTES, _WHAT), os.fspath(path))
 
 
-def learned_of(fields: dict[str, Any], name: str | os.PathLike[str]) -> LearnedSet:
-    """The set that has these fields, read from ``name``. :exc:`UsageError` if they make no
-    sense."""
+def learned_of(body: bytes, name: str) -> LearnedSet:
+    """The set that is the content of a file of that name. :exc:`UsageError` as above."""
+    fields = fields_of(body, {FORMAT: VERSION}, _WHAT, name)
     try:
         return _checked(fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{os.fspath(name)} is a broken learned set: {error}") from None
+        raise UsageError(f"{name} is a broken {_WHAT}: {error}") from None
 
 
 def _checked(fields: dict[str, Any]) -> LearnedSet:

@@ -22,12 +22,14 @@ from ..whole_file import WholeFile, read_whole
 
 __all__ = [
     "FORMAT",
+    "MOST_BYTES",
     "MOST_PAGES",
     "UNIT",
     "VERSION",
     "Recorder",
     "Recording",
     "blocks_of",
+    "fields_of",
     "load_fields",
     "load_recording",
     "recording_file",
@@ -44,7 +46,7 @@ UNIT = 4096
 MOST_PAGES = 1 << 20
 # A file with more bytes or more values than this was not written by pagenet, and is refused. The
 # limit of values bounds what a file takes in memory: one byte may be an empty list, of 64 bytes.
-_MOST_BYTES = 64 << 20
+MOST_BYTES = 64 << 20
 _MOST_VALUES = 4 * MOST_PAGES
 
 
@@ -173,8 +175,11 @@ def load_fields(
     ``what``: what error messages call the file. Raises :exc:`UsageError`, in one line, if there is
     no file, or it is foreign, broken, or of another version.
     """
-    name = os.fspath(path)
-    body = read_whole(path, _MOST_BYTES, what)
+    return fields_of(read_whole(path, MOST_BYTES, what), versions, what, os.fspath(path))
+
+
+def fields_of(body: bytes, versions: Mapping[str, int], what: str, name: str) -> dict[str, Any]:
+    """The same from the content of a file of that name."""
     try:
         found = _unpack(body)
     except Exception as error:

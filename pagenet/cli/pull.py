@@ -20,7 +20,7 @@ from ..control import Control
 from ..destination.caching import Fill
 from ..destination.hosting import MAX_GUESTS, host
 from ..destination.into_file import IntoFile
-from ..destination.learning import LearnedFile
+from ..destination.learning import LearnedFile, LearnedPlace
 from ..destination.pulling import pull
 from ..direct import direct_source, is_direct
 from ..errors import HandshakeError, UsageError
@@ -68,6 +68,7 @@ _WORDS = {
 _MANY_WORDS = {
     **TLS_WORDS,
     **GUARD_WORDS,
+    **PEER_WORDS,
     "added": "snapshot {name} of {uri}: waiting for owners on {uffd_socket}",
     "removed": "snapshot {name}: no more owners",
     "guest": "guest {guest}: process {pid}, snapshot {snapshot}",
@@ -174,10 +175,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--learn",
-        metavar="DIR",
+        metavar="PLACE",
         help=(
-            "with --many: learn what guests wait for, keep that in DIR, in a file for each"
-            " snapshot, and bring it to the next guests at once"
+            "with --many: learn what guests wait for, keep that in a directory, or in a store"
+            " (s3://BUCKET/PREFIX), in a file for each snapshot, and bring it to the next guests at"
+            " once"
         ),
     )
     parser.add_argument(
@@ -222,6 +224,7 @@ async def _host(options: argparse.Namespace, report: Report, control: Control) -
             huge=options.huge_pages,
             cache_memory=options.cache_memory,
             learn=None if options.learn is None else partial(_learned, options.learn),
+            opening=partial(direct_source, **store_options(options), on_event=report),
             reconnect_for=reconnect_for(options, inf),
             **of_caches,
             keeper=guard,
@@ -234,8 +237,17 @@ async def _host(options: argparse.Namespace, report: Report, control: Control) -
             await trio.sleep_forever()
 
 
-def _learned(directory: str, name: str, uri: str) -> LearnedFile:
-    return LearnedFile(Path(directory, quote(name, safe="") + ".learned"))
+def _learned(place: str, name: str) -> LearnedPlace:
+    file = quote(name, safe="") + ".learned"
+    if not _is_in_store(place):
+        return LearnedFile(Path(place, file))
+    from ..learned_objects import LearnedObject  # nobody else waits for it
+
+    return LearnedObject(place, file)
+
+
+def _is_in_store(place: str) -> bool:
+    return "://" in place
 
 
 def _hosting_again(
@@ -368,12 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.many:
         if options.uffd_socket is None or options.listen or options.missing:
             parser.error("--many is for --uffd-socket, without --listen and --missing")
-        if options.learn is not None and not Path(options.learn).is_dir():
-            parser.error(f"--learn: there is no directory {options.learn}")
-        if options.cache is not None or options.peers:
-            parser.error(
-                "--many fills guests from sources that listen: give them --cache and --peer"
-            )
+        place = options.learn
+        if place is not None and not _is_in_store(place) and not Path(place).is_dir():
+            parser.error(f"--learn: there is no directory {place}")
         if options.lane == "trio":
             parser.error("--many has lanes in C alone")
         options.words = list(sys.argv[1:] if argv is None else argv)

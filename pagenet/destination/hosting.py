@@ -7,7 +7,7 @@ import hashlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -26,11 +26,13 @@ from .caching import Fill, HostCache, caching
 from .learning import LearnedPlace
 from .pulling import Transfer
 
-__all__ = ["MAX_GUESTS", "Guest", "Host", "Snapshot", "host"]
+__all__ = ["MAX_GUESTS", "Guest", "Host", "Opening", "Snapshot", "host"]
 
 #: Default limit of the guests at a time. Each takes about twenty file descriptors here, and a
 #: session with its source.
 MAX_GUESTS = 1024
+#: From the URI of a snapshot to a context, whose value is the URI to dial.
+Opening = Callable[[str], AbstractAsyncContextManager[str]]
 # What the names begin with under which a keeper holds the connections of owners.
 _OWNER = "owner."
 # Events of the transfer that fills a cache, as a host reports them.
@@ -110,7 +112,8 @@ class Host:
         allocate: bool,
         huge: bool,
         most: int | None,
-        learn: Callable[[str, str], LearnedPlace] | None,
+        learn: Callable[[str], LearnedPlace] | None,
+        opening: Opening,
         guest_options: Mapping[str, Any],
         options: Mapping[str, Any],
         keeper: Keeper | None,
@@ -120,7 +123,7 @@ class Host:
         self._crew = crew
         self._keeper = keeper
         self._allocate, self._huge, self._most = allocate, huge, most
-        self._learn = learn
+        self._learn, self._opening = learn, opening
         self._guest_options = guest_options
         self._options = options
         self._on_event = on_event
@@ -202,22 +205,25 @@ class Host:
         def on_unkept(reason: str) -> None:
             self._on_event("unkept", snapshot=snapshot.name, reason=reason)
 
-        place = None if self._learn is None else self._learn(snapshot.name, snapshot.uri)
+        place = None if self._learn is None else self._learn(snapshot.name)
         failure = ""
         has_started = False
         while not snapshot.removed.is_set():
             kept = self._keeper and Naming(self._keeper, f".cache{snapshot.key}")
             memory = CacheMemory(huge=self._huge, most=self._most, keeper=kept)
             try:
-                async with caching(
-                    snapshot.uri,
-                    memory,
-                    self._crew,
-                    learn=place,
-                    on_unkept=on_unkept,
-                    **self._options,
-                    on_event=on_event,
-                ) as cache:
+                async with (
+                    self._opening(snapshot.uri) as uri,
+                    caching(
+                        uri,
+                        memory,
+                        self._crew,
+                        learn=place,
+                        on_unkept=on_unkept,
+                        **self._options,
+                        on_event=on_event,
+                    ) as cache,
+                ):
                     snapshot.set_cache(cache)
                     if not has_started:
                         task_status.started()
@@ -358,7 +364,8 @@ async def host(
     fill: Fill = "all",
     huge: bool = False,
     cache_memory: int | None = None,
-    learn: Callable[[str, str], LearnedPlace] | None = None,
+    learn: Callable[[str], LearnedPlace] | None = None,
+    opening: Opening = nullcontext,
     record: str | os.PathLike[str] | None = None,
     on_loss: OnLoss = "wait",
     prefetch: tuple[int, int] | None = None,
@@ -379,9 +386,10 @@ async def host(
     ``huge``: the caches are of huge pages (2 MiB). ``cache_memory``: bytes that the cache of each
     snapshot may take, about; None: as many as the snapshot has. Beyond that, pages leave it that
     were not used for long, and are fetched again when they are touched. ``learn``: called with the
-    name and the URI of each snapshot; returns where to keep what its guests wait for. Those pages
-    are brought to the next guests at once, and the others that guests wait for later are fetched
-    into the cache. ``keeper``: keeps the
+    name of each snapshot; returns where to keep what its guests wait for. Those pages are brought
+    to the next guests at once, and the others that guests wait for later are fetched into the
+    cache. ``opening``: called with the URI of each snapshot; what it returns is entered for the URI
+    to dial (:func:`pagenet.direct_source`). ``keeper``: keeps the
     sockets, the owners' connections and the caches, and has those of a process that was killed:
     :meth:`Host.add` goes on with them.
     ``options``: those of :func:`pagenet.pull`, for the transfer that fills each cache. Those for
@@ -412,6 +420,7 @@ async def host(
                 huge,
                 cache_memory,
                 learn,
+                opening,
                 guest_options,
                 options,
                 keeper,

@@ -18,7 +18,7 @@ from ..residency import State
 from ..whole_file import WholeFile
 from .filling import Filling
 
-__all__ = ["LearnedFile", "LearnedPlace", "Learning"]
+__all__ = ["LearnedFile", "LearnedPlace", "Learning", "Restoring", "with_restores"]
 
 #: seconds after which a restore that goes on counts as over
 LEARN_SECONDS = 60.0
@@ -49,13 +49,21 @@ class LearnedFile:
         return load_learned(self._path) if self._path.exists() else None
 
     def add(self, restores: Sequence[Restore], empty: LearnedSet) -> LearnedSet:
-        found = self.load()
-        now = found if found is not None and found.blocks == empty.blocks else empty
-        for restore in restores:
-            now.learn(restore)
+        now = with_restores(self.load(), restores, empty)
         with WholeFile(self._path, "learned set") as file:
-            now.write(file)
+            file.write(now.encode())
+            file.commit()
         return now
+
+
+def with_restores(
+    known: LearnedSet | None, restores: Sequence[Restore], empty: LearnedSet
+) -> LearnedSet:
+    """``known``, or ``empty`` if there is none, or it is another memory's, with these restores."""
+    now = known if known is not None and known.blocks == empty.blocks else empty
+    for restore in restores:
+        now.learn(restore)
+    return now
 
 
 class Learning:

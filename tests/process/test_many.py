@@ -416,6 +416,7 @@ async def test_killed_again_and_again(source: str, tmp_path: Path) -> None:
                 await daemon.event("owner")
                 os.kill(pid, signal.SIGKILL)
                 pid = (await daemon.event("restarted"))["pid"]
+            await count(daemon, "added", 2)
             owner = run_workload(there, *touching("anonymous, no uffd"))
             guests.append(await stack.enter_async_context(owner))
             for guest in guests:

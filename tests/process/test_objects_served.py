@@ -29,6 +29,7 @@ import pagenet
 
 obstore = pytest.importorskip("obstore")
 
+from pagenet.background.learned import learned_of  # noqa: E402
 from pagenet.objects import open_object, open_store  # noqa: E402
 from pagenet.protocol import Class  # noqa: E402
 
@@ -52,6 +53,33 @@ def upload(content: bytes) -> None:
     with open_store("s3://bucket/snapshots", 60) as store:
         store.write("mem", content)
         assert store.size("mem") == len(content)
+
+
+async def test_many_guests_are_restored_from_s3(memory: bytes, tmp_path: Path) -> None:
+    """By one daemon without a source beside it. What they wait for is kept in the store, and the
+    next daemon brings it."""
+    path = tmp_path / "owners"
+    options = ("--fill", "touched", "--prefetch", "0,0", "--learn", "s3://bucket/snapshots")
+    command = pull_command(
+        *(URI, "--uffd-socket", str(path), "--many", "--cache", str(tmp_path / "cache"), *options),
+        lane="native",
+    )
+    touching = ("--size", SIZE, "--seed", SEED, "--zero-every", 16, "--order", "random")
+    for restores in (1, 2):
+        async with run(command) as daemon:
+            await daemon.event("added")
+            for kind in ("anonymous", "shared")[:restores]:
+                words = ("--memory", kind, "--verify", "touched", "--touches", 100, *touching)
+                async with run_workload(path, *words) as guest:
+                    await check_verified(guest)
+                await daemon.event("gone")
+            daemon.send_signal(signal.SIGTERM)
+            await daemon.wait()
+        with open_store("s3://bucket/snapshots", 60) as store:
+            name = "default.learned"
+            known = learned_of(store.read(name, 0, store.size(name)), name)
+        assert known.restores == (1, 3)[restores - 1]
+        assert len(known.pages) == 100
 
 
 async def test_a_guest_is_restored_from_s3(memory: bytes, lane: str, tmp_path: Path) -> None:

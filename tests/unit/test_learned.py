@@ -24,7 +24,6 @@ from pagenet.background.learned import (
 from pagenet.background.schedule import make_schedule
 from pagenet.region import Run
 from pagenet.residency import Residency, State
-from pagenet.whole_file import WholeFile
 
 PAGES = 4096
 REGION = Region([Block("one", PAGES * 4096)])
@@ -102,14 +101,13 @@ SETS = st.builds(
 
 @given(SETS)
 def test_comes_back_as_it_was(known: LearnedSet) -> None:
-    assert learned_of(known.fields(), "it") == known
+    assert learned_of(known.encode(), "it") == known
 
 
 def test_file(tmp_path: Path) -> None:
     path, known = tmp_path / "set", LearnedSet.of(REGION)
     known.learn(restore(dict.fromkeys(range(100, 200), 3.0)))
-    with WholeFile(path, "learned set") as file:
-        known.write(file)
+    path.write_bytes(known.encode())
     assert load_learned(path) == known
     whole = path.read_bytes()
     for length in range(len(whole)):
@@ -145,7 +143,7 @@ def test_fields_that_make_no_sense(wrong: dict[str, Any]) -> None:
     known = LearnedSet.of(REGION)
     known.learn(restore({1: 1.0}))
     with pytest.raises(UsageError, match=r"^it is a broken learned set"):
-        learned_of({**known.fields(), **wrong}, "it")
+        learned_of(msgpack.packb({**msgpack.unpackb(known.encode()), **wrong}), "it")
 
 
 @given(st.binary(max_size=100))
