@@ -19,6 +19,7 @@ from stores import CHUNK, http_store
 
 import pagenet
 from pagenet import Run, Source, transport
+from pagenet.objects import open_store
 from pagenet.peers import _peers
 from pagenet.protocol import Class, Encoding, content_identity
 from pagenet.snapshot.creating import create_snapshot
@@ -211,6 +212,28 @@ async def test_a_peer_that_comes_back(
         async with pagenet.serve(snapshot, listen=uri) as peer:
             assert await read(source) == content()
             assert peer.statistics().asked
+
+
+@pytest.mark.usefixtures("s3")
+async def test_a_snapshot_in_a_store_out_of_a_peer(tmp_path: Path, told: Told) -> None:
+    """It answers with what it holds, and the store is asked for nothing that it holds."""
+    memory = write_pattern(tmp_path / "mem", SIZE, zero_every=16)
+    spec = "s3://bucket/clones/snap"
+    with pagenet.open_source(memory) as source:
+        await create_snapshot(source, spec)
+    half = PAGES // 2
+    async with pagenet.serve(f"snapshot:{spec}", listen=LISTEN) as peer:
+        await peer._source.fetch(Run(0, half), Class.DEMAND)
+        source = await open_source_in_thread(f"snapshot:{spec}", peers=[peer.uri], on_event=told)
+        with source:
+            assert await read(source) == memory.read_bytes()
+        assert peer.statistics().asked
+        source = await open_source_in_thread(f"snapshot:{spec}", peers=[peer.uri])
+        with source, open_store("s3://bucket/clones", 60) as store:
+            for name, _, _ in store.list():
+                store.remove(name)
+            assert await read(source, 0, half) == memory.read_bytes()[: half * PAGE]
+    assert not told.events
 
 
 # ---- objects ----
