@@ -29,6 +29,16 @@ class Here:
         """Whether all of ``pieces`` are there."""
         return b"\0" not in ffi.buffer(self.bytes)[pieces.start : pieces.stop]
 
+    def lacking(self, pieces: range) -> list[range]:
+        """Those of ``pieces`` that are not there, in stretches."""
+        found, at = list[range](), pieces.start
+        there: bytes = ffi.buffer(self.bytes)[:]
+        while (first := there.find(b"\0", at, pieces.stop)) >= 0:
+            at = there.find(b"\1", first, pieces.stop)
+            at = pieces.stop if at < 0 else at
+            found.append(range(first, at))
+        return found
+
     def came(self, pieces: range) -> None:
         lib.pn_pieces_came(self.bytes, pieces.start, len(pieces))
 

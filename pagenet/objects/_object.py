@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -18,7 +19,7 @@ from .. import _native
 from ..errors import PagenetError, SourceLost, UsageError
 from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
-from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT
+from ._constants import AHEAD, CHUNK, ENDS, IN_FLIGHT, LOOK, RESERVED, SPLIT
 from ._loop import Loop
 from ._nbd import NbdExport, is_export
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
@@ -33,8 +34,8 @@ _READ_AHEAD = 3
 
 @dataclass(slots=True)
 class _Span:
-    """Bytes of the object that one request is to bring, whole pieces. Those before ``at`` are in
-    the file."""
+    """Bytes of the object that one request is to bring, whole pieces, all in one chunk. Those
+    before ``at`` are in the file."""
 
     start: int
     end: int
@@ -43,10 +44,10 @@ class _Span:
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A chunk that is being fetched, or waits for its turn."""
+    """A chunk of which something is being fetched, or waits for its turn."""
 
     chunk: int
-    #: what of it is fetched, in this order
+    #: what of it is fetched, in this order; more may be added until the end
     spans: list[_Span]
     order: int
     #: of time.monotonic; later with everybody who waits for it
@@ -79,6 +80,8 @@ class RemoteObject:
         self._flights: dict[int, _Flight] = {}
         self._queue: list[tuple[int, int, _Flight]] = []
         self._numbers = count()
+        # where the last reads of the background ended: one that begins there goes on with them
+        self._ends = deque[int](maxlen=ENDS)
         self._active = 0
         self._is_closed = False
         #: bytes that came from the store
@@ -159,29 +162,57 @@ class RemoteObject:
 
     def _want(self, offset: int, length: int, class_: Class) -> None:
         first, last = offset // CHUNK, (offset + length - 1) // CHUNK
+        # What the background reads here and there, as a recording has it, is brought alone.
+        is_apart = class_ is Class.BACKGROUND and not self._goes_on(offset, offset + length)
         for chunk in range(first, last + 1):
-            self._want_chunk(chunk, _ORDER[class_], is_waited_for=True, offset=offset)
-        if class_ is Class.BACKGROUND:
+            start, end = chunk * CHUNK, (chunk + 1) * CHUNK
+            if is_apart:
+                start, end = max(start, offset), min(end, offset + length)
+            self._want_bytes(start, end, _ORDER[class_], is_waited_for=True, offset=offset)
+        if class_ is Class.BACKGROUND and not is_apart:
             for chunk in range(last + 1, min(last + 1 + AHEAD, -(-self.size // CHUNK))):
-                self._want_chunk(chunk, _READ_AHEAD, is_waited_for=False)
+                start, end = chunk * CHUNK, (chunk + 1) * CHUNK
+                self._want_bytes(start, end, _READ_AHEAD, is_waited_for=False)
         self._start()
         self._tell()  # it may all be there
 
-    def _want_chunk(self, chunk: int, order: int, is_waited_for: bool, offset: int = 0) -> None:
-        """``offset``: of the first byte that is waited for, maybe before the chunk."""
-        start, end = chunk * CHUNK, min((chunk + 1) * CHUNK, self.size)
-        if self._is_closed or self.is_here(start, end - start):
+    def _goes_on(self, start: int, end: int) -> bool:
+        """Whether a read of the background goes on with another, begins with the object, or is as
+        long as a chunk."""
+        goes_on = start in self._ends
+        if goes_on:
+            self._ends.remove(start)
+        self._ends.append(end)
+        return goes_on or start == 0 or end - start >= CHUNK
+
+    def _want_bytes(
+        self, start: int, end: int, order: int, is_waited_for: bool, offset: int = 0
+    ) -> None:
+        """Bytes of one chunk. ``offset``: of the first byte that is waited for, maybe before the
+        chunk."""
+        end = min(end, self.size)
+        if self._is_closed or start == end or self.is_here(start, end - start):
             return
-        deadline = time.monotonic() + self._deadline
+        deadline, chunk = time.monotonic() + self._deadline, start // CHUNK
         flight = self._flights.get(chunk)
         if flight is None:
             flight = self._flights[chunk] = _Flight(chunk, [], _READ_AHEAD + 1, deadline)
         if order < flight.order and flight.task is None:
             flight.order = order  # its earlier place in the queue does not count any more
-            flight.spans = _spans(start, end, offset if order == _ORDER[Class.DEMAND] else 0)
+            if order == _ORDER[Class.DEMAND]:  # what is waited for comes before all else
+                flight.spans = []
             heappush(self._queue, (order, next(self._numbers), flight))
+        self._plan(flight, start, end, offset if order == _ORDER[Class.DEMAND] else 0)
         if is_waited_for:
             flight.deadline, flight.is_waited_for = deadline, True
+
+    def _plan(self, flight: _Flight, start: int, end: int, wanted: int) -> None:
+        """Have the flight bring what is lacking of these bytes, and not planned yet."""
+        for pieces in self.here.lacking(_pieces_with(start, end)):
+            for low, high in _without(pieces, [_pieces_with(s.start, s.end) for s in flight.spans]):
+                low_byte = low * _native.PIECE
+                high_byte = min(high * _native.PIECE, self.size)
+                flight.spans += _spans(low_byte, high_byte, wanted)
 
     def _start(self) -> None:
         """Start as many as may be in flight."""
@@ -210,10 +241,13 @@ class RemoteObject:
         finally:
             self._active -= 1
             del self._flights[flight.chunk]
+            if self._failure is None:  # what was added at the very end
+                for span in flight.spans:
+                    self._want_bytes(span.at, span.end, flight.order, flight.is_waited_for)
             self._start()
 
     async def _fetch(self, flight: _Flight) -> None:
-        while not self._file.is_whole(flight.chunk):
+        while not self._file.is_whole(flight.chunk) and _is_left(flight):
             if self._file.claim(flight.chunk):
                 try:
                     await self._read(flight)
@@ -225,10 +259,10 @@ class RemoteObject:
             self._came(span.start, span.end)
 
     async def _read(self, flight: _Flight) -> None:
-        """Bring what is left of the chunk."""
-        if self._file.is_whole(flight.chunk):  # whoever had it claimed has fetched it
-            return
+        """Bring what is left of the flight, and of what is added to it meanwhile."""
         for span in flight.spans:
+            if self._file.is_whole(flight.chunk):  # whoever had it claimed has fetched it
+                return
             if span.at < span.end:
                 await self._read_span(flight, span)
 
@@ -240,9 +274,11 @@ class RemoteObject:
                 self._write(span.at, memoryview(part))
                 span.at += len(part)
                 self.fetched += len(part)
-                if all(span.at == span.end for span in flight.spans):
+                self.here.came(_pieces(span.start, span.at, self.size))
+                start = flight.chunk * CHUNK
+                if self.is_here(start, min(CHUNK, self.size - start)):
                     self._file.finish(flight.chunk)  # before anybody hears of it, and closes us
-                self._came(span.start, span.at)
+                self._tell()
 
     def _write(self, offset: int, data: memoryview) -> None:
         """Zeros are not written: the file has them already, and stays sparse."""
@@ -284,9 +320,29 @@ def _pieces(start: int, end: int, size: int) -> range:
     return range(start // _native.PIECE, last)
 
 
+def _pieces_with(start: int, end: int) -> range:
+    """The pieces that have some of these bytes."""
+    return range(start // _native.PIECE, -(-end // _native.PIECE))
+
+
+def _without(pieces: range, others: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """``pieces`` without the ``others``, as stretches."""
+    at = pieces.start
+    for other in sorted(others, key=lambda other: other.start):
+        if at < min(other.start, pieces.stop):
+            yield at, min(other.start, pieces.stop)
+        at = max(at, other.stop)
+    if at < pieces.stop:
+        yield at, pieces.stop
+
+
+def _is_left(flight: _Flight) -> bool:
+    return any(span.at < span.end for span in flight.spans)
+
+
 def _spans(start: int, end: int, wanted: int) -> list[_Span]:
-    """A chunk in the order in which it is fetched: from the piece on that is waited for, if that
-    is far from the beginning."""
+    """A part of a chunk in the order in which it is fetched: from the piece on that is waited for,
+    if that is far from the beginning."""
     first = wanted // _native.PIECE * _native.PIECE
     if not start + SPLIT <= first < end:
         return [_Span(start, end, start)]

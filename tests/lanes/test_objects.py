@@ -486,7 +486,7 @@ async def test_what_a_thread_waits_for_goes_first() -> None:
         store.lie = hold
         with open_object(store.url, deadline=30) as remote:
             for chunk in range(20):
-                remote.want(chunk * CHUNK, PAGE, Class.BACKGROUND)
+                remote.want(chunk * CHUNK, CHUNK, Class.BACKGROUND)
             await until(lambda: len(order()) >= 12)
             for chunk in (35, 34, 33, 32, 31):
                 remote.want(chunk * CHUNK, PAGE, Class.DEMAND)
@@ -511,6 +511,46 @@ async def test_the_background_is_read_ahead_of() -> None:
         await until(lambda: len(store.ranges()) >= 9)
         await fetch(remote, 30, Class.DEMAND)
         assert store.fetched() == dict.fromkeys([*range(3, 12), 30], 1)
+
+
+async def test_what_the_background_reads_here_and_there_comes_alone() -> None:
+    """As a recording has it. What goes on with that is a stream."""
+    piece = 64 << 10
+    content = os.urandom(8 * CHUNK)
+    with http_store(content) as store, open_object(store.url, deadline=30) as remote:
+        for number in (100, 7, 101, 9):
+            await remote.fetch(number * piece, piece, Class.BACKGROUND)
+            assert os.pread(remote.fd, piece, number * piece) == content[number * piece :][:piece]
+        apart = [(number * piece, (number + 1) * piece) for number in (100, 7)]
+        assert store.ranges()[:2] == apart
+        assert not remote.is_here(8 * piece, piece)
+        await remote.fetch(0, len(content), Class.DEMAND)
+        assert os.pread(remote.fd, len(content), 0) == content
+        assert sum(end - start for start, end in store.ranges()) == len(content)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_reads_of_every_kind_at_once(seed: int, tmp_path: Path) -> None:
+    """Every byte comes once, whatever is asked for in which order."""
+    draw = random.Random(seed)
+    content = draw.randbytes(6 * CHUNK + 5000)
+    with (
+        http_store(content) as store,
+        open_object(store.url, cache=tmp_path / "cache", deadline=30) as remote,
+    ):
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                offset = draw.randrange(len(content))
+                length = min(draw.choice([1, PAGE, 64 << 10, CHUNK]), len(content) - offset)
+                class_ = draw.choice([Class.DEMAND, Class.PREFETCH, *[Class.BACKGROUND] * 3])
+                nursery.start_soon(remote.fetch, offset, length, class_)
+                if draw.random() < 0.3:
+                    await trio.sleep(0.005)
+        await remote.fetch(0, len(content), Class.DEMAND)
+        assert os.pread(remote.fd, len(content), 0) == content
+        assert sum(end - start for start, end in store.ranges()) == len(content)
+        with open_object(store.url, cache=tmp_path / "cache", deadline=30) as another:
+            assert another.is_here(0, len(content))
 
 
 # ---- the cache on disk ----
