@@ -72,6 +72,13 @@ def test_chosen_rows_as_a_table() -> None:
     assert "at most 3x" in ended.stdout
 
 
+def test_guests_that_share_the_cache() -> None:
+    ended = bench(*SMALL, "--rows", "warm,many", "--kind", "shared", "--json")
+    assert ended.returncode == 0, ended.stderr
+    last = json.loads(ended.stdout.splitlines()[-1])
+    assert {each["row"] for each in last["restore"]["figures"]} == {"warm", "many"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

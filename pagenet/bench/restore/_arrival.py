@@ -25,7 +25,17 @@ from .._site import Daemon
 from ..peer import peer_command
 from .guests import FACTS, WORD
 
-__all__ = ["Arrival", "Host", "Touched", "Weight", "arriving", "bare_handler", "hosting", "pss_of"]
+__all__ = [
+    "Arrival",
+    "Host",
+    "Touched",
+    "Weight",
+    "arriving",
+    "bare_handler",
+    "hosting",
+    "pss_of",
+    "socket_in",
+]
 
 # Seconds for anything at all, and more for each guest of an arrival.
 _DEADLINE, _MORE = 300.0, 1.0
@@ -171,10 +181,15 @@ class Host:
         raise PagenetError("guests of the bench have left, and their daemon does not notice")
 
 
+def socket_in(directory: Path) -> Path:
+    """Where guests connect to the daemon that :func:`hosting` starts in ``directory``."""
+    return directory / "owners"
+
+
 @asynccontextmanager
 async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Host]:
     """``pagenet-pull --many`` of a source, with these options. Its socket is in ``directory``."""
-    socket, complaints = directory / "owners", directory / "pagenet-pull.stderr"
+    socket, complaints = socket_in(directory), directory / "pagenet-pull.stderr"
     control = directory / "control"
     words = (uri, "--uffd-socket", str(socket), "--many", "--control", str(control), "--json")
     with complaints.open("wb") as errors:

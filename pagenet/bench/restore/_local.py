@@ -17,7 +17,7 @@ from ...snapshot.creating import create_snapshot
 from ...source.memory import open_source
 from .._figures import Sample, median
 from .._peers import MemoryFile, Source, running, served_at
-from ._arrival import Host, Weight, arriving, bare_handler, hosting
+from ._arrival import Host, Touched, Weight, arriving, bare_handler, hosting, socket_in
 from ._what import PAGE, TOUCHED_ONLY, Figure, RestoreOptions, beside
 
 __all__ = ["chain", "many", "start", "warm"]
@@ -84,18 +84,28 @@ async def chain(options: RestoreOptions) -> list[Figure]:
         await _make_chain(Path(name), options.layers)
         for _ in range(options.rounds):
             for which in first:
-                async with _hosted(f"snapshot:{name}/{which}") as (host, _):
-                    pages = range(_CHAIN_SIZE // PAGE)
-                    async with arriving(
-                        host.socket, _CHAIN_SIZE, [pages], shared=options.shared
-                    ) as arrival:
-                        [guest] = await arrival.go()
-                    first[which].append(guest.first)
-                    last[which].append(guest.last)
+                guest = await _cold(f"snapshot:{name}/{which}", options)
+                first[which].append(guest.first)
+                last[which].append(guest.last)
     return [
         _layers_beside(f"{options.layers} layers, {what}", found)
         for what, found in (("first touch", first), ("all pages", last))
     ]
+
+
+async def _cold(spec: str, options: RestoreOptions) -> Touched:
+    """A guest that is waiting when its daemon starts: the background is not ahead of it."""
+    pages = range(_CHAIN_SIZE // PAGE)
+    with tempfile.TemporaryDirectory(prefix="pagenet-bench-") as name:
+        directory = Path(name)
+        socket = socket_in(directory)
+        async with (
+            served_at(f"unix:{directory}/source", spec) as server,
+            arriving(socket, _CHAIN_SIZE, [pages], shared=options.shared) as arrival,
+            hosting(server.uri, directory),
+        ):
+            [touched] = await arrival.go()
+        return touched
 
 
 def _layers_beside(name: str, found: dict[str, list[int]]) -> Figure:

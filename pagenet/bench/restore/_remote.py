@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import trio
 
 from .._figures import Sample, median
 from .._peers import Source, served_at
-from ._arrival import Host, Touched, Weight, arriving, hosting, pss_of
+from ._arrival import Host, Touched, Weight, arriving, hosting, pss_of, socket_in
 from ._store import Bare, Span, Store, spans_of
 from ._what import PAGE, TOUCHED_ONLY, Curve, Figure, RestoreOptions, beside, curve_of, pieces_of
 
@@ -36,16 +36,22 @@ class _Restoring(NamedTuple):
 
 
 @asynccontextmanager
-async def _restoring(store: Store, uri: str, *options: str) -> AsyncIterator[_Restoring]:
-    """A source of the object with an empty cache, and a daemon."""
+async def _restoring(
+    directory: Path, store: Store, uri: str, *options: str
+) -> AsyncIterator[_Restoring]:
+    """A source of the object with an empty cache, and a daemon, in ``directory``, which is new."""
+    cache = ("--cache", str(directory / "cache"))
+    async with (
+        served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
+        hosting(server.uri, directory, *options) as host,
+    ):
+        yield _Restoring(host, server.pid)
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pagenet-bench-", dir="/dev/shm") as name:
-        directory = Path(name)
-        cache = ("--cache", str(directory / "cache"))
-        async with (
-            served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
-            hosting(server.uri, directory, *options) as host,
-        ):
-            yield _Restoring(host, server.pid)
+        yield Path(name)
 
 
 # ---- a page that is in the store ----
@@ -56,10 +62,10 @@ async def store(options: RestoreOptions, at: Store) -> list[Figure]:
     many at once that touch the same page. Each beside a GET of that chunk."""
     chunks = options.rounds * (_ALONE + 1) + 1
     alone, bare, together = Sample(), Sample(), Sample()
-    with Source(chunks * CHUNK) as source:
+    with Source(chunks * CHUNK) as source, _directory() as directory:
         uri = await at.put(_KEY, source)
         client = Bare(at.environment)
-        async with _restoring(at, uri, *TOUCHED_ONLY) as restoring:
+        async with _restoring(directory, at, uri, *TOUCHED_ONLY) as restoring:
             guests = _Guests(restoring.host, source.size, options.shared)
             free = iter(range(chunks))
             await guests.touch(next(free), 1)  # begins the sessions
@@ -157,19 +163,20 @@ class _Typical:
 async def _restored(
     at: Store, uri: str, options: RestoreOptions, pages: Sequence[Sequence[int]], name: str
 ) -> _Restored:
-    async with (
-        at.farther(0) as (counted, relay),
-        _restoring(counted, uri, *TOUCHED_ONLY) as restoring,
-        arriving(restoring.host.socket, options.size, pages, shared=options.shared) as arrival,
-    ):
-        pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
-        before = await trio.to_thread.run_sync(pss_of, arrival.pids)
-        touched = await arrival.go()
-        memory = await trio.to_thread.run_sync(pss_of, pids)
-        curve = curve_of("clones", name, arrival, touched, options.size)
-        # what a process of the bench has before it is a guest is not a guest's
-        weight = restoring.host.weight()
-        return _Restored(touched, curve, await relay.answered(), memory - before, weight)
+    with _directory() as directory:
+        async with (
+            at.farther(0) as (counted, relay),
+            _restoring(directory, counted, uri, *TOUCHED_ONLY) as restoring,
+            arriving(restoring.host.socket, options.size, pages, shared=options.shared) as arrival,
+        ):
+            pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
+            before = await trio.to_thread.run_sync(pss_of, arrival.pids)
+            touched = await arrival.go()
+            memory = await trio.to_thread.run_sync(pss_of, pids)
+            curve = curve_of("clones", name, arrival, touched, options.size)
+            # what a process of the bench has before it is a guest is not a guest's
+            weight = restoring.host.weight()
+            return _Restored(touched, curve, await relay.answered(), memory - before, weight)
     raise AssertionError("cancelled without a reason")
 
 
@@ -197,17 +204,10 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
             for number in range(options.rounds):
                 await _climb(far, pages, options.memory, bare)
                 for order, wanted in orders.items():
-                    async with (
-                        _restoring(far, uri, *wanted) as restoring,
-                        arriving(
-                            restoring.host.socket, options.memory, [pages], shared=options.shared
-                        ) as arrival,
-                    ):
-                        touched = await arrival.go()
-                        seconds[order].append(touched[0].last / 1e9)
-                        if not number:
-                            drawn = curve_of("recorded", order, arrival, touched, options.memory)
-                            curves.append(drawn)
+                    touched, curve = await _cold(far, uri, options, pages, order, wanted)
+                    seconds[order].append(touched.last / 1e9)
+                    if not number:
+                        curves.append(curve)
     ours, demand, hot = (round(median(found), 3) for found in seconds.values())
     best, chunk = min((round(median(found), 3), chunk) for chunk, found in bare.items())
     figures = [
@@ -216,6 +216,26 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
         Figure("recorded", "hot over it", hot, "s", ours, 3, at_least=True),
     ]
     return figures, curves
+
+
+async def _cold(
+    at: Store,
+    uri: str,
+    options: RestoreOptions,
+    pages: Sequence[int],
+    order: str,
+    wanted: Sequence[str],
+) -> tuple[Touched, Curve]:
+    """A guest that is waiting when its daemon starts: the background is not ahead of it."""
+    size = options.memory
+    with _directory() as directory:
+        socket = socket_in(directory)
+        async with (
+            arriving(socket, size, [pages], shared=options.shared) as arrival,
+            _restoring(directory, at, uri, *wanted),
+        ):
+            touched = await arrival.go()
+        return touched[0], curve_of("recorded", order, arrival, touched, size)
 
 
 async def _record(source: Source, pages: Sequence[int], file: Path) -> None:
