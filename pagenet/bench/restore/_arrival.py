@@ -175,7 +175,7 @@ class Host:
         does not."""
         with trio.move_on_after(_DEADLINE):
             async with connect_control(self._control) as control:
-                while (await control.command("status"))["guests_now"]:  # noqa: ASYNC110
+                while (await control.command("status")).get("guests_now", 1):  # noqa: ASYNC110
                     await trio.sleep(_PAUSE)
             return
         raise PagenetError("guests of the bench have left, and their daemon does not notice")
@@ -205,7 +205,9 @@ async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Hos
         async with open_failing_nursery() as nursery:
             nursery.start_soon(daemon.read, process.stdout)
             await daemon.event("added", _DEADLINE)
-            yield Host(process.pid, socket, control)
+            host = Host(process.pid, socket, control)
+            await host.empty()  # it answers once it has begun to take guests
+            yield host
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
