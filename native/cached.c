@@ -81,12 +81,10 @@ static uint64_t place(struct cached *cached, const struct run *run) {
 
 /* ---- what it does not have ---- */
 
-static void await(struct cached *cached, struct asked *asked, uint64_t size) {
-    struct pn_cache *cache = cached->lane.config->cache;
-    uint64_t offset = offset_of(&asked->run);
-    pn_cache_wait(cache, offset, size_of(&asked->run), cached->wake_fd);
+static void await(struct cached *cached, struct asked *asked) {
+    pn_cache_wait(cached->lane.config->cache, offset_of(&asked->run), size_of(&asked->run),
+                  cached->wake_fd);
     asked->is_awaited = true;
-    pn_cache_want(cache, offset, size);
     cached->again = pn_at_most(cached->again, pn_now() + AGAIN_NS);
 }
 
@@ -107,7 +105,8 @@ static void want_again(struct cached *cached) {
             awaits = true;
         }
     if (cached->ahead.is_awaited) {
-        pn_cache_want(cache, offset_of(&cached->ahead.run), size_of(&cached->ahead.run));
+        cached->wants_ahead = true;
+        pn_cache_want(cache, offset_of(&cached->ahead.run), AHEAD_BYTES);
         awaits = true;
     }
     cached->again = awaits ? pn_now() + AGAIN_NS : UINT64_MAX;
@@ -165,7 +164,8 @@ static void serve_all(struct cached *cached) {
             forget(cached, asked);
             *asked = cached->asked[--cached->asked_count];
         } else if (!asked->is_awaited && !cached->changing) {
-            await(cached, asked, size_of(&asked->run)); /* it may have come since: once more */
+            await(cached, asked); /* it may have come since: once more */
+            pn_cache_want(cached->lane.config->cache, offset_of(&asked->run), size_of(&asked->run));
         } else {
             i++;
         }
@@ -186,6 +186,8 @@ static void serve_faults(struct cached *cached) {
 
 /* ---- what the background brings ---- */
 
+/* The background of the cache brings the same in the same order. Where it does not, which shows
+ * when nothing has come for a while, the pages are wanted as if threads waited for them. */
 static void await_ahead(struct cached *cached, const struct run *run) {
     struct asked *ahead = &cached->ahead;
     if (ahead->is_awaited && ahead->run.first == run->first)
@@ -193,7 +195,10 @@ static void await_ahead(struct cached *cached, const struct run *run) {
     forget(cached, ahead);
     ahead->run = *run;
     ahead->run.count = 1;
-    await(cached, ahead, pn_at_most(size_of(run), AHEAD_BYTES));
+    await(cached, ahead);
+    if (cached->wants_ahead)
+        pn_cache_want(cached->lane.config->cache, offset_of(run),
+                      pn_at_most(size_of(run), AHEAD_BYTES));
 }
 
 /* False: the ring has nothing that the cache has, or the rate allows nothing now. */

@@ -18,6 +18,7 @@ struct cached {
     struct asked asked[ASKED];
     unsigned asked_count;
     struct asked ahead; /* what the background waits for; count 0: nothing */
+    bool wants_ahead;   /* nobody else brings that, so it is wanted at once */
     uint64_t again;     /* ns: when to want again what is awaited; UINT64_MAX: never */
     uint64_t placed;    /* bytes, in this step */
     bool changing;      /* the owner's memory is: its events are to be read first */

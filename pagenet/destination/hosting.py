@@ -131,6 +131,8 @@ class Host:
         #: the highest number that a guest has
         self._last = 0 if keeper is None else _last_number(keeper)
         self._removed_keys = set[str]()
+        # names of owners that the keeper had accepted before, and may tell of again
+        self._resumed = set[str]()
         #: by name
         self.snapshots: dict[str, Snapshot] = {}
         #: by number; those that are here now
@@ -165,6 +167,7 @@ class Host:
         """Go on with the owners of a process that was killed."""
         for name in keeper.names():
             if name.startswith(_OWNER) and name.endswith(snapshot.key):
+                self._resumed.add(name)
                 self._meet(keeper, name, None, resumes=True)
 
     def remove(self, name: str) -> None:
@@ -266,7 +269,11 @@ class Host:
         while True:
             await self._places.wait_place()
             sock, name = await keeper.accept(f"owner.{self._last + 1}")
-            self._meet(keeper, name, sock, resumes=False)
+            if name in self._resumed:
+                self._resumed.discard(name)
+                sock.close()
+            else:
+                self._meet(keeper, name, sock, resumes=False)
 
     def _meet(
         self, keeper: Keeper, name: str, sock: socket.socket | None, *, resumes: bool

@@ -191,7 +191,7 @@ async def recorded(options: RestoreOptions, at: Store) -> tuple[list[Figure], li
         recording = Path(name) / "recording"
         with Source(options.memory) as source:
             uri = await at.put(_KEY, source)
-            await _record(source, pages, recording)
+        await _record(at, uri, options, pages, recording)
         orders = {
             "recorded": ("--background", f"recorded={recording}.1"),
             "demand only": TOUCHED_ONLY,
@@ -238,16 +238,16 @@ async def _cold(
         return touched[0], curve_of("recorded", order, arrival, touched, size)
 
 
-async def _record(source: Source, pages: Sequence[int], file: Path) -> None:
-    """``FILE.1``: a recording of a guest that waits for each of ``pages``."""
-    options = (*TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
-    async with (
-        served_at(f"unix:{file.parent}/source", source.spec) as server,
-        hosting(server.uri, file.parent, *options) as host,
-    ):
-        async with arriving(host.socket, source.size, [pages]) as arrival:
+async def _record(
+    at: Store, uri: str, options: RestoreOptions, pages: Sequence[int], file: Path
+) -> None:
+    """``FILE.1``: a recording of a guest that waits for each of ``pages``. Of the object: a
+    recording is of blocks of certain names."""
+    settings = (*TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
+    async with _restoring(file.parent, at, uri, *settings) as restoring:
+        async with arriving(restoring.host.socket, options.memory, [pages]) as arrival:
             await arrival.go()
-        await host.empty()
+        await restoring.host.empty()
 
 
 async def _climb(at: Store, pages: Sequence[int], size: int, bare: dict[int, list[float]]) -> None:
