@@ -12,9 +12,10 @@
 #include <unistd.h>
 
 enum {
-    STEP_BYTES = 1 << 20,         /* placed in one step: other guests wait meanwhile */
-    PUT_BYTES = 256 << 10,        /* placed while the cache is held */
-    AHEAD_BYTES = 256 << 10,      /* wanted at a time for the background */
+    STEP_BYTES = 1 << 20,    /* placed in one step: other guests wait meanwhile */
+    PUT_BYTES = 256 << 10,   /* placed while the cache is held */
+    AHEAD_BYTES = 256 << 10, /* wanted at a time for the background */
+    WANTS_AHEAD = 4,
     AGAIN_NS = 200 * 1000 * 1000, /* until what is awaited is wanted again */
 };
 
@@ -105,7 +106,7 @@ static void want_again(struct cached *cached) {
             awaits = true;
         }
     if (cached->ahead.is_awaited) {
-        cached->wants_ahead = true;
+        cached->wants_ahead = WANTS_AHEAD;
         pn_cache_want(cache, offset_of(&cached->ahead.run), AHEAD_BYTES);
         awaits = true;
     }
@@ -196,7 +197,7 @@ static void await_ahead(struct cached *cached, const struct run *run) {
     ahead->run = *run;
     ahead->run.count = 1;
     await(cached, ahead);
-    if (cached->wants_ahead)
+    if (cached->wants_ahead && cached->wants_ahead--)
         pn_cache_want(cached->lane.config->cache, offset_of(run),
                       pn_at_most(size_of(run), AHEAD_BYTES));
 }

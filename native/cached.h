@@ -17,11 +17,11 @@ struct cached {
     uint32_t uffd_events, wake_events, stop_events;
     struct asked asked[ASKED];
     unsigned asked_count;
-    struct asked ahead; /* what the background waits for; count 0: nothing */
-    bool wants_ahead;   /* nobody else brings that, so it is wanted at once */
-    uint64_t again;     /* ns: when to want again what is awaited; UINT64_MAX: never */
-    uint64_t placed;    /* bytes, in this step */
-    bool changing;      /* the owner's memory is: its events are to be read first */
+    struct asked ahead;   /* what the background waits for; count 0: nothing */
+    unsigned wants_ahead; /* so often more, that is wanted at once: nobody else seems to bring it */
+    uint64_t again;       /* ns: when to want again what is awaited; UINT64_MAX: never */
+    uint64_t placed;      /* bytes, in this step */
+    bool changing;        /* the owner's memory is: its events are to be read first */
 };
 
 /* init, prepare (false: no memory, or no descriptor), then a step whenever the lane's epoll tells

@@ -17,8 +17,8 @@ RESERVED = 4
 #: Chunks asked for behind one that the background reads: a destination's window is 1 MiB, and would
 #: keep one request in flight.
 AHEAD = 8
-#: Reads of the background of which is known where they ended: those of several connections.
-ENDS = 64
+#: Streams of the background that are known at a time: several destinations may read.
+STREAMS = 64
 
 #: Seconds without a byte after which a request is made anew.
 STALL = 10.0

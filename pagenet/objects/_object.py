@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .. import _native
 from ..errors import PagenetError, SourceLost, UsageError
 from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
-from ._constants import AHEAD, CHUNK, ENDS, IN_FLIGHT, LOOK, RESERVED, SPLIT
+from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT, STREAMS
 from ._loop import Loop
 from ._nbd import NbdExport, is_export
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
@@ -80,8 +79,8 @@ class RemoteObject:
         self._flights: dict[int, _Flight] = {}
         self._queue: list[tuple[int, int, _Flight]] = []
         self._numbers = count()
-        # where the last reads of the background ended: one that begins there goes on with them
-        self._ends = deque[int](maxlen=ENDS)
+        # Streams of the background: where each ends now, and where it began; the latest last.
+        self._streams: dict[int, int] = {}
         self._active = 0
         self._is_closed = False
         #: bytes that came from the store
@@ -177,13 +176,13 @@ class RemoteObject:
         self._tell()  # it may all be there
 
     def _goes_on(self, start: int, end: int) -> bool:
-        """Whether a read of the background goes on with another, begins with the object, or is as
-        long as a chunk."""
-        goes_on = start in self._ends
-        if goes_on:
-            self._ends.remove(start)
-        self._ends.append(end)
-        return goes_on or start == 0 or end - start >= CHUNK
+        """Whether a read of the background goes on with others that are long together, begins with
+        the object, or is as long as a chunk."""
+        began = self._streams.pop(start, start)
+        self._streams[end] = began
+        if len(self._streams) > STREAMS:
+            del self._streams[next(iter(self._streams))]
+        return start - began >= SPLIT or began == 0 or end - start >= CHUNK
 
     def _want_bytes(
         self, start: int, end: int, order: int, is_waited_for: bool, offset: int = 0
