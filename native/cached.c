@@ -15,8 +15,9 @@ enum {
     STEP_BYTES = 1 << 20,    /* placed in one step: other guests wait meanwhile */
     PUT_BYTES = 256 << 10,   /* placed while the cache is held */
     AHEAD_BYTES = 256 << 10, /* wanted at a time for the background */
-    WANTS_AHEAD = 4,
-    AGAIN_NS = 200 * 1000 * 1000, /* until what is awaited is wanted again */
+    WANTS_AHEAD = 16,
+    AHEAD_NS = 1000 * 1000 * 1000, /* until the background wants what nobody has brought */
+    AGAIN_NS = 200 * 1000 * 1000,  /* until what is awaited is wanted again */
 };
 
 static uint64_t offset_of(const struct run *run) {
@@ -105,11 +106,11 @@ static void want_again(struct cached *cached) {
             pn_cache_want(cache, offset_of(&cached->asked[i].run), size_of(&cached->asked[i].run));
             awaits = true;
         }
-    if (cached->ahead.is_awaited) {
+    if (cached->ahead.is_awaited && pn_now() - cached->ahead_since >= AHEAD_NS) {
         cached->wants_ahead = WANTS_AHEAD;
-        pn_cache_want(cache, offset_of(&cached->ahead.run), AHEAD_BYTES);
-        awaits = true;
+        pn_cache_want(cache, offset_of(&cached->ahead.run), cached->ahead_bytes);
     }
+    awaits = awaits || cached->ahead.is_awaited;
     cached->again = awaits ? pn_now() + AGAIN_NS : UINT64_MAX;
 }
 
@@ -196,10 +197,11 @@ static void await_ahead(struct cached *cached, const struct run *run) {
     forget(cached, ahead);
     ahead->run = *run;
     ahead->run.count = 1;
+    cached->ahead_bytes = pn_at_most(size_of(run), AHEAD_BYTES);
+    cached->ahead_since = pn_now();
     await(cached, ahead);
     if (cached->wants_ahead && cached->wants_ahead--)
-        pn_cache_want(cached->lane.config->cache, offset_of(run),
-                      pn_at_most(size_of(run), AHEAD_BYTES));
+        pn_cache_want(cached->lane.config->cache, offset_of(run), cached->ahead_bytes);
 }
 
 /* False: the ring has nothing that the cache has, or the rate allows nothing now. */

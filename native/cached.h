@@ -17,8 +17,10 @@ struct cached {
     uint32_t uffd_events, wake_events, stop_events;
     struct asked asked[ASKED];
     unsigned asked_count;
-    struct asked ahead;   /* what the background waits for; count 0: nothing */
-    unsigned wants_ahead; /* so often more, that is wanted at once: nobody else seems to bring it */
+    struct asked ahead;   /* the page that the background waits for, if it does */
+    uint64_t ahead_bytes; /* of the ring's run, from that page on */
+    uint64_t ahead_since; /* ns: when it began to wait for it */
+    unsigned wants_ahead; /* how often more that is wanted at once: nobody else seems to bring it */
     uint64_t again;       /* ns: when to want again what is awaited; UINT64_MAX: never */
     uint64_t placed;      /* bytes, in this step */
     bool changing;        /* the owner's memory is: its events are to be read first */
