@@ -17,6 +17,10 @@ RESERVED = 4
 #: Chunks asked for behind one that the background reads: a destination's window is 1 MiB, and would
 #: keep one request in flight.
 AHEAD = 8
+#: Bytes asked for where a thread waits for a page of a chunk for the first time, from that page on.
+#: Threads that touch memory here and there need no more of it. The next wait brings all of the
+#: chunk.
+AROUND = 512 << 10
 #: Streams of the background that are known at a time: several destinations may read.
 STREAMS = 64
 

@@ -18,7 +18,7 @@ from .. import _native
 from ..errors import PagenetError, SourceLost, UsageError
 from ..protocol import Class, printable
 from ._cache import CacheFile, open_cache, open_temporary
-from ._constants import AHEAD, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT, STREAMS
+from ._constants import AHEAD, AROUND, CHUNK, IN_FLIGHT, LOOK, RESERVED, SPLIT, STREAMS
 from ._loop import Loop
 from ._nbd import NbdExport, is_export
 from ._origin import ObjectStat, Origin, Refused, Transient, object_identity, unreachable
@@ -81,6 +81,8 @@ class RemoteObject:
         self._numbers = count()
         # Streams of the background: where each ends now, and where it began; the latest last.
         self._streams: dict[int, int] = {}
+        # chunks of which a thread has waited for a part
+        self._touched = set[int]()
         self._active = 0
         self._is_closed = False
         #: bytes that came from the store
@@ -161,12 +163,18 @@ class RemoteObject:
 
     def _want(self, offset: int, length: int, class_: Class) -> None:
         first, last = offset // CHUNK, (offset + length - 1) // CHUNK
-        # What the background reads here and there, as a recording has it, is brought alone.
-        is_apart = class_ is Class.BACKGROUND and not self._goes_on(offset, offset + length)
+        # What is read here and there, by threads or as a recording has it, is brought alone.
+        is_apart = not (
+            self._goes_on(offset, offset + length)
+            if class_ is Class.BACKGROUND
+            else self._is_dense(offset, length, class_)
+        )
         for chunk in range(first, last + 1):
             start, end = chunk * CHUNK, (chunk + 1) * CHUNK
             if is_apart:
-                start, end = max(start, offset), min(end, offset + length)
+                around = AROUND if class_ is Class.DEMAND and not self._is_planned(offset) else 0
+                start = max(start, offset)
+                end = min(end, max(offset + length, start + around))
             self._want_bytes(start, end, _ORDER[class_], is_waited_for=True, offset=offset)
         if class_ is Class.BACKGROUND and not is_apart:
             for chunk in range(last + 1, min(last + 1 + AHEAD, -(-self.size // CHUNK))):
@@ -184,6 +192,22 @@ class RemoteObject:
             del self._streams[next(iter(self._streams))]
         return start - began >= SPLIT or began == 0 or end - start >= CHUNK
 
+    def _is_dense(self, offset: int, length: int, class_: Class) -> bool:
+        """Whether a thread has waited before for another part of that chunk, or for what is just
+        before these bytes; or they are as long as a chunk."""
+        chunk = offset // CHUNK
+        was_touched = chunk in self._touched
+        follows = chunk - 1 in self._touched and self.is_here(offset - _native.PIECE, 1)
+        if class_ is Class.DEMAND and not self._is_planned(offset):
+            self._touched.add(chunk)
+        return was_touched or follows or length >= CHUNK
+
+    def _is_planned(self, offset: int) -> bool:
+        """Whether the byte is there, or in flight."""
+        flight = self._flights.get(offset // CHUNK)
+        spans = [] if flight is None else flight.spans
+        return self.is_here(offset, 1) or any(one.start <= offset < one.end for one in spans)
+
     def _want_bytes(
         self, start: int, end: int, order: int, is_waited_for: bool, offset: int = 0
     ) -> None:
@@ -196,12 +220,15 @@ class RemoteObject:
         flight = self._flights.get(chunk)
         if flight is None:
             flight = self._flights[chunk] = _Flight(chunk, [], _READ_AHEAD + 1, deadline)
+        before: list[_Span] = []
         if order < flight.order and flight.task is None:
             flight.order = order  # its earlier place in the queue does not count any more
             if order == _ORDER[Class.DEMAND]:  # what is waited for comes before all else
-                flight.spans = []
+                before, flight.spans = flight.spans, before
             heappush(self._queue, (order, next(self._numbers), flight))
         self._plan(flight, start, end, offset if order == _ORDER[Class.DEMAND] else 0)
+        for span in before:
+            self._plan(flight, span.start, span.end, 0)
         if is_waited_for:
             flight.deadline, flight.is_waited_for = deadline, True
 

@@ -395,6 +395,21 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--many is for --uffd-socket" in capsys.readouterr().err
 
 
+async def test_owners_that_wait_for_its_socket(source: str, tmp_path: Path) -> None:
+    """The guard may accept an owner before the daemon has asked it for those that it has."""
+    path = tmp_path / "owners"
+    words = touching("shared", "--touches", 4, "--verify", "touched")
+    for _ in range(3):
+        async with AsyncExitStack() as stack:
+            guests = [await stack.enter_async_context(run_workload(path, *words)) for _ in range(8)]
+            async with hosting(source, tmp_path, guard=True) as (daemon, _):
+                for guest in guests:
+                    await check_verified(guest)
+                await ended(daemon, len(guests))
+                daemon.send_signal(signal.SIGTERM)
+                assert await daemon.wait() == 143
+
+
 async def test_killed_again_and_again(source: str, tmp_path: Path) -> None:
     """The guard starts the daemon again, which goes on with every guest, of a snapshot that was
     added later too. No page of an owner without a userfaultfd of its own reads as zeros, and an
