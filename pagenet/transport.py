@@ -28,12 +28,14 @@ __all__ = [
     "Connection",
     "Detachable",
     "DetachedSocket",
+    "InnerTransport",
     "LaneKind",
     "Listener",
     "StreamHandler",
     "TlsTransport",
     "Transport",
     "dial",
+    "has_no_link",
     "identity_of",
     "is_near",
     "listen",
@@ -200,6 +202,14 @@ class Transport(Protocol):
 
 
 @runtime_checkable
+class InnerTransport(Protocol):
+    """A transport within one process: there is no link on which what is in flight delays what comes
+    behind it. How long an answer takes is the source's affair."""
+
+    has_no_link: bool
+
+
+@runtime_checkable
 class TlsTransport(Protocol):
     """A transport that can encrypt."""
 
@@ -242,6 +252,13 @@ def _transport_for(uri: str) -> tuple[Transport, SplitResult]:
     if callable(found):
         found = _transports[split.scheme] = found()
     return found, split
+
+
+def has_no_link(uri: str) -> bool:
+    """Whether connections to ``uri`` stay within this process (:class:`InnerTransport`).
+    :exc:`UsageError` if there is no such transport."""
+    transport, _ = _transport_for(uri)
+    return isinstance(transport, InnerTransport) and transport.has_no_link
 
 
 async def dial(uri: str, tls: Tls | None = None) -> Connection:

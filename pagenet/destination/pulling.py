@@ -40,7 +40,7 @@ from ..region import Region
 from ..statistics import TransferStatistics
 from ..target import OnLoss, Owner, Stored, Target
 from ..tls import Tls
-from ..transport import Connection, LaneKind, StreamHandler, security_of
+from ..transport import Connection, LaneKind, StreamHandler, has_no_link, security_of
 from ..whole_file import WholeFile
 from .connecting import Connecting
 from .copying import Copying
@@ -57,6 +57,9 @@ __all__ = ["Transfer", "pull", "recording_to", "save"]
 # The owner may leave this many of the source's pages unmapped (1 TiB of 4 KiB pages). Each costs
 # a byte of the map at once, and the source alone decides how many there are: so there is a limit.
 MAX_OUTSIDE = 1 << 28
+# Bytes of the background in flight to a source in this process, which reads a store: as many as a
+# far store needs. There is no link on which they delay a page that a thread waits for.
+INNER_WINDOW = 8 << 20
 MAX_BACKGROUND_LANES = MAX_LANES - 1  # one lane is for demand
 
 
@@ -347,6 +350,8 @@ async def pull(
         )
     if background_window is not None and background_window < mmap.PAGESIZE:
         raise UsageError(f"a window of {background_window} bytes: a page is {mmap.PAGESIZE}")
+    if background_window is None and has_no_link(uri):
+        background_window = INNER_WINDOW
     check_schedule(background)
     start = Start() if start_background is None else parse_start(start_background)
     if on_stream is not None and not listen:

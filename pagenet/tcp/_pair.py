@@ -29,6 +29,8 @@ class PairTransport:
     NAME is what each end calls the other; in it, ``%XX`` stands for the byte XX. Nobody is between
     the ends: credentials are not used."""
 
+    has_no_link = True
+
     def __init__(self) -> None:
         self._listeners: dict[str, _PairListener] = {}
 

@@ -10,7 +10,7 @@ from processes import PAGE, check_verified, pull_command, run, run_workload, wri
 from stores import Answer, Asked, http_store
 
 import pagenet
-from pagenet import IntoFile, OwnMemory, SourceLost, SourceUnreachable, direct
+from pagenet import IntoFile, OwnMemory, SourceLost, SourceUnreachable, direct, transport
 from pagenet.direct import direct_source
 from pagenet.uffd import Feature, probe
 
@@ -117,6 +117,12 @@ async def test_many_destinations_of_one(memory: Path, tmp_path: Path) -> None:
     assert {path.read_bytes() for path in paths} == {memory.read_bytes()}
     with pytest.raises(SourceUnreachable, match="mem"):
         await pagenet.pull(uri, IntoFile(paths[0])).__aenter__()
+
+
+async def test_only_a_source_in_this_process_is_without_a_link(memory: Path) -> None:
+    async with direct_source(str(memory)) as uri:
+        assert transport.has_no_link(uri)
+    assert not any(map(transport.has_no_link, ("tcp://127.0.0.1:1", "unix:/x")))
 
 
 async def test_a_source_that_listens_elsewhere_is_itself() -> None:
