@@ -24,11 +24,11 @@ from typing import Any
 import msgpack
 
 from ..errors import UsageError
-from ..region import Block, Region, Run
+from ..region import Region, Run
 from ..residency import Residency, State
 from ..whole_file import read_whole
 from ._schedule import Schedule
-from .recording import MOST_BYTES, UNIT, blocks_of, fields_of, units_of
+from .recording import MOST_BYTES, UNIT, blocks_in, blocks_of, fields_of, units_of
 
 __all__ = [
     "Learned",
@@ -186,13 +186,7 @@ def learned_of(body: bytes, name: str) -> LearnedSet:
 
 
 def _checked(fields: dict[str, Any]) -> LearnedSet:
-    blocks = tuple((name, size) for name, size in fields["blocks"])
-    if not all(type(name) is str and type(size) is int for name, size in blocks):
-        raise ValueError("its blocks make no sense")
-    try:
-        region = Region(Block(name, size) for name, size in blocks)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
+    blocks, region = blocks_in(fields)
     restores, numbers = fields["restores"], fields["pages"]
     if type(restores) is not int or not 0 <= restores < 1 << 32 or type(numbers) is not list:
         raise ValueError("its numbers make no sense")

@@ -28,6 +28,7 @@ __all__ = [
     "VERSION",
     "Recorder",
     "Recording",
+    "blocks_in",
     "blocks_of",
     "fields_of",
     "load_fields",
@@ -232,14 +233,20 @@ def recording_of(fields: dict[str, Any], path: str | os.PathLike[str]) -> Record
         raise UsageError(f"{os.fspath(path)} is a broken recording: {error}") from None
 
 
-def _checked(fields: dict[str, Any]) -> Recording:
+def blocks_in(fields: dict[str, Any]) -> tuple[tuple[tuple[str, int], ...], Region]:
+    """The ``blocks`` of a file, and a region of them. :exc:`ValueError`, :exc:`KeyError` or
+    :exc:`TypeError` if they make no sense."""
     blocks = tuple((name, size) for name, size in fields["blocks"])
     if not all(type(name) is str and type(size) is int for name, size in blocks):
         raise ValueError("its blocks make no sense")
     try:
-        region = Region(Block(name, size) for name, size in blocks)
+        return blocks, Region(Block(name, size) for name, size in blocks)
     except UsageError as error:
         raise ValueError(str(error)) from None
+
+
+def _checked(fields: dict[str, Any]) -> Recording:
+    blocks, region = blocks_in(fields)
     runs, numbers = fields["runs"], fields["touches"]
     if not isinstance(runs, int) or not 0 < runs < 1 << 32 or not isinstance(numbers, list):
         raise ValueError("its numbers make no sense")

@@ -58,6 +58,8 @@ class CachedLanes(LoopLanes):
         """End a lane that nothing has run: it does so at once."""
         if self._lane is not None:
             os.eventfd_write(self._stop_fd, 1)
-            select.select([self._lane.fd], [], [])
+            ended = select.poll()  # not select(): a descriptor may have any number
+            ended.register(self._lane.fd, select.POLLIN)
+            ended.poll()
             self._lane.close()
             self._lane = None

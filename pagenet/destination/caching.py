@@ -19,7 +19,7 @@ from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import complete_fields
 from ..target import OnLoss
-from ..uffd import CacheMemory, ConnectedOwner
+from ..uffd import CacheMemory, ConnectedOwner, UffdTarget
 from .cached_lanes import CachedLanes
 from .ending import Ending
 from .filling import Filling
@@ -95,30 +95,14 @@ class HostCache:
             async with Ending(on_loss, on_event) as ending, recording_to(record) as recording:
                 with ExitStack() as cleanup:
                     target = await owner.attach(self.transfer.region, self._memory.shared)
-                    try:
-                        identity = self.transfer.connecting.session.identity
-                        filling = Filling(target, identity, is_endless=target.shares)
-                    except BaseException:
-                        target.close(target.scope())
-                        raise
-                    cleanup.callback(filling.close)
-                    ending.begin(filling, is_still=True)
-                    cleanup.callback(ending.deal_with_loss)
+                    filling = self._filling_of(target, ending, cleanup)
                     filling.prefetch = prefetch
-                    schedule = make_schedule(
-                        self._background if fill == "all" else "off",
-                        filling.region,
-                        filling.residency,
+                    restoring = (
+                        None
+                        if self._learning is None
+                        else cleanup.enter_context(self._learning.restore(filling))
                     )
-                    restoring: Restoring | None = None
-                    if self._learning is not None:
-                        restoring = cleanup.enter_context(self._learning.restore(filling))
-                        schedule = StartUp(
-                            filling.region, filling.residency, restoring.units, schedule
-                        )
-                    plan = Background(schedule)
-                    if restoring is not None:
-                        plan.observers.append(restoring.note)
+                    plan = self._plan(filling, fill, restoring)
                     if recording is not None:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
@@ -129,15 +113,8 @@ class HostCache:
                     cleanup.callback(lanes.close)
                     pages, placement = filling.residency.scope, target.placement
                     on_event("owner", placement=placement, lane=lanes.name, pages=pages)
-                    transfer = Transfer(
-                        filling,
-                        self.transfer.peer,
-                        lanes.name,
-                        [],
-                        plan,
-                        None,
-                        self.transfer.connecting,
-                    )
+                    peer, connecting = self.transfer.peer, self.transfer.connecting
+                    transfer = Transfer(filling, peer, lanes.name, [], plan, None, connecting)
                     transfer.release()
                     ending.arm()
                     try:
@@ -150,6 +127,29 @@ class HostCache:
                     except SourceLost:
                         ending.lose()
                         raise
+
+    def _filling_of(self, target: UffdTarget, ending: Ending, cleanup: ExitStack) -> Filling:
+        try:
+            identity = self.transfer.connecting.session.identity
+            filling = Filling(target, identity, is_endless=target.shares)
+        except BaseException:
+            target.close(target.scope())
+            raise
+        cleanup.callback(filling.close)
+        ending.begin(filling, is_still=True)
+        cleanup.callback(ending.deal_with_loss)
+        return filling
+
+    def _plan(self, filling: Filling, fill: Fill, restoring: Restoring | None) -> Background:
+        """What is brought to a guest before it touches it."""
+        region, residency = filling.region, filling.residency
+        order = self._background if fill == "all" else "off"
+        schedule = make_schedule(order, region, residency)
+        if restoring is None:
+            return Background(schedule)
+        plan = Background(StartUp(region, residency, restoring.units, schedule))
+        plan.observers.append(restoring.note)
+        return plan
 
     async def _fill_all(
         self, transfer: Transfer, lanes: CachedLanes, on_event: EventHandler

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +187,11 @@ def socket_in(directory: Path) -> Path:
 
 
 @asynccontextmanager
-async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Host]:
-    """``pagenet-pull --many`` of a source, with these options. Its socket is in ``directory``."""
+async def hosting(
+    uri: str, directory: Path, *options: str, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Host]:
+    """``pagenet-pull --many`` of a source, with these options, and ``env`` in its environment. Its
+    socket is in ``directory``."""
     socket, complaints = socket_in(directory), directory / "pagenet-pull.stderr"
     control = directory / "control"
     words = (uri, "--uffd-socket", str(socket), "--many", "--control", str(control), "--json")
@@ -198,6 +201,7 @@ async def hosting(uri: str, directory: Path, *options: str) -> AsyncIterator[Hos
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
+            env={**os.environ, **(env or {})},
         )
     assert process.stdout is not None
     daemon = Daemon("pagenet-pull", process, complaints)

@@ -7,12 +7,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import trio
 
 from .._figures import Sample, median
-from .._peers import Source, served_at
+from .._peers import Source
 from ._arrival import Host, Touched, Weight, arriving, hosting, pss_of, socket_in
 from ._store import Bare, Span, Store, spans_of
 from ._what import PAGE, TOUCHED_ONLY, Curve, Figure, RestoreOptions, beside, curve_of, pieces_of
@@ -30,22 +29,13 @@ _FAR, _RATE = 0.01, 100_000_000
 _LADDER = tuple(64 << 10 << step for step in range(8))
 
 
-class _Restoring(NamedTuple):
-    host: Host
-    source_pid: int
-
-
 @asynccontextmanager
-async def _restoring(
-    directory: Path, store: Store, uri: str, *options: str
-) -> AsyncIterator[_Restoring]:
-    """A source of the object with an empty cache, and a daemon, in ``directory``, which is new."""
+async def _restoring(directory: Path, store: Store, uri: str, *options: str) -> AsyncIterator[Host]:
+    """A daemon that reads the object itself, with an empty cache, in ``directory``, which is
+    new."""
     cache = ("--cache", str(directory / "cache"))
-    async with (
-        served_at(f"unix:{directory}/source", uri, *cache, env=store.environment) as server,
-        hosting(server.uri, directory, *options) as host,
-    ):
-        yield _Restoring(host, server.pid)
+    async with hosting(uri, directory, *cache, *options, env=store.environment) as host:
+        yield host
 
 
 @contextmanager
@@ -65,8 +55,8 @@ async def store(options: RestoreOptions, at: Store) -> list[Figure]:
     with Source(chunks * CHUNK) as source, _directory() as directory:
         uri = await at.put(_KEY, source)
         client = Bare(at.environment)
-        async with _restoring(directory, at, uri, *TOUCHED_ONLY) as restoring:
-            guests = _Guests(restoring.host, source.size, options.shared)
+        async with _restoring(directory, at, uri, *TOUCHED_ONLY) as host:
+            guests = _Guests(host, source.size, options.shared)
             free = iter(range(chunks))
             await guests.touch(next(free), 1)  # begins the sessions
             for number in range(options.rounds):
@@ -166,16 +156,16 @@ async def _restored(
     with _directory() as directory:
         async with (
             at.farther(0) as (counted, relay),
-            _restoring(directory, counted, uri, *TOUCHED_ONLY) as restoring,
-            arriving(restoring.host.socket, options.size, pages, shared=options.shared) as arrival,
+            _restoring(directory, counted, uri, *TOUCHED_ONLY) as host,
+            arriving(host.socket, options.size, pages, shared=options.shared) as arrival,
         ):
-            pids = [restoring.source_pid, restoring.host.pid, *arrival.pids]
+            pids = [host.pid, *arrival.pids]
             before = await trio.to_thread.run_sync(pss_of, arrival.pids)
             touched = await arrival.go()
             memory = await trio.to_thread.run_sync(pss_of, pids)
             curve = curve_of("clones", name, arrival, touched, options.size)
             # what a process of the bench has before it is a guest is not a guest's
-            weight = restoring.host.weight()
+            weight = host.weight()
             return _Restored(touched, curve, await relay.answered(), memory - before, weight)
     raise AssertionError("cancelled without a reason")
 
@@ -244,10 +234,10 @@ async def _record(
     """``FILE.1``: a recording of a guest that waits for each of ``pages``. Of the object: a
     recording is of blocks of certain names."""
     settings = (*TOUCHED_ONLY, "--prefetch", "0,0", "--record", str(file))
-    async with _restoring(file.parent, at, uri, *settings) as restoring:
-        async with arriving(restoring.host.socket, options.memory, [pages]) as arrival:
+    async with _restoring(file.parent, at, uri, *settings) as host:
+        async with arriving(host.socket, options.memory, [pages]) as arrival:
             await arrival.go()
-        await restoring.host.empty()
+        await host.empty()
 
 
 async def _climb(at: Store, pages: Sequence[int], size: int, bare: dict[int, list[float]]) -> None:
