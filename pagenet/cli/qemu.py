@@ -99,6 +99,10 @@ _WARNINGS = {
         "the destination is lost ({reason}). Its pages are here: dialling {uri} until pagenet-qemu"
         " incoming --resume answers there"
     ),
+    "unconfirmed": (
+        "the destination has the guest and has not said that it runs ({reason}): look there, and if"
+        " it stands still, send cont to that QEMU"
+    ),
     "in_doubt": (
         "the destination was told to run the guest and has not confirmed it ({reason}). It stays"
         " stopped here: look there, and only if it does not run, end this program and send cont to"

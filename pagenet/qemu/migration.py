@@ -101,8 +101,9 @@ async def migrate(
 
     Events: ``connected``, ``no_precopy`` (and why), ``round`` (one is over), ``stopped``,
     ``switchover`` (``pid``, ``source`` and ``identity`` of the pages), ``resumed``, ``progress``,
-    ``waiting`` (for a destination that was lost), ``complete``; ``in_doubt``: the destination may
-    or may not run the guest, which does not run here; ``abandoned``: the block was left before it
+    ``waiting`` (for a destination that was lost), ``complete``; ``unconfirmed``: the destination
+    has the guest, and was lost before it said that it runs; ``in_doubt``: the destination may or
+    may not run the guest, which does not run here; ``abandoned``: the block was left before it
     had every page.
     """
     async with connect_qmp(qmp_socket) as qmp:
@@ -363,6 +364,8 @@ class _Leaving:
         destination: then its pages must be served. A guest that stays is resumed, and the
         destination is told if it can still be reached."""
         if self._offer.given is Given.YES:
+            if isinstance(error, PagenetError):
+                self._on_event("unconfirmed", reason=str(error))
             return False
         if self._offer.given is Given.PERHAPS:
             self._on_event("in_doubt", reason=str(error), identity=self._server.identity.hex())

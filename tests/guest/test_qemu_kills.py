@@ -98,7 +98,7 @@ class Move:
         warnings = [
             event
             for event in self.leaving.events + self.incoming.events
-            if event["event"] in ("waiting", "in_doubt", "abandoned", "disconnected")
+            if event["event"] in ("waiting", "in_doubt", "unconfirmed", "abandoned", "disconnected")
         ]
         return "".join(map(str, warnings)) + self.leaving.stderr + self.incoming.stderr
 
@@ -185,8 +185,11 @@ async def outcome(move: Move, victim: str) -> str:
         return await outcome_there(move)
     if victim == "incoming" and there == "paused":
         # It had reported that it takes the guest, and not yet told its guard to run the guest.
-        assert "waiting" in move.complaints, (
-            f"it stands still, and nobody says so: {move.complaints}"
+        said = [event["event"] for event in move.leaving.events]
+        heard = [event["event"] for event in move.incoming.events]
+        # It may have every page, and then the source waits for nothing.
+        assert "unconfirmed" in move.complaints, (
+            f"it stands still, and nobody says so: {here}, {said}, {heard}; {move.complaints}"
         )
         return "stands still at the destination, which has it; said so"
     assert there == "gone", f"the destination's QEMU is left: {there}"
