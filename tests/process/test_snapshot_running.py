@@ -105,7 +105,7 @@ async def test_layers_of_a_process_that_runs(named: str, tmp_path: Path) -> None
     assert {event["event"] for event in rounds} == {"round"}
     assert rounds[0]["pages"] == PAGES
     assert resumed["event"] == "resumed"
-    assert 0 < resumed["pages"] <= WRITTEN
+    assert resumed["pages"] <= WRITTEN  # maybe none: it writes when it gets a processor
     assert (created["layers"], created["new"] <= WRITTEN) == (2, True)
     first, second = (check_one_moment(export(tmp_path / name)) for name in ("first", "second"))
     assert first < second

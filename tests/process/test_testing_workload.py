@@ -220,7 +220,8 @@ def test_help() -> None:
     assert result.stdout.startswith(
         "usage: python -m pagenet.testing.workload --socket PATH --size BYTES [options]\n"
     )
-    assert "--bad-handshake no|json|nofd|overlap|past-end|empty|huge|long\n" in result.stdout
+    handshakes = "no|json|nofd|overlap|past-end|empty|huge|long|unshared"
+    assert f"--bad-handshake {handshakes}\n" in result.stdout
 
 
 @pytest.mark.parametrize(
