@@ -11,7 +11,6 @@ import trio
 
 from .. import _native
 from ..background.pacing import Background
-from ..region import Region
 from .filling import Filling
 from .native_lanes import LoopLanes, lane_error
 
@@ -27,12 +26,12 @@ class CachedLanes(LoopLanes):
     def __init__(
         self,
         filling: Filling,
-        wire: Region,
         background: Background,
         cache: _native.Cache,
         crew: _native.Crew,
     ) -> None:
-        super().__init__(filling, wire, background, 1)
+        # There is no wire: the cache finds pages by their offsets, whatever their sizes are.
+        super().__init__(filling, filling.region, background, 1)
         # At once, and not by a task: many guests may arrive at a time.
         self._lane: _native.CrewedLane | None = self._dest.start_lane(
             crew, cache, self._stop_fd, self._rings[0], background.chunk

@@ -107,9 +107,7 @@ class HostCache:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
                         cleanup.callback(save, recorder, *recording)
-                    lanes = CachedLanes(
-                        filling, self.transfer.region, plan, self._memory.cache, self._crew
-                    )
+                    lanes = CachedLanes(filling, plan, self._memory.cache, self._crew)
                     cleanup.callback(lanes.close)
                     pages, placement = filling.residency.scope, target.placement
                     on_event("owner", placement=placement, lane=lanes.name, pages=pages)

@@ -254,6 +254,24 @@ async def test_each_page_comes_once(source: str, tmp_path: Path) -> None:
             assert [found["event"] for found in daemon.events if found["event"] == "failed"] == []
 
 
+async def test_cache_of_huge_pages(source: str, tmp_path: Path) -> None:
+    """Guests have pages of either size, whatever the cache has."""
+    free = re.search(r"HugePages_Free:\s*(\d+)", Path("/proc/meminfo").read_text())
+    if free is None or int(free[1]) < 4 * SIZE >> 21:
+        pytest.skip("needs free huge pages (sysctl vm.nr_hugepages)")
+    words = ("--size", SIZE, "--zero-every", 8, "--order", "random", "--write-share", 30)
+    for huge in (True, False):
+        kinds = ("anonymous", "memfd", "hugetlb", "shared-hugetlb" if huge else "shared")
+        async with (
+            hosting(source, tmp_path, *(["--huge-pages"] if huge else [])) as (daemon, path),
+            AsyncExitStack() as stack,
+        ):
+            for kind in kinds:
+                guest = run_workload(path, *words, "--memory", kind)
+                await check_verified(await stack.enter_async_context(guest))
+            await ended(daemon, len(kinds))
+
+
 async def test_cache_with_less_memory_than_the_snapshot(tmp_path: Path) -> None:
     """Pages leave it, of guests that share them, too, and come again when they are touched. What a
     guest has written stays its own."""
