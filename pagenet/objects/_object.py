@@ -253,8 +253,10 @@ class RemoteObject:
                 flight.task = asyncio.get_running_loop().create_task(self._fly(flight))
 
     async def _fly(self, flight: _Flight) -> None:
+        has_flown = False
         try:
             await within(lambda: flight.deadline, lambda: self._fetch(flight))
+            has_flown = True
         except Refused as error:
             self._fail(flight, str(error))
         except Transient as error:
@@ -267,7 +269,7 @@ class RemoteObject:
         finally:
             self._active -= 1
             del self._flights[flight.chunk]
-            if self._failure is None:  # what was added at the very end
+            if has_flown:  # what was added at the very end
                 for span in flight.spans:
                     self._want_bytes(span.at, span.end, flight.order, flight.is_waited_for)
             self._start()

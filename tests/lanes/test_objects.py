@@ -513,6 +513,22 @@ async def test_the_background_is_read_ahead_of() -> None:
         assert store.fetched() == dict.fromkeys([*range(3, 12), 30], 1)
 
 
+async def test_what_is_read_ahead_and_refused_is_not_asked_for_again() -> None:
+    """Nobody waits for it."""
+
+    def refuse(asked: Asked, answer: Answer) -> None:
+        if asked.method == "GET" and asked.start >= CHUNK:
+            answer.status = 403
+
+    with http_store(bytes(8 * CHUNK)) as store:
+        store.lie = refuse
+        with open_object(store.url, deadline=30) as remote:
+            await remote.fetch(0, CHUNK, Class.BACKGROUND)
+            await until(lambda: len(store.ranges()) >= 8)
+            await trio.sleep(0.2)
+            assert max(store.fetched().values()) == 1
+
+
 async def test_what_the_background_reads_here_and_there_comes_alone() -> None:
     """As a recording has it. What goes on with that is a stream."""
     piece = 64 << 10
