@@ -21,6 +21,12 @@ enum {
     AREA_BYTES = 256 << 10, /* leave the cache together */
 };
 
+/* Pages, and the eventfd that is written when one of them has come. */
+struct waiter {
+    uint64_t first, end;
+    int wake_fd;
+};
+
 struct pn_cache {
     struct pn_cache_config config;
     pthread_rwlock_t holding; /* for writing: while pages leave */
@@ -28,7 +34,7 @@ struct pn_cache {
     uint64_t wanted[WANTED];
     int wanted_count;
     int wanted_fd;
-    struct pn_cache_waiter *waiters;
+    struct waiter *waiters;
     size_t waiter_room;
     _Atomic size_t waiter_count; /* changed under the lock */
     _Atomic uint64_t resident;   /* pages that take memory */
@@ -174,28 +180,25 @@ int pn_cache_take_wanted(struct pn_cache *cache, uint64_t *pages, int room) {
 
 /* ---- who waits ---- */
 
-bool pn_cache_wait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd) {
+void pn_cache_wait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd) {
     uint64_t page_size = cache->config.page_size;
     pthread_mutex_lock(&cache->lock);
     size_t count = cache->waiter_count;
     if (count == cache->waiter_room) {
         size_t room = count ? 2 * count : 64;
-        struct pn_cache_waiter *more = realloc(cache->waiters, room * sizeof *more);
+        struct waiter *more = realloc(cache->waiters, room * sizeof *more);
         if (more) {
             cache->waiters = more;
             cache->waiter_room = room;
         }
     }
-    bool is_noted = count < cache->waiter_room;
-    if (is_noted) {
-        cache->waiters[count] =
-            (struct pn_cache_waiter){.first = offset / page_size,
-                                     .end = (offset + size + page_size - 1) / page_size,
-                                     .wake_fd = wake_fd};
+    if (count < cache->waiter_room) {
+        cache->waiters[count] = (struct waiter){.first = offset / page_size,
+                                                .end = (offset + size + page_size - 1) / page_size,
+                                                .wake_fd = wake_fd};
         atomic_store(&cache->waiter_count, count + 1);
     }
     pthread_mutex_unlock(&cache->lock);
-    return is_noted;
 }
 
 void pn_cache_unwait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd) {
@@ -203,7 +206,7 @@ void pn_cache_unwait(struct pn_cache *cache, uint64_t offset, uint64_t size, int
     pthread_mutex_lock(&cache->lock);
     size_t count = cache->waiter_count;
     for (size_t i = count; i-- > 0;) {
-        const struct pn_cache_waiter *waiter = &cache->waiters[i];
+        const struct waiter *waiter = &cache->waiters[i];
         if (waiter->wake_fd != wake_fd || (size && waiter->first != first))
             continue;
         cache->waiters[i] = cache->waiters[--count];

@@ -5,26 +5,20 @@
 
 #include <stdbool.h>
 
-/* Pages of the cache, and the eventfd that is written when one of them has come. */
-struct pn_cache_waiter {
-    uint64_t first, end;
-    int wake_fd;
-};
-
 /* Between these two no page leaves the cache. */
 void pn_cache_hold(struct pn_cache *cache);
 void pn_cache_unhold(struct pn_cache *cache);
 
 /* The bytes from byte `offset` of the region on that are here, at most `size`, in units of `unit`
- * bytes, whole pages of the cache or of the guest, whichever are larger. Returns how many bytes,
+ * bytes, the guest's pages. Returns how many bytes,
  * and in *bytes where they are; NULL: they are zeros. To be called while the cache is held. */
 uint64_t pn_cache_find(struct pn_cache *cache, uint64_t offset, uint64_t size, uint64_t unit,
                        const char **bytes);
 /* Has what of these bytes is not here fetched. */
 void pn_cache_want(struct pn_cache *cache, uint64_t offset, uint64_t size);
-/* Has wake_fd written when some of these bytes come, until it is told otherwise. False: no
- * memory. */
-bool pn_cache_wait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd);
+/* Has wake_fd written when some of these bytes come, until it is told otherwise; without memory it
+ * is not. */
+void pn_cache_wait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd);
 /* No longer does so for those bytes, or (size 0) for any. */
 void pn_cache_unwait(struct pn_cache *cache, uint64_t offset, uint64_t size, int wake_fd);
 

@@ -37,7 +37,7 @@ Opening = Callable[[str], AbstractAsyncContextManager[str]]
 _OWNER = "owner."
 # Events of the transfer that fills a cache, as a host reports them.
 _OF_A_CACHE = {
-    **{name: name for name in ("lost", "disconnected", "reconnecting", "reconnected")},
+    **{name: name for name in ("disconnected", "reconnecting", "reconnected")},
     "complete": "cached",
 }
 # Seconds: from the moment when another guest cannot be accepted (no descriptors) to the next try.
@@ -200,6 +200,45 @@ class Host:
         """Keep a cache of the snapshot until it is removed, and its last guest has gone. Has
         started once its source was met, or was not to be had. :exc:`~pagenet.errors.UsageError`
         before that if it can never be met."""
+        place = None if self._learn is None else self._learn(snapshot.name)
+        failure, has_started = "", False
+
+        def start() -> None:
+            nonlocal has_started
+            if not has_started:
+                task_status.started()
+            has_started = True
+
+        while not snapshot.removed.is_set():
+            kept = self._keeper and Naming(self._keeper, f".cache{snapshot.key}")
+            memory = CacheMemory(huge=self._huge, most=self._most, keeper=kept)
+            try:
+                await self._fill_cache(snapshot, memory, place, start)
+            except PagenetError as error:
+                if not has_started and isinstance(error, UsageError):
+                    memory.forget()
+                    raise
+                was_met = snapshot.cache is not None
+                if was_met:
+                    memory.forget()  # nobody maps it any more
+                if was_met or str(error) != failure:
+                    failure, kind = str(error), type(error).__name__
+                    self._on_event("lost", snapshot=snapshot.name, error=kind, reason=failure)
+                start()
+                snapshot.set_cache(None)
+                with trio.move_on_after(PAUSE):
+                    await snapshot.removed.wait()
+            if snapshot.removed.is_set():
+                memory.forget()
+
+    async def _fill_cache(
+        self,
+        snapshot: Snapshot,
+        memory: CacheMemory,
+        place: LearnedPlace | None,
+        on_met: Callable[[], None],
+    ) -> None:
+        """Fill a cache in ``memory`` until the snapshot is removed, and its last guest has gone."""
 
         def on_event(event: str, /, **fields: object) -> None:
             if (told := _OF_A_CACHE.get(event)) is not None:
@@ -208,48 +247,22 @@ class Host:
         def on_unkept(reason: str) -> None:
             self._on_event("unkept", snapshot=snapshot.name, reason=reason)
 
-        place = None if self._learn is None else self._learn(snapshot.name)
-        failure = ""
-        has_started = False
-        while not snapshot.removed.is_set():
-            kept = self._keeper and Naming(self._keeper, f".cache{snapshot.key}")
-            memory = CacheMemory(huge=self._huge, most=self._most, keeper=kept)
-            try:
-                async with (
-                    self._opening(snapshot.uri) as uri,
-                    caching(
-                        uri,
-                        memory,
-                        self._crew,
-                        learn=place,
-                        on_unkept=on_unkept,
-                        **self._options,
-                        on_event=on_event,
-                    ) as cache,
-                ):
-                    snapshot.set_cache(cache)
-                    if not has_started:
-                        task_status.started()
-                    has_started, failure = True, ""
-                    await snapshot.removed.wait()
-                    await cache.wait_unused()
-            except PagenetError as error:
-                if not has_started and isinstance(error, UsageError):
-                    memory.forget()
-                    raise
-                if snapshot.cache is not None:
-                    memory.forget()  # nobody maps it any more
-                if str(error) != failure:
-                    failure = str(error)
-                    on_event("lost", error=type(error).__name__, reason=failure)
-                if not has_started:
-                    task_status.started()
-                has_started = True
-                snapshot.set_cache(None)
-                with trio.move_on_after(PAUSE):
-                    await snapshot.removed.wait()
-            if snapshot.removed.is_set():
-                memory.forget()
+        async with (
+            self._opening(snapshot.uri) as uri,
+            caching(
+                uri,
+                memory,
+                self._crew,
+                learn=place,
+                on_unkept=on_unkept,
+                **self._options,
+                on_event=on_event,
+            ) as cache,
+        ):
+            snapshot.set_cache(cache)
+            on_met()
+            await snapshot.removed.wait()
+            await cache.wait_unused()
 
     async def _accept(self, snapshot: Snapshot, listener: UffdListener) -> None:
         with snapshot.scope:
