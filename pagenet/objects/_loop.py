@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..shared_thread import SharedThread
+
 __all__ = ["Loop"]
 
 T = TypeVar("T")
@@ -53,21 +55,8 @@ def _activity() -> str:
     return " ".join(words)
 
 
-class Loop:
-    """The thread runs while anything has it open: :meth:`open` it, and close that."""
-
-    _lock = threading.Lock()
-    _shared: Loop | None = None
-    _users = 0
-
-    @classmethod
-    def open(cls) -> Loop:
-        """The loop of this process."""
-        with cls._lock:
-            if cls._shared is None:
-                cls._shared = cls()
-            cls._users += 1
-            return cls._shared
+class Loop(SharedThread):
+    """The loop of this process."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -76,13 +65,7 @@ class Loop:
         )
         self._thread.start()
 
-    def close(self) -> None:
-        """Call once for each :meth:`open`. The last call ends the thread."""
-        with Loop._lock:
-            Loop._users -= 1
-            if Loop._users:
-                return
-            Loop._shared = None
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())

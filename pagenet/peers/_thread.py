@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from ..shared_thread import SharedThread
+
 __all__ = ["Call", "TrioThread"]
 
 T = TypeVar("T")
@@ -38,21 +40,8 @@ class Call(Generic[T]):
                 self.future.cancel()  # if it has not ended
 
 
-class TrioThread:
-    """The thread runs while anything has it open: :meth:`open` it, and close that."""
-
-    _lock = threading.Lock()
-    _shared: TrioThread | None = None
-    _users = 0
-
-    @classmethod
-    def open(cls) -> TrioThread:
-        """The thread of this process."""
-        with cls._lock:
-            if cls._shared is None:
-                cls._shared = cls()
-            cls._users += 1
-            return cls._shared
+class TrioThread(SharedThread):
+    """The thread of this process."""
 
     def __init__(self) -> None:
         self._began = threading.Event()
@@ -68,13 +57,7 @@ class TrioThread:
             self._began.set()
             await trio.sleep_forever()
 
-    def close(self) -> None:
-        """Call once for each :meth:`open`. The last call ends the thread, and what it does."""
-        with TrioThread._lock:
-            TrioThread._users -= 1
-            if TrioThread._users:
-                return
-            TrioThread._shared = None
+    def _end(self) -> None:
         self.soon(self._nursery.cancel_scope.cancel)
         self._thread.join()
 
