@@ -209,6 +209,7 @@ def _one(migration: Migration) -> Fields:
         "failure": migration.failure,
         "bad": migration.story.bad,
         "unbroken": migration.story.unbroken,
+        "broken": migration.story.broken,
     }
 
 
@@ -263,7 +264,9 @@ def _precopy_words(migration: Migration) -> str:
 def _wrong_words(one: Fields) -> str:
     if one["failure"]:
         return str(one["failure"])
-    return f"{one['bad']} bad pages" if one["bad"] else "heartbeats are missing or garbled"
+    if one["bad"]:
+        return f"{one['bad']} bad pages"
+    return f"a heartbeat is missing or garbled: {one['broken']!r}"
 
 
 def _bad_words(one: Fields) -> str:

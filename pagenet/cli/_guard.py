@@ -12,7 +12,10 @@ from ._command import Report
 
 __all__ = ["GUARD_WORDS", "add_guard_option", "guarded"]
 
-GUARD_WORDS = {"restarted": "started again, as process {pid}: an earlier one was killed"}
+GUARD_WORDS = {
+    "restarted": "started again, as process {pid}: an earlier one was killed",
+    "guarded": "its guard was killed: process {pid} has taken its place",
+}
 
 
 def add_guard_option(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +39,5 @@ async def guarded(options: argparse.Namespace, report: Report) -> AsyncIterator[
     async with guarding() as guard:
         if guard.has_restarted:
             report("restarted", pid=os.getpid())
+        guard.on_replaced = lambda pid: report("guarded", pid=pid)
         yield guard

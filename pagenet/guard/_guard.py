@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +43,9 @@ class Guard:
         self._accepting = ""  # the name for the connection that is waited for
         self._accepted: tuple[socket.socket, str] | None = None
         self._news = trio.Event()
+        #: is called with the process of a guard that has taken the place of one that was killed,
+        #: and holds all that the killed one held
+        self.on_replaced: Callable[[int], object] = lambda pid: None
 
     # ---- what it holds ----
 
@@ -180,6 +183,7 @@ class Guard:
         for name, fds in list(self._held.items()):
             self._ask(b"H" + name.encode(), fds)
         self._tell_command()
+        self.on_replaced(process.pid)
         return True
 
     def _end_former(self) -> None:

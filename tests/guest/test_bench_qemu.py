@@ -301,8 +301,21 @@ def test_character_that_is_said_again(again: int) -> None:
         ]
 
 
+@pytest.mark.parametrize("waited", [2, 5, 17])
+def test_characters_that_come_out_of_both_machines(waited: int) -> None:
+    """The port was blocked when the guest was stopped: the source sends what its port holds, and so
+    does the destination."""
+    line = "HB seq=2 t=0 w=300 dw=0 bad=0 sweeps=0 sw=0 gap_us=0\r"
+    for cut in range(waited, len(line) + 1):
+        before = said((1.0, 0, 100), (2.0, 1, 200), rest=line[:cut])
+        story = Story.of(before, said((6.0, 3, 330), first=line[cut - waited :] + "\n"))
+        assert story.unbroken, line[:cut]
+        assert [(beat.seq, beat.bad) for beat in story.beats[2:]] == [(2, 0), (3, 0)]
+
+
 def test_garbled_heartbeat() -> None:
-    assert not Story.of(said((1.0, 0, 100), rest="HB seq="), said((2.0, 1, 200))).unbroken
+    story = Story.of(said((1.0, 0, 100), rest="HB seq;"), said((2.0, 1, 200)))
+    assert story.broken == "HB seq;HB seq=1 t=0 w=200 dw=0 bad=0 sweeps=0 sw=0 gap_us=0"
 
 
 def test_wrong_page() -> None:

@@ -17,7 +17,6 @@ from processes import (
     PAGE,
     Process,
     check_verified,
-    children_of,
     parent_of,
     pull_command,
     run,
@@ -138,9 +137,7 @@ async def test_guard_is_killed_while_the_source_is_away(source: str, tmp_path: P
                 await pulling.kill_and_wait()
                 await pulling.process.event("listening")
                 os.kill(parent_of(pulling.pid), signal.SIGKILL)
-                with trio.fail_after(10):
-                    while not children_of(pulling.pid):  # noqa: ASYNC110
-                        await trio.sleep(0.005)
+                await pulling.process.event("guarded")
                 await pulling.kill_and_wait()
                 await pulling.process.event("listening")
                 async with run(serve_command(source, "--connect", uri)):

@@ -158,6 +158,12 @@ class Beat(NamedTuple):
 _BEAT = re.compile(r"HB seq=(\d+) t=\d+ w=(\d+) dw=\d+ bad=(\d+) sweeps=(\d+) sw=\d+ gap_us=\d+")
 
 
+# What a 16550 holds: a FIFO, and the character that is being sent.
+_PORT_CHARACTERS = 16 + 1
+# How what the guest's program says begins; a kernel's own words are not of interest.
+_OURS = ("HB", "BAD")
+
+
 def _beat(line: Line) -> Beat | None:
     found = _BEAT.fullmatch(line.text)
     return Beat(line.time, *map(int, found.groups())) if found else None
@@ -171,14 +177,22 @@ def _goes_on(beats: Sequence[Beat], text: str) -> bool:
 
 def joined_line(before: str, after: str, makes_sense: Callable[[str], bool]) -> str:
     """A line that begins on one machine and ends on another. A QEMU whose serial port was blocked
-    may repeat the last character, on either machine, and more than once: the reading that makes
-    sense is returned.
+    may repeat the last character, on either machine, and more than once. The characters that waited
+    in the port may come out of both machines. The reading that makes sense is returned.
     """
     last = before[-1:]
     head, tail = before.rstrip(last), after.lstrip(last)
     most = len(before) + len(after) - len(head) - len(tail)
-    readings = ((head + last * count + tail).rstrip("\r") for count in range(most, 0, -1))
-    return next(filter(makes_sense, readings), (before + after).rstrip("\r"))
+    readings = itertools.chain(
+        (head + last * count + tail for count in range(most, 0, -1)),
+        (
+            before + after[count:]
+            for count in range(2, _PORT_CHARACTERS + 1)
+            if before.endswith(f"{after}\r"[:count])
+        ),
+    )
+    told = (reading.rstrip("\r") for reading in readings)
+    return next(filter(makes_sense, told), (before + after).rstrip("\r"))
 
 
 class Serial(Words):
@@ -230,30 +244,35 @@ class Serial(Words):
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A guest's heartbeats on all the machines that it was in. ``unbroken``: none of them is
-    missing or garbled."""
+    """A guest's heartbeats on all the machines that it was in. ``broken``: the first line that is a
+    garbled heartbeat, or a heartbeat that does not follow the one before it."""
 
     beats: Sequence[Beat]
-    unbroken: bool
+    broken: str | None
 
     @classmethod
     def of(cls, *serials: Serial) -> Story:
         """Of a guest that was in all of these machines, one after the other."""
         beats: list[Beat] = []
-        whole, cut = True, ""
+        broken: list[str] = []
+        cut = ""
         for serial in serials:
             for line in serial.lines:
                 said = Line(
                     line.time, joined_line(cut, line.text, lambda text: _goes_on(beats, text))
                 )
-                if beat := _beat(said):
-                    whole = whole and _goes_on(beats, said.text)
+                beat = _beat(said)
+                if not _goes_on(beats, said.text) and (beat or said.text.startswith(_OURS)):
+                    broken.append(said.text)
+                if beat:
                     beats.append(beat)
-                else:
-                    whole = whole and not said.text.startswith(("HB", "BAD"))
                 cut = ""
             cut += serial.rest.decode(errors="replace")
-        return cls(beats, whole)
+        return cls(beats, broken[0] if broken else None)
+
+    @property
+    def unbroken(self) -> bool:
+        return self.broken is None
 
     @property
     def bad(self) -> int:
