@@ -18,7 +18,7 @@ SOURCES = [
     "uffd.c", "attach.c", "track.c", "place.c", "residency.c", "memory.c", "thread.c",
     "window.c", "pack.c", "choice.c", "demand_choice.c", "pace.c",
     "ring.c", "dest.c", "lane.c", "faults.c", "replies.c", "feed.c", "loop.c",
-    "cache.c", "cached.c", "crew.c",
+    "cache.c", "cached.c", "crew.c", "greet.c",
     "verbs.c", "chunks.c", "rdma.c", "keys.c", "source.c", "sock.c", "tls.c", "snapshot.c",
     "frames.c",
 ]  # fmt: skip

@@ -246,12 +246,13 @@ static void feed_all(struct cached *cached) {
 
 /* ---- the lane ---- */
 
-static void act(struct cached *cached, int fd) {
+static void act(struct cached *cached, const struct epoll_event *event) {
     struct lane *lane = &cached->lane;
+    int fd = event->data.fd;
     if (fd == lane->config->stop_fd)
         pn_lane_end(lane, PN_END_STOPPED, 0, "");
     else if (fd == lane->dest->config.uffd)
-        pn_lane_take_faults(lane);
+        pn_lane_act_on_uffd(lane, event->events);
     else
         pn_drain_eventfd(fd);
 }
@@ -271,7 +272,7 @@ void pn_cached_step(struct cached *cached) {
     cached->changing = false;
     int count = epoll_wait(lane->epoll, ready, 4, 0);
     for (int i = 0; i < count && !lane->ended; i++)
-        act(cached, ready[i].data.fd);
+        act(cached, &ready[i]);
     if (cached->again <= pn_now())
         want_again(cached);
     serve_faults(cached);

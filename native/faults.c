@@ -337,6 +337,13 @@ bool pn_lane_take_faults(struct lane *lane) {
     return got > 0;
 }
 
+void pn_lane_act_on_uffd(struct lane *lane, uint32_t ready) {
+    if (ready & EPOLLERR)
+        pn_lane_end(lane, PN_END_OWNER_WRONG, 0, "the owner has made its userfaultfd blocking");
+    else
+        pn_lane_take_faults(lane);
+}
+
 struct wait {
     uint64_t page, since;
 };

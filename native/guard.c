@@ -11,10 +11,12 @@
  *   H NAME \0        hold the descriptors that come along under NAME, instead of those before
  *   F NAME \0        let them go
  *   G NAME \0        send them (D), if there are any
- *   A NAME \0        accept one connection on what is held as "listener", or under a longer name
- *                    that begins so. Hold it under NAME, and what comes behind "listener" in the
- *                    listener's name. Answer when it has come, with its name; another request ends
- *                    the wait
+ *   A NAME \0 COUNT \0
+ *                    accept COUNT connections on what is held as "listener", or under a longer name
+ *                    that begins so. Hold the first under NAME, and what comes behind "listener" in
+ *                    the listener's name, and each other under NAME with the next number at its
+ *                    end. Answer when one has come, with its name, over what is held as "arrivals"
+ *                    if anything is; otherwise another request ends the wait
  *   L                send the names of all that is held, each with a \0
  *   C [ARG \0]...    from now on, start this command if the daemon dies; none: end then
  *   Q                the daemon ends in good order: end
@@ -42,11 +44,13 @@ enum {
     DAEMON = 3, /* the descriptor of the socket, here and in a daemon that is started again */
     NAME = 32,
     LISTENERS = 256, /* that are watched at a time */
+    RETRY_MS = 100,  /* until another owner is accepted, without descriptors */
     MESSAGE = 64 << 10,
     ARGS = 1024,
 };
 
 #define LISTENER "listener"
+#define ARRIVALS "arrivals"
 
 struct slot {
     char name[NAME]; /* empty: free */
@@ -58,7 +62,7 @@ static struct slot *slots;
 static int slot_count;
 static char command[MESSAGE];
 static size_t command_size;
-static bool accepting;
+static unsigned long accepting; /* connections */
 static char accept_as[NAME];
 static bool storing; /* what is held is in systemd's store too */
 
@@ -117,11 +121,15 @@ static void let_all_go(void) {
 
 /* ---- messages ---- */
 
-static void answer_with(const char *data, size_t size, const int *fds, int count) {
+/* If the daemon has died, that is noticed where the next message is received. */
+static void send_to(int sock, const char *data, size_t size, const int *fds, int count) {
     struct iovec part = {(void *)data, size};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    /* If the daemon has died, that is noticed where the next message is received. */
-    send_with(DAEMON, &message, fds, count);
+    send_with(sock, &message, fds, count);
+}
+
+static void answer_with(const char *data, size_t size, const int *fds, int count) {
+    send_to(DAEMON, data, size, fds, count);
 }
 
 static void answer(char what, const int *fds, int count) { answer_with(&what, 1, fds, count); }
@@ -168,16 +176,29 @@ static bool is_listener(const struct slot *slot) {
     return !strncmp(slot->name, LISTENER, sizeof LISTENER - 1);
 }
 
+static void count_on(char *name) {
+    char *number = name + strlen(name);
+    while (number > name && number[-1] >= '0' && number[-1] <= '9')
+        number--;
+    if (*number)
+        snprintf(number, (size_t)(name + NAME - number), "%llu", strtoull(number, NULL, 10) + 1);
+}
+
 static void accept_owner(const struct slot *listener) {
     char said[1 + NAME];
     int length =
         snprintf(said, sizeof said, "D%s%s", accept_as, listener->name + sizeof LISTENER - 1);
+    const struct slot *arrivals = find(ARRIVALS);
+    int channel = arrivals ? arrivals->fds[0] : DAEMON;
     int fd = accept4(listener->fds[0], NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0 && (errno == EMFILE || errno == ENFILE))
+        poll(NULL, 0, RETRY_MS);
     if (fd < 0)
         return;
-    accepting = false;
+    accepting--;
+    count_on(accept_as);
     if (length < (int)sizeof said && hold(said + 1, &fd, 1))
-        answer_with(said, (size_t)length, &fd, 1);
+        send_to(channel, said, (size_t)length, &fd, 1);
     else
         close(fd);
 }
@@ -186,7 +207,8 @@ static void accept_owner(const struct slot *listener) {
 static bool act(const char *data, size_t size, const int *fds, int count) {
     const char *name = data + 1;
     struct slot *slot;
-    accepting = false;
+    if (!find(ARRIVALS))
+        accepting = 0;
     switch (data[0]) {
     case 'H':
         answer(hold(name, fds, count) ? 'K' : 'N', NULL, 0);
@@ -200,7 +222,7 @@ static bool act(const char *data, size_t size, const int *fds, int count) {
         answer(slot ? 'D' : 'N', slot ? slot->fds : NULL, slot ? slot->count : 0);
         return true;
     case 'A':
-        accepting = true;
+        accepting = 2 + strlen(name) < size ? strtoul(name + strlen(name) + 1, NULL, 10) : 1;
         snprintf(accept_as, sizeof accept_as, "%.*s", NAME - 1, name);
         return true;
     case 'L':
@@ -276,7 +298,7 @@ static bool start(void) {
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return false;
-    accepting = false; /* the daemon that wanted that is dead */
+    accepting = 0; /* the daemon that wanted that is dead */
     pid_t child = fork();
     if (!child)
         run_command(pair[1]);

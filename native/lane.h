@@ -148,6 +148,9 @@ static inline bool pn_stream_may_choose(const struct stream *stream) {
 
 /* Reads the uffd, and asks for what is missing. False: there was no event. */
 bool pn_lane_take_faults(struct lane *lane);
+/* The same, once epoll has said of the uffd that it is `ready`. Ends the lane if the owner has made
+ * it blocking: poll reports an error of such a one, for ever. */
+void pn_lane_act_on_uffd(struct lane *lane, uint32_t ready);
 /* Asks for the pages that guests of the cache want which this transfer fills. */
 void pn_lane_take_wanted(struct lane *lane);
 /* Whether all that the events of one read may want can be asked for. */

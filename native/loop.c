@@ -111,7 +111,7 @@ static void act(struct stream *stream, const struct epoll_event *event) {
     if (event->data.fd == lane->config->stop_fd)
         pn_lane_end(lane, PN_END_STOPPED, 0, "");
     else if (event->data.fd == lane->dest->config.uffd)
-        pn_lane_take_faults(lane);
+        pn_lane_act_on_uffd(lane, event->events);
     else if (pn_lane_is_wanted_fd(lane, event->data.fd))
         pn_lane_take_wanted(lane);
     else if (event->data.fd != lane->config->sock)

@@ -479,6 +479,64 @@ void pn_crew_free(struct pn_crew *crew);
 int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struct pn_end *end,
                 int ended_fd);
 
+/* ---- greet.c: owners that connect, and their first faults ---- */
+
+enum {
+    PN_NAME = 64,       /* bytes of a name, with the 0 at its end */
+    PN_GREETINGS = 256, /* at a time; other owners wait for their lanes */
+    PN_GREETED = 256,   /* pages of 4 KiB that a greeting puts into place at most */
+};
+/* What was read last from an owner while it was greeted. Kept for a process that comes after this
+ * one: what the owner gave up must never get the source's bytes. */
+struct pn_note {
+    char name[PN_NAME]; /* of the owner; empty: nothing is noted here */
+    struct pn_map map;  /* its events alone */
+};
+struct pn_greeting;
+/* An owner that has connected. */
+struct pn_arrival {
+    char name[PN_NAME];
+    int sock;                     /* for the caller to close */
+    struct pn_greeting *greeting; /* NULL: there was no room for one, or no cache */
+};
+/* A page that a greeting has put into place: its byte of the region, and how long a thread waited
+ * for it, in ns. */
+struct pn_greeted {
+    uint64_t offset;
+    uint64_t waited;
+};
+struct pn_greeter;
+/* Starts the thread that greets. notes: PN_GREETINGS of them, which must last. channel: over which
+ * another process sends the connections that it accepts, each behind a byte and the owner's name;
+ * or -1. last: the number of the last owner that there was. NULL: errno says why not. */
+struct pn_greeter *pn_greeter_new(struct pn_note *notes, int channel, uint64_t last);
+/* Ends it. No greeting may be left, and no arrival. */
+void pn_greeter_free(struct pn_greeter *greeter);
+/* Owners whose names end in `key` are those of one snapshot. listener: accept them there, under the
+ * name "owner." and the next number; or -1. It must stay open until pn_greeter_shut. 0 or
+ * -errno. */
+int pn_greeter_open(struct pn_greeter *greeter, const char *key, int listener);
+void pn_greeter_shut(struct pn_greeter *greeter, const char *key);
+/* They are greeted from this cache of the region's `size` bytes, from now on, or (NULL) not
+ * greeted. It must last as long as their greetings. */
+void pn_greeter_serve(struct pn_greeter *greeter, const char *key, struct pn_cache *cache,
+                      uint64_t size);
+/* How many connections are accepted from now on. */
+void pn_greeter_allow(struct pn_greeter *greeter, uint64_t places);
+/* Takes the next arrival. 1; 0: there is none, and the eventfd pn_greeter_arrived_fd is written
+ * when there is; -errno: no more are accepted until they are allowed again, because of that. */
+int pn_greeter_take(struct pn_greeter *greeter, struct pn_arrival *into);
+int pn_greeter_arrived_fd(const struct pn_greeter *greeter);
+/* Others read the owner's socket from now on. */
+void pn_greeting_stop_listening(struct pn_greeting *greeting);
+/* Nobody reads the owner's events from now on; there may be faults that were read and not answered.
+ * Writes what was put into place, PN_GREETED at most, and returns how many; what the owner gave up
+ * is in the notes (pn_map_removals). */
+int pn_greeting_end(struct pn_greeting *greeting, struct pn_greeted *placed);
+const struct pn_map *pn_greeting_notes(const struct pn_greeting *greeting);
+/* Forgets it, and what was noted. */
+void pn_greeting_free(struct pn_greeting *greeting);
+
 /* ---- pack.c: pages as one LZ4 block behind a checksum ---- */
 
 /* Compressing is worth it if it saves at least one byte in this many. */

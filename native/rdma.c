@@ -489,12 +489,13 @@ static void take_device_event(struct pn_rdma *rdma) {
 
 /* ---- the loop ---- */
 
-static void act(struct pn_rdma *rdma, int fd) {
+static void act(struct pn_rdma *rdma, const struct epoll_event *event) {
     const struct pn_lane_config *config = &rdma->config.lane;
+    int fd = event->data.fd;
     if (fd == config->stop_fd)
         pn_lane_end(&rdma->lane, PN_END_STOPPED, 0, "");
     else if (fd == rdma->lane.dest->config.uffd)
-        pn_lane_take_faults(&rdma->lane);
+        pn_lane_act_on_uffd(&rdma->lane, event->events);
     else if (pn_lane_is_wanted_fd(&rdma->lane, fd))
         pn_lane_take_wanted(&rdma->lane);
     else if (fd == config->sock)
@@ -577,7 +578,7 @@ static void turn(struct pn_rdma *rdma) {
         lane->pause = 0;
     int count = pn_lane_wait(lane, ready, READY);
     for (int i = 0; i < count && !lane->ended; i++)
-        act(rdma, ready[i].data.fd);
+        act(rdma, &ready[i]);
     if (lane->sock.pending && !lane->ended)
         pn_chunks_receive(&rdma->chunks);
     pn_lane_look_again(lane);

@@ -7,9 +7,12 @@
 #include <fcntl.h>
 #include <linux/kcmp.h>
 #include <linux/userfaultfd.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef UFFD_USER_MODE_ONLY
@@ -163,13 +166,32 @@ static struct pn_event event_of(const struct uffd_msg *message) {
     return event;
 }
 
+/* The owner has the open file too, and can make it blocking after it was found readable, and take
+ * the event itself. Kernels before 6.10 cannot be told not to wait. */
+static ssize_t read_now(int uffd, void *to, size_t size) {
+    static atomic_bool waits;
+    struct iovec part = {.iov_base = to, .iov_len = size};
+    if (!atomic_load_explicit(&waits, memory_order_relaxed)) {
+        ssize_t got = preadv2(uffd, &part, 1, -1, RWF_NOWAIT);
+        if (got >= 0 || (errno != EOPNOTSUPP && errno != ESPIPE))
+            return got;
+        atomic_store_explicit(&waits, true, memory_order_relaxed);
+    }
+    int flags = fcntl(uffd, F_GETFL);
+    if (flags < 0 || flags & O_NONBLOCK)
+        return readv(uffd, &part, 1);
+    errno = EAGAIN;
+    return -1;
+}
+
 int pn_uffd_read(int uffd, struct pn_map *map, struct pn_event *events, int room) {
     struct uffd_msg messages[PN_EVENTS];
     if (room > PN_EVENTS)
         room = PN_EVENTS;
     ssize_t got;
     do
-        got = read(uffd, map ? (void *)map->events : messages, (size_t)room * sizeof messages[0]);
+        got =
+            read_now(uffd, map ? (void *)map->events : messages, (size_t)room * sizeof messages[0]);
     while (got < 0 && errno == EINTR);
     if (got < 0)
         return -errno;

@@ -48,6 +48,11 @@ class Admission:
         return self._connections
 
     @property
+    def free(self) -> int:
+        """Places for connections; at least 1, because strangers make room."""
+        return max(1, self._max_connections - self._connections)
+
+    @property
     def strangers(self) -> int:
         return len(self._strangers)
 

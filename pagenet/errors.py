@@ -13,6 +13,7 @@
     │   └── RemoteProtocolError      the peer sent them: it is broken, hostile, or too new
     │       └── Untrusted        (8) TLS: one side does not trust the other's certificate or key
     ├── HandshakeError           (6) an owner's handshake makes no sense: that owner is refused
+    │   └── OwnerLeft                or it has ended, and so is an OwnerGone too
     ├── Unsupported              (7) this kernel or process may not do it: the text says what to do
     ├── GuestReclaimed           (9) the guest has gone back to its source, and runs there
     ├── ConnectionBroken         (4) the connection died, or its peer left early
@@ -33,6 +34,7 @@ __all__ = [
     "HandshakeError",
     "LocalProtocolError",
     "OwnerGone",
+    "OwnerLeft",
     "PagenetError",
     "ProtocolError",
     "RemoteProtocolError",
@@ -87,6 +89,10 @@ class Untrusted(RemoteProtocolError):
 
 class HandshakeError(PagenetError):
     exit_code = 6
+
+
+class OwnerLeft(HandshakeError, OwnerGone):
+    pass
 
 
 class Unsupported(PagenetError):

@@ -196,6 +196,30 @@ class pn_crew(Struct):
     pass
 
 
+class pn_note(Struct):
+    name: CData
+    map: pn_map
+
+
+class pn_greeting(Struct):
+    pass
+
+
+class pn_arrival(Struct):
+    name: CData
+    sock: int
+    greeting: pn_greeting | Null
+
+
+class pn_greeted(Struct):
+    offset: int
+    waited: int
+
+
+class pn_greeter(Struct):
+    pass
+
+
 class pn_choice(Struct):
     mode: int
     sampled: int
@@ -506,6 +530,9 @@ class Library(Protocol):
     PN_END_OWNER_WRONG: int
     PN_END_PLACING: int
     PN_END_NO_MEMORY: int
+    PN_NAME: int
+    PN_GREETINGS: int
+    PN_GREETED: int
     PN_LZ4_GAIN: int
     PN_ZERO_FRAME: int
     PN_NO_RUN: int
@@ -654,6 +681,29 @@ class Library(Protocol):
         ended_fd: int,
         /,
     ) -> int: ...
+    def pn_greeter_new(self, notes: pn_note | Null, channel: int, last: int, /) -> pn_greeter: ...
+    def pn_greeter_free(self, greeter: pn_greeter | Null, /) -> None: ...
+    def pn_greeter_open(
+        self, greeter: pn_greeter | Null, key: bytes | CData | Null, listener: int, /
+    ) -> int: ...
+    def pn_greeter_shut(self, greeter: pn_greeter | Null, key: bytes | CData | Null, /) -> None: ...
+    def pn_greeter_serve(
+        self,
+        greeter: pn_greeter | Null,
+        key: bytes | CData | Null,
+        cache: pn_cache | Null,
+        size: int,
+        /,
+    ) -> None: ...
+    def pn_greeter_allow(self, greeter: pn_greeter | Null, places: int, /) -> None: ...
+    def pn_greeter_take(self, greeter: pn_greeter | Null, into: pn_arrival | Null, /) -> int: ...
+    def pn_greeter_arrived_fd(self, greeter: pn_greeter | Null, /) -> int: ...
+    def pn_greeting_stop_listening(self, greeting: pn_greeting | Null, /) -> None: ...
+    def pn_greeting_end(
+        self, greeting: pn_greeting | Null, placed: pn_greeted | Null, /
+    ) -> int: ...
+    def pn_greeting_notes(self, greeting: pn_greeting | Null, /) -> pn_map: ...
+    def pn_greeting_free(self, greeting: pn_greeting | Null, /) -> None: ...
     def pn_checksum(self, bytes: bytes | CData | Null, size: int, /) -> int: ...
     def pn_pack_state(self) -> int: ...
     def pn_pack(

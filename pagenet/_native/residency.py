@@ -213,10 +213,8 @@ class SharedMap:
         lib.pn_map_publish(self.map)
 
     def removals(self) -> list[tuple[int, int]]:
-        """What the owner gave up by the events that were read last, whether or not that was acted
-        on: addresses, start and end of each."""
-        events = new_array(pn_event, lib.PN_EVENTS)
-        return [(e.start, e.end) for e in events[0 : lib.pn_map_removals(self.map, events)]]
+        """As :func:`removals`."""
+        return removals(self.map)
 
     @property
     def done(self) -> int:
@@ -290,6 +288,13 @@ class SharedMap:
 
     def latencies(self, class_: int) -> list[int]:
         return _clamped(self.map.classes[class_].latency)
+
+
+def removals(notes: pn_map) -> list[tuple[int, int]]:
+    """What the owner gave up by the events that were read last into this map, whether or not that
+    was acted on: addresses, start and end of each."""
+    events = new_array(pn_event, lib.PN_EVENTS)
+    return [(e.start, e.end) for e in events[0 : lib.pn_map_removals(notes, events)]]
 
 
 def _clamped(counters: CData) -> list[int]:

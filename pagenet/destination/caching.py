@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import trio
 
-from .._native import Crew
+from .. import _native
 from ..background.learned import StartUp
 from ..background.pacing import Background
 from ..background.recording import Recorder
@@ -23,6 +23,7 @@ from ..uffd import CacheMemory, ConnectedOwner, UffdTarget
 from .cached_lanes import CachedLanes
 from .ending import Ending
 from .filling import Filling
+from .greeting import Greeting
 from .learning import LearnedPlace, Learning, Restoring
 from .pulling import Transfer, pull, recording_to, save
 
@@ -39,7 +40,7 @@ class HostCache:
         self,
         transfer: Transfer,
         memory: CacheMemory,
-        crew: Crew,
+        crew: _native.Crew,
         background: str,
         learning: Learning | None,
     ) -> None:
@@ -57,6 +58,10 @@ class HostCache:
         """What its pages take of this host's memory."""
         return self._memory.cache.resident * self._memory.page_size
 
+    @property
+    def native(self) -> _native.Cache:
+        return self._memory.cache
+
     async def wait_unused(self) -> None:
         """Return when no guest is filled from it."""
         await self._unused.wait()
@@ -66,7 +71,8 @@ class HostCache:
         self._over.set()
 
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
+        """Keep it for as long as the block runs."""
         if not self._users:
             self._unused = trio.Event()
         self._users += 1
@@ -81,6 +87,7 @@ class HostCache:
     async def fill(
         self,
         owner: ConnectedOwner,
+        greeting: Greeting | None = None,
         *,
         fill: Fill = "all",
         prefetch: tuple[int, int] | None = None,
@@ -90,10 +97,12 @@ class HostCache:
     ) -> AsyncIterator[Transfer]:
         """Fill the memory of ``owner`` for as long as the block runs: as :func:`pagenet.pull` does,
         but from the cache. If it maps the cache's file, its pages are shared, and it is never
-        complete."""
-        with self._in_use():
+        complete. ``greeting``: what has answered its first faults."""
+        with self.in_use():
             async with Ending(on_loss, on_event) as ending, recording_to(record) as recording:
                 with ExitStack() as cleanup:
+                    if greeting is not None:
+                        greeting.stop_listening()
                     target = await owner.attach(self.transfer.region, self._memory.shared)
                     filling = self._filling_of(target, ending, cleanup)
                     filling.prefetch = prefetch
@@ -107,6 +116,9 @@ class HostCache:
                         recorder = Recorder(filling.region)
                         plan.observers.append(recorder.note)
                         cleanup.callback(save, recorder, *recording)
+                    if greeting is not None:
+                        plan.note_faults(filling.adopt(greeting))
+                        greeting.close()
                     lanes = CachedLanes(filling, plan, self._memory.cache, self._crew)
                     cleanup.callback(lanes.close)
                     pages, placement = filling.residency.scope, target.placement
@@ -195,16 +207,18 @@ async def _learning(
 async def caching(
     uri: str,
     memory: CacheMemory,
-    crew: Crew,
+    crew: _native.Crew,
     *,
     background: str = "hot",
     learn: LearnedPlace | None = None,
     on_unkept: Callable[[str], None] = lambda reason: None,
+    on_over: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> AsyncIterator[HostCache]:
     """A host cache of the source at ``uri``, for as long as the block runs, and until no guest is
     filled from it. ``crew``: threads that fill them. ``learn``: where to keep what guests wait for,
     which is brought first; ``on_unkept`` is called with the reason when it cannot be kept.
+    ``on_over`` is called when no more pages come into it: others must not begin to use it.
     ``options``: of :func:`pagenet.pull`, which
     fills ``memory``. It raises what that raises; :exc:`~pagenet.errors.UsageError` for the memory
     of a machine that still runs."""
@@ -221,6 +235,7 @@ async def caching(
                     yield cache
                 finally:
                     cache.end()
+                    on_over()
                     with trio.CancelScope(shield=True):
                         await cache.wait_unused()
     except (HandshakeError, Unsupported) as error:

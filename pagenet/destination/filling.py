@@ -34,6 +34,7 @@ from ..target import (
     Target,
     Unmapped,
 )
+from .greeting import Greeting
 
 __all__ = ["Filling"]
 
@@ -127,6 +128,25 @@ class Filling:
         for page in self._faulted_at:
             if self._claim(Run(page, 1)).count:
                 self._wanted.append((Class.DEMAND, Run(page, 1)))
+
+    def adopt(self, greeting: Greeting) -> list[int]:
+        """Go on with an owner whose first faults were answered, and end that. Returns the pages
+        that its threads have waited for, in their order."""
+        pages = []
+        placed, removals = greeting.end()
+        for offset, waited in placed:
+            page = self.region.page_at_offset(offset)
+            if self.residency.claim(Run(page, 1), State.MISSING, State.RESIDENT):
+                for counter in ("pages", "runs", "faults"):
+                    self.residency.add(Class.DEMAND, counter)
+                self.residency.add_latency(Class.DEMAND, waited)
+            pages.append(page)
+        for start, end in removals:
+            self._remove(start, end)
+        for run in self.target.scope():
+            self.target.wake(run)  # faults that were read and not answered come again
+        self.check_complete()
+        return pages
 
     def _publish_ready(self, run: Run, target: Recoverable) -> None:
         """Publish the READY pages of ``run``.

@@ -23,6 +23,7 @@ from ..redialling import PAUSE
 from ..target import OnLoss
 from ..uffd import CacheMemory, ConnectedOwner, Keeper, Naming, UffdListener
 from .caching import Fill, HostCache, caching
+from .greeting import Greeter, Greeting
 from .learning import LearnedPlace
 from .pulling import Transfer
 
@@ -40,7 +41,7 @@ _OF_A_CACHE = {
     **{name: name for name in ("disconnected", "reconnecting", "reconnected")},
     "complete": "cached",
 }
-# Seconds: from the moment when another guest cannot be accepted (no descriptors) to the next try.
+# Seconds: from the moment when another owner cannot be accepted (no descriptors) to the next try.
 _RETRY_SECONDS = 0.1
 
 
@@ -64,8 +65,6 @@ class Snapshot:
     uri: str
     path: str
     listener: UffdListener | None = None
-    #: of the task that accepts owners
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     #: None while there is none: its source has not been met yet
     cache: HostCache | None = None
     _met: trio.Event = field(default_factory=trio.Event)
@@ -130,6 +129,9 @@ class Host:
         self._places = Admission(max_guests)
         #: the highest number that a guest has
         self._last = 0 if keeper is None else _last_number(keeper)
+        self._greeter = Greeter(keeper, self._last)
+        # Owners that came at once take turns, so that others are greeted meanwhile.
+        self._turns = trio.Lock()
         self._removed_keys = set[str]()
         # names of owners that the keeper had accepted before, and may tell of again
         self._resumed = set[str]()
@@ -151,24 +153,36 @@ class Host:
         try:
             await self._nursery.start(self._keep_cache, snapshot)
             kept = None if self._keeper is None else Naming(self._keeper, _key_of(name))
-            snapshot.listener = UffdListener(snapshot.path, allocate=self._allocate, keeper=kept)
+            snapshot.listener = UffdListener(snapshot.path, keeper=kept)
+            if self._keeper is not None:
+                self._resume(snapshot, self._keeper)
+            self._greet(snapshot, snapshot.listener)
         except BaseException:
             del self.snapshots[name]
             snapshot.removed.set()
             raise
-        self._removed_keys.discard(snapshot.key[1:])
+        self._removed_keys.discard(snapshot.key)
         self._on_event("added", name=name, uri=uri, uffd_socket=snapshot.path)
-        if self._keeper is None:
-            self._nursery.start_soon(self._accept, snapshot, snapshot.listener)
-        else:
-            self._resume(snapshot, self._keeper)
+
+    def _greet(self, snapshot: Snapshot, listener: UffdListener) -> None:
+        try:
+            self._greeter.open(snapshot.key, listener.fileno())
+        except OSError as error:
+            listener.close()
+            raise UsageError(f"no more snapshots can be added: {error.strerror}") from None
+        if snapshot.cache is not None:
+            self._serve(snapshot, snapshot.cache)
+
+    def _serve(self, snapshot: Snapshot, cache: HostCache) -> None:
+        self._greeter.serve(snapshot.key, cache.native, cache.transfer.region.size)
 
     def _resume(self, snapshot: Snapshot, keeper: Keeper) -> None:
         """Go on with the owners of a process that was killed."""
         for name in keeper.names():
             if name.startswith(_OWNER) and name.endswith(snapshot.key):
                 self._resumed.add(name)
-                self._meet(keeper, name, None, resumes=True)
+                sock = socket.socket(fileno=keeper.get(name)[0])
+                self._meet(name, sock, self._greeter.left_of(name), resumes=True)
 
     def remove(self, name: str) -> None:
         """Take no more owners for that snapshot. Those that are here stay.
@@ -177,16 +191,19 @@ class Host:
         if snapshot is None or snapshot.listener is None:
             raise UsageError(f"there is no snapshot {name!r}")
         del self.snapshots[name]
-        snapshot.scope.cancel()
+        self._greeter.shut(snapshot.key)
         snapshot.listener.close()
+        self._removed_keys.add(snapshot.key)
+        self._take_arrivals()  # they may use its cache
         snapshot.removed.set()
-        self._removed_keys.add(snapshot.key[1:])
         self._on_event("removed", name=name)
 
     def close(self) -> None:
         for snapshot in self.snapshots.values():
             if snapshot.listener is not None:
+                self._greeter.shut(snapshot.key)
                 snapshot.listener.close()
+        self._greeter.close()
 
     def guest(self, number: int) -> Guest:
         """:exc:`~pagenet.errors.UsageError` if it is not here (any more)."""
@@ -247,6 +264,10 @@ class Host:
         def on_unkept(reason: str) -> None:
             self._on_event("unkept", snapshot=snapshot.name, reason=reason)
 
+        def on_over() -> None:
+            self._greeter.serve(snapshot.key, None)
+            self._take_arrivals()  # they may use it already
+
         async with (
             self._opening(snapshot.uri) as uri,
             caching(
@@ -255,73 +276,78 @@ class Host:
                 self._crew,
                 learn=place,
                 on_unkept=on_unkept,
+                on_over=on_over,
                 **self._options,
                 on_event=on_event,
             ) as cache,
         ):
             snapshot.set_cache(cache)
+            self._serve(snapshot, cache)
             on_met()
             await snapshot.removed.wait()
             await cache.wait_unused()
 
-    async def _accept(self, snapshot: Snapshot, listener: UffdListener) -> None:
-        with snapshot.scope:
-            while True:
-                await self._places.wait_place()
-                try:
-                    owner = await listener.accept()
-                except OSError as error:  # no descriptors, or no memory: others will end
-                    self._on_event("refused", peer=snapshot.path, reason=error.strerror)
-                    await trio.sleep(_RETRY_SECONDS)
-                    continue
-                self._last += 1
-                self._begin(Guest(self._last, snapshot.name, owner.pid), snapshot, owner)
-
-    async def accept_kept(self, keeper: Keeper) -> None:
-        """Meet the owners of all snapshots, which ``keeper`` accepts."""
+    async def meet_owners(self) -> None:
+        """Meet the owners of all snapshots as they come."""
         while True:
-            await self._places.wait_place()
-            sock, name = await keeper.accept(f"owner.{self._last + 1}")
-            if name in self._resumed:
-                self._resumed.discard(name)
-                sock.close()
-            else:
-                self._meet(keeper, name, sock, resumes=False)
+            if self._greeter.wants_places:
+                await self._places.wait_place()
+                self._greeter.allow(self._last + 1, self._places.free)
+            await self._greeter.wait()
+            await trio.sleep(0 if self._take_arrivals() else _RETRY_SECONDS)
+
+    def _take_arrivals(self) -> bool:
+        """False: no more can be accepted now."""
+        try:
+            for name, sock, greeting in self._greeter.take():
+                if name in self._resumed:
+                    self._resumed.discard(name)
+                    sock.close()
+                else:
+                    self._meet(name, sock, greeting, resumes=False)
+        except OSError as error:  # no descriptors, or no memory: others will end
+            self._on_event("refused", peer="an owner", reason=error.strerror)
+            return False
+        return True
 
     def _meet(
-        self, keeper: Keeper, name: str, sock: socket.socket | None, *, resumes: bool
+        self, name: str, sock: socket.socket, greeting: Greeting | None, *, resumes: bool
     ) -> None:
-        """An owner whose connection ``keeper`` holds under ``name``: its number, and the key of its
-        snapshot."""
-        _, number, key = name.split(".")
-        self._last = max(self._last, int(number))
-        if sock is None:
-            sock = socket.socket(fileno=keeper.get(name)[0])
+        """An owner that has connected: its name has its number, and ends in the key of its
+        snapshot. ``resumes``: it had connected to a process that was killed."""
+        number, key = _parts_of(name)
+        self._last = max(self._last, number)
         sock.setblocking(False)
-        found = [
-            each
-            for each in self.snapshots.values()
-            if each.key == f".{key}" and each.listener is not None
-        ]
-        if not found and key not in self._removed_keys:
+        snapshot = self._snapshot_of(key)
+        if snapshot is None and key not in self._removed_keys:
             sock.close()  # the keeper has it until its snapshot is added
             return
-        kept = Naming(keeper, f".{number}.{key}")
+        kept = None if self._keeper is None else Naming(self._keeper, f".{number}{key}")
         stream = trio.socket.from_stdlib_socket(sock)
         owner = ConnectedOwner(stream, self._allocate, kept, resumes)
-        if not found:  # its snapshot was removed in this moment
+        if snapshot is None:  # it was removed in this moment
             owner.close()
+            if greeting is not None:
+                greeting.close()
             return
-        self._begin(Guest(int(number), found[0].name, owner.pid), found[0], owner)
+        if greeting is not None and snapshot.cache is not None:
+            greeting.use(snapshot.cache.in_use())
+        guest = Guest(number, snapshot.name, owner.pid)
+        self._nursery.start_soon(self._fill, guest, snapshot, owner, greeting)
 
-    def _begin(self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner) -> None:
-        self._nursery.start_soon(self._fill, guest, snapshot, owner)
+    def _snapshot_of(self, key: str) -> Snapshot | None:
+        for snapshot in self.snapshots.values():
+            if snapshot.key == key and snapshot.listener is not None:
+                return snapshot
+        return None
 
-    async def _fill(self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner) -> None:
+    async def _fill(
+        self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner, greeting: Greeting | None
+    ) -> None:
         with self._places.connection():
             self.guests[guest.number] = guest
             try:
-                await self._fill_from_cache(guest, snapshot, owner)
+                await self._fill_from_cache(guest, snapshot, owner, greeting)
                 self.completed += 1
             except OwnerGone:
                 self.gone += 1
@@ -331,14 +357,18 @@ class Host:
                 self._tell_failure(guest, error)
             finally:
                 owner.close()
+                if greeting is not None:
+                    greeting.close()
                 del self.guests[guest.number]
 
     async def _fill_from_cache(
-        self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner
+        self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner, greeting: Greeting | None
     ) -> None:
         def on_event(event: str, /, **fields: object) -> None:
             self._on_event(event, guest=guest.number, **fields)
 
+        async with self._turns:
+            pass
         with self._places.stranger():
             await owner.wait_handshake()
         on_event("guest", snapshot=guest.snapshot, pid=guest.pid)
@@ -346,7 +376,7 @@ class Host:
         if (record := options.pop("record", None)) is not None:
             options["record"] = f"{os.fspath(record)}.{guest.number}"
         cache = await snapshot.wait_cache()
-        async with cache.fill(owner, **options, on_event=on_event) as transfer:
+        async with cache.fill(owner, greeting, **options, on_event=on_event) as transfer:
             guest.transfer = transfer
             await transfer.wait_complete()
 
@@ -364,8 +394,14 @@ class Host:
 
 
 def _last_number(keeper: Keeper) -> int:
-    numbers = [name.split(".")[1] for name in keeper.names() if name.startswith(_OWNER)]
-    return max(map(int, numbers), default=0)
+    numbers = [_parts_of(name)[0] for name in keeper.names() if name.startswith(_OWNER)]
+    return max(numbers, default=0)
+
+
+def _parts_of(name: str) -> tuple[int, str]:
+    """The number in an owner's name, and the key of its snapshot."""
+    _, number, key = name.split(".")
+    return int(number), f".{key}"
 
 
 def _missing(guest: Guest) -> int | None:
@@ -446,8 +482,7 @@ async def host(
                 keeper,
                 on_event,
             )
-            if keeper is not None:
-                nursery.start_soon(hosting.accept_kept, keeper)
+            nursery.start_soon(hosting.meet_owners)
             yield hosting
             nursery.cancel_scope.cancel()
     finally:  # after the tasks that use them

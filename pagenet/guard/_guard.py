@@ -42,6 +42,10 @@ class Guard:
         self._command: Sequence[str] = ()
         self._accepting = ""  # the name for the connection that is waited for
         self._accepted: tuple[socket.socket, str] | None = None
+        # the number of the next of many connections, and how many it may still accept
+        self._next, self._many = 1, 0
+        # names with smaller numbers are those of connections that a killed one has accepted
+        self._certain = 0
         self._news = trio.Event()
         #: is called with the process of a guard that has taken the place of one that was killed,
         #: and holds all that the killed one held
@@ -110,7 +114,24 @@ class Guard:
 
     def _begin_accepting(self) -> None:
         with suppress(OSError):  # its end is noticed by watch()
-            self._socket.send(b"A" + self._accepting.encode())
+            self._socket.send(b"A%s\0001" % self._accepting.encode())
+
+    def accept_many(self, first: int, count: int) -> None:
+        """Have it accept ``count`` connections on what it holds as ``listener`` and more, and tell
+        of them over what it holds as ``arrivals``. It holds them as ``owner.`` and a number, from
+        ``first`` on, and that more."""
+        self._next, self._many = first, count
+        with suppress(OSError):  # its end is noticed by watch()
+            self._socket.send(b"Aowner.%d\0%d" % (first, count))
+
+    def note_accepted(self, name: str, fd: int) -> None:
+        """Note that it has told of this connection."""
+        number = int(name.split(".")[1])
+        if number < self._certain:
+            self.hold(name, fd)
+        else:
+            self._keep(name, [os.dup(fd)])
+        self._next, self._many = max(self._next, number + 1), max(0, self._many - 1)
 
     # ---- messages ----
 
@@ -183,6 +204,10 @@ class Guard:
         for name, fds in list(self._held.items()):
             self._ask(b"H" + name.encode(), fds)
         self._tell_command()
+        if self._many:
+            # The dead one may have accepted all of them, and told of them: their names are taken.
+            self._certain = self._next + self._many
+            self.accept_many(self._certain, self._many)
         self.on_replaced(process.pid)
         return True
 

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import trio
 
 from .. import _native
-from ..errors import HandshakeError, Unsupported, UsageError
+from ..errors import HandshakeError, OwnerLeft, Unsupported, UsageError
 from ..region import Region, Run
 from ..unix_socket import UnixSocketFile
 from ._handshake import (
@@ -205,9 +205,7 @@ class Peer:
         try:
             return cls(pid, _pidfd_of(sock, pid) if pid > 0 else -1)
         except ProcessLookupError:
-            raise HandshakeError(
-                f"the owner (pid {pid}) ended right after it had connected"
-            ) from None
+            raise OwnerLeft(f"the owner (pid {pid}) ended right after it had connected") from None
 
     def keeps(self, uffd_fd: int) -> bool:
         """Whether the process has a descriptor of its own for the userfaultfd. False if we may not
@@ -310,6 +308,15 @@ class Keeper(Protocol):
         holds under ``name``, and that more, now; and the whole name."""
         ...
 
+    def accept_many(self, first: int, count: int) -> None:
+        """Accept so many connections on what it holds as ``listener`` and more. Of each it tells
+        over the socket that it holds as ``arrivals``, a SOCK_SEQPACKET: with a byte, the name under
+        which it holds the connection, and the connection. The name is ``owner.``, a number, from
+        ``first`` on, and that more."""
+
+    def note_accepted(self, name: str, fd: int) -> None:
+        """Note that it has told of this connection."""
+
 
 class Naming:
     """A keeper's names for one of many owners: each ends in ``suffix``."""
@@ -330,6 +337,12 @@ class Naming:
         raise NotImplementedError
 
     async def accept(self, name: str = "owner") -> tuple[socket.socket, str]:
+        raise NotImplementedError
+
+    def accept_many(self, first: int, count: int) -> None:
+        raise NotImplementedError
+
+    def note_accepted(self, name: str, fd: int) -> None:
         raise NotImplementedError
 
 
@@ -384,10 +397,10 @@ class ConnectedOwner:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 target = await _handshake(sock, region, self._keeper, self._resumes, shared)
         except trio.TooSlowError:
-            self._turn_away(sock)
+            _turn_away(sock, self._keeper)
             raise _silent() from None
         except HandshakeError:
-            self._turn_away(sock)
+            _turn_away(sock, self._keeper)
             raise
         except BaseException:
             sock.close()
@@ -399,38 +412,23 @@ class ConnectedOwner:
     def close(self) -> None:
         """Turn it away, if it was not attached. Idempotent."""
         if self._socket is not None:
-            self._turn_away(self._socket)
+            _turn_away(self._socket, self._keeper)
             self._socket = None
-
-    def _turn_away(self, sock: trio.socket.SocketType) -> None:
-        sock.close()
-        if self._keeper is not None:
-            self._keeper.forget("owner")
 
 
 class UffdListener:
-    """A unix socket on which any number of owners hand over their memory, one after the other, as
-    on a :class:`UffdSocket`. ``keeper``: keeps the socket, and accepts owners instead of
-    :meth:`accept`."""
+    """A unix socket on which any number of owners hand over their memory, as on a
+    :class:`UffdSocket`. Others accept them there. ``keeper``: keeps the socket."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        allocate: bool = False,
-        keeper: Keeper | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self._allocate = allocate
+    def __init__(self, path: str | os.PathLike[str], *, keeper: Keeper | None = None) -> None:
         self._keeper = keeper
         kept = [] if keeper is None else keeper.get("listener")
         self._file = UnixSocketFile(str(path), f"owners' socket {path}", socket.SOMAXCONN, *kept)
         if keeper is not None:
             keeper.hold("listener", self._file.socket.fileno())
 
-    async def accept(self) -> ConnectedOwner:
-        """The next owner. :exc:`trio.ClosedResourceError` once it is closed."""
-        return ConnectedOwner((await self._file.socket.accept())[0], self._allocate)
+    def fileno(self) -> int:
+        return self._file.socket.fileno()
 
     def close(self) -> None:
         """Idempotent. Owners that have connected stay."""
@@ -438,6 +436,13 @@ class UffdListener:
         if self._keeper is not None:
             self._keeper.forget("listener")
             self._keeper = None
+
+
+def _turn_away(sock: trio.socket.SocketType, keeper: Keeper | None) -> None:
+    sock.close()
+    if keeper is not None:
+        keeper.forget("owner")
+        keeper.forget("map")
 
 
 def _silent() -> HandshakeError:
@@ -501,10 +506,10 @@ class UffdSocket:
                     target = await _handshake(sock, region, self._keeper, resumes)
                 break
             except trio.TooSlowError:
-                self._turn_away(sock)
+                _turn_away(sock, self._keeper)
                 self._on_refused(_silent())
             except HandshakeError as error:
-                self._turn_away(sock)
+                _turn_away(sock, self._keeper)
                 self._on_refused(error)
             except BaseException:
                 sock.close()
@@ -520,11 +525,6 @@ class UffdSocket:
         sock = (await self._keeper.accept())[0] if kept is None else socket.socket(fileno=kept)
         sock.setblocking(False)
         return trio.socket.from_stdlib_socket(sock)
-
-    def _turn_away(self, sock: trio.socket.SocketType) -> None:
-        sock.close()
-        if self._keeper is not None:
-            self._keeper.forget("owner")
 
     def close(self) -> None:
         """Close the socket. Idempotent. An owner that is attached stays attached."""
@@ -588,10 +588,7 @@ async def _handshake(
 
     def let_go() -> None:
         peer.close()
-        sock.close()
-        if keeper is not None:
-            keeper.forget("owner")
-            keeper.forget("map")
+        _turn_away(sock, keeper)
 
     try:
         target = UffdTarget(

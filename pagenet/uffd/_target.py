@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .. import _native
-from ..errors import HandshakeError, OwnerGone, PagenetError, Unsupported, UsageError
+from ..errors import HandshakeError, OwnerGone, OwnerLeft, PagenetError, Unsupported, UsageError
 from ..region import Region, Run
 from ..residency import Residency
 from ..target import POISON_PATIENCE, Event, Fault, OnLoss, Outcome
@@ -177,8 +177,8 @@ class UffdTarget:
                         f"the owner asked for a file to share, and its memory at"
                         f" {piece.address:#x} is not that"
                     ) from None
-                if error.errno == errno.ESRCH:
-                    raise HandshakeError("the owner of the memory is gone") from None
+                if not self.is_alive():  # the kernel says ENOMEM, too
+                    raise OwnerLeft("the owner of the memory is gone") from None
                 what = f"the owner's userfaultfd does not watch its memory at {piece.address:#x}"
                 raise HandshakeError(f"{what}: {error.strerror}") from None
 

@@ -9,7 +9,7 @@ from enum import IntFlag
 from pathlib import Path
 
 from .. import _native
-from ..errors import Unsupported
+from ..errors import HandshakeError, Unsupported
 from ..target import Event, Fault, Forked, Remapped, Removed, Unmapped
 
 __all__ = ["NO_POISON", "Feature", "Mode", "Userfaultfd", "check_poison", "probe"]
@@ -114,10 +114,13 @@ class Userfaultfd:
 
     def read(self, shared: _native.SharedMap | None = None) -> list[Event]:
         """The events that are queued; empty if there are none. ``shared`` keeps them for whoever
-        goes on if this process is killed before it has acted on them."""
+        goes on if this process is killed before it has acted on them. :exc:`HandshakeError` if the
+        owner has made it blocking: poll reports an error of such a one, for ever."""
         try:
             return [_typed(event) for event in _native.uffd_read(self.fd, shared)]
         except BlockingIOError:
+            if os.get_blocking(self.fd):
+                raise HandshakeError("the owner has made its userfaultfd blocking") from None
             return []
 
     def place(

@@ -155,6 +155,7 @@ KILLING_READ = """
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static int is_time(void) {
@@ -169,19 +170,27 @@ static int is_time(void) {
     return 0;
 }
 
-ssize_t read(int fd, void *buffer, size_t size) {
-    ssize_t (*next)(int, void *, size_t) = dlsym(RTLD_NEXT, "read");
-    ssize_t got = next(fd, buffer, size);
+static ssize_t look(int fd, const struct iovec *parts, ssize_t got) {
     char link[64], name[64] = {0};
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     if (got <= 0 || readlink(link, name, sizeof name - 1) < 0 ||
         strcmp(name, "anon_inode:[userfaultfd]"))
         return got;
-    const struct uffd_msg *events = buffer;
+    const struct uffd_msg *events = parts->iov_base;
     for (size_t i = 0; i < (size_t)got / sizeof *events; i++)
         if (events[i].event == UFFD_EVENT_REMOVE && is_time())
             kill(getpid(), SIGKILL);
     return got;
+}
+
+ssize_t preadv2(int fd, const struct iovec *parts, int count, off_t offset, int flags) {
+    ssize_t (*next)(int, const struct iovec *, int, off_t, int) = dlsym(RTLD_NEXT, "preadv2");
+    return look(fd, parts, next(fd, parts, count, offset, flags));
+}
+
+ssize_t readv(int fd, const struct iovec *parts, int count) {
+    ssize_t (*next)(int, const struct iovec *, int) = dlsym(RTLD_NEXT, "readv");
+    return look(fd, parts, next(fd, parts, count));
 }
 """
 

@@ -28,6 +28,7 @@ from processes import (
     write_pattern,
 )
 
+from pagenet._native import take_descriptor
 from pagenet.background.learned import load_learned
 from pagenet.control import connect_control
 
@@ -156,6 +157,68 @@ async def test_what_is_wrong_with_one_is_its_own(source: str, tmp_path: Path) ->
             async with run_workload(path, *touching("memfd")) as later:
                 await check_verified(later)
                 await told(daemon, "complete", 5)
+
+
+async def test_owner_makes_its_userfaultfd_blocking(source: str, tmp_path: Path) -> None:
+    """It has the open file too. Reading it must not wait, and other guests go on."""
+    slowly = ("--think-us", 20000, "--threads", 1)
+    lazily = ("--fill", "touched", "--prefetch", "0,0")
+    async with (
+        hosting(source, tmp_path, *lazily, threads=1) as (daemon, path),
+        run_workload(path, *touching("anonymous", *slowly)) as hostile,
+    ):
+        await told(daemon, "owner", 1)
+        uffd = take_uffd(hostile.pid)
+        os.set_blocking(uffd, True)
+        os.close(uffd)
+        reason = (await told(daemon, "failed", 1))["reason"]
+        assert reason == "the owner has made its userfaultfd blocking"
+        words = (*MANY["anonymous"], "--verify", "touched", "--touches", 100)
+        async with run_workload(path, *words) as honest:
+            await check_verified(honest)
+        await hostile.kill()
+
+
+def take_uffd(pid: int) -> int:
+    """A duplicate of the process's userfaultfd."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        [found] = [
+            int(entry.name)
+            for entry in Path(f"/proc/{pid}/fd").iterdir()
+            if "userfaultfd" in entry.readlink().name
+        ]
+        return take_descriptor(pidfd, found)
+    finally:
+        os.close(pidfd)
+
+
+def left(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] in ("gone", "refused", "failed")]
+
+
+async def test_owners_that_leave_at_once(source: str, tmp_path: Path) -> None:
+    """Perhaps before they are attached. They have what they touched, and nothing of them is kept.
+    Memory that one has given back already cannot be watched, and so that owner is refused."""
+    async with hosting(source, tmp_path, "--fill", "touched", guard=True) as (daemon, path):
+        words = (*MANY["anonymous"], "--verify", "none", "--touches", 1)
+        counts = []
+        for _ in range(3):
+            before = len(daemon.events)
+            async with AsyncExitStack() as stack:
+                owners = [
+                    await stack.enter_async_context(run_workload(path, *words)) for _ in range(10)
+                ]
+                for owner in owners:
+                    assert await owner.wait() == 0
+            while len(over := left(daemon.events[before:])) < 10:
+                assert (await daemon.next_event()) is not None
+            refused = [event["reason"] for event in over if event["event"] == "refused"]
+            assert all("does not watch its memory" in reason for reason in refused), refused
+            counts.append(len(os.listdir(f"/proc/{daemon.pid}/fd")))
+        assert counts[2] <= counts[0]
+        daemon.send_signal(signal.SIGTERM)
+        assert await daemon.wait() == 143
 
 
 async def test_source_goes_away_and_comes_back(source: str, tmp_path: Path) -> None:
