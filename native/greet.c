@@ -49,7 +49,10 @@ struct pn_greeting {
     struct pn_greeter *greeter;
     struct pn_cache *cache;
     uint64_t size; /* bytes of the region */
-    int number;    /* of its note */
+    int file;      /* the cache's, for the owner if it asks for it */
+    char offer[PN_OFFER];
+    bool shares; /* it has got it, and maps it */
+    int number;  /* of its note */
     uint64_t id;
     pthread_mutex_t acting;
     int sock, uffd; /* -1: not watched (any more) */
@@ -67,6 +70,8 @@ struct door {
     int listener;           /* -1: connections come over the channel */
     struct pn_cache *cache; /* NULL: there is none now */
     uint64_t size;
+    int file;             /* the cache's, for owners that ask for it */
+    char offer[PN_OFFER]; /* what they are told with it */
 };
 
 struct arrival {
@@ -120,6 +125,11 @@ static void leave(struct pn_greeting *greeting) {
 
 /* ---- faults ---- */
 
+/* A page that the owner shares is in the page cache. */
+static enum pn_how how_to(const struct pn_greeting *greeting, const char *bytes) {
+    return !bytes ? PN_ZERO : greeting->shares ? PN_CONTINUE : PN_COPY;
+}
+
 /* False: the page is not in the cache. */
 static bool place(struct pn_greeting *greeting, const struct late *fault) {
     struct pn_placed placed = {.error = 0};
@@ -128,7 +138,7 @@ static bool place(struct pn_greeting *greeting, const struct late *fault) {
     bool found = pn_cache_find(greeting->cache, fault->offset, PAGE, PAGE, &bytes);
     if (found)
         placed =
-            pn_place(greeting->uffd, bytes ? PN_COPY : PN_ZERO, fault->address, bytes, PAGE, PAGE);
+            pn_place(greeting->uffd, how_to(greeting, bytes), fault->address, bytes, PAGE, PAGE);
     pn_cache_unhold(greeting->cache);
     if (placed.error || placed.absent)
         leave(greeting);
@@ -167,7 +177,7 @@ static bool find_offset(const struct pn_greeting *greeting, uint64_t address, ui
 
 static void answer(struct pn_greeting *greeting, const struct pn_event *event, uint64_t now) {
     struct late fault = {.address = event->start & ~(uint64_t)(PAGE - 1), .since = now};
-    const uint64_t others = UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR;
+    uint64_t others = UFFD_PAGEFAULT_FLAG_WP | (greeting->shares ? 0 : UFFD_PAGEFAULT_FLAG_MINOR);
     if (!(event->flags & others) && find_offset(greeting, fault.address, &fault.offset) &&
         !place(greeting, &fault))
         await(greeting, &fault);
@@ -290,6 +300,21 @@ static void take_span(struct reader *reader, struct pn_greeting *greeting) {
         greeting->spans[greeting->span_count++] = span;
 }
 
+/* What an owner begins with that wants to share the cache's file: where it ends. NULL: it does not
+ * begin so. */
+static const char *after_request(const char *text) {
+    struct reader reader = {text};
+    size_t key_length, value_length;
+    if (!take(&reader, '{'))
+        return NULL;
+    const char *key = take_string(&reader, &key_length);
+    expect(&reader, ':');
+    const char *value = take_string(&reader, &value_length);
+    expect(&reader, '}');
+    bool is_request = reader.at && is(key, key_length, "want") && is(value, value_length, "file");
+    return is_request ? reader.at : NULL;
+}
+
 /* The mappings of a handshake. False: it is no simple one. */
 static bool parse(struct pn_greeting *greeting, const char *text) {
     struct reader reader = {text};
@@ -357,6 +382,24 @@ static int peek(struct pn_greeting *greeting, char *text, int *fd) {
     return got < 0 ? -errno : 0;
 }
 
+/* Whoever attaches the owner answers once more: an owner reads one answer. */
+static bool share(struct pn_greeting *greeting) {
+    struct iovec part = {.iov_base = greeting->offer, .iov_len = strlen(greeting->offer)};
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {0};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control,
+                             .msg_controllen = sizeof control};
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(header), &greeting->file, sizeof greeting->file);
+    ssize_t sent = sendmsg(greeting->sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    greeting->shares = sent == (ssize_t)part.iov_len;
+    return greeting->shares;
+}
+
 /* False: there is nothing (more) to listen to. A message that is not whole is looked at again when
  * there is more of it. */
 static bool hear(struct pn_greeting *greeting) {
@@ -364,8 +407,12 @@ static bool hear(struct pn_greeting *greeting) {
     int fd, error = peek(greeting, text, &fd);
     if (error == -EAGAIN || error == -EINTR)
         return true;
+    const char *request = error ? NULL : after_request(text);
+    if (request && !greeting->shares && !share(greeting))
+        error = -EPIPE;
     greeting->span_count = 0;
-    if (error || fd < 0 || !parse(greeting, text) || !is_uffd(fd) || !is_plain(fd)) {
+    if (error || fd < 0 || !parse(greeting, request ? request : text) || !is_uffd(fd) ||
+        !is_plain(fd)) {
         if (fd >= 0)
             close(fd);
         return !error && text[0] && !strchr(text, ']');
@@ -417,6 +464,8 @@ static struct pn_greeting *new_greeting(struct pn_greeter *greeter, const struct
     greeting->greeter = greeter;
     greeting->cache = door->cache;
     greeting->size = door->size;
+    greeting->file = door->file;
+    memcpy(greeting->offer, door->offer, sizeof greeting->offer);
     greeting->number = number;
     greeting->id = greeter->serial++ * PN_GREETINGS + (uint64_t)number;
     greeting->uffd = -1;
@@ -655,12 +704,14 @@ int pn_greeter_open(struct pn_greeter *greeter, const char *key, int listener) {
 }
 
 void pn_greeter_serve(struct pn_greeter *greeter, const char *key, struct pn_cache *cache,
-                      uint64_t size) {
+                      uint64_t size, int file, const char *offer) {
     pthread_mutex_lock(&greeter->lock);
     struct door *door = find_door(greeter, key);
     if (door) {
         door->cache = cache;
         door->size = size;
+        door->file = file;
+        snprintf(door->offer, sizeof door->offer, "%s", offer);
     }
     pthread_mutex_unlock(&greeter->lock);
 }

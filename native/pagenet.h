@@ -484,6 +484,7 @@ int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struc
 enum {
     PN_NAME = 64,       /* bytes of a name, with the 0 at its end */
     PN_GREETINGS = 256, /* at a time; other owners wait for their lanes */
+    PN_OFFER = 128,     /* of what is said to owners that ask for the cache's file, with the 0 */
     PN_GREETED = 256,   /* pages of 4 KiB that a greeting puts into place at most */
 };
 /* What was read last from an owner while it was greeted. Kept for a process that comes after this
@@ -518,9 +519,10 @@ void pn_greeter_free(struct pn_greeter *greeter);
 int pn_greeter_open(struct pn_greeter *greeter, const char *key, int listener);
 void pn_greeter_shut(struct pn_greeter *greeter, const char *key);
 /* They are greeted from this cache of the region's `size` bytes, from now on, or (NULL) not
- * greeted. It must last as long as their greetings. */
+ * greeted. file: the cache's, which those get that ask for it; offer: what they are told with it.
+ * Cache and file must last as long as their greetings. */
 void pn_greeter_serve(struct pn_greeter *greeter, const char *key, struct pn_cache *cache,
-                      uint64_t size);
+                      uint64_t size, int file, const char *offer);
 /* How many connections are accepted from now on. */
 void pn_greeter_allow(struct pn_greeter *greeter, uint64_t places);
 /* Takes the next arrival. 1; 0: there is none, and the eventfd pn_greeter_arrived_fd is written

@@ -532,6 +532,7 @@ class Library(Protocol):
     PN_END_NO_MEMORY: int
     PN_NAME: int
     PN_GREETINGS: int
+    PN_OFFER: int
     PN_GREETED: int
     PN_LZ4_GAIN: int
     PN_ZERO_FRAME: int
@@ -693,6 +694,8 @@ class Library(Protocol):
         key: bytes | CData | Null,
         cache: pn_cache | Null,
         size: int,
+        file: int,
+        offer: bytes | CData | Null,
         /,
     ) -> None: ...
     def pn_greeter_allow(self, greeter: pn_greeter | Null, places: int, /) -> None: ...

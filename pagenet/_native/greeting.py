@@ -114,11 +114,14 @@ class Greeter:
     def shut(self, key: str) -> None:
         lib.pn_greeter_shut(self.greeter, key.encode())
 
-    def serve(self, key: str, cache: Cache | None, size: int = 0) -> None:
-        """Greet those owners from the ``cache`` of a region of ``size`` bytes, or no longer. It
-        must outlive their greetings."""
-        to = NULL if cache is None else cache.cache
-        lib.pn_greeter_serve(self.greeter, key.encode(), to, size)
+    def serve(self, key: str, cache: Cache, size: int, file: int, offer: bytes) -> None:
+        """Greet those owners from the ``cache`` of a region of ``size`` bytes. ``file``: the
+        cache's, which those get that ask for it; ``offer``: what they are told with it, 127 bytes
+        at most. Cache and file must outlive their greetings."""
+        lib.pn_greeter_serve(self.greeter, key.encode(), cache.cache, size, file, offer)
+
+    def serve_no_longer(self, key: str) -> None:
+        lib.pn_greeter_serve(self.greeter, key.encode(), NULL, 0, -1, b"")
 
     def allow(self, places: int) -> None:
         """How many connections it accepts from now on."""

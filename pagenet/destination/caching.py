@@ -19,7 +19,7 @@ from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery, running_beside
 from ..progress import complete_fields
 from ..target import OnLoss
-from ..uffd import CacheMemory, ConnectedOwner, UffdTarget
+from ..uffd import CacheMemory, ConnectedOwner, SharedFile, UffdTarget
 from .cached_lanes import CachedLanes
 from .ending import Ending
 from .filling import Filling
@@ -61,6 +61,11 @@ class HostCache:
     @property
     def native(self) -> _native.Cache:
         return self._memory.cache
+
+    @property
+    def file(self) -> SharedFile:
+        """What owners may map."""
+        return self._memory.shared
 
     async def wait_unused(self) -> None:
         """Return when no guest is filled from it."""

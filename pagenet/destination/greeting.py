@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 import trio
 
 from .. import _native
-from ..uffd import Keeper
+from ..uffd import Keeper, SharedFile
 
 __all__ = ["Greeter", "Greeting"]
 
@@ -132,10 +132,13 @@ class Greeter:
         """No longer."""
         self._native.shut(key)
 
-    def serve(self, key: str, cache: _native.Cache | None, size: int = 0) -> None:
-        """Greet those owners from the ``cache`` of a region of ``size`` bytes, or no longer. It
-        must outlive their greetings."""
-        self._native.serve(key, cache, size)
+    def serve(self, key: str, cache: _native.Cache, file: SharedFile) -> None:
+        """Greet those owners from the ``cache``; ``file`` is for those that ask for it. Both must
+        outlive their greetings."""
+        self._native.serve(key, cache, file.size, file.fd, file.offer)
+
+    def serve_no_longer(self, key: str) -> None:
+        self._native.serve_no_longer(key)
 
     @property
     def wants_places(self) -> bool:

@@ -174,7 +174,7 @@ class Host:
             self._serve(snapshot, snapshot.cache)
 
     def _serve(self, snapshot: Snapshot, cache: HostCache) -> None:
-        self._greeter.serve(snapshot.key, cache.native, cache.transfer.region.size)
+        self._greeter.serve(snapshot.key, cache.native, cache.file)
 
     def _resume(self, snapshot: Snapshot, keeper: Keeper) -> None:
         """Go on with the owners of a process that was killed."""
@@ -265,7 +265,7 @@ class Host:
             self._on_event("unkept", snapshot=snapshot.name, reason=reason)
 
         def on_over() -> None:
-            self._greeter.serve(snapshot.key, None)
+            self._greeter.serve_no_longer(snapshot.key)
             self._take_arrivals()  # they may use it already
 
         async with (

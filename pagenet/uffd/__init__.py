@@ -6,7 +6,15 @@ from ._abandoned import AbandonedOwner
 from ._attached import AttachedOwner
 from ._cache_memory import CacheMemory
 from ._handshake import Mapping, parse_mappings
-from ._owners import ConnectedOwner, Keeper, Naming, OwnMemory, UffdListener, UffdSocket
+from ._owners import (
+    ConnectedOwner,
+    Keeper,
+    Naming,
+    OwnMemory,
+    SharedFile,
+    UffdListener,
+    UffdSocket,
+)
 from ._process import Mapped, MappedPages, OtherProcess
 from ._target import UffdTarget
 from ._tracking import WriteTracker
@@ -31,6 +39,7 @@ __all__ = [
     "OwnMemory",
     "Remapped",
     "Removed",
+    "SharedFile",
     "UffdListener",
     "UffdSocket",
     "UffdTarget",

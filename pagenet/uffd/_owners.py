@@ -57,6 +57,8 @@ MAP_LINK = f"/memfd:{_native.MAP_NAME} (deleted)"
 # An owner sends its handshake in one go, right after it has connected. A stranger may never send
 # anything.
 HANDSHAKE_TIMEOUT = 5.0
+# Seconds that a process takes to end, after its memory has gone.
+LEAVING = 0.1
 # Owners that may wait for accept(): one, and perhaps a few that are turned away.
 _BACKLOG = 8
 # Of <asm/socket.h>; Python does not name it. Reads that only peek go on behind the last one.
@@ -400,7 +402,10 @@ class ConnectedOwner:
             _turn_away(sock, self._keeper)
             raise _silent() from None
         except HandshakeError:
+            has_left = await _leaves(sock, self.pid)
             _turn_away(sock, self._keeper)
+            if has_left:
+                raise OwnerLeft(f"the owner (pid {self.pid}) has ended") from None
             raise
         except BaseException:
             sock.close()
@@ -436,6 +441,23 @@ class UffdListener:
         if self._keeper is not None:
             self._keeper.forget("listener")
             self._keeper = None
+
+
+async def _leaves(sock: trio.socket.SocketType, pid: int) -> bool:
+    """Whether the process has ended, or does so now: its memory is what goes first."""
+    if pid <= 0:
+        return False
+    try:
+        pidfd = _pidfd_of(sock, pid)
+    except OSError:
+        return True
+    try:
+        with trio.move_on_after(LEAVING):
+            await trio.lowlevel.wait_readable(pidfd)
+            return True
+    finally:
+        os.close(pidfd)
+    return False
 
 
 def _turn_away(sock: trio.socket.SocketType, keeper: Keeper | None) -> None:

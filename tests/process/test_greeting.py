@@ -41,7 +41,7 @@ class Door:
         self.cache, self.greeter, self.path = cache, greeter, path
         self._listener = UffdListener(path)
         greeter.open(KEY, self._listener.fileno())
-        greeter.serve(KEY, cache.native, SIZE)
+        greeter.serve(KEY, cache.native, cache.file)
         greeter.allow(1, 1000)
 
     async def arrival(self) -> tuple[str, socket.socket, Greeting | None]:
@@ -91,13 +91,14 @@ async def greeting_door(
             yield door
 
 
+@pytest.mark.parametrize("memory", ["anonymous", "shared"])
 @pytest.mark.parametrize("background", ["hot", "off"])
 async def test_touches_are_answered_before_anybody_attaches_the_owner(
-    background: str, source: str, tmp_path: Path
+    background: str, memory: str, source: str, tmp_path: Path
 ) -> None:
     """Those of pages that the cache does not have yet, too."""
     async with greeting_door(source, tmp_path, background) as door:
-        words = (*MEMORY, "--touches", 100, "--verify", "touched")
+        words = (*MEMORY, "--memory", memory, "--touches", 100, "--verify", "touched")
         async with run_workload(door.path, *words) as owner:
             sock, greeting = await door.greeted()
             with closing(greeting), sock:
