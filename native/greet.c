@@ -90,6 +90,7 @@ struct pn_greeter {
     int refused;     /* errno of one that could not be accepted */
     uint64_t serial;
     struct pn_greeting *greetings[PN_GREETINGS];
+    int next_note; /* where to look for one first */
     struct arrival *arrived, **arrived_end;
 };
 
@@ -444,10 +445,14 @@ static struct pn_greeting *lock_greeting(struct pn_greeter *greeter, uint64_t id
 }
 
 /* The number of a note that nothing is in. Of a process that was killed there may be some. */
-static int find_note(const struct pn_greeter *greeter) {
-    for (int i = 0; i < PN_GREETINGS; i++)
-        if (!greeter->greetings[i] && !greeter->notes[i].name[0])
-            return i;
+static int find_note(struct pn_greeter *greeter) {
+    for (int i = 0; i < PN_GREETINGS; i++) {
+        int number = (greeter->next_note + i) % PN_GREETINGS;
+        if (greeter->greetings[number] || greeter->notes[number].name[0])
+            continue;
+        greeter->next_note = (number + 1) % PN_GREETINGS;
+        return number;
+    }
     return -1;
 }
 

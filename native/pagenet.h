@@ -482,10 +482,10 @@ int pn_crew_run(struct pn_crew *crew, const struct pn_lane_config *config, struc
 /* ---- greet.c: owners that connect, and their first faults ---- */
 
 enum {
-    PN_NAME = 64,       /* bytes of a name, with the 0 at its end */
-    PN_GREETINGS = 256, /* at a time; other owners wait for their lanes */
-    PN_OFFER = 128,     /* of what is said to owners that ask for the cache's file, with the 0 */
-    PN_GREETED = 256,   /* pages of 4 KiB that a greeting puts into place at most */
+    PN_NAME = 64,        /* bytes of a name, with the 0 at its end */
+    PN_GREETINGS = 1024, /* at a time; other owners wait for their lanes */
+    PN_OFFER = 128,      /* of what is said to owners that ask for the cache's file, with the 0 */
+    PN_GREETED = 256,    /* pages of 4 KiB that a greeting puts into place at most */
 };
 /* What was read last from an owner while it was greeted. Kept for a process that comes after this
  * one: what the owner gave up must never get the source's bytes. */
