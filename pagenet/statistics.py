@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["ClassStatistics", "Histogram", "ServingStatistics", "TransferStatistics"]
+
+
+#: of a histogram, as in native/pagenet.h
+BUCKETS = 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +18,10 @@ class Histogram:
     octave (12.5 % wide)."""
 
     buckets: tuple[int, ...]
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        return cls((0,) * BUCKETS)
 
     @property
     def count(self) -> int:
@@ -30,6 +39,18 @@ class Histogram:
             if count and seen >= rank:
                 return (_lower_bound(index) + _lower_bound(index + 1)) / 2
         return None
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Of each bucket in which something was counted: the lowest latency in it and the lowest of
+        the next bucket, in ns, and how many."""
+        for index, count in enumerate(self.buckets):
+            if count:
+                yield _lower_bound(index), _lower_bound(index + 1), count
+
+    def plus(self, other: Histogram) -> Histogram:
+        return Histogram(
+            tuple(one + more for one, more in zip(self.buckets, other.buckets, strict=True))
+        )
 
     def since(self, earlier: Histogram) -> Histogram:
         """The latencies counted since ``earlier`` was taken."""

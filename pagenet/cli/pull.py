@@ -40,19 +40,18 @@ from ._command import (
     pull_options,
     reconnect_for,
 )
-from ._control import add_common_options, run_controlled
+from ._control import COMMON_WORDS, add_common_options, run_controlled
 from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import show_until_complete
 from ._stores import PEER_WORDS, add_store_options, store_options
-from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _MODULE = "pagenet.cli.pull"
 _READY = ("listening", "waiting", "owner")
 _WORDS = {
-    **TLS_WORDS,
+    **COMMON_WORDS,
     "listening": "waiting for a source on {uri}",
     "connected": "{peer}: {pages} pages, {bytes} bytes",
     "finished": "process {pid} has all of its {pages} pages: there is nothing to resume",
@@ -66,7 +65,7 @@ _WORDS = {
 }
 
 _MANY_WORDS = {
-    **TLS_WORDS,
+    **COMMON_WORDS,
     **GUARD_WORDS,
     **PEER_WORDS,
     "added": "snapshot {name} of {uri}: waiting for owners on {uffd_socket}",

@@ -49,11 +49,10 @@ from ._command import (
     round_count,
     words_of,
 )
-from ._control import Work, add_common_options, run_controlled
+from ._control import COMMON_WORDS, Work, add_common_options, run_controlled
 from ._guard import GUARD_WORDS, add_guard_option, guarded
 from ._missing import MISSING_WORDS, add_missing_option, telling_missing
 from ._progress import make_progress, show_until_complete
-from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
@@ -62,7 +61,7 @@ _MODULE = "pagenet.cli.qemu"
 _READY = ("listening", "resuming", "connected")
 _SHAPES = "tcp://HOST:PORT, rdma://HOST:PORT, unix:PATH"
 _WORDS = {
-    **TLS_WORDS,
+    **COMMON_WORDS,
     "qemu": "QEMU waits for a guest (pid {pid}, RAM in {ram}); added to its arguments: {added}",
     "attached": "attached to QEMU (pid {pid}, RAM in {ram})",
     "listening": "waiting for a guest on {uri}",

@@ -29,14 +29,13 @@ from ._command import (
     reconnect_for,
     round_count,
 )
-from ._control import add_common_options, run_controlled
+from ._control import COMMON_WORDS, add_common_options, run_controlled
 from ._stores import PEER_WORDS, add_store_options, store_options
-from ._tls import TLS_WORDS
 
 __all__ = ["main", "make_parser"]
 
 _WORDS = {
-    **TLS_WORDS,
+    **COMMON_WORDS,
     **PEER_WORDS,
     "listening": "serving {pages} pages ({bytes} bytes) on {uri}",
     "connected": "{peer}: connected",

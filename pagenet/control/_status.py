@@ -64,7 +64,7 @@ def host_status(host: Host) -> dict[str, object]:
 def _about_cache(cache: HostCache) -> dict[str, object]:
     now = cache.transfer.statistics()
     return {
-        "state": _state(cache.transfer),
+        "state": cache.transfer.state,
         "share": _share(now),
         "bytes_resident": cache.bytes_resident,
         "bytes_wire": now.wire_bytes,
@@ -84,7 +84,7 @@ def _about(guest: Guest) -> dict[str, object]:
     if transfer is not None:
         now = transfer.statistics()
         found |= {
-            "state": _state(transfer),
+            "state": transfer.state,
             "share": _share(now),
             "faults": now.demand.faults,
         }
@@ -137,7 +137,7 @@ def transfer_status(transfer: Transfer, rates: Rates) -> dict[str, object]:
     resident = now.done * _page_size(now)
     prefetch = transfer.prefetch
     return {
-        "state": _state(transfer),
+        "state": transfer.state,
         "peer": transfer.peer,
         "disconnected": _disconnected(transfer),
         "reconnected": transfer.reconnected,
@@ -189,14 +189,6 @@ def _disconnected(transfer: Transfer) -> dict[str, object] | None:
         return None
     seconds, reason = transfer.disconnected
     return {"seconds": round(seconds, 3), "reason": reason}
-
-
-def _state(transfer: Transfer) -> str:
-    if transfer.finished.is_set():
-        return "complete"
-    if transfer.disconnected is not None:
-        return "disconnected"
-    return "running" if transfer.is_released else "held"
 
 
 def _page_size(now: TransferStatistics) -> float:

@@ -20,6 +20,7 @@ from ..errors import HandshakeError, OwnerGone, PagenetError, RemoteProtocolErro
 from ..events import EventHandler, ignore_events
 from ..nurseries import open_failing_nursery
 from ..redialling import PAUSE
+from ..statistics import Histogram
 from ..target import OnLoss
 from ..uffd import CacheMemory, ConnectedOwner, Keeper, Naming, UffdListener
 from .caching import Fill, HostCache, caching
@@ -141,6 +142,8 @@ class Host:
         self.guests: dict[int, Guest] = {}
         #: guests that got every page; whose process ended before that; and whose transfer failed
         self.completed = self.gone = self.failed = 0
+        # of the guests that are not here any more
+        self._past_latency = Histogram.empty()
 
     async def add(self, name: str, uri: str, uffd_socket: str | os.PathLike[str]) -> None:
         """Dial the source at ``uri``, and fill the memory of each owner that connects to
@@ -204,6 +207,14 @@ class Host:
                 self._greeter.shut(snapshot.key)
                 snapshot.listener.close()
         self._greeter.close()
+
+    def fault_latency(self) -> Histogram:
+        """Of all guests that there were."""
+        found = self._past_latency
+        for guest in self.guests.values():
+            if guest.transfer is not None:
+                found = found.plus(guest.transfer.statistics().fault_latency)
+        return found
 
     def guest(self, number: int) -> Guest:
         """:exc:`~pagenet.errors.UsageError` if it is not here (any more)."""
@@ -360,6 +371,9 @@ class Host:
                 if greeting is not None:
                     greeting.close()
                 del self.guests[guest.number]
+                if guest.transfer is not None:
+                    ended = guest.transfer.statistics().fault_latency
+                    self._past_latency = self._past_latency.plus(ended)
 
     async def _fill_from_cache(
         self, guest: Guest, snapshot: Snapshot, owner: ConnectedOwner, greeting: Greeting | None

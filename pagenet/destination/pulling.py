@@ -136,6 +136,15 @@ class Transfer:
         return None if why is None else (self._connecting.seconds_away, why)
 
     @property
+    def state(self) -> str:
+        """``held`` (no fault is answered yet), ``running``, ``disconnected`` or ``complete``."""
+        if self.finished.is_set():
+            return "complete"
+        if self.disconnected is not None:
+            return "disconnected"
+        return "running" if self.is_released else "held"
+
+    @property
     def reconnected(self) -> int:
         """How often the source has come back."""
         return self._connecting.reconnected
