@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .background.schedule import Schedule
 from .destination.hosting import Guest, Host, host
 from .destination.into_file import IntoFile
 from .destination.pulling import Transfer, pull
@@ -26,6 +27,7 @@ from .errors import (
 )
 from .events import EventHandler
 from .region import Block, Region, Run
+from .residency import Residency, State
 from .source.memory import Source, open_source
 from .source.serving import Server, serve
 from .statistics import ClassStatistics, Histogram, ServingStatistics, TransferStatistics
@@ -62,13 +64,16 @@ __all__ = [
     "RdmaTransport",
     "Region",
     "RemoteProtocolError",
+    "Residency",
     "Run",
+    "Schedule",
     "Server",
     "ServingStatistics",
     "Source",
     "SourceDisconnected",
     "SourceLost",
     "SourceUnreachable",
+    "State",
     "Tls",
     "Transfer",
     "TransferStatistics",

@@ -9,6 +9,8 @@ byte for each page, in C.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import UsageError
 from ..region import Region
 from ..residency import Residency
@@ -25,6 +27,7 @@ __all__ = [
     "Follow",
     "Hot",
     "Linear",
+    "Order",
     "Recorded",
     "Schedule",
     "check_schedule",
@@ -37,8 +40,14 @@ SCHEDULES = ("hot", "follow", "linear", "off")
 RECORDED = "recorded="
 
 
-def check_schedule(name: str) -> None:
+#: a schedule's name, or what makes one of one's own
+Order = str | Callable[[Region, Residency], Schedule]
+
+
+def check_schedule(name: Order) -> None:
     """Raise :exc:`UsageError` if no schedule has that name, or its recording cannot be read."""
+    if not isinstance(name, str):
+        return
     if name.startswith(RECORDED):
         load_recording(name.removeprefix(RECORDED))
     elif name not in SCHEDULES:
@@ -47,9 +56,11 @@ def check_schedule(name: str) -> None:
         )
 
 
-def make_schedule(name: str, region: Region, residency: Residency) -> Schedule | None:
+def make_schedule(name: Order, region: Region, residency: Residency) -> Schedule | None:
     """The schedule of that name; None for ``off``. Raises :exc:`UsageError` as
     :func:`check_schedule` does."""
+    if not isinstance(name, str):
+        return name(region, residency)
     if name.startswith(RECORDED):
         return Recorded(
             region, residency, load_recording(name.removeprefix(RECORDED)).pages_in(region)

@@ -13,7 +13,7 @@ import trio
 from ..background.learned import StartUp
 from ..background.pacing import CHUNK_BYTES, Background
 from ..background.recording import Recorder, Recording, load_recording, recording_file
-from ..background.schedule import Schedule, check_schedule, make_schedule
+from ..background.schedule import Order, Schedule, check_schedule, make_schedule
 from ..background.start import Start, begin_background, parse_start
 from ..errors import (
     ConnectionBroken,
@@ -182,10 +182,11 @@ class Transfer:
         schedule = self._background.schedule
         return "off" if schedule is None else schedule.name
 
-    def set_background(self, name: str) -> None:
+    def set_background(self, name: Order) -> None:
         """Fetch untouched pages in that order from now on.
 
-        ``hot``, ``follow``, ``linear``, or ``off`` to fetch none. While the source goes through
+        ``hot``, ``follow``, ``linear``, or ``off`` to fetch none; or a function that makes a
+        schedule of one's own (``examples/schedule.py``). While the source goes through
         rounds, they keep theirs, and this one follows.
 
         :exc:`~pagenet.errors.UsageError` if there is no such order.
@@ -271,7 +272,7 @@ async def pull(
     listen: bool = False,
     plaintext: bool = False,
     tls: Tls | None = None,
-    background: str = "hot",
+    background: Order = "hot",
     background_lanes: int = 1,
     chunk: int = CHUNK_BYTES,
     background_window: int | None = None,
@@ -489,7 +490,7 @@ def _filling_of(target: Target, session: SourceSession, cleanup: ExitStack) -> F
     return filling
 
 
-def _schedule(background: str, filling: Filling) -> Schedule | None:
+def _schedule(background: Order, filling: Filling) -> Schedule | None:
     if background == "off" and filling.target.event_fd is None:
         raise UsageError(
             "no thread touches the pages of a file: with the background off none would ever come"

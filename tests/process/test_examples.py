@@ -1,0 +1,37 @@
+"""The examples: each does what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *args: str | Path) -> str:
+    ended = subprocess.run(
+        [sys.executable, EXAMPLES / name, *args], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    return ended.stdout
+
+
+def test_schedule(uffd_permitted: None, tmp_path: Path) -> None:
+    """Half way, the pages that are missing are the first ones."""
+    memory = tmp_path / "memory"
+    memory.write_bytes(os.urandom(32 << 20))
+    half_way, complete = run("schedule.py", memory).splitlines()
+    found = re.fullmatch(r"backwards \[\('memory', 0, (\d+)\)\]", half_way)
+    assert found or half_way == "backwards []", half_way  # it was quicker than the eye
+    assert complete == "complete: 8192 pages"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir()))
+def test_each_example_has_a_test(name: str) -> None:
+    tests = [*EXAMPLES.parent.glob("tests/*/test_*.py")]
+    assert any(name in test.read_text() for test in tests)
