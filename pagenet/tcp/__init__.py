@@ -13,9 +13,18 @@
 
 from __future__ import annotations
 
+from ._connection import SocketConnection
 from ._pair import PairTransport
 from ._tcp import TcpTransport, assume_near, tune
 from ._unix import UnixTransport
 from ._uri import unix_uri
 
-__all__ = ["PairTransport", "TcpTransport", "UnixTransport", "assume_near", "tune", "unix_uri"]
+__all__ = [
+    "PairTransport",
+    "SocketConnection",
+    "TcpTransport",
+    "UnixTransport",
+    "assume_near",
+    "tune",
+    "unix_uri",
+]

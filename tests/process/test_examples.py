@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,25 @@ def test_schedule(uffd_permitted: None, tmp_path: Path) -> None:
     found = re.fullmatch(r"backwards \[\('memory', 0, (\d+)\)\]", half_way)
     assert found or half_way == "backwards []", half_way  # it was quicker than the eye
     assert complete == "complete: 8192 pages"
+
+
+def test_transport(uffd_permitted: None, tmp_path: Path) -> None:
+    """The command that it starts need not log in anywhere."""
+    memory, at = tmp_path / "memory", tmp_path / "socket"
+    memory.write_bytes(os.urandom(8 << 20))
+    example = str(EXAMPLES / "transport.py")
+    serving = subprocess.Popen([sys.executable, example, "serve", memory, at])
+    try:
+        while not at.exists():
+            assert serving.poll() is None
+            time.sleep(0.01)
+        bridge = shlex.join([sys.executable, example, "bridge", str(at)])
+        told = run("transport.py", "pull", f"pipe:{bridge}")
+        assert told == "complete: 2048 pages, lanes native\n"
+        assert serving.wait(30) == 0
+    finally:
+        serving.kill()
+        serving.wait()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir()))
