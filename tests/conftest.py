@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     own_mounts()
     keep_bytecode()
+    os.environ["PAGENET_CONTROL_DIR"] = ""  # a daemon that is killed leaves its socket
     if config.option.fuzz_seed is None:
         config.option.fuzz_seed = random.SystemRandom().randrange(1 << 40)
 

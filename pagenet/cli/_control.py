@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from ..admission import raise_descriptor_limit
-from ..control import Control, serve_control
+from ..control import Control, default_socket, serve_control
 from ..errors import UsageError
 from ._command import Parser, Report, run_command
 from ._tls import TLS_WORDS, add_tls_options, reloading, tls_of
@@ -30,7 +30,8 @@ def add_common_options(parser: Parser) -> None:
         metavar="PATH",
         help=(
             "unix socket on which pagenet-ctl shows the running transfer, and changes it (for this"
-            " user and root)"
+            " user and root); none: do without (default: where pagenet-ctl list finds it,"
+            " /run/pagenet or $XDG_RUNTIME_DIR/pagenet)"
         ),
     )
 
@@ -68,11 +69,12 @@ async def _with_control(work: Work, options: argparse.Namespace, report: Report)
 
 @asynccontextmanager
 async def _control(options: argparse.Namespace, report: Report) -> AsyncIterator[Control]:
-    if options.control is None:
+    path = options.control if options.control is not None else default_socket(report.prog)
+    if path is None or path == "none":
         yield Control(report.prog, None)
         return
     async with serve_control(
-        None, options.control, program=report.prog, stop=_terminate, on_event=report
+        None, path, program=report.prog, stop=_terminate, on_event=report
     ) as control:
         yield control
 

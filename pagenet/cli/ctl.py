@@ -7,14 +7,26 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from ..background.schedule import RECORDED, SCHEDULES
-from ..control import ControlClient, connect_control
-from ..errors import ConnectionBroken, RemoteProtocolError
+from ..control import (
+    ControlClient,
+    FoundSocket,
+    connect_control,
+    control_directory,
+    found_sockets,
+)
+from ..errors import (
+    ConnectionBroken,
+    PagenetError,
+    RemoteProtocolError,
+    SourceUnreachable,
+    UsageError,
+)
 from ..protocol import printable
 from ._command import (
     CommandParser,
@@ -48,12 +60,22 @@ exit codes:
 """
 _MIB = 1 << 20
 _WATCH_SECONDS = 1.0
+# Seconds that a daemon has to answer list.
+_PATIENCE = 2.0
 
 
 def make_parser() -> Parser:
     parser = Parser("pagenet-ctl", "Show or change what a pagenet daemon does, while it runs.")
     parser.epilog = _EXIT_CODES
-    parser.add_argument("socket", metavar="SOCKET", help="control socket of the daemon (--control)")
+    parser.add_argument(
+        "socket",
+        nargs="?",
+        metavar="SOCKET",
+        help=(
+            "the daemon: its control socket (--control), or the number of its process (default: the"
+            " only one that list finds)"
+        ),
+    )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
     )
@@ -69,6 +91,7 @@ def make_parser() -> Parser:
             )
         return command
 
+    add("list", "List the daemons of this user that have their control sockets where they belong.")
     status = add("status", "Show the daemon's status.", of_guest=True)
     status.add_argument(
         "--watch",
@@ -166,8 +189,73 @@ def _own_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+async def _list(options: argparse.Namespace) -> None:
+    rows = [row for found in found_sockets() if (row := await _about(found)) is not None]
+    if options.json:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        return
+    if not rows:
+        print(f"no daemons have control sockets in {control_directory() or 'a directory'}")
+        return
+    console = make_console()
+    console.print(_daemons_table(rows))
+
+
+async def _about(found: FoundSocket) -> dict[str, Any] | None:
+    """None: the daemon is gone, or does not answer."""
+    with trio.move_on_after(_PATIENCE), suppress(PagenetError):
+        async with connect_control(found.path) as client:
+            status = await client.command("status")
+            return {
+                "pid": status.get("pid", found.pid),
+                "program": found.program,
+                "state": status.get("state"),
+                "share": status.get("share"),
+                "with": status.get("peer") or status.get("uri"),
+                "socket": str(found.path),
+            }
+    return None
+
+
+def _daemons_table(rows: Sequence[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("pid", "program", "state", "here", "with"):
+        table.add_column(title, justify="right" if title in ("pid", "here") else "left")
+    for row in rows:
+        here = "" if row["share"] is None else f"{row['share']:.1%}"
+        table.add_row(
+            str(row["pid"]),
+            row["program"],
+            printable(str(row["state"])),
+            here,
+            printable(str(row["with"] or "")),
+        )
+    return table
+
+
+def _socket_of(told: str | None) -> str:
+    """The control socket that is meant: a path, or a process's. :exc:`UsageError` if none is, or
+    several are."""
+    if told is not None and not told.isdecimal():
+        return told
+    there = control_directory() or "any directory"
+    found = [each for each in found_sockets() if told is None or each.pid == int(told)]
+    if len(found) == 1:
+        return str(found[0].path)
+    if not found:
+        who = "no daemon" if told is None else f"process {told}"
+        raise SourceUnreachable(f"{who} has a control socket in {there}: name the socket")
+    raise UsageError(f"several daemons run: name one of {', '.join(str(one.pid) for one in found)}")
+
+
 async def _control(options: argparse.Namespace) -> None:
-    async with connect_control(options.socket) as client:
+    if options.command == "list":
+        await _list(options)
+        return
+    async with connect_control(_socket_of(options.socket)) as client:
         if options.command == "status" and options.watch is not None:
             await _watch(client, options.watch, options.json, _arguments(options))
             return
