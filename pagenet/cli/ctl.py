@@ -482,7 +482,10 @@ def _us(value: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # In front: argparse would take SOCKET --json COMMAND for a command of the name SOCKET.
+    in_order = sorted(words, key=lambda word: word != "--json")
+    options = make_parser().parse_args(in_order)
     return run_command(lambda: _control(options), Report("pagenet-ctl", options.json, {}))
 
 

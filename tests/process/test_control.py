@@ -703,8 +703,8 @@ async def let_it_finish(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
-    ([], "required: SOCKET"),
-    (["s"], "required: COMMAND"),
+    ([], "required: COMMAND"),
+    (["s"], "invalid choice: 's'"),
     (["s", "explode"], "invalid choice: 'explode'"),
     (["s", "schedule", "sideways"], "'sideways': there are hot"),
     (["s", "schedule"], "required: NAME"),
