@@ -52,6 +52,27 @@ def test_transport(uffd_permitted: None, tmp_path: Path) -> None:
         serving.wait()
 
 
+def test_firecracker_owner(uffd_permitted: None, tmp_path: Path) -> None:
+    """Every byte of both regions is the source's; the page that was given up reads as zeros."""
+    memory, at, owner = tmp_path / "memory", tmp_path / "socket", tmp_path / "owner"
+    content = b"\xff" * 4096 + os.urandom((8 << 20) - 4096)
+    memory.write_bytes(content)
+    example = EXAMPLES / "firecracker_owner.c"
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-O1", "-o", owner, example], check=True)
+    pull = [sys.executable, "-m", "pagenet.cli.pull", memory, "--uffd-socket", at]
+    pulling = subprocess.Popen(pull, stdout=subprocess.PIPE, text=True)
+    assert pulling.stdout
+    try:
+        assert pulling.stdout.readline().startswith("waiting for the owner")
+        told = subprocess.run([owner, at, str(len(content))], stdout=subprocess.PIPE, timeout=60)
+        assert (told.returncode, told.stdout.decode()) == (0, f"{sum(content)} 0\n")
+        pulling.communicate(timeout=30)
+        assert pulling.returncode == 0
+    finally:
+        pulling.kill()
+        pulling.communicate()
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir()))
 def test_each_example_has_a_test(name: str) -> None:
     tests = [*EXAMPLES.parent.glob("tests/*/test_*.py")]
