@@ -190,7 +190,7 @@ def _own_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _list(options: argparse.Namespace) -> None:
-    rows = [row for found in found_sockets() if (row := await _about(found)) is not None]
+    rows = await _daemons()
     if options.json:
         for row in rows:
             print(json.dumps(row), flush=True)
@@ -202,6 +202,10 @@ async def _list(options: argparse.Namespace) -> None:
     console.print(_daemons_table(rows))
 
 
+async def _daemons() -> list[dict[str, Any]]:
+    return [row for found in found_sockets() if (row := await _about(found)) is not None]
+
+
 async def _about(found: FoundSocket) -> dict[str, Any] | None:
     """None: the daemon is gone, or does not answer."""
     with trio.move_on_after(_PATIENCE), suppress(PagenetError):
@@ -209,7 +213,7 @@ async def _about(found: FoundSocket) -> dict[str, Any] | None:
             status = await client.command("status")
             return {
                 "pid": status.get("pid", found.pid),
-                "program": found.program,
+                "program": status.get("program"),
                 "state": status.get("state"),
                 "share": status.get("share"),
                 "with": status.get("peer") or status.get("uri"),
@@ -228,7 +232,7 @@ def _daemons_table(rows: Sequence[dict[str, Any]]) -> Table:
         here = "" if row["share"] is None else f"{row['share']:.1%}"
         table.add_row(
             str(row["pid"]),
-            row["program"],
+            printable(str(row["program"])),
             printable(str(row["state"])),
             here,
             printable(str(row["with"] or "")),
@@ -236,26 +240,30 @@ def _daemons_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _socket_of(told: str | None) -> str:
-    """The control socket that is meant: a path, or a process's. :exc:`UsageError` if none is, or
-    several are."""
+async def _socket_of(told: str | None) -> str:
+    """The control socket that is meant: a path, or a process's. :exc:`UsageError` if several are,
+    :exc:`SourceUnreachable` if none is."""
     if told is not None and not told.isdecimal():
         return told
-    there = control_directory() or "any directory"
-    found = [each for each in found_sockets() if told is None or each.pid == int(told)]
-    if len(found) == 1:
-        return str(found[0].path)
-    if not found:
+    rows = await _daemons()
+    if told is not None:
+        rows = [row for row in rows if row["pid"] == int(told)]
+    if len(rows) == 1:
+        return str(rows[0]["socket"])
+    if not rows:
         who = "no daemon" if told is None else f"process {told}"
+        there = control_directory() or "any directory"
         raise SourceUnreachable(f"{who} has a control socket in {there}: name the socket")
-    raise UsageError(f"several daemons run: name one of {', '.join(str(one.pid) for one in found)}")
+    raise UsageError(
+        f"several daemons run: name one of {', '.join(str(row['pid']) for row in rows)}"
+    )
 
 
 async def _control(options: argparse.Namespace) -> None:
     if options.command == "list":
         await _list(options)
         return
-    async with connect_control(_socket_of(options.socket)) as client:
+    async with connect_control(await _socket_of(options.socket)) as client:
         if options.command == "status" and options.watch is not None:
             await _watch(client, options.watch, options.json, _arguments(options))
             return

@@ -19,11 +19,11 @@ _PATH_MAX = 107
 
 
 class FoundSocket(NamedTuple):
-    """The control socket of a daemon, by its name: of which program, and of which process."""
+    """The control socket of a daemon. By its name: of which process; None if it is ``NAME.ctl``, as
+    services have it."""
 
     path: Path
-    program: str
-    pid: int
+    pid: int | None
 
 
 def control_directory() -> Path | None:
@@ -50,7 +50,7 @@ def default_socket(program: str) -> Path | None:
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
             return None
         for found in found_sockets():
-            if _is_gone(found):
+            if found.pid is not None and _is_gone(found.path, found.pid):
                 found.path.unlink(missing_ok=True)
     except OSError:
         return None
@@ -65,16 +65,16 @@ def found_sockets() -> list[FoundSocket]:
         return []
     found = []
     for path in sorted(directory.iterdir()):
-        program, dot, pid = path.name.rpartition(".")
-        if dot and pid.isdecimal() and path.is_socket():
-            found.append(FoundSocket(path, program, int(pid)))
+        end = path.suffix.removeprefix(".")
+        if (end == "ctl" or end.isdecimal()) and path.is_socket():
+            found.append(FoundSocket(path, int(end) if end.isdecimal() else None))
     return found
 
 
-def _is_gone(found: FoundSocket) -> bool:
+def _is_gone(path: Path, pid: int) -> bool:
     """There is no such process, and nobody listens: it may be in a pid namespace of its own."""
     try:
-        os.kill(found.pid, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         pass
     except OSError:
@@ -84,7 +84,7 @@ def _is_gone(found: FoundSocket) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.setblocking(False)
         try:
-            sock.connect(os.fsencode(found.path))
+            sock.connect(os.fsencode(path))
         except ConnectionRefusedError:
             return True
         except OSError:

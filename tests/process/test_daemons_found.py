@@ -79,6 +79,14 @@ async def test_daemons_are_listed_and_spoken_to(source: str, directory: Path) ->
     assert not [*directory.iterdir()]
 
 
+async def test_service(source: str, directory: Path) -> None:
+    """It has its socket there, by a name that somebody chose, as the units have it."""
+    directory.mkdir(mode=0o700)
+    async with serving(source, "--control", str(directory / "web.ctl")) as server:
+        assert set(listed()) == {server.pid}
+        assert json.loads(ctl("status", "--json").stdout)["pid"] == server.pid
+
+
 async def test_socket_of_a_killed_daemon(source: str, directory: Path) -> None:
     """It is not listed, and the next daemon removes it."""
     async with serving(source) as killed:
