@@ -38,32 +38,40 @@ def _descriptors() -> Check:
 
 
 def _overcommit() -> Check:
-    mode = int(Path("/proc/sys/vm/overcommit_memory").read_text())
-    if mode != 2:
-        return fine("overcommit", f"mode {mode}")
+    mode = _read("/proc/sys/vm/overcommit_memory").strip()
+    if mode != "2":
+        return fine("overcommit", f"mode {mode or 'unknown'}")
     advice = "memory that is not there yet counts at once: sysctl vm.overcommit_memory=0"
     return lacking("overcommit", "mode 2, strict", advice)
 
 
 def _huge_pages() -> Check:
-    found = dict(re.findall(r"^(HugePages_\w+):\s*(\d+)", Path("/proc/meminfo").read_text(), re.M))
+    found = dict(re.findall(r"^(HugePages_\w+):\s*(\d+)", _read("/proc/meminfo"), re.M))
     total, free = int(found.get("HugePages_Total", 0)), int(found.get("HugePages_Free", 0))
     if total:
         return fine("huge pages", f"{free} of {total} are free")
     advice = "no guests or caches of huge pages: sysctl vm.nr_hugepages=COUNT"
-    return lacking("huge pages", "none are reserved", advice)
+    return absent("huge pages", "none are reserved", advice)
+
+
+def _read(path: str) -> str:
+    """Empty if it is not there: a container may hide it."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def _congestion() -> Check:
-    directory = Path("/proc/sys/net/ipv4")
-    now = (directory / "tcp_congestion_control").read_text().strip()
-    known = (directory / "tcp_available_congestion_control").read_text().split()
-    if now == "bbr":
-        return fine("TCP", "congestion control bbr")
+    directory = "/proc/sys/net/ipv4"
+    now = _read(f"{directory}/tcp_congestion_control").strip()
+    known = _read(f"{directory}/tcp_available_congestion_control").split()
+    if now == "bbr" or not now:
+        return fine("TCP", f"congestion control {now or 'unknown'}")
     more = "" if "bbr" in known else "modprobe tcp_bbr; "
     advice = f"on a path that loses packets, bbr is faster: {more}sysctl"
     advice += " net.ipv4.tcp_congestion_control=bbr"
-    return lacking("TCP", f"congestion control {now}", advice)
+    return absent("TCP", f"congestion control {now}", advice)
 
 
 def _rdma() -> Iterator[Check]:
