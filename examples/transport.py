@@ -16,6 +16,7 @@ import select
 import shlex
 import socket
 import sys
+from contextlib import suppress
 from urllib.parse import SplitResult
 
 import trio
@@ -46,8 +47,8 @@ class PipeTransport:
 
 
 def bridge(path: str) -> None:
-    """Pass on what comes, in both directions, until both have ended."""
-    with socket.socket(socket.AF_UNIX) as there:
+    """Pass on what comes, in both directions, until both have ended, or one is reset."""
+    with socket.socket(socket.AF_UNIX) as there, suppress(ConnectionError):
         there.connect(path)
         to = {0: there.fileno(), there.fileno(): 1}
         while to:

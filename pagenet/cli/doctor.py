@@ -15,7 +15,7 @@ __all__ = ["main", "make_parser"]
 
 _EXIT_CODES = """\
 exit codes:
-  0    memory can be filled on this host; there may be warnings
+  0    done: memory can be filled on this host; there may be warnings
   1    failed in a way that has no code of its own
   2    bad usage
   7    memory cannot be filled on this host: something is missing

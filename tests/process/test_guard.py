@@ -50,14 +50,30 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_pattern(tmp_path_factory.mktemp("guard") / "source", SIZE, zero_every=16))
 
 
+#: a variable in the environment of the daemons of this module, and so of their guards: others run
+#: on this machine, too
+OURS = f"PAGENET_TEST_GUARD={os.getpid()}"
+
+
 def guards() -> list[int]:
-    """The guards that run on this machine, but for those whose end nobody has waited for."""
+    """The guards of this module's daemons, and of this process, but for those whose end nobody has
+    waited for."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
-            if entry.name.isdecimal() and (entry / "exe").readlink().name == "pagenet-guard":
+            if (
+                entry.name.isdecimal()
+                and (entry / "exe").readlink().name == "pagenet-guard"
+                and OURS.encode() in (entry / "environ").read_bytes().split(b"\0")
+            ):
                 found.append(int(entry.name))
     return found
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, _, value = OURS.partition("=")
+    monkeypatch.setenv(name, value)
 
 
 class Guarded:
